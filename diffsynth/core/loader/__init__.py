@@ -1,0 +1,23 @@
+"""Find a model's files, on this machine or on a hub, and turn them into a module."""
+
+from .model_config import ModelConfig
+from .weights import (
+    build_module,
+    check_weights,
+    load_model,
+    load_state_dict,
+    load_weights,
+    save_safetensors,
+    to_released_keys,
+)
+
+__all__ = [
+    "ModelConfig",
+    "build_module",
+    "check_weights",
+    "load_model",
+    "load_state_dict",
+    "load_weights",
+    "save_safetensors",
+    "to_released_keys",
+]

@@ -1,0 +1,225 @@
+import json
+import os
+import re
+import threading
+from contextlib import contextmanager, nullcontext, suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+SOURCES = ("modelscope", "huggingface")
+PROBE_SECONDS = 5
+PICKLE_SUFFIXES = {".bin", ".pt", ".pth", ".ckpt"}
+SHARD_NAME = re.compile(r"(?P<stem>.+)-\d{5}-of-(?P<count>\d{5})(?P<suffix>\..+)")
+
+
+@dataclass
+class ModelConfig:
+    """Where the weights of one model are: local files, or a pattern of files in a hub's repository.
+
+    Local files win: the hub is asked only for what is absent under `<local_model_path>/<model_id>/`.
+
+    Args:
+        path: A file, its shards, or a folder.
+        model_id: The repository, "owner/name".
+        origin_file_pattern: Its files, "transformer/*.safetensors"; a folder ends in "/"; None is the whole repository.
+        download_source: "modelscope" or "huggingface"; by default DIFFSYNTH_DOWNLOAD_SOURCE, then modelscope.
+        local_model_path: By default DIFFSYNTH_MODEL_BASE_PATH, then ./models.
+        skip_download: By default DIFFSYNTH_SKIP_DOWNLOAD, then False.
+        revision: Branch, tag or commit of the repository.
+        config: The config.json (or its folder) of weights that have none beside them.
+
+    Raises:
+        ValueError: Not exactly one of path and model_id, an unknown source, or a pickled file.
+    """
+
+    path: str | list[str] | None = None
+    model_id: str | None = None
+    origin_file_pattern: str | list[str] | None = None
+    download_source: str | None = None
+    local_model_path: str | None = None
+    skip_download: bool | None = None
+    revision: str | None = None
+    config: str | None = None
+
+    def __post_init__(self):
+        if (self.path is None) == (self.model_id is None):
+            raise ValueError(
+                f"ModelConfig takes either path or model_id. Got: path={self.path!r} and model_id={self.model_id!r}"
+            )
+        if self.source not in SOURCES:
+            raise ValueError(
+                f"Unknown download source {self.source!r}. Expected {' or '.join(SOURCES)}, "
+                "in download_source or DIFFSYNTH_DOWNLOAD_SOURCE."
+            )
+        for name in [*_as_list(self.path), *_as_list(self.origin_file_pattern)]:
+            refuse_pickle(name)
+
+    @property
+    def source(self) -> str:
+        """The hub that absent files come from."""
+        return self.download_source or os.environ.get("DIFFSYNTH_DOWNLOAD_SOURCE") or "modelscope"
+
+    @property
+    def folder(self) -> Path:
+        """The repository's folder on this machine."""
+        base = self.local_model_path or os.environ.get("DIFFSYNTH_MODEL_BASE_PATH") or "models"
+        return Path(base).expanduser().absolute() / self.model_id
+
+    @property
+    def skips_download(self) -> bool:
+        """Whether hubs may not be asked."""
+        if self.skip_download is not None:
+            return self.skip_download
+        return os.environ.get("DIFFSYNTH_SKIP_DOWNLOAD", "").lower() in ("1", "true")
+
+    def resolve(self) -> list[Path]:
+        """Local paths of the files, downloaded first where they are absent.
+
+        Returns:
+            The files in order of their names; for a pattern that is a folder, the folder.
+
+        Raises:
+            FileNotFoundError: Files that are neither here nor to be had.
+        """
+        if self.path is not None:
+            return [file for path in _as_list(self.path) for file in _files_at(Path(path))]
+        return [file for pattern in _as_list(self.origin_file_pattern) or [""] for file in self._fetch(pattern)]
+
+    def _fetch(self, pattern: str) -> list[Path]:
+        reason = ""
+        if self._absent(pattern) or self._lacks_config(pattern):
+            reason = self._download(pattern)
+        if absent := self._absent(pattern):
+            raise FileNotFoundError(
+                f"{self.model_id}: {', '.join(absent)} not found in {self.folder} ({reason}). Copy the files there, "
+                f"or set DIFFSYNTH_MODEL_BASE_PATH to the folder that holds {self.model_id}/, "
+                "or DIFFSYNTH_DOWNLOAD_SOURCE to modelscope or huggingface, and leave DIFFSYNTH_SKIP_DOWNLOAD unset."
+            )
+        return self._matches(pattern)
+
+    def _matches(self, pattern: str) -> list[Path]:
+        return [self.folder / pattern] if _is_folder(pattern) else sorted(self.folder.glob(pattern))
+
+    def _absent(self, pattern: str) -> list[str]:
+        if _is_folder(pattern):
+            folder = self.folder / pattern
+            complete = folder.is_dir() and any(folder.iterdir()) and not _marker(folder).exists()
+            return [] if complete else [pattern or "all files"]
+        files = self._matches(pattern)
+        return [file.name for file in missing_shards(files)] if files else [pattern]
+
+    def _lacks_config(self, pattern: str) -> bool:
+        if self.config or not pattern.endswith(".safetensors"):
+            return False
+        return not all((file.parent / "config.json").exists() for file in self._matches(pattern))
+
+    def _download(self, pattern: str) -> str:
+        """Download what matches; returns why something may still be absent."""
+        if self.skips_download:
+            return "downloads are switched off"
+        endpoint, snapshot_download = _hub(self.source)
+        if not _answers(endpoint):
+            return f"{endpoint} does not answer"
+        try:
+            with _marked(self.folder / pattern) if _is_folder(pattern) else nullcontext():
+                snapshot_download(self.model_id, revision=self.revision, local_dir=self.folder, **_selection(pattern))
+        except Exception as error:  # the clients' errors have no base class in common
+            return f"{endpoint} answered: {type(error).__name__}: {error}"
+        return f"{endpoint} has none"
+
+
+def missing_shards(files: list[Path]) -> list[Path]:
+    """Shards that are not in `files` but announced by a name there ("-00001-of-00009") or by an index beside them."""
+    announced = set()
+    for file in files:
+        if name := SHARD_NAME.fullmatch(file.name):
+            numbers = range(1, int(name["count"]) + 1)
+            announced |= {
+                file.with_name(f"{name['stem']}-{number:05d}-of-{name['count']}{name['suffix']}") for number in numbers
+            }
+    for index in {index for file in files for index in file.parent.glob("*.index*.json")}:
+        shards = {index.with_name(shard) for shard in json.loads(index.read_text())["weight_map"].values()}
+        # A folder may hold several variants of the weights, each with its index.
+        if shards & set(files):
+            announced |= shards
+    return sorted(announced - set(files))
+
+
+def refuse_pickle(name: str | Path):
+    """Raise ValueError for a file that can only be read by unpickling it, which runs its code."""
+    if Path(name).suffix in PICKLE_SUFFIXES:
+        raise ValueError(
+            f"{name} is a pickle, and pickles are never loaded. Convert it, where you trust it: "
+            "safetensors.torch.save_file(torch.load(file, weights_only=True), 'model.safetensors')"
+        )
+
+
+def _as_list(value) -> list:
+    if value is None:
+        return []
+    return [value] if isinstance(value, str | os.PathLike) else list(value)
+
+
+def _files_at(path: Path) -> list[Path]:
+    if not path.exists():
+        raise FileNotFoundError(f"{path.absolute()} does not exist. Expected a .safetensors file or a folder.")
+    if path.is_dir():
+        return sorted(path.glob("*.safetensors")) or [path]
+    return [path]
+
+
+def _is_folder(pattern: str) -> bool:
+    return pattern == "" or pattern.endswith("/")
+
+
+def _selection(pattern: str) -> dict[str, list[str]]:
+    if _is_folder(pattern):
+        return {"allow_patterns": [f"{pattern}*"], "ignore_patterns": []}
+    folder = pattern[: pattern.rfind("/") + 1]
+    # The hubs' "*" crosses "/", ours does not.
+    return {
+        "allow_patterns": [pattern, f"{folder}config.json", f"{folder}*.index*.json"],
+        "ignore_patterns": [f"{folder}*/*"],
+    }
+
+
+def _hub(source: str):
+    if source == "modelscope":
+        from modelscope import snapshot_download
+        from modelscope_hub.config import HubConfig
+
+        return HubConfig().endpoint, snapshot_download
+
+    from huggingface_hub import constants, snapshot_download
+
+    return constants.ENDPOINT, snapshot_download
+
+
+def _answers(endpoint: str) -> bool:
+    """Whether the hub is reachable: asked first because its client would retry for minutes."""
+    import requests
+
+    answers = []
+
+    def ask():
+        with suppress(requests.RequestException):
+            answers.append(requests.head(endpoint, timeout=PROBE_SECONDS))
+
+    # In a thread because no timeout covers the lookup of the name.
+    probe = threading.Thread(target=ask, daemon=True)
+    probe.start()
+    probe.join(PROBE_SECONDS)
+    return bool(answers)
+
+
+@contextmanager
+def _marked(folder: Path):
+    """Mark a folder while it is downloaded: afterwards nothing else in it tells that a file is still to come."""
+    folder.mkdir(parents=True, exist_ok=True)
+    _marker(folder).touch()
+    yield
+    _marker(folder).unlink()
+
+
+def _marker(folder: Path) -> Path:
+    return folder / ".unfinished"

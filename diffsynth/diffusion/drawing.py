@@ -1,0 +1,81 @@
+"""Pictures on disk: prompts in, images and grids out, each image with the parameters that drew it."""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from PIL import Image, ImageDraw
+from PIL.PngImagePlugin import PngInfo
+
+CAPTION_HEIGHT = 14
+
+
+def read_prompts(prompt: str | Sequence[str]) -> list[str]:
+    """One prompt, a list, or the non-empty lines of a text file."""
+    if not isinstance(prompt, str):
+        return list(prompt)
+    if not prompt.endswith(".txt"):
+        return [prompt]
+    lines = [line.strip() for line in Path(prompt).read_text(encoding="utf-8").splitlines()]
+    return [line for line in lines if line]
+
+
+def load_images(**paths: str | None) -> dict[str, Image.Image]:
+    """The images at those paths that are given, by name."""
+    return {name: Image.open(path).convert("RGB") for name, path in paths.items() if path is not None}
+
+
+def draw(pipe, requests: Sequence[Mapping], images: Mapping, batch_size: int, folder: Path) -> list[Path]:
+    """Draw requests in batches, save each image with its request as metadata, and a grid where there are several."""
+    folder.mkdir(parents=True, exist_ok=True)
+    drawn, paths = [], []
+    for start in range(0, len(requests), batch_size):
+        batch = requests[start : start + batch_size]
+        drawn += pipe.generate([{**images, **request} for request in batch])
+    for index, (image, request) in enumerate(zip(drawn, requests, strict=True)):
+        paths.append(folder / f"{index:04d}.png")
+        save_png(image, paths[-1], request)
+    if len(drawn) > 1:
+        paths.append(folder / "grid.png")
+        captioned = [row([image], [request["prompt"]]) for image, request in zip(drawn, requests, strict=True)]
+        columns = min(8, len(drawn))
+        stack([beside(captioned[i : i + columns]) for i in range(0, len(drawn), columns)]).save(paths[-1])
+    return paths
+
+
+def save_png(image: Image.Image, path: Path, parameters: Mapping) -> None:
+    """Save an image with its parameters as JSON in the PNG text chunk `parameters`."""
+    info = PngInfo()
+    info.add_itxt("parameters", json.dumps(dict(parameters), ensure_ascii=False))
+    image.save(path, pnginfo=info)
+
+
+def row(images: Sequence[Image.Image], captions: Sequence[str]) -> Image.Image:
+    """Images side by side, each above the end of its caption."""
+    cells = []
+    for image, caption in zip(images, captions, strict=True):
+        cell = Image.new("RGB", (image.width, image.height + CAPTION_HEIGHT), "white")
+        cell.paste(image, (0, 0))
+        ImageDraw.Draw(cell).text((2, image.height + 1), caption[-(image.width // 6) :].strip(), fill="black")
+        cells.append(cell)
+    return beside(cells)
+
+
+def beside(pictures: Sequence[Image.Image]) -> Image.Image:
+    """Pictures next to one another."""
+    return _join(pictures, across=True)
+
+
+def stack(pictures: Sequence[Image.Image]) -> Image.Image:
+    """Pictures below one another."""
+    return _join(pictures, across=False)
+
+
+def _join(pictures: Sequence[Image.Image], across: bool) -> Image.Image:
+    widths, heights = [p.width for p in pictures], [p.height for p in pictures]
+    size = (sum(widths), max(heights)) if across else (max(widths), sum(heights))
+    joined, offset = Image.new("RGB", size, "white"), 0
+    for picture in pictures:
+        joined.paste(picture, (offset, 0) if across else (0, offset))
+        offset += picture.width if across else picture.height
+    return joined

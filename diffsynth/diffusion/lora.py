@@ -1,0 +1,310 @@
+"""LoRA and its kin, by peft: which layers are adapted, and files that load elsewhere.
+
+Hu et al. 2021, "LoRA" (https://arxiv.org/abs/2106.09685): W x becomes W x + (α / r) B A x.
+Files hold diffusers' keys (`transformer.blocks.0.to_q.lora_A.weight`) and the adapter's configuration as metadata.
+"""
+
+import difflib
+import json
+import re
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from peft import LoHaConfig, LoKrConfig, LoraConfig, inject_adapter_in_model, set_peft_model_state_dict
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils import get_peft_model_state_dict
+from safetensors import safe_open
+from torch import Tensor, nn
+
+METADATA_KEY = "lora_adapter_metadata"  # where diffusers looks for the adapter's configuration
+CONFIGS = {"LORA": LoraConfig, "LOHA": LoHaConfig, "LOKR": LoKrConfig}
+ADAPTABLE = (nn.Linear, nn.Conv2d)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Adapter:
+    """What every kind of adapter shares.
+
+    Args:
+        rank: Rank r of the update.
+        alpha: Its scale is alpha / rank; None takes alpha = rank.
+        models: Models of the pipeline that get an adapter.
+        target_modules: Ends of layer names, one regular expression over full names, or `all-linear`;
+            None takes the model's own list.
+        checkpoint: Adapter file to start from.
+        preset: Adapter file merged into the frozen weights first, so that the new one learns the difference.
+    """
+
+    rank: int = 32
+    alpha: float | None = None
+    models: Sequence[str] = ("dit",)
+    target_modules: Sequence[str] | str | None = None
+    checkpoint: str | None = None
+    preset: str | None = None
+
+    def __post_init__(self):
+        if not isinstance(self.rank, int) or self.rank < 1:
+            raise ValueError(f"lora.rank is {self.rank!r}; expected a whole number of at least 1.")
+
+    def targets(self, pipe, name: str) -> list[str]:
+        """Full names of the layers of model `name` that get an adapter."""
+        return find_layers(pipe.named_model(name), self.target_modules or pipe.lora_target_modules, name)
+
+    def check(self, pipe) -> None:
+        """Find every mistake that the model's structure alone can show; works on the meta device.
+
+        Raises:
+            ValueError: A target that matches no layer, a file of another model.
+        """
+        for name in self.models:
+            self.targets(pipe, name)
+            for path in filter(None, (self.preset, self.checkpoint)):
+                check_layers(pipe.named_model(name), read(path, pipe.lora_prefixes.get(name, name))[0], path)
+
+    def inject(self, pipe, seed: int) -> None:
+        """Add trainable fp32 adapters to the pipeline's models, the same for the same seed."""
+        for name in self.models:
+            module, prefix = pipe.named_model(name), pipe.lora_prefixes.get(name, name)
+            if self.preset:
+                load(module, self.preset, prefix, fuse=True)
+            with torch.random.fork_rng():
+                torch.manual_seed(seed)
+                inject_adapter_in_model(self.peft_config(self.targets(pipe, name)), module)
+            for parameter in module.parameters():
+                if parameter.requires_grad:  # small updates vanish in bf16
+                    parameter.data = parameter.data.float()
+            if self.checkpoint:
+                fill(module, read(self.checkpoint, prefix)[0], "default", self.checkpoint)
+
+    def peft_config(self, targets: Sequence[str]):
+        raise NotImplementedError(f"{type(self).__name__} has no peft configuration.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoRA(Adapter):
+    """Low-rank adaptation; rank-stabilised (Kalajdzievski 2023) or weight-decomposed (Liu et al. 2024) by choice."""
+
+    dropout: float = 0.0
+    use_rslora: bool = False
+    use_dora: bool = False
+
+    def peft_config(self, targets: Sequence[str]) -> LoraConfig:
+        return LoraConfig(
+            r=self.rank,
+            lora_alpha=self.alpha or self.rank,
+            lora_dropout=self.dropout,
+            use_rslora=self.use_rslora,
+            use_dora=self.use_dora,
+            target_modules=list(targets),
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoHa(Adapter):
+    """Hadamard product of two low-rank updates; Hyeon-Woo et al. 2021 (https://arxiv.org/abs/2108.06098)."""
+
+    dropout: float = 0.0
+
+    def peft_config(self, targets: Sequence[str]) -> LoHaConfig:
+        return LoHaConfig(
+            r=self.rank, alpha=self.alpha or self.rank, rank_dropout=self.dropout, target_modules=list(targets)
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoKr(Adapter):
+    """Kronecker product of a small matrix and a low-rank one; Edalati et al. 2022 (https://arxiv.org/abs/2212.10650)."""
+
+    dropout: float = 0.0
+    decompose_factor: int = -1
+
+    def peft_config(self, targets: Sequence[str]) -> LoKrConfig:
+        return LoKrConfig(
+            r=self.rank,
+            alpha=self.alpha or self.rank,
+            rank_dropout=self.dropout,
+            decompose_factor=self.decompose_factor,
+            target_modules=list(targets),
+        )
+
+
+# Layers ---------------------------------------------------------------------------------------------------------------
+
+
+def find_layers(module: nn.Module, targets: Sequence[str] | str, model: str) -> list[str]:
+    """Full names of the linear and convolution layers that `targets` name.
+
+    Args:
+        targets: Ends of names (a list, or one string with commas), a regular expression over whole names, `all-linear`.
+
+    Raises:
+        ValueError: A target that matches nothing.
+    """
+    layers = [name for name, layer in module.named_modules() if isinstance(layer, ADAPTABLE)]
+    if targets == "all-linear":
+        return [name for name in layers if isinstance(module.get_submodule(name), nn.Linear)]
+    if isinstance(targets, str):
+        targets = targets.split(",") if "," in targets else [targets]
+    found = {target: [name for name in layers if _matches(target, name)] for target in targets}
+    missing = [target for target, names in found.items() if not names]
+    if missing or not found:
+        raise ValueError(_no_match(missing, layers, model))
+    return sorted(set().union(*found.values()), key=layers.index)
+
+
+def _matches(target: str, name: str) -> bool:
+    return name == target or name.endswith("." + target) or re.fullmatch(target, name) is not None
+
+
+def _no_match(missing: Sequence[str], layers: Sequence[str], model: str) -> str:
+    endings = sorted({re.sub(r"^.*\.\d+\.", "", name) for name in layers})
+    nearest = difflib.get_close_matches(missing[0], endings, 1) if missing else []
+    hint = f" Did you mean {nearest[0]!r}?" if nearest else ""
+    return f"lora.target_modules: {list(missing)} match no layer of {model}.{hint} Its layers end in {endings}."
+
+
+# Files ----------------------------------------------------------------------------------------------------------------
+
+
+def read(path: str | Path, prefix: str) -> tuple[dict[str, Tensor], dict | None]:
+    """The tensors of one model in an adapter file, under peft's names, and its configuration if the file has it.
+
+    Understands diffusers' keys, the original's (`.lora_A.default.weight`, no prefix), and `lora_down`/`lora_up` with
+    `alpha`, whose scale alpha / rank is folded into A.
+    """
+    with safe_open(path, "pt") as file:
+        tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a dict)
+        metadata = (file.metadata() or {}).get(METADATA_KEY)
+    config = {k.removeprefix(prefix + "."): v for k, v in json.loads(metadata or "{}").items() if k.startswith(prefix)}
+    return _peft_names(_of_model(tensors, prefix)), config or None
+
+
+def prefixes(path: str | Path) -> set[str]:
+    """The first parts of the keys in an adapter file, such as `transformer`."""
+    with safe_open(path, "pt") as file:
+        return {key.split(".")[0] for key in file.keys()}  # noqa: SIM118 (not a dict)
+
+
+def _of_model(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    spellings = (
+        (f"pipe.{prefix}.", "pipe.dit.", "diffusion_model.") if prefix == "transformer" else (f"pipe.{prefix}.",)
+    )
+    for spelling in (f"{prefix}.", *spellings):
+        mine = {key.removeprefix(spelling): value for key, value in tensors.items() if key.startswith(spelling)}
+        if mine:
+            return mine
+    return dict(tensors)
+
+
+def _peft_names(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    alphas = {key.removesuffix(".alpha"): float(value) for key, value in tensors.items() if key.endswith(".alpha")}
+    renamed = {}
+    for key, value in tensors.items():
+        if key.endswith(".alpha"):
+            continue
+        name = key.replace(".default.", ".").replace("lora_down.", "lora_A.").replace("lora_up.", "lora_B.")
+        layer, _, part = name.partition(".lora_A")
+        renamed[name] = value * (alphas[layer] / value.shape[0]) if part and layer in alphas else value
+    return renamed
+
+
+def check_layers(module: nn.Module, tensors: Mapping[str, Tensor], path: str | Path) -> None:
+    """Refuse an adapter file whose layers the model does not have, or has in another shape."""
+    layers = dict(module.named_modules())
+    for key, value in tensors.items():
+        name = re.sub(r"\.(lora|hada|lokr)_.*$", "", key)
+        layer = layers.get(name)
+        if layer is None or not hasattr(layer, "weight"):
+            nearest = difflib.get_close_matches(name, layers, 1)
+            raise ValueError(
+                f"{path}: {key!r} belongs to no layer of {type(module).__name__} (nearest: {nearest}); "
+                f"the file holds {len(tensors)} tensors of another model."
+            )
+        if key.endswith("lora_A.weight") and value.dim() == 2 and value.shape[1] != layer.weight.shape[1]:
+            raise ValueError(
+                f"{path}: {key!r} has shape {tuple(value.shape)}, but {name} takes {layer.weight.shape[1]} features; "
+                "this adapter was made for a model of another width."
+            )
+
+
+def load(module: nn.Module, path: str | Path, prefix: str, scale: float = 1.0, fuse: bool = False) -> None:
+    """Add the adapter in a file to a model, frozen; merged into its weights with `fuse`."""
+    tensors, config = read(path, prefix)
+    check_layers(module, tensors, path)
+    config = CONFIGS[config.pop("peft_type", "LORA")](**config) if config else _infer_config(tensors)
+    adapter = f"lora_{len(getattr(module, 'peft_config', {}))}"
+    trainable = {name for name, parameter in module.named_parameters() if parameter.requires_grad}
+    inject_adapter_in_model(config, module, adapter_name=adapter)
+    fill(module, tensors, adapter, path)
+    for layer in _adapted_layers(module).values():
+        layer.set_adapter(list(layer._available_adapters))
+        layer.set_scale(adapter, scale)
+    for name, parameter in module.named_parameters():
+        parameter.requires_grad_(name in trainable)
+    if fuse:
+        merge(module, adapter)
+
+
+def fill(module: nn.Module, tensors: Mapping[str, Tensor], adapter: str, path: str | Path) -> None:
+    """Copy an adapter file's tensors into the adapter of that name.
+
+    Raises:
+        ValueError: The file's rank, layers or kind differ from the adapter's.
+    """
+    own = get_peft_model_state_dict(module, adapter_name=adapter)
+    for key in sorted(own.keys() | tensors.keys()):
+        found, wanted = (tuple(d[key].shape) if key in d else "nothing" for d in (tensors, own))
+        if found != wanted:
+            raise ValueError(
+                f"{path}: {key} is {found}, the adapter has {wanted}; "
+                "set lora.rank and lora.target_modules to those the file was trained with."
+            )
+    set_peft_model_state_dict(module, dict(tensors), adapter_name=adapter)
+
+
+def merge(module: nn.Module, adapter: str) -> None:
+    """Fold an adapter into the weights it adapts and remove it: W + (α / r) B A."""
+    for name, layer in _adapted_layers(module).items():
+        layer.merge(safe_merge=True, adapter_names=[adapter])
+        module.set_submodule(name, layer.get_base_layer())
+    del module.peft_config
+    module._hf_peft_config_loaded = False
+
+
+def export(module: nn.Module, prefix: str, adapter: str = "default") -> tuple[dict[str, Tensor], dict[str, str]]:
+    """An adapter's tensors and metadata as diffusers loads them, names prefixed with `transformer.` and the like."""
+    tensors = {f"{prefix}.{k}": v for k, v in get_peft_model_state_dict(module, adapter_name=adapter).items()}
+    config = {f"{prefix}.{k}": _plain(v) for k, v in module.peft_config[adapter].to_dict().items() if v is not None}
+    return tensors, config
+
+
+def metadata(configs: Mapping) -> dict[str, str]:
+    """The metadata entry of a file that holds adapters of these configurations."""
+    return {METADATA_KEY: json.dumps(dict(configs), sort_keys=True)}
+
+
+def _infer_config(tensors: Mapping[str, Tensor]) -> LoraConfig:
+    ranks = {
+        key.removesuffix(".lora_A.weight"): v.shape[0] for key, v in tensors.items() if key.endswith("lora_A.weight")
+    }
+    if not ranks:
+        raise ValueError(
+            f"No lora_A tensors among {sorted(tensors)[:3]} …; this is not a LoRA file this trainer reads."
+        )
+    rank = Counter(ranks.values()).most_common(1)[0][0]
+    pattern = {f"^{re.escape(name)}$": r for name, r in ranks.items() if r != rank}
+    dora = any("lora_magnitude_vector" in key for key in tensors)
+    return LoraConfig(
+        r=rank, lora_alpha=rank, rank_pattern=pattern, alpha_pattern=pattern, target_modules=list(ranks), use_dora=dora
+    )
+
+
+def _adapted_layers(module: nn.Module) -> dict[str, BaseTunerLayer]:
+    return {name: layer for name, layer in module.named_modules() if isinstance(layer, BaseTunerLayer)}
+
+
+def _plain(value):
+    return sorted(value) if isinstance(value, set) else value

@@ -1,0 +1,60 @@
+"""Which noise levels are trained, and how much each counts.
+
+A sampler maps a uniform number u in [0, 1) to a noise level σ: the inverse of its cumulative distribution. A weighting
+maps σ to the factor of the sample's loss.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .flow_match import TRAINING_STEPS, FlowMatchScheduler, exponential_shift
+
+
+@dataclass(frozen=True, kw_only=True)
+class UniformTimesteps:
+    """Uniform over the levels of the training grid between two boundaries, as fractions of it from its noisy end."""
+
+    min_boundary: float = 0.0
+    max_boundary: float = 1.0
+
+    def __post_init__(self):
+        if not 0 <= self.min_boundary < self.max_boundary <= 1:
+            raise ValueError(f"Expected 0 <= min_boundary < max_boundary <= 1; got {self}.")
+
+    def __call__(self, scheduler: FlowMatchScheduler, u: Tensor) -> Tensor:
+        """Noise levels (B,) in (0, 1] of uniform numbers (B,) in [0, 1)."""
+        low, high = (int(b * len(scheduler.sigmas)) for b in (self.min_boundary, self.max_boundary))
+        return scheduler.sigmas[(low + u * (high - low)).long().clamp(max=high - 1)]
+
+
+@dataclass(frozen=True, kw_only=True)
+class LogitNormalTimesteps:
+    """σ = shift_μ(sigmoid(mean + std · n)), n normal; Esser et al. 2024, §3.1 (https://arxiv.org/abs/2403.03206)."""
+
+    mean: float = 0.0
+    std: float = 1.0
+    mu: float = 0.0
+
+    def __call__(self, scheduler: FlowMatchScheduler, u: Tensor) -> Tensor:
+        """Noise levels (B,) in (0, 1) of uniform numbers (B,) in [0, 1)."""
+        normal = torch.special.ndtri(u.double().clamp(1e-7, 1 - 1e-7))
+        return exponential_shift(torch.sigmoid(self.mean + self.std * normal), self.mu).float()
+
+
+@dataclass(frozen=True, kw_only=True)
+class UniformWeighting:
+    """Every noise level counts the same."""
+
+    def __call__(self, scheduler: FlowMatchScheduler, sigma: Tensor) -> Tensor:
+        return torch.ones_like(sigma)
+
+
+@dataclass(frozen=True, kw_only=True)
+class BellWeighting:
+    """The scheduler's bell around the middle of the training grid, mean one over it."""
+
+    def __call__(self, scheduler: FlowMatchScheduler, sigma: Tensor) -> Tensor:
+        """Weights (B,) of noise levels (B,) in [0, 1]."""
+        return scheduler.training_weight(sigma * TRAINING_STEPS)

@@ -1,0 +1,184 @@
+"""From a row of the data set to a loss: the pipeline, what of it is trained, and the objective."""
+
+from collections.abc import Iterable, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from ..core.data import Sample, SampleAddress, collate
+from . import lora as lora_format
+from .base_pipeline import BasePipeline
+from .flow_match import TRAINING_STEPS
+from .lora import Adapter, LoRA
+from .loss import Objective
+from .randomness import Draw
+from .units import run_units
+
+
+def single_sample(samples: Sequence[Sample]) -> dict:
+    """Hand the only sample of a batch to a module whose `forward` takes one row."""
+    if len(samples) != 1:
+        raise ValueError(
+            f"This training module takes one sample a forward, got {len(samples)}; set micro_batch_size=1."
+        )
+    return samples[0].data
+
+
+class DiffusionTrainingModule(nn.Module):
+    """A pipeline with a loss: subclass it, set `self.pipe` in `__init__`, return a loss from `forward(data)`."""
+
+    pipe: BasePipeline
+    collate_fn = staticmethod(single_sample)
+
+    def switch_pipe_to_training_mode(
+        self,
+        pipe: BasePipeline,
+        trainable_models: Sequence[str] | str = (),
+        lora_base_model: str | None = None,
+        lora_target_modules: Sequence[str] | str | None = None,
+        lora_rank: int = 32,
+        lora_checkpoint: str | None = None,
+        preset_lora_path: str | None = None,
+        seed: int = 0,
+    ) -> None:
+        """Freeze the pipeline but for the named models and a new LoRA, and set the training noise levels.
+
+        Args:
+            trainable_models: A list, or names with commas between.
+            lora_base_model: Model that gets the LoRA; None for no LoRA.
+            preset_lora_path: LoRA merged into that model first (differential training).
+        """
+        names = trainable_models.split(",") if isinstance(trainable_models, str) else trainable_models
+        adapter = None
+        if lora_base_model:
+            adapter = LoRA(
+                rank=lora_rank,
+                models=(lora_base_model,),
+                target_modules=lora_target_modules or None,
+                checkpoint=lora_checkpoint,
+                preset=preset_lora_path,
+            )
+        prepare_training(pipe, [name for name in names if name], adapter, seed)
+
+    def trainable_parameters(self) -> list[nn.Parameter]:
+        """The parameters that gradients reach, in a fixed order."""
+        return [parameter for parameter in self.parameters() if parameter.requires_grad]
+
+    def export_trainable_state_dict(self, remove_prefix: str | None = None) -> dict[str, Tensor]:
+        """Trainable tensors by name, `remove_prefix` cut off where a name begins with it."""
+        named = {name: p.detach() for name, p in self.named_parameters() if p.requires_grad}
+        return {name.removeprefix(remove_prefix or ""): p for name, p in named.items()}
+
+    def export_weights(self) -> dict[str, tuple[dict[str, Tensor], dict[str, str]]]:
+        """What to save: `{model: (tensors, metadata)}` under released names; all adapters share one file, `lora`."""
+        files, adapters, configs = {}, {}, {}
+        for name, model in self.pipe.named_children():
+            trainable = {key for key, parameter in model.named_parameters() if parameter.requires_grad}
+            if hasattr(model, "peft_config"):
+                tensors, config = lora_format.export(model, self.pipe.lora_prefixes.get(name, name))
+                adapters, configs = {**adapters, **tensors}, {**configs, **config}
+            elif trainable:
+                files[name] = (self.pipe.released_weights(name, trainable), {})
+        if adapters:
+            files["lora"] = (adapters, lora_format.metadata(configs))
+        return files
+
+
+def prepare_training(pipe: BasePipeline, trainable_models: Iterable[str], adapter: Adapter | None, seed: int) -> None:
+    """Set the training noise levels, freeze everything else, inject the adapter: in this order, on loaded weights."""
+    pipe.scheduler.set_timesteps(TRAINING_STEPS, training=True)
+    pipe.freeze_except(trainable_models)
+    if adapter is not None:
+        adapter.inject(pipe, seed)
+
+
+class PipelineTrainingModule(DiffusionTrainingModule):
+    """Any pipeline with any objective, as the configuration composes them.
+
+    Args:
+        pipe: A pipeline whose models are built but not loaded; only those this run needs will be.
+        task: The objective.
+        lora: The adapter, or None for full training.
+        seed: Of noise, timesteps, dropped captions and the adapter's initial values.
+        use_gradient_checkpointing, use_gradient_checkpointing_offload: See `core.gradient`.
+
+    Raises:
+        ValueError: Names of models, layers or inputs that the pipeline does not have; before any weight is read.
+    """
+
+    collate_fn = staticmethod(list)
+
+    def __init__(
+        self,
+        pipe: BasePipeline,
+        task: Objective,
+        lora: Adapter | None = None,
+        seed: int = 0,
+        use_gradient_checkpointing: bool = False,
+        use_gradient_checkpointing_offload: bool = False,
+    ):
+        super().__init__()
+        self.pipe, self.task, self.lora, self.seed = pipe, task, lora, seed
+        self.memory_inputs = {
+            "use_gradient_checkpointing": use_gradient_checkpointing,
+            "use_gradient_checkpointing_offload": use_gradient_checkpointing_offload,
+        }
+        self.trainable_models = list(self._trainable_models())
+        self.units = pipe.required_units(task.wanted_inputs(pipe))
+        self._check()
+
+    def load(self, also: Iterable[str] = ()) -> "PipelineTrainingModule":
+        """Read the weights this run needs (and those of `also`), and make the chosen ones trainable in fp32."""
+        needed = self.pipe.models_of(self.units, model_fn=self.task.calls_model_fn) | self._trained_roots() | set(also)
+        full = {name.split(".")[0]: torch.float32 for name in self.trainable_models}
+        self.pipe.load_models(needed, dtypes=full)
+        prepare_training(self.pipe, self.trainable_models, self.lora, self.seed)
+        return self
+
+    def forward(self, samples: Sequence[Sample]) -> Tensor:
+        """Loss per sample (B,)."""
+        return self.loss(samples, self.seed)
+
+    def loss(self, samples: Sequence[Sample], seed: int) -> Tensor:
+        """Loss per sample (B,), its random numbers from `seed`."""
+        draw = Draw(seed, [SampleAddress(sample.epoch, sample.index) for sample in samples])
+        dropped = draw.uniform("caption_dropout") < self.task.caption_dropout
+        prepared = [
+            run_units(self.units, self.pipe, *self.get_pipeline_inputs(sample.data, bool(drop)))
+            for sample, drop in zip(samples, dropped, strict=True)
+        ]
+        shared, posi, _ = (collate(list(side)) for side in zip(*prepared, strict=True))
+        return self.task(self.pipe, draw=draw, **{**shared, **posi})
+
+    def get_pipeline_inputs(self, data: dict, drop_caption: bool = False) -> tuple[dict, dict, dict]:
+        """The pipeline's inputs for one row, as if it were called to draw this picture."""
+        image = data["image"]
+        shared = {
+            "input_image": image,
+            "height": image.height,
+            "width": image.width,
+            "cfg_scale": 1,
+            **self.memory_inputs,
+            **{name: data[name] for name in self.task.extra_inputs},
+        }
+        return shared, {"prompt": "" if drop_caption else data["prompt"]}, {"negative_prompt": ""}
+
+    def _trainable_models(self) -> Sequence[str]:
+        if self.task.trainable_models is not None:
+            return self.task.trainable_models
+        return () if self.lora else (self.task.default_model,)
+
+    def _trained_roots(self) -> set[str]:
+        names = [*self.trainable_models, *(self.lora.models if self.lora else ())]
+        return {name.split(".")[0] for name in names}
+
+    def _check(self) -> None:
+        for name in self.trainable_models:
+            self.pipe.named_model(name)
+        both = {name.split(".")[0] for name in self.trainable_models} & set(self.lora.models if self.lora else ())
+        if both:
+            raise ValueError(f"{sorted(both)} would be trained in full and by LoRA at once; choose one.")
+        if not self._trained_roots():
+            raise ValueError("Nothing is trained: set task.trainable_models, or choose a lora.")
+        if self.lora:
+            self.lora.check(self.pipe)

@@ -1,0 +1,123 @@
+"""Pipeline units: conditioning as a list of small steps over three dictionaries of inputs.
+
+`inputs_shared` holds what both sides of classifier-free guidance read, `inputs_posi` and `inputs_nega` what differs.
+"""
+
+import difflib
+import inspect
+from collections.abc import Iterable, Mapping
+
+
+class PipelineUnit:
+    """One step: reads some inputs of the pipeline, returns new ones as a dict.
+
+    What it reads are the parameters of its `process`; a parameter nobody gave a value takes the default of the
+    pipeline's `__call__`, then that of `process`.
+
+    Args:
+        separate_cfg: Run once for each side of guidance; `input_params_posi` and `input_params_nega` then map
+            parameters of `process` to the keys of that side. `seperate_cfg`, the original's spelling, means the same.
+        take_over: `process(pipe, inputs_shared, inputs_posi, inputs_nega)` gets and returns all three dictionaries.
+        input_params: Names read from `inputs_shared`; derived from `process` when left out, else checked against it.
+        output_params: Names it may return.
+        onload_model_names: Models of the pipeline it calls.
+    """
+
+    def __init__(
+        self,
+        separate_cfg: bool = False,
+        take_over: bool = False,
+        input_params: Iterable[str] | None = None,
+        output_params: Iterable[str] = (),
+        input_params_posi: Mapping[str, str] | None = None,
+        input_params_nega: Mapping[str, str] | None = None,
+        onload_model_names: Iterable[str] = (),
+        seperate_cfg: bool = False,
+    ):
+        self.separate_cfg = separate_cfg or seperate_cfg
+        self.take_over = take_over
+        self.input_params_posi = dict(input_params_posi or {})
+        self.input_params_nega = dict(input_params_nega or {})
+        self.output_params = tuple(output_params)
+        self.onload_model_names = tuple(onload_model_names or ())
+        self.input_params = self._input_params(input_params)
+
+    def process(self, pipe, **inputs) -> dict:
+        raise NotImplementedError(f"{type(self).__name__} has no process().")
+
+    def fetch_input_params(self) -> list[str]:
+        """Every key this unit may read, of any of the three dictionaries."""
+        return sorted({*self.input_params, *self.input_params_posi.values(), *self.input_params_nega.values()})
+
+    def _input_params(self, declared: Iterable[str] | None) -> tuple[str, ...]:
+        if self.take_over:
+            return tuple(declared or ())
+        accepted = [name for name in inspect.signature(self.process).parameters if name not in ("pipe", "self")]
+        derived = tuple(name for name in accepted if name not in self.input_params_posi)
+        wrong = sorted(set(declared or derived) ^ set(derived))
+        if wrong:
+            raise ValueError(
+                f"{type(self).__name__} declares input_params={tuple(declared)}, but process() takes {derived}; "
+                f"they differ in {wrong}. Leave input_params out to have it derived."
+            )
+        return derived
+
+
+class PipelineUnitRunner:
+    """Runs one unit over the three dictionaries and returns them with its outputs added."""
+
+    def __call__(self, unit: PipelineUnit, pipe, inputs_shared: dict, inputs_posi: dict, inputs_nega: dict):
+        if unit.take_over:
+            return unit.process(pipe, inputs_shared=inputs_shared, inputs_posi=inputs_posi, inputs_nega=inputs_nega)
+        if not unit.separate_cfg:
+            return {**inputs_shared, **_process(unit, pipe, inputs_shared, {})}, inputs_posi, inputs_nega
+        positive = negative = _process(unit, pipe, inputs_shared, _side(unit.input_params_posi, pipe, inputs_posi))
+        if inputs_shared.get("cfg_scale", 1) != 1:
+            negative = _process(unit, pipe, inputs_shared, _side(unit.input_params_nega, pipe, inputs_nega))
+        return inputs_shared, {**inputs_posi, **positive}, {**inputs_nega, **negative}
+
+
+def run_units(units: Iterable[PipelineUnit], pipe, inputs_shared: dict, inputs_posi: dict, inputs_nega: dict):
+    """Run units in order and return the three dictionaries."""
+    for unit in units:
+        inputs_shared, inputs_posi, inputs_nega = pipe.unit_runner(unit, pipe, inputs_shared, inputs_posi, inputs_nega)
+    return inputs_shared, inputs_posi, inputs_nega
+
+
+def required_units(units: Iterable[PipelineUnit], wanted: Iterable[str]) -> list[PipelineUnit]:
+    """The units, in order, whose outputs lead to the `wanted` names; the others need not run, nor their models load."""
+    wanted, required = set(wanted), []
+    for unit in reversed(list(units)):
+        if unit.take_over or wanted.intersection(unit.output_params):
+            required.insert(0, unit)
+            wanted.update(unit.fetch_input_params())
+    return required
+
+
+def _side(names: Mapping[str, str], pipe, inputs: Mapping) -> dict:
+    return {parameter: _lookup(key, inputs, pipe) for parameter, key in names.items()}
+
+
+def _process(unit: PipelineUnit, pipe, inputs: Mapping, side: dict) -> dict:
+    defaults = inspect.signature(unit.process).parameters
+    given = dict(side)
+    for name in unit.input_params:
+        if name in inputs or name in pipe.call_defaults or defaults[name].default is inspect.Parameter.empty:
+            given[name] = _lookup(name, inputs, pipe, unit)
+    outputs = unit.process(pipe, **given)
+    undeclared = sorted(set(outputs) - set(unit.output_params))
+    if undeclared:
+        raise ValueError(
+            f"{type(unit).__name__} returned {undeclared}, which its output_params {unit.output_params} do not name."
+        )
+    return outputs
+
+
+def _lookup(name: str, inputs: Mapping, pipe, unit: PipelineUnit | None = None):
+    if name in inputs:
+        return inputs[name]
+    if name in pipe.call_defaults:
+        return pipe.call_defaults[name]
+    nearest = difflib.get_close_matches(name, inputs, 1)
+    hint = f" Did you mean {nearest[0]!r}?" if nearest else ""
+    raise ValueError(f"{type(unit).__name__ if unit else 'A unit'} needs {name!r}; have {sorted(inputs)}.{hint}")

@@ -1,0 +1,1 @@
+"""One file a model family: its units, its `model_fn`, nothing else."""

@@ -1,0 +1,70 @@
+"""Train: `python train.py model=… task=… lora.rank=…`; `python train.py --help` lists every choice."""
+
+import hydra
+
+from diffsynth.config import build, check, claim, finish, run
+
+
+def train(
+    name: str,
+    output_root: str,
+    run_dir: str,
+    model,
+    dataset,
+    task,
+    memory,
+    optimizer,
+    lr_scheduler,
+    logger,
+    export,
+    lora=None,
+    validation=None,
+    device: str = "auto",
+    seed: int = 0,
+    max_steps: int | None = None,
+    num_epochs: float = 1,
+    batch_size: int = 1,
+    micro_batch_size: int | None = None,
+    max_grad_norm: float | None = None,
+) -> list:
+    """Run one training, whose parts the configuration built, and name the files it left.
+
+    Its signature is the schema of conf/train.yaml's top level.
+    """
+    from diffsynth.diffusion.runner import launch_training_task, make_accelerator
+    from diffsynth.diffusion.training_module import PipelineTrainingModule
+
+    dataset.scan()
+    dataset.write_skipped(f"{run_dir}/skipped.jsonl")
+    accelerator = make_accelerator(device, model.keywords["torch_dtype"])
+    module = PipelineTrainingModule(model(device=accelerator.device), task, lora, seed, **memory.model_inputs)
+    module.load(also=validation.models(module.pipe) if validation else ())
+    launch_training_task(
+        accelerator,
+        dataset,
+        module,
+        export,
+        max_steps=max_steps,
+        num_epochs=num_epochs,
+        batch_size=batch_size,
+        micro_batch_size=micro_batch_size,
+        optimizer=optimizer,
+        lr_scheduler=lr_scheduler,
+        max_grad_norm=max_grad_norm,
+        seed=seed,
+        num_workers=dataset.num_workers,
+        logger=logger,
+        validation=validation,
+    )
+    return [*export.saved, *(validation.saved if validation else ())]
+
+
+@hydra.main(version_base="1.3", config_path="conf", config_name="train")
+def main(cfg) -> None:
+    check(cfg, train)
+    if (run_dir := claim(cfg)) is not None:
+        finish(run_dir, train(**build(cfg)))
+
+
+if __name__ == "__main__":
+    run(main)
