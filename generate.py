@@ -35,6 +35,8 @@ def generate(
     ]
     images = load_images(input_image=input_image, inpaint_mask=inpaint_mask)
     pipe.check_adapters(paths := [lora_path] if isinstance(lora_path, str) else lora_path or [])
+    for request in requests:
+        pipe.complete(request)  # what it does not know is refused before any weight is read
     pipe.load_models()
     for path in paths:
         pipe.load_adapter(path, lora_scale)

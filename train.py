@@ -31,12 +31,16 @@ def train(
 
     Its signature is the schema of conf/train.yaml's top level.
     """
-    from diffsynth.diffusion.runner import launch_training_task, make_accelerator
+    from diffsynth.core.data import BatchPlan
+    from diffsynth.diffusion.runner import launch_training_task, list_skipped, make_accelerator
     from diffsynth.diffusion.training_module import PipelineTrainingModule
 
-    dataset.scan()
-    dataset.write_skipped(f"{run_dir}/skipped.jsonl")
+    # Mistakes first: nothing heavy is read until all of these have found none.
     accelerator = make_accelerator(device, model.keywords["torch_dtype"])
+    BatchPlan(batch_size, micro_batch_size, accelerator.num_processes)
+    for rows in (dataset, *(validation.datasets.values() if validation else ())):
+        rows.scan(required=("image", "prompt", *task.extra_inputs))
+    list_skipped(accelerator, dataset, run_dir)
     module = PipelineTrainingModule(model(device=accelerator.device), task, lora, seed, **memory.model_inputs)
     module.load(also=validation.models(module.pipe) if validation else ())
     launch_training_task(
@@ -56,6 +60,7 @@ def train(
         logger=logger,
         validation=validation,
     )
+    list_skipped(accelerator, dataset, run_dir)  # with those that could not be decoded
     return [*export.saved, *(validation.saved if validation else ())]
 
 

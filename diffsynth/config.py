@@ -15,7 +15,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from hydra.errors import ConfigCompositionException
+from hydra.errors import ConfigCompositionException, InstantiationException, OverrideParseException
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
 RANK = int(os.environ.get("RANK", 0))
@@ -112,11 +112,13 @@ def _locate(target: str, where: str) -> Callable:
     from hydra.utils import get_object
 
     try:
-        return get_object(target)
+        found = get_object(target)
     except ImportError as error:
-        raise ConfigError(
-            f"{where}._target_ is {target!r}, which cannot be imported: {error}{_extra(target)}"
-        ) from error
+        reason = f"{error.__cause__ or error}.{_extra(target)}"
+        raise ConfigError(f"{where}._target_ is {target!r}, which cannot be imported: {reason}") from error
+    if not callable(found):
+        raise ConfigError(f"{where}._target_ is {target!r}, a {type(found).__name__}; expected a class or function.")
+    return found
 
 
 def _extra(target: str) -> str:
@@ -180,11 +182,25 @@ def finish(run_dir: Path, artefacts: Sequence[Path]) -> None:
 
 
 def build(cfg: DictConfig) -> dict[str, Any]:
-    """The top level of a checked configuration with its nodes built; empty groups (`lora=none`) are left out."""
+    """The top level of a checked configuration with its nodes built; empty groups (`lora=none`) are left out.
+
+    Raises:
+        ConfigError: A constructor refuses its values.
+    """
+    nodes = {key: value for key, value in cfg.items() if value != {}}
+    return {key: _build_node(node) if _is_node(node) else node for key, node in nodes.items()}
+
+
+def _build_node(node: DictConfig | ListConfig) -> Any:
     from hydra.utils import instantiate
 
-    nodes = {key: value for key, value in cfg.items() if value != {}}
-    return {key: instantiate(node, _convert_="all") if _is_node(node) else node for key, node in nodes.items()}
+    try:
+        return instantiate(node, _convert_="all")
+    except InstantiationException as error:
+        if not isinstance(error.__cause__, (ValueError, OSError)):
+            raise
+        where = str(error).rpartition("full_key: ")[2]
+        raise ConfigError(f"{where}: {error.__cause__}") from error
 
 
 def _is_node(value: Any) -> bool:
@@ -233,34 +249,41 @@ def run(main: Callable[[], None]) -> None:
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # Hydra then raises what it would otherwise print and swallow
     try:
         main()
-    except ConfigCompositionException as error:
+    except (ConfigCompositionException, OverrideParseException) as error:
         sys.exit(f"error: {_explain(error)}")
-    except (ValueError, FileNotFoundError) as error:
+    except (ValueError, OSError) as error:
         if os.environ.get("DIFFSYNTH_TRACEBACK"):
             raise
         sys.exit(f"error: {error}\n(DIFFSYNTH_TRACEBACK=1 shows where this was raised)")
 
 
-def _explain(error: ConfigCompositionException) -> str:
+def _explain(error: ConfigCompositionException | OverrideParseException) -> str:
     """Hydra's message, and for an unknown key the nearest valid one."""
     message = str(error)
+    if isinstance(error, OverrideParseException):
+        return f"{error.override}: {message}"
     if not message.startswith("Could not override '"):
         return f"{message}\n{error.__cause__ or ''}".strip()
     path = message.split("'")[1]
     parent, _, key = path.rpartition(".")
-    siblings = OmegaConf.select(_composed_without(path), parent) if parent else _composed_without(path)
-    nearest = difflib.get_close_matches(key, siblings or (), 1)
+    config = _chosen_groups()
+    siblings = (OmegaConf.select(config, parent) if parent else config) or ()
+    nearest = difflib.get_close_matches(key, siblings, 1)
     prefix = f"{parent}." if parent else ""
-    hint = f"did you mean {prefix}{nearest[0]}?" if nearest else f"there are {sorted(siblings or ())}."
+    hint = f"did you mean {prefix}{nearest[0]}?" if nearest else f"there are {sorted(siblings)}."
     return f"{path}: no such key {key!r}; {hint}"
 
 
-def _composed_without(path: str) -> DictConfig:
+def _chosen_groups() -> DictConfig:
+    """The configuration with only the groups that the command line chooses, else the script's own."""
     from hydra import compose, initialize_config_dir
     from hydra.core.global_hydra import GlobalHydra
 
-    script = Path(sys.argv[0])
-    overrides = [o for o in sys.argv[1:] if "=" in o and not o.startswith("-") and o.split("=")[0].lstrip("+~") != path]
+    script = Path(sys.argv[0]).resolve()
+    chosen = [word for word in sys.argv[1:] if "=" in word and (script.parent / "conf" / word.split("=")[0]).is_dir()]
     GlobalHydra.instance().clear()
-    with initialize_config_dir(str(script.resolve().parent / "conf"), version_base="1.3"):
-        return compose(script.stem, overrides=overrides)
+    with initialize_config_dir(str(script.parent / "conf"), version_base="1.3"):
+        try:
+            return compose(script.stem, overrides=chosen)
+        except ConfigCompositionException:  # a sweep over groups, or one found through --config-dir
+            return compose(script.stem)

@@ -5,6 +5,7 @@ import difflib
 import inspect
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +22,23 @@ from .units import PipelineUnit, PipelineUnitRunner, required_units, run_units
 __all__ = ["BasePipeline", "PipelineUnit", "PipelineUnitRunner"]
 
 
+@dataclass(frozen=True, kw_only=True)
+class TrainingDefaults:
+    """Where a training of one model starts from unless the configuration says otherwise.
+
+    Args:
+        learning_rate: Of LoRA training.
+        micro_batch_size: Samples a forward on one device; None is all at once.
+        checkpointing: See `core.memory.MemoryRecipe`.
+        lora_target_modules: Layers that LoRA adapts.
+    """
+
+    learning_rate: float = 1e-4
+    micro_batch_size: int | None = 1
+    checkpointing: str = "blocks"
+    lora_target_modules: Sequence[str] = ()
+
+
 class BasePipeline(nn.Module):
     """A model family: its networks as attributes, its units, its `model_fn`, its noise schedule.
 
@@ -31,6 +49,7 @@ class BasePipeline(nn.Module):
     model_classes: Mapping[str, tuple[str, type | None]] = {}
     lora_prefixes: Mapping[str, str] = {}
     in_iteration_models: tuple[str, ...] = ("dit",)
+    per_image_arguments: tuple[str, ...] = ("prompt", "negative_prompt", "seed", "input_image", "inpaint_mask")
     height_division_factor = width_division_factor = 16
     model_fn: Callable[..., Tensor]
 
@@ -41,7 +60,7 @@ class BasePipeline(nn.Module):
         self.unit_runner = PipelineUnitRunner()
         self.scheduler = None
         self.progress_bar = tqdm
-        self.lora_target_modules: Sequence[str] = ()
+        self.training_defaults = TrainingDefaults()
         self._files: dict[str, list[Path]] = {}
         for name, _ in self.model_classes.values():
             setattr(self, name, None)
@@ -58,13 +77,16 @@ class BasePipeline(nn.Module):
 
         Raises:
             FileNotFoundError: Files are neither here nor to be had.
-            ValueError: A model this pipeline has no place for, or files of another architecture.
+            ValueError: A model this pipeline has no place for, or a second one for the same place, or files of another
+                architecture.
         """
         for model_config in model_configs:
             files = model_config.resolve()
             module = build_module(files, model_config.config, {k: c for k, (_, c) in self.model_classes.items() if c})
             check_weights(module, files)
             name = self._attribute(module, files)
+            if name in self._files:
+                raise ValueError(f"{files[0]} is a {type(module).__name__}, as {self._files[name][0]} already is.")
             setattr(self, name, module)
             self._files[name] = files
 
@@ -233,7 +255,8 @@ class BasePipeline(nn.Module):
         Raises:
             ValueError: An unknown argument, or requests that differ in what a batch must share.
         """
-        requests = [self._complete(request) for request in requests]
+        requests = [self.complete(request) for request in requests]
+        self._check_batch(requests)
         self.set_timesteps(requests[0])
         prepared = [run_units(self.units, self, *self.split_request(request)) for request in requests]
         latents = self.denoise(*(collate(list(side)) for side in zip(*prepared, strict=True)))
@@ -244,7 +267,12 @@ class BasePipeline(nn.Module):
         shared = {name: value for name, value in request.items() if name not in ("prompt", "negative_prompt")}
         return shared, {"prompt": request["prompt"]}, {"negative_prompt": request.get("negative_prompt", "")}
 
-    def _complete(self, request: Mapping) -> dict:
+    def complete(self, request: Mapping) -> dict:
+        """A request with the defaults of `__call__`; needs no weights.
+
+        Raises:
+            ValueError: `__call__` has no argument of such a name.
+        """
         known = {*inspect.signature(type(self).__call__).parameters} - {"self"}
         unknown = sorted(set(request) - known)
         if unknown:
@@ -252,7 +280,13 @@ class BasePipeline(nn.Module):
             raise ValueError(
                 f"{type(self).__name__} has no argument {unknown[0]!r}; nearest: {nearest or sorted(known)}."
             )
-        return {**self.call_defaults, **request}
+        return {**self.call_defaults, **{name: value for name, value in request.items() if value is not None}}
+
+    def _check_batch(self, requests: Sequence[Mapping]) -> None:
+        shared = requests[0].keys() - set(self.per_image_arguments)
+        differing = sorted(name for name in shared if any(other[name] != requests[0][name] for other in requests))
+        if differing:
+            raise ValueError(f"The requests of a batch differ in {differing}; draw them one after another.")
 
     def set_timesteps(self, request: Mapping) -> None:
         """Set the scheduler to the sampling steps that a request asks for."""

@@ -8,6 +8,7 @@ from PIL import Image, ImageDraw
 from PIL.PngImagePlugin import PngInfo
 
 CAPTION_HEIGHT = 14
+CELL_WIDTH = 128  # smaller images are enlarged in grids, to be seen and captioned
 
 
 def read_prompts(prompt: str | Sequence[str]) -> list[str]:
@@ -17,6 +18,8 @@ def read_prompts(prompt: str | Sequence[str]) -> list[str]:
     if not prompt.endswith(".txt"):
         return [prompt]
     lines = [line.strip() for line in Path(prompt).read_text(encoding="utf-8").splitlines()]
+    if not any(lines):
+        raise ValueError(f"{prompt} holds no prompt; write one a line.")
     return [line for line in lines if line]
 
 
@@ -52,13 +55,16 @@ def save_png(image: Image.Image, path: Path, parameters: Mapping) -> None:
 
 def row(images: Sequence[Image.Image], captions: Sequence[str]) -> Image.Image:
     """Images side by side, each above the end of its caption."""
-    cells = []
-    for image, caption in zip(images, captions, strict=True):
-        cell = Image.new("RGB", (image.width, image.height + CAPTION_HEIGHT), "white")
-        cell.paste(image, (0, 0))
-        ImageDraw.Draw(cell).text((2, image.height + 1), caption[-(image.width // 6) :].strip(), fill="black")
-        cells.append(cell)
-    return beside(cells)
+    return beside([_captioned(image, caption) for image, caption in zip(images, captions, strict=True)])
+
+
+def _captioned(image: Image.Image, caption: str) -> Image.Image:
+    enlarged = max(1, CELL_WIDTH // image.width)
+    image = image.resize((image.width * enlarged, image.height * enlarged), Image.Resampling.BICUBIC)
+    cell = Image.new("RGB", (image.width, image.height + CAPTION_HEIGHT), "white")
+    cell.paste(image, (0, 0))
+    ImageDraw.Draw(cell).text((2, image.height + 1), caption[-(image.width // 6) :].strip(), fill="black")
+    return cell
 
 
 def beside(pictures: Sequence[Image.Image]) -> Image.Image:

@@ -19,6 +19,8 @@ from peft.utils import get_peft_model_state_dict
 from safetensors import safe_open
 from torch import Tensor, nn
 
+from ..core.loader import load_state_dict
+
 METADATA_KEY = "lora_adapter_metadata"  # where diffusers looks for the adapter's configuration
 CONFIGS = {"LORA": LoraConfig, "LOHA": LoHaConfig, "LOKR": LoKrConfig}
 ADAPTABLE = (nn.Linear, nn.Conv2d)
@@ -51,7 +53,8 @@ class Adapter:
 
     def targets(self, pipe, name: str) -> list[str]:
         """Full names of the layers of model `name` that get an adapter."""
-        return find_layers(pipe.named_model(name), self.target_modules or pipe.lora_target_modules, name)
+        targets = self.target_modules or pipe.training_defaults.lora_target_modules
+        return find_layers(pipe.named_model(name), targets, name)
 
     def check(self, pipe) -> None:
         """Find every mistake that the model's structure alone can show; works on the meta device.
@@ -62,7 +65,20 @@ class Adapter:
         for name in self.models:
             self.targets(pipe, name)
             for path in filter(None, (self.preset, self.checkpoint)):
-                check_layers(pipe.named_model(name), read(path, pipe.lora_prefixes.get(name, name))[0], path)
+                tensors, config = read(path, pipe.lora_prefixes.get(name, name))
+                check_layers(pipe.named_model(name), tensors, path)
+                if path == self.checkpoint:
+                    self.check_scale(config or {"lora_alpha": self.rank, "use_rslora": False}, path)
+
+    def check_scale(self, config: Mapping, path: str | Path) -> None:
+        """Refuse to start from a file whose update would count for more or less than where it was trained."""
+        ours = self.peft_config([]).to_dict()
+        for name in ("lora_alpha", "alpha", "use_rslora"):
+            if name in ours and config.get(name, ours[name]) != ours[name]:
+                option = "lora." + name.removeprefix("lora_")
+                raise ValueError(
+                    f"{path} has {option}={config[name]}, this run {ours[name]}; set {option}={config[name]}."
+                )
 
     def inject(self, pipe, seed: int) -> None:
         """Add trainable fp32 adapters to the pipeline's models, the same for the same seed."""
@@ -161,7 +177,8 @@ def _matches(target: str, name: str) -> bool:
 
 def _no_match(missing: Sequence[str], layers: Sequence[str], model: str) -> str:
     endings = sorted({re.sub(r"^.*\.\d+\.", "", name) for name in layers})
-    nearest = difflib.get_close_matches(missing[0], endings, 1) if missing else []
+    tails = [name.split(".", start)[-1] for name in endings for start in range(name.count(".") + 1)]
+    nearest = difflib.get_close_matches(missing[0], tails, 1) if missing else []
     hint = f" Did you mean {nearest[0]!r}?" if nearest else ""
     return f"lora.target_modules: {list(missing)} match no layer of {model}.{hint} Its layers end in {endings}."
 
@@ -175,8 +192,8 @@ def read(path: str | Path, prefix: str) -> tuple[dict[str, Tensor], dict | None]
     Understands diffusers' keys, the original's (`.lora_A.default.weight`, no prefix), and `lora_down`/`lora_up` with
     `alpha`, whose scale alpha / rank is folded into A.
     """
+    tensors = load_state_dict(path)
     with safe_open(path, "pt") as file:
-        tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a dict)
         metadata = (file.metadata() or {}).get(METADATA_KEY)
     config = {k.removeprefix(prefix + "."): v for k, v in json.loads(metadata or "{}").items() if k.startswith(prefix)}
     return _peft_names(_of_model(tensors, prefix)), config or None
@@ -184,8 +201,7 @@ def read(path: str | Path, prefix: str) -> tuple[dict[str, Tensor], dict | None]
 
 def prefixes(path: str | Path) -> set[str]:
     """The first parts of the keys in an adapter file, such as `transformer`."""
-    with safe_open(path, "pt") as file:
-        return {key.split(".")[0] for key in file.keys()}  # noqa: SIM118 (not a dict)
+    return {key.split(".")[0] for key in load_state_dict(path)}
 
 
 def _of_model(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
@@ -231,19 +247,22 @@ def check_layers(module: nn.Module, tensors: Mapping[str, Tensor], path: str | P
 
 
 def load(module: nn.Module, path: str | Path, prefix: str, scale: float = 1.0, fuse: bool = False) -> None:
-    """Add the adapter in a file to a model, frozen; merged into its weights with `fuse`."""
+    """Add the adapter in a file to a model, frozen; merged into its weights with `fuse`, which comes before others."""
+    if fuse and hasattr(module, "peft_config"):
+        raise ValueError(f"{path}: cannot be merged into a model that has other adapters; merge it before adding them.")
     tensors, config = read(path, prefix)
     check_layers(module, tensors, path)
     config = CONFIGS[config.pop("peft_type", "LORA")](**config) if config else _infer_config(tensors)
     adapter = f"lora_{len(getattr(module, 'peft_config', {}))}"
-    trainable = {name for name, parameter in module.named_parameters() if parameter.requires_grad}
+    trainable = [parameter for parameter in module.parameters() if parameter.requires_grad]
     inject_adapter_in_model(config, module, adapter_name=adapter)
     fill(module, tensors, adapter, path)
     for layer in _adapted_layers(module).values():
-        layer.set_adapter(list(layer._available_adapters))
+        layer.set_adapter(list(module.peft_config))
         layer.set_scale(adapter, scale)
-    for name, parameter in module.named_parameters():
-        parameter.requires_grad_(name in trainable)
+    module.requires_grad_(False)
+    for parameter in trainable:
+        parameter.requires_grad_(True)
     if fuse:
         merge(module, adapter)
 
@@ -254,7 +273,7 @@ def fill(module: nn.Module, tensors: Mapping[str, Tensor], adapter: str, path: s
     Raises:
         ValueError: The file's rank, layers or kind differ from the adapter's.
     """
-    own = get_peft_model_state_dict(module, adapter_name=adapter)
+    own = get_peft_model_state_dict(module, adapter_name=adapter, save_embedding_layers=False)
     for key in sorted(own.keys() | tensors.keys()):
         found, wanted = (tuple(d[key].shape) if key in d else "nothing" for d in (tensors, own))
         if found != wanted:
@@ -276,7 +295,8 @@ def merge(module: nn.Module, adapter: str) -> None:
 
 def export(module: nn.Module, prefix: str, adapter: str = "default") -> tuple[dict[str, Tensor], dict[str, str]]:
     """An adapter's tensors and metadata as diffusers loads them, names prefixed with `transformer.` and the like."""
-    tensors = {f"{prefix}.{k}": v for k, v in get_peft_model_state_dict(module, adapter_name=adapter).items()}
+    own = get_peft_model_state_dict(module, adapter_name=adapter, save_embedding_layers=False)
+    tensors = {f"{prefix}.{key}": tensor for key, tensor in own.items()}
     config = {f"{prefix}.{k}": _plain(v) for k, v in module.peft_config[adapter].to_dict().items() if v is not None}
     return tensors, config
 

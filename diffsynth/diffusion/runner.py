@@ -122,6 +122,15 @@ def make_accelerator(device: str, torch_dtype: str):
     )
 
 
+def list_skipped(accelerator, dataset, run_dir: str) -> None:
+    """Write the rows that any process has left out to `skipped.jsonl`; all processes call it."""
+    from accelerate.utils import gather_object
+
+    dataset.undecodable |= torch.stack(gather_object([dataset.undecodable])).any(0)
+    if accelerator.is_main_process:
+        dataset.write_skipped(f"{run_dir}/skipped.jsonl")
+
+
 def _batches(accelerator, dataset, model, plan: BatchPlan, steps: int, seed: int, num_workers: int):
     """An iterator over this process's micro-batches."""
     sampler = BatchSampler(SampleOrder(len(dataset), seed), plan, accelerator.process_index, 0, steps)

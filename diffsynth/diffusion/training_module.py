@@ -175,6 +175,12 @@ class PipelineTrainingModule(DiffusionTrainingModule):
     def _check(self) -> None:
         for name in self.trainable_models:
             self.pipe.named_model(name)
+        unknown = set(self.task.extra_inputs) - set(self.pipe.call_defaults)
+        if unknown:
+            raise ValueError(
+                f"task.extra_inputs: {type(self.pipe).__name__} has no input {min(unknown)!r}; "
+                f"it has {sorted(self.pipe.call_defaults)}."
+            )
         both = {name.split(".")[0] for name in self.trainable_models} & set(self.lora.models if self.lora else ())
         if both:
             raise ValueError(f"{sorted(both)} would be trained in full and by LoRA at once; choose one.")

@@ -52,8 +52,8 @@ class PipelineUnit:
     def _input_params(self, declared: Iterable[str] | None) -> tuple[str, ...]:
         if self.take_over:
             return tuple(declared or ())
-        accepted = [name for name in inspect.signature(self.process).parameters if name not in ("pipe", "self")]
-        derived = tuple(name for name in accepted if name not in self.input_params_posi)
+        self.parameters = dict(inspect.signature(self.process).parameters)
+        derived = tuple(name for name in self.parameters if name not in ("pipe", *self.input_params_posi))
         wrong = sorted(set(declared or derived) ^ set(derived))
         if wrong:
             raise ValueError(
@@ -70,10 +70,10 @@ class PipelineUnitRunner:
         if unit.take_over:
             return unit.process(pipe, inputs_shared=inputs_shared, inputs_posi=inputs_posi, inputs_nega=inputs_nega)
         if not unit.separate_cfg:
-            return {**inputs_shared, **_process(unit, pipe, inputs_shared, {})}, inputs_posi, inputs_nega
-        positive = negative = _process(unit, pipe, inputs_shared, _side(unit.input_params_posi, pipe, inputs_posi))
+            return {**inputs_shared, **_process(unit, pipe, inputs_shared, {}, {})}, inputs_posi, inputs_nega
+        positive = negative = _process(unit, pipe, inputs_shared, unit.input_params_posi, inputs_posi)
         if inputs_shared.get("cfg_scale", 1) != 1:
-            negative = _process(unit, pipe, inputs_shared, _side(unit.input_params_nega, pipe, inputs_nega))
+            negative = _process(unit, pipe, inputs_shared, unit.input_params_nega, inputs_nega)
         return inputs_shared, {**inputs_posi, **positive}, {**inputs_nega, **negative}
 
 
@@ -94,15 +94,10 @@ def required_units(units: Iterable[PipelineUnit], wanted: Iterable[str]) -> list
     return required
 
 
-def _side(names: Mapping[str, str], pipe, inputs: Mapping) -> dict:
-    return {parameter: _lookup(key, inputs, pipe) for parameter, key in names.items()}
-
-
-def _process(unit: PipelineUnit, pipe, inputs: Mapping, side: dict) -> dict:
-    defaults = inspect.signature(unit.process).parameters
-    given = dict(side)
+def _process(unit: PipelineUnit, pipe, inputs: Mapping, names: Mapping[str, str], side: Mapping) -> dict:
+    given = {parameter: _lookup(key, side, pipe, unit) for parameter, key in names.items()}
     for name in unit.input_params:
-        if name in inputs or name in pipe.call_defaults or defaults[name].default is inspect.Parameter.empty:
+        if name in inputs or name in pipe.call_defaults or unit.parameters[name].default is inspect.Parameter.empty:
             given[name] = _lookup(name, inputs, pipe, unit)
     outputs = unit.process(pipe, **given)
     undeclared = sorted(set(outputs) - set(unit.output_params))
@@ -113,11 +108,11 @@ def _process(unit: PipelineUnit, pipe, inputs: Mapping, side: dict) -> dict:
     return outputs
 
 
-def _lookup(name: str, inputs: Mapping, pipe, unit: PipelineUnit | None = None):
+def _lookup(name: str, inputs: Mapping, pipe, unit: PipelineUnit):
     if name in inputs:
         return inputs[name]
     if name in pipe.call_defaults:
         return pipe.call_defaults[name]
     nearest = difflib.get_close_matches(name, inputs, 1)
     hint = f" Did you mean {nearest[0]!r}?" if nearest else ""
-    raise ValueError(f"{type(unit).__name__ if unit else 'A unit'} needs {name!r}; have {sorted(inputs)}.{hint}")
+    raise ValueError(f"{type(unit).__name__} needs {name!r}; have {sorted(inputs)}.{hint}")

@@ -49,7 +49,12 @@ class Validation:
         return [Path(self.path) / "progress.png"] if self.drawn else []
 
     def models(self, pipe) -> set[str]:
-        """The models of the pipeline that have to be loaded for this."""
+        """The models of the pipeline that have to be loaded for this.
+
+        Raises:
+            ValueError: The pipeline does not take these options.
+        """
+        pipe.complete(self.options)
         draws = self.prompts or self.retrieval_samples
         return pipe.models_of(pipe.units, model_fn=True) if draws else set()
 
@@ -73,9 +78,11 @@ class Validation:
 
     def loss(self, module, dataset: UnifiedDataset) -> float:
         """Mean loss over the first rows, each at `LOSS_DRAWS` fixed noise levels."""
-        rows = range(min(self.loss_samples, len(dataset)))
-        addresses = [(draw, index) for index in rows for draw in range(LOSS_DRAWS)]
-        losses = [module.loss([Sample(dataset[i], draw, i)], seed=self.seed).float() for draw, i in addresses]
+        losses = []
+        for index in range(min(self.loss_samples, len(dataset))):
+            row = dataset[index]
+            samples = [Sample(row, draw, index) for draw in range(LOSS_DRAWS)]
+            losses.append(module.loss(samples, self.seed).float())
         return torch.cat(losses).mean().item()
 
     def retrieval(self, pipe, dataset: UnifiedDataset) -> float:
@@ -91,7 +98,8 @@ class Validation:
         folder = Path(self.path)
         folder.mkdir(parents=True, exist_ok=True)
         self.drawn.append(folder / f"step-{step:06d}.png")
-        row(self._generate(pipe, self.prompts), self.prompts).save(self.drawn[-1])
+        captions = [f"{prompt} @{step}" for prompt in self.prompts]
+        row(self._generate(pipe, self.prompts), captions).save(self.drawn[-1])
         stack([Image.open(path) for path in self.drawn]).save(folder / "progress.png")
 
     def _generate(self, pipe, prompts: Sequence[str]) -> list[Image.Image]:

@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from ..core.gradient import checkpoint_blocks
 from ..core.loader import ModelConfig
-from ..diffusion.base_pipeline import BasePipeline, PipelineUnit
+from ..diffusion.base_pipeline import BasePipeline, PipelineUnit, TrainingDefaults
 from ..diffusion.flow_match import FlowMatchScheduler, exponential_shift, stretch_to_terminal
 
 __all__ = ["ModelConfig", "QwenImagePipeline"]
@@ -206,7 +206,8 @@ class QwenImageUnit_Inpaint(PipelineUnit):
     def process(self, pipe, inpaint_mask, inpaint_blur_sigma, height, width):
         if inpaint_mask is None:
             return {}
-        mask = inpaint_mask.convert("L").resize((width // 8, height // 8))
+        # The mean over each latent pixel: other filters reach beyond it, into what is to be kept.
+        mask = inpaint_mask.convert("L").resize((width // 8, height // 8), Image.Resampling.BOX)
         if inpaint_blur_sigma:
             mask = mask.filter(ImageFilter.GaussianBlur(inpaint_blur_sigma))
         weights = torch.from_numpy(np.array(mask, dtype=np.float32) / 255)
@@ -283,7 +284,7 @@ class QwenImagePipeline(BasePipeline):
         torch_dtype: str = "bfloat16",
         height: int = 1328,
         width: int = 1328,
-        lora_target_modules: Sequence[str] = (),
+        training: TrainingDefaults | None = None,
         device="cpu",
     ) -> "QwenImagePipeline":
         """Build the pipeline on the meta device; `load_models` then reads the weights a run needs.
@@ -291,13 +292,13 @@ class QwenImagePipeline(BasePipeline):
         Args:
             torch_dtype: What frozen weights and computation are in.
             height, width: Size in pixels that this model draws by default.
-            lora_target_modules: Layers that LoRA adapts by default.
+            training: What a training of this model starts from.
         """
         pipe = cls(device, getattr(torch, torch_dtype))
         pipe.build_models([dit, text_encoder, vae])
         pipe.build_tokenizer(tokenizer)
         pipe.call_defaults.update(height=height, width=width)
-        pipe.lora_target_modules = tuple(lora_target_modules)
+        pipe.training_defaults = training or TrainingDefaults()
         return pipe
 
     def build_models(self, model_configs: Sequence[ModelConfig]) -> None:
@@ -335,7 +336,8 @@ class QwenImagePipeline(BasePipeline):
         if not shared.get("cfg_rescale", True):
             return guided
         tokens, wanted = pack_latents(guided), pack_latents(positive).norm(dim=-1, keepdim=True)
-        return unpack_latents(tokens * (wanted / tokens.norm(dim=-1, keepdim=True)), *guided.shape[-2:])
+        norm = tokens.norm(dim=-1, keepdim=True).clamp_min(1e-12)  # an untrained model predicts nothing
+        return unpack_latents(tokens * (wanted / norm), *guided.shape[-2:])
 
     def split_request(self, request: Mapping) -> tuple[dict, dict, dict]:
         image = request.get("input_image")

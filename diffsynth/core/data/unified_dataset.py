@@ -143,18 +143,18 @@ class UnifiedDataset(Dataset):
                 self._record_undecodable(number, error)
         raise ValueError(f"none of the {len(self.usable)} rows of {self.metadata_path} can be loaded; correct them")
 
-    def scan(self, prompt_key: str = "prompt") -> list[SkippedRow]:
+    def scan(self, prompt_key: str = "prompt", required: Sequence[str] = ()) -> list[SkippedRow]:
         """Checks every row, reading no more than the headers of its files, and returns those that cannot be used.
 
-        A row needs a prompt and a file that opens for each of its `data_file_keys`; a column that a row lacks
-        altogether is not missed. URLs are not fetched.
+        A row needs a prompt, the `required` columns, and a file that opens for each of its `data_file_keys`; other
+        columns that a row lacks altogether are not missed. URLs are not fetched.
 
         Raises:
             ValueError: Rows cannot be used and on_error="raise", or none is left.
         """
         strides = [range(start, len(self.rows), SCAN_THREADS) for start in range(SCAN_THREADS)]
         with ThreadPoolExecutor(SCAN_THREADS) as pool:
-            found = chain.from_iterable(pool.map(self._find_faults, strides, repeat(prompt_key)))
+            found = chain.from_iterable(pool.map(self._find_faults, strides, repeat(prompt_key), repeat(required)))
             faults = sorted(found, key=lambda fault: fault.row)
         if faults and (self.on_error == "raise" or len(faults) == len(self.rows)):
             raise ValueError(self._describe(faults))
@@ -170,11 +170,14 @@ class UnifiedDataset(Dataset):
         return self.faults + [SkippedRow(n + 1, self._files(n), "could not be decoded") for n in numbers]
 
     def write_skipped(self, path: str | Path) -> None:
-        """Writes `skipped` as JSON lines; the file appears whole or not at all."""
-        partial = Path(f"{path}.partial")
-        lines = (json.dumps(asdict(row), ensure_ascii=False) + "\n" for row in self.skipped)
+        """Writes `skipped` as JSON lines and says how many there are; the file appears whole or not at all."""
+        partial, skipped = Path(f"{path}.partial"), self.skipped
+        lines = (json.dumps(asdict(row), ensure_ascii=False) + "\n" for row in skipped)
         partial.write_text("".join(lines), encoding="utf-8")
         os.replace(partial, path)
+        if skipped:
+            counts = f"{len(skipped)} of {len(self.rows)} rows"
+            logger.warning("%s of %s are left out; %s lists them.", counts, self.metadata_path, path)
 
     def _load(self, number: int) -> dict:
         row = dict(self.rows[number])
@@ -194,11 +197,14 @@ class UnifiedDataset(Dataset):
             logger.warning("The next row takes the place of %s", error)
         self.undecodable[number] = True
 
-    def _find_faults(self, numbers: range, prompt_key: str) -> list[SkippedRow]:
-        return [fault for number in numbers if (fault := self._find_fault(number, prompt_key))]
+    def _find_faults(self, numbers: range, prompt_key: str, required: Sequence[str]) -> list[SkippedRow]:
+        return [fault for number in numbers if (fault := self._find_fault(number, prompt_key, required))]
 
-    def _find_fault(self, number: int, prompt_key: str) -> SkippedRow | None:
+    def _find_fault(self, number: int, prompt_key: str, required: Sequence[str]) -> SkippedRow | None:
         row = self.rows[number]
+        absent = [key for key in required if key not in row]
+        if absent:
+            return SkippedRow(number + 1, None, f"has no {absent[0]}, but {', '.join(row)}")
         if is_empty(row.get(prompt_key)):
             return SkippedRow(number + 1, None, f"{prompt_key} is empty")
         for key in [key for key in self.operators if key in row]:

@@ -19,7 +19,7 @@ class ModelConfig:
     Local files win: the hub is asked only for what is absent under `<local_model_path>/<model_id>/`.
 
     Args:
-        path: A file, its shards, or a folder.
+        path: A file, its shards, or a folder; wins over model_id.
         model_id: The repository, "owner/name".
         origin_file_pattern: Its files, "transformer/*.safetensors"; a folder ends in "/"; None is the whole repository.
         download_source: "modelscope" or "huggingface"; by default DIFFSYNTH_DOWNLOAD_SOURCE, then modelscope.
@@ -29,7 +29,7 @@ class ModelConfig:
         config: The config.json (or its folder) of weights that have none beside them.
 
     Raises:
-        ValueError: Not exactly one of path and model_id, an unknown source, or a pickled file.
+        ValueError: Neither path nor model_id, an unknown source, or a pickled file.
     """
 
     path: str | list[str] | None = None
@@ -42,10 +42,8 @@ class ModelConfig:
     config: str | None = None
 
     def __post_init__(self):
-        if (self.path is None) == (self.model_id is None):
-            raise ValueError(
-                f"ModelConfig takes either path or model_id. Got: path={self.path!r} and model_id={self.model_id!r}"
-            )
+        if self.path is None and self.model_id is None:
+            raise ValueError("ModelConfig needs a path or a model_id; neither is set.")
         if self.source not in SOURCES:
             raise ValueError(
                 f"Unknown download source {self.source!r}. Expected {' or '.join(SOURCES)}, "

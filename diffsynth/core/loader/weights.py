@@ -100,19 +100,13 @@ def check_weights(module: nn.Module, files: list[Path]):
         names[key]: StoredTensor(key, shape, file) for file, header in shapes.items() for key, shape in header.items()
     }
     expected = {key: tuple(tensor.shape) for key, tensor in module.state_dict().items()}
-    problems = [
-        *_missing(module, expected, found),
-        *_unexpected(module, expected, found),
-        *(
-            f"{tensor.key} in {tensor.file} has shape {list(tensor.shape)}, expected {list(expected[name])}"
-            for name, tensor in found.items()
-            if name in expected and tensor.shape != expected[name]
-        ),
-    ]
-    if problems:
-        shown = "\n  ".join(problems[:6]) + (f"\n  and {len(problems) - 6} more" if len(problems) > 6 else "")
+    problems = (_missing(module, expected, found), _unexpected(module, expected, found), _misshapen(expected, found))
+    if any(problems):
+        shown = [line for kind in problems for line in kind[:3]]
+        hidden = sum(map(len, problems)) - len(shown)
+        listed = "\n  ".join([*shown, f"and {hidden} more"] if hidden else shown)
         raise ValueError(
-            f"The weights do not fit {type(module).__name__}:\n  {shown}\n"
+            f"The weights do not fit {type(module).__name__}:\n  {listed}\n"
             "Are they of another architecture or size? Give the config.json released with them."
         )
 
@@ -160,6 +154,14 @@ def _unexpected(module: nn.Module, expected: Mapping, found: Mapping) -> list[st
     return problems
 
 
+def _misshapen(expected: Mapping, found: Mapping) -> list[str]:
+    return [
+        f"{tensor.key} in {tensor.file} has shape {list(tensor.shape)}, expected {list(expected[name])}"
+        for name, tensor in found.items()
+        if name in expected and tensor.shape != expected[name]
+    ]
+
+
 def load_weights(
     module: nn.Module, files: list[Path], dtype: torch.dtype | None = None, device: str | torch.device = "cpu"
 ) -> nn.Module:
@@ -174,7 +176,7 @@ def load_weights(
     in_fp32 = _fp32_names(module, dtype)
     absent = set(module.state_dict())
     for file in files:
-        with safe_open(file, "pt", device=str(device)) as tensors:
+        with safe_open(file, "pt", device=_device_name(device)) as tensors:
             state = {
                 names[key]: _cast(
                     tensors.get_tensor(key), torch.float32 if in_fp32 & set(names[key].split(".")) else dtype
@@ -190,6 +192,11 @@ def load_weights(
     if unloaded:
         raise ValueError(f"{len(unloaded)} parameters of {type(module).__name__} are in no file, as {unloaded[0]}.")
     return module.to(device).requires_grad_(False).eval()
+
+
+def _device_name(device: str | torch.device) -> str:
+    """What safetensors calls a device: it knows no `cpu:0`, which processes on one CPU are given."""
+    return "cpu" if torch.device(device).type == "cpu" else str(device)
 
 
 def _cast(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
@@ -244,7 +251,7 @@ def load_state_dict(
     tensors = {}
     for file in [path] if isinstance(path, str | Path) else path:
         keys = read_shapes(Path(file))
-        with safe_open(file, "pt", device=str(device)) as stored:
+        with safe_open(file, "pt", device=_device_name(device)) as stored:
             tensors |= {key: _cast(stored.get_tensor(key), dtype) for key in keys}
     return tensors
 

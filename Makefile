@@ -1,0 +1,33 @@
+# make demo: install and train the embedded default.  make test: install, lint, test.
+PYTHON ?= python3
+BIN := .venv/bin
+# A torch that is already installed is used, not installed again.
+SITE := $(shell $(PYTHON) -c "import torch; v = torch.__version__.split('.'); print('--system-site-packages' * ((int(v[0]), int(v[1])) >= (2, 6)))" 2>/dev/null)
+
+.PHONY: demo test test-all format
+
+demo: .venv/.installed
+	$(BIN)/python train.py
+
+test: .venv/.installed-test
+	$(BIN)/python -m ruff check .
+	$(BIN)/python -m ruff format --check .
+	OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest
+
+test-all: .venv/.installed-test
+	OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -m ""
+
+format: .venv/.installed-test
+	$(BIN)/python -m ruff check --fix .
+	$(BIN)/python -m ruff format .
+
+$(BIN)/python:
+	$(PYTHON) -m venv $(SITE) .venv
+
+.venv/.installed: pyproject.toml | $(BIN)/python
+	$(BIN)/python -m pip install -e .
+	touch $@
+
+.venv/.installed-test: pyproject.toml | $(BIN)/python
+	$(BIN)/python -m pip install -e ".[test]"
+	touch $@

@@ -1,0 +1,83 @@
+"""How long the commands take to start.
+
+    python benchmarks/start_up.py
+
+`python train.py --help` against an empty Hydra app, pair by pair; and where the time from command to first step goes on
+the embedded model.
+"""
+
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+EMPTY_APP = """
+import hydra
+
+@hydra.main(version_base="1.3", config_path=None)
+def main(cfg): pass
+
+main()
+"""
+STAGES = """
+import os, sys, time
+began = time.perf_counter()
+def lap(name):
+    global began
+    now = time.perf_counter()
+    print(f"{now - began:8.2f} s  {name}")
+    began = now
+import torch
+lap("import torch")
+import accelerate, peft, diffusers, transformers
+lap("import accelerate, peft, diffusers, transformers")
+from diffsynth.diffusion import runner, training_module, validation
+from diffsynth.pipelines import qwen_image
+lap("import the trainer and the networks it uses")
+import train
+from hydra import compose, initialize_config_dir
+from diffsynth.config import build, check
+with initialize_config_dir(os.path.abspath("conf"), version_base="1.3"):
+    cfg = compose("train", overrides=sys.argv[1:])
+check(cfg, train.train)
+lap("compose and check the configuration")
+objects = build(cfg)
+lap("build data sets and objects")
+objects["dataset"].scan()
+lap("scan the data set")
+pipe = objects["model"](device="cpu")
+lap("build the networks on meta, check their files")
+module = training_module.PipelineTrainingModule(pipe, objects["task"], objects["lora"]).load()
+lap("read the weights, inject the LoRA")
+from diffsynth.core.data import Sample
+module([Sample(objects["dataset"][i], 0, i) for i in range(16)]).mean().backward()
+lap("first forward and backward of 16 samples")
+"""
+
+
+def seconds(command: list[str]) -> float:
+    start = time.perf_counter()
+    subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
+    return time.perf_counter() - start
+
+
+def main(pairs: int = 7) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        empty = Path(folder) / "empty.py"
+        empty.write_text(EMPTY_APP)
+        ours_and_empty = [
+            (seconds([sys.executable, "train.py", "--help"]), seconds([sys.executable, str(empty), "--help"]))
+            for _ in range(pairs + 1)
+        ][1:]
+    ours, theirs = (statistics.median(side) for side in zip(*ours_and_empty, strict=True))
+    ratio = statistics.median(a / b for a, b in ours_and_empty)
+    print(f"--help: ours {ours:.2f} s, empty Hydra app {theirs:.2f} s; ratio {ratio:.2f} over {pairs} pairs")
+    print("From command to first step:", flush=True)
+    subprocess.run([sys.executable, "-c", STAGES], cwd=ROOT, check=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,110 @@
+"""Shared by the tests: Qwen-Image in miniature with random weights, in a folder laid out like the released one."""
+
+import importlib.util
+import json
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+EMBEDDED = ROOT / "models" / "emoji"
+
+
+def import_file(path: Path):
+    """A script outside any package, as a module."""
+    spec = importlib.util.spec_from_file_location(f"script_{path.parent.name}_{path.stem}", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory) -> Path:
+    """A repository of random weights: every parameter of the transformer counts, latents have statistics to undo."""
+    import torch
+    from diffusers import QwenImageTransformer2DModel
+
+    folder = tmp_path_factory.mktemp("tiny_qwen_image")
+    import_file(EMBEDDED / "build.py").init(str(folder))
+    generator = torch.Generator().manual_seed(0)
+    transformer = QwenImageTransformer2DModel.from_pretrained(folder / "transformer")
+    for parameter in transformer.parameters():  # the gates are zero, so that blocks would do nothing
+        parameter.data += 0.05 * torch.randn(parameter.shape, generator=generator)
+    transformer.save_pretrained(folder / "transformer")
+    config = json.loads((folder / "vae" / "config.json").read_text())
+    config["latents_mean"] = torch.randn(16, generator=generator).tolist()
+    config["latents_std"] = (0.5 + torch.rand(16, generator=generator)).tolist()
+    (folder / "vae" / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+@pytest.fixture(params=["random", *(["embedded"] if (EMBEDDED / "transformer").is_dir() else [])])
+def repository(request, tiny) -> Path:
+    """Each folder of weights there is: the random ones, and the embedded ones once they are trained."""
+    return {"random": tiny, "embedded": EMBEDDED}[request.param]
+
+
+@pytest.fixture
+def load_pipe():
+    """`load_pipe(folder)`: our pipeline in fp32."""
+    import torch
+
+    from diffsynth.pipelines.qwen_image import ModelConfig, QwenImagePipeline
+
+    def load(folder: Path) -> QwenImagePipeline:
+        pipe = QwenImagePipeline.from_pretrained(
+            torch.float32,
+            model_configs=[ModelConfig(path=folder / name) for name in ("transformer", "text_encoder", "vae")],
+            tokenizer_config=ModelConfig(path=folder / "tokenizer"),
+        )
+        pipe.progress_bar = iter
+        return pipe
+
+    return load
+
+
+@pytest.fixture
+def pipe(tiny, load_pipe):
+    """Our pipeline with random weights, fresh in each test."""
+    return load_pipe(tiny)
+
+
+@pytest.fixture
+def training_module(tiny):
+    """`training_module(task, lora)`: a loaded training module around a pipeline with random weights."""
+    from diffsynth.core.loader import ModelConfig
+    from diffsynth.diffusion.base_pipeline import TrainingDefaults
+    from diffsynth.diffusion.loss import FlowMatchSFT
+    from diffsynth.diffusion.training_module import PipelineTrainingModule
+    from diffsynth.pipelines.qwen_image import QwenImagePipeline
+
+    def build(task=None, lora=None, torch_dtype="float32", **options) -> PipelineTrainingModule:
+        folders = {"dit": "transformer", "text_encoder": "text_encoder", "vae": "vae", "tokenizer": "tokenizer"}
+        pipe = QwenImagePipeline.from_components(
+            **{name: ModelConfig(path=tiny / folder) for name, folder in folders.items()},
+            torch_dtype=torch_dtype,
+            training=TrainingDefaults(lora_target_modules=["to_q", "to_k"]),
+        )
+        pipe.progress_bar = iter
+        return PipelineTrainingModule(pipe, task or FlowMatchSFT(), lora, **options).load()
+
+    return build
+
+
+@pytest.fixture(scope="session")
+def rows() -> list[dict]:
+    """Three pictures, taller than wide, with prompts of different lengths."""
+    import numpy as np
+    from PIL import Image
+
+    pixels = np.random.default_rng(0).integers(0, 256, (3, 48, 32, 3), dtype=np.uint8)
+    prompts = ["", "a red apple", "a line emoji of a tiger face, looking at an umbrella"]
+    return [{"image": Image.fromarray(p), "prompt": text} for p, text in zip(pixels, prompts, strict=True)]
+
+
+@pytest.fixture(scope="session")
+def samples(rows) -> list:
+    """The rows at three addresses of a run."""
+    from diffsynth.core.data import Sample
+
+    return [Sample(row, epoch=index, index=10 + index) for index, row in enumerate(rows)]

@@ -1,0 +1,297 @@
+"""What a configuration may say, what a wrong one is told, and which folder a run owns."""
+
+import json
+import re
+import shlex
+import subprocess
+import tomllib
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+import tiny
+import yaml
+from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+from hydra._internal.utils import get_args_parser
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from omegaconf import OmegaConf
+
+from diffsynth.config import ConfigError, check, claim, finish, signature
+
+CONF = tiny.ROOT / "conf"
+ENTRIES = sorted(path.stem for path in CONF.glob("*.yaml"))
+
+
+# Everything that can be chosen ----------------------------------------------------------------------------------------
+
+
+def groups(entry: str) -> list[str]:
+    """The config groups in an entry's list of defaults."""
+    defaults = yaml.safe_load((CONF / f"{entry}.yaml").read_text())["defaults"]
+    named = [next(iter(item)) for item in defaults if isinstance(item, dict)]
+    return [name for name in named if " " not in name]
+
+
+def options(group: str) -> list[str]:
+    folder = CONF / group
+    return sorted(path.relative_to(folder).with_suffix("").as_posix() for path in folder.rglob("*.yaml"))
+
+
+CHOICES = [(entry, f"{group}={option}") for entry in ENTRIES for group in groups(entry) for option in options(group)]
+
+
+@pytest.mark.parametrize("entry, choice", CHOICES)
+def test_every_option_of_every_group_composes_and_passes_the_check(entry, choice):
+    cfg = tiny.compose(entry, choice)
+    for key in OmegaConf.missing_keys(cfg):  # what only the user knows, such as dataset.path
+        OmegaConf.update(cfg, key, "given")
+    try:
+        check(cfg, tiny.entry_function(entry))
+    except ConfigError as error:
+        assert_names_the_extra(str(error))
+
+
+def assert_names_the_extra(message: str):
+    """A target may be missing only with its package, and only if an extra of this project installs that."""
+    target = re.search(r"_target_ is '(\S+)'", message).group(1)
+    extra = re.search(r'pip install "diffsynth-hydra\[(\w+)\]"', message).group(1)
+    package = target.split(".")[0]
+    extras = tomllib.loads((tiny.ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    assert find_spec(package) is None
+    assert any(requirement.startswith(package) for requirement in extras[extra])
+
+
+# The documentation ----------------------------------------------------------------------------------------------------
+
+
+def documents() -> list[Path]:
+    return [file for file in (tiny.ROOT / "README.md", *sorted((tiny.ROOT / "docs").rglob("*.md"))) if file.exists()]
+
+
+def documented(find) -> list:
+    """What `find` finds in each document, with the document's name."""
+    return [(file.name, found) for file in documents() for found in find(file.read_text(encoding="utf-8"))]
+
+
+BLOCK = re.compile(r"^ *```[^\n]*\n(.*?)^ *```", re.DOTALL | re.MULTILINE)
+ANSWERED = r"\$ python (.*)\n(error: .*)"
+COMMAND = rf"[ $]*(\w+=\S+ +)*(\S*python3?|accelerate|torchrun|srun|deepspeed) (.* )?({'|'.join(ENTRIES)})\.py( |$)"
+
+
+def commands_in(markdown: str) -> list[str]:
+    """The command lines of entry scripts in a document's code blocks and code spans, but for those shown to fail."""
+    blocks = [re.sub(ANSWERED, "", block) for block in BLOCK.findall(markdown)]
+    spans = re.findall(r"(?<!`)`([^`\n]+)`(?!`)", BLOCK.sub("", markdown))
+    lines = "\n".join([*blocks, *spans]).replace("\\\n", " ").splitlines()
+    return [line.strip(" $") for line in lines if re.match(COMMAND, line)]
+
+
+def errors_in(markdown: str) -> list[tuple[str, str]]:
+    """The command lines that a document shows to fail, each with the error below it."""
+    return re.findall(ANSWERED, "\n".join(BLOCK.findall(markdown)))
+
+
+def jobs(line: str) -> list[tuple[str, list[str]]]:
+    """The (entry, overrides) that a command line runs, a sweep several; `…` stands for what the reader puts there."""
+    lexer = shlex.shlex(line, posix=True, punctuation_chars=True)
+    lexer.whitespace_split = True
+    words = list(lexer)
+    start, entry = next((n, w.removesuffix(".py")) for n, w in enumerate(words) if w in [f"{e}.py" for e in ENTRIES])
+    end = next((n for n, word in enumerate(words) if n > start and set(word) <= set("();<>|&")), len(words))
+    given = [word.replace("…", "x") for word in words[start + 1 : end] if not word.endswith(("…", "..."))]
+    arguments = get_args_parser().parse_args(given)
+    overrides = OverridesParser.create().parse_overrides(arguments.overrides)
+    if not arguments.multirun:
+        return [(entry, [override.input_line for override in overrides])]
+    (batch,) = BasicSweeper.split_arguments(overrides, None)
+    return [(entry, overrides) for overrides in batch]
+
+
+@pytest.mark.parametrize("file, line", documented(commands_in))
+def test_every_documented_command_composes_and_passes_the_check(file, line):
+    for entry, overrides in jobs(line):
+        check(tiny.compose(entry, *overrides), tiny.entry_function(entry))
+
+
+@pytest.mark.parametrize("file, shown", documented(errors_in))
+def test_every_documented_error_is_what_the_command_line_answers(file, shown, monkeypatch, tmp_path):
+    line, error = shown
+    script, *arguments = shlex.split(line, comments=True)
+    elsewhere = [f"output_root={tmp_path}"] if script == "train.py" else []
+    assert complaint(monkeypatch, *arguments, *elsewhere, script=script).startswith(error)
+
+
+DOCUMENT = """
+Say `python train.py lora.rank=2`, not `train.py`.
+
+```bash
+# python train.py commented=out
+$ python train.py                                  # the default
+python train.py -m lora.rank=4,8 'optimizer.lr=1e-4,2e-4'
+accelerate launch --num_processes 2 train.py \\
+    model=qwen_image "dataset.path=my pictures" > log
+CUDA_VISIBLE_DEVICES=0 torchrun --nproc_per_node 2 train.py device=cpu && python generate.py seed=[1,2]
+```
+
+```
+train.py generate.py   # 40 lines each
+python train.py model=… optimizer.lr=1e-4 …
+accelerate launch examples/qwen_image/model_training/train.py --of another
+$ python train.py lora.rnak=8
+error: no such key
+```
+"""
+
+
+def test_commands_are_found_in_documents():
+    found = [jobs(line) for line in commands_in(DOCUMENT)]
+    assert found == [
+        [("train", [])],
+        [("train", [f"lora.rank={r}", f"optimizer.lr={lr}"]) for r in (4, 8) for lr in ("0.0001", "0.0002")],
+        [("train", ["model=qwen_image", "dataset.path=my pictures"])],
+        [("train", ["device=cpu"])],
+        [("train", ["optimizer.lr=1e-4"])],
+        [("train", ["lora.rank=2"])],
+    ]
+    assert errors_in(DOCUMENT) == [("train.py lora.rnak=8", "error: no such key")]
+
+
+# Mistakes -------------------------------------------------------------------------------------------------------------
+
+
+def complaint(monkeypatch, *arguments: str, script: str = "train.py") -> str:
+    """What the command line says when it gives up."""
+    with pytest.raises(SystemExit) as exit:
+        tiny.command_line(monkeypatch, script, *arguments)
+    return str(exit.value)
+
+
+@pytest.fixture
+def experiment(tmp_path, monkeypatch):
+    """Says what the command line answers to an experiment of this content."""
+
+    def answer(content: str) -> str:
+        (tmp_path / "experiment").mkdir()
+        (tmp_path / "experiment" / "mine.yaml").write_text("# @package _global_\n" + content)
+        return complaint(monkeypatch, "--config-dir", str(tmp_path), "experiment=mine", f"output_root={tmp_path}")
+
+    return answer
+
+
+@pytest.mark.parametrize("prefix", ["", "+", "++"])
+def test_a_misspelt_key_on_the_command_line_is_answered_with_the_nearest(prefix, monkeypatch, tmp_path):
+    message = complaint(monkeypatch, f"{prefix}lora.rnak=8", f"output_root={tmp_path}")
+    assert "lora.rnak" in message and "'rnak'" in message and "did you mean lora.rank?" in message
+
+
+def test_a_misspelt_key_in_an_experiment_is_answered_with_the_nearest(experiment):
+    message = experiment("lora: {rnak: 8}")
+    assert "lora.rnak" in message and "'rnak'" in message and "did you mean lora.rank?" in message
+
+
+def test_a_misspelt_key_at_the_top_of_an_experiment_is_answered_with_the_nearest(experiment):
+    assert "did you mean batch_size?" in experiment("batchsize: 8")
+
+
+def test_the_first_of_several_misspelt_keys_is_answered(monkeypatch):
+    assert "did you mean lora.rank?" in complaint(monkeypatch, "-m", "lora.rnak=8", "optimiser.lr=1", "lora=dora,lora")
+
+
+def test_what_is_no_override_is_answered_in_one_line(monkeypatch):
+    assert "name=[1" in complaint(monkeypatch, "name=[1")
+
+
+def test_a_misspelt_group_is_answered_with_the_nearest(monkeypatch):
+    assert "did you mean model?" in complaint(monkeypatch, "modle=emoji")
+
+
+def test_a_misspelt_option_is_answered_with_those_there_are(monkeypatch):
+    message = complaint(monkeypatch, "lora=dara")
+    assert "lora/dara" in message and "dora" in message
+
+
+@pytest.mark.parametrize("target", ["torch.optim.AdamV", "torhc.optim.Adam", "torch.optim"])
+def test_a_target_that_is_none_is_named(target, monkeypatch, tmp_path):
+    message = complaint(monkeypatch, f"optimizer._target_={target}", f"output_root={tmp_path}")
+    assert f"optimizer._target_ is '{target}'" in message
+
+
+def test_a_target_of_a_package_that_is_not_installed_is_answered_with_the_extra(monkeypatch, tmp_path):
+    monkeypatch.setitem(__import__("sys").modules, "bitsandbytes", None)
+    message = complaint(monkeypatch, "optimizer=adamw_8bit", f"output_root={tmp_path}")
+    assert 'pip install "diffsynth-hydra[optimizers]"' in message
+
+
+@pytest.mark.parametrize(
+    "override, expected",
+    [
+        ("max_steps=ten", "max_steps is 'ten' (str); expected int"),
+        ("lora.rank=high", "lora.rank is 'high' (str); expected int"),
+        ("seed=1.5", "seed is 1.5 (float); expected int"),
+        ("batch_size=null", "batch_size is None (NoneType); expected int"),
+        ("task.timesteps=uniform", "task.timesteps is 'uniform' (str); expected UniformTimesteps"),
+    ],
+)
+def test_a_value_of_the_wrong_type_is_answered_with_the_right_one(override, expected, monkeypatch, tmp_path):
+    assert expected in complaint(monkeypatch, override, f"output_root={tmp_path}")
+
+
+def test_a_value_that_nobody_gave_is_asked_for(monkeypatch, tmp_path):
+    message = complaint(monkeypatch, "dataset=image_folder", f"output_root={tmp_path}")
+    assert "dataset.path" in message and "command line" in message
+
+
+def test_other_scripts_answer_the_same(monkeypatch):
+    assert "did you mean lora_path?" in complaint(monkeypatch, "lorapath=x.safetensors", script="generate.py")
+
+
+# Run folders ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("override", ["lora.rank=8", "seed=1", "max_steps=3", "dataset.repeat=2", "lora=none"])
+def test_what_changes_the_results_changes_the_folder(override):
+    assert signature(tiny.compose("train", override)) != signature(tiny.compose("train"))
+
+
+@pytest.mark.parametrize(
+    "override",
+    ["device=cpu", "logger.every=1", "dataset.num_workers=4", "micro_batch_size=2", "name=other", "output_root=there"],
+)
+def test_what_does_not_change_the_results_does_not_change_the_folder(override):
+    assert signature(tiny.compose("train", override)) == signature(tiny.compose("train"))
+
+
+def test_the_folder_is_named_after_the_name_and_the_signature():
+    cfg = tiny.compose("train", "name=mine", "output_root=there")
+    assert cfg.run_dir == f"there/mine-{signature(cfg)}"
+
+
+def test_a_folder_of_another_experiment_is_refused(tmp_path):
+    claim(tiny.compose("train", f"run_dir={tmp_path}/mine", "seed=0"))
+    with pytest.raises(ConfigError, match=r"mine holds a different experiment; set name="):
+        claim(tiny.compose("train", f"run_dir={tmp_path}/mine", "seed=1"))
+
+
+def test_a_folder_of_the_same_experiment_is_taken_up_again(tmp_path):
+    cfg = tiny.compose("train", f"output_root={tmp_path}")
+    assert claim(cfg) == claim(cfg) == Path(cfg.run_dir)
+
+
+def test_a_finished_run_says_so_and_names_what_it_left(tmp_path, caplog):
+    caplog.set_level("INFO")
+    cfg = tiny.compose("train", f"output_root={tmp_path}")
+    finish(claim(cfg), [Path("weights/step-300.safetensors")])
+    caplog.clear()
+    assert claim(cfg) is None
+    assert f"{cfg.run_dir} is finished" in caplog.text and "weights/step-300.safetensors" in caplog.text
+
+
+def test_a_run_keeps_its_resolved_configuration_commit_and_versions(tmp_path):
+    run_dir = claim(tiny.compose("train", f"output_root={tmp_path}", "seed=7"))
+    saved = OmegaConf.load(run_dir / "config.yaml")
+    environment = json.loads((run_dir / "environment.json").read_text())
+    head = subprocess.run(["git", "rev-parse", "HEAD"], cwd=tiny.ROOT, capture_output=True, text=True).stdout.strip()
+    assert (saved.seed, saved.run_dir) == (7, str(run_dir))
+    assert "${" not in (run_dir / "config.yaml").read_text()
+    assert environment["commit"] == (head or None)
+    assert {"torch", "diffusers", "transformers", "hydra-core"} <= environment.keys()

@@ -1,0 +1,172 @@
+"""Runs of the entry scripts in miniature: a random model of 64-pixel pictures, eight pictures of 32, a few steps."""
+
+import csv
+import json
+import logging
+import os
+import runpy
+import subprocess
+import sys
+from functools import cache
+from importlib import import_module
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import hydra
+import numpy as np
+import torch
+from hydra.core.global_hydra import GlobalHydra
+from PIL import Image
+
+from diffsynth.config import build, check, claim, finish
+
+ROOT = Path(__file__).parents[1]
+COMPONENTS = {"dit": "transformer", "text_encoder": "text_encoder", "vae": "vae", "tokenizer": "tokenizer"}
+
+
+# A model and a data set -----------------------------------------------------------------------------------------------
+
+
+@cache
+def model() -> Path:
+    """A repository laid out as Qwen-Image's, all of it random; made once a session."""
+    return _write_model(_kept_folder() / "model")
+
+
+@cache
+def dataset() -> Path:
+    """A folder of eight 32 × 32 pictures and metadata.csv; made once a session."""
+    return write_dataset(_kept_folder() / "dataset")
+
+
+def write_dataset(folder: Path, count: int = 8, size: int = 32) -> Path:
+    folder.mkdir(parents=True)
+    noise = np.random.default_rng(0).integers(0, 256, (count, size, size, 3), dtype=np.uint8)
+    for number, pixels in enumerate(noise):
+        Image.fromarray(pixels).save(folder / f"{number}.png")
+    return write_rows(folder, [{"image": f"{n}.png", "prompt": "a color emoji of " + "red " * n} for n in range(count)])
+
+
+def write_rows(folder: Path, rows: list[dict]) -> Path:
+    with (folder / "metadata.csv").open("w", encoding="utf-8", newline="") as file:
+        writer = csv.DictWriter(file, rows[0])
+        writer.writeheader()
+        writer.writerows(rows)
+    return folder
+
+
+def _write_model(folder: Path) -> Path:
+    build_script = runpy.run_path(str(ROOT / "models" / "emoji" / "build.py"))
+    build_script["init"](folder)
+    transformer = build_script["transformer"]()
+    for parameter in transformer.parameters():  # a fresh one draws nothing: its output is zero
+        torch.nn.init.normal_(parameter, std=0.05)
+    transformer.save_pretrained(folder / "transformer")
+    return folder
+
+
+def _kept_folder() -> Path:
+    _folders.append(TemporaryDirectory(prefix="diffsynth-test-"))
+    return Path(_folders[-1].name)
+
+
+_folders: list[TemporaryDirectory] = []  # each is removed at exit
+
+
+# Configurations -------------------------------------------------------------------------------------------------------
+
+
+def model_overrides(folder: Path | None = None) -> list[str]:
+    """Overrides that put the tiny model in the place of the configured one."""
+    folder = folder or model()
+    return [f"model.{name}.path={folder / part}" for name, part in COMPONENTS.items()]
+
+
+def train_overrides(output_root: Path) -> list[str]:
+    """Overrides of a run of two steps of four samples that looks at nothing."""
+    return [
+        *model_overrides(),
+        f"dataset.path={dataset()}",
+        "dataset.metadata=metadata.csv",
+        "dataset.height=32",
+        "dataset.width=32",
+        f"output_root={output_root}",
+        "name=tiny",
+        "device=cpu",
+        "max_steps=2",
+        "batch_size=4",
+        "lora.rank=4",
+        "logger.every=1",
+        "optimizer.eps=1e-3",  # Adam magnifies rounding where gradients are near its eps
+        "validation=none",
+    ]
+
+
+def compose(entry: str, *overrides: str):
+    """The configuration of `python <entry>.py <overrides>`."""
+    GlobalHydra.instance().clear()
+    with hydra.initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+        return hydra.compose(entry, overrides=list(overrides))
+
+
+def entry_function(entry: str):
+    """The function whose signature is the schema of an entry script's configuration."""
+    return getattr(import_module(entry), entry)
+
+
+# Runs -----------------------------------------------------------------------------------------------------------------
+
+
+def train(output_root: Path, *overrides: str) -> Path:
+    """Train in this process, as `python train.py` does, and return the run's folder."""
+    cfg = compose("train", *merged(train_overrides(output_root), overrides))
+    function = entry_function("train")
+    check(cfg, function)
+    run_dir = claim(cfg)
+    finish(run_dir, function(**build(cfg)))
+    return run_dir
+
+
+def merged(overrides: list[str], others) -> list[str]:
+    """Both lists, less those of the first that the second sets again or whose group it replaces."""
+    keys = [override.split("=")[0] for override in others]
+    kept = [o for o in overrides if not any(o.startswith((f"{key}=", f"{key}.")) for key in keys)]
+    return [*kept, *others]
+
+
+def command_line(monkeypatch, script: str, *arguments: str) -> None:
+    """`python <script> <arguments>` in this process."""
+    handlers, level = logging.root.handlers[:], logging.root.level
+    monkeypatch.setattr(sys, "argv", [str(ROOT / script), *arguments])
+    monkeypatch.setenv("HYDRA_FULL_ERROR", "1")  # what `run` would set for good
+    GlobalHydra.instance().clear()
+    try:
+        runpy.run_path(str(ROOT / script), run_name="__main__")
+    finally:
+        logging.root.handlers[:] = handlers
+        logging.root.setLevel(level)
+
+
+def process(*command: str, **environment: str) -> str:
+    """Run a command in the repository and return what it wrote."""
+    quiet = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "TOKENIZERS_PARALLELISM": "false"}
+    done = subprocess.run(
+        [str(Path(sys.executable).parent / command[0]), *command[1:]],
+        cwd=ROOT,
+        env=os.environ | quiet | environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stdout
+    return done.stdout
+
+
+def metrics(run_dir: Path) -> list[dict]:
+    return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+
+
+def weights(run_dir: Path) -> list[str]:
+    """Names of the weight files that a run left."""
+    return sorted(path.name for path in (run_dir / "weights").iterdir())
