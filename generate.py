@@ -5,7 +5,7 @@ from pathlib import Path
 
 import hydra
 
-from diffsynth.config import build, check, run
+from diffsynth.config import build, check, explained, run
 
 
 def generate(
@@ -45,9 +45,10 @@ def generate(
 
 @hydra.main(version_base="1.3", config_path="conf", config_name="generate")
 def main(cfg) -> None:
-    check(cfg, generate)
-    for path in generate(**build(cfg)):
-        print(path)
+    with explained():
+        check(cfg, generate)
+        for path in generate(**build(cfg)):
+            print(path)
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
 import hydra
 
-from diffsynth.config import build, check, claim, finish, run
+from diffsynth.config import build, check, claim, explained, finish, run
 
 
 def train(
@@ -66,9 +66,10 @@ def train(
 
 @hydra.main(version_base="1.3", config_path="conf", config_name="train")
 def main(cfg) -> None:
-    check(cfg, train)
-    if (run_dir := claim(cfg)) is not None:
-        finish(run_dir, train(**build(cfg)))
+    with explained():
+        check(cfg, train)
+        if (run_dir := claim(cfg)) is not None:
+            finish(run_dir, train(**build(cfg)))
 
 
 if __name__ == "__main__":

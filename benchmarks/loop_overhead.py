@@ -99,9 +99,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         logger, saver = LocalLogger(folder, every=10), ModelLogger(Path(folder) / "weights", save_steps=10**9)
         accelerator = make_accelerator("cpu", "float32")
-        launch_training_task(
-            accelerator, Prepared(), module, saver, max_steps=STEPS, max_grad_norm=1.0, logger=logger
-        )
+        launch_training_task(accelerator, Prepared(), module, saver, max_steps=STEPS, max_grad_norm=1.0, logger=logger)
     pairs = list(zip(module.ours, module.bare, strict=False))[2:]  # the first steps warm up
     ratio = statistics.median(o / b for o, b in pairs)
     seconds = (statistics.median(side) for side in zip(*pairs, strict=True))

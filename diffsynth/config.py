@@ -10,13 +10,16 @@ import subprocess
 import sys
 import types
 import typing
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 from hydra.errors import ConfigCompositionException, InstantiationException, OverrideParseException
 from omegaconf import DictConfig, ListConfig, OmegaConf
+
+from .core.files import write_text
 
 RANK = int(os.environ.get("RANK", 0))
 # Keys that change where, how fast or how loudly a run goes, but not what comes out of it.
@@ -177,7 +180,7 @@ def claim(cfg: DictConfig) -> Path | None:
 def finish(run_dir: Path, artefacts: Sequence[Path]) -> None:
     """Mark the run as finished and name what it left."""
     if RANK == 0:
-        _write(run_dir / "finished.json", json.dumps({"artefacts": [str(path) for path in artefacts]}, indent=1))
+        write_text(run_dir / "finished.json", json.dumps({"artefacts": [str(path) for path in artefacts]}, indent=1))
         logging.info("Finished. %s holds:\n  %s", run_dir, "\n  ".join(str(path) for path in artefacts))
 
 
@@ -211,11 +214,10 @@ def _write_run_files(run_dir: Path, cfg: DictConfig) -> None:
     saved = run_dir / "config.yaml"
     if saved.exists() and OmegaConf.load(saved)["signature"] != signature(cfg):
         raise ConfigError(f"{run_dir} holds a different experiment; set name=… or delete it.")
-    run_dir.mkdir(parents=True, exist_ok=True)
     resolved = OmegaConf.to_container(cfg, resolve=True)
-    _write(saved, OmegaConf.to_yaml(OmegaConf.create({"signature": signature(cfg), **resolved})))
-    _write(run_dir / "command.json", json.dumps(sys.argv))
-    _write(run_dir / "environment.json", json.dumps(environment(), indent=1))
+    write_text(saved, OmegaConf.to_yaml(OmegaConf.create({"signature": signature(cfg), **resolved})))
+    write_text(run_dir / "command.json", json.dumps(sys.argv))
+    write_text(run_dir / "environment.json", json.dumps(environment(), indent=1))
 
 
 def environment() -> dict[str, Any]:
@@ -232,25 +234,23 @@ def _git(*arguments: str) -> str | None:
         return None
 
 
-def _write(path: Path, text: str) -> None:
-    temporary = path.with_suffix(".tmp")
-    with temporary.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
-
-
 # Command line ---------------------------------------------------------------------------------------------------------
 
 
 def run(main: Callable[[], None]) -> None:
-    """Call a Hydra main; mistakes in the configuration or its input end in one clear line instead of a traceback."""
+    """Call a Hydra main; a configuration that cannot be composed ends in one clear line."""
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # Hydra then raises what it would otherwise print and swallow
     try:
         main()
     except (ConfigCompositionException, OverrideParseException) as error:
         sys.exit(f"error: {_explain(error)}")
+
+
+@contextmanager
+def explained() -> Iterator[None]:
+    """Mistakes in a run's configuration or input end it in one clear line instead of a traceback."""
+    try:
+        yield
     except (ValueError, OSError) as error:
         if os.environ.get("DIFFSYNTH_TRACEBACK"):
             raise

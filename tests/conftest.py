@@ -83,7 +83,7 @@ def training_module(tiny):
         pipe = QwenImagePipeline.from_components(
             **{name: ModelConfig(path=tiny / folder) for name, folder in folders.items()},
             torch_dtype=torch_dtype,
-            training=TrainingDefaults(lora_target_modules=["to_q", "to_k"]),
+            training=TrainingDefaults(lora_target_modules={"dit": ["to_q", "to_k"]}),
         )
         pipe.progress_bar = iter
         return PipelineTrainingModule(pipe, task or FlowMatchSFT(), lora, **options).load()

@@ -433,10 +433,14 @@ def test_a_folder_is_its_weights_or_itself(dit_shards, tmp_path):
         ModelConfig(str(tmp_path / "absent.safetensors")).resolve()
 
 
-@pytest.mark.parametrize("arguments", [{}, {"path": "a.safetensors", "model_id": MODEL_ID}])
-def test_either_path_or_model_id(arguments):
-    with pytest.raises(ValueError, match="either path or model_id"):
-        ModelConfig(**arguments)
+def test_path_or_model_id_is_needed():
+    with pytest.raises(ValueError, match="a path or a model_id"):
+        ModelConfig()
+
+
+def test_a_path_wins_over_a_model_id(tmp_path):
+    (tmp_path / "a.safetensors").touch()
+    assert ModelConfig(str(tmp_path), MODEL_ID).resolve() == [tmp_path / "a.safetensors"]
 
 
 def test_unknown_source(monkeypatch):

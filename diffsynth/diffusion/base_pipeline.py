@@ -5,7 +5,7 @@ import difflib
 import inspect
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -30,13 +30,13 @@ class TrainingDefaults:
         learning_rate: Of LoRA training.
         micro_batch_size: Samples a forward on one device; None is all at once.
         checkpointing: See `core.memory.MemoryRecipe`.
-        lora_target_modules: Layers that LoRA adapts.
+        lora_target_modules: Layers that LoRA adapts, by model.
     """
 
     learning_rate: float = 1e-4
     micro_batch_size: int | None = 1
     checkpointing: str = "blocks"
-    lora_target_modules: Sequence[str] = ()
+    lora_target_modules: Mapping[str, Sequence[str] | str] = field(default_factory=dict)
 
 
 class BasePipeline(nn.Module):

@@ -7,7 +7,10 @@ from pathlib import Path
 from PIL import Image, ImageDraw
 from PIL.PngImagePlugin import PngInfo
 
+from ..core.files import replacing
+
 CAPTION_HEIGHT = 14
+GRID_COLUMNS = 8
 CELL_WIDTH = 128  # smaller images are enlarged in grids, to be seen and captioned
 
 
@@ -30,27 +33,26 @@ def load_images(**paths: str | None) -> dict[str, Image.Image]:
 
 def draw(pipe, requests: Sequence[Mapping], images: Mapping, batch_size: int, folder: Path) -> list[Path]:
     """Draw requests in batches, save each image with its request as metadata, and a grid where there are several."""
-    folder.mkdir(parents=True, exist_ok=True)
     drawn, paths = [], []
     for start in range(0, len(requests), batch_size):
         batch = requests[start : start + batch_size]
-        drawn += pipe.generate([{**images, **request} for request in batch])
-    for index, (image, request) in enumerate(zip(drawn, requests, strict=True)):
-        paths.append(folder / f"{index:04d}.png")
-        save_png(image, paths[-1], request)
+        for image, request in zip(pipe.generate([{**images, **request} for request in batch]), batch, strict=True):
+            paths.append(folder / f"{len(paths):04d}.png")
+            save_png(image, paths[-1], request)
+            drawn.append(row([image], [request["prompt"]]))
     if len(drawn) > 1:
         paths.append(folder / "grid.png")
-        captioned = [row([image], [request["prompt"]]) for image, request in zip(drawn, requests, strict=True)]
-        columns = min(8, len(drawn))
-        stack([beside(captioned[i : i + columns]) for i in range(0, len(drawn), columns)]).save(paths[-1])
+        save_png(stack([beside(drawn[i : i + GRID_COLUMNS]) for i in range(0, len(drawn), GRID_COLUMNS)]), paths[-1])
     return paths
 
 
-def save_png(image: Image.Image, path: Path, parameters: Mapping) -> None:
-    """Save an image with its parameters as JSON in the PNG text chunk `parameters`."""
+def save_png(image: Image.Image, path: Path, parameters: Mapping | None = None) -> None:
+    """Save an image, with its parameters as JSON in the PNG text chunk `parameters`."""
     info = PngInfo()
-    info.add_itxt("parameters", json.dumps(dict(parameters), ensure_ascii=False))
-    image.save(path, pnginfo=info)
+    if parameters is not None:
+        info.add_itxt("parameters", json.dumps(dict(parameters), ensure_ascii=False))
+    with replacing(path) as partial:
+        image.save(partial, format="PNG", pnginfo=info)
 
 
 def row(images: Sequence[Image.Image], captions: Sequence[str]) -> Image.Image:

@@ -1,9 +1,9 @@
 """What a run leaves behind: weights to use, and numbers."""
 
 import json
-import os
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -52,7 +52,6 @@ class ModelLogger:
         for part, (tensors, metadata) in files.items():
             suffix = f".{part}" if len(files) > 1 else ""
             path = Path(self.output_path) / f"{name}{suffix}.safetensors"
-            path.parent.mkdir(parents=True, exist_ok=True)
             save_safetensors(tensors, path, metadata)
             self.saved.append(path)
 
@@ -96,38 +95,36 @@ class Meter:
     """Means of what happened since the last reading, over micro-batches and processes."""
 
     def __init__(self, accelerator):
-        self.accelerator, self.loss, self.samples = accelerator, torch.zeros((), device=accelerator.device), 0
-        self.grad_norm, self.steps, self.started = 0.0, 0, time.perf_counter()
+        self.accelerator, self.device = accelerator, accelerator.device
+        self._clear()
+
+    def _clear(self) -> None:
+        self.loss, self.samples = torch.zeros((), device=self.device), 0
+        self.grad_norm, self.steps = 0.0, 0
+        self.started = time.perf_counter()
 
     def add_losses(self, losses: Tensor) -> None:
         """Count the losses (b,) of one micro-batch; nothing is read back from the device yet."""
-        self.loss += losses.detach().float().sum().to(self.loss.device)
+        self.loss += losses.detach().float().sum().to(self.device)
         self.samples += losses.numel()
 
-    def add_step(self, grad_norm: Tensor | float | None) -> None:
+    def add_step(self, grad_norm: Tensor | float) -> None:
+        """Count one optimizer step."""
         self.steps += 1
-        if grad_norm is not None:
-            self.grad_norm = self.grad_norm + grad_norm
+        self.grad_norm = self.grad_norm + grad_norm
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Time spent in here, looking and saving, is not training time."""
+        paused = time.perf_counter()
+        yield
+        self.started += time.perf_counter() - paused
 
     def read(self) -> dict[str, float]:
         """The means since the last call, on every process; starts anew."""
-        counted = torch.stack([self.loss, torch.tensor(float(self.samples), device=self.loss.device)])
+        counted = torch.stack([self.loss, torch.tensor(float(self.samples), device=self.device)])
         loss, samples = self.accelerator.reduce(counted, "sum").tolist()
         seconds = time.perf_counter() - self.started
-        values = {
-            "loss": loss / max(samples, 1),
-            "grad_norm": float(self.grad_norm) / max(self.steps, 1),
-            "samples_per_second": samples / seconds,
-        }
-        self.__init__(self.accelerator)
-        return values
-
-
-def write_json(path: Path, content) -> None:
-    """Write JSON so that a crash leaves either the old file or the new one."""
-    temporary = path.with_suffix(".tmp")
-    with temporary.open("w", encoding="utf-8") as file:
-        json.dump(content, file, indent=1)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+        grad_norm = float(self.grad_norm) / max(self.steps, 1)
+        self._clear()
+        return {"loss": loss / samples, "grad_norm": grad_norm, "samples_per_second": samples / seconds}

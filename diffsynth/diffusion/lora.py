@@ -34,8 +34,8 @@ class Adapter:
         rank: Rank r of the update.
         alpha: Its scale is alpha / rank; None takes alpha = rank.
         models: Models of the pipeline that get an adapter.
-        target_modules: Ends of layer names, one regular expression over full names, or `all-linear`;
-            None takes the model's own list.
+        target_modules: Ends of layer names, one regular expression over full names, or `all-linear`; by model where
+            these differ; None takes each model's own.
         checkpoint: Adapter file to start from.
         preset: Adapter file merged into the frozen weights first, so that the new one learns the difference.
     """
@@ -43,7 +43,7 @@ class Adapter:
     rank: int = 32
     alpha: float | None = None
     models: Sequence[str] = ("dit",)
-    target_modules: Sequence[str] | str | None = None
+    target_modules: Mapping[str, Sequence[str] | str] | Sequence[str] | str | None = None
     checkpoint: str | None = None
     preset: str | None = None
 
@@ -54,6 +54,8 @@ class Adapter:
     def targets(self, pipe, name: str) -> list[str]:
         """Full names of the layers of model `name` that get an adapter."""
         targets = self.target_modules or pipe.training_defaults.lora_target_modules
+        if isinstance(targets, Mapping):
+            targets = targets.get(name, ())
         return find_layers(pipe.named_model(name), targets, name)
 
     def check(self, pipe) -> None:
@@ -68,16 +70,15 @@ class Adapter:
                 tensors, config = read(path, pipe.lora_prefixes.get(name, name))
                 check_layers(pipe.named_model(name), tensors, path)
                 if path == self.checkpoint:
-                    self.check_scale(config or {"lora_alpha": self.rank, "use_rslora": False}, path)
+                    self.check_start(config or _infer_config(tensors).to_dict(), path)
 
-    def check_scale(self, config: Mapping, path: str | Path) -> None:
-        """Refuse to start from a file whose update would count for more or less than where it was trained."""
+    def check_start(self, config: Mapping, path: str | Path) -> None:
+        """Refuse to start from a file of another rank, or whose update counted for more or less when it was trained."""
         ours = self.peft_config([]).to_dict()
-        for name in ("lora_alpha", "alpha", "use_rslora"):
-            if name in ours and config.get(name, ours[name]) != ours[name]:
-                option = "lora." + name.removeprefix("lora_")
+        for key, option in {"r": "rank", "lora_alpha": "alpha", "alpha": "alpha", "use_rslora": "use_rslora"}.items():
+            if key in ours and config.get(key, ours[key]) != ours[key]:
                 raise ValueError(
-                    f"{path} has {option}={config[name]}, this run {ours[name]}; set {option}={config[name]}."
+                    f"{path} has lora.{option}={config[key]}, this run {ours[key]}; set lora.{option}={config[key]}."
                 )
 
     def inject(self, pipe, seed: int) -> None:

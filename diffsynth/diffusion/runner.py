@@ -68,9 +68,10 @@ def launch_training_task(
         if logger is not None and step > 0 and (done or step % logger.every == 0):
             values = {**meter.read(), "lr": optimizer.param_groups[0]["lr"]}
             _report(accelerator, logger, bar, step, values)
-        if validation is not None and validation.due(step, done):
-            _report(accelerator, logger, bar, step, validation.run(accelerator, model, step))
-        model_logger.on_step_end(accelerator, model, step, _epochs_ended(step, batch_size, len(dataset)), done)
+        with meter.paused():
+            if validation is not None and validation.due(step, done):
+                _report(accelerator, logger, bar, step, validation.run(accelerator, model, step))
+            model_logger.on_step_end(accelerator, model, step, _epochs_ended(step, batch_size, len(dataset)), done)
         if done:
             break
 

@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 from ..core.data import Sample, UnifiedDataset
-from .drawing import row, stack
+from .drawing import row, save_png, stack
 
 LOSS_DRAWS = 4  # noise levels a held-out sample is measured at
 
@@ -95,12 +95,10 @@ class Validation:
 
     def draw(self, pipe, step: int) -> None:
         """Draw the prompts and save them as one row, and with all earlier rows as `progress.png`."""
-        folder = Path(self.path)
-        folder.mkdir(parents=True, exist_ok=True)
-        self.drawn.append(folder / f"step-{step:06d}.png")
         captions = [f"{prompt} @{step}" for prompt in self.prompts]
-        row(self._generate(pipe, self.prompts), captions).save(self.drawn[-1])
-        stack([Image.open(path) for path in self.drawn]).save(folder / "progress.png")
+        self.drawn.append(Path(self.path) / f"step-{step:06d}.png")
+        save_png(row(self._generate(pipe, self.prompts), captions), self.drawn[-1])
+        save_png(stack([Image.open(path) for path in self.drawn]), Path(self.path) / "progress.png")
 
     def _generate(self, pipe, prompts: Sequence[str]) -> list[Image.Image]:
         pipe.progress_bar = iter

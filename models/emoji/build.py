@@ -155,13 +155,13 @@ def autoencoder(folder: str, weights: str) -> None:
     model.load_state_dict(load_file(weights))
     with torch.no_grad():
         latents = model.distribution(pixels("color.csv")).mean
-        mean, std = latents.mean((0, 2, 3, 4)), latents.std((0, 2, 3, 4))
         for metadata in ("all_train.csv", "all_held_out.csv"):
             images = pixels(metadata)
             print(f"{metadata}: {psnr(images, model.reconstruct(model.distribution(images).mean)):.2f} dB")
-    model.register_to_config(latents_mean=mean.tolist(), latents_std=std.tolist())
-    AutoencoderKLQwenImage.from_config(model.config)  # the configuration alone must build the released class
-    model.save_pretrained(path)
+    mean, std = (statistic(dim=(0, 2, 3, 4)).tolist() for statistic in (latents.mean, latents.std))
+    config = json.loads((path / "config.json").read_text()) | {"latents_mean": mean, "latents_std": std}
+    (path / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    shutil.copy(weights, path / "diffusion_pytorch_model.safetensors")
 
 
 def release(source: str, target: str, *weights: str) -> None:

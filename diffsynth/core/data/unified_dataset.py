@@ -13,6 +13,7 @@ from typing import Literal
 import torch
 from torch.utils.data import Dataset
 
+from ..files import write_text
 from .metadata import READERS, read_metadata
 from .operators import ImageCropAndResize, LoadImage, RouteByType, SequentialProcess, ToAbsolutePath, check
 
@@ -171,10 +172,8 @@ class UnifiedDataset(Dataset):
 
     def write_skipped(self, path: str | Path) -> None:
         """Writes `skipped` as JSON lines and says how many there are; the file appears whole or not at all."""
-        partial, skipped = Path(f"{path}.partial"), self.skipped
-        lines = (json.dumps(asdict(row), ensure_ascii=False) + "\n" for row in skipped)
-        partial.write_text("".join(lines), encoding="utf-8")
-        os.replace(partial, path)
+        skipped = self.skipped
+        write_text(path, "".join(json.dumps(asdict(row), ensure_ascii=False) + "\n" for row in skipped))
         if skipped:
             counts = f"{len(skipped)} of {len(self.rows)} rows"
             logger.warning("%s of %s are left out; %s lists them.", counts, self.metadata_path, path)

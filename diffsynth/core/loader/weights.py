@@ -1,5 +1,4 @@
 import json
-import os
 import re
 from collections.abc import Iterable, Mapping
 from difflib import get_close_matches
@@ -11,6 +10,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from ..files import replacing
 from .model_config import ModelConfig, missing_shards, refuse_pickle
 
 
@@ -258,15 +258,8 @@ def load_state_dict(
 
 def save_safetensors(tensors: Mapping[str, Tensor], path: str | Path, metadata: dict[str, str] | None = None):
     """Write a safetensors file, all of it or nothing."""
-    path = Path(path)
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
+    with replacing(path) as partial:
         save_file(_without_overlap(tensors), partial, metadata)
-        with partial.open("rb") as stream:
-            os.fsync(stream.fileno())
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def _without_overlap(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
