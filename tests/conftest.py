@@ -5,6 +5,10 @@ import json
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
+
+settings.register_profile("shared cores", deadline=None)  # a slow machine is no failure
+settings.load_profile("shared cores")
 
 ROOT = Path(__file__).parents[1]
 EMBEDDED = ROOT / "models" / "emoji"
@@ -73,8 +77,8 @@ def pipe(tiny, load_pipe):
 def training_module(tiny):
     """`training_module(task, lora)`: a loaded training module around a pipeline with random weights."""
     from diffsynth.core.loader import ModelConfig
-    from diffsynth.diffusion.base_pipeline import TrainingDefaults
     from diffsynth.diffusion.loss import FlowMatchSFT
+    from diffsynth.diffusion.models import TrainingDefaults
     from diffsynth.diffusion.training_module import PipelineTrainingModule
     from diffsynth.pipelines.qwen_image import QwenImagePipeline
 

@@ -11,7 +11,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from diffsynth.config import ConfigError
-from diffsynth.diffusion import base_pipeline
+from diffsynth.diffusion import models
 
 RED = {"image": "0.png", "prompt": "a red emoji"}
 
@@ -20,7 +20,7 @@ RED = {"image": "0.png", "prompt": "a red emoji"}
 def refusal(tmp_path, monkeypatch):
     """Says what a run with these overrides is refused with; fails if it reads weights first."""
     reads = []
-    monkeypatch.setattr(base_pipeline, "load_weights", lambda *_, **__: reads.append("weights"))
+    monkeypatch.setattr(models, "load_weights", lambda *_, **__: reads.append("weights"))
 
     def message(*overrides: str) -> str:
         with pytest.raises((ValueError, FileNotFoundError)) as refused:

@@ -10,7 +10,7 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from diffsynth.config import build, check
-from diffsynth.diffusion import base_pipeline
+from diffsynth.diffusion import models
 
 SMALL = ["options.num_inference_steps=2", "options.height=32", "options.width=48", "device=cpu"]
 APPLE, ROCKET = "a red apple", "a rocket, flying"
@@ -124,7 +124,7 @@ def test_an_input_image_is_kept_as_far_as_its_strength_says(generate):
 def refusal(generate, monkeypatch):
     """Says what a command is refused with; fails if it reads weights first."""
     reads = []
-    monkeypatch.setattr(base_pipeline, "load_weights", lambda *_, **__: reads.append("weights"))
+    monkeypatch.setattr(models, "load_weights", lambda *_, **__: reads.append("weights"))
 
     def message(*overrides: str) -> str:
         with pytest.raises((ValueError, OSError)) as refused:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from ..core.data import Sample, SampleAddress, collate
-from . import lora as lora_format
+from . import lora_files
 from .base_pipeline import BasePipeline
 from .flow_match import TRAINING_STEPS
 from .lora import Adapter, LoRA
@@ -75,19 +75,24 @@ class DiffusionTrainingModule(nn.Module):
         for name, model in self.pipe.named_children():
             trainable = {key for key, parameter in model.named_parameters() if parameter.requires_grad}
             if hasattr(model, "peft_config"):
-                tensors, config = lora_format.export(model, self.pipe.lora_prefixes.get(name, name))
+                tensors, config = lora_files.export(model, self.pipe.lora_prefixes.get(name, name))
                 adapters, configs = {**adapters, **tensors}, {**configs, **config}
             elif trainable:
                 files[name] = (self.pipe.released_weights(name, trainable), {})
         if adapters:
-            files["lora"] = (adapters, lora_format.metadata(configs))
+            files["lora"] = (adapters, lora_files.metadata(configs))
         return files
 
 
 def prepare_training(pipe: BasePipeline, trainable_models: Iterable[str], adapter: Adapter | None, seed: int) -> None:
-    """Set the training noise levels, freeze everything else, inject the adapter: in this order, on loaded weights."""
+    """Set the training noise levels, freeze everything else, inject the adapter: in this order, on loaded weights.
+
+    What is trained becomes fp32: small updates vanish in bf16.
+    """
     pipe.scheduler.set_timesteps(TRAINING_STEPS, training=True)
-    pipe.freeze_except(trainable_models)
+    pipe.freeze_except(trainable_models := list(trainable_models))
+    for name in trainable_models:
+        pipe.named_model(name).float()
     if adapter is not None:
         adapter.inject(pipe, seed)
 
@@ -130,7 +135,7 @@ class PipelineTrainingModule(DiffusionTrainingModule):
     def load(self, also: Iterable[str] = ()) -> "PipelineTrainingModule":
         """Read the weights this run needs (and those of `also`), and make the chosen ones trainable in fp32."""
         needed = self.pipe.models_of(self.units, model_fn=self.task.calls_model_fn) | self._trained_roots() | set(also)
-        full = {name.split(".")[0]: torch.float32 for name in self.trainable_models}
+        full = {name: torch.float32 for name in self.trainable_models}
         self.pipe.load_models(needed, dtypes=full)
         prepare_training(self.pipe, self.trainable_models, self.lora, self.seed)
         return self

@@ -17,8 +17,9 @@ from tqdm import tqdm
 
 from ..core.gradient import checkpoint_blocks
 from ..core.loader import ModelConfig
-from ..diffusion.base_pipeline import BasePipeline, PipelineUnit, TrainingDefaults
+from ..diffusion.base_pipeline import BasePipeline, PipelineUnit
 from ..diffusion.flow_match import FlowMatchScheduler, exponential_shift, stretch_to_terminal
+from ..diffusion.models import TrainingDefaults
 
 __all__ = ["ModelConfig", "QwenImagePipeline"]
 
