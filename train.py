@@ -41,7 +41,7 @@ def train(
     for rows in (dataset, *(validation.datasets.values() if validation else ())):
         rows.scan(required=("image", "prompt", *task.extra_inputs))
     list_skipped(accelerator, dataset, run_dir)
-    module = PipelineTrainingModule(model(device=accelerator.device), task, lora, seed, **memory.model_inputs)
+    module = PipelineTrainingModule(model(device=accelerator.device), task, lora, seed, **memory.options)
     module.load(also=validation.models(module.pipe) if validation else ())
     launch_training_task(
         accelerator,

@@ -12,7 +12,8 @@ from .flow_match import TRAINING_STEPS
 from .lora import Adapter, LoRA
 from .loss import Objective
 from .randomness import Draw
-from .units import run_units
+from .unit_memory import UnitMemory
+from .units import run_units, split_units
 
 
 def single_sample(samples: Sequence[Sample]) -> dict:
@@ -106,6 +107,7 @@ class PipelineTrainingModule(DiffusionTrainingModule):
         lora: The adapter, or None for full training.
         seed: Of noise, timesteps, dropped captions and the adapter's initial values.
         use_gradient_checkpointing, use_gradient_checkpointing_offload: See `core.gradient`.
+        remember: GiB of host memory for what frozen units make of each sample.
 
     Raises:
         ValueError: Names of models, layers or inputs that the pipeline does not have; before any weight is read.
@@ -121,6 +123,7 @@ class PipelineTrainingModule(DiffusionTrainingModule):
         seed: int = 0,
         use_gradient_checkpointing: bool = False,
         use_gradient_checkpointing_offload: bool = False,
+        remember: float = 0.0,
     ):
         super().__init__()
         self.pipe, self.task, self.lora, self.seed = pipe, task, lora, seed
@@ -130,6 +133,9 @@ class PipelineTrainingModule(DiffusionTrainingModule):
         }
         self.trainable_models = list(self._trainable_models())
         self.units = pipe.required_units(task.wanted_inputs(pipe))
+        self.frozen_units, self.live_units = split_units(self.units, self._trained_roots())
+        self.kept_inputs = task.wanted_inputs(pipe).union(*(unit.fetch_input_params() for unit in self.live_units))
+        self.memory = UnitMemory(remember)
         self._check()
 
     def load(self, also: Iterable[str] = ()) -> "PipelineTrainingModule":
@@ -142,18 +148,30 @@ class PipelineTrainingModule(DiffusionTrainingModule):
 
     def forward(self, samples: Sequence[Sample]) -> Tensor:
         """Loss per sample (B,)."""
-        return self.loss(samples, self.seed)
+        return self.loss(samples, self.seed, self.memory)
 
-    def loss(self, samples: Sequence[Sample], seed: int) -> Tensor:
-        """Loss per sample (B,), its random numbers from `seed`."""
+    def loss(self, samples: Sequence[Sample], seed: int, memory: UnitMemory | None = None) -> Tensor:
+        """Loss per sample (B,), its random numbers from `seed`; `memory` is that of the samples' data set."""
         draw = Draw(seed, [SampleAddress(sample.epoch, sample.index) for sample in samples])
         dropped = draw.uniform("caption_dropout") < self.task.caption_dropout
+        memory = memory or UnitMemory(0)
         prepared = [
-            run_units(self.units, self.pipe, *self.get_pipeline_inputs(sample.data, bool(drop)))
+            run_units(self.live_units, self.pipe, *self._frozen_inputs(sample, bool(drop), memory))
             for sample, drop in zip(samples, dropped, strict=True)
         ]
         shared, posi, _ = (collate(list(side)) for side in zip(*prepared, strict=True))
         return self.task(self.pipe, draw=draw, **{**shared, **posi})
+
+    @torch.no_grad()
+    def _frozen_inputs(self, sample: Sample, drop_caption: bool, memory: UnitMemory) -> tuple[dict, dict, dict]:
+        """What the frozen units make of a sample, less what nothing after them reads."""
+
+        def make():
+            inputs = self.get_pipeline_inputs(sample.data, drop_caption)
+            made = run_units(self.frozen_units, self.pipe, *inputs)
+            return tuple({name: value for name, value in side.items() if name in self.kept_inputs} for side in made)
+
+        return memory.get((sample.index, drop_caption), make, self.pipe.device)
 
     def get_pipeline_inputs(self, data: dict, drop_caption: bool = False) -> tuple[dict, dict, dict]:
         """The pipeline's inputs for one row, as if it were called to draw this picture."""

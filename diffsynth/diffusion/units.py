@@ -94,6 +94,24 @@ def required_units(units: Iterable[PipelineUnit], wanted: Iterable[str]) -> list
     return required
 
 
+def split_units(units: Iterable[PipelineUnit], trained: set[str]) -> tuple[list[PipelineUnit], list[PipelineUnit]]:
+    """Units whose results training the models `trained` does not change, and the others; to be run in this order.
+
+    A unit is of the others if it calls a trained model, reads what one of them returned, or writes what one of them
+    reads or returned before it.
+    """
+    frozen, live, touched, written = [], [], set(), set()
+    for unit in units:
+        reads, writes = set(unit.fetch_input_params()), set(unit.output_params)
+        if unit.take_over or trained & set(unit.onload_model_names) or reads & written or writes & touched:
+            live.append(unit)
+            touched |= reads | writes
+            written |= writes
+        else:
+            frozen.append(unit)
+    return frozen, live
+
+
 def _process(unit: PipelineUnit, pipe, inputs: Mapping, names: Mapping[str, str], side: Mapping) -> dict:
     given = {parameter: _lookup(key, side, pipe, unit) for parameter, key in names.items()}
     for name in unit.input_params:

@@ -102,22 +102,20 @@ def text_encoder(tokenizer: Qwen2Tokenizer) -> Qwen2_5_VLForConditionalGeneratio
         image_token_id=special["image"],
         video_token_id=special["video"],
     )
-    return Qwen2_5_VLForConditionalGeneration(config)
+    model = Qwen2_5_VLForConditionalGeneration(config)
+    # Words far apart from the start: with the default of 0.02 the prompts are learnt several times slower.
+    torch.nn.init.normal_(model.model.language_model.embed_tokens.weight)
+    return model
 
 
 def transformer() -> QwenImageTransformer2DModel:
-    """Four blocks of width 128; gates and output start at zero, so that each block begins as the identity."""
-    model = QwenImageTransformer2DModel(
+    return QwenImageTransformer2DModel(
         num_layers=4,
         attention_head_dim=32,
         num_attention_heads=4,
         joint_attention_dim=WIDTH,
         axes_dims_rope=(8, 12, 12),
     )
-    for name, parameter in model.named_parameters():
-        if any(part in name for part in ("img_mod", "txt_mod", "norm_out.linear", "proj_out")):
-            torch.nn.init.zeros_(parameter)
-    return model
 
 
 def vae() -> AutoencoderKLQwenImage:
