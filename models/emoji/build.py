@@ -2,9 +2,9 @@
 
     python models/emoji/build.py init outputs/emoji_init
     python train.py experiment=emoji/autoencoder
-    python models/emoji/build.py autoencoder outputs/emoji_init outputs/emoji_autoencoder-*/weights/step-*.safetensors
+    python models/emoji/build.py autoencoder outputs/emoji_init outputs/emoji_autoencoder-*/weights/step-3500.*
     python train.py experiment=emoji/pretrain
-    python models/emoji/build.py release outputs/emoji_init models/emoji outputs/emoji_pretrain-*/weights/step-2000.*
+    python models/emoji/build.py release outputs/emoji_init models/emoji outputs/emoji_pretrain-*/weights/step-1600.*
 
 The folders are laid out as the released repository is, so everything that reads Qwen-Image reads this too.
 """
