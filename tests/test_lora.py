@@ -96,7 +96,8 @@ def test_a_trained_adapter_draws_the_same_wherever_it_is_loaded(
     pipe.load_lora(pipe.dit, file)
     assert_close(draw(pipe), expected)
     if "lora" in kind or kind == "dora":
-        assert_close(drawn_by_diffusers(tiny, file), pack_latents(expected))
+        # rsLoRA on random weights of this size magnifies rounding: latents here reach several units.
+        assert_close(drawn_by_diffusers(tiny, file), pack_latents(expected), atol=5e-4)
 
 
 def test_a_file_says_what_diffusers_needs_to_know(training_module, rows, tmp_path):

@@ -99,6 +99,8 @@ def train_overrides(output_root: Path) -> list[str]:
         "logger.every=1",
         "optimizer.eps=1e-3",  # Adam magnifies rounding where gradients are near its eps
         "validation=none",
+        "lr_scheduler=constant",
+        "export.save_steps=null",
     ]
 
 
