@@ -29,7 +29,13 @@ def generate(
 
     pipe = model(device=choose_device(device))
     requests = [
-        {"prompt": text, "negative_prompt": negative_prompt, "seed": number, **(options or {})}
+        {
+            "prompt": text,
+            "negative_prompt": negative_prompt,
+            "seed": number,
+            "denoising_strength": denoising_strength,
+            **(options or {}),
+        }
         for text in read_prompts(prompt)
         for number in ([seed] if isinstance(seed, int) else seed)
     ]
@@ -40,7 +46,7 @@ def generate(
     pipe.load_models()
     for path in paths:
         pipe.load_adapter(path, lora_scale)
-    return draw(pipe, requests, {**images, "denoising_strength": denoising_strength}, batch_size, Path(output))
+    return draw(pipe, requests, images, batch_size, Path(output))
 
 
 @hydra.main(version_base="1.3", config_path="conf", config_name="generate")

@@ -31,15 +31,15 @@ class ModelLogger:
     save_steps: int | None = None
     saved: list[Path] = field(default_factory=list, init=False)
 
-    def on_step_end(self, accelerator, model, step: int, epochs_ended: int, done: bool) -> None:
+    def on_step_end(self, accelerator, model, step: int, epoch: int | None, done: bool) -> None:
         """Save if step or epoch say so; all processes call it.
 
         Args:
             step: Optimizer steps taken.
-            epochs_ended: Passes over the data set that have ended since the last call.
+            epoch: The pass over the data set, counted from 0, that this step ended; None if it ended none.
             done: Whether this was the last step.
         """
-        name = self._name(step, epochs_ended, done)
+        name = self._name(step, epoch, done)
         if name is not None:
             self.save(accelerator, model, name)
 
@@ -55,10 +55,9 @@ class ModelLogger:
             save_safetensors(tensors, path, metadata)
             self.saved.append(path)
 
-    def _name(self, step: int, epochs_ended: int, done: bool) -> str | None:
-        if self.save_steps is None and epochs_ended:
-            self._epochs = getattr(self, "_epochs", 0) + epochs_ended
-            return f"epoch-{self._epochs - 1}"
+    def _name(self, step: int, epoch: int | None, done: bool) -> str | None:
+        if self.save_steps is None and epoch is not None:
+            return f"epoch-{epoch}"
         due = done if self.save_steps is None else (done or step % self.save_steps == 0)
         return f"step-{step}" if due and step > 0 else None
 

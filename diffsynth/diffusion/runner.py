@@ -71,7 +71,7 @@ def launch_training_task(
         with meter.paused():
             if validation is not None and validation.due(step, done):
                 _report(accelerator, logger, bar, step, validation.run(accelerator, model, step))
-            model_logger.on_step_end(accelerator, model, step, _epochs_ended(step, batch_size, len(dataset)), done)
+            model_logger.on_step_end(accelerator, model, step, _ended_epoch(step, batch_size, len(dataset)), done)
         if done:
             break
 
@@ -159,8 +159,10 @@ def _set_mode(optimizer, mode: str) -> None:
         switch()
 
 
-def _epochs_ended(step: int, batch_size: int, size: int) -> int:
-    return step * batch_size // size - max(step - 1, 0) * batch_size // size
+def _ended_epoch(step: int, batch_size: int, size: int) -> int | None:
+    """The last pass over the data set that the step ended, counted from 0."""
+    before, now = (max(n, 0) * batch_size // size for n in (step - 1, step))
+    return now - 1 if now > before else None
 
 
 def _report(accelerator, logger: LocalLogger | None, bar: tqdm, step: int, values: dict[str, float]) -> None:
