@@ -46,7 +46,8 @@ def generate(
     pipe.load_models()
     for path in paths:
         pipe.load_adapter(path, lora_scale)
-    return draw(pipe, requests, images, batch_size, Path(output))
+    source = {"lora_path": [str(path) for path in paths], "lora_scale": lora_scale}
+    return draw(pipe, requests, images, batch_size, Path(output), source)
 
 
 @hydra.main(version_base="1.3", config_path="conf", config_name="generate")

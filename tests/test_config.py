@@ -51,6 +51,18 @@ def test_every_option_of_every_group_composes_and_passes_the_check(entry, choice
         assert_names_the_extra(str(error))
 
 
+@pytest.mark.parametrize("entry", ENTRIES)
+def test_the_help_names_every_option_with_a_phrase_and_marks_the_chosen(entry, monkeypatch, capsys):
+    tiny.command_line(monkeypatch, f"{entry}.py", "model=qwen_image", "--help")
+    shown = capsys.readouterr().out
+    sections = {section.split("\n")[0]: section for section in shown.split("\n\n")}
+    for group in groups(entry):
+        phrases = dict(re.findall(r"^  [ *] (\S+)  +(\S.*)$", sections[group], re.MULTILINE))
+        assert sorted(phrases) == options(group)
+    assert "* qwen_image" in sections["model"] and "* emoji" not in sections["model"]
+    assert yaml.safe_load(shown.split("Configuration\n")[1])["model"]["height"] == 1328
+
+
 def assert_names_the_extra(message: str):
     """A target may be missing only with its package, and only if an extra of this project installs that."""
     target = re.search(r"_target_ is '(\S+)'", message).group(1)

@@ -11,6 +11,7 @@ from safetensors.torch import save_file
 
 from diffsynth.config import build, check
 from diffsynth.diffusion import models
+from diffsynth.diffusion.drawing import LINE_HEIGHT, row
 
 SMALL = ["options.num_inference_steps=2", "options.height=32", "options.width=48", "device=cpu"]
 APPLE, ROCKET = "a red apple", "a rocket, flying"
@@ -65,6 +66,20 @@ def test_prompts_come_from_a_text_file(generate, tmp_path):
     (tmp_path / "prompts.txt").write_text(f"{APPLE}\n\n  {ROCKET} \n", encoding="utf-8")
     assert list(generate(f"prompt={tmp_path}/prompts.txt")) == ["0000.png", "0001.png", "grid.png"]
     assert parameters(tmp_path / "1" / "0001.png")["prompt"] == ROCKET
+
+
+def test_a_picture_names_the_adapters_that_drew_it(generate, adapter, tmp_path):
+    generate(f"prompt={APPLE}", f"lora_path={adapter}", "lora_scale=0.5")
+    (path,) = tmp_path.glob("*/0000.png")
+    assert parameters(path)["lora_path"] == [str(adapter)] and parameters(path)["lora_scale"] == 0.5
+
+
+@pytest.mark.parametrize("words, lines", [(3, 1), (9, 2), (40, 2)])
+def test_a_caption_stands_under_its_picture_in_at_most_two_lines(words, lines):
+    white = Image.new("RGB", (128, 128), "white")
+    cell = np.array(row([white], [" ".join(["rocket"] * words)]))
+    assert cell.shape == (128 + LINE_HEIGHT * lines, 128, 3)
+    assert all((cell[128 + LINE_HEIGHT * n :][:LINE_HEIGHT] < 128).any() for n in range(lines))
 
 
 def parameters(path) -> dict:

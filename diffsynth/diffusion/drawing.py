@@ -1,6 +1,7 @@
 """Pictures on disk: prompts in, images and grids out, each image with the parameters that drew it."""
 
 import json
+import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -9,7 +10,7 @@ from PIL.PngImagePlugin import PngInfo
 
 from ..core.files import replacing
 
-CAPTION_HEIGHT = 14
+LINE_HEIGHT, CAPTION_LINES, LETTER_WIDTH = 14, 2, 6
 GRID_COLUMNS = 8
 CELL_WIDTH = 128  # smaller images are enlarged in grids, to be seen and captioned
 
@@ -31,14 +32,19 @@ def load_images(**paths: str | None) -> dict[str, Image.Image]:
     return {name: Image.open(path).convert("RGB") for name, path in paths.items() if path is not None}
 
 
-def draw(pipe, requests: Sequence[Mapping], images: Mapping, batch_size: int, folder: Path) -> list[Path]:
-    """Draw requests in batches, save each image with its request as metadata, and a grid where there are several."""
+def draw(
+    pipe, requests: Sequence[Mapping], images: Mapping, batch_size: int, folder: Path, source: Mapping
+) -> list[Path]:
+    """Draw requests in batches and save each image, and a grid where there are several.
+
+    The request and the `source` of the weights are the image's metadata.
+    """
     drawn, paths = [], []
     for start in range(0, len(requests), batch_size):
         batch = requests[start : start + batch_size]
         for image, request in zip(pipe.generate([{**images, **request} for request in batch]), batch, strict=True):
             paths.append(folder / f"{len(paths):04d}.png")
-            save_png(image, paths[-1], request)
+            save_png(image, paths[-1], {**request, **source})
             drawn.append(row([image], [request["prompt"]]))
     if len(drawn) > 1:
         paths.append(folder / "grid.png")
@@ -56,16 +62,17 @@ def save_png(image: Image.Image, path: Path, parameters: Mapping | None = None) 
 
 
 def row(images: Sequence[Image.Image], captions: Sequence[str]) -> Image.Image:
-    """Images side by side, each above the end of its caption."""
+    """Images side by side, each above its caption, which is cut at two lines."""
     return beside([_captioned(image, caption) for image, caption in zip(images, captions, strict=True)])
 
 
 def _captioned(image: Image.Image, caption: str) -> Image.Image:
     enlarged = max(1, CELL_WIDTH // image.width)
     image = image.resize((image.width * enlarged, image.height * enlarged), Image.Resampling.BICUBIC)
-    cell = Image.new("RGB", (image.width, image.height + CAPTION_HEIGHT), "white")
+    lines = textwrap.wrap(caption, image.width // LETTER_WIDTH, max_lines=CAPTION_LINES, placeholder=" …")
+    cell = Image.new("RGB", (image.width, image.height + LINE_HEIGHT * len(lines)), "white")
     cell.paste(image, (0, 0))
-    ImageDraw.Draw(cell).text((2, image.height + 1), caption[-(image.width // 6) :].strip(), fill="black")
+    ImageDraw.Draw(cell).multiline_text((2, image.height + 1), "\n".join(lines), fill="black", spacing=2)
     return cell
 
 

@@ -95,7 +95,7 @@ class Validation:
 
     def draw(self, pipe, step: int) -> None:
         """Draw the prompts and save them as one row, and with all earlier rows as `progress.png`."""
-        captions = [f"{prompt} @{step}" for prompt in self.prompts]
+        captions = [f"{step}: {prompt}" for prompt in self.prompts]
         self.drawn.append(Path(self.path) / f"step-{step:06d}.png")
         save_png(row(self._generate(pipe, self.prompts), captions), self.drawn[-1])
         save_png(stack([Image.open(path) for path in self.drawn]), Path(self.path) / "progress.png")

@@ -1,0 +1,7 @@
+"""The only package that knows Hydra."""
+
+from .command_line import explained, run
+from .nodes import ConfigError, build, check
+from .run_folder import RankZeroFilter, claim, finish, signature
+
+__all__ = ["ConfigError", "RankZeroFilter", "build", "check", "claim", "explained", "finish", "run", "signature"]

@@ -1,0 +1,145 @@
+"""Configuration nodes: what they may say, and the objects they build."""
+
+import difflib
+import inspect
+import types
+import typing
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from hydra.errors import InstantiationException
+from omegaconf import DictConfig, ListConfig, OmegaConf
+
+
+class ConfigError(ValueError):
+    """A configuration that cannot run; the message is meant for the person who wrote it."""
+
+
+def check(cfg: DictConfig, entry: Callable) -> None:
+    """Bind every node of a configuration to the signature of its `_target_`, the top level to `entry`'s.
+
+    Raises:
+        ConfigError: An unknown key, a missing one, a value of the wrong type, a target that does not exist.
+    """
+    missing = sorted(OmegaConf.missing_keys(cfg))
+    if missing:
+        raise ConfigError(f"{missing[0]} has no value: set {missing[0]}=… on the command line.")
+    _check_node(cfg, entry, "")
+
+
+def _check_node(node: DictConfig, target: Callable, path: str) -> None:
+    parameters = inspect.signature(target).parameters
+    hints = _type_hints(target)
+    for key in node:
+        where = f"{path}.{key}".lstrip(".")
+        if key.startswith("_") or (not path and key == "hydra"):
+            continue
+        if key not in parameters:
+            raise ConfigError(_unknown(where, key, parameters, target))
+        _check_value(node[key], hints.get(key, Any), where)
+    required = [
+        n for n, p in parameters.items() if p.default is p.empty and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)
+    ]
+    absent = [name for name in required if name not in node]
+    if absent and not node.get("_partial_"):
+        raise ConfigError(f"{path or 'configuration'}: {_name(target)} needs {absent[0]!r}, which nothing sets.")
+
+
+def _check_value(value: Any, hint: Any, where: str) -> None:
+    if isinstance(value, DictConfig) and "_target_" in value:
+        _check_node(value, _locate(value["_target_"], where), where)
+    elif isinstance(value, DictConfig):
+        for key in value:
+            _check_value(value[key], Any, f"{where}.{key}")
+    elif isinstance(value, ListConfig):
+        for index, item in enumerate(value):
+            _check_value(item, Any, f"{where}[{index}]")
+    if not _fits(value, hint):
+        raise ConfigError(f"{where} is {value!r} ({type(value).__name__}); expected {_hint_name(hint)}.")
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    """Whether a scalar or list may stand where a parameter is annotated with `hint`; unknown annotations allow all."""
+    origin = typing.get_origin(hint)
+    if hint is Any:
+        return True
+    if origin in (typing.Union, types.UnionType):
+        return any(_fits(value, option) for option in typing.get_args(hint))
+    if origin is typing.Literal:
+        return value in typing.get_args(hint)
+    if hint in (int, float, bool, str, type(None)):
+        accepted = {float: (int, float)}.get(hint, (hint,))
+        return isinstance(value, accepted) and (hint is bool or not isinstance(value, bool))
+    if origin in (list, Sequence, tuple):
+        return isinstance(value, ListConfig)
+    if origin in (dict, Mapping):
+        return isinstance(value, DictConfig)
+    # A class or protocol: a node with a target may build it, a bare word or number may not.
+    return not (inspect.isclass(hint) and isinstance(value, (bool, int, float, str))) or hint is object
+
+
+def _unknown(where: str, key: str, known: Mapping, target: Callable) -> str:
+    nearest = difflib.get_close_matches(key, known, 1)
+    parent = where.removesuffix(key)
+    hint = f"did you mean {parent}{nearest[0]}?" if nearest else f"it takes {sorted(known)}."
+    return f"{where}: {_name(target)} has no option {key!r}; {hint}"
+
+
+def _locate(target: str, where: str) -> Callable:
+    from hydra.utils import get_object
+
+    try:
+        found = get_object(target)
+    except ImportError as error:
+        reason = f"{error.__cause__ or error}.{_extra(target)}"
+        raise ConfigError(f"{where}._target_ is {target!r}, which cannot be imported: {reason}") from error
+    if not callable(found):
+        raise ConfigError(f"{where}._target_ is {target!r}, a {type(found).__name__}; expected a class or function.")
+    return found
+
+
+def _extra(target: str) -> str:
+    extras = {"bitsandbytes": "optimizers", "prodigyopt": "optimizers", "schedulefree": "optimizers"}
+    extra = extras.get(target.split(".")[0])
+    return f' Install it with: pip install "diffsynth-hydra[{extra}]"' if extra else ""
+
+
+def _type_hints(target: Callable) -> dict[str, Any]:
+    try:
+        return typing.get_type_hints(target.__init__ if inspect.isclass(target) else target)
+    except (NameError, TypeError, AttributeError):  # annotations that only a type checker can resolve
+        return {}
+
+
+def _name(target: Callable) -> str:
+    return getattr(target, "__qualname__", str(target))
+
+
+def _hint_name(hint: Any) -> str:
+    return getattr(hint, "__name__", str(hint)) if typing.get_origin(hint) is None else str(hint).replace("typing.", "")
+
+
+def build(cfg: DictConfig) -> dict[str, Any]:
+    """The top level of a checked configuration with its nodes built; empty groups (`lora=none`) are left out.
+
+    Raises:
+        ConfigError: A constructor refuses its values.
+    """
+    nodes = {key: value for key, value in cfg.items() if value != {}}
+    return {key: _build_node(node) if _is_node(node) else node for key, node in nodes.items()}
+
+
+def _build_node(node: DictConfig | ListConfig) -> Any:
+    from hydra.utils import instantiate
+
+    try:
+        return instantiate(node, _convert_="all")
+    except InstantiationException as error:
+        if not isinstance(error.__cause__, (ValueError, OSError)):
+            raise
+        where = str(error).rpartition("full_key: ")[2]
+        raise ConfigError(f"{where}: {error.__cause__}") from error
+
+
+def _is_node(value: Any) -> bool:
+    return isinstance(value, (DictConfig, ListConfig))
