@@ -17,7 +17,9 @@ def train(
     lr_scheduler,
     logger,
     export,
+    checkpoint,
     lora=None,
+    ema=None,
     validation=None,
     device: str = "auto",
     seed: int = 0,
@@ -26,13 +28,15 @@ def train(
     batch_size: int = 1,
     micro_batch_size: int | None = None,
     max_grad_norm: float | None = None,
+    max_bad_steps: int = 10,
 ) -> list:
     """Run one training, whose parts the configuration built, and name the files it left.
 
     Its signature is the schema of conf/train.yaml's top level.
     """
     from diffsynth.core.data import BatchPlan
-    from diffsynth.diffusion.runner import launch_training_task, list_skipped, make_accelerator
+    from diffsynth.diffusion.bad_steps import BadSteps
+    from diffsynth.diffusion.runner import launch_training_task, make_accelerator, record_data
     from diffsynth.diffusion.training_module import PipelineTrainingModule
 
     # Mistakes first: nothing heavy is read until all of these have found none.
@@ -40,7 +44,8 @@ def train(
     BatchPlan(batch_size, micro_batch_size, accelerator.num_processes)
     for rows in (dataset, *(validation.datasets.values() if validation else ())):
         rows.scan(required=("image", "prompt", *task.extra_inputs))
-    list_skipped(accelerator, dataset, run_dir)
+    record_data(accelerator, dataset, run_dir)
+    checkpoint.identity = {"data set": dataset.fingerprint()}
     module = PipelineTrainingModule(model(device=accelerator.device), task, lora, seed, **memory.options)
     module.load(also=validation.models(module.pipe) if validation else ())
     launch_training_task(
@@ -57,10 +62,13 @@ def train(
         max_grad_norm=max_grad_norm,
         seed=seed,
         num_workers=dataset.num_workers,
+        ema=ema,
+        checkpoints=checkpoint,
         logger=logger,
         validation=validation,
+        bad_steps=BadSteps(f"{run_dir}/bad_steps.jsonl", max_bad_steps),
     )
-    list_skipped(accelerator, dataset, run_dir)  # with those that could not be decoded
+    record_data(accelerator, dataset, run_dir)  # with those that could not be decoded
     return [*export.saved, *(validation.saved if validation else ())]
 
 

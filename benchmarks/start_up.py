@@ -1,9 +1,9 @@
 """How long the commands take to start.
 
-    python benchmarks/start_up.py
+    python benchmarks/start_up.py [python-with-the-original]
 
-`python train.py --help` against an empty Hydra app, pair by pair; and where the time from command to first step goes on
-the embedded model.
+`python train.py --help` against an empty Hydra app, pair by pair; where the time from command to first step goes on
+the embedded model; and that time against what importing the original takes, by an interpreter that has it installed.
 """
 
 import statistics
@@ -22,6 +22,8 @@ def main(cfg): pass
 
 main()
 """
+TO_FIRST_STEP = [sys.executable, "train.py", "max_steps=1", "validation=none", "export.save_steps=null"]
+ORIGINAL = "from diffsynth.pipelines.qwen_image import QwenImagePipeline; from diffsynth.diffusion import *"
 STAGES = """
 import os, sys, time
 began = time.perf_counter()
@@ -58,10 +60,24 @@ lap("first forward and backward of 16 samples")
 """
 
 
-def seconds(command: list[str]) -> float:
+def seconds(command: list[str], cwd: Path | str = ROOT) -> float:
     start = time.perf_counter()
-    subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
+    subprocess.run(command, cwd=cwd, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     return time.perf_counter() - start
+
+
+def against_the_original(python: str, pairs: int = 3) -> None:
+    """Ours, from command to the end of a run of one step, and the original's import, in turns."""
+    ours, theirs, ours_torch, their_torch = [], [], [], []
+    for _ in range(pairs + 1):
+        with tempfile.TemporaryDirectory() as folder:
+            ours.append(seconds([*TO_FIRST_STEP, f"output_root={folder}"]))
+        ours_torch.append(seconds([sys.executable, "-c", "import torch"]))
+        theirs.append(seconds([python, "-c", ORIGINAL], cwd=Path(python).anchor))
+        their_torch.append(seconds([python, "-c", "import torch"], cwd=Path(python).anchor))
+    figures = [statistics.median(times[1:]) for times in (ours, theirs, ours_torch, their_torch)]
+    print("ours to the end of a one-step run {:.1f} s, the original's import {:.1f} s".format(*figures[:2]))
+    print("importing torch: {:.1f} s in ours, {:.1f} s in the original's".format(*figures[2:]))
 
 
 def main(pairs: int = 7) -> None:
@@ -77,6 +93,8 @@ def main(pairs: int = 7) -> None:
     print(f"--help: ours {ours:.2f} s, empty Hydra app {theirs:.2f} s; ratio {ratio:.2f} over {pairs} pairs")
     print("From command to first step:", flush=True)
     subprocess.run([sys.executable, "-c", STAGES], cwd=ROOT, check=True)
+    for python in sys.argv[1:]:
+        against_the_original(python)
 
 
 if __name__ == "__main__":

@@ -300,10 +300,10 @@ def test_a_finished_run_says_so_and_names_what_it_left(tmp_path, caplog):
 
 def test_a_run_keeps_its_resolved_configuration_commit_and_versions(tmp_path):
     run_dir = claim(tiny.compose("train", f"output_root={tmp_path}", "seed=7"))
-    saved = OmegaConf.load(run_dir / "config.yaml")
+    saved = OmegaConf.load(run_dir / "resolved.yaml")
     environment = json.loads((run_dir / "environment.json").read_text())
     head = subprocess.run(["git", "rev-parse", "HEAD"], cwd=tiny.ROOT, capture_output=True, text=True).stdout.strip()
     assert (saved.seed, saved.run_dir) == (7, str(run_dir))
-    assert "${" not in (run_dir / "config.yaml").read_text()
+    assert "${" not in (run_dir / "resolved.yaml").read_text()
     assert environment["commit"] == (head or None)
     assert {"torch", "diffusers", "transformers", "hydra-core"} <= environment.keys()

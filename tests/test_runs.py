@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from torch.testing import assert_close
 
 from diffsynth.core.loader import ModelConfig, load_model
+from diffsynth.report.compare import compare
 
 EXACT = {"rtol": 0, "atol": 0}
 CLOSE = {"rtol": 1e-5, "atol": 1e-5}
@@ -67,7 +68,10 @@ def test_a_logged_loss_is_the_mean_since_the_last_one(plain, tmp_path):
 
 
 def test_the_run_names_its_artefacts(plain):
-    assert json.loads((plain / "finished.json").read_text())["artefacts"] == [f"{plain}/weights/epoch-0.safetensors"]
+    assert json.loads((plain / "finished.json").read_text())["artefacts"] == [
+        f"{plain}/weights/epoch-0.safetensors",
+        f"{plain}/report.html",
+    ]
 
 
 def test_full_training_saves_a_file_a_model_that_loads_in_place_of_the_released_one(tmp_path):
@@ -214,3 +218,9 @@ def test_accelerate_launches_a_run(tmp_path):
     overrides = tiny.merged(tiny.train_overrides(tmp_path), ["lora.rank=8", "max_steps=1"])
     said = tiny.process("accelerate", "launch", "train.py", *overrides)
     assert re.search(r"Finished\. .*step-1\.safetensors", said, re.DOTALL)
+
+
+def test_a_saved_configuration_runs_again(plain, tmp_path, monkeypatch):
+    again = ["--config-path", str(plain), "--config-name", "config", f"output_root={tmp_path}"]
+    tiny.command_line(monkeypatch, "train.py", *again)
+    assert compare(plain, tmp_path / plain.name) == [f"config   output_root: {plain.parent} | {tmp_path}"]

@@ -107,7 +107,7 @@ def test_noise_and_level_follow_from_the_address(training_module, rows):
     module = training_module()
     with torch.no_grad():
         losses = [module([Sample(rows[1], *address)]).item() for address in ((0, 1), (0, 1), (0, 2), (1, 1))]
-        other_seed = module.loss([Sample(rows[1], 0, 1)], seed=1).item()
+        other_seed = module.loss([Sample(rows[1], 0, 1)], Draw(1, [SampleAddress(0, 1)])).item()
     assert losses[0] == losses[1]
     assert len({*losses, other_seed}) == 4
 

@@ -7,10 +7,13 @@ import os
 import runpy
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import cache
 from importlib import import_module
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from unittest import mock
 
 import hydra
 import numpy as np
@@ -30,13 +33,13 @@ COMPONENTS = {"dit": "transformer", "text_encoder": "text_encoder", "vae": "vae"
 @cache
 def model() -> Path:
     """A repository laid out as Qwen-Image's, all of it random; made once a session."""
-    return _write_model(_kept_folder() / "model")
+    return _write_model(kept_folder() / "model")
 
 
 @cache
 def dataset() -> Path:
     """A folder of eight 32 × 32 pictures and metadata.csv; made once a session."""
-    return write_dataset(_kept_folder() / "dataset")
+    return write_dataset(kept_folder() / "dataset")
 
 
 def write_dataset(folder: Path, count: int = 8, size: int = 32) -> Path:
@@ -65,7 +68,7 @@ def _write_model(folder: Path) -> Path:
     return folder
 
 
-def _kept_folder() -> Path:
+def kept_folder() -> Path:
     _folders.append(TemporaryDirectory(prefix="diffsynth-test-"))
     return Path(_folders[-1].name)
 
@@ -149,7 +152,41 @@ def command_line(monkeypatch, script: str, *arguments: str) -> None:
         logging.root.setLevel(level)
 
 
-def process(*command: str, **environment: str) -> str:
+@contextmanager
+def in_step(number: int, act: Callable[[], None]) -> Iterator[None]:
+    """Call `act` in the middle of optimizer step `number`, counted from 1, of runs in this block."""
+    from diffsynth.diffusion.training_state import TrainingState
+
+    backward = TrainingState.backward
+
+    def act_and_go_on(state, losses):
+        if state.step == number - 1 and not state.meter.losses:  # its first micro-batch
+            act()
+        backward(state, losses)
+
+    with mock.patch.object(TrainingState, "backward", act_and_go_on):
+        yield
+
+
+class PowerCut(BaseException):
+    """Nothing catches it, so nothing is put in order."""
+
+
+def cut_off(after: int, output_root: Path, *overrides: str) -> None:
+    """Train in this process until a power cut, when `after` steps are taken and looked at."""
+
+    def cut():
+        raise PowerCut
+
+    try:
+        with in_step(after + 1, cut):
+            train(output_root, *overrides)
+    except PowerCut:
+        return
+    raise AssertionError(f"There are no {after + 1} steps.")
+
+
+def process(*command: str, status: int = 0, **environment: str) -> str:
     """Run a command in the repository and return what it wrote."""
     quiet = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "TOKENIZERS_PARALLELISM": "false"}
     done = subprocess.run(
@@ -160,8 +197,9 @@ def process(*command: str, **environment: str) -> str:
         stderr=subprocess.STDOUT,
         text=True,
         timeout=300,
+        start_new_session=True,  # a group of its own
     )
-    assert done.returncode == 0, done.stdout
+    assert done.returncode == status, done.stdout
     return done.stdout
 
 

@@ -26,6 +26,11 @@ STYLES = {
 }
 SIZE, RENDER_SIZE, QUALITY = 64, 256, 90
 HOLD_OUT_EVERY = 5
+# Words in the place of the style: a base that has read many is not thrown off by one it never met.
+ADJECTIVES = """
+    3d, big, bright, cheerful, classic, clean, clear, colorful, cute, detailed, fancy, fine, friendly, glossy, good,
+    happy, lovely, modern, neat, nice, pretty, round, shiny, simple, small, smooth, soft, sweet, tidy, vivid"""
+ADJECTIVES_EACH = 4
 
 # Chosen by eye: recognisable, unlike each other, in all three styles. No people, flags or symbols, and nothing
 # that the artwork's owner excludes (paperclips, technologists, video game, joystick).
@@ -110,6 +115,15 @@ def describe(style, concepts):
     return [(f"{style}/{slug}.webp", f"a {style} emoji of {name}") for slug, name in concepts]
 
 
+def rephrase(concepts):
+    """The colour images, each under several captions; half of them the plain ones."""
+    adjectives = [adjective.strip() for adjective in ADJECTIVES.split(",")]
+    for number, (slug, name) in enumerate(concepts):
+        chosen = [adjectives[(number + offset * 7) % len(adjectives)] for offset in range(ADJECTIVES_EACH)]
+        captions = [f"a {word} emoji of {name}" for word in ["color"] * (ADJECTIVES_EACH - 1) + chosen]
+        yield from ((f"color/{slug}.webp", caption) for caption in [f"an emoji of {name}", *captions])
+
+
 def write_csv(name, rows):
     with open(HERE / f"{name}.csv", "w", encoding="utf-8", newline="") as file:
         csv.writer(file, lineterminator="\n").writerows([("image", "prompt"), *rows])
@@ -128,6 +142,7 @@ def main():
             write_images(style, read_package(package, "icons.json", folder), [slug for slug, _ in concepts])
     held_out = concepts[HOLD_OUT_EVERY - 1 :: HOLD_OUT_EVERY]
     write_csv("color", describe("color", concepts))
+    write_csv("color_captions", rephrase(concepts))
     write_split("train", [concept for concept in concepts if concept not in held_out])
     write_split("held_out", held_out)
 

@@ -22,6 +22,8 @@ def run(main: Callable[[], None]) -> None:
         main()
     except (ConfigCompositionException, OverrideParseException) as error:
         sys.exit(f"error: {_explain(error)}")
+    except OSError as error:  # Hydra makes the run's folder before anything of ours runs
+        sys.exit(f"error: {error}; set output_root=… to a folder that can be written.")
 
 
 @contextmanager
@@ -29,7 +31,7 @@ def explained() -> Iterator[None]:
     """Mistakes in a run's configuration or input end it in one clear line instead of a traceback."""
     try:
         yield
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, FloatingPointError) as error:
         if os.environ.get("DIFFSYNTH_TRACEBACK"):
             raise
         sys.exit(f"error: {error}\n(DIFFSYNTH_TRACEBACK=1 shows where this was raised)")

@@ -71,7 +71,7 @@ def _fits(value: Any, hint: Any) -> bool:
         accepted = {float: (int, float)}.get(hint, (hint,))
         return isinstance(value, accepted) and (hint is bool or not isinstance(value, bool))
     if origin in (list, Sequence, tuple):
-        return isinstance(value, ListConfig)
+        return isinstance(value, (ListConfig, list))  # a resolver's list is a plain one
     if origin in (dict, Mapping):
         return isinstance(value, DictConfig)
     # A class or protocol: a node with a target may build it, a bare word or number may not.

@@ -13,12 +13,25 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from ..core.files import write_text
+from ..core.files import remove_leftovers, write_text
 from .nodes import ConfigError
 
 RANK = int(os.environ.get("RANK", 0))
 # Keys that change where, how fast or how loudly a run goes, but not what comes out of it.
-NOT_SEMANTIC = ("hydra", "name", "output_root", "run_dir", "device", "logger", "export", "micro_batch_size")
+NOT_SEMANTIC = (
+    "hydra",
+    "name",
+    "output_root",
+    "run_dir",
+    "device",
+    "logger",
+    "export",
+    "checkpoint",
+    "max_bad_steps",
+    "micro_batch_size",
+)
+# With it a saved configuration runs again: train.py --config-path <run> --config-name config
+REPLAY = {"hydra": {"run": {"dir": "${run_dir}"}, "output_subdir": None}}
 PACKAGES = ("torch", "diffusers", "transformers", "accelerate", "peft", "safetensors", "hydra-core", "omegaconf")
 
 
@@ -54,23 +67,28 @@ def claim(cfg: DictConfig) -> Path | None:
         logging.info("%s is finished:\n  %s\nDelete the folder, or change name=…, to run it again.", run_dir, artefacts)
         return None
     if RANK == 0:
+        remove_leftovers(run_dir)
         _write_run_files(run_dir, cfg)
     return run_dir
 
 
 def finish(run_dir: Path, artefacts: Sequence[Path]) -> None:
-    """Mark the run as finished and name what it left."""
+    """Mark the run as finished, write its report, and name what it left."""
+    from ..report import write_report  # on demand: the help needs no pictures
+
     if RANK == 0:
-        write_text(run_dir / "finished.json", json.dumps({"artefacts": [str(path) for path in artefacts]}, indent=1))
-        logging.info("Finished. %s holds:\n  %s", run_dir, "\n  ".join(str(path) for path in artefacts))
+        paths = [str(path) for path in [*artefacts, run_dir / "report.html"]]
+        write_text(run_dir / "finished.json", json.dumps({"artefacts": paths}, indent=1))
+        write_report(run_dir)
+        logging.info("Finished. %s holds:\n  %s", run_dir, "\n  ".join(paths))
 
 
 def _write_run_files(run_dir: Path, cfg: DictConfig) -> None:
     saved = run_dir / "config.yaml"
-    if saved.exists() and OmegaConf.load(saved)["signature"] != signature(cfg):
+    if saved.exists() and signature(OmegaConf.load(saved)) != signature(cfg):
         raise ConfigError(f"{run_dir} holds a different experiment; set name=… or delete it.")
-    resolved = OmegaConf.to_container(cfg, resolve=True)
-    write_text(saved, OmegaConf.to_yaml(OmegaConf.create({"signature": signature(cfg), **resolved})))
+    write_text(saved, OmegaConf.to_yaml(cfg) + OmegaConf.to_yaml(OmegaConf.create(REPLAY)))
+    write_text(run_dir / "resolved.yaml", OmegaConf.to_yaml(cfg, resolve=True))
     write_text(run_dir / "command.json", json.dumps(sys.argv))
     write_text(run_dir / "environment.json", json.dumps(environment(), indent=1))
 

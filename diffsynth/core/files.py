@@ -1,6 +1,8 @@
 """Files that are whole or not there."""
 
+import json
 import os
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,17 +13,62 @@ def replacing(path: str | Path) -> Iterator[Path]:
     """A temporary path beside `path` that takes its place, on disk, when the block ends without an error."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{os.getpid()}.{path.name}")
+    partial = _partial(path)
     try:
         yield partial
-        with partial.open("rb") as stream:
-            os.fsync(stream.fileno())
+        _sync(partial)
         partial.replace(path)
+        _sync(path.parent)
     finally:
         partial.unlink(missing_ok=True)
+
+
+@contextmanager
+def replacing_folder(path: str | Path) -> Iterator[Path]:
+    """A temporary folder beside `path` that takes its place, with all it holds on disk, when the block ends well."""
+    path = Path(path)
+    partial = _partial(path)
+    partial.mkdir(parents=True)
+    try:
+        yield partial
+        for file in partial.iterdir():
+            _sync(file)
+        _sync(partial)
+        shutil.rmtree(path, ignore_errors=True)
+        partial.replace(path)
+        _sync(path.parent)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def remove_leftovers(folder: str | Path) -> None:
+    """Delete what a process that was killed left half written in `folder` and below."""
+    for partial in list(Path(folder).rglob(".partial-*")):
+        shutil.rmtree(partial) if partial.is_dir() else partial.unlink(missing_ok=True)  # it lay in one that is gone
 
 
 def write_text(path: str | Path, text: str) -> None:
     """Write a text file, all of it or nothing."""
     with replacing(path) as partial:
         partial.write_text(text, encoding="utf-8")
+
+
+def forget_after(path: str | Path, step: int) -> None:
+    """Cut a file of JSON lines, each with its `step`, back to what it held after this one."""
+    path = Path(path)
+    if path.exists():
+        lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+        write_text(path, "".join(line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step))
+
+
+def _partial(path: Path) -> Path:
+    return path.with_name(f".partial-{os.getpid()}-{path.name}")
+
+
+def _sync(path: Path) -> None:
+    """Put a file, or the names in a folder, on disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

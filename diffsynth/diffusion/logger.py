@@ -1,16 +1,28 @@
 """What a run leaves behind: weights to use, and numbers."""
 
 import json
+import logging
+import math
+import re
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+import yaml
+from PIL import Image
 from torch import Tensor
 
+from ..core.files import forget_after, write_text
 from ..core.loader import save_safetensors
+from .lora_formats import FORMATS
+from .trackers import Tracker
+
+logger = logging.getLogger(__name__)
+
+NAME = re.compile(r"(?:(?:step|epoch)-(\d+)|best)\b")
 
 
 @dataclass
@@ -24,36 +36,105 @@ class ModelLogger:
             loads them.
         save_steps: Optimizer steps between saves, `step-{n}.safetensors`; None saves every epoch,
             `epoch-{i}.safetensors`, and in both cases what the last step leaves.
+        formats: Names that adapters are saved under, of `lora_formats.FORMATS`; with several, the file is named
+            `step-{n}.{format}.safetensors`.
+        trigger_prompts: Written into the files.
+        keep_best: Name of a number that validation measures, such as `held_out_loss`; the weights at its lowest are
+            kept as `best.safetensors`.
     """
 
     output_path: str | Path
     remove_prefix_in_ckpt: str | None = None
     save_steps: int | None = None
-    saved: list[Path] = field(default_factory=list, init=False)
+    formats: Sequence[str] = ("diffusers",)
+    trigger_prompts: Sequence[str] = ()
+    keep_best: str | None = None
 
-    def on_step_end(self, accelerator, model, step: int, epoch: int | None, done: bool) -> None:
-        """Save if step or epoch say so; all processes call it.
+    def __post_init__(self):
+        unknown = sorted(set(self.formats) - set(FORMATS))
+        if unknown or not self.formats:
+            raise ValueError(f"export.formats is {list(self.formats)}; expected some of {list(FORMATS)}.")
+
+    @property
+    def saved(self) -> list[Path]:
+        """The files there are, also of earlier parts of a run that was taken up again."""
+        files = Path(self.output_path).glob("*.safetensors")
+        return sorted((path for path in files if NAME.match(path.name)), key=_by_number)
+
+    def on_step_end(
+        self,
+        accelerator,
+        model,
+        step: int,
+        epoch: int | None,
+        done: bool,
+        measured: Mapping[str, float] | None = None,
+        weights: str = "raw",
+    ) -> None:
+        """Save if step, epoch or what was measured say so; all processes call it.
 
         Args:
             step: Optimizer steps taken.
             epoch: The pass over the data set, counted from 0, that this step ended; None if it ended none.
             done: Whether this was the last step.
+            measured: Numbers of this step, by name.
+            weights: What the model holds now, `raw` weights or their average `ema`.
         """
         name = self._name(step, epoch, done)
         if name is not None:
-            self.save(accelerator, model, name)
+            self.save(accelerator, model, name if weights == "raw" else f"{name}.{weights}")
+        of_average = (self.keep_best or "").startswith("ema_")
+        if self.keep_best in (measured or {}) and of_average == (weights == "ema"):
+            self._keep_best(accelerator, model, step, measured[self.keep_best])
+
+    def _keep_best(self, accelerator, model, step: int, value: float) -> None:
+        record = Path(self.output_path) / "best.json"
+        best = json.loads(record.read_text(encoding="utf-8"))["value"] if record.exists() else math.inf
+        accelerator.wait_for_everyone()  # all have read before the first writes
+        if value < best:
+            self.save(accelerator, model, "best")
+            if accelerator.is_main_process:
+                write_text(record, json.dumps({"step": step, "name": self.keep_best, "value": value}))
 
     def save(self, accelerator, model, name: str) -> None:
-        """Write `{name}.safetensors`, or `{name}.{model}.safetensors` where several models are trained."""
+        """Write `{name}.safetensors`, or `{name}.{model}.safetensors` where several models are trained.
+
+        Adapter files are read back and compared with what was trained; one that differs is named loudly and kept.
+        """
         accelerator.wait_for_everyone()
         if not accelerator.is_main_process:
             return
-        files = self._files(accelerator.unwrap_model(model))
+        module = accelerator.unwrap_model(model)
+        if self.remove_prefix_in_ckpt is not None:
+            tensors = module.export_trainable_state_dict(self.remove_prefix_in_ckpt)
+            return save_safetensors(tensors, Path(self.output_path) / f"{name}.safetensors")
+        for format in self.formats:
+            self._save(module, name, format)
+
+    def _save(self, module, name: str, format: str) -> None:
+        files = module.export_weights(format)
         for part, (tensors, metadata) in files.items():
-            suffix = f".{part}" if len(files) > 1 else ""
-            path = Path(self.output_path) / f"{name}{suffix}.safetensors"
-            save_safetensors(tensors, path, metadata)
-            self.saved.append(path)
+            is_adapter = part == "lora"
+            if not is_adapter and format != self.formats[0]:
+                continue
+            marks = [name, part if len(files) > 1 else "", format if is_adapter and len(self.formats) > 1 else ""]
+            path = Path(self.output_path) / f"{'.'.join(filter(None, marks))}.safetensors"
+            save_safetensors(tensors, path, {**metadata, "diffsynth": json.dumps(self._about(module, is_adapter))})
+            if is_adapter:
+                self._check(module, path)
+
+    def _about(self, module, is_adapter: bool) -> dict:
+        """What the file's metadata says of where it comes from."""
+        about = {"base_model": module.pipe.sources(), "trigger_prompts": list(self.trigger_prompts)}
+        config = Path(self.output_path).parent / "resolved.yaml"
+        about["config"] = config.read_text(encoding="utf-8") if config.exists() else None
+        return {**about, **(module.describe_adapters() if is_adapter else {})}
+
+    def _check(self, module, path: Path) -> None:
+        try:
+            module.check_export(path)
+        except ValueError as error:
+            logger.error("THIS EXPORT IS WRONG, and is kept to be looked at: %s", error)
 
     def _name(self, step: int, epoch: int | None, done: bool) -> str | None:
         if self.save_steps is None and epoch is not None:
@@ -61,23 +142,25 @@ class ModelLogger:
         due = done if self.save_steps is None else (done or step % self.save_steps == 0)
         return f"step-{step}" if due and step > 0 else None
 
-    def _files(self, module) -> Mapping[str, tuple[Mapping[str, Tensor], Mapping[str, str]]]:
-        if self.remove_prefix_in_ckpt is None:
-            return module.export_weights()
-        return {"model": (module.export_trainable_state_dict(self.remove_prefix_in_ckpt), {})}
+
+def _by_number(path: Path) -> tuple[int, str]:
+    """By step or epoch; `best` stands first."""
+    return int(NAME.match(path.name)[1] or -1), path.name
 
 
 @dataclass
 class LocalLogger:
-    """Appends numbers to `metrics.jsonl` and shows them on the console.
+    """Appends numbers to `metrics.jsonl`, and hands numbers and pictures on to trackers.
 
     Args:
-        path: Folder of the file.
+        path: The run's folder.
         every: Optimizer steps between two lines.
+        trackers: By any name.
     """
 
     path: str | Path
     every: int = 10
+    trackers: Mapping[str, Tracker] = field(default_factory=dict)
 
     def __post_init__(self):
         if self.every < 1:
@@ -85,32 +168,61 @@ class LocalLogger:
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
         """Append one line of numbers as they are after `step` optimizer steps."""
-        Path(self.path).mkdir(parents=True, exist_ok=True)
-        with (Path(self.path) / "metrics.jsonl").open("a", encoding="utf-8") as file:
+        self.file.parent.mkdir(parents=True, exist_ok=True)
+        with self.file.open("a", encoding="utf-8") as file:
             file.write(json.dumps({"step": step, **values}) + "\n")
+        for tracker in self.trackers.values():
+            tracker.log(step, values)
+
+    def picture(self, step: int, name: str, path: Path) -> None:
+        """Hand on a picture that lies in the run's folder."""
+        for tracker in self.trackers.values():
+            tracker.picture(step, name, Image.open(path).convert("RGB"))
+
+    def start(self, step: int, resumed: bool) -> None:
+        """Begin, or go on from `step`: what came after it is forgotten, as it will come again."""
+        forget_after(self.file, step if resumed else -1)
+        config = Path(self.path) / "resolved.yaml"
+        for tracker in self.trackers.values():
+            tracker.start(step, yaml.safe_load(config.read_text(encoding="utf-8")) if config.exists() else {})
+
+    def finish(self) -> None:
+        """Nothing more comes."""
+        for tracker in self.trackers.values():
+            tracker.finish()
+
+    @property
+    def file(self) -> Path:
+        return Path(self.path) / "metrics.jsonl"
 
 
 class Meter:
-    """Means of what happened since the last reading, over micro-batches and processes."""
+    """Means of what happened since the last reading, over steps, micro-batches and processes."""
 
     def __init__(self, accelerator):
         self.accelerator, self.device = accelerator, accelerator.device
+        self.losses: list[Tensor] = []  # of the step that is being taken
         self._clear()
 
     def _clear(self) -> None:
         self.loss, self.samples = torch.zeros((), device=self.device), 0
         self.grad_norm, self.steps = 0.0, 0
-        self.started = time.perf_counter()
+        self.started, self.timed_samples = time.perf_counter(), 0
 
     def add_losses(self, losses: Tensor) -> None:
         """Count the losses (b,) of one micro-batch; nothing is read back from the device yet."""
-        self.loss += losses.detach().float().sum().to(self.device)
-        self.samples += losses.numel()
+        self.losses.append(losses.detach().float().reshape(-1).to(self.device))
 
-    def add_step(self, grad_norm: Tensor | float) -> None:
-        """Count one optimizer step."""
-        self.steps += 1
-        self.grad_norm = self.grad_norm + grad_norm
+    def end_step(self, grad_norm: float | None) -> None:
+        """Count one optimizer step; one that was left out (None) counts for nothing but time."""
+        if grad_norm is not None:
+            self.steps += 1
+            self.grad_norm += grad_norm
+            for losses in self.losses:
+                self.loss += losses.sum()
+                self.samples += losses.numel()
+                self.timed_samples += losses.numel()
+        self.losses = []
 
     @contextmanager
     def paused(self) -> Iterator[None]:
@@ -121,9 +233,27 @@ class Meter:
 
     def read(self) -> dict[str, float]:
         """The means since the last call, on every process; starts anew."""
-        counted = torch.stack([self.loss, torch.tensor(float(self.samples), device=self.device)])
-        loss, samples = self.accelerator.reduce(counted, "sum").tolist()
-        seconds = time.perf_counter() - self.started
-        grad_norm = float(self.grad_norm) / max(self.steps, 1)
+        counts = torch.tensor([self.samples, self.timed_samples], dtype=torch.float32, device=self.device)
+        loss, samples, timed = self.accelerator.reduce(torch.cat([self.loss[None], counts]), "sum").tolist()
+        seconds, grad_norm, steps = time.perf_counter() - self.started, self.grad_norm, self.steps
         self._clear()
-        return {"loss": loss / samples, "grad_norm": grad_norm, "samples_per_second": samples / seconds}
+        if not steps:
+            return {}
+        return {"loss": loss / samples, "grad_norm": grad_norm / steps, "samples_per_second": timed / seconds}
+
+    def state(self) -> dict:
+        """What was counted since the last reading, process by process; all processes call it."""
+        counts = self.accelerator.gather(self.loss.reshape(1)).tolist()
+        return {"loss": counts, "samples": self.samples, "grad_norm": self.grad_norm, "steps": self.steps}
+
+    def restore(self, state: Mapping) -> None:
+        """Go on counting from `state`; with another number of processes, the first takes over what all had."""
+        counts, rank = state["loss"], self.accelerator.process_index
+        self._clear()
+        if len(counts) == self.accelerator.num_processes:
+            self.loss += counts[rank]
+            self.samples = state["samples"]
+        elif rank == 0:
+            self.loss += sum(counts)
+            self.samples = state["samples"] * len(counts)
+        self.grad_norm, self.steps = state["grad_norm"], state["steps"]

@@ -7,9 +7,11 @@ import difflib
 import json
 import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
+import torch
 from peft import LoHaConfig, LoKrConfig, LoraConfig, inject_adapter_in_model, set_peft_model_state_dict
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import get_peft_model_state_dict
@@ -17,7 +19,9 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from ..core.loader import load_state_dict
+from .lora_formats import FORMATS
 
+TOLERANCE = 1e-5  # relative, in fp32
 METADATA_KEY = "lora_adapter_metadata"  # where diffusers looks for the adapter's configuration
 CONFIGS = {"LORA": LoraConfig, "LOHA": LoHaConfig, "LOKR": LoKrConfig}
 
@@ -59,6 +63,8 @@ def _peft_names(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
             continue
         name = key.replace(".default.", ".").replace("lora_down.", "lora_A.").replace("lora_up.", "lora_B.")
         layer, _, part = name.partition(".lora_A")
+        if name.endswith(".dora_scale"):
+            name, value = f"{name.removesuffix('.dora_scale')}.lora_magnitude_vector", value.flatten()
         renamed[name] = value * (alphas[layer] / value.shape[0]) if part and layer in alphas else value
     return renamed
 
@@ -129,17 +135,83 @@ def merge(module: nn.Module, adapter: str) -> None:
     module._hf_peft_config_loaded = False
 
 
-def export(module: nn.Module, prefix: str, adapter: str = "default") -> tuple[dict[str, Tensor], dict[str, str]]:
-    """An adapter's tensors and metadata as diffusers loads them, names prefixed with `transformer.` and the like."""
+def export(
+    module: nn.Module, prefix: str, names: str = "diffusers", adapter: str = "default"
+) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """An adapter's tensors under the names of a format, and the configuration that diffusers reads beside its own.
+
+    Raises:
+        ValueError: The format has no names for this kind of adapter.
+    """
     own = get_peft_model_state_dict(module, adapter_name=adapter, save_embedding_layers=False)
-    tensors = {f"{prefix}.{key}": tensor for key, tensor in own.items()}
-    config = {f"{prefix}.{k}": _plain(v) for k, v in module.peft_config[adapter].to_dict().items() if v is not None}
-    return tensors, config
+    config = module.peft_config[adapter]
+    tensors = FORMATS[names](own, config, prefix)
+    entries = {f"{prefix}.{k}": _plain(v) for k, v in config.to_dict().items() if v is not None}
+    return tensors, entries if names == "diffusers" else {}
+
+
+def describe(module: nn.Module, adapter: str = "default") -> dict[str, str | float]:
+    """Kind, rank and alpha of an adapter."""
+    config = module.peft_config[adapter]
+    alpha = config.lora_alpha if isinstance(config, LoraConfig) else config.alpha
+    return {"kind": config.peft_type.value, "rank": config.r, "alpha": alpha}
+
+
+@torch.no_grad()
+def check_export(module: nn.Module, path: str | Path, prefix: str, adapter: str = "default") -> None:
+    """Read an adapter file into a fresh adapter and compare what each layer makes of noise with the trained one.
+
+    Raises:
+        ValueError: A key was not used, or a layer answers differently.
+    """
+    trained = _adapted_layers(module)
+    with _evaluating(module):
+        skeleton = _skeleton({name: layer.get_base_layer() for name, layer in trained.items()})
+        load(skeleton, path, prefix)
+        skeleton.eval()
+        for name, layer in trained.items():
+            _check_layer(skeleton.get_submodule(name), layer, f"{path}: read back, {name}")
+
+
+def _check_layer(found: nn.Module, trained: nn.Module, what: str) -> None:
+    weight = trained.get_base_layer().weight
+    generator = torch.Generator().manual_seed(0)
+    noise = torch.randn(2, weight.shape[1], *[8] * (weight.dim() - 2), generator=generator).to(weight)
+    answer, expected = found(noise), trained(noise)
+    tolerance = TOLERANCE * max(1.0, expected.abs().max().item()) * (1 if weight.dtype == torch.float32 else 1000)
+    if not torch.allclose(answer, expected, rtol=0, atol=tolerance):
+        raise ValueError(f"{what} differs from the trained adapter by {(answer - expected).abs().max().item():.2g}.")
+
+
+def _skeleton(layers: Mapping[str, nn.Module]) -> nn.Module:
+    """A module that has nothing but these layers, under their own names; they are shared, not copied."""
+    root = nn.Module()
+    for name, layer in layers.items():
+        *parents, last = name.split(".")
+        module = root
+        for parent in parents:
+            if not hasattr(module, parent):
+                module.add_module(parent, nn.Module())
+            module = getattr(module, parent)
+        module.add_module(last, layer)
+    return root
+
+
+@contextmanager
+def _evaluating(module: nn.Module) -> Iterator[None]:
+    """Without dropout inside; each part is in the mode it was in afterwards."""
+    modes = {part: part.training for part in module.modules()}
+    module.eval()
+    try:
+        yield
+    finally:
+        for part, training in modes.items():
+            part.training = training
 
 
 def metadata(configs: Mapping) -> dict[str, str]:
     """The metadata entry of a file that holds adapters of these configurations."""
-    return {METADATA_KEY: json.dumps(dict(configs), sort_keys=True)}
+    return {METADATA_KEY: json.dumps(dict(configs), sort_keys=True)} if configs else {}
 
 
 def infer_config(tensors: Mapping[str, Tensor]) -> LoraConfig:

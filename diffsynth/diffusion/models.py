@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from ..core.loader import ModelConfig, build_module, check_weights, load_weights, to_released_keys
+from ..core.loader import ModelConfig, build_module, check_weights, fingerprint, load_weights, to_released_keys
 from . import lora_files
 from .units import PipelineUnit
 
@@ -45,6 +45,7 @@ class PipelineModels(nn.Module):
         self.device, self.torch_dtype = torch.device(device), torch_dtype
         self.training_defaults = TrainingDefaults()
         self._files: dict[str, list[Path]] = {}
+        self._fingerprints: dict[str, str] = {}
         for name, _ in self.model_classes.values():
             setattr(self, name, None)
 
@@ -116,6 +117,14 @@ class PipelineModels(nn.Module):
         model = self.named_model(name)
         return to_released_keys(model, {key: model.get_parameter(key).detach() for key in keys})
 
+    def sources(self) -> dict[str, dict[str, str]]:
+        """Where each loaded model's weights lie, and their fingerprint."""
+        loaded = [name for name in self._files if getattr(self, name) is not None]
+        for name in loaded:
+            if name not in self._fingerprints:
+                self._fingerprints[name] = fingerprint(self._files[name])
+        return {n: {"path": str(self._files[n][0].parent), "fingerprint": self._fingerprints[n]} for n in loaded}
+
     def load_models_to_device(self, names: Iterable[str]) -> None:
         """Where a unit says which models it is about to call; memory recipes bring them in here."""
 
@@ -131,17 +140,18 @@ class PipelineModels(nn.Module):
     def check_adapters(self, paths: Iterable[str | Path]) -> None:
         """Refuse adapter files that fit none of this pipeline's models; needs no weights."""
         for path in paths:
-            for name in self._adapted_by(path):
+            for name in self.adapted_by(path):
                 lora_files.check_layers(
                     self.named_model(name), lora_files.read(path, self.lora_prefixes[name])[0], path
                 )
 
-    def load_adapter(self, path: str | Path, scale: float = 1.0) -> None:
+    def load_adapter(self, path: str | Path, scale: float = 1.0, fuse: bool = False) -> None:
         """Add an adapter file to all the models that its keys name."""
-        for name in self._adapted_by(path):
-            self.load_lora(name, path, scale)
+        for name in self.adapted_by(path):
+            self.load_lora(name, path, scale, fuse)
 
-    def _adapted_by(self, path: str | Path) -> list[str]:
+    def adapted_by(self, path: str | Path) -> list[str]:
+        """Names of the models that an adapter file is for."""
         named = lora_files.prefixes(path)
         return [name for name, prefix in self.lora_prefixes.items() if prefix in named] or [self.in_iteration_models[0]]
 

@@ -33,6 +33,19 @@ class Draw:
 
 
 @dataclass(frozen=True)
+class StratifiedDraw(Draw):
+    """Draws whose timestep lies in that one of `bands` equal parts of its distribution which the epoch counts."""
+
+    bands: int
+
+    def uniform(self, purpose: str) -> Tensor:
+        uniform = super().uniform(purpose)
+        if purpose != "timestep":
+            return uniform
+        return (torch.tensor([epoch % self.bands for epoch, _ in self.addresses]) + uniform) / self.bands
+
+
+@dataclass(frozen=True)
 class GlobalDraw:
     """The same from torch's global generator, for code that does not address its samples."""
 

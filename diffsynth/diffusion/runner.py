@@ -1,17 +1,29 @@
 """The one loop."""
 
-import inspect
+import json
 import math
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 
 import torch
 from torch.utils.data import DataLoader
-from tqdm import tqdm
 
 from ..core.data import AddressedDataset, BatchPlan, BatchSampler, SampleOrder
-from .logger import LocalLogger, Meter, ModelLogger
+from ..core.files import write_text
+from ..core.signals import leave_to_parent
+from .bad_steps import BadSteps
+from .checkpoint import Checkpoints
+from .ema import EMA
+from .logger import LocalLogger, ModelLogger
+from .progress import Progress
+from .stopping import Stopped, stop_on_signals
 from .training_module import DiffusionTrainingModule
+from .training_state import TrainingState
+from .validation import BANDS
+
+DETAILS = ("_error", *(f"_band{number}" for number in range(1, BANDS + 1)))  # logged, but not shown on the console
 
 
 def launch_training_task(
@@ -30,8 +42,11 @@ def launch_training_task(
     max_grad_norm: float | None = None,
     seed: int = 0,
     num_workers: int = 0,
+    ema: EMA | None = None,
+    checkpoints: Checkpoints | None = None,
     logger: LocalLogger | None = None,
     validation=None,
+    bad_steps: BadSteps | None = None,
 ) -> int:
     """Train `model` on `dataset` and return the number of optimizer steps taken.
 
@@ -40,60 +55,98 @@ def launch_training_task(
         num_epochs, max_steps: Passes over the data set, or optimizer steps, which win.
         batch_size: Samples an optimizer step, over all devices; None takes one micro-batch a device.
         micro_batch_size: Samples a forward on one device.
-        optimizer: `optimizer(parameters)`.
-        lr_scheduler: `lr_scheduler(optimizer)`, stepped once an optimizer step; also given `num_training_steps` if
-            it takes that.
+        optimizer, lr_scheduler: See `TrainingState`.
         max_grad_norm: Clip the gradient's norm to this.
+        checkpoints: Where to go on from, if a run was here before.
+
+    Raises:
+        Stopped: A signal asked for it; the state is saved.
+        FloatingPointError: Too many steps in a row had a gradient that is not finite.
     """
     batch_size = batch_size or (micro_batch_size or 1) * accelerator.num_processes
     plan = BatchPlan(batch_size, micro_batch_size, accelerator.num_processes)
+    order = SampleOrder(len(dataset), seed)
     steps = max_steps or math.ceil(num_epochs * len(dataset) / batch_size)
-
-    optimizer = (optimizer or partial(torch.optim.AdamW, lr=learning_rate, weight_decay=weight_decay))(
-        model.trainable_parameters()
-    )
-    schedule = _schedule(lr_scheduler, optimizer, steps)
-    batches = _batches(accelerator, dataset, model, plan, steps, seed, num_workers)
+    optimizer = optimizer or partial(torch.optim.AdamW, lr=learning_rate, weight_decay=weight_decay)
     accelerator.gradient_accumulation_steps = plan.accumulation
-    model, optimizer = accelerator.prepare(model, optimizer)
-    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    meter, bar = Meter(accelerator), tqdm(total=steps, disable=not accelerator.is_main_process, dynamic_ncols=True)
-    step = 0
+    state = TrainingState(accelerator, model, optimizer, lr_scheduler, steps, ema)
+    if validation is not None:
+        validation.check(ema)
+    resumed = checkpoints is not None and checkpoints.resume(accelerator, state)
+    bad_steps = bad_steps or BadSteps()
+    if accelerator.is_main_process:
+        bad_steps.start(state.step)
+        if logger is not None:
+            logger.start(state.step, resumed)
+    sampler = BatchSampler(order, plan, accelerator.process_index, state.step, steps - state.step)
+    progress = Progress(steps, state.step, accelerator.is_main_process)
+    look = partial(_look, accelerator, state, model_logger, logger, validation, progress)
 
-    while True:
-        done = step == steps
+    with stop_on_signals() as stop, _batches(dataset, model, sampler, num_workers) as batches:
+        while True:
+            done, asked = state.step == steps, stop.agreed(accelerator)
 
-        # Look at what the last step left: the first, the last and every other pass through the same lines.
-        _set_mode(optimizer, "eval")
-        if logger is not None and step > 0 and (done or step % logger.every == 0):
-            values = {**meter.read(), "lr": optimizer.param_groups[0]["lr"]}
-            _report(accelerator, logger, bar, step, values)
-        with meter.paused():
-            if validation is not None and validation.due(step, done):
-                _report(accelerator, logger, bar, step, validation.run(accelerator, model, step))
-            model_logger.on_step_end(accelerator, model, step, _ended_epoch(step, batch_size, len(dataset)), done)
-        if done:
-            break
+            # Look at what the last step left, and keep it; a run that was taken up again has already done so.
+            state.set_mode("eval")
+            with state.meter.paused():
+                if not resumed:
+                    look(epoch=_ended_epoch(state.step, batch_size, len(dataset)), done=done)
+                    if checkpoints is not None and (done or asked or checkpoints.due(state.step)):
+                        checkpoints.keep(accelerator, state, last=done or asked)
+            if done or asked:
+                break
+            resumed = False
 
-        # Accumulate the gradient of one batch.
-        _set_mode(optimizer, "train")
-        for _ in range(plan.accumulation):
-            with accelerator.accumulate(model):
-                losses = model(next(batches))
-                accelerator.backward(losses.mean())
-                meter.add_losses(losses)
+            # Accumulate the gradient of one batch.
+            state.set_mode("train")
+            for number in range(plan.accumulation):
+                with accelerator.accumulate(state.model):
+                    torch.manual_seed(sampler.seed(state.step, number))  # for what the networks draw, such as dropout
+                    state.backward(state.model(next(batches)))
 
-        # Update.
-        meter.add_step(accelerator.clip_grad_norm_(parameters, max_grad_norm or math.inf))
-        optimizer.step()
-        if schedule is not None:
-            schedule.step()
-        optimizer.zero_grad()
-        step += 1
-        bar.update()
+            # Update.
+            if not state.update(max_grad_norm):
+                bad_steps.note(accelerator, state, sampler.step(state.step - 1))
+            progress.advance(state.step)
 
-    bar.close()
-    return step
+    progress.close()
+    if logger is not None and accelerator.is_main_process:
+        logger.finish()
+    if not done:
+        raise Stopped(state.step, saved=checkpoints is not None)
+    return state.step
+
+
+def _look(accelerator, state, model_logger, logger, validation, progress, epoch: int | None, done: bool) -> None:
+    """Numbers, pictures and weights of the step that was taken last, each when it is due."""
+    values, pictures = {}, {}
+    if logger is not None and state.step > 0 and (done or state.step % logger.every == 0):
+        values = {**state.meter.read(), "lr": state.learning_rate, "memory_gb": peak_memory(accelerator.device)}
+        if state.skipped_steps:
+            values["skipped_steps"] = state.skipped_steps
+    if validation is not None and validation.due(state.step, done):
+        measured, pictures = validation.run(accelerator, state)
+        values |= measured
+    if values:
+        progress.show({name: value for name, value in values.items() if not name.endswith(DETAILS)})
+    if logger is not None and accelerator.is_main_process:
+        if values:
+            logger.log(state.step, values)
+        for name, path in pictures.items():
+            logger.picture(state.step, name, path)
+    for weights in ("raw", "ema") if state.ema else ("raw",):
+        with state.using(weights):
+            model_logger.on_step_end(accelerator, state.model, state.step, epoch, done, values, weights)
+
+
+def peak_memory(device: torch.device) -> float:
+    """GB that this process has held at most: of the GPU's memory where it trains on one, else of the host's."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e9
+    import resource  # not on Windows
+
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
 
 
 def choose_device(device: str) -> str:
@@ -123,51 +176,40 @@ def make_accelerator(device: str, torch_dtype: str):
     )
 
 
-def list_skipped(accelerator, dataset, run_dir: str) -> None:
-    """Write the rows that any process has left out to `skipped.jsonl`; all processes call it."""
+def record_data(accelerator, dataset, run_dir: str) -> None:
+    """Write what is trained on to `data.json`, and the rows that any process left out to `skipped.jsonl`.
+
+    All processes call it.
+    """
     from accelerate.utils import gather_object
 
     dataset.undecodable |= torch.stack(gather_object([dataset.undecodable])).any(0)
     if accelerator.is_main_process:
+        about = {"path": dataset.metadata_path, "rows": len(dataset), "fingerprint": dataset.fingerprint()}
+        write_text(f"{run_dir}/data.json", json.dumps(about, indent=1))
         dataset.write_skipped(f"{run_dir}/skipped.jsonl")
 
 
-def _batches(accelerator, dataset, model, plan: BatchPlan, steps: int, seed: int, num_workers: int):
+@contextmanager
+def _batches(dataset, model, sampler: BatchSampler, num_workers: int) -> Iterator[Iterator]:
     """An iterator over this process's micro-batches."""
-    sampler = BatchSampler(SampleOrder(len(dataset), seed), plan, accelerator.process_index, 0, steps)
     loader = DataLoader(
         AddressedDataset(dataset),
         batch_sampler=sampler,
         collate_fn=model.collate_fn,
         num_workers=num_workers,
         multiprocessing_context="spawn" if num_workers else None,
+        worker_init_fn=leave_to_parent,
     )
-    return iter(loader)
-
-
-def _schedule(lr_scheduler: Callable | None, optimizer, steps: int):
-    if lr_scheduler is None:
-        return None
-    takes_steps = "num_training_steps" in inspect.signature(lr_scheduler).parameters
-    return lr_scheduler(optimizer, num_training_steps=steps) if takes_steps else lr_scheduler(optimizer)
-
-
-def _set_mode(optimizer, mode: str) -> None:
-    """Schedule-free optimizers keep two sets of weights: one to train on, one to look at and save."""
-    switch = getattr(optimizer.optimizer, mode, None)
-    if switch is not None:
-        switch()
+    batches = iter(loader)
+    try:
+        yield batches
+    finally:
+        if num_workers:
+            batches._shutdown_workers()  # after an error they would wait for a signal that they ignore
 
 
 def _ended_epoch(step: int, batch_size: int, size: int) -> int | None:
     """The last pass over the data set that the step ended, counted from 0."""
     before, now = (max(n, 0) * batch_size // size for n in (step - 1, step))
     return now - 1 if now > before else None
-
-
-def _report(accelerator, logger: LocalLogger | None, bar: tqdm, step: int, values: dict[str, float]) -> None:
-    if not accelerator.is_main_process:
-        return
-    bar.set_postfix({name: f"{value:.3g}" for name, value in values.items()}, refresh=False)
-    if logger is not None:
-        logger.log(step, values)

@@ -70,19 +70,34 @@ class DiffusionTrainingModule(nn.Module):
         named = {name: p.detach() for name, p in self.named_parameters() if p.requires_grad}
         return {name.removeprefix(remove_prefix or ""): p for name, p in named.items()}
 
-    def export_weights(self) -> dict[str, tuple[dict[str, Tensor], dict[str, str]]]:
-        """What to save: `{model: (tensors, metadata)}` under released names; all adapters share one file, `lora`."""
+    def export_weights(self, names: str = "diffusers") -> dict[str, tuple[dict[str, Tensor], dict[str, str]]]:
+        """What to save: `{model: (tensors, metadata)}` under released names; all adapters share one file, `lora`.
+
+        Args:
+            names: Format of the adapters' names, one of `lora_formats.FORMATS`.
+        """
         files, adapters, configs = {}, {}, {}
         for name, model in self.pipe.named_children():
             trainable = {key for key, parameter in model.named_parameters() if parameter.requires_grad}
             if hasattr(model, "peft_config"):
-                tensors, config = lora_files.export(model, self.pipe.lora_prefixes.get(name, name))
+                tensors, config = lora_files.export(model, self.pipe.lora_prefixes.get(name, name), names)
                 adapters, configs = {**adapters, **tensors}, {**configs, **config}
             elif trainable:
                 files[name] = (self.pipe.released_weights(name, trainable), {})
         if adapters:
             files["lora"] = (adapters, lora_files.metadata(configs))
         return files
+
+    def describe_adapters(self) -> dict[str, dict]:
+        """Rank and alpha of each model's adapter."""
+        adapted = {n: m for n, m in self.pipe.named_children() if hasattr(m, "peft_config")}
+        return {name: lora_files.describe(model) for name, model in adapted.items()}
+
+    def check_export(self, path) -> None:
+        """Read an adapter file back and compare; see `lora_files.check_export`."""
+        for name, model in self.pipe.named_children():
+            if hasattr(model, "peft_config"):
+                lora_files.check_export(model, path, self.pipe.lora_prefixes.get(name, name))
 
 
 def prepare_training(pipe: BasePipeline, trainable_models: Iterable[str], adapter: Adapter | None, seed: int) -> None:
@@ -148,11 +163,11 @@ class PipelineTrainingModule(DiffusionTrainingModule):
 
     def forward(self, samples: Sequence[Sample]) -> Tensor:
         """Loss per sample (B,)."""
-        return self.loss(samples, self.seed, self.memory)
+        addresses = [SampleAddress(sample.epoch, sample.index) for sample in samples]
+        return self.loss(samples, Draw(self.seed, addresses), self.memory)
 
-    def loss(self, samples: Sequence[Sample], seed: int, memory: UnitMemory | None = None) -> Tensor:
-        """Loss per sample (B,), its random numbers from `seed`; `memory` is that of the samples' data set."""
-        draw = Draw(seed, [SampleAddress(sample.epoch, sample.index) for sample in samples])
+    def loss(self, samples: Sequence[Sample], draw: Draw, memory: UnitMemory | None = None) -> Tensor:
+        """Loss per sample (B,), its random numbers from `draw`; `memory` is that of the samples' data set."""
         dropped = draw.uniform("caption_dropout") < self.task.caption_dropout
         memory = memory or UnitMemory(0)
         prepared = [
@@ -168,7 +183,9 @@ class PipelineTrainingModule(DiffusionTrainingModule):
 
         def make():
             inputs = self.get_pipeline_inputs(sample.data, drop_caption)
-            made = run_units(self.frozen_units, self.pipe, *inputs)
+            devices = [self.pipe.device] if self.pipe.device.type == "cuda" else []
+            with torch.random.fork_rng(devices):  # remembered or not, the networks draw the same dropout
+                made = run_units(self.frozen_units, self.pipe, *inputs)
             return tuple({name: value for name, value in side.items() if name in self.kept_inputs} for side in made)
 
         return memory.get((sample.index, drop_caption), make, self.pipe.device)

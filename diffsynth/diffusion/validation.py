@@ -3,18 +3,23 @@
 Nothing here touches the training: all noise comes from its own seed.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from operator import itemgetter
 from pathlib import Path
 
 import numpy as np
 import torch
+from accelerate import PartialState
+from accelerate.utils import gather_object
 from PIL import Image
 
-from ..core.data import Sample, UnifiedDataset
+from ..core.data import Sample, SampleAddress, UnifiedDataset
 from .drawing import row, save_png, stack
+from .randomness import StratifiedDraw
+from .unit_memory import UnitMemory
 
-LOSS_DRAWS = 4  # noise levels a held-out sample is measured at
+BANDS = 4  # equal parts of the timesteps' distribution, in each of which a held-out row is measured
 
 
 @dataclass
@@ -31,6 +36,7 @@ class Validation:
         loss_samples: How many rows of each.
         retrieval_samples: How many rows of each to draw from their prompts; reports how often a drawing is nearer (in
             pixels) to its own row's image than to any other's: 1 / N is chance, 1 is always.
+        weights: Which weights are looked at: `raw`, the average `ema`, or both; names of the latter start with `ema_`.
     """
 
     path: str | Path
@@ -41,12 +47,12 @@ class Validation:
     datasets: Mapping[str, UnifiedDataset] = field(default_factory=dict)
     loss_samples: int = 64
     retrieval_samples: int = 0
-    drawn: list[Path] = field(default_factory=list, init=False)
+    weights: Sequence[str] = ("raw",)
 
     @property
     def saved(self) -> list[Path]:
-        """The picture that shows all looks below one another."""
-        return [Path(self.path) / "progress.png"] if self.drawn else []
+        """The pictures that show all looks below one another."""
+        return sorted(Path(self.path).glob("*progress.png"))
 
     def models(self, pipe) -> set[str]:
         """The models of the pipeline that have to be loaded for this.
@@ -61,29 +67,57 @@ class Validation:
     def due(self, step: int, done: bool) -> bool:
         return step == 0 or done or (self.every is not None and step % self.every == 0)
 
+    def check(self, ema) -> None:
+        """Refuse to look at an average that the run does not keep."""
+        unknown = sorted(set(self.weights) - {"raw", "ema"})
+        if unknown or ("ema" in self.weights and ema is None):
+            raise ValueError(
+                f"validation.weights is {list(self.weights)}; it may hold raw, and ema where ema=… is chosen."
+            )
+
     @torch.no_grad()
-    def run(self, accelerator, model, step: int) -> dict[str, float]:
-        """Measure and draw; returns the numbers, the same on every process."""
-        module = accelerator.unwrap_model(model)
-        values = {}
+    def run(self, accelerator, state) -> tuple[dict[str, float], dict[str, Path]]:
+        """Measure and draw; returns the numbers, the same on every process, and the pictures that the first saved."""
+        values, pictures = {}, {}
+        for weights in self.weights:
+            prefix = "" if weights == "raw" else f"{weights}_"
+            with state.using(weights):
+                measured, picture = self._look(accelerator, accelerator.unwrap_model(state.model), state.step, prefix)
+            values |= {f"{prefix}{name}": value for name, value in measured.items()}
+            pictures |= picture
+        return values, pictures
+
+    def _look(self, accelerator, module, step: int, prefix: str) -> tuple[dict[str, float], dict[str, Path]]:
+        values, pictures = {}, {}
         with accelerator.autocast(), module.pipe.sampling() as pipe:
             for name, dataset in self.datasets.items():  # first: drawing changes the noise levels
-                values[f"{name}_loss"] = self.loss(module, dataset)
+                losses = self.losses(module, dataset)
+                values |= {f"{name}_{key}": value for key, value in losses.items()}
             for name, dataset in self.datasets.items() if self.retrieval_samples else ():
                 values[f"{name}_retrieval"] = self.retrieval(pipe, dataset)
-            if self.prompts and accelerator.is_main_process:
-                self.draw(pipe, step)
+            if self.prompts:
+                images = self._generate(pipe, self.prompts)
+                if accelerator.is_main_process:
+                    pictures[f"{prefix}samples"] = self.save(images, step, prefix)
         accelerator.wait_for_everyone()
-        return values
+        return values, pictures
 
-    def loss(self, module, dataset: UnifiedDataset) -> float:
-        """Mean loss over the first rows, each at `LOSS_DRAWS` fixed noise levels."""
-        losses = []
-        for index in range(min(self.loss_samples, len(dataset))):
-            row = dataset[index]
-            samples = [Sample(row, draw, index) for draw in range(LOSS_DRAWS)]
-            losses.append(module.loss(samples, self.seed).float())
-        return torch.cat(losses).mean().item()
+    def losses(self, module, dataset: UnifiedDataset) -> dict[str, float]:
+        """The first rows' mean loss, its standard error, and the mean in each quarter of the timesteps.
+
+        Every row is measured once in each of `BANDS` equal parts of the timesteps' distribution, with fixed noise.
+        """
+        indices = range(min(self.loss_samples, len(dataset)))
+        table = torch.tensor(_share(indices, lambda index: self._row_losses(module, dataset[index], index)))
+        rows, bands = table.mean(1), table.mean(0)
+        error = (rows.std() / len(rows) ** 0.5).item() if len(rows) > 1 else 0.0
+        by_band = {f"loss_band{number}": value for number, value in enumerate(bands.tolist(), 1)}
+        return {"loss": rows.mean().item(), "loss_error": error, **by_band}
+
+    def _row_losses(self, module, row: dict, index: int) -> list[float]:
+        samples = [Sample(row, band, index) for band in range(BANDS)]
+        draw = StratifiedDraw(self.seed, [SampleAddress(band, index) for band in range(BANDS)], BANDS)
+        return module.loss(samples, draw, UnitMemory(1.0)).double().tolist()  # one encoding for all bands
 
     def retrieval(self, pipe, dataset: UnifiedDataset) -> float:
         """Share of prompts whose drawing is nearest to its own target."""
@@ -93,16 +127,29 @@ class Validation:
         nearest = torch.cdist(_pixels(drawn), targets).argmin(1)
         return (nearest == torch.arange(len(rows))).float().mean().item()
 
-    def draw(self, pipe, step: int) -> None:
-        """Draw the prompts and save them as one row, and with all earlier rows as `progress.png`."""
-        captions = [f"{step}: {prompt}" for prompt in self.prompts]
-        self.drawn.append(Path(self.path) / f"step-{step:06d}.png")
-        save_png(row(self._generate(pipe, self.prompts), captions), self.drawn[-1])
-        save_png(stack([Image.open(path) for path in self.drawn]), Path(self.path) / "progress.png")
+    def save(self, images: Sequence[Image.Image], step: int, prefix: str = "") -> Path:
+        """Save the drawn prompts as one row, and with all earlier rows as `progress.png`; returns the row."""
+        newest = Path(self.path) / f"{prefix}step-{step:06d}.png"
+        save_png(row(images, [f"{step}: {prompt}" for prompt in self.prompts]), newest)
+        drawn = [path for path in sorted(newest.parent.glob(f"{prefix}step-*.png")) if path <= newest]
+        save_png(stack([Image.open(path) for path in drawn]), newest.with_name(f"{prefix}progress.png"))
+        return newest
 
     def _generate(self, pipe, prompts: Sequence[str]) -> list[Image.Image]:
+        """Draw the prompts, each with a seed of its own; every process draws a part of them and gets all."""
         pipe.progress_bar = iter
-        return pipe.generate([{**self.options, "prompt": p, "seed": self.seed + i} for i, p in enumerate(prompts)])
+        requests = [{**self.options, "prompt": p, "seed": self.seed + i} for i, p in enumerate(prompts)]
+        return _share(requests, None, pipe.generate)
+
+
+def _share(items: Sequence, one: Callable | None, many: Callable | None = None) -> list:
+    """What `one` makes of each item, or `many` of a list of them, in order; every process works on a part."""
+    state = PartialState()
+    numbers = range(state.process_index, len(items), state.num_processes)
+    mine = [items[number] for number in numbers]
+    made = many(mine) if many else [one(item) for item in mine]
+    shared = gather_object(list(zip(numbers, made, strict=True)))
+    return [result for _, result in sorted(shared, key=itemgetter(0))]
 
 
 def _pixels(images: Sequence[Image.Image]) -> torch.Tensor:

@@ -4,7 +4,7 @@
     python train.py experiment=emoji/autoencoder
     python models/emoji/build.py autoencoder outputs/emoji_init outputs/emoji_autoencoder-*/weights/step-3500.*
     python train.py experiment=emoji/pretrain
-    python models/emoji/build.py release outputs/emoji_init models/emoji outputs/emoji_pretrain-*/weights/step-1600.*
+    python models/emoji/build.py release outputs/emoji_init models/emoji outputs/emoji_pretrain-*/weights/step-2000.*
 
 The folders are laid out as the released repository is, so everything that reads Qwen-Image reads this too.
 """
@@ -26,7 +26,7 @@ from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration, Q
 from diffsynth.pipelines.qwen_image import PROMPT_TEMPLATE, QwenImageVAE
 
 DATA = Path(__file__).parents[2] / "data" / "emoji"
-VOCABULARY = 1024
+VOCABULARY = 1536  # every word of the captions is one token
 WIDTH = 128
 SPECIAL_TOKENS = [
     "<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|vision_pad|>",
@@ -65,7 +65,8 @@ def train_tokenizer() -> Qwen2Tokenizer:
     size = VOCABULARY - len(SPECIAL_TOKENS)
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(vocab_size=size, initial_alphabet=alphabet, show_progress=False)
-    bpe.train_from_iterator([template] * 1000 + captions("color.csv"), trainer)
+    written = captions("color_captions.csv") + captions("all_train.csv") + captions("all_held_out.csv")
+    bpe.train_from_iterator([template] * 1000 + written, trainer)
     trained = json.loads(bpe.to_str())["model"]
     merges = [tuple(merge) for merge in trained["merges"]]
     tokenizer = Qwen2Tokenizer(vocab=trained["vocab"], merges=merges)

@@ -149,11 +149,22 @@ class BatchSampler:
         return self.num_steps * self.plan.accumulation
 
     def __iter__(self) -> Iterator[list[SampleAddress]]:
-        size, world_size = self.plan.micro_batch_size, self.plan.world_size
-        first = self.start_step * self.plan.accumulation
-        for number in range(first, first + len(self)):
-            start = (number * world_size + self.rank) * size
-            yield [self.order.sample(position) for position in range(start, start + size)]
+        for step in range(self.start_step, self.start_step + self.num_steps):
+            yield from self.step(step)
+
+    def step(self, step: int) -> list[list[SampleAddress]]:
+        """The micro-batches of one step."""
+        size = self.plan.micro_batch_size
+        starts = (self._number(step, number) * size for number in range(self.plan.accumulation))
+        return [[self.order.sample(position) for position in range(start, start + size)] for start in starts]
+
+    def seed(self, step: int, number: int) -> int:
+        """Seed of what the networks themselves draw in the `number`-th micro-batch of one step."""
+        return sample_seed(self.order.seed, "networks", 0, self._number(step, number))
+
+    def _number(self, step: int, number: int) -> int:
+        """Which micro-batch of the whole run this is, over all devices."""
+        return (step * self.plan.accumulation + number) * self.plan.world_size + self.rank
 
 
 class AddressedDataset(Dataset):

@@ -6,6 +6,7 @@ import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
+from hashlib import blake2b
 from itertools import chain, repeat
 from pathlib import Path
 from typing import Literal
@@ -163,6 +164,19 @@ class UnifiedDataset(Dataset):
         self.usable = [number for number in range(len(self.rows)) if number + 1 not in unusable]
         self.faults = faults
         return faults
+
+    def fingerprint(self) -> str:
+        """16 hex digits that change with the rows that are used, their order and the sizes of their files."""
+        digest = blake2b(digest_size=8)
+        for number in self.usable:
+            row = self.rows[number]
+            sizes = [self._size(row[key]) for key in self.data_file_keys if key in row]
+            digest.update(json.dumps([row, sizes], sort_keys=True, default=str).encode())
+        return digest.hexdigest()
+
+    def _size(self, files: str | Sequence[str]) -> list[int | None]:
+        paths = [Path(self.base_path, file) for file in ([files] if isinstance(files, str) else files)]
+        return [path.stat().st_size if path.is_file() else None for path in paths]
 
     @property
     def skipped(self) -> list[SkippedRow]:

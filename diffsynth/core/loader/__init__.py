@@ -4,6 +4,7 @@ from .model_config import ModelConfig
 from .weights import (
     build_module,
     check_weights,
+    fingerprint,
     load_model,
     load_state_dict,
     load_weights,
@@ -15,6 +16,7 @@ __all__ = [
     "ModelConfig",
     "build_module",
     "check_weights",
+    "fingerprint",
     "load_model",
     "load_state_dict",
     "load_weights",

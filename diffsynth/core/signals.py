@@ -1,0 +1,11 @@
+"""The signals that ask a run to stop."""
+
+import signal
+
+STOP_SIGNALS = [name for name in ("SIGTERM", "SIGINT", "SIGUSR1") if hasattr(signal, name)]
+
+
+def leave_to_parent(worker: int = 0) -> None:
+    """In a process that loads data: ignore what the process that trains is asked, as that needs data to finish."""
+    for name in STOP_SIGNALS:
+        signal.signal(getattr(signal, name), signal.SIG_IGN)

@@ -1,0 +1,39 @@
+"""Merge adapters into a model: `python fuse.py lora_path=… output=…` writes it as its repository is laid out."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import hydra
+
+from diffsynth.config import build, check, explained, run
+
+
+def fuse(model, lora_path: str | Sequence[str], lora_scale: float = 1.0, output: str = "outputs/fused") -> list[Path]:
+    """Add each adapter's update to the weights it adapts, in fp32, and save those models in the base's own dtype."""
+    import torch
+
+    from diffsynth.core.files import replacing_folder
+
+    pipe = model(device="cpu")
+    pipe.check_adapters(paths := [lora_path] if isinstance(lora_path, str) else lora_path)
+    adapted = sorted({name for path in paths for name in pipe.adapted_by(path)})
+    pipe.load_models(adapted, dtypes=dict.fromkeys(adapted, torch.float32))
+    for path in paths:
+        pipe.load_adapter(path, lora_scale, fuse=True)
+    folders = [Path(output, pipe.lora_prefixes[name]) for name in adapted]
+    for name, folder in zip(adapted, folders, strict=True):
+        with replacing_folder(folder) as partial:
+            pipe.named_model(name).to(pipe.torch_dtype).save_pretrained(partial)
+    return folders
+
+
+@hydra.main(version_base="1.3", config_path="conf", config_name="fuse")
+def main(cfg) -> None:
+    with explained():
+        check(cfg, fuse)
+        for path in fuse(**build(cfg)):
+            print(path)
+
+
+if __name__ == "__main__":
+    run(main)
