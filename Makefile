@@ -4,7 +4,7 @@ BIN := .venv/bin
 # A torch that is already installed is used, not installed again.
 SITE := $(shell $(PYTHON) -c "import torch; v = torch.__version__.split('.'); print('--system-site-packages' * ((int(v[0]), int(v[1])) >= (2, 6)))" 2>/dev/null)
 
-.PHONY: demo test test-all format
+.PHONY: demo test test-all faults format
 
 demo: .venv/.installed
 	$(BIN)/python train.py
@@ -16,6 +16,10 @@ test: .venv/.installed-test
 
 test-all: .venv/.installed-test
 	OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -m ""
+
+# Kills a run 200 times and compares what comes out with a run that was not killed.
+faults: .venv/.installed-test
+	FAULTS=200 OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -s tests/test_faults.py
 
 format: .venv/.installed-test
 	$(BIN)/python -m ruff check --fix .
