@@ -44,6 +44,9 @@ def train(
     BatchPlan(batch_size, micro_batch_size, accelerator.num_processes)
     for rows in (dataset, *(validation.datasets.values() if validation else ())):
         rows.scan(required=("image", "prompt", *task.extra_inputs))
+    if validation:
+        validation.check(ema)
+    export.check(validation.numbers if validation else ())
     record_data(accelerator, dataset, run_dir)
     checkpoint.identity = {"data set": dataset.fingerprint()}
     module = PipelineTrainingModule(model(device=accelerator.device), task, lora, seed, **memory.options)

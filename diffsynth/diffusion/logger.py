@@ -55,6 +55,13 @@ class ModelLogger:
         if unknown or not self.formats:
             raise ValueError(f"export.formats is {list(self.formats)}; expected some of {list(FORMATS)}.")
 
+    def check(self, measured: Sequence[str]) -> None:
+        """Refuse to keep the best by a number that is not among those measured."""
+        if self.keep_best is not None and self.keep_best not in measured:
+            raise ValueError(
+                f"export.keep_best is {self.keep_best!r}; validation measures {list(measured) or 'nothing'}."
+            )
+
     @property
     def saved(self) -> list[Path]:
         """The files there are, also of earlier parts of a run that was taken up again."""

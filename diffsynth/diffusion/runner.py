@@ -70,8 +70,6 @@ def launch_training_task(
     optimizer = optimizer or partial(torch.optim.AdamW, lr=learning_rate, weight_decay=weight_decay)
     accelerator.gradient_accumulation_steps = plan.accumulation
     state = TrainingState(accelerator, model, optimizer, lr_scheduler, steps, ema)
-    if validation is not None:
-        validation.check(ema)
     resumed = checkpoints is not None and checkpoints.resume(accelerator, state)
     bad_steps = bad_steps or BadSteps()
     if accelerator.is_main_process:

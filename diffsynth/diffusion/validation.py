@@ -67,6 +67,13 @@ class Validation:
     def due(self, step: int, done: bool) -> bool:
         return step == 0 or done or (self.every is not None and step % self.every == 0)
 
+    @property
+    def numbers(self) -> list[str]:
+        """Names of what is measured."""
+        kinds = ["loss", *(["retrieval"] if self.retrieval_samples else [])]
+        prefixes = ["" if weights == "raw" else f"{weights}_" for weights in self.weights]
+        return [f"{prefix}{name}_{kind}" for prefix in prefixes for name in self.datasets for kind in kinds]
+
     def check(self, ema) -> None:
         """Refuse to look at an average that the run does not keep."""
         unknown = sorted(set(self.weights) - {"raw", "ema"})
