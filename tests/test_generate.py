@@ -132,6 +132,18 @@ def test_an_input_image_is_kept_as_far_as_its_strength_says(generate):
     assert differs(kept, redrawn)
 
 
+def test_a_fused_model_draws_what_the_adapter_draws(generate, adapter, tmp_path):
+    cfg = tiny.compose("fuse", *tiny.model_overrides(), f"lora_path={adapter}", f"output={tmp_path / 'fused'}")
+    check(cfg, fuse := tiny.entry_function("fuse"))
+    (folder,) = fuse(**build(cfg))
+    fused, adapted = (
+        generate(f"prompt={APPLE}", f"model.dit.path={folder}"),
+        generate(f"prompt={APPLE}", f"lora_path={adapter}"),
+    )
+    assert not differs(fused["0000.png"], adapted["0000.png"])
+    assert differs(fused["0000.png"], generate(f"prompt={APPLE}")["0000.png"])
+
+
 # Mistakes -------------------------------------------------------------------------------------------------------------
 
 
