@@ -47,8 +47,9 @@ def train(
     if validation:
         validation.check(ema)
     export.check(validation.numbers if validation else ())
-    record_data(accelerator, dataset, run_dir)
-    checkpoint.identity = {"data set": dataset.fingerprint()}
+    fingerprint = dataset.fingerprint()
+    record_data(accelerator, dataset, fingerprint, run_dir)
+    checkpoint.identity = {"data set": fingerprint}
     module = PipelineTrainingModule(model(device=accelerator.device), task, lora, seed, **memory.options)
     module.load(also=validation.models(module.pipe) if validation else ())
     launch_training_task(
@@ -71,7 +72,7 @@ def train(
         validation=validation,
         bad_steps=BadSteps(f"{run_dir}/bad_steps.jsonl", max_bad_steps),
     )
-    record_data(accelerator, dataset, run_dir)  # with those that could not be decoded
+    record_data(accelerator, dataset, fingerprint, run_dir)  # with those that could not be decoded
     return [*export.saved, *(validation.saved if validation else ())]
 
 

@@ -1,10 +1,14 @@
 """Looking at a run: what is measured, and what is kept for it."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import tiny
 from safetensors.torch import load_file
+
+from diffsynth.diffusion import validation
+from diffsynth.diffusion.ema import EMA
 
 HELD_OUT = [
     "+validation.datasets.held_out={_target_: diffsynth.core.data.UnifiedDataset.from_folder, height: 32, width: 32}",
@@ -31,6 +35,20 @@ def test_the_average_is_looked_at_and_exported_beside_the_raw_weights(tmp_path):
     assert first["ema_held_out_loss"] == first["held_out_loss"] and last["ema_held_out_loss"] != last["held_out_loss"]
     raw, averaged = (load_file(run_dir / "weights" / f"epoch-0{mark}.safetensors") for mark in ("", ".ema"))
     assert raw.keys() == averaged.keys() and any((raw[key] != averaged[key]).any() for key in raw)
+
+
+def test_the_average_is_put_in_place_only_where_something_is_saved(tmp_path, monkeypatch):
+    placed, in_place = [], EMA.in_place
+    monkeypatch.setattr(EMA, "in_place", lambda self, parameters: placed.append(1) or in_place(self, parameters))
+    tiny.train(tmp_path, "max_steps=4", "export.save_steps=2", "ema=constant")
+    assert len(placed) == 2
+
+
+def test_a_process_without_an_item_gets_what_the_others_made(monkeypatch):
+    last_of_four = SimpleNamespace(process_index=3, num_processes=4)
+    monkeypatch.setattr(validation, "PartialState", lambda: last_of_four)
+    monkeypatch.setattr(validation, "gather_object", lambda mine: [*mine, (1, "b"), (0, "a")])
+    assert validation._share(["x", "y"], lambda mine: [mine[0]]) == ["a", "b"]
 
 
 def test_the_best_weights_are_those_of_the_lowest_loss(tmp_path):

@@ -102,14 +102,14 @@ class Checkpoints:
         split = {name: split_state(tree) for name, tree in parts.items()}
         needed = sum(tensor.nbytes for _, tensors in split.values() for tensor in tensors.values())
         self.check_room(needed)
-        with replacing_folder(folder) as partial:
+        with replacing_folder(folder) as unfinished:
             for name, (_, tensors) in split.items():
                 for number, shard in enumerate(_shards(tensors)):
-                    save_safetensors(shard, partial / f"{name}-{number:05d}.safetensors")
-            files = {file.name: _digest(file) for file in sorted(partial.iterdir())}
+                    save_safetensors(shard, unfinished / f"{name}-{number:05d}.safetensors")
+            files = {file.name: _digest(file) for file in sorted(unfinished.iterdir())}
             plain = {name: plain for name, (plain, _) in split.items()}
             content = {"step": step, "identity": self.identity, "parts": plain, "files": files}
-            write_text(partial / INDEX, json.dumps({"digest": _digest_of(content), "content": content}))
+            write_text(unfinished / INDEX, json.dumps({"digest": _digest_of(content), "content": content}))
         self._prune(step)
         return folder
 

@@ -94,6 +94,10 @@ class ModelLogger:
         if self.keep_best in (measured or {}) and of_average == (weights == "ema"):
             self._keep_best(accelerator, model, step, measured[self.keep_best])
 
+    def due(self, step: int, epoch: int | None, done: bool, measured: Mapping[str, float]) -> bool:
+        """Whether `on_step_end` may save anything of this step."""
+        return self._name(step, epoch, done) is not None or self.keep_best in measured
+
     def _keep_best(self, accelerator, model, step: int, value: float) -> None:
         record = Path(self.output_path) / "best.json"
         best = json.loads(record.read_text(encoding="utf-8"))["value"] if record.exists() else math.inf

@@ -132,9 +132,10 @@ def _look(accelerator, state, model_logger, logger, validation, progress, epoch:
             logger.log(state.step, values)
         for name, path in pictures.items():
             logger.picture(state.step, name, path)
-    for weights in ("raw", "ema") if state.ema else ("raw",):
-        with state.using(weights):
-            model_logger.on_step_end(accelerator, state.model, state.step, epoch, done, values, weights)
+    model_logger.on_step_end(accelerator, state.model, state.step, epoch, done, values)
+    if state.ema and model_logger.due(state.step, epoch, done, values):  # putting the average in place copies weights
+        with state.using("ema"):
+            model_logger.on_step_end(accelerator, state.model, state.step, epoch, done, values, "ema")
 
 
 def peak_memory(device: torch.device) -> float:
@@ -174,7 +175,7 @@ def make_accelerator(device: str, torch_dtype: str):
     )
 
 
-def record_data(accelerator, dataset, run_dir: str) -> None:
+def record_data(accelerator, dataset, fingerprint: str, run_dir: str) -> None:
     """Write what is trained on to `data.json`, and the rows that any process left out to `skipped.jsonl`.
 
     All processes call it.
@@ -183,7 +184,7 @@ def record_data(accelerator, dataset, run_dir: str) -> None:
 
     dataset.undecodable |= torch.stack(gather_object([dataset.undecodable])).any(0)
     if accelerator.is_main_process:
-        about = {"path": dataset.metadata_path, "rows": len(dataset), "fingerprint": dataset.fingerprint()}
+        about = {"path": dataset.metadata_path, "rows": len(dataset), "fingerprint": fingerprint}
         write_text(f"{run_dir}/data.json", json.dumps(about, indent=1))
         dataset.write_skipped(f"{run_dir}/skipped.jsonl")
 

@@ -115,7 +115,7 @@ class Validation:
         Every row is measured once in each of `BANDS` equal parts of the timesteps' distribution, with fixed noise.
         """
         indices = range(min(self.loss_samples, len(dataset)))
-        table = torch.tensor(_share(indices, lambda index: self._row_losses(module, dataset[index], index)))
+        table = torch.tensor(_share(indices, lambda mine: [self._row_losses(module, dataset[i], i) for i in mine]))
         rows, bands = table.mean(1), table.mean(0)
         error = (rows.std() / len(rows) ** 0.5).item() if len(rows) > 1 else 0.0
         by_band = {f"loss_band{number}": value for number, value in enumerate(bands.tolist(), 1)}
@@ -146,15 +146,15 @@ class Validation:
         """Draw the prompts, each with a seed of its own; every process draws a part of them and gets all."""
         pipe.progress_bar = iter
         requests = [{**self.options, "prompt": p, "seed": self.seed + i} for i, p in enumerate(prompts)]
-        return _share(requests, None, pipe.generate)
+        return _share(requests, pipe.generate)
 
 
-def _share(items: Sequence, one: Callable | None, many: Callable | None = None) -> list:
-    """What `one` makes of each item, or `many` of a list of them, in order; every process works on a part."""
+def _share(items: Sequence, make: Callable[[list], Sequence]) -> list:
+    """What `make` makes of a list, one result an item, in order; every process works on a part of it."""
     state = PartialState()
     numbers = range(state.process_index, len(items), state.num_processes)
     mine = [items[number] for number in numbers]
-    made = many(mine) if many else [one(item) for item in mine]
+    made = make(mine) if mine else []  # there may be more processes than items
     shared = gather_object(list(zip(numbers, made, strict=True)))
     return [result for _, result in sorted(shared, key=itemgetter(0))]
 
