@@ -28,19 +28,26 @@ def fill(disk: Path) -> Path:
     return filler
 
 
-def test_a_full_disk_costs_nothing_that_was_saved(disk, tmp_path, caplog):
-    tiny.cut_off(2, disk, *STEPS)
-    (checkpoints,) = disk.glob("*/checkpoints")
-    before = sorted(folder.name for folder in checkpoints.iterdir())
-    filler = fill(disk)
-    with caplog.at_level(logging.WARNING), pytest.raises(OSError, match="make room, or set output_root"):
+def test_a_disk_that_fills_up_costs_nothing_that_was_saved(disk, tmp_path, caplog):
+    with (
+        tiny.in_step(3, lambda: fill(disk)),
+        caplog.at_level(logging.WARNING),
+        pytest.raises(OSError, match="make room, or set output_root.*The last good one, of step 2, is kept"),
+    ):
         tiny.train(disk, *STEPS)
     assert "Step 3 is not kept: A checkpoint takes" in caplog.text
-    assert sorted(folder.name for folder in checkpoints.iterdir()) == before
-    filler.unlink()
+    (checkpoints,) = disk.glob("*/checkpoints")
+    assert sorted(folder.name for folder in checkpoints.iterdir()) == ["step-000001", "step-000002"]
+    (disk / "filler").unlink()
     found, expected = tiny.train(disk, *STEPS), tiny.train(tmp_path / "elsewhere", *STEPS)
     weights = [load_file(run_dir / "weights" / "step-4.safetensors") for run_dir in (found, expected)]
     assert all((weights[0][key] == weights[1][key]).all() for key in weights[1])
+
+
+def test_a_disk_without_room_is_told_before_the_first_step(disk):
+    fill(disk)
+    with tiny.in_step(1, lambda: pytest.fail("trains")), pytest.raises(OSError, match="3 checkpoints take.*none yet"):
+        tiny.train(disk, *STEPS)
 
 
 def test_a_folder_that_may_not_be_written_is_named(disk, monkeypatch):

@@ -214,12 +214,13 @@ def test_a_process_whose_whole_group_is_asked_to_stop_saves_and_says_that_it_wan
     assert_same_run(tiny.train(tmp_path / "runs", *STEPS, *ACCUMULATION), uninterrupted(*ACCUMULATION))
 
 
-def test_two_processes_stop_when_one_is_asked_to_and_one_process_goes_on(tmp_path):
-    script = signalled("os.environ['RANK'] == '1' and os.kill(os.getpid(), signal.SIGUSR1)", tmp_path)
+@pytest.mark.parametrize("number, saved", [("SIGUSR1", [2, 3]), ("SIGKILL", [2])])
+def test_one_process_goes_on_where_two_were_stopped_or_killed(number, saved, tmp_path):
+    script = signalled(f"os.environ['RANK'] == '1' and os.kill(os.getpid(), signal.{number})", tmp_path)
     overrides = tiny.merged(tiny.train_overrides(tmp_path / "runs"), [*STEPS, "logger.every=2"])
     tiny.process("torchrun", "--nproc_per_node", "2", script, *overrides, status=1)
     (run_dir,) = (tmp_path / "runs").iterdir()
-    assert kept(run_dir) == [2, 3]
+    assert kept(run_dir) == saved
     assert tiny.train(tmp_path / "runs", *STEPS, "logger.every=2") == run_dir
     assert_close(losses(run_dir), losses(uninterrupted("logger.every=2")), **CLOSE)
     assert_close(final_weights(run_dir), final_weights(uninterrupted("logger.every=2")), **CLOSE)

@@ -139,7 +139,8 @@ LOOKING = [
     "validation.prompts=[a red emoji,a blue emoji]",
     "validation.options={num_inference_steps: 2, height: 32, width: 32}",
     "validation.loss_samples=2",
-    "validation.retrieval_samples=3",
+    "+validation.metrics.retrieval={_target_: diffsynth.diffusion.metrics.Retrieval}",
+    "validation.metric_samples=3",
     "+validation.datasets.held_out={_target_: diffsynth.core.data.UnifiedDataset.from_folder, height: 32, width: 32}",
     f"+validation.datasets.held_out.path={tiny.dataset()}",
 ]

@@ -25,6 +25,11 @@ def check(cfg: DictConfig, entry: Callable) -> None:
     if missing:
         raise ConfigError(f"{missing[0]} has no value: set {missing[0]}=… on the command line.")
     _check_node(cfg, entry, "")
+    for name in inspect.signature(entry).parameters.keys() - _type_hints(entry).keys():  # these are objects
+        if isinstance(cfg.get(name), DictConfig) and cfg[name] and "_target_" not in cfg[name]:
+            raise ConfigError(
+                f"{name} has no _target_: what is chosen only adds to another option, {name}=[other,this]."
+            )
 
 
 def _check_node(node: DictConfig, target: Callable, path: str) -> None:

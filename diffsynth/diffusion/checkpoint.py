@@ -100,8 +100,8 @@ class Checkpoints:
         """
         folder = self.path / f"step-{step:06d}"
         split = {name: split_state(tree) for name, tree in parts.items()}
-        needed = sum(tensor.nbytes for _, tensors in split.values() for tensor in tensors.values())
-        self.check_room(needed)
+        size = sum(tensor.nbytes for _, tensors in split.values() for tensor in tensors.values())
+        self.check_room(size)
         with replacing_folder(folder) as unfinished:
             for name, (_, tensors) in split.items():
                 for number, shard in enumerate(_shards(tensors)):
@@ -113,17 +113,22 @@ class Checkpoints:
         self._prune(step)
         return folder
 
-    def check_room(self, needed: int) -> None:
-        """Raise OSError if `needed` bytes do not fit where checkpoints are written."""
+    def check_room(self, size: int, count: int = 1) -> None:
+        """Raise OSError if `count` checkpoints of `size` bytes do not fit where they are written."""
         self.path.mkdir(parents=True, exist_ok=True)
-        free = shutil.disk_usage(self.path).free
-        if free < needed + RESERVE_BYTES:
+        needed, free = count * size + RESERVE_BYTES, shutil.disk_usage(self.path).free
+        if free < needed:
             kept = max(self.steps(), default=None)
             raise OSError(
-                f"A checkpoint takes {_gigabytes(needed + RESERVE_BYTES)}, but {self.path} has {_gigabytes(free)} "
-                f"free: make room, or set output_root=… to a larger disk. "
+                f"{'A checkpoint takes' if count == 1 else f'{count} checkpoints take'} {_gigabytes(needed)}, but "
+                f"{self.path} has {_gigabytes(free)} free: make room, or set output_root=… to a larger disk. "
                 f"{'There is none yet.' if kept is None else f'The last good one, of step {kept}, is kept.'}"
             )
+
+    def check_room_for_run(self, size: int) -> None:
+        """Raise OSError if those of a whole run do not fit: what is kept, and one more while it is written."""
+        most = 1 if self.every is None else self.keep_last + 1
+        self.check_room(size, max(most - len(self.steps()), 1))
 
     def newest(self) -> tuple[Path, dict] | None:
         """The newest checkpoint that is whole, and its content; those that are damaged are named and passed over."""

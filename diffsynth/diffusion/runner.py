@@ -74,6 +74,8 @@ def launch_training_task(
     bad_steps = bad_steps or BadSteps()
     if accelerator.is_main_process:
         bad_steps.start(state.step)
+        if checkpoints is not None:
+            checkpoints.check_room_for_run(state.expected_bytes)
         if logger is not None:
             logger.start(state.step, resumed)
     sampler = BatchSampler(order, plan, accelerator.process_index, state.step, steps - state.step)

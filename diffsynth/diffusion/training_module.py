@@ -100,15 +100,21 @@ class DiffusionTrainingModule(nn.Module):
                 lora_files.check_export(model, path, self.pipe.lora_prefixes.get(name, name))
 
 
-def prepare_training(pipe: BasePipeline, trainable_models: Iterable[str], adapter: Adapter | None, seed: int) -> None:
+def prepare_training(
+    pipe: BasePipeline,
+    trainable_models: Iterable[str],
+    adapter: Adapter | None,
+    seed: int,
+    trained_dtype: torch.dtype = torch.float32,
+) -> None:
     """Set the training noise levels, freeze everything else, inject the adapter: in this order, on loaded weights.
 
-    What is trained becomes fp32: small updates vanish in bf16.
+    What is trained becomes `trained_dtype`, adapters always fp32.
     """
     pipe.scheduler.set_timesteps(TRAINING_STEPS, training=True)
     pipe.freeze_except(trainable_models := list(trainable_models))
     for name in trainable_models:
-        pipe.named_model(name).float()
+        pipe.named_model(name).to(trained_dtype)
     if adapter is not None:
         adapter.inject(pipe, seed)
 
@@ -123,6 +129,7 @@ class PipelineTrainingModule(DiffusionTrainingModule):
         seed: Of noise, timesteps, dropped captions and the adapter's initial values.
         use_gradient_checkpointing, use_gradient_checkpointing_offload: See `core.gradient`.
         remember: GiB of host memory for what frozen units make of each sample.
+        trained_dtype: Of the models that are trained in full, see `core.memory.MemoryRecipe`.
 
     Raises:
         ValueError: Names of models, layers or inputs that the pipeline does not have; before any weight is read.
@@ -139,6 +146,7 @@ class PipelineTrainingModule(DiffusionTrainingModule):
         use_gradient_checkpointing: bool = False,
         use_gradient_checkpointing_offload: bool = False,
         remember: float = 0.0,
+        trained_dtype: str = "float32",
     ):
         super().__init__()
         self.pipe, self.task, self.lora, self.seed = pipe, task, lora, seed
@@ -151,14 +159,15 @@ class PipelineTrainingModule(DiffusionTrainingModule):
         self.frozen_units, self.live_units = split_units(self.units, self._trained_roots())
         self.kept_inputs = task.wanted_inputs(pipe).union(*(unit.fetch_input_params() for unit in self.live_units))
         self.memory = UnitMemory(remember)
+        self.trained_dtype = getattr(torch, trained_dtype)
         self._check()
 
     def load(self, also: Iterable[str] = ()) -> "PipelineTrainingModule":
-        """Read the weights this run needs (and those of `also`), and make the chosen ones trainable in fp32."""
+        """Read the weights this run needs (and those of `also`), and make the chosen ones trainable."""
         needed = self.pipe.models_of(self.units, model_fn=self.task.calls_model_fn) | self._trained_roots() | set(also)
-        full = {name: torch.float32 for name in self.trainable_models}
+        full = {name: self.trained_dtype for name in self.trainable_models}
         self.pipe.load_models(needed, dtypes=full)
-        prepare_training(self.pipe, self.trainable_models, self.lora, self.seed)
+        prepare_training(self.pipe, self.trainable_models, self.lora, self.seed, self.trained_dtype)
         return self
 
     def forward(self, samples: Sequence[Sample]) -> Tensor:
@@ -226,5 +235,7 @@ class PipelineTrainingModule(DiffusionTrainingModule):
             raise ValueError(f"{sorted(both)} would be trained in full and by LoRA at once; choose one.")
         if not self._trained_roots():
             raise ValueError("Nothing is trained: set task.trainable_models, or choose a lora.")
+        if self.trained_dtype == torch.bfloat16 != self.pipe.torch_dtype:
+            raise ValueError("memory.trained_dtype=bfloat16 needs model.torch_dtype=bfloat16.")
         if self.lora:
             self.lora.check(self.pipe)

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from .ema import EMA
 from .logger import Meter
+from .stochastic_rounding import StochasticRounding
 
 
 class TrainingState:
@@ -27,7 +28,9 @@ class TrainingState:
         self, accelerator, model, optimizer: Callable, lr_scheduler: Callable | None, steps: int, ema: EMA | None
     ):
         parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
-        optimizer = optimizer(list(parameters.values()))
+        in_bf16 = any(parameter.dtype == torch.bfloat16 for parameter in parameters.values())
+        self.rounding = StochasticRounding(list(parameters.values())) if in_bf16 else None
+        optimizer = optimizer(self.rounding.stand_ins if self.rounding else list(parameters.values()))
         self.schedule = _schedule(lr_scheduler, optimizer, steps)
         self.accelerator, self.meter, self.ema = accelerator, Meter(accelerator), ema
         self.model, self.optimizer = accelerator.prepare(model, optimizer)
@@ -49,9 +52,12 @@ class TrainingState:
         """Take one optimizer step, or leave it out where the gradient is not finite; whether it was taken."""
         norm = float(self.accelerator.clip_grad_norm_(list(self.parameters.values()), max_grad_norm or math.inf))
         finite = math.isfinite(norm)
-        if finite:
+        if finite and self.rounding:
+            self.rounding.step(self.optimizer.optimizer, seed=self.step)
+        elif finite:
             self.optimizer.step()
-        self.optimizer.zero_grad()
+        for parameter in self.parameters.values():
+            parameter.grad = None
         if self.schedule is not None:
             self.schedule.step()
         self.step += 1
@@ -74,6 +80,12 @@ class TrainingState:
         """Look at, or save, the `raw` weights or their average `ema`."""
         with self.ema.in_place(list(self.parameters.values())) if weights == "ema" else nullcontext():
             yield
+
+    @property
+    def expected_bytes(self) -> int:
+        """What all of it takes after a step, if the optimizer keeps two fp32 numbers a weight, as Adam does."""
+        fp32_numbers = 2 + (self.ema is not None)
+        return sum(p.nbytes + 4 * fp32_numbers * p.numel() for p in self.parameters.values())
 
     def parts(self) -> dict[str, Any]:
         """All of it as trees of tensors and numbers; all processes call it."""

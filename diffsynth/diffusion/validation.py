@@ -3,21 +3,24 @@
 Nothing here touches the training: all noise comes from its own seed.
 """
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from operator import itemgetter
 from pathlib import Path
 
-import numpy as np
 import torch
 from accelerate import PartialState
-from accelerate.utils import gather_object
+from accelerate.utils import broadcast_object_list, gather_object
 from PIL import Image
 
 from ..core.data import Sample, SampleAddress, UnifiedDataset
 from .drawing import row, save_png, stack
+from .metrics import Metric
 from .randomness import StratifiedDraw
 from .unit_memory import UnitMemory
+
+logger = logging.getLogger(__name__)
 
 BANDS = 4  # equal parts of the timesteps' distribution, in each of which a held-out row is measured
 
@@ -34,8 +37,8 @@ class Validation:
         options: Other arguments of the pipeline's call (`num_inference_steps`, `cfg_scale`, `height`, …).
         datasets: Rows to measure the loss on, by name.
         loss_samples: How many rows of each.
-        retrieval_samples: How many rows of each to draw from their prompts; reports how often a drawing is nearer (in
-            pixels) to its own row's image than to any other's: 1 / N is chance, 1 is always.
+        metrics: What drawings of the rows' prompts are measured by, by name.
+        metric_samples: How many rows of each are drawn for them.
         weights: Which weights are looked at: `raw`, the average `ema`, or both; names of the latter start with `ema_`.
     """
 
@@ -46,7 +49,8 @@ class Validation:
     options: Mapping[str, object] = field(default_factory=dict)
     datasets: Mapping[str, UnifiedDataset] = field(default_factory=dict)
     loss_samples: int = 64
-    retrieval_samples: int = 0
+    metrics: Mapping[str, Metric] = field(default_factory=dict)
+    metric_samples: int = 64
     weights: Sequence[str] = ("raw",)
 
     @property
@@ -61,7 +65,7 @@ class Validation:
             ValueError: The pipeline does not take these options.
         """
         pipe.complete(self.options)
-        draws = self.prompts or self.retrieval_samples
+        draws = self.prompts or self.metrics
         return pipe.models_of(pipe.units, model_fn=True) if draws else set()
 
     def due(self, step: int, done: bool) -> bool:
@@ -70,17 +74,18 @@ class Validation:
     @property
     def numbers(self) -> list[str]:
         """Names of what is measured."""
-        kinds = ["loss", *(["retrieval"] if self.retrieval_samples else [])]
+        kinds = ["loss", *self.metrics]
         prefixes = ["" if weights == "raw" else f"{weights}_" for weights in self.weights]
         return [f"{prefix}{name}_{kind}" for prefix in prefixes for name in self.datasets for kind in kinds]
 
     def check(self, ema) -> None:
-        """Refuse to look at an average that the run does not keep."""
+        """Refuse to look at an average that the run does not keep; name metrics that lack something, and drop them."""
         unknown = sorted(set(self.weights) - {"raw", "ema"})
         if unknown or ("ema" in self.weights and ema is None):
             raise ValueError(
                 f"validation.weights is {list(self.weights)}; it may hold raw, and ema where ema=… is chosen."
             )
+        self.metrics = {name: metric for name, metric in self.metrics.items() if _can_measure(name, metric)}
 
     @torch.no_grad()
     def run(self, accelerator, state) -> tuple[dict[str, float], dict[str, Path]]:
@@ -100,8 +105,9 @@ class Validation:
             for name, dataset in self.datasets.items():  # first: drawing changes the noise levels
                 losses = self.losses(module, dataset)
                 values |= {f"{name}_{key}": value for key, value in losses.items()}
-            for name, dataset in self.datasets.items() if self.retrieval_samples else ():
-                values[f"{name}_retrieval"] = self.retrieval(pipe, dataset)
+            for name, dataset in self.datasets.items() if self.metrics else ():
+                measured = self.measure(pipe, dataset)
+                values |= {f"{name}_{key}": value for key, value in measured.items()}
             if self.prompts:
                 images = self._generate(pipe, self.prompts)
                 if accelerator.is_main_process:
@@ -126,13 +132,13 @@ class Validation:
         draw = StratifiedDraw(self.seed, [SampleAddress(band, index) for band in range(BANDS)], BANDS)
         return module.loss(samples, draw, UnitMemory(1.0)).double().tolist()  # one encoding for all bands
 
-    def retrieval(self, pipe, dataset: UnifiedDataset) -> float:
-        """Share of prompts whose drawing is nearest to its own target."""
-        rows = [dataset[index] for index in range(min(self.retrieval_samples, len(dataset)))]
-        drawn = self._generate(pipe, [row["prompt"] for row in rows])
-        targets = _pixels([row["image"] for row in rows])
-        nearest = torch.cdist(_pixels(drawn), targets).argmin(1)
-        return (nearest == torch.arange(len(rows))).float().mean().item()
+    def measure(self, pipe, dataset: UnifiedDataset) -> dict[str, float]:
+        """Every metric of drawings of the first rows' prompts."""
+        rows = [dataset[index] for index in range(min(self.metric_samples, len(dataset)))]
+        prompts, targets = ([row[key] for row in rows] for key in ("prompt", "image"))
+        drawn = self._generate(pipe, prompts)
+        values = {name: metric.measure(drawn, prompts, targets, pipe.device) for name, metric in self.metrics.items()}
+        return broadcast_object_list([values])[0]  # rounding may differ between processes
 
     def save(self, images: Sequence[Image.Image], step: int, prefix: str = "") -> Path:
         """Save the drawn prompts as one row, and with all earlier rows as `progress.png`; returns the row."""
@@ -159,5 +165,10 @@ def _share(items: Sequence, make: Callable[[list], Sequence]) -> list:
     return [result for _, result in sorted(shared, key=itemgetter(0))]
 
 
-def _pixels(images: Sequence[Image.Image]) -> torch.Tensor:
-    return torch.stack([torch.from_numpy(np.array(i.convert("RGB"), dtype=np.float32)).flatten() for i in images])
+def _can_measure(name: str, metric: Metric) -> bool:
+    try:
+        metric.find()
+    except (ImportError, OSError) as error:
+        logger.warning("validation.metrics.%s is left out: %s", name, error)
+        return False
+    return True

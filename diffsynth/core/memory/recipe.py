@@ -13,16 +13,20 @@ class MemoryRecipe:
             `offload` keeps even those in host memory.
         remember: GiB of host memory a process in which to keep what frozen encoders made of each sample, so that they
             see it once; 0 runs them every time.
+        trained_dtype: What models trained in full are kept in. `bfloat16` takes 2 bytes for a weight and 2 for its
+            gradient instead of 4 and 4; its updates are rounded stochastically. Adapters are fp32 in any case.
     """
 
     checkpointing: Literal["none", "blocks", "offload"] = "none"
     remember: float = 0.0
+    trained_dtype: Literal["float32", "bfloat16"] = "float32"
 
     @property
-    def options(self) -> dict[str, bool | float]:
+    def options(self) -> dict[str, bool | float | str]:
         """The options of `PipelineTrainingModule` that say so."""
         return {
             "remember": self.remember,
+            "trained_dtype": self.trained_dtype,
             "use_gradient_checkpointing": self.checkpointing == "blocks",
             "use_gradient_checkpointing_offload": self.checkpointing == "offload",
         }
