@@ -34,8 +34,9 @@ def train(
 
     Its signature is the schema of conf/train.yaml's top level.
     """
-    from diffsynth.core.data import BatchPlan
+    from diffsynth.core.data import BatchPlan, CachedDataset
     from diffsynth.diffusion.bad_steps import BadSteps
+    from diffsynth.diffusion.cache_plan import CachePlan
     from diffsynth.diffusion.runner import launch_training_task, make_accelerator, record_data
     from diffsynth.diffusion.training_module import PipelineTrainingModule
 
@@ -51,7 +52,9 @@ def train(
     record_data(accelerator, dataset, fingerprint, run_dir)
     checkpoint.identity = {"data set": fingerprint}
     module = PipelineTrainingModule(model(device=accelerator.device), task, lora, seed, **memory.options)
-    module.load(also=validation.models(module.pipe) if validation else ())
+    if is_cached := isinstance(dataset, CachedDataset):
+        dataset.check_made_for(CachePlan(module).about())
+    module.load(also=validation.models(module) if validation else (), cached=is_cached)
     launch_training_task(
         accelerator,
         dataset,

@@ -4,8 +4,8 @@
     python benchmarks/run_overhead.py embedded   # the run of `python train.py`, its pictures included
 
 Both times are of the same run: everything between two steps (validation, `metrics.jsonl`, checkpoints, exports) against
-the steps. The block (width 3072, 256², LoRA rank 32, fp32) flatters nothing: a checkpoint of it takes as long for each of
-its parameters as one of the whole model, while the step is 27 times shorter for each of them than at 1328².
+the steps. The block (width 3072, 256², LoRA rank 32, fp32) flatters nothing: a checkpoint takes as long for a parameter
+as one of the whole model, while the step is 27 times shorter than at 1328².
 """
 
 import sys
@@ -63,7 +63,7 @@ def compose(*overrides: str):
 
 
 def train_block(folder: str) -> None:
-    cfg = compose("model=qwen_image", "dataset=image_folder", "dataset.path=none", f"output_root={folder}", "device=cpu")
+    cfg = compose("model=qwen_image", "dataset=image_folder", "dataset.path=none", f"output_root={folder}")
     parts = build_nodes({name: cfg[name] for name in PARTS})
     launch_training_task(
         make_accelerator("cpu", "float32"),

@@ -1,13 +1,22 @@
 """The networks of a pipeline: found, compared with their files, loaded, frozen, adapted; each by its name."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from ..core.loader import ModelConfig, build_module, check_weights, fingerprint, load_weights, to_released_keys
+from ..core.loader import (
+    ModelConfig,
+    build_module,
+    check_weights,
+    fingerprint,
+    fingerprint_folder,
+    load_weights,
+    to_released_keys,
+)
 from . import lora_files
 from .units import PipelineUnit
 
@@ -45,6 +54,7 @@ class PipelineModels(nn.Module):
         self.device, self.torch_dtype = torch.device(device), torch_dtype
         self.training_defaults = TrainingDefaults()
         self._files: dict[str, list[Path]] = {}
+        self.tokenizer_folders: dict[str, Path] = {}  # by attribute
         self._fingerprints: dict[str, str] = {}
         for name, _ in self.model_classes.values():
             setattr(self, name, None)
@@ -75,6 +85,18 @@ class PipelineModels(nn.Module):
                 load_weights(getattr(self, name), files, (dtypes or {}).get(name, self.torch_dtype), self.device)
             else:
                 setattr(self, name, None)
+
+    @contextmanager
+    def loaded(self, names: Iterable[str]) -> Iterator[None]:
+        """Read the weights of these built models, and let go of them afterwards."""
+        names = [name for name in names if name in self._files]
+        for name in names:
+            load_weights(getattr(self, name), self._files[name], self.torch_dtype, self.device)
+        try:
+            yield
+        finally:
+            for name in names:
+                getattr(self, name).to("meta")
 
     def _attribute(self, module: nn.Module, files: Sequence[Path]) -> str:
         kinds = [kind for kind, (_, cls) in self.model_classes.items() if _is_kind(module, kind, cls)]
@@ -120,10 +142,16 @@ class PipelineModels(nn.Module):
     def sources(self) -> dict[str, dict[str, str]]:
         """Where each loaded model's weights lie, and their fingerprint."""
         loaded = [name for name in self._files if getattr(self, name) is not None]
-        for name in loaded:
-            if name not in self._fingerprints:
+        return {n: {"path": str(self._files[n][0].parent), "fingerprint": self.fingerprint(n)} for n in loaded}
+
+    def fingerprint(self, name: str) -> str | None:
+        """Of the files of a model or tokenizer, loaded or not; None if it has none."""
+        if name not in self._fingerprints:
+            if name in self.tokenizer_folders:
+                self._fingerprints[name] = fingerprint_folder(self.tokenizer_folders[name])
+            elif name in self._files:
                 self._fingerprints[name] = fingerprint(self._files[name])
-        return {n: {"path": str(self._files[n][0].parent), "fingerprint": self._fingerprints[n]} for n in loaded}
+        return self._fingerprints.get(name)
 
     def load_models_to_device(self, names: Iterable[str]) -> None:
         """Where a unit says which models it is about to call; memory recipes bring them in here."""

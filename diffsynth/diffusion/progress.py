@@ -16,13 +16,14 @@ class Progress:
         steps: Length of the run.
         start: Steps that lie behind already.
         visible: Whether this process shows anything.
+        unit: What is counted.
     """
 
-    def __init__(self, steps: int, start: int = 0, visible: bool = True):
+    def __init__(self, steps: int, start: int = 0, visible: bool = True, unit: str = "step"):
         self.terminal = sys.stderr.isatty()
-        self.visible = visible
+        self.visible, self.unit, self.done = visible, unit, start
         hidden = not (visible and self.terminal)
-        self.bar = tqdm(total=steps, initial=start, disable=hidden, dynamic_ncols=True)
+        self.bar = tqdm(total=steps, initial=start, unit=unit, disable=hidden, dynamic_ncols=True)
         self.steps, self.start, self.values = steps, start + 1, ""  # the first step also warms everything up
         self.began = self.told = time.monotonic()
 
@@ -34,13 +35,14 @@ class Progress:
     def advance(self, step: int) -> None:
         """Say that one more, `step` optimizer steps lie behind."""
         self.bar.update()
+        self.done = step
         now = time.monotonic()
         if step == self.start:
             self.began = self.told = now
         if self.visible and not self.terminal and now - self.told >= LINE_SECONDS:
             self.told = now
             left = (now - self.began) / (step - self.start) * (self.steps - step)
-            line = f"step {step}/{self.steps}, {tqdm.format_interval(left)} left, {self.values}"
+            line = f"{self.unit} {step}/{self.steps}, {tqdm.format_interval(left)} left, {self.values}"
             print(line.rstrip(", "), file=sys.stderr, flush=True)
 
     def close(self) -> None:

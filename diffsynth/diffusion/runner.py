@@ -1,7 +1,6 @@
 """The one loop."""
 
 import json
-import math
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -10,7 +9,7 @@ from functools import partial
 import torch
 from torch.utils.data import DataLoader
 
-from ..core.data import AddressedDataset, BatchPlan, BatchSampler, SampleOrder
+from ..core.data import AddressedDataset, BatchPlan, BatchSampler, MixedOrder, Part
 from ..core.files import write_text
 from ..core.signals import leave_to_parent
 from .bad_steps import BadSteps
@@ -65,8 +64,8 @@ def launch_training_task(
     """
     batch_size = batch_size or (micro_batch_size or 1) * accelerator.num_processes
     plan = BatchPlan(batch_size, micro_batch_size, accelerator.num_processes)
-    order = SampleOrder(len(dataset), seed)
-    steps = max_steps or math.ceil(num_epochs * len(dataset) / batch_size)
+    order = order_of(dataset, batch_size, seed)
+    steps = max_steps or order.steps_of(num_epochs)
     optimizer = optimizer or partial(torch.optim.AdamW, lr=learning_rate, weight_decay=weight_decay)
     accelerator.gradient_accumulation_steps = plan.accumulation
     state = TrainingState(accelerator, model, optimizer, lr_scheduler, steps, ema)
@@ -90,7 +89,7 @@ def launch_training_task(
             state.set_mode("eval")
             with state.meter.paused():
                 if not resumed:
-                    look(epoch=_ended_epoch(state.step, batch_size, len(dataset)), done=done)
+                    look(epoch=_ended_epoch(order, state.step), done=done)
                     if checkpoints is not None and (done or asked or checkpoints.due(state.step)):
                         checkpoints.keep(accelerator, state, last=done or asked)
             if done or asked:
@@ -195,7 +194,7 @@ def record_data(accelerator, dataset, fingerprint: str, run_dir: str) -> None:
 def _batches(dataset, model, sampler: BatchSampler, num_workers: int) -> Iterator[Iterator]:
     """An iterator over this process's micro-batches."""
     loader = DataLoader(
-        AddressedDataset(dataset),
+        AddressedDataset(dataset, sampler.order.seed),
         batch_sampler=sampler,
         collate_fn=model.collate_fn,
         num_workers=num_workers,
@@ -210,7 +209,14 @@ def _batches(dataset, model, sampler: BatchSampler, num_workers: int) -> Iterato
             batches._shutdown_workers()  # after an error they would wait for a signal that they ignore
 
 
-def _ended_epoch(step: int, batch_size: int, size: int) -> int | None:
+def order_of(dataset, batch_size: int, seed: int) -> MixedOrder:
+    """The data set's own order, of batches of one size; any other data set is one bucket."""
+    if hasattr(dataset, "order"):
+        return dataset.order(batch_size, seed)
+    return MixedOrder([[Part(range(len(dataset)))]], batch_size, seed)
+
+
+def _ended_epoch(order: MixedOrder, step: int) -> int | None:
     """The last pass over the data set that the step ended, counted from 0."""
-    before, now = (max(n, 0) * batch_size // size for n in (step - 1, step))
+    before, now = (order.pass_of(max(n, 0)) for n in (step - 1, step))
     return now - 1 if now > before else None

@@ -5,14 +5,14 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor, nn
 
-from ..core.data import Sample, SampleAddress, collate
+from ..core.data import CachedRow, Sample, SampleAddress, collate
 from . import lora_files
 from .base_pipeline import BasePipeline
 from .flow_match import TRAINING_STEPS
 from .lora import Adapter, LoRA
 from .loss import Objective
 from .randomness import Draw
-from .unit_memory import UnitMemory
+from .unit_memory import UnitMemory, to_device
 from .units import run_units, split_units
 
 
@@ -162,9 +162,14 @@ class PipelineTrainingModule(DiffusionTrainingModule):
         self.trained_dtype = getattr(torch, trained_dtype)
         self._check()
 
-    def load(self, also: Iterable[str] = ()) -> "PipelineTrainingModule":
-        """Read the weights this run needs (and those of `also`), and make the chosen ones trainable."""
-        needed = self.pipe.models_of(self.units, model_fn=self.task.calls_model_fn) | self._trained_roots() | set(also)
+    def load(self, also: Iterable[str] = (), cached: bool = False) -> "PipelineTrainingModule":
+        """Read the weights this run needs (and those of `also`), and make the chosen ones trainable.
+
+        Args:
+            cached: What the frozen units make is read from a cache, so that their models are not needed.
+        """
+        units = self.live_units if cached else self.units
+        needed = self.pipe.models_of(units, model_fn=self.task.calls_model_fn) | self._trained_roots() | set(also)
         full = {name: self.trained_dtype for name in self.trainable_models}
         self.pipe.load_models(needed, dtypes=full)
         prepare_training(self.pipe, self.trainable_models, self.lora, self.seed, self.trained_dtype)
@@ -177,29 +182,35 @@ class PipelineTrainingModule(DiffusionTrainingModule):
 
     def loss(self, samples: Sequence[Sample], draw: Draw, memory: UnitMemory | None = None) -> Tensor:
         """Loss per sample (B,), its random numbers from `draw`; `memory` is that of the samples' data set."""
-        dropped = draw.uniform("caption_dropout") < self.task.caption_dropout
         memory = memory or UnitMemory(0)
-        prepared = [
-            run_units(self.live_units, self.pipe, *self._frozen_inputs(sample, bool(drop), memory))
-            for sample, drop in zip(samples, dropped, strict=True)
-        ]
+        prepared = [run_units(self.live_units, self.pipe, *self._frozen_inputs(sample, memory)) for sample in samples]
         shared, posi, _ = (collate(list(side)) for side in zip(*prepared, strict=True))
         return self.task(self.pipe, draw=draw, **{**shared, **posi})
 
     @torch.no_grad()
-    def _frozen_inputs(self, sample: Sample, drop_caption: bool, memory: UnitMemory) -> tuple[dict, dict, dict]:
+    def _frozen_inputs(self, sample: Sample, memory: UnitMemory) -> tuple[dict, dict, dict]:
         """What the frozen units make of a sample, less what nothing after them reads."""
+        if isinstance(sample.data, CachedRow):
+            return self._cached_inputs(sample.data)
 
         def make():
-            inputs = self.get_pipeline_inputs(sample.data, drop_caption)
+            inputs = self.get_pipeline_inputs(sample.data)
             devices = [self.pipe.device] if self.pipe.device.type == "cuda" else []
             with torch.random.fork_rng(devices):  # remembered or not, the networks draw the same dropout
                 made = run_units(self.frozen_units, self.pipe, *inputs)
             return tuple({name: value for name, value in side.items() if name in self.kept_inputs} for side in made)
 
-        return memory.get((sample.index, drop_caption), make, self.pipe.device)
+        if sample.variant is None:
+            return make()  # there will never be the same again
+        return memory.get((sample.index, sample.variant), make, self.pipe.device)
 
-    def get_pipeline_inputs(self, data: dict, drop_caption: bool = False) -> tuple[dict, dict, dict]:
+    def _cached_inputs(self, cached: CachedRow) -> tuple[dict, dict, dict]:
+        shared, posi, nega = self.get_pipeline_inputs(cached.row)
+        made = {side: to_device(inputs, self.pipe.device) for side, inputs in cached.made.items()}
+        sides = {**shared, **made["shared"]}, {**posi, **made["posi"]}, nega
+        return tuple({name: value for name, value in side.items() if name in self.kept_inputs} for side in sides)
+
+    def get_pipeline_inputs(self, data: dict) -> tuple[dict, dict, dict]:
         """The pipeline's inputs for one row, as if it were called to draw this picture."""
         image = data["image"]
         shared = {
@@ -210,7 +221,7 @@ class PipelineTrainingModule(DiffusionTrainingModule):
             **self.memory_inputs,
             **{name: data[name] for name in self.task.extra_inputs},
         }
-        return shared, {"prompt": "" if drop_caption else data["prompt"]}, {"negative_prompt": ""}
+        return shared, {"prompt": data["prompt"]}, {"negative_prompt": ""}
 
     def _trainable_models(self) -> Sequence[str]:
         if self.task.trainable_models is not None:

@@ -24,14 +24,14 @@ class UnitMemory:
     def get(self, key: Hashable, make: Callable[[], Inputs], device: torch.device) -> Inputs:
         """What `make` returned for this key, now or before, on `device`."""
         if key in self.kept:
-            return _to(self.kept[key], device)
+            return tuple(to_device(side, device) for side in self.kept[key])
         made = make()
         size = sum(value.nbytes for side in made for value in side.values() if isinstance(value, Tensor))
         if size <= self.left:
             self.left -= size
-            self.kept[key] = _to(made, torch.device("cpu"))
+            self.kept[key] = tuple(to_device(side, torch.device("cpu")) for side in made)
         return made
 
 
-def _to(inputs: Inputs, device: torch.device) -> Inputs:
-    return tuple({k: v.to(device) if isinstance(v, Tensor) else v for k, v in side.items()} for side in inputs)
+def to_device(inputs: dict, device: torch.device) -> dict:
+    return {name: value.to(device) if isinstance(value, Tensor) else value for name, value in inputs.items()}

@@ -14,7 +14,7 @@ from accelerate import PartialState
 from accelerate.utils import broadcast_object_list, gather_object
 from PIL import Image
 
-from ..core.data import Sample, SampleAddress, UnifiedDataset
+from ..core.data import CachedDataset, Sample, SampleAddress, UnifiedDataset
 from .drawing import row, save_png, stack
 from .metrics import Metric
 from .randomness import StratifiedDraw
@@ -58,15 +58,17 @@ class Validation:
         """The pictures that show all looks below one another."""
         return sorted(Path(self.path).glob("*progress.png"))
 
-    def models(self, pipe) -> set[str]:
+    def models(self, module) -> set[str]:
         """The models of the pipeline that have to be loaded for this.
 
         Raises:
             ValueError: The pipeline does not take these options.
         """
-        pipe.complete(self.options)
-        draws = self.prompts or self.metrics
-        return pipe.models_of(pipe.units, model_fn=True) if draws else set()
+        module.pipe.complete(self.options)
+        if self.prompts or (self.metrics and self.datasets):
+            return module.pipe.models_of(module.pipe.units, model_fn=True)
+        encodes = any(not isinstance(dataset, CachedDataset) for dataset in self.datasets.values())
+        return module.pipe.models_of(module.units, model_fn=True) if encodes else set()
 
     def due(self, step: int, done: bool) -> bool:
         return step == 0 or done or (self.every is not None and step % self.every == 0)

@@ -20,6 +20,7 @@ from ..core.loader import ModelConfig
 from ..diffusion.base_pipeline import BasePipeline, PipelineUnit
 from ..diffusion.flow_match import FlowMatchScheduler, exponential_shift, stretch_to_terminal
 from ..diffusion.models import TrainingDefaults
+from ..diffusion.units import in_groups
 
 __all__ = ["ModelConfig", "QwenImagePipeline"]
 
@@ -197,6 +198,17 @@ class QwenImageUnit_InputImageEmbedder(PipelineUnit):
         latents = pipe.scheduler.add_noise(input_latents, noise, pipe.scheduler.timesteps[0])
         return {"latents": latents, "input_latents": input_latents}
 
+    def process_batch(self, pipe, batch):
+        """Images of training data; those of one size go through the autoencoder together."""
+        pipe.load_models_to_device(["vae"])
+
+        def encode(inputs: Sequence[Mapping]) -> Tensor:
+            pixels = torch.cat([pipe.preprocess_image(each["input_image"]) for each in inputs])
+            return pipe.vae.encode(pixels, *(inputs[0][name] for name in ("tiled", "tile_size", "tile_stride")))
+
+        latents = in_groups(batch, [each["input_image"].size for each in batch], encode)
+        return [{"latents": i["noise"], "input_latents": own[None]} for i, own in zip(batch, latents, strict=True)]
+
 
 class QwenImageUnit_Inpaint(PipelineUnit):
     """A mask image (white is redrawn) as latent weights (1, 1, h, w) in [0, 1]."""
@@ -226,12 +238,21 @@ class QwenImageUnit_PromptEmbedder(PipelineUnit):
         )
 
     def process(self, pipe, prompt):
+        return self.process_batch(pipe, [{"prompt": prompt}])[0]
+
+    def process_batch(self, pipe, batch):
+        """Prompts of one length go through the text encoder together; padding would change what comes out."""
         pipe.load_models_to_device(["text_encoder"])
-        tokens = pipe.tokenize(prompt).to(pipe.device)
-        # The inner model: the language head would only cost time and memory.
-        hidden = pipe.text_encoder.model(**tokens).last_hidden_state[:, PROMPT_TEMPLATE_TOKENS:]
-        mask = tokens.attention_mask[:, PROMPT_TEMPLATE_TOKENS:].bool()
-        return {"prompt_emb": hidden, "prompt_emb_mask": mask}
+
+        def encode(tokens: Sequence[Tensor]) -> Tensor:
+            ids = torch.cat(list(tokens)).to(pipe.device)
+            # The inner model: the language head would only cost time and memory.
+            return pipe.text_encoder.model(ids, torch.ones_like(ids)).last_hidden_state[:, PROMPT_TEMPLATE_TOKENS:]
+
+        tokens = [pipe.tokenize(each["prompt"]).input_ids for each in batch]
+        embeddings = in_groups(tokens, [ids.shape[1] for ids in tokens], encode)
+        masks = [torch.ones(1, len(own), dtype=torch.bool, device=own.device) for own in embeddings]
+        return [{"prompt_emb": o[None], "prompt_emb_mask": m} for o, m in zip(embeddings, masks, strict=True)]
 
 
 # Pipeline -------------------------------------------------------------------------------------------------------------
@@ -314,7 +335,7 @@ class QwenImagePipeline(BasePipeline):
         if tokenizer_config is None:
             return
         (folder,) = tokenizer_config.resolve()
-        self.tokenizer = Qwen2Tokenizer.from_pretrained(folder)
+        self.tokenizer, self.tokenizer_folders["tokenizer"] = Qwen2Tokenizer.from_pretrained(folder), folder
         found = len(self.tokenizer(PROMPT_TEMPLATE.split("{}")[0]).input_ids)
         if found != PROMPT_TEMPLATE_TOKENS:
             raise ValueError(

@@ -1,9 +1,15 @@
+from .augmentation import Augmentation, Choice
+from .buckets import AspectBuckets
+from .cached_dataset import CachedDataset, CachedRow
 from .collate import collate
+from .hub_rows import HubRows
 from .metadata import read_metadata
+from .mixing import MixedOrder, Part
 from .operators import (
     ImageCropAndResize,
     LoadImage,
     Operator,
+    RouteByExtensionName,
     RouteByType,
     SequentialProcess,
     ToAbsolutePath,
@@ -23,21 +29,40 @@ from .order import (
     permutation,
     sample_seed,
 )
-from .unified_dataset import SkippedRow, UnifiedDataset
+from .scan import SkippedRow
+from .storage import EmbeddedFile, open_file
+from .table import Rows, Table
+from .tar_shards import read_shards
+from .unified_dataset import UnifiedDataset
+from .video import LoadGIF, LoadVideo
 
 __all__ = [
     "AddressedDataset",
+    "AspectBuckets",
+    "Augmentation",
     "BatchPlan",
     "BatchSampler",
+    "CachedDataset",
+    "CachedRow",
+    "EmbeddedFile",
+    "HubRows",
+    "Choice",
     "ImageCropAndResize",
+    "LoadGIF",
     "LoadImage",
+    "LoadVideo",
+    "MixedOrder",
     "Operator",
+    "Part",
+    "RouteByExtensionName",
     "RouteByType",
+    "Rows",
     "Sample",
     "SampleAddress",
     "SampleOrder",
     "SequentialProcess",
     "SkippedRow",
+    "Table",
     "ToAbsolutePath",
     "ToFloat",
     "ToInt",
@@ -46,7 +71,9 @@ __all__ = [
     "UnifiedDataset",
     "collate",
     "generator",
+    "open_file",
     "permutation",
     "read_metadata",
+    "read_shards",
     "sample_seed",
 ]

@@ -19,11 +19,12 @@ class SampleAddress(NamedTuple):
 
 
 class Sample(NamedTuple):
-    """What stands at an address."""
+    """What stands at an address, and which of its finitely many variants it is; None if there is no end of them."""
 
     data: Any
     epoch: int
     index: int
+    variant: str | None = ""
 
 
 def permutation(position: int, size: int, key: tuple[int, ...]) -> int:
@@ -168,13 +169,20 @@ class BatchSampler:
 
 
 class AddressedDataset(Dataset):
-    """A dataset whose samples come with their address, from which their randomness follows."""
+    """A dataset whose samples come with their address, from which their randomness follows.
 
-    def __init__(self, dataset: Dataset):
-        self.dataset = dataset
+    Where it has a method `sample(address, seed)`, that makes the sample and names its variant; otherwise nothing is
+    left to chance.
+    """
+
+    def __init__(self, dataset: Dataset, seed: int = 0):
+        self.dataset, self.seed = dataset, seed
 
     def __len__(self) -> int:
         return len(self.dataset)
 
     def __getitem__(self, address: SampleAddress) -> Sample:
+        if hasattr(self.dataset, "sample"):
+            data, variant = self.dataset.sample(address, self.seed)
+            return Sample(data, *address, variant)
         return Sample(self.dataset[address.index], *address)

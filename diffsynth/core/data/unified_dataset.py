@@ -4,49 +4,62 @@ import json
 import logging
 import os
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
+from fractions import Fraction
 from hashlib import blake2b
-from itertools import chain, repeat
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
+from PIL import ImageOps
 from torch.utils.data import Dataset
 
 from ..files import write_text
+from .augmentation import Augmentation, Choice
+from .buckets import AspectBuckets
+from .captions import read_captions
 from .metadata import READERS, read_metadata
-from .operators import ImageCropAndResize, LoadImage, RouteByType, SequentialProcess, ToAbsolutePath, check
+from .mixing import MixedOrder, Part
+from .operators import (
+    ImageCropAndResize,
+    LoadImage,
+    RouteByExtensionName,
+    RouteByType,
+    SequentialProcess,
+    ToAbsolutePath,
+    ToList,
+    unread,
+)
+from .order import SampleAddress
+from .scan import AllBut, SkippedRow, SortedRows, look_at_rows
+from .storage import EmbeddedFile, is_file, size_on_disk
+from .table import Rows
+from .unread import Unread, Variants
+from .video import LoadGIF, LoadVideo
 
 logger = logging.getLogger(__name__)
-
-SCAN_THREADS = 16
-
-
-@dataclass(frozen=True)
-class SkippedRow:
-    """A row that cannot be used: its number in the metadata, counted from 1, the file at fault if any, and why."""
-
-    row: int
-    file: str | None
-    reason: str
-
-    def __str__(self) -> str:
-        return f"row {self.row}: {self.reason}"
 
 
 class UnifiedDataset(Dataset):
     """The rows of a metadata table, `repeat` times over, with the files they name loaded.
 
     Args:
-        base_path: Folder that the file names in the metadata are relative to; the metadata's own by default.
-        metadata_path: Table of `read_metadata`; by default `metadata.csv`, `.json` or `.jsonl` in `base_path`.
+        base_path: Folder, or URL of one, that the file names in the metadata are relative to; the metadata's own by
+            default.
+        metadata_path: Table of `read_metadata`, or what reads the `Rows` of a folder, such as `read_shards`; by default
+            `metadata.csv`, `.json`, `.jsonl` or `.parquet` in `base_path`, else `read_captions`.
         repeat: Passes over the rows that make one epoch.
         data_file_keys: Columns, also as one comma-separated string, that `main_data_operator` is applied to.
         main_data_operator: `default_image_operator(base_path)` by default.
         special_operator_map: Operators of single columns; they need not be among `data_file_keys`.
         on_error: "raise" names the rows that cannot be used, "skip" leaves them out.
         max_data_items: Upper limit of the length.
+        encoding: Of metadata and captions that are text.
+        scan_rows: How many rows, the first ones, are looked at before training.
+        fit: Brings images of `data_file_keys`, or lists of them, to the size they are trained at, after their operator.
+        buckets: Which size each row is trained at, one or several; `scan` sorts the rows. Without it `fit` decides, and
+            all rows stand in one bucket.
+        augmentation: What is left to chance.
 
     Raises:
         ValueError: No metadata is found or it has no rows.
@@ -55,27 +68,34 @@ class UnifiedDataset(Dataset):
     def __init__(
         self,
         base_path: str | None = None,
-        metadata_path: str | None = None,
+        metadata_path: str | Callable | None = None,
         repeat: int = 1,
         data_file_keys: str | Sequence[str] = "image",
         main_data_operator: Callable | None = None,
         special_operator_map: dict[str, Callable] | None = None,
         on_error: Literal["raise", "skip"] = "raise",
         max_data_items: int | None = None,
+        encoding: str = "utf-8",
+        scan_rows: int = 1_000_000,
+        fit: ImageCropAndResize | None = None,
+        buckets: AspectBuckets | None = None,
+        augmentation: Augmentation | None = None,
     ):
         if on_error not in ("raise", "skip"):
             raise ValueError(f'{on_error=}, expected "raise" or "skip"')
-        self.metadata_path = find_metadata(base_path) if metadata_path is None else metadata_path
-        self.base_path = str(Path(self.metadata_path).parent if base_path is None else base_path)
-        self.rows = read_metadata(self.metadata_path)
+        self.metadata_path, self.rows = find_rows(base_path, metadata_path, encoding)
+        self.base_path = os.path.dirname(self.metadata_path) if base_path is None else str(base_path)
         if not self.rows:
             raise ValueError(f"metadata {self.metadata_path}: has no rows")
         self.repeat, self.max_data_items, self.on_error = repeat, max_data_items, on_error
+        self.scanned = range(min(len(self.rows), scan_rows))
         keys = data_file_keys.split(",") if isinstance(data_file_keys, str) else data_file_keys
         self.data_file_keys = [key.strip() for key in keys]
         main = main_data_operator or self.default_image_operator(self.base_path)
         self.operators = dict.fromkeys(self.data_file_keys, main) | dict(special_operator_map or {})
-        self.usable: Sequence[int] = range(len(self.rows))
+        self.fit, self.buckets, self.augmentation = fit, buckets, augmentation or Augmentation()
+        self.usable = AllBut(len(self.rows), [])
+        self.sorted: SortedRows | None = None
         self.faults: list[SkippedRow] = []
         # Shared memory, so that what a DataLoader worker finds is known to the process that reports it.
         self.undecodable = torch.zeros(len(self.rows), dtype=torch.bool).share_memory_()
@@ -86,27 +106,45 @@ class UnifiedDataset(Dataset):
     def from_folder(
         cls,
         path: str,
-        metadata: str | None = None,
+        metadata: str | Callable | None = None,
         height: int | None = None,
         width: int | None = None,
-        max_pixels: int = 1024 * 1024,
-        height_division_factor: int = 16,
-        width_division_factor: int = 16,
+        max_pixels: int | Sequence[int] = 1024 * 1024,
+        buckets: bool = False,
+        max_aspect: float = 2.0,
+        division_factor: int = 16,
+        upscale: bool = False,
         data_file_keys: Sequence[str] = ("image",),
         repeat: int = 1,
         on_error: Literal["raise", "skip"] = "raise",
         num_workers: int = 0,
+        encoding: str = "utf-8",
+        scan_rows: int = 1_000_000,
+        augmentation: Augmentation | None = None,
     ) -> "UnifiedDataset":
-        """Dataset of a folder of images; `metadata` is a file in that folder or a path of its own.
+        """Dataset of a folder of images; `metadata` is a file in it, a path of its own, or what reads its rows.
 
-        `num_workers` is how many processes should load it; the data set only carries the wish.
+        `buckets`, `max_aspect`, `division_factor`, `upscale` are those of `AspectBuckets`; `num_workers` is how many
+        processes should load it; the data set only carries the wish.
         """
-        operator = cls.default_image_operator(
-            path, max_pixels, height, width, height_division_factor, width_division_factor
-        )
-        dataset = cls(path, find_metadata(path, metadata), repeat, data_file_keys, operator, on_error=on_error)
+        if buckets and height is not None:
+            raise ValueError("dataset.height, dataset.width and dataset.buckets all say how large images are; use one.")
+        if not buckets and not isinstance(max_pixels, int):
+            raise ValueError(f"dataset.max_pixels={max_pixels} are several sizes, which need dataset.buckets=true.")
+        sizes = AspectBuckets(max_pixels, division_factor, max_aspect, upscale) if buckets else None
+        largest = max_pixels if isinstance(max_pixels, int) else max(max_pixels)
+        fit = ImageCropAndResize(height, width, largest, division_factor, division_factor)
+        options = {"on_error": on_error, "encoding": encoding, "scan_rows": scan_rows}
+        options |= {"fit": fit, "buckets": sizes, "augmentation": augmentation}
+        dataset = cls(path, metadata, repeat, data_file_keys, cls.image_loader(path), **options)
         dataset.num_workers = num_workers
         return dataset
+
+    @staticmethod
+    def image_loader(base_path: str = "") -> RouteByType:
+        """Operator that loads an image, or every image of a list, as it is."""
+        image = ToAbsolutePath(base_path) >> LoadImage()
+        return RouteByType([(str, image), (list, SequentialProcess(image)), (EmbeddedFile, image)])
 
     @staticmethod
     def default_image_operator(
@@ -120,14 +158,47 @@ class UnifiedDataset(Dataset):
         """Operator that loads an image, or every image of a list, at the size `ImageCropAndResize` gives it."""
         crop = ImageCropAndResize(height, width, max_pixels, height_division_factor, width_division_factor)
         image = ToAbsolutePath(base_path) >> LoadImage() >> crop
-        return RouteByType([(str, image), (list, SequentialProcess(image))])
+        return RouteByType([(str, image), (list, SequentialProcess(image)), (EmbeddedFile, image)])
+
+    @staticmethod
+    def default_video_operator(
+        base_path: str = "",
+        max_pixels: int = 1024 * 1024,
+        height: int | None = None,
+        width: int | None = None,
+        height_division_factor: int = 16,
+        width_division_factor: int = 16,
+        num_frames: int = 81,
+        time_division_factor: int = 4,
+        time_division_remainder: int = 1,
+        frame_rate: float | None = None,
+    ) -> RouteByType:
+        """Operator that loads the frames of a video or animation as a list, a still image as a list of one.
+
+        Raises:
+            ImportError: PyAV is not installed.
+        """
+        crop = ImageCropAndResize(height, width, max_pixels, height_division_factor, width_division_factor)
+        length = (num_frames, time_division_factor, time_division_remainder, crop, frame_rate)
+        extensions = [
+            (("jpg", "jpeg"), LoadImage() >> crop >> ToList()),
+            (("gif", "webp", "png", "apng", "avif"), LoadGIF(*length)),
+            (("mp4", "m4v", "mov", "mkv", "webm", "avi", "wmv", "flv", "mpg", "mpeg", "ts"), LoadVideo(*length)),
+        ]
+        video = ToAbsolutePath(base_path) >> RouteByExtensionName(extensions)
+        return RouteByType([(str, video), (EmbeddedFile, video)])
 
     def __len__(self) -> int:
-        length = len(self.usable) * self.repeat
+        length = self.size * self.repeat
         return length if self.max_data_items is None else min(length, self.max_data_items)
 
+    @property
+    def size(self) -> int:
+        """How many samples there are: usable rows, each as often as it has sizes."""
+        return len(self.usable) if self.sorted is None else len(self.sorted)
+
     def __getitem__(self, index: int) -> dict:
-        """Row `index` modulo the number of rows, its files loaded.
+        """Sample `index` modulo their number, its files loaded, nothing left to chance.
 
         Raises:
             ValueError: A file cannot be decoded. With on_error="skip" the next row that can takes its place, and
@@ -135,48 +206,95 @@ class UnifiedDataset(Dataset):
         """
         if not 0 <= index < len(self):
             raise IndexError(f"index {index} of a dataset of {len(self)}")
-        if self.on_error == "raise":
-            return self._load(self.usable[index % len(self.usable)])
-        for offset in range(len(self.usable)):
-            number = self.usable[(index + offset) % len(self.usable)]
-            try:
-                return self._load(number)
-            except ValueError as error:
-                self._record_undecodable(number, error)
-        raise ValueError(f"none of the {len(self.usable)} rows of {self.metadata_path} can be loaded; correct them")
+        return self._first_that_loads(index % self.size, lambda row: Choice())[0]
 
-    def scan(self, prompt_key: str = "prompt", required: Sequence[str] = ()) -> list[SkippedRow]:
-        """Checks every row, reading no more than the headers of its files, and returns those that cannot be used.
+    def sample(self, address: SampleAddress, seed: int) -> tuple[dict, str | None]:
+        """The sample at an address of a run, as chance makes it there, and the name of that variant."""
 
-        A row needs a prompt, the `required` columns, and a file that opens for each of its `data_file_keys`; other
-        columns that a row lacks altogether are not missed. URLs are not fetched.
+        def draw(row: dict) -> Choice:
+            weights = [weight for _, weight in self.augmentation.texts(row)]
+            return self.augmentation.draw(weights, seed, address)
+
+        return self._first_that_loads(address.index, draw)
+
+    def order(self, batch_size: int, seed: int) -> MixedOrder:
+        """An order of batches of one size each."""
+        if self.sorted is None:
+            length = min(len(self), self.size)
+            return MixedOrder([[Part(range(length), Fraction(len(self), length))]], batch_size, seed)
+        parts = [[Part(numbers, self.repeat)] for numbers in self.sorted.by_size().values()]
+        return MixedOrder(parts, batch_size, seed)
+
+    def variants(self, number: int) -> Variants:
+        """All that sample `number` may be, its files unread.
 
         Raises:
-            ValueError: Rows cannot be used and on_error="raise", or none is left.
+            TypeError: A file's operator cannot tell what it makes.
+            ValueError: There is no end of variants.
         """
-        strides = [range(start, len(self.rows), SCAN_THREADS) for start in range(SCAN_THREADS)]
-        with ThreadPoolExecutor(SCAN_THREADS) as pool:
-            found = chain.from_iterable(pool.map(self._find_faults, strides, repeat(prompt_key), repeat(required)))
-            faults = sorted(found, key=lambda fault: fault.row)
-        if faults and (self.on_error == "raise" or len(faults) == len(self.rows)):
+        row, size = self._row_and_size(number)
+        weights = [weight for _, weight in self.augmentation.texts(row)]
+        rows = {c.variant: self._chosen(row, size, c, unread) for c in self.augmentation.choices(weights)}
+        images = [value for value in flat(rows[""].get(self.data_file_keys[0])) if isinstance(value, Unread)]
+        return Variants(images[0].size if images else (0, 0), weights, rows)
+
+    def _first_that_loads(self, number: int, choose: Callable[[dict], Choice]) -> tuple[dict, str | None]:
+        """Sample `number` or, with on_error="skip", the next one of its size that can be decoded."""
+        others = range(number, number + self.size) if self.on_error == "skip" else [number]
+        size = self._row_and_size(number)[1]
+        for other in others:
+            row, own_size = self._row_and_size(other % self.size)
+            if own_size != size:
+                continue
+            choice = choose(row)
+            try:
+                return self._chosen(row, size, choice, called), choice.variant
+            except ValueError as error:
+                self._note_undecodable(self._row_number(other % self.size), error)
+        raise ValueError(f"none of the {len(self.usable)} rows of {self.metadata_path} can be loaded; correct them")
+
+    def _row_number(self, number: int) -> int:
+        return self.usable[number] if self.sorted is None else int(self.sorted.rows[number])
+
+    def _row_and_size(self, number: int) -> tuple[dict, tuple[int, int] | None]:
+        """The row of a sample as the table has it, and its size; None where `fit` decides."""
+        return self.rows[self._row_number(number)], None if self.sorted is None else self.sorted.size_of(number)
+
+    def scan(self, prompt_key: str = "prompt", required: Sequence[str] = ()) -> list[SkippedRow]:
+        """Checks `scan_rows` rows, reading no more than the headers of their files, and returns those of no use.
+
+        A row needs a prompt, the `required` columns, and a file that opens for each of its `data_file_keys`; other
+        columns that a row lacks altogether are not missed. URLs are not fetched, unless for their size.
+
+        Raises:
+            ValueError: Rows cannot be used and on_error="raise", or none is left; or buckets need the size of rows
+                that are not looked at.
+        """
+        unseen = len(self.rows) - len(self.scanned)
+        if unseen and self.buckets:
+            raise ValueError(f"dataset.buckets need the size of every row; set dataset.scan_rows={len(self.rows)}.")
+        faults, seen = look_at_rows(self, prompt_key, required)
+        if faults and (self.on_error == "raise" or len(faults) == len(self.scanned)):
             raise ValueError(self._describe(faults))
-        unusable = {fault.row for fault in faults}
-        self.usable = [number for number in range(len(self.rows)) if number + 1 not in unusable]
-        self.faults = faults
+        if unseen:
+            about = unseen, len(self.rows), self.metadata_path, len(self.scanned)
+            logger.info("%d of %d rows of %s were not looked at; dataset.scan_rows=%d is how many are.", *about)
+        self.usable = AllBut(len(self.rows), [fault.row - 1 for fault in faults])
+        self.faults, self.sorted = faults, self.buckets and SortedRows.of(self.buckets, seen)
         return faults
 
     def fingerprint(self) -> str:
-        """16 hex digits that change with the rows that are used, their order and the sizes of their files."""
-        digest = blake2b(digest_size=8)
-        for number in self.usable:
+        """16 hex digits that change with the rows, with which are used, and with the sizes of files `scan` looks at."""
+        digest = blake2b(self.rows.digest().encode() + self.usable.before.tobytes(), digest_size=8)
+        for number in self.scanned:
             row = self.rows[number]
-            sizes = [self._size(row[key]) for key in self.data_file_keys if key in row]
-            digest.update(json.dumps([row, sizes], sort_keys=True, default=str).encode())
+            sizes = [self._sizes(row[key]) for key in self.data_file_keys if key in row]
+            digest.update(repr(sizes).encode())
         return digest.hexdigest()
 
-    def _size(self, files: str | Sequence[str]) -> list[int | None]:
-        paths = [Path(self.base_path, file) for file in ([files] if isinstance(files, str) else files)]
-        return [path.stat().st_size if path.is_file() else None for path in paths]
+    def _sizes(self, files: Any) -> list[int | None]:
+        names = [file for file in (files if isinstance(files, list) else [files]) if isinstance(file, str)]
+        return [size_on_disk(os.path.join(self.base_path, name)) for name in names]
 
     @property
     def skipped(self) -> list[SkippedRow]:
@@ -192,42 +310,39 @@ class UnifiedDataset(Dataset):
             counts = f"{len(skipped)} of {len(self.rows)} rows"
             logger.warning("%s of %s are left out; %s lists them.", counts, self.metadata_path, path)
 
-    def _load(self, number: int) -> dict:
-        row = dict(self.rows[number])
+    def _chosen(self, row: dict, size: tuple[int, int] | None, choice: Choice, apply: Callable) -> dict:
+        """A row as it is chosen; `apply(operator, value)` calls operators, or asks them what they would return."""
+        row = dict(row)
+        if any(column in row for column in self.augmentation.captions):
+            row["prompt"] = self.augmentation.prompt(row, choice)
         for key in [key for key in self.operators if key in row]:
             try:
-                row[key] = self.operators[key](row[key])
+                value = apply(self.operators[key], row[key])
+                row[key] = self._fitted(value, size, choice) if key in self.data_file_keys else value
             # Pillow's decoders raise nearly anything: OSError, SyntaxError, struct.error, DecompressionBombError.
             except Exception as error:
-                raise ValueError(
-                    f"row {number + 1}: {key} {row[key]!r}: {error}; correct it, or leave such rows out with "
-                    "dataset.on_error=skip"
-                ) from error
+                kind = TypeError if isinstance(error, TypeError) else ValueError
+                raise kind(f"{key} {row[key]!r}: {error}") from error
         return row
 
-    def _record_undecodable(self, number: int, error: ValueError) -> None:
+    def _fitted(self, value: Any, size: tuple[int, int] | None, choice: Choice) -> Any:
+        """An image at the size and in the part that it is trained at, or every image of a list."""
+        if isinstance(value, list):
+            return [self._fitted(element, size, choice) for element in value]
+        if isinstance(value, Unread):
+            value = self.fit.unread(value, size) if self.fit else value
+            return value.then(ImageOps.mirror, "mirrored") if choice.mirrored else value
+        value = self.fit(value, size, choice.position) if self.fit else value
+        return ImageOps.mirror(value) if choice.mirrored else value
+
+    def _note_undecodable(self, number: int, error: ValueError) -> None:
+        message = f"row {number + 1}: {error}"
+        if self.on_error == "raise":
+            message += "; correct it, or leave such rows out with dataset.on_error=skip"
+            raise ValueError(message) from error.__cause__
         if not self.undecodable[number]:
-            logger.warning("The next row takes the place of %s", error)
+            logger.warning("The next row takes the place of %s", message)
         self.undecodable[number] = True
-
-    def _find_faults(self, numbers: range, prompt_key: str, required: Sequence[str]) -> list[SkippedRow]:
-        return [fault for number in numbers if (fault := self._find_fault(number, prompt_key, required))]
-
-    def _find_fault(self, number: int, prompt_key: str, required: Sequence[str]) -> SkippedRow | None:
-        row = self.rows[number]
-        absent = [key for key in required if key not in row]
-        if absent:
-            return SkippedRow(number + 1, None, f"has no {absent[0]}, but {', '.join(row)}")
-        if is_empty(row.get(prompt_key)):
-            return SkippedRow(number + 1, None, f"{prompt_key} is empty")
-        for key in [key for key in self.operators if key in row]:
-            if key in self.data_file_keys and is_empty(row[key]):
-                return SkippedRow(number + 1, None, f"{key} is empty")
-            try:
-                check(self.operators[key], row[key])
-            except Exception as error:  # as in _load
-                return SkippedRow(number + 1, str(row[key]), f"{key} {row[key]!r}: {error}")
-        return None
 
     def _files(self, number: int) -> str:
         row = self.rows[number]
@@ -236,28 +351,34 @@ class UnifiedDataset(Dataset):
     def _describe(self, faults: list[SkippedRow]) -> str:
         first = "\n  ".join(map(str, faults[:5]))
         more = f"\n  and {len(faults) - 5} more" if len(faults) > 5 else ""
-        or_skip = ", or leave them out with dataset.on_error=skip" if len(faults) < len(self.rows) else ""
+        or_skip = ", or leave them out with dataset.on_error=skip" if len(faults) < len(self.scanned) else ""
         return (
-            f"{len(faults)} of {len(self.rows)} rows of {self.metadata_path} cannot be used:\n  {first}{more}\n"
+            f"{len(faults)} of {len(self.scanned)} rows of {self.metadata_path} cannot be used:\n  {first}{more}\n"
             f"Correct them{or_skip}."
         )
 
 
-def find_metadata(base_path: str | None, metadata: str | None = None) -> str:
-    """First that exists of `metadata` in `base_path` and `metadata` itself, or of the default names in `base_path`."""
-    if base_path is None:
+def find_rows(base_path: str | None, metadata: str | Callable | None, encoding: str) -> tuple[str, Rows]:
+    """Where rows are from, and the rows: `metadata` in `base_path` or by itself, a default name's, or captions."""
+    if callable(metadata):
+        return str(base_path), metadata(str(base_path))
+    if base_path is None and metadata is None:
         raise ValueError("base_path and metadata_path are both None; give at least one")
+    if base_path is None:
+        return str(metadata), read_metadata(metadata, encoding)
     names = [f"metadata{suffix}" for suffix in READERS] if metadata is None else [metadata]
-    candidates = [os.path.join(base_path, name) for name in names] + [metadata] * (metadata is not None)
-    for candidate in candidates:
-        if os.path.isfile(candidate):
-            return candidate
-    looked_for = ", ".join(dict.fromkeys(candidates))
+    candidates = [os.path.join(base_path, name) for name in names] + [str(metadata)] * (metadata is not None)
+    for candidate in filter(is_file, candidates):
+        return candidate, read_metadata(candidate, encoding)
+    if metadata is None and (rows := read_captions(str(base_path), encoding)):
+        return str(base_path), rows
+    looked_for = ", ".join(dict.fromkeys(candidates)) + ", images" * (metadata is None)
     raise ValueError(f"no metadata: looked for {looked_for}; set dataset.path or dataset.metadata")
 
 
-def is_empty(value) -> bool:
-    """Whether a cell holds nothing: None, blank text, or what other programs write for it, NaN."""
-    if isinstance(value, str):
-        return value.strip().lower() in ("", "nan")
-    return value is None or value != value
+def called(operator: Callable, value: Any) -> Any:
+    return operator(value)
+
+
+def flat(value: Any) -> list:
+    return [inner for element in value for inner in flat(element)] if isinstance(value, list) else [value]

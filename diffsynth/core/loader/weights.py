@@ -291,3 +291,11 @@ def fingerprint(files: Iterable[Path]) -> str:
                 stream.seek(offset)
                 digest.update(stream.read(FINGERPRINT_BYTES))
     return digest.hexdigest()
+
+
+def fingerprint_folder(folder: Path) -> str:
+    """16 hex digits of the small files in a folder, such as a tokenizer's."""
+    digest = blake2b(digest_size=8)
+    for file in sorted(path for path in folder.iterdir() if path.is_file()):
+        digest.update(file.name.encode() + b"\0" + file.read_bytes())
+    return digest.hexdigest()

@@ -15,15 +15,14 @@ class Objective:
         trainable_models: Models trained in full (dotted names reach into one); None trains the default model when
             there is no LoRA, and nothing but the LoRA otherwise.
         extra_inputs: Columns of the data set passed to the pipeline as inputs of the same name.
-        caption_dropout: Share of samples whose prompt is replaced by the empty one, for classifier-free guidance.
     """
 
     trainable_models: Sequence[str] | None = None
     extra_inputs: Sequence[str] = ()
-    caption_dropout: float = 0.0
 
     default_model = "dit"
     calls_model_fn = True
+    provides = ("latents", "timestep")  # inputs of `model_fn` that the objective makes itself
 
     def __call__(self, pipe, draw=None, **inputs) -> Tensor:
         """Loss per sample (B,).
@@ -37,4 +36,5 @@ class Objective:
     def wanted_inputs(self, pipe) -> set[str]:
         """Names of the pipeline inputs this objective reads, itself or through `model_fn`."""
         own = set(inspect.signature(self.loss).parameters) - {"pipe", "draw", "inputs"}
-        return own | (set(inspect.signature(pipe.model_fn).parameters) if self.calls_model_fn else set())
+        of_model_fn = set(inspect.signature(pipe.model_fn).parameters) - {*self.provides, *pipe.in_iteration_models}
+        return own | (of_model_fn if self.calls_model_fn else set())

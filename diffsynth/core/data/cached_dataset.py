@@ -1,0 +1,172 @@
+"""A data set that was made by `make_cache.py`: what frozen networks made of every sample, read from disk."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from hashlib import blake2b
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.data import Dataset
+
+from .augmentation import Augmentation, Choice
+from .cache import CacheIndex, DamagedCache
+from .mixing import MixedOrder, Part
+from .order import SampleAddress
+from .unread import Unread
+
+
+@dataclass
+class CachedRow:
+    """A sample whose frozen part has been done.
+
+    Args:
+        row: Its row; images in it are not there, but have a size.
+        made: Inputs of the pipeline, by side (`shared`, `posi`) and name.
+    """
+
+    row: dict[str, Any]
+    made: dict[str, dict[str, Any]]
+
+
+class CachedDataset(Dataset):
+    """The samples of a cache, `repeat` times over, in batches of one size.
+
+    Args:
+        path: The cache's folder.
+        height, width: What all samples must have, in pixels; None takes what there is.
+        repeat: Passes over the samples that make one epoch.
+        num_workers: How many processes should load it; the data set only carries the wish.
+        augmentation: What is left to chance; the cache must hold every variant of it.
+
+    Raises:
+        DamagedCache: There is no finished cache.
+        ValueError: Samples have another size, or variants are missing.
+    """
+
+    def __init__(
+        self,
+        path: str,
+        height: int | None = None,
+        width: int | None = None,
+        repeat: int = 1,
+        num_workers: int = 0,
+        augmentation: Augmentation | None = None,
+    ):
+        self.index, self.metadata_path, self.repeat, self.num_workers = CacheIndex(path), path, repeat, num_workers
+        self.augmentation = augmentation or Augmentation()
+        self.size, self.about = len(self.index), self.index.about
+        if not self.size:
+            raise DamagedCache(f"{path} is not finished; python make_cache.py with the same options goes on with it.")
+        self._check_sizes(height, width)
+        self._check_variants()
+        self.undecodable = torch.zeros(0, dtype=torch.bool)
+        self.index.close()  # a connection may not be handed on to other processes
+
+    def __len__(self) -> int:
+        return self.size * self.repeat
+
+    def __getitem__(self, index: int) -> CachedRow:
+        if not 0 <= index < len(self):
+            raise IndexError(f"index {index} of a data set of {len(self)}")
+        return self._load(self.index.record(index % self.size), Choice())
+
+    def sample(self, address: SampleAddress, seed: int) -> tuple[CachedRow, str | None]:
+        """The sample at an address of a run, in the variant that chance gives it there, and its name."""
+        record = self.index.record(address.index)
+        choice = self.augmentation.draw(record["weights"], seed, address)
+        return self._load(record, choice), choice.variant
+
+    def order(self, batch_size: int, seed: int) -> MixedOrder:
+        """An order of batches of one size each."""
+        return MixedOrder([[Part(np.array(n), self.repeat)] for n in self.index.sizes().values()], batch_size, seed)
+
+    def _load(self, record: dict, choice: Choice) -> CachedRow:
+        variant = record["variants"][choice.variant]
+        made: dict[str, dict] = {"shared": {}, "posi": {}}
+        for key, side in variant["runs"]:
+            made[side] |= self.index.entry(key)
+        return CachedRow({name: _restored(value) for name, value in variant["row"].items()}, made)
+
+    def scan(self, required: Sequence[str] = ()) -> list:
+        """Refuse a cache of which files are missing.
+
+        Raises:
+            DamagedCache: Names them, and what mends it.
+        """
+        missing = [shard.path.name for shard in self.index.shards.values() if not shard.path.is_file()]
+        if missing:
+            raise DamagedCache(
+                f"{self.metadata_path} lacks {len(missing)} shards ({missing[0]}); run make_cache.py again."
+            )
+        return []
+
+    def fingerprint(self) -> str:
+        """16 hex digits that change with the samples, their order and what they were made of."""
+        digest = blake2b(digest_size=8)
+        for record in self.index.records():
+            digest.update(repr([variant["runs"] for variant in record["variants"].values()]).encode())
+        return digest.hexdigest()
+
+    def check_made_for(self, expected: Mapping[str, Any]) -> None:
+        """Refuse a cache that another pipeline, other weights or other code made.
+
+        Raises:
+            ValueError: Names every difference.
+        """
+        lines = differences(self.about["made_of"], expected)
+        if lines:
+            raise ValueError(
+                f"{self.metadata_path} was not made for this training:\n  " + "\n  ".join(lines) + "\n"
+                "Choose the model, task and lora that it was made with, or run make_cache.py again with these."
+            )
+
+    def write_skipped(self, path: str | Path) -> None:
+        """No row is left out: those that could not be used are not in the cache."""
+
+    def _check_sizes(self, height: int | None, width: int | None) -> None:
+        for size in self.index.sizes():
+            for name, found, wanted in zip(("width", "height"), size, (width, height), strict=True):
+                if wanted not in (None, found):
+                    raise ValueError(
+                        f"{self.metadata_path} has samples of {size[0]} x {size[1]} pixels, dataset.{name}={wanted}; "
+                        "leave that null, or make the cache at that size."
+                    )
+
+    def _check_variants(self) -> None:
+        record = self.index.record(0)
+        wanted = {choice.variant for choice in self.augmentation.choices(record["weights"])}
+        missing = sorted(wanted - record["variants"].keys())
+        if missing:
+            raise ValueError(
+                f"{self.metadata_path} holds no variant {missing[0]!r} of its samples, which dataset.augmentation may "
+                "choose; run make_cache.py with the same augmentation."
+            )
+
+
+def _restored(value: Any) -> Any:
+    if isinstance(value, dict) and value.keys() == {"unread"}:
+        return Unread(tuple(value["unread"][:2]), _absent, _absent)
+    return value
+
+
+def _absent() -> None:
+    raise ValueError("A cache does not hold the images themselves.")
+
+
+def differences(found: Mapping[str, Any], expected: Mapping[str, Any]) -> list[str]:
+    """What a cache was made of (`CachePlan.about`) and what a training would make it of, where they differ."""
+    if found["pipeline"] != expected["pipeline"]:
+        return [f"it is {found['pipeline']}'s, not {expected['pipeline']}'s"]
+    lines = []
+    for name, unit in expected["units"].items():
+        made_of = found["units"].get(name)
+        if made_of is None:
+            lines.append(f"it holds nothing of {name}")
+            continue
+        lines += [f"{name}: another {key}" for key in ("code", "dtype") if made_of[key] != unit[key]]
+        weights = [model for model, now in unit["weights"].items() if now not in (None, made_of["weights"].get(model))]
+        lines += [f"{name}: another {model} ({made_of['weights'].get(model)})" for model in weights]
+    absent = sorted(set(expected["inputs"]) - set(found["inputs"]))
+    return lines + [f"it holds no {name}" for name in absent]

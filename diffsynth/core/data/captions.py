@@ -1,0 +1,42 @@
+"""A folder of images without a metadata table: the prompt of each is the text file beside it."""
+
+import json
+import os
+from collections.abc import Iterator
+from hashlib import blake2b
+from itertools import groupby
+
+from .metadata import open_text
+from .storage import IMAGE_SUFFIXES, absolute, list_files
+from .table import Table, json_batches, make_table
+
+
+def read_captions(folder: str, encoding: str = "utf-8") -> Table:
+    """Rows of the images in a folder and below: `image` is its name, `prompt` the text of its `.txt`, or empty.
+
+    Raises:
+        ValueError: A text is not in that encoding.
+    """
+    digest, size = blake2b(digest_size=16), 0
+    for file in list_files(folder):
+        digest.update(os.fsencode(f"{file.name}\0{file.size}\0{file.version}\0"))
+        size += len(file.name) + (file.size if file.name.endswith(".txt") else 0)
+    texts = map(json.dumps, _rows(folder, encoding))
+    return make_table(folder, json_batches(texts), size, "captions", absolute(folder), digest.hexdigest(), encoding)
+
+
+def _rows(folder: str, encoding: str) -> Iterator[dict]:
+    names = (file.name for file in list_files(folder))
+    for stem, group in groupby(names, key=lambda name: os.path.splitext(name)[0]):
+        group = list(group)
+        images = [name for name in group if name.lower().endswith(IMAGE_SUFFIXES)]
+        prompt = _read_text(os.path.join(folder, f"{stem}.txt"), encoding) if images and f"{stem}.txt" in group else ""
+        yield from ({"image": name, "prompt": prompt} for name in images)
+
+
+def _read_text(path: str, encoding: str) -> str:
+    try:
+        with open_text(path, encoding) as file:
+            return file.read().strip()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: {error}; save it as UTF-8, or set dataset.encoding=gbk") from error

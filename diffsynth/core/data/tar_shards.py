@@ -1,0 +1,108 @@
+"""Tar shards of images and captions, as WebDataset lays them out: indexed once, then read by offset in any order."""
+
+import glob
+import itertools
+import json
+import os
+import re
+import tarfile
+from collections.abc import Iterable, Iterator
+from posixpath import basename
+
+from .storage import IMAGE_SUFFIXES, absolute, file_system, is_remote, open_file, part_of, stored
+from .table import Table, json_batches, make_table
+
+RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")
+
+
+def read_shards(path: str, shards: str = "*.tar", caption_key: str | None = None) -> Table:
+    """Rows of the samples in tar files: where their images are, and `prompt`.
+
+    The members of a sample follow one another and have all but what comes after the first dot of their names in
+    common. `0001.png` is the sample's `image`, `0001.edit_image.png` its `edit_image`.
+
+    Args:
+        path: Folder of the shards.
+        shards: Their names, with ranges (`shard-{000..012}.tar`) or wildcards (`*.tar`).
+        caption_key: Key of a sample's `.json` that is its prompt; None takes the text of its `.txt`.
+
+    Raises:
+        ValueError: There is no such shard, or one cannot be read.
+    """
+    names = _find_shards(path, shards)
+    try:
+        files = [stored(os.path.join(path, name)) for name in names]
+    except FileNotFoundError as error:
+        raise ValueError(
+            f"shards {shards} of {path}: not all are there: {error}; see dataset.metadata.shards"
+        ) from None
+    size = sum(file.size for file in files)
+    texts = (json.dumps(row) for name in names for row in _read_shard(path, name, caption_key))
+    return make_table(
+        f"{path}/{shards}", json_batches(texts), size, "shards", absolute(path), files, names, caption_key
+    )
+
+
+def expand(pattern: str) -> list[str]:
+    """The names that a pattern with ranges of numbers stands for: `{08..10}` is 08, 09, 10."""
+    fixed, ranges = RANGE.split(pattern)[::3], RANGE.findall(pattern)
+    numbers = [[f"{n:0{len(first)}}" for n in range(int(first), int(last) + 1)] for first, last in ranges]
+    return ["".join(itertools.chain(*zip(fixed, [*chosen, ""], strict=True))) for chosen in itertools.product(*numbers)]
+
+
+def _find_shards(path: str, pattern: str) -> list[str]:
+    names = [name for part in expand(pattern) for name in (_match(path, part) if "*" in part else [part])]
+    if not names:
+        raise ValueError(
+            f"no shards: nothing in {path} is called {pattern}; set dataset.path or dataset.metadata.shards"
+        )
+    return names
+
+
+def _match(path: str, pattern: str) -> list[str]:
+    if not is_remote(path):
+        return sorted(glob.glob(pattern, root_dir=path))
+    system = file_system(path)
+    root = system._strip_protocol(path).rstrip("/") + "/"
+    return sorted(name.removeprefix(root) for name in system.glob(os.path.join(path, pattern)))
+
+
+def _read_shard(path: str, name: str, caption_key: str | None) -> Iterator[dict]:
+    try:
+        with open_file(os.path.join(path, name)) as file, tarfile.open(fileobj=file, mode="r:") as archive:
+            for _, members in itertools.groupby(_members(archive), key=lambda member: _split(member.name)[0]):
+                yield {"image": None, "prompt": ""} | dict(_columns(archive, name, members, caption_key))
+    except tarfile.TarError as error:
+        raise ValueError(f"shard {name}: {error}; it must be a whole tar file, not compressed") from error
+
+
+def _members(archive: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
+    while (member := archive.next()) is not None:
+        archive.members.clear()  # it would keep all of a shard's
+        if member.isreg() and not basename(member.name).startswith("."):
+            yield member
+
+
+def _split(name: str) -> tuple[str, str]:
+    """A sample's key and what the member is to it: `a/0001.edit.png` is the `edit.png` of `a/0001.`"""
+    kind = basename(name).partition(".")[2]
+    return name.removesuffix(kind), kind.lower()
+
+
+def _columns(archive, shard: str, members: Iterable[tarfile.TarInfo], caption_key: str | None) -> Iterator[tuple]:
+    for member in members:
+        kind = _split(member.name)[1]
+        column, _, suffix = kind.rpartition(".")
+        if f".{suffix}" in IMAGE_SUFFIXES:
+            yield column or "image", part_of(shard, member.offset_data, member.size, member.name)
+        elif kind == ("txt" if caption_key is None else "json"):
+            yield "prompt", _caption(archive, member, caption_key)
+
+
+def _caption(archive: tarfile.TarFile, member: tarfile.TarInfo, caption_key: str | None) -> str | None:
+    try:
+        text = archive.extractfile(member).read().decode("utf-8-sig")
+        return text.strip() if caption_key is None else json.loads(text).get(caption_key)
+    except (ValueError, AttributeError) as error:
+        expected = "text" if caption_key is None else "one JSON object"
+        raise ValueError(f"{member.name} of {archive.name}: {error}; it must be {expected} in UTF-8") from error

@@ -1,0 +1,136 @@
+"""What of a training is cached: the frozen part of the unit graph, and a key for everything a unit makes.
+
+A key is the hash of what the result depends on: the unit's code, the weights it calls, and the keys of its inputs, down
+to the bytes of files and the text of prompts. So it is known before anything is run, and what changes, changes just the
+keys of what has to be made again.
+"""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from ..core.data.unread import Unread, Variants, identity, is_unread
+from .code_version import code_version
+from .units import PipelineUnit, check_outputs, read_inputs, required_units
+
+Sides = dict[str, dict]  # "shared" and "posi" → inputs by name
+
+
+@dataclass(frozen=True)
+class Run:
+    """A unit over one sample.
+
+    Args:
+        unit: Its number among the frozen units; -1 for an input of the pipeline that is kept as it is.
+        side: Where its outputs belong, `shared` or `posi`.
+        name: Of that input.
+    """
+
+    key: str
+    unit: int
+    side: str
+    name: str = ""
+
+
+class CachePlan:
+    """The frozen units of a training module whose outputs something after them reads."""
+
+    def __init__(self, module):
+        self.pipe, self.units, self.kept = module.pipe, module.frozen_units, set(module.kept_inputs)
+        self.made_of = [unit_identity(unit, self.pipe) for unit in self.units]
+        self._seeds = [identity(made_of) for made_of in self.made_of]
+
+    @property
+    def stored_units(self) -> list[int]:
+        """Numbers of the units that leave something to keep."""
+        return [number for number, unit in enumerate(self.units) if self.kept & set(unit.output_params)]
+
+    def about(self) -> dict[str, Any]:
+        """What a cache of this plan is made of."""
+        units = {type(self.units[n]).__name__: self.made_of[n] for n in self.stored_units}
+        return {"pipeline": type(self.pipe).__name__, "units": units, "inputs": sorted(self.kept)}
+
+    def runs(self, inputs: Sides) -> list[Run]:
+        """What is kept of one sample, from the pipeline's inputs, whose files need not be read but for their bytes."""
+        known = {side: {name: value for name, value in names.items()} for side, names in inputs.items()}
+        runs = []
+        for number, unit in enumerate(self.units):
+            given = read_inputs(unit, self.pipe, known["shared"], unit.input_params_posi, known["posi"])
+            key = identity([self._seeds[number], given])
+            side = "posi" if unit.separate_cfg else "shared"
+            known[side] |= {name: f"{key}/{name}" for name in unit.output_params}
+            if number in self.stored_units:
+                runs.append(Run(key, number, side))
+        leaves = [(side, name) for side in inputs for name in inputs[side] if known[side][name] is inputs[side][name]]
+        files = [(side, name) for side, name in leaves if name in self.kept and is_unread(inputs[side][name])]
+        return runs + [Run(identity(inputs[side][name]), -1, side, name) for side, name in files]
+
+    def needed_units(self, number: int) -> list[PipelineUnit]:
+        """The units that lead to what a unit reads, itself the last; none for an input of the pipeline."""
+        if number < 0:
+            return []
+        unit = self.units[number]
+        return [*required_units(self.units[:number], unit.fetch_input_params()), unit]
+
+    def shape(self, run: Run, inputs: Sides) -> list:
+        """Sorts runs so that those whose networks see equal shapes stand side by side."""
+        names = {name for unit in self.needed_units(run.unit) for name in unit.fetch_input_params()}
+        values = [inputs[side][name] for side in sorted(inputs) for name in sorted(names & set(inputs[side]))]
+        return [list(value.size) if isinstance(value, Unread) else len(value) for value in values if _has_shape(value)]
+
+    def make(self, runs: Sequence[Run], inputs: Sequence[Sides]) -> list[dict]:
+        """Run the same unit over several samples, and return what is kept of its outputs."""
+        inputs = [{side: dict(names) for side, names in sides.items()} for sides in inputs]
+        outputs = [{run.name: sides[run.side].get(run.name)} for run, sides in zip(runs, inputs, strict=True)]
+        for unit in self.needed_units(runs[0].unit):
+            names = unit.input_params_posi
+            given = [read_inputs(unit, self.pipe, sides["shared"], names, sides["posi"]) for sides in inputs]
+            outputs = unit.process_batch(self.pipe, given)
+            for sides, made in zip(inputs, outputs, strict=True):
+                check_outputs(unit, made)
+                sides["posi" if unit.separate_cfg else "shared"] |= made
+        return [{name: value for name, value in made.items() if name in self.kept} for made in outputs]
+
+
+def describe(module, plan: CachePlan, variants: Variants) -> tuple[dict, list[tuple[Run, str, str]]]:
+    """What is written down of a sample, and all runs that it needs, each with its shape and its variant."""
+    record, wanted = {"weights": variants.weights, "variants": {}}, []
+    for name, row in variants.rows.items():
+        inputs = pipeline_inputs(module, row)
+        runs = plan.runs(inputs)
+        record["variants"][name] = {"row": _plain(row), "runs": [(run.key, run.side) for run in runs]}
+        wanted += [(run, json.dumps(plan.shape(run, inputs)), name) for run in runs]
+    return record, wanted
+
+
+def pipeline_inputs(module, row: dict) -> Sides:
+    """The inputs of the pipeline that a training module makes of a row."""
+    shared, posi, _ = module.get_pipeline_inputs(row)
+    return {"shared": shared, "posi": posi}
+
+
+def _plain(row: dict) -> dict[str, Any]:
+    """A row without its files, of which size and identity are left."""
+    return {name: _plain_value(value) for name, value in row.items()}
+
+
+def _plain_value(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_plain_value(element) for element in value]
+    return {"unread": [*value.size, value.identity]} if isinstance(value, Unread) else value
+
+
+def unit_identity(unit: PipelineUnit, pipe) -> dict[str, Any]:
+    """What a unit's results depend on besides its inputs: code, weights, tokenizers, dtype."""
+    own = [
+        name for name in ("process", "process_batch") if getattr(type(unit), name) is not getattr(PipelineUnit, name)
+    ]
+    classes = [cls for _, cls in pipe.model_classes.values() if cls is not None]
+    code, attributes = code_version(type(unit), own, type(pipe), *classes)
+    names = {*unit.onload_model_names, *attributes.intersection(pipe.tokenizer_folders)}
+    return {"code": code, "weights": {n: pipe.fingerprint(n) for n in sorted(names)}, "dtype": str(pipe.torch_dtype)}
+
+
+def _has_shape(value: Any) -> bool:
+    return isinstance(value, Unread | str)

@@ -1,0 +1,224 @@
+"""Stage one of two: what frozen units make of a data set, once, on disk.
+
+1. Plan: the keys of everything that each sample needs, from the bytes of its files; no network is loaded.
+2. Make: what is not there yet, one unit after the other, so that only its own networks are in memory.
+3. Index: of which entries each sample consists.
+
+Killed at any moment, the same command goes on with what lacks.
+"""
+
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import chain, groupby, islice
+from pathlib import Path
+
+import torch
+from accelerate.utils import gather_object
+from torch.utils.data import DataLoader, Dataset
+
+from ..core.data.cache import CacheIndex, ShardWriter, Wish, Wishes
+from ..core.data.unread import Variants, is_unread, read
+from ..core.files import remove_leftovers
+from ..core.signals import leave_to_parent
+from .cache_check import mend
+from .cache_plan import CachePlan, Run, Sides, describe, pipeline_inputs
+from .flow_match import TRAINING_STEPS
+from .progress import Progress
+from .training_module import PipelineTrainingModule
+
+FORMAT = 1
+
+
+@dataclass
+class CacheReport:
+    """What a run did.
+
+    Args:
+        samples: How many the cache has now.
+        needed: Entries that they need.
+        made: Those that were made now, by unit; the others were there.
+        lost: Shards that were gone or damaged.
+    """
+
+    samples: int
+    needed: int
+    made: dict[str, int]
+    lost: Sequence[str]
+
+    def __str__(self) -> str:
+        made = ", ".join(f"{count} of {name}" for name, count in self.made.items()) or "none"
+        lost = f"; {len(self.lost)} damaged or missing files were replaced" if self.lost else ""
+        return f"{self.samples} samples of {self.needed} entries, made now: {made}{lost}"
+
+
+def launch_data_process_task(
+    accelerator,
+    dataset,
+    module: PipelineTrainingModule,
+    path: str | Path,
+    batch_size: int = 8,
+    num_workers: int = 0,
+    shard_bytes: int = 2**28,
+) -> CacheReport:
+    """Make or complete the cache of a data set in the folder `path`; all processes call it.
+
+    Args:
+        dataset: Gives the `Variants` of each of its `size` samples: `dataset.variants(number)`.
+        module: What will be trained, built but not loaded; what it leaves frozen is cached.
+        batch_size: Samples that go through a network together, where their shapes agree.
+        num_workers: Processes that read and decode ahead.
+        shard_bytes: Size of a file.
+
+    Raises:
+        ValueError: Nothing of this training is frozen.
+        TypeError: An input of the pipeline is neither plain data nor a file.
+    """
+    folder, is_main = Path(path), accelerator.is_main_process
+    index, lost = CacheIndex(folder, writable=is_main), []
+    stage = DataProcessStage(accelerator, dataset, module, index, batch_size, num_workers)
+    if is_main:
+        remove_leftovers(folder)
+        lost = [*index.match_shards(), *mend(index)]
+    accelerator.wait_for_everyone()
+    wishes = stage.gather_wishes()
+    made = stage.make(wishes, shard_bytes)
+    if is_main:
+        index.match_shards()
+        index.put(wishes.samples(), {"format": FORMAT, "made_of": stage.plan.about()})
+    accelerator.wait_for_everyone()
+    report = CacheReport(len(index), len(wishes), made, lost)
+    wishes.close()
+    index.close()
+    accelerator.wait_for_everyone()
+    if is_main:
+        remove_leftovers(folder)
+    return report
+
+
+class DataProcessStage:
+    """One process's part in making a cache; see `launch_data_process_task`."""
+
+    def __init__(self, accelerator, dataset, module, index: CacheIndex, batch_size: int, num_workers: int):
+        self.accelerator, self.dataset, self.module, self.index = accelerator, dataset, module, index
+        self.batch_size, self.num_workers = batch_size, num_workers
+        self.rank, self.world = accelerator.process_index, accelerator.num_processes
+        self.plan = CachePlan(module)
+        if not self.plan.stored_units:
+            raise ValueError("Nothing can be cached: all that this training reads comes after what it trains.")
+
+    # What is needed
+
+    def gather_wishes(self) -> Wishes:
+        """What all samples need."""
+        paths = [self.index.folder / f".partial-wishes-{rank}.sqlite" for rank in range(self.world)]
+        own = Wishes(paths[self.rank])
+        numbers = range(self.rank, self.dataset.size, self.world)
+        progress = self._progress(len(numbers), "sample planned")
+        for count, (number, variants) in enumerate(self._load(_Identified(self.dataset), numbers), 1):
+            record, wanted = describe(self.module, self.plan, variants)
+            wanted = [Wish(run.key, run.unit, run.side, run.name, shape, number, v) for run, shape, v in wanted]
+            own.add(number, variants.size, record, wanted)
+            progress.advance(count)
+        progress.close()
+        own.close()
+        self.accelerator.wait_for_everyone()
+        if self.rank == 0:
+            merged = Wishes(paths[0], new=False)
+            merged.merge(paths[1:])
+            merged.close()
+        self.accelerator.wait_for_everyone()
+        return Wishes(paths[0], new=False)
+
+    # Making it
+
+    def make(self, wishes: Wishes, shard_bytes: int) -> dict[str, int]:
+        """Make this process's part of what is not there; how many entries all made, by unit."""
+        made = Counter()
+        missing = sum(1 for _ in self._missing(wishes))
+        progress = self._progress(len(range(self.rank, missing, self.world)), "batch made")
+        own = islice(self._missing(wishes), self.rank, None, self.world)
+        self.module.pipe.scheduler.set_timesteps(TRAINING_STEPS, training=True)
+        self.module.pipe.eval().requires_grad_(False)
+        with ShardWriter(self.index.shard_folder, shard_bytes) as writer:
+            for unit, batches in groupby(own, key=lambda batch: batch[0].unit):
+                for batch, entries in self._run_all(unit, batches):
+                    for wish, entry in zip(batch, entries, strict=True):
+                        if wish.key not in self.index:
+                            writer.add(wish.key, entry)
+                            made["images" if unit < 0 else type(self.plan.units[unit]).__name__] += 1
+                    progress.advance(progress.done + 1)
+        progress.close()
+        self.accelerator.wait_for_everyone()
+        return dict(sum(map(Counter, gather_object([dict(made)])), Counter()))
+
+    def _missing(self, wishes: Wishes) -> Iterator[list[Wish]]:
+        batches = wishes.batches(self.batch_size)
+        return (batch for batch in batches if any(wish.key not in self.index for wish in batch))
+
+    def _run_all(self, unit: int, batches: Iterable[list[Wish]]) -> Iterator[tuple[list[Wish], list[dict]]]:
+        """What one unit makes of batches, its networks in memory meanwhile."""
+        networks = self.module.pipe.models_of(self.plan.needed_units(unit), model_fn=False)
+        with self.module.pipe.loaded(networks):
+            for batch, inputs in self._load(_Read(), map(self._inputs, batches)):
+                yield batch, self._run(batch, inputs)
+
+    def _run(self, batch: Sequence[Wish], inputs: Sequence[Sides]) -> list[dict]:
+        device = self.module.pipe.device
+        forked = torch.random.fork_rng([device] if device.type == "cuda" else [])
+        with torch.no_grad(), self.accelerator.autocast(), forked:
+            torch.manual_seed(0)  # units may draw; nothing of that is kept
+            return self.plan.make([Run(w.key, w.unit, w.side, w.name) for w in batch], inputs)
+
+    def _inputs(self, batch: list[Wish]) -> tuple[list[Wish], list[Sides]]:
+        """A batch with the inputs that its unit reads, files unread."""
+        names = {name for unit in self.plan.needed_units(batch[0].unit) for name in unit.fetch_input_params()}
+        inputs = []
+        for wish in batch:
+            sides = pipeline_inputs(self.module, self.dataset.variants(wish.number).rows[wish.variant])
+            wanted = names | {wish.name}
+            inputs.append({side: {n: v for n, v in given.items() if n in wanted} for side, given in sides.items()})
+        return batch, inputs
+
+    def _progress(self, steps: int, unit: str) -> Progress:
+        return Progress(steps, visible=self.accelerator.is_main_process, unit=unit)
+
+    def _load(self, dataset: Dataset, items: Iterable) -> DataLoader:
+        """`dataset[item]` of all items in order, ahead of time where there are workers."""
+        return DataLoader(
+            dataset,
+            sampler=items,
+            batch_size=None,
+            collate_fn=_as_it_is,
+            num_workers=self.num_workers,
+            multiprocessing_context="spawn" if self.num_workers else None,
+            worker_init_fn=leave_to_parent,
+        )
+
+
+class _Identified(Dataset):
+    """The variants of a sample, the bytes of their files hashed."""
+
+    def __init__(self, dataset):
+        self.dataset = dataset
+
+    def __getitem__(self, number: int) -> tuple[int, Variants]:
+        variants = self.dataset.variants(number)
+        for value in chain.from_iterable(row.values() for row in variants.rows.values()):
+            for unread in value if isinstance(value, list) else [value]:
+                if is_unread(unread):
+                    _ = unread.identity  # kept with it
+        return number, variants
+
+
+class _Read(Dataset):
+    """Batches of inputs, decoded."""
+
+    def __getitem__(self, payload: tuple[list[Wish], list[Sides]]) -> tuple[list[Wish], list[Sides]]:
+        batch, inputs = payload
+        decoded = [{s: {n: read(v) for n, v in given.items()} for s, given in sides.items()} for sides in inputs]
+        return batch, decoded
+
+
+def _as_it_is(item):
+    return item

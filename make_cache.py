@@ -1,0 +1,66 @@
+"""Stage one of two: `python make_cache.py model=… dataset=… path=…`; then `python train.py dataset=cache …`.
+
+`python make_cache.py verify path=…` compares a cache with what was written and with the data and models it is made of,
+`stats` counts what it holds, `gc` deletes what no sample needs any more.
+"""
+
+import sys
+from typing import Literal
+
+import hydra
+
+from diffsynth.config import build, check, explained, run
+
+COMMANDS = ("make", "verify", "stats", "gc")
+
+
+def make_cache(
+    path: str,
+    model,
+    dataset,
+    task,
+    lora=None,
+    command: Literal["make", "verify", "stats", "gc"] = "make",
+    batch_size: int = 8,
+    shard_megabytes: int = 256,
+    device: str = "auto",
+) -> None:
+    """Make, verify, count or tidy a cache.
+
+    Its signature is the schema of conf/make_cache.yaml's top level.
+    """
+    from diffsynth.diffusion.cache_check import collect_garbage, stats, verify
+    from diffsynth.diffusion.caching import launch_data_process_task
+    from diffsynth.diffusion.runner import make_accelerator
+    from diffsynth.diffusion.training_module import PipelineTrainingModule
+
+    if command in ("stats", "gc"):
+        return print({"stats": stats, "gc": collect_garbage}[command](path))
+    accelerator = make_accelerator(device, model.keywords["torch_dtype"])
+    dataset.scan(required=("image", "prompt", *task.extra_inputs))
+    module = PipelineTrainingModule(model(device=accelerator.device), task, lora)
+    if command == "verify":
+        return _tell_verdict(path, verify(dataset, module, path))
+    report = launch_data_process_task(
+        accelerator, dataset, module, path, batch_size, dataset.num_workers, shard_megabytes << 20
+    )
+    if accelerator.is_main_process:
+        print(f"{path}: {report}")
+
+
+def _tell_verdict(path: str, lines: list[str]) -> None:
+    print("\n".join([*lines, f"{path}: {len(lines) or 'no'} differences"]))
+    if lines:
+        sys.exit(1)
+
+
+@hydra.main(version_base="1.3", config_path="conf", config_name="make_cache")
+def main(cfg) -> None:
+    with explained():
+        check(cfg, make_cache)
+        make_cache(**build(cfg))
+
+
+if __name__ == "__main__":
+    sys.argv[1:2] = [f"command={word}" if word in COMMANDS else word for word in sys.argv[1:2]]
+    run(main)
