@@ -4,6 +4,7 @@
 `stats` counts what it holds, `gc` deletes what no sample needs any more.
 """
 
+import logging
 import sys
 from typing import Literal
 
@@ -24,8 +25,8 @@ def make_cache(
     batch_size: int = 8,
     shard_megabytes: int = 256,
     device: str = "auto",
-) -> None:
-    """Make, verify, count or tidy a cache.
+):
+    """Make (a `CacheReport`), verify (a list of differences), count or tidy a cache (text).
 
     Its signature is the schema of conf/make_cache.yaml's top level.
     """
@@ -35,30 +36,27 @@ def make_cache(
     from diffsynth.diffusion.training_module import PipelineTrainingModule
 
     if command in ("stats", "gc"):
-        return print({"stats": stats, "gc": collect_garbage}[command](path))
+        return {"stats": stats, "gc": collect_garbage}[command](path)
     accelerator = make_accelerator(device, model.keywords["torch_dtype"])
     dataset.scan(required=("image", "prompt", *task.extra_inputs))
     module = PipelineTrainingModule(model(device=accelerator.device), task, lora)
     if command == "verify":
-        return _tell_verdict(path, verify(dataset, module, path))
-    report = launch_data_process_task(
-        accelerator, dataset, module, path, batch_size, dataset.num_workers, shard_megabytes << 20
-    )
-    if accelerator.is_main_process:
-        print(f"{path}: {report}")
-
-
-def _tell_verdict(path: str, lines: list[str]) -> None:
-    print("\n".join([*lines, f"{path}: {len(lines) or 'no'} differences"]))
-    if lines:
-        sys.exit(1)
+        return verify(dataset, module, path)
+    shard_bytes = shard_megabytes << 20
+    return launch_data_process_task(accelerator, dataset, module, path, batch_size, dataset.num_workers, shard_bytes)
 
 
 @hydra.main(version_base="1.3", config_path="conf", config_name="make_cache")
 def main(cfg) -> None:
     with explained():
         check(cfg, make_cache)
-        make_cache(**build(cfg))
+        result = make_cache(**build(cfg))
+    differences = result if isinstance(result, list) else []
+    if isinstance(result, list):
+        result = "\n  ".join([f"{len(result) or 'no'} differences", *result])
+    logging.info("%s: %s", cfg.path, result)
+    if differences:
+        sys.exit(1)
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ def train(
     logger,
     export,
     checkpoint,
+    receipt,
     lora=None,
     ema=None,
     validation=None,
@@ -37,7 +38,7 @@ def train(
     from diffsynth.core.data import BatchPlan, CachedDataset
     from diffsynth.diffusion.bad_steps import BadSteps
     from diffsynth.diffusion.cache_plan import CachePlan
-    from diffsynth.diffusion.runner import launch_training_task, make_accelerator, record_data
+    from diffsynth.diffusion.runner import launch_training_task, make_accelerator, order_of, record_data
     from diffsynth.diffusion.training_module import PipelineTrainingModule
 
     # Mistakes first: nothing heavy is read until all of these have found none.
@@ -54,6 +55,9 @@ def train(
     module = PipelineTrainingModule(model(device=accelerator.device), task, lora, seed, **memory.options)
     if is_cached := isinstance(dataset, CachedDataset):
         dataset.check_made_for(CachePlan(module).about())
+    if accelerator.is_main_process:
+        order = order_of(dataset, batch_size, seed)
+        receipt.write(module.pipe, dataset, order, validation.datasets if validation else {}, seed)
     module.load(also=validation.models(module) if validation else (), cached=is_cached)
     launch_training_task(
         accelerator,

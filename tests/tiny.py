@@ -132,6 +132,20 @@ def train(output_root: Path, *overrides: str) -> Path:
     return run_dir
 
 
+def cache_overrides(folder: Path) -> list[str]:
+    """Overrides of a cache of what `train_overrides` trains."""
+    kept = ("model.", "dataset.", "device=", "lora.")
+    return [f"path={folder}", *(override for override in train_overrides(folder) if override.startswith(kept))]
+
+
+def make_cache(folder: Path, *overrides: str):
+    """What `python make_cache.py` does, in this process."""
+    cfg = compose("make_cache", *merged(cache_overrides(folder), overrides))
+    function = entry_function("make_cache")
+    check(cfg, function)
+    return function(**build(cfg))
+
+
 def merged(overrides: list[str], others) -> list[str]:
     """Both lists, less those of the first that the second sets again or whose group it replaces."""
     keys = [override.split("=")[0] for override in others]

@@ -23,6 +23,7 @@ NOT_SEMANTIC = (
     "name",
     "output_root",
     "run_dir",
+    "receipt",
     "device",
     "logger",
     "export",

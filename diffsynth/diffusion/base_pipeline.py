@@ -26,6 +26,7 @@ class BasePipeline(PipelineModels):
     """
 
     per_image_arguments: tuple[str, ...] = ("prompt", "negative_prompt", "seed", "input_image", "inpaint_mask")
+    decoding_models: tuple[str, ...] = ("vae",)  # what `decode_image` calls
     height_division_factor = width_division_factor = 16
     model_fn: Callable[..., Tensor]
 
@@ -161,6 +162,10 @@ class BasePipeline(PipelineModels):
     def decode_image(self, latents: Tensor, request: Mapping) -> Image.Image:
         """Latents (1, …) as an image."""
         raise NotImplementedError(f"{type(self).__name__} decodes no images.")
+
+    def cuts_off(self, prompt: str) -> bool:
+        """Whether a prompt is longer than what the pipeline reads of it; needs no weights."""
+        return False
 
     def required_units(self, wanted: Iterable[str]) -> list[PipelineUnit]:
         """The units that lead to the `wanted` inputs of an objective or of `model_fn`."""

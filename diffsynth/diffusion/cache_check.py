@@ -3,11 +3,12 @@
 import json
 import logging
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from pathlib import Path
 
-from ..core.data.cache import CacheIndex, Shard, rewrite
+from ..core.data.cache import CacheIndex, Shard, keys_of, rewrite
 from ..core.data.cached_dataset import differences
 from .cache_plan import CachePlan, describe
 
@@ -19,7 +20,8 @@ READERS = 8
 def stats(path: str | Path) -> str:
     """Counts, as text."""
     index = CacheIndex(path)
-    needed = Counter(key for record in index.records() for key in _keys(record))
+    index.require_finished()
+    needed = Counter(key for record in index.records() for key in set(keys_of(record)))
     entries, shards = index.keys(), list(index.shards.values())
     size = sum(shard.path.stat().st_size for shard in shards if shard.path.is_file())
     made_of, sizes = index.about["made_of"], index.sizes()
@@ -27,31 +29,44 @@ def stats(path: str | Path) -> str:
         f"samples   {len(index)}, of {', '.join(f'{width} x {height}' for width, height in sizes)} pixels",
         f"entries   {len(entries)}, of which {len(entries - needed.keys())} are needed no more",
         f"shared    {sum(count > 1 for count in needed.values())} entries by several samples",
-        f"files     {len(shards)}, {size / 1e6:.1f} MB, {size / max(len(index), 1) / 1e3:.1f} kB a sample",
+        f"files     {len(shards)}, {size / 1e6:.1f} MB, {size / len(index) / 1e3:.1f} kB a sample",
         f"pipeline  {made_of['pipeline']}",
     ]
+    index.close()
     return "\n".join(lines + [f"{name}  {unit}" for name, unit in made_of["units"].items()])
 
 
 def collect_garbage(path: str | Path) -> str:
-    """Pack anew the shards that hold what no sample needs, or what another one holds too; what that gave, as text."""
+    """Pack anew the shards that hold what no sample needs, or what another one holds too; what that gave, as text.
+
+    Raises:
+        DamagedCache: The cache is not finished, so that it is not known what is needed.
+    """
+    with closing(CacheIndex(path)) as finished:
+        finished.require_finished()
     index = CacheIndex(path, writable=True)
     index.match_shards()
-    shards, needed = index.shards, {key for record in index.records() for key in _keys(record)}
-    before = sum(shard.path.stat().st_size for shard in shards.values())
-    own = {number: index.keys_of(number) & needed for number in shards}
-    wasteful = {number: shard for number, shard in shards.items() if shard.contents.keys() != own[number]}
+    index.require_finished()
+    shards, needed = index.shards, {key for record in index.records() for key in keys_of(record)}
+    before = _bytes_of(shards.values())
+    own = {number: keys & needed for number, keys in index.keys_by_shard().items()}
+    wasteful = [number for number, shard in shards.items() if shard.contents.keys() != own.get(number, set())]
     if wasteful:
-        rewrite(wasteful.values(), needed)
+        keep = set().union(*(own.get(number, ()) for number in wasteful))
+        rewrite([shards[number] for number in wasteful], keep)
         index.match_shards()
-    after = sum(shard.path.stat().st_size for shard in index.shards.values())
+    after = _bytes_of(index.shards.values())
     index.close()
     return f"{len(wasteful)} of {len(shards)} files packed anew, {(before - after) / 1e6:.1f} MB freed"
 
 
+def _bytes_of(shards: Iterable[Shard]) -> int:
+    return sum(shard.path.stat().st_size for shard in shards)
+
+
 def mend(index: CacheIndex) -> list[str]:
     """Drop the damaged entries of damaged shards, so that they are made again; names those shards."""
-    damaged = damaged_shards(index)
+    damaged = damaged_shards(index.shards).values()
     for shard in damaged:
         whole = shard.whole_entries()
         logger.warning("%s is damaged; %d of its entries are whole and kept.", shard.path, len(whole))
@@ -61,22 +76,24 @@ def mend(index: CacheIndex) -> list[str]:
     return [shard.path.name for shard in damaged]
 
 
-def damaged_shards(index: CacheIndex) -> list[Shard]:
-    """Those whose bytes are not what was written; reads all of them."""
-    shards = [shard for shard in index.shards.values() if shard.path.is_file()]
+def damaged_shards(shards: Mapping[int, Shard]) -> dict[int, Shard]:
+    """Those that are there, and whose bytes are not what was written; reads all of them."""
+    there = {number: shard for number, shard in shards.items() if shard.path.is_file()}
     with ThreadPoolExecutor(READERS) as pool:
-        return [shard for shard, whole in zip(shards, pool.map(Shard.is_whole, shards), strict=True) if not whole]
+        whole = dict(zip(there, pool.map(Shard.is_whole, there.values()), strict=True))
+    return {number: shard for number, shard in there.items() if not whole[number]}
 
 
 def verify(dataset, module, path: str | Path) -> list[str]:
     """Everything in which a cache is not what was written, or not what `dataset` and `module` would give now."""
     index = CacheIndex(path)
-    plan = CachePlan(module)
-    gone = [shard.path for shard in index.shards.values() if not shard.path.is_file()]
-    lines = [f"{path} is missing" for path in gone]
-    for shard in damaged_shards(index):
-        lost = len(index.keys_of(index.number_of(shard)) - shard.whole_entries())
-        lines.append(f"{shard.path} is damaged: {lost} of its entries")
+    index.require_finished()
+    plan, shards, entries = CachePlan(module), index.shards, index.keys_by_shard()
+    gone = {number: shard for number, shard in shards.items() if not shard.path.is_file()}
+    lines = [f"{shard.path} is missing: {len(entries.get(number, ()))} entries" for number, shard in gone.items()]
+    for number, shard in damaged_shards(shards).items():
+        own = entries.get(number, set())
+        lines.append(f"{shard.path} is damaged: {len(own - shard.whole_entries())} of {len(own)} entries")
     lines += differences(index.about["made_of"], plan.about())
     lines += _changed_samples(dataset, module, plan, index)
     index.close()
@@ -85,13 +102,14 @@ def verify(dataset, module, path: str | Path) -> list[str]:
 
 def _changed_samples(dataset, module, plan: CachePlan, index: CacheIndex) -> Iterator[str]:
     """What differs between the samples there are and those in the cache."""
-    entries = index.keys()
-    if dataset.size != len(index):
-        yield f"there are {dataset.size} samples, the cache holds {len(index)}"
-    for number in range(min(dataset.size, len(index))):
-        now, cached = describe(module, plan, dataset.variants(number))[0]["variants"], index.record(number)["variants"]
+    entries, left_out = index.keys(), set(index.about["left_out"])
+    numbers = [number for number in range(dataset.size) if number not in left_out]
+    if len(numbers) != len(index):
+        yield f"there are {len(numbers)} samples, the cache holds {len(index)}"
+    for number, record in zip(numbers, index.records(), strict=False):
+        now = describe(module, plan, dataset.variants(number))[0]["variants"]
         for name, variant in now.items():
-            changes = _changes(variant["row"], cached.get(name, {"row": {}, "runs": []}), entries)
+            changes = _changes(variant["row"], record["variants"].get(name, {"row": {}, "runs": []}), entries)
             yield from (f"sample {number}{f' ({name})' if name else ''}: {change}" for change in changes)
 
 
@@ -102,7 +120,3 @@ def _changes(row: dict, cached: dict, entries: set[str]) -> Iterator[str]:
     missing = sum(key not in entries for key, _ in cached["runs"])
     if missing:
         yield f"{missing} entries are not there"
-
-
-def _keys(record: dict) -> Iterator[str]:
-    return (key for variant in record["variants"].values() for key, _ in variant["runs"])

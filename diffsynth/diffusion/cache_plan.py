@@ -10,8 +10,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from torch import nn
+
 from ..core.data.unread import Unread, Variants, identity, is_unread
-from .code_version import code_version
+from .code_version import code_version, forwards, plain_text
 from .units import PipelineUnit, check_outputs, read_inputs, required_units
 
 Sides = dict[str, dict]  # "shared" and "posi" → inputs by name
@@ -38,6 +40,7 @@ class CachePlan:
 
     def __init__(self, module):
         self.pipe, self.units, self.kept = module.pipe, module.frozen_units, set(module.kept_inputs)
+        self.trained = sorted(module.trained_roots)
         self.made_of = [unit_identity(unit, self.pipe) for unit in self.units]
         self._seeds = [identity(made_of) for made_of in self.made_of]
 
@@ -45,6 +48,18 @@ class CachePlan:
     def stored_units(self) -> list[int]:
         """Numbers of the units that leave something to keep."""
         return [number for number, unit in enumerate(self.units) if self.kept & set(unit.output_params)]
+
+    def check(self) -> None:
+        """Refuse a training of which nothing can be cached, or of which a network is missing.
+
+        Raises:
+            ValueError: Names what is trained, or what is missing.
+        """
+        if not self.stored_units:
+            trained = " and ".join(self.trained)
+            raise ValueError(f"Nothing can be cached: no frozen unit makes what a training of {trained} reads.")
+        units = [unit for number in self.stored_units for unit in self.needed_units(number)]
+        self.pipe.require({name: type(unit).__name__ for unit in units for name in unit.onload_model_names})
 
     def about(self) -> dict[str, Any]:
         """What a cache of this plan is made of."""
@@ -122,14 +137,27 @@ def _plain_value(value: Any) -> Any:
 
 
 def unit_identity(unit: PipelineUnit, pipe) -> dict[str, Any]:
-    """What a unit's results depend on besides its inputs: code, weights, tokenizers, dtype."""
-    own = [
-        name for name in ("process", "process_batch") if getattr(type(unit), name) is not getattr(PipelineUnit, name)
-    ]
-    classes = [cls for _, cls in pipe.model_classes.values() if cls is not None]
-    code, attributes = code_version(type(unit), own, type(pipe), *classes)
+    """What a unit's results depend on besides its inputs: code, settings, networks and tokenizers, dtype."""
+    in_batches = type(unit).process_batch is not PipelineUnit.process_batch
+    run = type(unit).process_batch if in_batches else type(unit).process
+    models = [cls for _, cls in pipe.model_classes.values() if cls is not None]
+    code, attributes = code_version([run], [type(unit), type(pipe), *models])
+    settings = {name: plain_text(value) for name, value in vars(unit).items() if name not in vars(PipelineUnit())}
     names = {*unit.onload_model_names, *attributes.intersection(pipe.tokenizer_folders)}
-    return {"code": code, "weights": {n: pipe.fingerprint(n) for n in sorted(names)}, "dtype": str(pipe.torch_dtype)}
+    return {
+        "code": code,
+        "settings": {name: text for name, text in settings.items() if text is not None},
+        "weights": {name: _network_identity(name, pipe) for name in sorted(names)},
+        "dtype": str(pipe.torch_dtype),
+    }
+
+
+def _network_identity(name: str, pipe) -> str | None:
+    """Of a network's weights and of the code that is its own, or of a tokenizer; None of what is not there."""
+    network = getattr(pipe, name)
+    own = forwards(network) if isinstance(network, nn.Module) else {}
+    code = f"-{code_version(own.values(), own)[0]}" if own else ""
+    return None if network is None else f"{pipe.fingerprint(name)}{code}"
 
 
 def _has_shape(value: Any) -> bool:

@@ -7,27 +7,31 @@
 Killed at any moment, the same command goes on with what lacks.
 """
 
+import logging
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain, groupby, islice
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate.utils import gather_object
 from torch.utils.data import DataLoader, Dataset
 
-from ..core.data.cache import CacheIndex, ShardWriter, Wish, Wishes
-from ..core.data.unread import Variants, is_unread, read
+from ..core.data.cache import FORMAT, CacheIndex, ShardWriter, Wish, Wishes
+from ..core.data.cached_dataset import captions_of
+from ..core.data.unread import Unread, Variants, read, unread_in
 from ..core.files import remove_leftovers
 from ..core.signals import leave_to_parent
 from .cache_check import mend
 from .cache_plan import CachePlan, Run, Sides, describe, pipeline_inputs
 from .flow_match import TRAINING_STEPS
 from .progress import Progress
+from .runner import order_of
 from .training_module import PipelineTrainingModule
 
-FORMAT = 1
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -39,17 +43,20 @@ class CacheReport:
         needed: Entries that they need.
         made: Those that were made now, by unit; the others were there.
         lost: Shards that were gone or damaged.
+        left_out: Numbers of samples that cannot be read, where the data set has on_error="skip".
     """
 
     samples: int
     needed: int
     made: dict[str, int]
     lost: Sequence[str]
+    left_out: Sequence[int]
 
     def __str__(self) -> str:
         made = ", ".join(f"{count} of {name}" for name, count in self.made.items()) or "none"
         lost = f"; {len(self.lost)} damaged or missing files were replaced" if self.lost else ""
-        return f"{self.samples} samples of {self.needed} entries, made now: {made}{lost}"
+        left_out = f"; {len(self.left_out)} samples cannot be read and are left out" if self.left_out else ""
+        return f"{self.samples} samples of {self.needed} entries, made now: {made}{lost}{left_out}"
 
 
 def launch_data_process_task(
@@ -71,7 +78,8 @@ def launch_data_process_task(
         shard_bytes: Size of a file.
 
     Raises:
-        ValueError: Nothing of this training is frozen.
+        ValueError: Nothing of this training is frozen, a model that makes it is not there, samples have no end of
+            variants, or one cannot be read.
         TypeError: An input of the pipeline is neither plain data nor a file.
     """
     folder, is_main = Path(path), accelerator.is_main_process
@@ -85,9 +93,9 @@ def launch_data_process_task(
     made = stage.make(wishes, shard_bytes)
     if is_main:
         index.match_shards()
-        index.put(wishes.samples(), {"format": FORMAT, "made_of": stage.plan.about()})
+        index.put(wishes.samples(), stage.about(wishes))
     accelerator.wait_for_everyone()
-    report = CacheReport(len(index), len(wishes), made, lost)
+    report = CacheReport(len(index), len(wishes), made, lost, stage.left_out)
     wishes.close()
     index.close()
     accelerator.wait_for_everyone()
@@ -103,9 +111,22 @@ class DataProcessStage:
         self.accelerator, self.dataset, self.module, self.index = accelerator, dataset, module, index
         self.batch_size, self.num_workers = batch_size, num_workers
         self.rank, self.world = accelerator.process_index, accelerator.num_processes
-        self.plan = CachePlan(module)
-        if not self.plan.stored_units:
-            raise ValueError("Nothing can be cached: all that this training reads comes after what it trains.")
+        self.plan, self.left_out = CachePlan(module), []
+        self.plan.check()
+        self.augmentations = [own.augmentation for own in getattr(dataset, "datasets", {"": dataset}).values()]
+        for augmentation in self.augmentations:
+            augmentation.choices([1.0])  # refuses what has no end
+
+    def about(self, wishes: Wishes) -> dict[str, Any]:
+        """What the cache is made of, and how."""
+        return {
+            "format": FORMAT,
+            "made_of": self.plan.about(),
+            "captions": [captions_of(augmentation) for augmentation in self.augmentations],
+            "variants": wishes.variants(),
+            "by_size": len(order_of(self.dataset, batch_size=1, seed=0).buckets) > 1,
+            "left_out": self.left_out,
+        }
 
     # What is needed
 
@@ -116,12 +137,17 @@ class DataProcessStage:
         numbers = range(self.rank, self.dataset.size, self.world)
         progress = self._progress(len(numbers), "sample planned")
         for count, (number, variants) in enumerate(self._load(_Identified(self.dataset), numbers), 1):
-            record, wanted = describe(self.module, self.plan, variants)
-            wanted = [Wish(run.key, run.unit, run.side, run.name, shape, number, v) for run, shape, v in wanted]
-            own.add(number, variants.size, record, wanted)
+            if isinstance(variants, str):
+                logger.warning("Sample %d is left out: %s", number, variants)
+                self.left_out.append(number)
+            else:
+                record, wanted = describe(self.module, self.plan, variants)
+                wanted = [Wish(run.key, run.unit, run.side, run.name, shape, number, v) for run, shape, v in wanted]
+                own.add(number, variants.size, record, wanted)
             progress.advance(count)
         progress.close()
         own.close()
+        self.left_out = sorted(gather_object(self.left_out))
         self.accelerator.wait_for_everyone()
         if self.rank == 0:
             merged = Wishes(paths[0], new=False)
@@ -160,7 +186,7 @@ class DataProcessStage:
         """What one unit makes of batches, its networks in memory meanwhile."""
         networks = self.module.pipe.models_of(self.plan.needed_units(unit), model_fn=False)
         with self.module.pipe.loaded(networks):
-            for batch, inputs in self._load(_Read(), map(self._inputs, batches)):
+            for batch, inputs in self._load(_Read(self.dataset), map(self._inputs, batches)):
                 yield batch, self._run(batch, inputs)
 
     def _run(self, batch: Sequence[Wish], inputs: Sequence[Sides]) -> list[dict]:
@@ -197,27 +223,48 @@ class DataProcessStage:
 
 
 class _Identified(Dataset):
-    """The variants of a sample, the bytes of their files hashed."""
+    """The variants of a sample, the bytes of their files hashed; or why it cannot be read, if it is to be left out."""
 
     def __init__(self, dataset):
-        self.dataset = dataset
+        self.dataset, self.skips = dataset, getattr(dataset, "on_error", "raise") == "skip"
 
-    def __getitem__(self, number: int) -> tuple[int, Variants]:
-        variants = self.dataset.variants(number)
-        for value in chain.from_iterable(row.values() for row in variants.rows.values()):
-            for unread in value if isinstance(value, list) else [value]:
-                if is_unread(unread):
-                    _ = unread.identity  # kept with it
-        return number, variants
+    def __getitem__(self, number: int) -> tuple[int, Variants | str]:
+        try:
+            variants = self.dataset.variants(number)
+            for unread in _files(variants):
+                _ = unread.identity  # kept with it
+                if self.skips:
+                    unread.load()  # whether it can be
+            return number, variants
+        except TypeError:  # not the file's fault
+            raise
+        except Exception as error:  # Pillow's decoders raise nearly anything
+            if self.skips:
+                return number, str(error)
+            _ = self.dataset[number]  # raises the same, and says in which row
+            raise
+
+
+def _files(variants: Variants) -> Iterator[Unread]:
+    return chain.from_iterable(unread_in(value) for row in variants.rows.values() for value in row.values())
 
 
 class _Read(Dataset):
     """Batches of inputs, decoded."""
 
+    def __init__(self, dataset):
+        self.dataset = dataset
+
     def __getitem__(self, payload: tuple[list[Wish], list[Sides]]) -> tuple[list[Wish], list[Sides]]:
         batch, inputs = payload
-        decoded = [{s: {n: read(v) for n, v in given.items()} for s, given in sides.items()} for sides in inputs]
-        return batch, decoded
+        return batch, [self._decoded(wish, sides) for wish, sides in zip(batch, inputs, strict=True)]
+
+    def _decoded(self, wish: Wish, sides: Sides) -> Sides:
+        try:
+            return {side: {name: read(value) for name, value in given.items()} for side, given in sides.items()}
+        except Exception:  # Pillow's decoders raise nearly anything
+            _ = self.dataset[wish.number]  # raises the same, and says in which row
+            raise
 
 
 def _as_it_is(item):

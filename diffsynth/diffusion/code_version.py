@@ -1,17 +1,22 @@
 """What code a unit runs: its own and what that refers to, less comments, docstrings, annotations and formatting."""
 
 import ast
+import copy
 import inspect
+import json
 import sys
 import textwrap
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import cache
 from hashlib import blake2b
 from types import ModuleType
-from typing import NamedTuple
+from typing import Any, NamedTuple
+
+from torch import nn
 
 LIBRARIES = {"builtins", "torch", "abc", "typing", "diffusers", "transformers"}
-CONSTANTS = (str, int, float, bool, tuple, type(None))
+FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
+ASSIGNMENTS = (ast.Assign, ast.AnnAssign, ast.AugAssign)
 
 
 class Reference(NamedTuple):
@@ -21,67 +26,155 @@ class Reference(NamedTuple):
     is_attribute: bool
 
 
-def code_version(cls: type, methods: Iterable[str], *others: type) -> tuple[str, set[str]]:
-    """16 hex digits that change with what some methods of a class run, and the names of all attributes they use.
+class Part(NamedTuple):
+    """A definition's text, without what does not run, and the names it uses."""
 
-    Names are followed through the modules of the class, of `others`, and of their bases, less libraries': functions,
-    classes, and constants, which count by their value. An attribute leads to every method of its name (`vae.encode` to
-    every `encode`): too much now and then, never too little.
+    text: str
+    uses: frozenset[Reference]
+
+
+def code_version(functions: Iterable[Callable], classes: Iterable[type]) -> tuple[str, set[str]]:
+    """16 hex digits that change with what some functions run, and the names of all attributes they use.
+
+    Names are followed through the modules of `classes` and of their bases, and from there into other modules of these
+    packages, but not into libraries: functions, classes, and constants, of which plain ones count by their value. An
+    attribute leads to every method and function of its name (`vae.encode` to every `encode`), and to what classes set
+    it to: too much now and then. Modules of a network call each other unseen; see `forwards`.
     """
-    methods = [name for name in methods if hasattr(cls, name)]
-    parts = [_part(ast.parse(textwrap.dedent(inspect.getsource(getattr(cls, name))))) for name in methods]
-    modules = _modules(cls, *others)
-    texts, seen = {text for text, _ in parts}, {Reference(name, True) for name in methods}
-    left = [reference for _, uses in parts for reference in uses]
+    modules = _modules(classes)
+    packages = {_package(module.__name__) for module in modules}
+    parts = [_part(ast.parse(textwrap.dedent(inspect.getsource(function)))) for function in functions]
+    texts, seen, left = {part.text for part in parts}, set(), [used for part in parts for used in part.uses]
     while left:
         reference = left.pop()
-        if reference not in seen:
-            seen.add(reference)
-            found = [part for module in modules for part in _find(module, reference)]
-            texts |= {text for text, _ in found}
-            left += [used for _, uses in found for used in uses]
+        if reference in seen:
+            continue
+        seen.add(reference)
+        homes = {_home(module, reference, packages) for module in modules}
+        if new := homes - {None, *modules}:
+            modules += sorted(new, key=lambda module: module.__name__)
+            left, seen = [*seen, *left], set()  # what was looked for may be there too
+            continue
+        found = [part for module in modules for part in _find(module, reference)]
+        texts |= {part.text for part in found}
+        left += [used for part in found for used in part.uses]
     version = blake2b("\n".join(sorted(texts)).encode(), digest_size=8).hexdigest()
     return version, {name for name, is_attribute in seen if is_attribute}
 
 
-def _modules(*classes: type) -> list[ModuleType]:
+def forwards(network: nn.Module) -> dict[type, Callable]:
+    """The `forward` of each class of modules in a network, libraries' aside."""
+    classes = sorted({type(module) for module in network.modules()}, key=lambda cls: (cls.__module__, cls.__qualname__))
+    return {cls: cls.forward for cls in classes if _package(cls.forward.__module__) not in LIBRARIES}
+
+
+def plain_text(value: Any) -> str | None:
+    """Plain data as JSON, None of anything else."""
+    try:
+        return json.dumps(value, sort_keys=True)
+    except (TypeError, ValueError):
+        return None
+
+
+def _modules(classes: Iterable[type]) -> list[ModuleType]:
     names = {base.__module__ for cls in classes for base in cls.__mro__}
-    return [sys.modules[name] for name in sorted(names) if name.split(".")[0] not in LIBRARIES and name in sys.modules]
+    return [sys.modules[name] for name in sorted(names) if _package(name) not in LIBRARIES and name in sys.modules]
 
 
-def _find(module: ModuleType, reference: Reference) -> Iterator[tuple[str, frozenset[Reference]]]:
-    """What a module defines under a name: texts, and the names each uses."""
-    value = getattr(module, reference.name, ...)
-    if isinstance(value, CONSTANTS) and not reference.is_attribute:
-        yield f"{reference.name} = {value!r}", frozenset()
-    else:
-        yield from _definitions(module).get(reference, ())
+def _package(module: str) -> str:
+    return module.split(".")[0]
+
+
+def _home(module: ModuleType, reference: Reference, packages: set[str]) -> ModuleType | None:
+    """The module of these packages that a plain name of `module` was imported from, or that it stands for."""
+    value = None if reference.is_attribute else getattr(module, reference.name, None)
+    name = value.__name__ if isinstance(value, ModuleType) else getattr(value, "__module__", None)
+    return sys.modules.get(name) if isinstance(name, str) and _package(name) in packages else None
+
+
+def _find(module: ModuleType, reference: Reference) -> Iterator[Part]:
+    """What a module defines under a name, or under the one that it imported as this."""
+    definitions, plain_name = _definitions(module), Reference(reference.name, False)
+    if reference.is_attribute:
+        yield from definitions.get(reference, ())
+        if plain_name in definitions:  # it may be the module's
+            yield from _find(module, plain_name)
+        return
+    value = getattr(module, reference.name, None)
+    if value is not None and (text := plain_text(value)) is not None:
+        yield Part(f"{reference.name} = {text}", frozenset())
+        return
+    yield from definitions.get(reference, ())
+    original = getattr(value, "__name__", None)
+    original = original.rpartition(".")[2] if isinstance(original, str) else reference.name
+    if original != reference.name:
+        yield Part(f"{reference.name} = {original}", frozenset([Reference(original, False)]))
 
 
 @cache
-def _definitions(module: ModuleType) -> dict[Reference, list[tuple[str, frozenset[Reference]]]]:
-    found: dict[Reference, list] = {}
-    for node in ast.parse(inspect.getsource(module)).body:
-        if isinstance(node, ast.FunctionDef | ast.ClassDef):
-            found.setdefault(Reference(node.name, False), []).append(_part(node))
-        for method in node.body if isinstance(node, ast.ClassDef) else ():
-            if isinstance(method, ast.FunctionDef):
-                found.setdefault(Reference(method.name, True), []).append(_part(method))
+def _definitions(module: ModuleType) -> dict[Reference, list[Part]]:
+    found: dict[Reference, list[Part]] = {}
+    for node in _statements(ast.parse(_source(module))):
+        named = _defined(node, in_class=False)
+        if isinstance(node, ast.ClassDef):
+            named += [pair for inner in _statements(node) for pair in _defined(inner, in_class=True)]
+        for reference, definition in named:
+            found.setdefault(reference, []).append(_part(definition))
     return found
 
 
-def _part(node: ast.AST) -> tuple[str, frozenset[Reference]]:
-    """A definition's text without what does not run, and the names it uses."""
-    for inner in ast.walk(node):
-        if isinstance(inner, ast.FunctionDef | ast.ClassDef) and ast.get_docstring(inner, clean=False) is not None:
-            inner.body = inner.body[1:] or [ast.Pass()]
-        if isinstance(inner, ast.FunctionDef):
-            inner.returns = None
-        if isinstance(inner, ast.arg):
-            inner.annotation = None
-    names = [inner for inner in ast.walk(node) if isinstance(inner, ast.Name)]
-    own = {inner.arg for inner in ast.walk(node) if isinstance(inner, ast.arg)}
-    own |= {name.id for name in names if isinstance(name.ctx, ast.Store)}
-    uses = {Reference(name.id, False) for name in names if name.id not in own}
-    uses |= {Reference(inner.attr, True) for inner in ast.walk(node) if isinstance(inner, ast.Attribute)}
-    return ast.unparse(node), frozenset(uses)
+def _source(module: ModuleType) -> str:
+    try:
+        return inspect.getsource(module)
+    except (OSError, TypeError):  # an empty file, or none
+        return ""
+
+
+def _statements(node: ast.AST) -> Iterator[ast.AST]:
+    """Those of a module or class, also where they depend on a condition."""
+    for child in ast.iter_child_nodes(node):
+        if isinstance(child, ast.If | ast.Try | ast.With | ast.ExceptHandler):
+            yield from _statements(child)
+        else:
+            yield child
+
+
+def _defined(node: ast.AST, in_class: bool) -> list[tuple[Reference, ast.AST]]:
+    """The names that a statement defines: its own, those it assigns, and in a method those of `self`."""
+    if isinstance(node, ASSIGNMENTS):
+        return [(Reference(name.id, in_class), node) for name in _targets(node) if isinstance(name, ast.Name)]
+    if not isinstance(node, (*FUNCTIONS, ast.ClassDef)):
+        return []
+    inner = [part for part in ast.walk(node) if in_class and isinstance(part, ASSIGNMENTS)]
+    own = [(t.attr, part) for part in inner for t in _targets(part) if isinstance(t, ast.Attribute)]
+    return [(Reference(node.name, in_class), node), *((Reference(name, True), part) for name, part in own)]
+
+
+def _targets(node: ast.Assign | ast.AnnAssign | ast.AugAssign) -> Iterator[ast.AST]:
+    for target in node.targets if isinstance(node, ast.Assign) else [node.target]:
+        yield from ast.walk(target)
+
+
+class _OnlyWhatRuns(ast.NodeTransformer):
+    """Takes docstrings and annotations away."""
+
+    def visit(self, node: ast.AST) -> ast.AST:
+        node = self.generic_visit(node)
+        if isinstance(node, (*FUNCTIONS, ast.ClassDef)) and ast.get_docstring(node, clean=False) is not None:
+            node.body = node.body[1:] or [ast.Pass()]
+        if isinstance(node, FUNCTIONS):
+            node.returns = None
+        if isinstance(node, ast.arg):
+            node.annotation = None
+        if isinstance(node, ast.AnnAssign) and node.value:  # without one it may be a dataclass's field
+            return ast.copy_location(ast.Assign([node.target], node.value), node)
+        return node
+
+
+def _part(node: ast.AST) -> Part:
+    node = _OnlyWhatRuns().visit(copy.deepcopy(node))
+    names = {Reference(inner.id, False) for inner in ast.walk(node) if isinstance(inner, ast.Name)}
+    attributes = {Reference(inner.attr, True) for inner in ast.walk(node) if isinstance(inner, ast.Attribute)}
+    if isinstance(node, ASSIGNMENTS):  # what makes a value is followed by name only: `from_pretrained` is many things
+        attributes = set()
+    return Part(ast.unparse(node), frozenset(names | attributes))

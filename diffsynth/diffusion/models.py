@@ -12,6 +12,7 @@ from ..core.loader import (
     ModelConfig,
     build_module,
     check_weights,
+    drop_weights,
     fingerprint,
     fingerprint_folder,
     load_weights,
@@ -54,6 +55,7 @@ class PipelineModels(nn.Module):
         self.device, self.torch_dtype = torch.device(device), torch_dtype
         self.training_defaults = TrainingDefaults()
         self._files: dict[str, list[Path]] = {}
+        self._configs: dict[str, str | None] = {}  # those of weights that have none beside them
         self.tokenizer_folders: dict[str, Path] = {}  # by attribute
         self._fingerprints: dict[str, str] = {}
         for name, _ in self.model_classes.values():
@@ -75,7 +77,7 @@ class PipelineModels(nn.Module):
             if name in self._files:
                 raise ValueError(f"{files[0]} is a {type(module).__name__}, as {self._files[name][0]} already is.")
             setattr(self, name, module)
-            self._files[name] = files
+            self._files[name], self._configs[name] = files, model_config.config
 
     def load_models(self, names: Iterable[str] | None = None, dtypes: Mapping[str, torch.dtype] | None = None) -> None:
         """Read the weights of the built models `names` (all of them by default), drop the others."""
@@ -96,7 +98,7 @@ class PipelineModels(nn.Module):
             yield
         finally:
             for name in names:
-                getattr(self, name).to("meta")
+                drop_weights(getattr(self, name))
 
     def _attribute(self, module: nn.Module, files: Sequence[Path]) -> str:
         kinds = [kind for kind, (_, cls) in self.model_classes.items() if _is_kind(module, kind, cls)]
@@ -111,6 +113,16 @@ class PipelineModels(nn.Module):
         """Names of the models that these units, and `model_fn` if it is called, need loaded."""
         names = {name for unit in units for name in unit.onload_model_names}
         return names | (set(self.in_iteration_models) if model_fn else set())
+
+    def require(self, users: Mapping[str, str]) -> None:
+        """Refuse a pipeline that was built without a model that is needed; `users` says of each what needs it.
+
+        Raises:
+            ValueError: Names both.
+        """
+        for name, user in users.items():
+            if getattr(self, name, None) is None:
+                raise ValueError(f"{user} needs {name}, but model.{name} is null; say where its weights are.")
 
     def freeze_except(self, names: Iterable[str]) -> None:
         """Let gradients reach the named modules only (dotted names reach into a model)."""
@@ -150,7 +162,7 @@ class PipelineModels(nn.Module):
             if name in self.tokenizer_folders:
                 self._fingerprints[name] = fingerprint_folder(self.tokenizer_folders[name])
             elif name in self._files:
-                self._fingerprints[name] = fingerprint(self._files[name])
+                self._fingerprints[name] = fingerprint(self._files[name], self._configs[name])
         return self._fingerprints.get(name)
 
     def load_models_to_device(self, names: Iterable[str]) -> None:

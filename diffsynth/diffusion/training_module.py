@@ -13,7 +13,7 @@ from .lora import Adapter, LoRA
 from .loss import Objective
 from .randomness import Draw
 from .unit_memory import UnitMemory, to_device
-from .units import run_units, split_units
+from .units import optional_inputs, run_units, split_units
 
 
 def single_sample(samples: Sequence[Sample]) -> dict:
@@ -156,7 +156,7 @@ class PipelineTrainingModule(DiffusionTrainingModule):
         }
         self.trainable_models = list(self._trainable_models())
         self.units = pipe.required_units(task.wanted_inputs(pipe))
-        self.frozen_units, self.live_units = split_units(self.units, self._trained_roots())
+        self.frozen_units, self.live_units = split_units(self.units, self.trained_roots)
         self.kept_inputs = task.wanted_inputs(pipe).union(*(unit.fetch_input_params() for unit in self.live_units))
         self.memory = UnitMemory(remember)
         self.trained_dtype = getattr(torch, trained_dtype)
@@ -169,9 +169,13 @@ class PipelineTrainingModule(DiffusionTrainingModule):
             cached: What the frozen units make is read from a cache, so that their models are not needed.
         """
         units = self.live_units if cached else self.units
-        needed = self.pipe.models_of(units, model_fn=self.task.calls_model_fn) | self._trained_roots() | set(also)
+        users = {**dict.fromkeys(also, "validation"), **dict.fromkeys(self.trained_roots, "training")}
+        if self.task.calls_model_fn:
+            users |= dict.fromkeys(self.pipe.in_iteration_models, type(self.task).__name__)
+        users |= {name: type(unit).__name__ for unit in units for name in unit.onload_model_names}
+        self.pipe.require(users)
         full = {name: self.trained_dtype for name in self.trainable_models}
-        self.pipe.load_models(needed, dtypes=full)
+        self.pipe.load_models(users, dtypes=full)
         prepare_training(self.pipe, self.trainable_models, self.lora, self.seed, self.trained_dtype)
         return self
 
@@ -196,8 +200,11 @@ class PipelineTrainingModule(DiffusionTrainingModule):
         def make():
             inputs = self.get_pipeline_inputs(sample.data)
             devices = [self.pipe.device] if self.pipe.device.type == "cuda" else []
-            with torch.random.fork_rng(devices):  # remembered or not, the networks draw the same dropout
-                made = run_units(self.frozen_units, self.pipe, *inputs)
+            try:
+                with torch.random.fork_rng(devices):  # remembered or not, the networks draw the same dropout
+                    made = run_units(self.frozen_units, self.pipe, *inputs)
+            except ValueError as error:
+                raise ValueError(f"sample {sample.index} ({sample.data['prompt']!r}): {error}") from error
             return tuple({name: value for name, value in side.items() if name in self.kept_inputs} for side in made)
 
         if sample.variant is None:
@@ -228,23 +235,25 @@ class PipelineTrainingModule(DiffusionTrainingModule):
             return self.task.trainable_models
         return () if self.lora else (self.task.default_model,)
 
-    def _trained_roots(self) -> set[str]:
+    @property
+    def trained_roots(self) -> set[str]:
+        """Models of which something is trained."""
         names = [*self.trainable_models, *(self.lora.models if self.lora else ())]
         return {name.split(".")[0] for name in names}
 
     def _check(self) -> None:
         for name in self.trainable_models:
             self.pipe.named_model(name)
-        unknown = set(self.task.extra_inputs) - set(self.pipe.call_defaults)
+        known = {*self.pipe.call_defaults, *optional_inputs(self.units)}
+        unknown = set(self.task.extra_inputs) - known
         if unknown:
             raise ValueError(
-                f"task.extra_inputs: {type(self.pipe).__name__} has no input {min(unknown)!r}; "
-                f"it has {sorted(self.pipe.call_defaults)}."
+                f"task.extra_inputs: {type(self.pipe).__name__} has no input {min(unknown)!r}; it has {sorted(known)}."
             )
         both = {name.split(".")[0] for name in self.trainable_models} & set(self.lora.models if self.lora else ())
         if both:
             raise ValueError(f"{sorted(both)} would be trained in full and by LoRA at once; choose one.")
-        if not self._trained_roots():
+        if not self.trained_roots:
             raise ValueError("Nothing is trained: set task.trainable_models, or choose a lora.")
         if self.trained_dtype == torch.bfloat16 != self.pipe.torch_dtype:
             raise ValueError("memory.trained_dtype=bfloat16 needs model.torch_dtype=bfloat16.")

@@ -98,6 +98,12 @@ def required_units(units: Iterable[PipelineUnit], wanted: Iterable[str]) -> list
     return required
 
 
+def optional_inputs(units: Iterable[PipelineUnit]) -> set[str]:
+    """What units read where it is given, and do without otherwise: their `process` has a default for it."""
+    parameters = [unit.parameters for unit in units if not unit.take_over]
+    return {name for own in parameters for name, p in own.items() if p.default is not inspect.Parameter.empty}
+
+
 def split_units(units: Iterable[PipelineUnit], trained: set[str]) -> tuple[list[PipelineUnit], list[PipelineUnit]]:
     """Units whose results training the models `trained` does not change, and the others; to be run in this order.
 

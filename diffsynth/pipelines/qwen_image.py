@@ -64,15 +64,16 @@ def _shift_of_tokens(tokens: int) -> float:
 class SingleFrameConv3d(QwenImageCausalConv3d):
     """A causal 3-D convolution that does a single frame in 2-D: all frames before it are zeros.
 
-    Only the kernel's last temporal slice ever meets the frame, so the result is the same and about 3 × faster on CPU.
+    Only the kernel's last temporal slice ever meets the frame, so the result is the same but for rounding. On CPU the
+    encoder is 3.2 × as fast with it in fp32 and 1.4 × in bf16; with channels last another 1.1 × and 1.6 ×.
     """
 
     def forward(self, x: Tensor, cache_x: Tensor | None = None) -> Tensor:
         if x.shape[2] != 1 or cache_x is not None:
             return super().forward(x, cache_x)
         left, _, top, _, _, _ = self._padding
-        frame = F.conv2d(x[:, :, 0], self.weight[:, :, -1], self.bias, self.stride[1:], (top, left))
-        return frame.unsqueeze(2)
+        frame, weight = (t.contiguous(memory_format=torch.channels_last) for t in (x[:, :, 0], self.weight[:, :, -1]))
+        return F.conv2d(frame, weight, self.bias, self.stride[1:], (top, left)).unsqueeze(2)
 
 
 class QwenImageVAE(AutoencoderKLQwenImage):
@@ -219,12 +220,35 @@ class QwenImageUnit_Inpaint(PipelineUnit):
     def process(self, pipe, inpaint_mask, inpaint_blur_sigma, height, width):
         if inpaint_mask is None:
             return {}
-        # The mean over each latent pixel: other filters reach beyond it, into what is to be kept.
-        mask = inpaint_mask.convert("L").resize((width // 8, height // 8), Image.Resampling.BOX)
-        if inpaint_blur_sigma:
-            mask = mask.filter(ImageFilter.GaussianBlur(inpaint_blur_sigma))
-        weights = torch.from_numpy(np.array(mask, dtype=np.float32) / 255)
-        return {"inpaint_mask": weights[None, None].to(pipe.device, pipe.torch_dtype)}
+        return {"inpaint_mask": latent_weights(pipe, inpaint_mask, height, width, inpaint_blur_sigma)}
+
+
+class QwenImageUnit_LossMask(PipelineUnit):
+    """A mask image of training data (white counts) as latent weights (1, 1, h, w) in [0, 1] of the loss."""
+
+    def __init__(self):
+        super().__init__(output_params=("loss_mask",))
+
+    def process(self, pipe, height, width, loss_mask=None):
+        if loss_mask is None:
+            return {}
+        weights = latent_weights(pipe, loss_mask, height, width)
+        if not weights.any():
+            raise ValueError(
+                "loss_mask is black all over, so that nothing of the image would be trained; make white what counts, "
+                "or leave the row out. (What was white may also have been cropped off.)"
+            )
+        return {"loss_mask": weights}
+
+
+def latent_weights(pipe, mask: Image.Image, height: int, width: int, blur_sigma: float | None = None) -> Tensor:
+    """A mask image as weights (1, 1, h, w) in [0, 1], 1 where it is white; blurred by `blur_sigma` latent pixels."""
+    # The mean over each latent pixel: other filters reach beyond it, into what is to be kept.
+    mask = mask.convert("L").resize((width // 8, height // 8), Image.Resampling.BOX)
+    if blur_sigma:
+        mask = mask.filter(ImageFilter.GaussianBlur(blur_sigma))
+    weights = torch.from_numpy(np.array(mask, dtype=np.float32) / 255)
+    return weights[None, None].to(pipe.device, pipe.torch_dtype)
 
 
 class QwenImageUnit_PromptEmbedder(PipelineUnit):
@@ -278,6 +302,7 @@ class QwenImagePipeline(BasePipeline):
             QwenImageUnit_NoiseInitializer(),
             QwenImageUnit_InputImageEmbedder(),
             QwenImageUnit_Inpaint(),
+            QwenImageUnit_LossMask(),
             QwenImageUnit_PromptEmbedder(),
         ]
 
@@ -299,10 +324,10 @@ class QwenImagePipeline(BasePipeline):
     @classmethod
     def from_components(
         cls,
-        dit: ModelConfig,
-        text_encoder: ModelConfig,
-        vae: ModelConfig,
-        tokenizer: ModelConfig,
+        dit: ModelConfig | None,
+        text_encoder: ModelConfig | None,
+        vae: ModelConfig | None,
+        tokenizer: ModelConfig | None,
         torch_dtype: str = "bfloat16",
         height: int = 1328,
         width: int = 1328,
@@ -312,12 +337,15 @@ class QwenImagePipeline(BasePipeline):
         """Build the pipeline on the meta device; `load_models` then reads the weights a run needs.
 
         Args:
+            dit, text_encoder, vae, tokenizer: None of what a run does not need, as where a cache holds what it made.
             torch_dtype: What frozen weights and computation are in.
             height, width: Size in pixels that this model draws by default.
             training: What a training of this model starts from.
         """
+        if tokenizer is None and text_encoder is not None:
+            raise ValueError("text_encoder needs a tokenizer, but model.tokenizer is null; say where it is.")
         pipe = cls(device, getattr(torch, torch_dtype))
-        pipe.build_models([dit, text_encoder, vae])
+        pipe.build_models(model for model in (dit, text_encoder, vae) if model is not None)
         pipe.build_tokenizer(tokenizer)
         pipe.call_defaults.update(height=height, width=width)
         pipe.training_defaults = training or TrainingDefaults()
@@ -347,6 +375,12 @@ class QwenImagePipeline(BasePipeline):
         """Token ids and mask (1, L) of the prompt inside its template."""
         length = MAX_PROMPT_TOKENS + PROMPT_TEMPLATE_TOKENS
         return self.tokenizer([PROMPT_TEMPLATE.format(prompt)], max_length=length, truncation=True, return_tensors="pt")
+
+    def cuts_off(self, prompt: str) -> bool:
+        if self.tokenizer is None or len(prompt.encode()) <= MAX_PROMPT_TOKENS:  # no token is less than a byte
+            return False
+        tokens = self.tokenizer(PROMPT_TEMPLATE.format(prompt)).input_ids
+        return len(tokens) > MAX_PROMPT_TOKENS + PROMPT_TEMPLATE_TOKENS
 
     def guided_velocity(self, timestep, cfg_scale, shared: Mapping, posi: Mapping, nega: Mapping) -> Tensor:
         """Guidance that keeps each token's norm at that of the conditional velocity, as the released model samples."""

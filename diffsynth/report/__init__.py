@@ -85,12 +85,23 @@ def facts(run_dir: Path, config: dict) -> dict[str, str]:
         "command": " ".join(read_json(run_dir / "command.json") or []),
         "model": (config.get("model") or {}).get("_target_", ""),
         "data set": (config.get("dataset") or {}).get("path", ""),
+        "samples": receipt_lines(read_json(run_dir / "receipt.json")),
         "rows left out": str(skipped),
         "steps left out": str(bad),
         "commit": environment.get("commit") or "unknown",
         "packages": ", ".join(f"{n} {v}" for n, v in environment.items() if n not in ("commit", "diff", "python")),
         "files": ", ".join(finished.get("artefacts", [])),
     }
+
+
+def receipt_lines(receipt: dict) -> str:
+    """What a run's data receipt counts, in one line."""
+    if not receipt:
+        return ""
+    sizes = ", ".join(f"{count} of {size}" for size, count in receipt["sizes"].items())
+    counts = {"enlarged": receipt["enlarged"], "captions cut off": receipt["caption_cut_off"]}
+    counts |= {f"also in {name}": pairs for name, pairs in receipt["also_in_validation"].items()}
+    return "; ".join([sizes, *(f"{len(found)} {name}" for name, found in counts.items() if found)])
 
 
 def warnings(run_dir: Path) -> list[str]:

@@ -4,6 +4,7 @@ from .cached_dataset import CachedDataset, CachedRow
 from .collate import collate
 from .hub_rows import HubRows
 from .metadata import read_metadata
+from .mixed_dataset import MixedDataset
 from .mixing import MixedOrder, Part
 from .operators import (
     ImageCropAndResize,
@@ -51,6 +52,7 @@ __all__ = [
     "LoadGIF",
     "LoadImage",
     "LoadVideo",
+    "MixedDataset",
     "MixedOrder",
     "Operator",
     "Part",

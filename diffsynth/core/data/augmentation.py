@@ -6,8 +6,10 @@ Each is a function of (seed, epoch, index), so that any number of processes and 
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from .order import SampleAddress, sample_seed
+from .scan import is_empty
 
 CENTRE = (0.5, 0.5)
 
@@ -42,7 +44,8 @@ class Augmentation:
     """What is left to chance.
 
     Args:
-        captions: Columns that hold captions, and how often each is chosen; of a list of texts each is as likely.
+        captions: Columns that hold captions, and how often each is chosen; of a list of texts each is as likely. An
+            empty one is never chosen where a row has another.
         caption_dropout: Share of samples that are shown without a caption, for classifier-free guidance.
         prefix, suffix: Put around every caption but the empty one; a trigger word, say.
         shuffle_tags: Put the parts between `tag_separator` in random order, all but the first `keep_tags`.
@@ -50,7 +53,7 @@ class Augmentation:
         random_crop: Keep a random part of what does not fit, instead of the middle.
 
     Raises:
-        ValueError: A share is not in [0, 1], or no caption may be chosen.
+        ValueError: A share is not in [0, 1], no caption may be chosen, or tags cannot be told apart.
     """
 
     captions: Mapping[str, float] = field(default_factory=lambda: {"prompt": 1.0})
@@ -69,11 +72,18 @@ class Augmentation:
                 raise ValueError(f"{name} is {getattr(self, name)}; expected a share in [0, 1].")
         if not self.captions or min(self.captions.values()) < 0 or max(self.captions.values()) == 0:
             raise ValueError(f"captions are {dict(self.captions)}; expected columns with weights, one above 0.")
+        if not self.tag_separator or self.keep_tags < 0:
+            found = f"tag_separator is {self.tag_separator!r} and keep_tags {self.keep_tags}"
+            raise ValueError(f'{found}; expected what stands between tags, such as ",", and 0 or more.')
 
     def texts(self, row: Mapping) -> list[tuple[str, float]]:
-        """The captions of a row, each with its weight."""
-        cells = [(row[column], weight) for column, weight in self.captions.items() if row.get(column)]
-        lists = [([cell] if isinstance(cell, str) else list(cell), weight) for cell, weight in cells]
+        """The captions that may be chosen of a row, each with its weight; the empty one where there is none.
+
+        Raises:
+            ValueError: A caption is not text.
+        """
+        weights = {column: weight for column, weight in self.captions.items() if weight > 0}
+        lists = [(_texts(column, row.get(column)), weight) for column, weight in weights.items()]
         return [(text, weight / len(texts)) for texts, weight in lists for text in texts] or [("", 1.0)]
 
     def draw(self, weights: Sequence[float], seed: int, address: SampleAddress) -> Choice:
@@ -113,7 +123,16 @@ class Augmentation:
         return f"{self.prefix}{text}{self.suffix}" if text else ""
 
     def _shuffled(self, text: str, chance: random.Random) -> str:
-        tags = [tag.strip() for tag in text.split(self.tag_separator)]
+        tags = [tag.strip() for tag in text.split(self.tag_separator) if tag.strip()]
         kept, others = tags[: self.keep_tags], tags[self.keep_tags :]
         chance.shuffle(others)
-        return f"{self.tag_separator.strip()} ".join(kept + others)
+        joint = self.tag_separator if self.tag_separator.isspace() else f"{self.tag_separator.strip()} "
+        return joint.join(kept + others)
+
+
+def _texts(column: str, cell: Any) -> list[str]:
+    """What a cell holds that is not empty."""
+    texts = [text for text in (cell if isinstance(cell, list) else [cell]) if not is_empty(text)]
+    if not all(isinstance(text, str) for text in texts):
+        raise ValueError(f"{column} is {cell!r}; expected text, or a list of texts")
+    return texts

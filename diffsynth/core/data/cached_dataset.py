@@ -11,7 +11,7 @@ import torch
 from torch.utils.data import Dataset
 
 from .augmentation import Augmentation, Choice
-from .cache import CacheIndex, DamagedCache
+from .cache import FORMAT, CacheIndex, DamagedCache
 from .mixing import MixedOrder, Part
 from .order import SampleAddress
 from .unread import Unread
@@ -42,7 +42,7 @@ class CachedDataset(Dataset):
 
     Raises:
         DamagedCache: There is no finished cache.
-        ValueError: Samples have another size, or variants are missing.
+        ValueError: Samples have another size, captions other words, or variants are missing.
     """
 
     def __init__(
@@ -56,10 +56,12 @@ class CachedDataset(Dataset):
     ):
         self.index, self.metadata_path, self.repeat, self.num_workers = CacheIndex(path), path, repeat, num_workers
         self.augmentation = augmentation or Augmentation()
+        self.index.require_finished()
         self.size, self.about = len(self.index), self.index.about
-        if not self.size:
-            raise DamagedCache(f"{path} is not finished; python make_cache.py with the same options goes on with it.")
+        if self.about.get("format") != FORMAT:
+            raise DamagedCache(f"{path} is of another version of this program; delete it and make it again.")
         self._check_sizes(height, width)
+        self._check_captions()
         self._check_variants()
         self.undecodable = torch.zeros(0, dtype=torch.bool)
         self.index.close()  # a connection may not be handed on to other processes
@@ -78,9 +80,16 @@ class CachedDataset(Dataset):
         choice = self.augmentation.draw(record["weights"], seed, address)
         return self._load(record, choice), choice.variant
 
+    def parts(self) -> dict[tuple[int, int] | None, Part]:
+        """The samples of each size; None where each has its own, as in the data set that the cache was made of."""
+        sizes = self.index.sizes()
+        if len(sizes) > 1 and not self.about["by_size"]:
+            sizes = {None: range(self.size)}
+        return {size: Part(np.array(numbers), self.repeat) for size, numbers in sizes.items()}
+
     def order(self, batch_size: int, seed: int) -> MixedOrder:
-        """An order of batches of one size each."""
-        return MixedOrder([[Part(np.array(n), self.repeat)] for n in self.index.sizes().values()], batch_size, seed)
+        """An order of batches of one size each, if the data set had buckets."""
+        return MixedOrder([[part] for part in self.parts().values()], batch_size, seed)
 
     def _load(self, record: dict, choice: Choice) -> CachedRow:
         variant = record["variants"][choice.variant]
@@ -90,16 +99,20 @@ class CachedDataset(Dataset):
         return CachedRow({name: _restored(value) for name, value in variant["row"].items()}, made)
 
     def scan(self, required: Sequence[str] = ()) -> list:
-        """Refuse a cache of which files are missing.
+        """Refuse a cache of which files are missing, or whose samples have not the `required` columns.
 
         Raises:
-            DamagedCache: Names them, and what mends it.
+            DamagedCache: Names the files, and what mends it.
+            ValueError: Names the column.
         """
         missing = [shard.path.name for shard in self.index.shards.values() if not shard.path.is_file()]
         if missing:
             raise DamagedCache(
                 f"{self.metadata_path} lacks {len(missing)} shards ({missing[0]}); run make_cache.py again."
             )
+        absent = sorted(set(required) - self.index.record(0)["variants"][""]["row"].keys())
+        if absent:
+            raise ValueError(f"{self.metadata_path} holds no {absent[0]}; make the cache of rows that have it.")
         return []
 
     def fingerprint(self) -> str:
@@ -122,6 +135,11 @@ class CachedDataset(Dataset):
                 "Choose the model, task and lora that it was made with, or run make_cache.py again with these."
             )
 
+    @property
+    def skipped(self) -> list:
+        """No row is left out: those that could not be used are not in the cache."""
+        return []
+
     def write_skipped(self, path: str | Path) -> None:
         """No row is left out: those that could not be used are not in the cache."""
 
@@ -134,15 +152,30 @@ class CachedDataset(Dataset):
                         "leave that null, or make the cache at that size."
                     )
 
+    def _check_captions(self) -> None:
+        """What is said here of captions must be so in all that was cached; what is not said is as it was there."""
+        wanted, unsaid = captions_of(self.augmentation), captions_of(Augmentation())
+        for name in [name for name in wanted if wanted[name] != unsaid[name]]:
+            others = [made[name] for made in self.about["captions"] if made[name] != wanted[name]]
+            if others:
+                raise ValueError(
+                    f"{self.metadata_path} was made with dataset.augmentation.{name}={others[0]!r}, not "
+                    f"{wanted[name]!r}; leave it out here, or make the cache with it."
+                )
+
     def _check_variants(self) -> None:
-        record = self.index.record(0)
-        wanted = {choice.variant for choice in self.augmentation.choices(record["weights"])}
-        missing = sorted(wanted - record["variants"].keys())
-        if missing:
-            raise ValueError(
-                f"{self.metadata_path} holds no variant {missing[0]!r} of its samples, which dataset.augmentation may "
-                "choose; run make_cache.py with the same augmentation."
-            )
+        for weights, names in self.about["variants"]:
+            missing = sorted({choice.variant for choice in self.augmentation.choices(weights)} - set(names))
+            if missing:
+                raise ValueError(
+                    f"{self.metadata_path} holds no variant {missing[0]!r} of its samples, which dataset.augmentation "
+                    "may choose; run make_cache.py with the same augmentation."
+                )
+
+
+def captions_of(augmentation: Augmentation) -> dict[str, Any]:
+    """What of an augmentation is in the texts themselves, so that a cache cannot take another."""
+    return {"captions": dict(augmentation.captions), "prefix": augmentation.prefix, "suffix": augmentation.suffix}
 
 
 def _restored(value: Any) -> Any:
@@ -165,7 +198,8 @@ def differences(found: Mapping[str, Any], expected: Mapping[str, Any]) -> list[s
         if made_of is None:
             lines.append(f"it holds nothing of {name}")
             continue
-        lines += [f"{name}: another {key}" for key in ("code", "dtype") if made_of[key] != unit[key]]
+        changed = [key for key in unit if key != "weights" and made_of.get(key) != unit[key]]
+        lines += [f"{name}: another {key} ({made_of.get(key)})" for key in changed]
         weights = [model for model, now in unit["weights"].items() if now not in (None, made_of["weights"].get(model))]
         lines += [f"{name}: another {model} ({made_of['weights'].get(model)})" for model in weights]
     absent = sorted(set(expected["inputs"]) - set(found["inputs"]))

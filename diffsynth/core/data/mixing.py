@@ -11,6 +11,8 @@ from fractions import Fraction
 from functools import cached_property
 from typing import Protocol
 
+import numpy as np
+
 from .order import SampleAddress, SampleOrder, permutation, sample_seed
 
 
@@ -85,6 +87,20 @@ class Part:
 
     def before(self, passes: int | Fraction) -> int:
         return passes * self.rate.numerator // self.rate.denominator
+
+    def moved(self, start: int, times: float | Fraction = 1) -> "Part":
+        """These samples among others, their indices raised by `start`, shown `times` as often."""
+        own = self.rows
+        rows = range(own.start + start, own.stop + start) if isinstance(own, range) else np.asarray(own) + start
+        return Part(rows, exact(self.weight) * exact(times))
+
+
+def joined(parts: Sequence[Part]) -> Part:
+    """The samples of several parts as one, shown as often as they are on average."""
+    if len(parts) == 1:
+        return parts[0]
+    rows = np.concatenate([part.rows for part in parts])
+    return Part(rows, sum(part.rate for part in parts) / len(rows))
 
 
 class Bucket:

@@ -1,15 +1,21 @@
 """Looking at the rows of a data set before it is trained on: what cannot be used, and how large images are."""
 
-from collections.abc import Iterable, Iterator, Sequence
+import json
+import logging
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from itertools import chain, repeat
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 
+from ..files import write_text
 from .buckets import AspectBuckets, Size
 from .operators import check, unread
-from .unread import Unread
+
+logger = logging.getLogger(__name__)
 
 SCAN_THREADS = 16
 
@@ -68,9 +74,9 @@ class SortedRows:
         width, height = self.sizes[number].tolist()
         return width, height
 
-    def by_size(self) -> dict[Size, np.ndarray]:
-        """The numbers of the samples of each size."""
-        sizes, which = np.unique(self.sizes, axis=0, return_inverse=True)
+    def by_size(self, count: int | None = None) -> dict[Size, np.ndarray]:
+        """The numbers of the samples of each size, of the first `count` samples."""
+        sizes, which = np.unique(self.sizes[:count], axis=0, return_inverse=True)
         which = which.reshape(-1)
         return {(int(w), int(h)): np.flatnonzero(which == number) for number, (w, h) in enumerate(sizes)}
 
@@ -86,35 +92,47 @@ def look_at_rows(dataset, prompt_key: str, required: Sequence[str]) -> tuple[lis
 
 
 def _look(dataset, numbers: Sequence[int], prompt_key: str, required: Sequence[str]) -> list:
-    return list(chain.from_iterable(_look_at(dataset, number, prompt_key, required) for number in numbers))
+    looks = (_look_at(dataset, number, prompt_key, required) for number in numbers)
+    return [look for look in looks if look is not None]
 
 
-def _look_at(dataset, number: int, prompt_key: str, required: Sequence[str]) -> Iterator[SkippedRow | tuple[int, Size]]:
-    row = dataset.rows[number]
-    fault = _fault_of_cells(row, prompt_key, required)
-    if fault:
-        yield SkippedRow(number + 1, None, fault)
-        return
+def _look_at(dataset, number: int, prompt_key: str, required: Sequence[str]) -> SkippedRow | tuple[int, Size] | None:
+    """What is wrong with a row, or its size where there are buckets."""
+    row, size = dataset.rows[number], None
+    if fault := _fault_of_cells(dataset, row, prompt_key, required):
+        return SkippedRow(number + 1, None, fault)
     for key in [key for key in dataset.operators if key in row]:
-        if key in dataset.data_file_keys and is_empty(row[key]):
-            yield SkippedRow(number + 1, None, f"{key} is empty")
-            return
         try:
             known = check(dataset.operators[key], row[key])
-            if dataset.fit and key in dataset.data_file_keys and not dataset.buckets:
+            if dataset.buckets and key == dataset.data_file_keys[0]:
+                size = _first(known) or _first(unread(dataset.operators[key], row[key])).size
+            elif dataset.fit and key in dataset.data_file_keys and not dataset.buckets:
                 _check_fit(dataset.fit, known)
         except Exception as error:  # Pillow's decoders raise nearly anything
-            yield SkippedRow(number + 1, str(row[key]), f"{key} {row[key]!r}: {error}")
-            return
-    if dataset.buckets:
-        yield number, _size(dataset, row)
+            return SkippedRow(number + 1, str(row[key]), f"{key} {row[key]!r}: {error}")
+    return dataset.buckets and (number, size)
 
 
-def _fault_of_cells(row: dict, prompt_key: str, required: Sequence[str]) -> str | None:
-    absent = [key for key in required if key not in row]
-    if absent:
+def _fault_of_cells(dataset, row: dict, prompt_key: str, required: Sequence[str]) -> str | None:
+    needed = [*required, *dataset.data_file_keys[:1]] if dataset.buckets else required
+    given = {*row, "prompt"} if any(column in row for column in dataset.augmentation.captions) else row
+    if absent := [key for key in needed if key not in given]:
         return f"has no {absent[0]}, but {', '.join(row)}"
+    if empty := [key for key in dataset.data_file_keys if key in row and is_empty(row[key])]:
+        return f"{empty[0]} is empty"
+    if prompt_key == "prompt":
+        return _fault_of_captions(dataset.augmentation, row)
     return f"{prompt_key} is empty" if is_empty(row.get(prompt_key)) else None
+
+
+def _fault_of_captions(augmentation, row: dict) -> str | None:
+    """Why a row has no caption that may be chosen."""
+    try:
+        texts = [text for text, _ in augmentation.texts(row)]
+    except ValueError as error:
+        return str(error)
+    columns = [column for column, weight in augmentation.captions.items() if weight > 0]
+    return None if any(texts) else " and ".join(f"{column} is empty" for column in columns)
 
 
 def _check_fit(fit, known: Size | list[Size] | None) -> None:
@@ -123,16 +141,24 @@ def _check_fit(fit, known: Size | list[Size] | None) -> None:
             fit.check(size)
 
 
-def _size(dataset, row: dict) -> Size:
-    """Size of the first image of a row."""
-    key = dataset.data_file_keys[0]
-    image = unread(dataset.operators[key], row[key])
-    first: Unread = image[0] if isinstance(image, list) else image
-    return first.size
+def known_size(operator: Callable, cell: Any) -> Size | None:
+    """(width, height) of the image that a cell names, or of the first of several, if its header is at hand."""
+    return _first(check(operator, cell))
+
+
+def _first(value: Any) -> Any:
+    return value[0] if isinstance(value, list) else value
+
+
+def write_skipped(path: str | Path, skipped: Sequence[SkippedRow], count: int, source: str) -> None:
+    """Writes down which of `count` rows are left out, as JSON lines, and says how many."""
+    write_text(path, "".join(json.dumps(asdict(row), ensure_ascii=False) + "\n" for row in skipped))
+    if skipped:
+        logger.warning("%d of %d rows of %s are left out; %s lists them.", len(skipped), count, source, path)
 
 
 def is_empty(value) -> bool:
-    """Whether a cell holds nothing: None, blank text, or what other programs write for it, NaN."""
+    """Whether a cell holds nothing: None, blank text, an empty list, or what other programs write for it, NaN."""
     if isinstance(value, str):
         return value.strip().lower() in ("", "nan")
-    return value is None or value != value
+    return value is None or value == [] or value != value

@@ -1,10 +1,8 @@
 """A folder of files and a metadata table, as a dataset that says what is wrong with it before training starts."""
 
-import json
 import logging
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
 from fractions import Fraction
 from hashlib import blake2b
 from pathlib import Path
@@ -14,9 +12,8 @@ import torch
 from PIL import ImageOps
 from torch.utils.data import Dataset
 
-from ..files import write_text
 from .augmentation import Augmentation, Choice
-from .buckets import AspectBuckets
+from .buckets import AspectBuckets, Size
 from .captions import read_captions
 from .metadata import READERS, read_metadata
 from .mixing import MixedOrder, Part
@@ -31,7 +28,7 @@ from .operators import (
     unread,
 )
 from .order import SampleAddress
-from .scan import AllBut, SkippedRow, SortedRows, look_at_rows
+from .scan import AllBut, SkippedRow, SortedRows, known_size, look_at_rows, write_skipped
 from .storage import EmbeddedFile, is_file, size_on_disk
 from .table import Rows
 from .unread import Unread, Variants
@@ -57,8 +54,8 @@ class UnifiedDataset(Dataset):
         encoding: Of metadata and captions that are text.
         scan_rows: How many rows, the first ones, are looked at before training.
         fit: Brings images of `data_file_keys`, or lists of them, to the size they are trained at, after their operator.
-        buckets: Which size each row is trained at, one or several; `scan` sorts the rows. Without it `fit` decides, and
-            all rows stand in one bucket.
+        buckets: Which size each row is trained at, one or several; `scan` sorts the rows, by the first of
+            `data_file_keys`. Without it `fit` decides, and all rows stand in one bucket.
         augmentation: What is left to chance.
 
     Raises:
@@ -94,6 +91,8 @@ class UnifiedDataset(Dataset):
         main = main_data_operator or self.default_image_operator(self.base_path)
         self.operators = dict.fromkeys(self.data_file_keys, main) | dict(special_operator_map or {})
         self.fit, self.buckets, self.augmentation = fit, buckets, augmentation or Augmentation()
+        if buckets and not fit:
+            raise ValueError("buckets say at which size images are trained, fit brings them to it; give both")
         self.usable = AllBut(len(self.rows), [])
         self.sorted: SortedRows | None = None
         self.faults: list[SkippedRow] = []
@@ -127,7 +126,7 @@ class UnifiedDataset(Dataset):
         `buckets`, `max_aspect`, `division_factor`, `upscale` are those of `AspectBuckets`; `num_workers` is how many
         processes should load it; the data set only carries the wish.
         """
-        if buckets and height is not None:
+        if buckets and (height, width) != (None, None):
             raise ValueError("dataset.height, dataset.width and dataset.buckets all say how large images are; use one.")
         if not buckets and not isinstance(max_pixels, int):
             raise ValueError(f"dataset.max_pixels={max_pixels} are several sizes, which need dataset.buckets=true.")
@@ -189,13 +188,21 @@ class UnifiedDataset(Dataset):
         return RouteByType([(str, video), (EmbeddedFile, video)])
 
     def __len__(self) -> int:
-        length = self.size * self.repeat
-        return length if self.max_data_items is None else min(length, self.max_data_items)
+        return self._at_most(self.size * self.repeat)
 
     @property
     def size(self) -> int:
-        """How many samples there are: usable rows, each as often as it has sizes."""
-        return len(self.usable) if self.sorted is None else len(self.sorted)
+        """How many samples there are: usable rows, each as often as it has sizes, or `max_data_items`.
+
+        Raises:
+            ValueError: There are buckets, and no row was looked at.
+        """
+        if self.buckets and self.sorted is None:
+            raise ValueError(f"the rows of {self.metadata_path} are in no buckets yet; scan() sorts them")
+        return self._at_most(len(self.usable if self.sorted is None else self.sorted))
+
+    def _at_most(self, length: int) -> int:
+        return length if self.max_data_items is None else min(length, self.max_data_items)
 
     def __getitem__(self, index: int) -> dict:
         """Sample `index` modulo their number, its files loaded, nothing left to chance.
@@ -208,22 +215,35 @@ class UnifiedDataset(Dataset):
             raise IndexError(f"index {index} of a dataset of {len(self)}")
         return self._first_that_loads(index % self.size, lambda row: Choice())[0]
 
-    def sample(self, address: SampleAddress, seed: int) -> tuple[dict, str | None]:
-        """The sample at an address of a run, as chance makes it there, and the name of that variant."""
+    def sample(self, address: SampleAddress, seed: int, number: int | None = None) -> tuple[dict, str | None]:
+        """The sample at an address of a run, as chance makes it there, and the name of that variant.
+
+        Args:
+            number: Which sample it is, where that is not the address's index.
+        """
 
         def draw(row: dict) -> Choice:
             weights = [weight for _, weight in self.augmentation.texts(row)]
             return self.augmentation.draw(weights, seed, address)
 
-        return self._first_that_loads(address.index, draw)
+        return self._first_that_loads(address.index if number is None else number, draw)
+
+    def original_size(self, number: int) -> Size | None:
+        """(width, height) of a sample's first image before it is fitted; None of one that is not on this machine."""
+        row, key = self.rows[self._row_number(number)], self.data_file_keys[0]
+        return known_size(self.operators[key], row[key]) if key in row else None
+
+    def parts(self) -> dict[Size | None, Part]:
+        """The samples of each size; None where each has its own."""
+        numbers = {self._fixed_size(): range(self.size)} if self.sorted is None else self.sorted.by_size(self.size)
+        return {size: Part(own, Fraction(len(self), self.size)) for size, own in numbers.items()}
+
+    def _fixed_size(self) -> Size | None:
+        return (self.fit.width, self.fit.height) if self.fit and self.fit.height else None
 
     def order(self, batch_size: int, seed: int) -> MixedOrder:
         """An order of batches of one size each."""
-        if self.sorted is None:
-            length = min(len(self), self.size)
-            return MixedOrder([[Part(range(length), Fraction(len(self), length))]], batch_size, seed)
-        parts = [[Part(numbers, self.repeat)] for numbers in self.sorted.by_size().values()]
-        return MixedOrder(parts, batch_size, seed)
+        return MixedOrder([[part] for part in self.parts().values()], batch_size, seed)
 
     def variants(self, number: int) -> Variants:
         """All that sample `number` may be, its files unread.
@@ -232,7 +252,7 @@ class UnifiedDataset(Dataset):
             TypeError: A file's operator cannot tell what it makes.
             ValueError: There is no end of variants.
         """
-        row, size = self._row_and_size(number)
+        row, size = self.rows[self._row_number(number)], self._size_of(number)
         weights = [weight for _, weight in self.augmentation.texts(row)]
         rows = {c.variant: self._chosen(row, size, c, unread) for c in self.augmentation.choices(weights)}
         images = [value for value in flat(rows[""].get(self.data_file_keys[0])) if isinstance(value, Unread)]
@@ -240,36 +260,39 @@ class UnifiedDataset(Dataset):
 
     def _first_that_loads(self, number: int, choose: Callable[[dict], Choice]) -> tuple[dict, str | None]:
         """Sample `number` or, with on_error="skip", the next one of its size that can be decoded."""
+        size = self._size_of(number)
         others = range(number, number + self.size) if self.on_error == "skip" else [number]
-        size = self._row_and_size(number)[1]
-        for other in others:
-            row, own_size = self._row_and_size(other % self.size)
-            if own_size != size:
-                continue
-            choice = choose(row)
+        for other in (n % self.size for n in others if self._size_of(n % self.size) == size):
+            row = self.rows[self._row_number(other)]
             try:
+                choice = choose(row)
                 return self._chosen(row, size, choice, called), choice.variant
             except ValueError as error:
-                self._note_undecodable(self._row_number(other % self.size), error)
-        raise ValueError(f"none of the {len(self.usable)} rows of {self.metadata_path} can be loaded; correct them")
+                self._note_undecodable(self._row_number(other), error)
+        those = f"samples of {size[0]} x {size[1]} pixels" if size else f"{len(self.usable)} rows"
+        raise ValueError(f"none of the {those} of {self.metadata_path} can be loaded; correct them")
 
     def _row_number(self, number: int) -> int:
         return self.usable[number] if self.sorted is None else int(self.sorted.rows[number])
 
-    def _row_and_size(self, number: int) -> tuple[dict, tuple[int, int] | None]:
-        """The row of a sample as the table has it, and its size; None where `fit` decides."""
-        return self.rows[self._row_number(number)], None if self.sorted is None else self.sorted.size_of(number)
+    def _size_of(self, number: int) -> Size | None:
+        """The size of a sample; None where `fit` decides."""
+        return None if self.sorted is None else self.sorted.size_of(number)
 
     def scan(self, prompt_key: str = "prompt", required: Sequence[str] = ()) -> list[SkippedRow]:
         """Checks `scan_rows` rows, reading no more than the headers of their files, and returns those of no use.
 
-        A row needs a prompt, the `required` columns, and a file that opens for each of its `data_file_keys`; other
+        A row needs a caption, the `required` columns, and a file that opens for each of its `data_file_keys`; other
         columns that a row lacks altogether are not missed. URLs are not fetched, unless for their size.
 
+        Args:
+            prompt_key: Where the caption is; `prompt` means the columns of `augmentation`.
+
         Raises:
-            ValueError: Rows cannot be used and on_error="raise", or none is left; or buckets need the size of rows
-                that are not looked at.
+            ValueError: Rows cannot be used and on_error="raise", or none is left; buckets need the size of rows that
+                are not looked at; or no row has a column that captions should be from.
         """
+        self._check_captions()
         unseen = len(self.rows) - len(self.scanned)
         if unseen and self.buckets:
             raise ValueError(f"dataset.buckets need the size of every row; set dataset.scan_rows={len(self.rows)}.")
@@ -282,6 +305,15 @@ class UnifiedDataset(Dataset):
         self.usable = AllBut(len(self.rows), [fault.row - 1 for fault in faults])
         self.faults, self.sorted = faults, self.buckets and SortedRows.of(self.buckets, seen)
         return faults
+
+    def _check_captions(self) -> None:
+        others = [column for column in self.augmentation.captions if column != "prompt"]
+        unknown = [c for c in others if not any(c in self.rows[number] for number in self.scanned)]
+        if unknown:
+            raise ValueError(
+                f"dataset.augmentation.captions names {unknown[0]!r}, which no row of {self.metadata_path} has; choose "
+                f"from {', '.join(self.rows[0])}."
+            )
 
     def fingerprint(self) -> str:
         """16 hex digits that change with the rows, with which are used, and with the sizes of files `scan` looks at."""
@@ -304,13 +336,9 @@ class UnifiedDataset(Dataset):
 
     def write_skipped(self, path: str | Path) -> None:
         """Writes `skipped` as JSON lines and says how many there are; the file appears whole or not at all."""
-        skipped = self.skipped
-        write_text(path, "".join(json.dumps(asdict(row), ensure_ascii=False) + "\n" for row in skipped))
-        if skipped:
-            counts = f"{len(skipped)} of {len(self.rows)} rows"
-            logger.warning("%s of %s are left out; %s lists them.", counts, self.metadata_path, path)
+        write_skipped(path, self.skipped, len(self.rows), self.metadata_path)
 
-    def _chosen(self, row: dict, size: tuple[int, int] | None, choice: Choice, apply: Callable) -> dict:
+    def _chosen(self, row: dict, size: Size | None, choice: Choice, apply: Callable) -> dict:
         """A row as it is chosen; `apply(operator, value)` calls operators, or asks them what they would return."""
         row = dict(row)
         if any(column in row for column in self.augmentation.captions):
@@ -325,7 +353,7 @@ class UnifiedDataset(Dataset):
                 raise kind(f"{key} {row[key]!r}: {error}") from error
         return row
 
-    def _fitted(self, value: Any, size: tuple[int, int] | None, choice: Choice) -> Any:
+    def _fitted(self, value: Any, size: Size | None, choice: Choice) -> Any:
         """An image at the size and in the part that it is trained at, or every image of a list."""
         if isinstance(value, list):
             return [self._fitted(element, size, choice) for element in value]

@@ -1,7 +1,7 @@
 """Files that a row names, known by their size and content and not yet decoded."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import cached_property, partial
 from hashlib import blake2b
 from typing import Any, NamedTuple
@@ -67,8 +67,17 @@ class Variants(NamedTuple):
     rows: dict[str, dict[str, Any]]
 
 
+def unread_in(value: Any) -> Iterator[Unread]:
+    """The files in a value."""
+    if isinstance(value, Unread):
+        yield value
+    elif isinstance(value, list):
+        for element in value:
+            yield from unread_in(element)
+
+
 def is_unread(value: Any) -> bool:
-    return isinstance(value, Unread) or (isinstance(value, list) and any(map(is_unread, value)))
+    return any(True for _ in unread_in(value))
 
 
 def identity(value: Any) -> str:

@@ -4,6 +4,7 @@ from .model_config import ModelConfig
 from .weights import (
     build_module,
     check_weights,
+    drop_weights,
     fingerprint,
     fingerprint_folder,
     load_model,
@@ -17,6 +18,7 @@ __all__ = [
     "ModelConfig",
     "build_module",
     "check_weights",
+    "drop_weights",
     "fingerprint",
     "fingerprint_folder",
     "load_model",

@@ -1,6 +1,6 @@
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from difflib import get_close_matches
 from hashlib import blake2b
 from pathlib import Path
@@ -197,6 +197,13 @@ def load_weights(
     return module.to(device).requires_grad_(False).eval()
 
 
+def drop_weights(module: nn.Module) -> None:
+    """Let go of a module's parameters, as before they were loaded; buffers, which its constructor computed, stay."""
+    for part in module.modules():
+        for name, parameter in part.named_parameters(recurse=False):
+            setattr(part, name, nn.Parameter(parameter.to("meta"), requires_grad=False))
+
+
 def _device_name(device: str | torch.device) -> str:
     """What safetensors calls a device: it knows no `cpu:0`, which processes on one CPU are given."""
     return "cpu" if torch.device(device).type == "cpu" else str(device)
@@ -276,12 +283,12 @@ def _without_overlap(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return contiguous
 
 
-def fingerprint(files: Iterable[Path]) -> str:
-    """16 hex digits of weights: their tensors' names and shapes, and a sample of their bytes.
+def fingerprint(files: Sequence[Path], config: str | Path | None = None) -> str:
+    """16 hex digits of weights: their config.json, their tensors' names and shapes, and a sample of their bytes.
 
     Reading all of a large model would take minutes; another training of it differs nearly everywhere.
     """
-    digest = blake2b(digest_size=8)
+    digest = blake2b(_find_config(Path(config or files[0].parent)).read_bytes(), digest_size=8)
     for file in files:
         size = file.stat().st_size
         with file.open("rb") as stream:

@@ -34,7 +34,12 @@ class Objective:
         raise NotImplementedError(f"{type(self).__name__} has no loss.")
 
     def wanted_inputs(self, pipe) -> set[str]:
-        """Names of the pipeline inputs this objective reads, itself or through `model_fn`."""
-        own = set(inspect.signature(self.loss).parameters) - {"pipe", "draw", "inputs"}
+        """Names of the pipeline inputs this objective reads, itself or through `model_fn`.
+
+        What its `loss` has a default for is wanted only where it is one of the `extra_inputs`.
+        """
+        parameters = inspect.signature(self.loss).parameters.items()
+        own = {name for name, p in parameters if p.default is p.empty or name in self.extra_inputs}
+        own -= {"pipe", "draw", "inputs"}
         of_model_fn = set(inspect.signature(pipe.model_fn).parameters) - {*self.provides, *pipe.in_iteration_models}
         return own | (of_model_fn if self.calls_model_fn else set())

@@ -19,6 +19,9 @@ from .base import Objective
 class FlowMatchSFT(Objective):
     """w(σ) · mean ‖v_θ(x_t, t) - (ε - x₀)‖² with x_t = (1 - σ) x₀ + σ ε.
 
+    With `extra_inputs=[loss_mask]` the mean is over what that column shows white: a background, or a face to be kept
+    out, then teaches nothing, and how large the mask is does not matter.
+
     Args:
         timesteps: Which noise levels are trained (`diffusion.timesteps`).
         weighting: w(σ).
@@ -30,15 +33,18 @@ class FlowMatchSFT(Objective):
     exact_upstream: bool = False
 
     def __call__(self, pipe, draw=None, **inputs) -> Tensor:
-        """Loss per sample (B,) of clean `input_latents` (B, …), unit variance, and the model's other inputs."""
+        """Loss per sample (B,) of clean `input_latents` (B, …), unit variance, and the model's other inputs.
+
+        A `loss_mask` (B, 1, h, w) in [0, 1] is how much each place counts.
+        """
         return self.loss(pipe, draw=draw or GlobalDraw(len(inputs["input_latents"])), **inputs)
 
-    def loss(self, pipe, input_latents: Tensor, draw, **inputs) -> Tensor:
+    def loss(self, pipe, input_latents: Tensor, draw, loss_mask: Tensor | None = None, **inputs) -> Tensor:
         clean = input_latents.float()
         timestep, sigma = (t.to(clean.device) for t in self.sample_timesteps(pipe.scheduler, draw))
         noise = draw.normal("noise", clean)
         velocity = pipe.predict(timestep, **{**inputs, "latents": interpolate(clean, noise, sigma)})
-        error = (velocity.float() - (noise - clean)).pow(2).flatten(1).mean(1)
+        error = mean_where((velocity.float() - (noise - clean)).pow(2), loss_mask)
         return error * self.weighting(pipe.scheduler, sigma)
 
     def sample_timesteps(self, scheduler, draw) -> tuple[Tensor, Tensor]:
@@ -49,6 +55,14 @@ class FlowMatchSFT(Objective):
             return timestep, sigma
         rounded = timestep.to(torch.bfloat16).float()
         return rounded, scheduler.sigma(rounded)
+
+
+def mean_where(values: Tensor, mask: Tensor | None) -> Tensor:
+    """Mean (B,) of values (B, C, h, w), each place counted as much as `mask` (B, 1, h, w) says."""
+    if mask is None:
+        return values.flatten(1).mean(1)
+    weights = mask.float().expand_as(values).flatten(1)
+    return (values.flatten(1) * weights).sum(1) / weights.sum(1)
 
 
 FlowMatchSFTLoss = FlowMatchSFT()  # with the original's timesteps and weighting, called like a function

@@ -9,18 +9,24 @@ about    what the cache was made of, and how (JSON by name)
 import json
 import sqlite3
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from functools import cached_property
+from itertools import groupby
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 from .shards import DamagedShard, Entry, Shard
 
+FORMAT = 1  # of shards and index
 TABLES = """
 CREATE TABLE IF NOT EXISTS shards (number INTEGER PRIMARY KEY, name TEXT UNIQUE);
 CREATE TABLE IF NOT EXISTS entries (key TEXT PRIMARY KEY, shard INTEGER) WITHOUT ROWID;
 CREATE TABLE IF NOT EXISTS samples (number INTEGER PRIMARY KEY, width INTEGER, height INTEGER, record TEXT);
 CREATE TABLE IF NOT EXISTS about (name TEXT PRIMARY KEY, value TEXT);
 """
+SHARD_NAMES = "[0-9a-f]" * 32 + ".safetensors"  # anything else in their folder is somebody else's
 
 
 class DamagedCache(ValueError):
@@ -55,13 +61,24 @@ class CacheIndex:
         if self.writable:
             self.shard_folder.mkdir(parents=True, exist_ok=True)
             database = sqlite3.connect(self.path)
-            database.executescript(TABLES)
+            with self._explained():
+                database.executescript(TABLES)
             return database
         if not self.path.is_file():
             raise DamagedCache(
                 f"{self.folder} is no cache: it has no {self.path.name}; python make_cache.py makes one."
             )
-        return sqlite3.connect(f"file:{self.path}?mode=ro", uri=True)
+        return sqlite3.connect(f"file:{quote(str(self.path))}?mode=ro", uri=True)
+
+    @contextmanager
+    def _explained(self) -> Iterator[None]:
+        try:
+            yield
+        except sqlite3.DatabaseError as error:  # also of one that was left in the middle of a change
+            raise DamagedCache(
+                f"{self.path} cannot be read: {error}. Run make_cache.py again, which goes on with it; where it "
+                "cannot, delete that file, and it is made anew from the shards."
+            ) from error
 
     def close(self) -> None:
         """Let go of the files."""
@@ -82,15 +99,13 @@ class CacheIndex:
         """One entry, its tensors mapped from disk.
 
         Raises:
-            DamagedCache: It is not there, or its shard cannot be read.
+            DamagedCache: It is not there.
+            DamagedShard: Its shard cannot be read.
         """
         number = self._one("SELECT shard FROM entries WHERE key = ?", key)
         if number is None:
             raise DamagedCache(f"{self.folder} has no entry {key}; run make_cache.py again.")
-        try:
-            return self._shard(number).read(key)
-        except DamagedShard as error:
-            raise DamagedCache(f"{error}; python make_cache.py verify names all that is damaged.") from error
+        return self._shard(number).read(key)
 
     def record(self, number: int) -> dict:
         """What a sample consists of."""
@@ -101,54 +116,68 @@ class CacheIndex:
 
     def records(self) -> Iterator[dict]:
         """All of them, in order."""
-        return (
-            json.loads(record) for (record,) in self._database.execute("SELECT record FROM samples ORDER BY number")
-        )
+        return (json.loads(record) for (record,) in self._rows("SELECT record FROM samples ORDER BY number"))
 
     def sizes(self) -> dict[tuple[int, int], list[int]]:
         """The numbers of the samples of each (width, height)."""
-        sizes = self._database.execute("SELECT DISTINCT width, height FROM samples ORDER BY width, height").fetchall()
-        query = "SELECT number FROM samples WHERE width = ? AND height = ? ORDER BY number"
-        return {size: [number for (number,) in self._database.execute(query, size)] for size in sizes}
+        rows = self._rows("SELECT width, height, number FROM samples ORDER BY width, height, number")
+        return {size: [number for *_, number in own] for size, own in groupby(rows, itemgetter(0, 1))}
 
     @property
     def about(self) -> dict[str, Any]:
         """What the cache was made of, and how."""
-        return {name: json.loads(value) for name, value in self._database.execute("SELECT name, value FROM about")}
+        return {name: json.loads(value) for name, value in self._rows("SELECT name, value FROM about")}
 
     @property
     def shards(self) -> dict[int, Shard]:
         """The files there should be, by number."""
-        rows = self._database.execute("SELECT number, name FROM shards ORDER BY number")
+        rows = self._rows("SELECT number, name FROM shards ORDER BY number")
         return {number: Shard(self.shard_folder / name) for number, name in rows}
 
     def keys(self) -> set[str]:
         """Of all entries."""
-        return {key for (key,) in self._database.execute("SELECT key FROM entries")}
+        return {key for (key,) in self._rows("SELECT key FROM entries")}
 
-    def keys_of(self, number: int) -> set[str]:
-        """Of the entries that are read from one shard."""
-        return {key for (key,) in self._database.execute("SELECT key FROM entries WHERE shard = ?", (number,))}
+    def keys_by_shard(self) -> dict[int, set[str]]:
+        """Of the entries that are read from each shard, by its number."""
+        rows = self._rows("SELECT shard, key FROM entries ORDER BY shard")
+        return {number: {key for _, key in own} for number, own in groupby(rows, itemgetter(0))}
 
-    def number_of(self, shard: Shard) -> int:
-        return self._one("SELECT number FROM shards WHERE name = ?", shard.path.name)
+    def require_finished(self) -> None:
+        """Refuse a cache whose samples were never written down.
+
+        Raises:
+            DamagedCache: Says how to go on.
+        """
+        if not len(self):
+            raise DamagedCache(
+                f"{self.folder} is not finished; python make_cache.py with the same options goes on with it."
+            )
 
     # Writing
 
     def match_shards(self) -> list[str]:
-        """Forget the entries of shards that are gone, learn those of new ones; names the shards that were gone."""
-        known = {shard.path.name: number for number, shard in self.shards.items()}
-        there = {path.name for path in self.shard_folder.glob("*.safetensors")}
+        """Forget the entries of shards that are gone, learn those of new ones; names the shards that were gone.
+
+        Samples are there as long as all their entries are: else the cache is as one that was never finished.
+        """
+        known = {shard.path.name for shard in self.shards.values()}
+        there = {path.name for path in self.shard_folder.glob(SHARD_NAMES)}
+        gone = sorted(known - there)
         with self._database as transaction:
-            for name in known.keys() - there:
-                transaction.execute("DELETE FROM entries WHERE shard = ?", (known[name],))
-                transaction.execute("DELETE FROM shards WHERE number = ?", (known[name],))
-            for name in sorted(there - known.keys()):
-                number = transaction.execute("INSERT INTO shards (name) VALUES (?)", (name,)).lastrowid
-                keys = [(key, number) for key in Shard(self.shard_folder / name).contents]
-                transaction.executemany("INSERT OR IGNORE INTO entries VALUES (?, ?)", keys)
+            if gone:
+                transaction.executemany("DELETE FROM shards WHERE name = ?", [(name,) for name in gone])
+                transaction.execute("DELETE FROM entries WHERE shard NOT IN (SELECT number FROM shards)")
+            new = [(name,) for name in sorted(there - known)]
+            transaction.executemany("INSERT INTO shards (name) VALUES (?)", new)
+            for number, shard in self.shards.items():
+                if gone or shard.path.name not in known:  # what was in a file that is gone, another one may hold too
+                    keys = [(key, number) for key in _contents_if_readable(shard)]
+                    transaction.executemany("INSERT OR IGNORE INTO entries VALUES (?, ?)", keys)
+            if gone and not all(key in self for record in self.records() for key in keys_of(record)):
+                transaction.execute("DELETE FROM samples")
         self._open_shards = {}
-        return sorted(known.keys() - there)
+        return gone
 
     def put(self, samples: Iterable[tuple[int, int, Mapping]], about: Mapping[str, Any]) -> None:
         """Say what the samples are now, all of them (width, height, record), and what they were made of."""
@@ -166,5 +195,20 @@ class CacheIndex:
         return self._open_shards[number]
 
     def _one(self, query: str, *values: Any) -> Any:
-        row = self._database.execute(query, values).fetchone()
-        return None if row is None else row[0]
+        return next((value for (value,) in self._rows(query, *values)), None)
+
+    def _rows(self, query: str, *values: Any) -> Iterator[tuple]:
+        with self._explained():
+            yield from self._database.execute(query, values)
+
+
+def keys_of(record: Mapping) -> Iterator[str]:
+    """Of the entries that a sample consists of, in all its variants."""
+    return (key for variant in record["variants"].values() for key, _ in variant["runs"])
+
+
+def _contents_if_readable(shard: Shard) -> Iterable[str]:
+    try:
+        return shard.contents
+    except DamagedShard:  # `cache_check.mend` replaces it
+        return ()

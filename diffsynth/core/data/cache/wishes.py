@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 TABLES = """
 CREATE TABLE samples (number INTEGER PRIMARY KEY, width INTEGER, height INTEGER, record TEXT);
+CREATE TABLE variants (kind TEXT PRIMARY KEY) WITHOUT ROWID;
 CREATE TABLE wishes (
     key TEXT PRIMARY KEY, unit INTEGER, side TEXT, name TEXT, shape TEXT, number INTEGER, variant TEXT
 );
@@ -48,7 +49,9 @@ class Wishes:
     def add(self, number: int, size: tuple[int, int], record: dict, wishes: Iterable[Wish]) -> None:
         """Take one sample of `size` (width, height) in pixels."""
         row = (number, *size, json.dumps(record, ensure_ascii=False))
+        kind = json.dumps([record["weights"], list(record["variants"])])
         self.database.execute("INSERT INTO samples VALUES (?, ?, ?, ?)", row)
+        self.database.execute("INSERT OR IGNORE INTO variants VALUES (?)", (kind,))
         self.database.executemany("INSERT OR IGNORE INTO wishes VALUES (?, ?, ?, ?, ?, ?, ?)", wishes)
 
     def merge(self, paths: Iterable[Path]) -> None:
@@ -57,6 +60,7 @@ class Wishes:
             self.database.commit()
             self.database.execute("ATTACH ? AS other", (str(path),))
             self.database.execute("INSERT INTO samples SELECT * FROM other.samples")
+            self.database.execute("INSERT OR IGNORE INTO variants SELECT * FROM other.variants")
             self.database.execute("INSERT OR IGNORE INTO wishes SELECT * FROM other.wishes")
             self.database.commit()
             self.database.execute("DETACH other")
@@ -70,6 +74,10 @@ class Wishes:
         """Width, height and record of all samples, in order."""
         rows = self.database.execute("SELECT width, height, record FROM samples ORDER BY number")
         return ((width, height, json.loads(record)) for width, height, record in rows)
+
+    def variants(self) -> list[tuple[list[float], list[str]]]:
+        """The weights of captions and the names of variants that samples have: each combination once."""
+        return [json.loads(kind) for (kind,) in self.database.execute("SELECT kind FROM variants")]
 
     def __len__(self) -> int:
         """How many entries are needed."""

@@ -1,0 +1,167 @@
+"""Several data sets trained together."""
+
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from hashlib import blake2b
+from pathlib import Path
+
+import torch
+from torch.utils.data import Dataset
+
+from .buckets import Size
+from .mixing import MixedOrder, Part, exact, joined
+from .order import SampleAddress
+from .scan import SkippedRow, write_skipped
+from .unified_dataset import UnifiedDataset
+from .unread import Variants
+
+
+class MixedDataset(Dataset):
+    """The samples of several data sets, numbered through; those of one size share batches, whichever they are from.
+
+    Each data set keeps its own options: its augmentation, its size or buckets, what it does with bad rows.
+
+    Args:
+        datasets: By name.
+        weights: How often a pass shows each sample of a data set, 1 unless said: 2.5 shows each 2 or 3 times, 0.1
+            another tenth in every pass. They multiply with the data set's own `repeat`.
+        num_workers: How many processes should load it; the data set only carries the wish.
+
+    Raises:
+        ValueError: There is no data set, one cannot be mixed, or a weight is not positive or of none of them.
+    """
+
+    def __init__(
+        self,
+        datasets: Mapping[str, UnifiedDataset],
+        weights: Mapping[str, float] | None = None,
+        num_workers: int = 0,
+    ):
+        self.datasets, self.num_workers = dict(datasets), num_workers
+        self.weights = dict.fromkeys(datasets, 1) | dict(weights or {})
+        self._check()
+        # One tensor of which each data set has its part: what is noted in one is noted in the other.
+        lengths = [len(dataset.undecodable) for dataset in self.datasets.values()]
+        self.undecodable = torch.zeros(sum(lengths), dtype=torch.bool).share_memory_()
+        for dataset, flags in zip(self.datasets.values(), self.undecodable.split(lengths), strict=True):
+            dataset.undecodable = flags
+
+    @property
+    def metadata_path(self) -> str:
+        return ", ".join(dataset.metadata_path for dataset in self.datasets.values())
+
+    @property
+    def size(self) -> int:
+        """How many samples there are."""
+        return sum(dataset.size for dataset in self.datasets.values())
+
+    def __len__(self) -> int:
+        return self.size
+
+    def __getitem__(self, index: int) -> dict:
+        """Sample `index`, its files loaded, nothing left to chance."""
+        with self._dataset_of(index) as (dataset, number):
+            return dataset[number]
+
+    def sample(self, address: SampleAddress, seed: int) -> tuple[dict, str | None]:
+        """The sample at an address of a run, as chance makes it there, and the name of that variant."""
+        with self._dataset_of(address.index) as (dataset, number):
+            return dataset.sample(address, seed, number)
+
+    def original_size(self, number: int) -> Size | None:
+        """See `UnifiedDataset.original_size`."""
+        with self._dataset_of(number) as (dataset, own_number):
+            return dataset.original_size(own_number)
+
+    def buckets(self) -> dict[Size | None, list[Part]]:
+        """What each size has from each data set; None where each sample has its own."""
+        buckets, start = defaultdict(list), 0
+        for name, dataset in self.datasets.items():
+            for size, part in dataset.parts().items():
+                buckets[size].append(part.moved(start, self.weights[name]))
+            start += dataset.size
+        return dict(buckets)
+
+    def parts(self) -> dict[Size | None, Part]:
+        """The samples of each size; None where each has its own."""
+        return {size: joined(parts) for size, parts in self.buckets().items()}
+
+    def order(self, batch_size: int, seed: int) -> MixedOrder:
+        """An order of batches of one size each."""
+        return MixedOrder(list(self.buckets().values()), batch_size, seed)
+
+    def variants(self, number: int) -> Variants:
+        """All that sample `number` may be, its files unread.
+
+        Raises:
+            ValueError: The data sets are shown unequally often, which a cache would not keep.
+        """
+        shares = {name: exact(self.weights[name]) * dataset.repeat for name, dataset in self.datasets.items()}
+        if len(set(shares.values())) > 1:
+            raise ValueError(
+                f"A cache does not keep how often each data set is shown ({_listed(shares)}); train without one, or "
+                "leave out dataset.weights and the data sets' own repeat."
+            )
+        with self._dataset_of(number) as (dataset, own_number):
+            return dataset.variants(own_number)
+
+    def scan(self, prompt_key: str = "prompt", required: Sequence[str] = ()) -> list[SkippedRow]:
+        """See `UnifiedDataset.scan`."""
+        for name, dataset in self.datasets.items():
+            with _named(name):
+                dataset.scan(prompt_key, required)
+        return self.skipped
+
+    def fingerprint(self) -> str:
+        """16 hex digits that change with those of the data sets, and with their names and order."""
+        each = [(name, dataset.fingerprint()) for name, dataset in self.datasets.items()]
+        return blake2b(repr(each).encode(), digest_size=8).hexdigest()
+
+    @property
+    def skipped(self) -> list[SkippedRow]:
+        """The rows that each data set leaves out."""
+        each = [(name, row) for name, dataset in self.datasets.items() for row in dataset.skipped]
+        return [replace(row, reason=f"{name}: {row.reason}") for name, row in each]
+
+    def write_skipped(self, path: str | Path) -> None:
+        """Writes `skipped` as JSON lines and says how many there are."""
+        write_skipped(path, self.skipped, len(self.undecodable), self.metadata_path)
+
+    @contextmanager
+    def _dataset_of(self, number: int) -> Iterator[tuple[UnifiedDataset, int]]:
+        """The data set that a sample is from, and its number there; errors inside name the data set."""
+        own_number = number
+        for name, dataset in self.datasets.items():
+            if 0 <= own_number < dataset.size:
+                with _named(name):
+                    yield dataset, own_number
+                return
+            own_number -= dataset.size
+        raise IndexError(f"index {number} of {len(self)} samples")
+
+    def _check(self) -> None:
+        if not self.datasets:
+            raise ValueError("dataset.datasets is empty; name the data sets to be mixed")
+        for name, dataset in self.datasets.items():
+            if not isinstance(dataset, UnifiedDataset):
+                kind = type(dataset).__name__
+                raise ValueError(f"dataset.datasets.{name} is a {kind}; expected data sets such as image_folder")
+        if unknown := sorted(self.weights.keys() - self.datasets.keys()):
+            raise ValueError(f"dataset.weights names {unknown[0]!r}; the data sets are {', '.join(self.datasets)}")
+        if unshown := [name for name, weight in self.weights.items() if weight <= 0]:
+            found = f"dataset.weights.{unshown[0]} is {self.weights[unshown[0]]}"
+            raise ValueError(f"{found}; expected a number above 0, or the data set left out of dataset.datasets")
+
+
+@contextmanager
+def _named(name: str) -> Iterator[None]:
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"dataset.datasets.{name}: {error}") from error
+
+
+def _listed(shares: Mapping) -> str:
+    return ", ".join(f"{name} {float(share):g}" for name, share in shares.items())
