@@ -4,6 +4,9 @@ BIN := .venv/bin
 # A torch that is already installed is used, not installed again.
 SITE := $(shell $(PYTHON) -c "import torch; v = torch.__version__.split('.'); print('--system-site-packages' * ((int(v[0]), int(v[1])) >= (2, 6)))" 2>/dev/null)
 
+# Networks this small gain nothing from a second thread, so that the second core takes tests of its own.
+PYTEST := OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -n 2 --dist loadfile
+
 .PHONY: demo test test-all faults format
 
 demo: .venv/.installed
@@ -12,10 +15,10 @@ demo: .venv/.installed
 test: .venv/.installed-test
 	$(BIN)/python -m ruff check .
 	$(BIN)/python -m ruff format --check .
-	OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest
+	$(PYTEST)
 
 test-all: .venv/.installed-test
-	OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -m ""
+	$(PYTEST) -m ""
 
 # Kills a run 200 times and compares what comes out with a run that was not killed.
 faults: .venv/.installed-test

@@ -17,13 +17,6 @@ from diffsynth.diffusion.training_module import PipelineTrainingModule
 
 OVERRIDES = ["max_steps=5", "micro_batch_size=2", "export.save_steps=1", "checkpoint.every=3", "max_bad_steps=2"]
 OVERRIDES += ["seed=2"]  # with which a row is in steps 2 and 4 alone
-    "max_steps=5",
-    "micro_batch_size=2",
-    "export.save_steps=1",
-    "checkpoint.every=3",
-    "max_bad_steps=2",
-    "seed=2",
-]
 
 
 def addresses(step: int) -> list:

@@ -13,9 +13,12 @@ import signal
 import sqlite3
 import time
 from collections.abc import Callable
+from datetime import date
 from itertools import chain
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import tiny
 import torch
@@ -23,7 +26,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from diffsynth.core.data import AddressedDataset, Augmentation, CachedDataset, UnifiedDataset
+from diffsynth.core.data import AddressedDataset, Augmentation, CachedDataset, MixedDataset, Sample, UnifiedDataset
 from diffsynth.core.data.cache import CacheIndex, Shard
 from diffsynth.core.loader import ModelConfig
 from diffsynth.diffusion.cache_check import collect_garbage, stats, verify
@@ -139,9 +142,10 @@ def cache(whole, tmp_path) -> Path:
     ],
 )
 def test_what_is_trained_is_not_cached_and_all_else_is_and_losses_are_the_same(trained, made, tmp_path):
-    assert make(tmp_path, module=training(**trained)).made == made
-    cached = CachedDataset(str(tmp_path))
-    assert losses(cached, training(**trained)) == pytest.approx(losses(dataset(), training(**trained)), **CLOSE)
+    module = training(**trained)
+    assert make(tmp_path, module=module).made == made
+    expected = losses(dataset(), module)
+    assert losses(CachedDataset(str(tmp_path)), training(**trained)) == pytest.approx(expected, **CLOSE)
 
 
 def mixed_sizes(folder: Path) -> Path:
@@ -176,6 +180,28 @@ def test_samples_of_several_sizes_stand_in_the_same_order(options, tmp_path):
     orders = [each.order(2, seed=0) for each in (rows, CachedDataset(str(tmp_path / "cache")))]
     images, cached = ([order.sample(position) for position in range(40)] for order in orders)
     assert images == cached
+
+
+def test_masks_of_the_loss_are_cached_as_what_their_unit_makes_of_them(tmp_path):
+    folder, task = tiny.write_dataset(tmp_path / "data"), FlowMatchSFT(extra_inputs=["loss_mask"])
+    rows = [{"image": f"{n}.png", "prompt": f"a {n}", "loss_mask": f"{(n + 1) % 8}.png"} for n in range(8)]
+    options = {"data_file_keys": ["image", "loss_mask"], "augmentation": Augmentation(flip=0.5)}
+    masked = dataset(tiny.write_rows(folder, rows), **options)
+    made = make(tmp_path / "cache", masked, training(task=task)).made
+    assert made == {IMAGES: 16, PROMPTS: 8, "QwenImageUnit_LossMask": 16}
+    cached = CachedDataset(str(tmp_path / "cache"), augmentation=options["augmentation"])
+    assert losses(cached, training(task=task)) == pytest.approx(losses(masked, training(task=task)), **CLOSE)
+
+
+def test_samples_of_several_data_sets_keep_their_sizes_and_captions(tmp_path):
+    sketches = dataset(mixed_sizes(tmp_path), height=16, width=16, augmentation=Augmentation(prefix="a sketch: "))
+    mixed = MixedDataset({"flipped": dataset(augmentation=Augmentation(flip=0.5)), "sketches": sketches})
+    make(tmp_path / "cache", mixed)
+    cached, module = CachedDataset(str(tmp_path / "cache")), training().load()
+    for number in (0, 15):
+        images, stored = (module([Sample(rows[number], 0, number, None)]).item() for rows in (mixed, cached))
+        assert stored == pytest.approx(images, **CLOSE)
+    refused(tmp_path / "cache", "no variant 'mirrored'", augmentation=Augmentation(flip=0.5))
 
 
 def test_a_whole_run_is_the_same_from_a_cache_and_needs_no_encoders(tmp_path):
@@ -282,6 +308,14 @@ def test_a_picture_that_cannot_be_decoded_may_be_left_out(tmp_path):
     assert report.left_out == [3] and len(CachedDataset(str(tmp_path / "cache"))) == 7
     assert report.made == {IMAGES: 7, PROMPTS: 7} and make(tmp_path / "cache", rows).made == {}
     assert changes(tmp_path / "cache", rows) == []
+
+
+def test_columns_that_are_no_plain_data_do_not_matter(tmp_path):
+    folder = tiny.write_dataset(tmp_path / "data")
+    rows = [{"image": f"{n}.png", "prompt": f"a {n}", "taken": date(2026, 1, 1 + n), "score": n} for n in range(8)]
+    pq.write_table(pa.Table.from_pylist(rows), folder / "metadata.parquet")
+    assert make(tmp_path / "cache", dataset(folder, metadata="metadata.parquet")).made == {IMAGES: 8, PROMPTS: 8}
+    assert records(tmp_path / "cache")[3]["variants"][""]["row"].keys() == {"image", "prompt", "score"}
 
 
 # What changes ---------------------------------------------------------------------------------------------------------
@@ -515,38 +549,45 @@ def test_a_cache_of_other_code_is_refused(whole, monkeypatch):
 @pytest.mark.parametrize(
     "overrides, message",
     [
-        (["dataset=cache", "model.torch_dtype=bfloat16"], "another dtype"),
-        (["dataset=cache", "model.vae=null", *LOOKING], "validation needs vae, but model.vae is null"),
-        (["model.vae=null"], f"{IMAGES} needs vae, but model.vae is null"),
-        (["model.text_encoder=null"], f"{PROMPTS} needs text_encoder, but model.text_encoder is null"),
-        (["model.dit=null"], "has no model 'dit'"),
+        (["model.torch_dtype=bfloat16"], "another dtype"),
+        (["model.vae=null", *LOOKING], "validation needs vae, but model.vae is null"),
     ],
 )
-def test_what_does_not_fit_and_what_is_not_there_is_said_before_weights_are_read(
-    overrides, message, whole, tmp_path, monkeypatch
-):
-    monkeypatch.setattr("diffsynth.diffusion.models.load_weights", None)
-    cached = [f"dataset.path={whole}"] if "dataset=cache" in overrides else []
+def test_what_does_not_fit_is_said_before_weights_are_read(overrides, message, cache, no_weights_are_read):
     with pytest.raises(ValueError, match=message):
-        tiny.train(tmp_path, *overrides, *cached)
+        from_cache(cache.parent, *overrides)
+
+
+@pytest.fixture
+def no_weights_are_read(monkeypatch):
+    monkeypatch.setattr("diffsynth.diffusion.models.load_weights", None)
+
+
+@pytest.mark.parametrize("model, user", [("vae", IMAGES), ("text_encoder", PROMPTS)])
+def test_a_model_that_is_not_there_is_named_with_what_needs_it(model, user, no_weights_are_read):
+    with pytest.raises(ValueError, match=f"{user} needs {model}, but model.{model} is null"):
+        training(**{model: None}).load()
+
+
+def test_a_model_that_is_not_there_cannot_be_trained():
+    with pytest.raises(ValueError, match="has no model 'dit'; it has"):
+        training(dit=None)
 
 
 # Command lines --------------------------------------------------------------------------------------------------------
 
 
-def test_a_cache_is_made_verified_counted_and_tidied_on_the_command_line(tmp_path, monkeypatch, capsys):
+def test_a_cache_is_made_verified_and_tidied_on_the_command_line(tmp_path, monkeypatch, capsys):
     def run(*words: str) -> str:
         tiny.command_line(monkeypatch, "make_cache.py", *words, *tiny.cache_overrides(tmp_path / "cache"))
         return capsys.readouterr().out
 
     assert "8 samples of 16 entries, made now: 8 of QwenImageUnit_InputImageEmbedder, 8 of " in run()
-    assert f"{tmp_path / 'cache'}: no differences" in run("verify")
-    assert "samples   8, of 32 x 32 pixels" in run("stats")
     assert "0 of 1 files packed anew" in run("gc")
     first_shard(tmp_path / "cache").unlink()
     with pytest.raises(SystemExit, match="1"):
         run("verify")
-    assert "1 differences\n  " in capsys.readouterr().out
+    assert f"{tmp_path / 'cache'}: 1 differences\n  " in capsys.readouterr().out
 
 
 # Processes ------------------------------------------------------------------------------------------------------------
@@ -658,7 +699,7 @@ def test_a_cache_whose_making_is_killed_at_random_moments_ends_as_one_that_was_n
 
 @pytest.mark.slow
 def test_two_processes_train_from_the_cache_of_two_as_one_from_images(tmp_path):
-    torchrun = ["torchrun", "--nproc_per_node", "2"]
+    torchrun = ["torchrun", "--standalone", "--nproc_per_node", "2"]
     said = tiny.process(*torchrun, "make_cache.py", *tiny.cache_overrides(tmp_path / "cache"))
     assert said.count("8 samples of 16 entries") == 1
     chosen = ["dataset=cache", f"dataset.path={tmp_path / 'cache'}"]

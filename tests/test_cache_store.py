@@ -54,6 +54,10 @@ def cache(folder: Path, given: dict[str, Entry], needed: list[str] | None = None
     return folder
 
 
+def mended(index: CacheIndex) -> list[str]:
+    return mend(index, damaged_shards(index.shards).values())
+
+
 def content(folder: Path) -> dict[str, list]:
     """Every entry that the index leads to, by key."""
     index = CacheIndex(folder)
@@ -139,6 +143,13 @@ def test_equal_entries_make_equal_files_whatever_their_order(tmp_path):
 
 def test_a_shard_is_written_when_it_is_full(tmp_path):
     assert len(write(tmp_path, entries(10), shard_bytes=5 * 8 * 8)) == 2
+
+
+def test_a_shard_is_written_when_its_entries_grow_old(tmp_path):
+    with ShardWriter(tmp_path / "shards", seconds=0) as writer:
+        for key, entry in entries(3).items():
+            writer.add(key, entry)
+    assert len(writer.written) == 3
 
 
 def test_what_is_complete_when_making_fails_is_kept(tmp_path):
@@ -361,7 +372,7 @@ def test_files_that_are_not_ours_are_left_alone(tmp_path):
     cache(tmp_path, entries(2))
     foreign.write_bytes(b"of another program")
     index = open_index(tmp_path)
-    assert len(index.shards) == 1 and damaged_shards(index.shards) == {} and mend(index) == []
+    assert len(index.shards) == 1 and mended(index) == []
     collect_garbage(tmp_path)
     assert foreign.exists()
 
@@ -380,7 +391,7 @@ def test_mending_drops_the_entries_that_a_flipped_bit_hit_and_no_other(tmp_path)
     (path,) = (tmp_path / "shards").iterdir()
     flip(path, path.stat().st_size - 1)
     index = open_index(tmp_path)
-    assert mend(index) == [path.name] and mend(index) == []
+    assert mended(index) == [path.name] and mended(index) == []
     (lost,) = before.keys() - index.keys()
     assert content(tmp_path) == {key: entry for key, entry in before.items() if key != lost}
 
@@ -390,7 +401,7 @@ def test_mending_replaces_what_cannot_be_read_at_all_known_or_not(tmp_path):
     for path in (known, unknown):
         path.write_bytes(path.read_bytes()[:100])
     index = open_index(tmp_path)
-    assert set(mend(index)) == {known.name, unknown.name}
+    assert set(mended(index)) == {known.name, unknown.name}
     assert index.keys() == set() and list((tmp_path / "shards").iterdir()) == []
 
 
@@ -400,7 +411,7 @@ def test_a_shard_that_is_gone_and_one_that_is_damaged_are_mended_together(tmp_pa
     first.unlink()
     second.write_bytes(b"")
     index.match_shards()
-    mend(index)
+    mended(index)
     assert index.keys() == set(Shard(third).contents)
 
 

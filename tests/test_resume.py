@@ -218,7 +218,7 @@ def test_a_process_whose_whole_group_is_asked_to_stop_saves_and_says_that_it_wan
 def test_one_process_goes_on_where_two_were_stopped_or_killed(number, saved, tmp_path):
     script = signalled(f"os.environ['RANK'] == '1' and os.kill(os.getpid(), signal.{number})", tmp_path)
     overrides = tiny.merged(tiny.train_overrides(tmp_path / "runs"), [*STEPS, "logger.every=2"])
-    tiny.process("torchrun", "--nproc_per_node", "2", script, *overrides, status=1)
+    tiny.process("torchrun", "--standalone", "--nproc_per_node", "2", script, *overrides, status=1)
     (run_dir,) = (tmp_path / "runs").iterdir()
     assert kept(run_dir) == saved
     assert tiny.train(tmp_path / "runs", *STEPS, "logger.every=2") == run_dir

@@ -123,7 +123,8 @@ def test_workers_change_nothing(plain, tmp_path):
 
 
 def test_two_processes_make_one_run_with_the_losses_of_one(plain, tmp_path):
-    said = tiny.process("torchrun", "--nproc_per_node", "2", "train.py", *tiny.train_overrides(tmp_path))
+    two = ["torchrun", "--standalone", "--nproc_per_node", "2"]
+    said = tiny.process(*two, "train.py", *tiny.train_overrides(tmp_path))
     (run_dir,) = tmp_path.iterdir()
     assert run_dir.name == plain.name
     assert_close(losses(run_dir), losses(plain), **CLOSE)

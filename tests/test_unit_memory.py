@@ -7,6 +7,7 @@ import torch
 
 from diffsynth.diffusion.lora import LoRA
 from diffsynth.diffusion.loss import FlowMatchSFT
+from diffsynth.diffusion.unit_memory import to_device
 from diffsynth.diffusion.units import PipelineUnit, split_units
 
 ADAPTER = LoRA(rank=2, target_modules=["to_q"])
@@ -28,6 +29,13 @@ def calls(monkeypatch):
         process.__signature__ = inspect.signature(unit.process)
         monkeypatch.setattr(unit, "process", process)
     return seen
+
+
+def test_tensors_go_to_the_device_out_of_lists_as_well():
+    moved = to_device(
+        {"edit_latents": [torch.zeros(1)], "prompt_emb": torch.zeros(2), "height": 32}, torch.device("meta")
+    )
+    assert moved["edit_latents"][0].is_meta and moved["prompt_emb"].is_meta and moved["height"] == 32
 
 
 @pytest.mark.parametrize("task, lora", [(None, ADAPTER), (TEXT_TOO, None)])

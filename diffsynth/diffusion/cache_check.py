@@ -64,16 +64,17 @@ def _bytes_of(shards: Iterable[Shard]) -> int:
     return sum(shard.path.stat().st_size for shard in shards)
 
 
-def mend(index: CacheIndex) -> list[str]:
+def mend(index: CacheIndex, damaged: Iterable[Shard]) -> list[str]:
     """Drop the damaged entries of damaged shards, so that they are made again; names those shards."""
-    damaged = damaged_shards(index.shards).values()
+    names = []
     for shard in damaged:
         whole = shard.whole_entries()
         logger.warning("%s is damaged; %d of its entries are whole and kept.", shard.path, len(whole))
         rewrite([shard], whole)
-    if damaged:
+        names.append(shard.path.name)
+    if names:
         index.match_shards()
-    return [shard.path.name for shard in damaged]
+    return names
 
 
 def damaged_shards(shards: Mapping[int, Shard]) -> dict[int, Shard]:

@@ -126,8 +126,9 @@ def pipeline_inputs(module, row: dict) -> Sides:
 
 
 def _plain(row: dict) -> dict[str, Any]:
-    """A row without its files, of which size and identity are left."""
-    return {name: _plain_value(value) for name, value in row.items()}
+    """The plain data of a row (no dates, say), and of its files their size and identity."""
+    values = {name: _plain_value(value) for name, value in row.items()}
+    return {name: value for name, value in values.items() if plain_text(value) is not None}
 
 
 def _plain_value(value: Any) -> Any:

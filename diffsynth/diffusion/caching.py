@@ -19,12 +19,12 @@ import torch
 from accelerate.utils import gather_object
 from torch.utils.data import DataLoader, Dataset
 
-from ..core.data.cache import FORMAT, CacheIndex, ShardWriter, Wish, Wishes
+from ..core.data.cache import FORMAT, CacheIndex, Shard, ShardWriter, Wish, Wishes
 from ..core.data.cached_dataset import captions_of
 from ..core.data.unread import Unread, Variants, read, unread_in
 from ..core.files import remove_leftovers
 from ..core.signals import leave_to_parent
-from .cache_check import mend
+from .cache_check import damaged_shards, mend
 from .cache_plan import CachePlan, Run, Sides, describe, pipeline_inputs
 from .flow_match import TRAINING_STEPS
 from .progress import Progress
@@ -87,7 +87,11 @@ def launch_data_process_task(
     stage = DataProcessStage(accelerator, dataset, module, index, batch_size, num_workers)
     if is_main:
         remove_leftovers(folder)
-        lost = [*index.match_shards(), *mend(index)]
+        lost = index.match_shards()
+    accelerator.wait_for_everyone()
+    damaged = stage.damaged_shards()
+    if is_main:
+        lost += mend(index, damaged.values())
     accelerator.wait_for_everyone()
     wishes = stage.gather_wishes()
     made = stage.make(wishes, shard_bytes)
@@ -127,6 +131,14 @@ class DataProcessStage:
             "by_size": len(order_of(self.dataset, batch_size=1, seed=0).buckets) > 1,
             "left_out": self.left_out,
         }
+
+    # What is there
+
+    def damaged_shards(self) -> dict[int, Shard]:
+        """By number; each process reads its part of them."""
+        shards = self.index.shards
+        own = {number: shard for place, (number, shard) in enumerate(shards.items()) if place % self.world == self.rank}
+        return {number: shards[number] for number in sorted(gather_object([*damaged_shards(own)]))}
 
     # What is needed
 

@@ -43,7 +43,7 @@ def code_version(functions: Iterable[Callable], classes: Iterable[type]) -> tupl
     """
     modules = _modules(classes)
     packages = {_package(module.__name__) for module in modules}
-    parts = [_part(ast.parse(textwrap.dedent(inspect.getsource(function)))) for function in functions]
+    parts = [_part_of(function) for function in functions]
     texts, seen, left = {part.text for part in parts}, set(), [used for part in parts for used in part.uses]
     while left:
         reference = left.pop()
@@ -121,6 +121,11 @@ def _definitions(module: ModuleType) -> dict[Reference, list[Part]]:
         for reference, definition in named:
             found.setdefault(reference, []).append(_part(definition))
     return found
+
+
+@cache
+def _part_of(function: Callable) -> Part:
+    return _part(ast.parse(textwrap.dedent(inspect.getsource(function))))
 
 
 def _source(module: ModuleType) -> str:

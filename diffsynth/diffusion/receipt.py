@@ -113,12 +113,12 @@ def _look_at(pipe, dataset, number: int) -> Look | None:
     """None where a sample is cached, or cannot be decoded: training says so when it comes to it."""
     try:
         sample = dataset[number]
+        original = None if isinstance(sample, CachedRow) else dataset.original_size(number)
     except ValueError:
         return None
     images = [] if isinstance(sample, CachedRow) else _images(sample)
     if not images:
         return None
-    original = dataset.original_size(number)
     thumbnail = np.asarray(images[0].convert("RGB").resize(THUMBNAIL, Image.Resampling.BOX))
     enlarged = original is not None and is_upscaled(*original, images[0].size)
     return Look(number, thumbnail, enlarged, pipe.cuts_off(sample["prompt"]))

@@ -1,6 +1,7 @@
 """What frozen units made of a sample is the same every epoch: keep it."""
 
 from collections.abc import Callable, Hashable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,12 +27,23 @@ class UnitMemory:
         if key in self.kept:
             return tuple(to_device(side, device) for side in self.kept[key])
         made = make()
-        size = sum(value.nbytes for side in made for value in side.values() if isinstance(value, Tensor))
+        size = sum(map(_bytes, made))
         if size <= self.left:
             self.left -= size
             self.kept[key] = tuple(to_device(side, torch.device("cpu")) for side in made)
         return made
 
 
-def to_device(inputs: dict, device: torch.device) -> dict:
-    return {name: value.to(device) if isinstance(value, Tensor) else value for name, value in inputs.items()}
+def to_device(value: Any, device: torch.device) -> Any:
+    """A tensor, or all that are in a dict or list."""
+    if isinstance(value, dict):
+        return {name: to_device(element, device) for name, element in value.items()}
+    if isinstance(value, list):
+        return [to_device(element, device) for element in value]
+    return value.to(device) if isinstance(value, Tensor) else value
+
+
+def _bytes(value: Any) -> int:
+    if isinstance(value, dict | list):
+        return sum(map(_bytes, value.values() if isinstance(value, dict) else value))
+    return value.nbytes if isinstance(value, Tensor) else 0

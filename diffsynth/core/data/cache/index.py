@@ -3,7 +3,7 @@
 shards   number, name
 entries  key → number of its shard
 samples  number → its size in pixels, and a record: its row, and the keys of its entries in each of its variants (JSON)
-about    what the cache was made of, and how (JSON by name)
+about    what the cache was made of, and how (JSON by name); `samples` is a digest of them
 """
 
 import json
@@ -11,6 +11,7 @@ import sqlite3
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import cached_property
+from hashlib import blake2b
 from itertools import groupby
 from operator import itemgetter
 from pathlib import Path
@@ -181,12 +182,20 @@ class CacheIndex:
 
     def put(self, samples: Iterable[tuple[int, int, Mapping]], about: Mapping[str, Any]) -> None:
         """Say what the samples are now, all of them (width, height, record), and what they were made of."""
+        digest = blake2b(digest_size=8)
+
+        def rows() -> Iterator[tuple]:
+            for number, (width, height, record) in enumerate(samples):
+                text = json.dumps(record, ensure_ascii=False)
+                digest.update(text.encode())
+                yield number, width, height, text
+
         with self._database as transaction:
             transaction.execute("DELETE FROM samples")
             transaction.execute("DELETE FROM about")
-            rows = ((n, w, h, json.dumps(record, ensure_ascii=False)) for n, (w, h, record) in enumerate(samples))
-            transaction.executemany("INSERT INTO samples VALUES (?, ?, ?, ?)", rows)
-            transaction.executemany("INSERT INTO about VALUES (?, ?)", [(k, json.dumps(v)) for k, v in about.items()])
+            transaction.executemany("INSERT INTO samples VALUES (?, ?, ?, ?)", rows())
+            named = {**about, "samples": digest.hexdigest()}
+            transaction.executemany("INSERT INTO about VALUES (?, ?)", [(k, json.dumps(v)) for k, v in named.items()])
 
     def _shard(self, number: int) -> Shard:
         if number not in self._open_shards:

@@ -6,6 +6,7 @@ damaged file.
 """
 
 import json
+import time
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import cached_property
@@ -101,13 +102,18 @@ class Shard:
 
 
 class ShardWriter:
-    """Packs entries into files of about `shard_bytes`, which a thread writes while the next are being made."""
+    """Packs entries into files, which a thread writes while the next are being made.
 
-    def __init__(self, folder: Path, shard_bytes: int = 2**28):
-        self.folder, self.shard_bytes = Path(folder), shard_bytes
+    Args:
+        shard_bytes: About how large a file becomes.
+        seconds: How old entries may become before a smaller one is written: what a kill costs.
+    """
+
+    def __init__(self, folder: Path, shard_bytes: int = 2**28, seconds: float = 600):
+        self.folder, self.shard_bytes, self.seconds = Path(folder), shard_bytes, seconds
         self.written: set[Path] = set()
         self._entries: dict[str, tuple[dict, Tensors]] = {}
-        self._size = 0
+        self._size, self._began = 0, time.monotonic()
         self._thread = ThreadPoolExecutor(1)
         self._writing: Future[Path] | None = None
 
@@ -117,7 +123,7 @@ class ShardWriter:
         layout = {name: _take_apart(value, name, tensors) for name, value in entry.items()}
         self._entries[key] = layout, tensors
         self._size += sum(tensor.nbytes for tensor in tensors.values())
-        if self._size >= self.shard_bytes:
+        if self._size >= self.shard_bytes or time.monotonic() - self._began >= self.seconds:
             self.flush()
 
     def flush(self) -> None:
@@ -125,7 +131,7 @@ class ShardWriter:
         self._wait()  # one file at a time: no more than two shards are ever in memory
         if self._entries:
             self._writing = self._thread.submit(_write_shard, self.folder, self._entries)
-        self._entries, self._size = {}, 0
+        self._entries, self._size, self._began = {}, 0, time.monotonic()
 
     def _wait(self) -> None:
         if self._writing is not None:
