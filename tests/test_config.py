@@ -17,6 +17,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
 
 from diffsynth.config import ConfigError, check, claim, finish, signature
+from make_cache import COMMANDS
 
 CONF = tiny.ROOT / "conf"
 ENTRIES = sorted(path.stem for path in CONF.glob("*.yaml"))
@@ -118,6 +119,7 @@ def jobs(line: str) -> list[tuple[str, list[str]]]:
     start, entry = next((n, w.removesuffix(".py")) for n, w in enumerate(words) if w in [f"{e}.py" for e in ENTRIES])
     end = next((n for n, word in enumerate(words) if n > start and set(word) <= set("();<>|&")), len(words))
     given = [word.replace("…", "x") for word in words[start + 1 : end] if not word.endswith(("…", "..."))]
+    given = [f"command={word}" if entry == "make_cache" and word in COMMANDS else word for word in given]
     arguments = get_args_parser().parse_args(given)
     overrides = OverridesParser.create().parse_overrides(arguments.overrides)
     if not arguments.multirun:
