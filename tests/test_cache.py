@@ -1,6 +1,6 @@
 """Training in two stages: what is cached, that it changes nothing, and what becomes of it when anything changes.
 
-`make faults` kills `make_cache.py` 200 times.
+FAULTS=200 kills `make_cache.py` 200 times.
 """
 
 import functools
@@ -27,7 +27,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from diffsynth.core.data import AddressedDataset, Augmentation, CachedDataset, MixedDataset, Sample, UnifiedDataset
-from diffsynth.core.data.cache import CacheIndex, Shard
+from diffsynth.core.data.cache import CacheIndex, Shard, keys_of
 from diffsynth.core.loader import ModelConfig
 from diffsynth.diffusion.cache_check import collect_garbage, stats, verify
 from diffsynth.diffusion.cache_plan import CachePlan
@@ -43,7 +43,6 @@ KILLS = int(os.environ.get("FAULTS", 5))
 DIT = LoRA(target_modules=["to_q", "to_v"], rank=4)
 TEXT = LoRA(models=("text_encoder",), target_modules=["q_proj"], rank=4)
 IMAGES, PROMPTS = "QwenImageUnit_InputImageEmbedder", "QwenImageUnit_PromptEmbedder"
-NOISE = "QwenImageUnit_NoiseInitializer"
 LOOKING = ["validation=image_folder", "validation.prompts=[a]", "validation.options={height: 32, width: 32}"]
 CLOSE = {"rel": 1e-6, "abs": 1e-6}
 VARIED = Augmentation(caption_dropout=0.4, flip=0.5)
@@ -90,19 +89,15 @@ def losses(rows, module: PipelineTrainingModule) -> list[float]:
     return torch.cat([module(batch) for batch in batches]).tolist()
 
 
-def content(folder: Path) -> dict[str, dict[str, Tensor | Image.Image]]:
+def content(folder: Path) -> dict[str, dict]:
     """Every entry of a cache that a sample needs, by key, as plain data."""
     index = CacheIndex(folder)
-    keys = sorted({key for record in index.records() for key in needed(record)})
-    return {key: {name: plain(value) for name, value in index.entry(key).items()} for key in keys}
+    keys = sorted({key for record in index.records() for key in keys_of(record)})
+    return {key: {name: plain(value) for name, value in index.entries([key])[0].items()} for key in keys}
 
 
 def plain(value):
     return (str(value.dtype), value.tolist()) if isinstance(value, Tensor) else value.tobytes()
-
-
-def needed(record: dict) -> list[str]:
-    return [key for variant in record["variants"].values() for key, _ in variant["runs"]]
 
 
 def records(folder: Path) -> list[dict]:
@@ -138,7 +133,6 @@ def cache(whole, tmp_path) -> Path:
         ({"lora": None}, {IMAGES: 8, PROMPTS: 8}),
         ({"lora": TEXT}, {IMAGES: 8}),
         ({"lora": DIT, "task": FlowMatchSFT(trainable_models=["text_encoder"])}, {IMAGES: 8}),
-        ({"lora": None, "task": FlowMatchSFT(trainable_models=["vae"])}, {"images": 8, NOISE: 1, PROMPTS: 8}),
     ],
 )
 def test_what_is_trained_is_not_cached_and_all_else_is_and_losses_are_the_same(trained, made, tmp_path):
@@ -146,6 +140,18 @@ def test_what_is_trained_is_not_cached_and_all_else_is_and_losses_are_the_same(t
     assert make(tmp_path, module=module).made == made
     expected = losses(dataset(), module)
     assert losses(CachedDataset(str(tmp_path)), training(**trained)) == pytest.approx(expected, **CLOSE)
+
+
+def test_an_image_that_is_needed_as_it_is_is_cached_as_it_is(tmp_path):
+    """Training the autoencoder; the noise that its unit would read must come from a seed."""
+    folder, noise = tiny.write_dataset(tmp_path / "data"), "QwenImageUnit_NoiseInitializer"
+    rows = [{"image": f"{n}.png", "prompt": f"a {n}", "seed": n} for n in range(8)]
+    (folder / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    trained = {"lora": None, "task": FlowMatchSFT(trainable_models=["vae"], extra_inputs=["seed"])}
+    rows = dataset(folder, metadata="metadata.jsonl")
+    assert make(tmp_path / "cache", rows, training(**trained)).made == {"images": 8, noise: 8, PROMPTS: 8}
+    cached = CachedDataset(str(tmp_path / "cache"))
+    assert losses(cached, training(**trained)) == pytest.approx(losses(rows, training(**trained)), **CLOSE)
 
 
 def mixed_sizes(folder: Path) -> Path:
@@ -288,6 +294,12 @@ def test_a_text_encoder_without_a_tokenizer_is_refused():
 def test_a_network_that_is_needed_and_not_there_is_named_with_what_needs_it(tmp_path):
     with pytest.raises(ValueError, match=f"{IMAGES} needs vae, but model.vae is null"):
         make(tmp_path, module=training(vae=None))
+
+
+def test_what_is_drawn_at_random_is_refused(tmp_path):
+    module = training(lora=None, task=FlowMatchSFT(trainable_models=["vae"]))
+    with pytest.raises(ValueError, match="NoiseInitializer draws random numbers.*task.extra_inputs=.seed."):
+        make(tmp_path, module=module)
 
 
 def truncated(folder: Path) -> Path:

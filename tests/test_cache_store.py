@@ -61,7 +61,7 @@ def mended(index: CacheIndex) -> list[str]:
 def content(folder: Path) -> dict[str, list]:
     """Every entry that the index leads to, by key."""
     index = CacheIndex(folder)
-    return {key: plain(index.entry(key)) for key in sorted(index.keys())}
+    return {key: plain(index.entries([key])[0]) for key in sorted(index.keys())}
 
 
 def plain(value):

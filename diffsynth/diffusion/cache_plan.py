@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import nn
 
 from ..core.data.unread import Unread, Variants, identity, is_unread
@@ -95,16 +96,27 @@ class CachePlan:
         return [list(value.size) if isinstance(value, Unread) else len(value) for value in values if _has_shape(value)]
 
     def make(self, runs: Sequence[Run], inputs: Sequence[Sides]) -> list[dict]:
-        """Run the same unit over several samples, and return what is kept of its outputs."""
+        """Run the same unit over several samples, and return what is kept of its outputs.
+
+        Raises:
+            ValueError: The unit draws random numbers.
+        """
         inputs = [{side: dict(names) for side, names in sides.items()} for sides in inputs]
         outputs = [{run.name: sides[run.side].get(run.name)} for run, sides in zip(runs, inputs, strict=True)]
         for unit in self.needed_units(runs[0].unit):
             names = unit.input_params_posi
             given = [read_inputs(unit, self.pipe, sides["shared"], names, sides["posi"]) for sides in inputs]
+            before = _random_states(self.pipe.device)
             outputs = unit.process_batch(self.pipe, given)
+            drew = before != _random_states(self.pipe.device)
             for sides, made in zip(inputs, outputs, strict=True):
                 check_outputs(unit, made)
                 sides["posi" if unit.separate_cfg else "shared"] |= made
+        if runs[0].unit >= 0 and drew:  # those before it may: nothing of that is kept
+            raise ValueError(
+                f"{type(unit).__name__} draws random numbers, which would be the same for ever from a cache. If they "
+                "come from a seed, give each row its own: task.extra_inputs=[seed]."
+            )
         return [{name: value for name, value in made.items() if name in self.kept} for made in outputs]
 
 
@@ -159,6 +171,14 @@ def _network_identity(name: str, pipe) -> str | None:
     own = forwards(network) if isinstance(network, nn.Module) else {}
     code = f"-{code_version(own.values(), own)[0]}" if own else ""
     return None if network is None else f"{pipe.fingerprint(name)}{code}"
+
+
+def _random_states(device: torch.device) -> list[bytes]:
+    """Of torch's own generators, from which what has no seed is drawn."""
+    states = [torch.get_rng_state()]
+    if device.type == "cuda":
+        states.append(torch.cuda.get_rng_state(device))
+    return [state.numpy().tobytes() for state in states]
 
 
 def _has_shape(value: Any) -> bool:

@@ -205,7 +205,7 @@ class DataProcessStage:
         device = self.module.pipe.device
         forked = torch.random.fork_rng([device] if device.type == "cuda" else [])
         with torch.no_grad(), self.accelerator.autocast(), forked:
-            torch.manual_seed(0)  # units may draw; nothing of that is kept
+            torch.manual_seed(0)  # units may draw
             return self.plan.make([Run(w.key, w.unit, w.side, w.name) for w in batch], inputs)
 
     def _inputs(self, batch: list[Wish]) -> tuple[list[Wish], list[Sides]]:

@@ -88,6 +88,8 @@ class Augmentation:
 
     def draw(self, weights: Sequence[float], seed: int, address: SampleAddress) -> Choice:
         """The choice for a sample whose captions have these weights, at its address in a run."""
+        if len(weights) == 1 and not any((self.caption_dropout, self.flip, self.shuffle_tags, self.random_crop)):
+            return Choice()
         chance = random.Random(sample_seed(seed, "augmentation", *address))
         dropped, mirrored, *position = (chance.random() for _ in range(4))  # all, so that options do not move others
         caption = chance.choices(range(len(weights)), weights)[0]

@@ -94,8 +94,9 @@ class CachedDataset(Dataset):
     def _load(self, record: dict, choice: Choice) -> CachedRow:
         variant = record["variants"][choice.variant]
         made: dict[str, dict] = {"shared": {}, "posi": {}}
-        for key, side in variant["runs"]:
-            made[side] |= self.index.entry(key)
+        keys, sides = zip(*variant["runs"], strict=True)
+        for side, entry in zip(sides, self.index.entries(keys), strict=True):
+            made[side] |= entry
         return CachedRow({name: _restored(value) for name, value in variant["row"].items()}, made)
 
     def scan(self, required: Sequence[str] = ()) -> list:

@@ -8,8 +8,7 @@ about    what the cache was made of, and how (JSON by name); `samples` is a dige
 
 import json
 import sqlite3
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from hashlib import blake2b
 from itertools import groupby
@@ -62,8 +61,10 @@ class CacheIndex:
         if self.writable:
             self.shard_folder.mkdir(parents=True, exist_ok=True)
             database = sqlite3.connect(self.path)
-            with self._explained():
+            try:
                 database.executescript(TABLES)
+            except sqlite3.DatabaseError as error:
+                raise self._unreadable(error) from error
             return database
         if not self.path.is_file():
             raise DamagedCache(
@@ -71,15 +72,11 @@ class CacheIndex:
             )
         return sqlite3.connect(f"file:{quote(str(self.path))}?mode=ro", uri=True)
 
-    @contextmanager
-    def _explained(self) -> Iterator[None]:
-        try:
-            yield
-        except sqlite3.DatabaseError as error:  # also of one that was left in the middle of a change
-            raise DamagedCache(
-                f"{self.path} cannot be read: {error}. Run make_cache.py again, which goes on with it; where it "
-                "cannot, delete that file, and it is made anew from the shards."
-            ) from error
+    def _unreadable(self, error: sqlite3.DatabaseError) -> DamagedCache:
+        return DamagedCache(  # also of one that was left in the middle of a change
+            f"{self.path} cannot be read: {error}. Run make_cache.py again, which goes on with it; where it cannot, "
+            "delete that file, and it is made anew from the shards."
+        )
 
     def close(self) -> None:
         """Let go of the files."""
@@ -96,17 +93,18 @@ class CacheIndex:
     def __contains__(self, key: str) -> bool:
         return self._one("SELECT 1 FROM entries WHERE key = ?", key) is not None
 
-    def entry(self, key: str) -> Entry:
-        """One entry, its tensors mapped from disk.
+    def entries(self, keys: Sequence[str]) -> list[Entry]:
+        """Entries, their tensors mapped from disk.
 
         Raises:
-            DamagedCache: It is not there.
-            DamagedShard: Its shard cannot be read.
+            DamagedCache: One is not there.
+            DamagedShard: A shard cannot be read.
         """
-        number = self._one("SELECT shard FROM entries WHERE key = ?", key)
-        if number is None:
-            raise DamagedCache(f"{self.folder} has no entry {key}; run make_cache.py again.")
-        return self._shard(number).read(key)
+        query = f"SELECT key, shard FROM entries WHERE key IN ({', '.join('?' * len(keys))})"
+        shards = dict(self._rows(query, *keys))
+        if missing := [key for key in keys if key not in shards]:
+            raise DamagedCache(f"{self.folder} has no entry {missing[0]}; run make_cache.py again.")
+        return [self._shard(shards[key]).read(key) for key in keys]
 
     def record(self, number: int) -> dict:
         """What a sample consists of."""
@@ -207,8 +205,10 @@ class CacheIndex:
         return next((value for (value,) in self._rows(query, *values)), None)
 
     def _rows(self, query: str, *values: Any) -> Iterator[tuple]:
-        with self._explained():
+        try:
             yield from self._database.execute(query, values)
+        except sqlite3.DatabaseError as error:
+            raise self._unreadable(error) from error
 
 
 def keys_of(record: Mapping) -> Iterator[str]:
