@@ -113,6 +113,7 @@ VALUES = st.recursive(
 )
 
 
+@settings(max_examples=40)
 @given(entry=st.dictionaries(st.sampled_from(["latents", "edit_latents", "mask", "size"]), VALUES, max_size=3))
 def test_an_entry_is_read_as_it_was_written(entry, tmp_path_factory):
     (path,) = write(tmp_path_factory.mktemp("cache"), {"key": entry})
@@ -203,6 +204,7 @@ def test_a_flipped_bit_in_the_tensors_costs_one_entry(place, tmp_path_factory):
     assert len(Shard(path).whole_entries()) == 4
 
 
+@settings(max_examples=20)
 @given(length=st.integers(0, 200))
 def test_a_shard_that_was_cut_off_is_refused_by_name(length, tmp_path_factory):
     (path,) = write(tmp_path_factory.mktemp("cache"), entries(2))
@@ -231,6 +233,7 @@ def safetensors_file(path: Path, listing: str, **tensors) -> Path:
     return path
 
 
+@settings(max_examples=40)
 @given(listing=st.dictionaries(st.just("key"), JSON, min_size=1).map(json.dumps) | JSON.map(json.dumps) | st.text())
 def test_a_listing_that_is_not_ours_is_refused(listing, tmp_path_factory):
     path = safetensors_file(tmp_path_factory.mktemp("cache") / "shard.safetensors", listing)
@@ -247,6 +250,7 @@ def test_a_listing_that_only_looks_like_ours_is_refused(listing, tmp_path):
         Shard(safetensors_file(tmp_path / "shard.safetensors", listing)).read("key")
 
 
+@settings(max_examples=30)
 @given(data=st.binary(max_size=100) | st.integers(0, 2**64 - 1).map(lambda n: n.to_bytes(8, "little") + b"{}"))
 def test_bytes_that_are_no_shard_are_refused(data, tmp_path_factory):
     path = tmp_path_factory.mktemp("cache") / "shard.safetensors"
@@ -282,7 +286,7 @@ def test_a_pickle_executes_nothing(tmp_path):
 # Packing anew ---------------------------------------------------------------------------------------------------------
 
 
-@settings(max_examples=20)
+@settings(max_examples=10)
 @given(keep=st.sets(st.sampled_from([f"key{n}" for n in range(6)])), shard_bytes=st.integers(1, 1000))
 def test_packing_anew_keeps_what_is_wanted_byte_for_byte(keep, shard_bytes, tmp_path_factory):
     folder, given = tmp_path_factory.mktemp("cache"), entries(6)
