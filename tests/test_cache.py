@@ -591,7 +591,7 @@ def test_a_cache_is_made_verified_and_tidied_on_the_command_line(tmp_path, monke
 
 # Children start as copies of a process that has imported everything, and are processes like any other.
 SERVER = multiprocessing.get_context("forkserver")
-SERVER.set_forkserver_preload(["tiny", "diffsynth.diffusion.runner", "diffsynth.pipelines.qwen_image"])
+SERVER.set_forkserver_preload(["tests.tiny", "diffsynth.diffusion.caching", "diffsynth.pipelines.qwen_image", "pytest"])
 
 
 def start(act: Callable, *given):
@@ -671,6 +671,7 @@ def older(folder: Path, data: Path) -> None:
 
 @pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="no SIGKILL on this system")
 def test_a_cache_whose_making_is_killed_at_random_moments_ends_as_one_that_was_not(unbroken, tmp_path):
+    start(os.getpid).join()  # the server is there
     began = time.monotonic()
     finish = start(make_in_process, tmp_path / "timed", tiny.dataset(), tiny.model(), None)
     finish.join()
