@@ -146,7 +146,7 @@ def write_cache(folder: Path, count: int) -> None:
             runs = [(f"image{n}", "shared"), (f"text{n}", "posi")]
             records.append((SIDE, SIDE, {"weights": [1.0], "variants": {"": {"row": row, "runs": runs}}}))
     index.match_shards()
-    about = {"captions": [], "variants": [[[1.0], [""]]], "by_size": True, "left_out": []}
+    about = {"captions": [], "variants": [[[1.0], [""]]], "by_size": True, "parts": [[count, "1"]], "left_out": []}
     index.put(records, {"format": FORMAT, "made_of": {}, **about})
     index.close()
 

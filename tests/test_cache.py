@@ -202,6 +202,28 @@ def test_samples_of_several_data_sets_keep_their_sizes_and_captions(tmp_path):
     refused(tmp_path / "cache", "no variant 'mirrored'", augmentation=Augmentation(flip=0.5))
 
 
+def mixture(folder: Path, plain: Path | None = None) -> MixedDataset:
+    """Pictures of one size shown twice a pass, others in buckets, shown 2.5 times."""
+    buckets = {"height": None, "width": None, "buckets": True, "max_pixels": 2048}
+    plain = dataset(plain, repeat=2, on_error="skip")
+    return MixedDataset({"plain": plain, "sorted": dataset(mixed_sizes(folder), **buckets)}, {"sorted": 2.5})
+
+
+def test_samples_of_several_data_sets_are_shown_as_often_and_in_the_same_order(tmp_path):
+    mixed = mixture(tmp_path)
+    make(tmp_path / "cache", mixed)
+    orders = [each.order(2, seed=0) for each in (mixed, CachedDataset(str(tmp_path / "cache")))]
+    images, cached = ([order.sample(position) for position in range(80)] for order in orders)
+    assert images == cached
+
+
+def test_a_sample_that_is_left_out_leaves_the_others_as_often(tmp_path):
+    make(tmp_path / "cache", mixture(tmp_path, truncated(tmp_path / "data")))
+    parts = CachedDataset(str(tmp_path / "cache")).buckets()
+    assert parts[(32, 32)][0].rate == 7 * 2
+    assert sum(part.rate for own in parts.values() for part in own) == 7 * 2 + 8 * 2.5
+
+
 def test_a_whole_run_is_the_same_from_a_cache_and_needs_no_encoders(tmp_path):
     chances = ["dataset.augmentation.caption_dropout=0.3", "dataset.augmentation.flip=0.5"]
     absent = [f"model.{name}=null" for name in ("vae", "text_encoder", "tokenizer")]

@@ -68,7 +68,7 @@ def test_a_mapped_table_is_the_one_in_memory(tmp_path, name, content, request):
         ("m.txt", b"", r"suffix '.txt' is not one of .csv, .json, .jsonl, .parquet"),
         ("m.csv", b"image,prompt\na.png,red\nb.png,red, blue\n", "row 2: 3 cells, 2 columns; quote"),
         ("m.csv", b"image,prompt\na.png,\xc4\xe3\n", "save it as UTF-8, or .*dataset.encoding=gbk"),
-        ("m.csv", b"prompt\n" + b"x" * 200_000, "field larger than field limit"),
+        ("m.csv", b"prompt\n" + b"x" * 200_000 + b"\na,b\n", "field larger than field limit"),
         ("m.json", b'{"image": "a.png"}', "holds one dict, not a list of rows"),
         ("m.json", b"[1]", "row 1: 1 is not an object"),
         ("m.json", b'[{"a": 1}, {"a": ]', "row 2: Expecting value"),
@@ -123,12 +123,28 @@ def test_an_encoding_can_be_named(tmp_path):
 CELLS = st.text(st.characters(codec="utf-8", exclude_characters="\0"), max_size=8)
 
 
-@given(st.lists(st.lists(CELLS, min_size=1, max_size=3), min_size=1, max_size=8))
+def rows_of(cells: int) -> st.SearchStrategy:
+    """Rows of `cells` to 3 cells."""
+    return st.lists(st.lists(CELLS, min_size=cells, max_size=3), min_size=1, max_size=8)
+
+
+@given(rows_of(1) | rows_of(3))
 def test_csv_reads_as_the_standard_library_does(tmp_path_factory, rows):
     text = StringIO()
     csv.writer(text).writerows([["first", "second", "third"], *rows])
     path = write(tmp_path_factory.getbasetemp() / "any.csv", "\ufeff" + text.getvalue())
     assert list(read_metadata(path)) == list(csv.DictReader(StringIO(text.getvalue(), newline="")))
+
+
+@given(st.text('",\r\n ab', max_size=12).map("first,second\n{}".format))
+def test_csv_of_any_form_reads_as_the_standard_library_does(tmp_path_factory, text):
+    path = write(tmp_path_factory.getbasetemp() / "form.csv", text)
+    expected = list(csv.DictReader(StringIO(text, newline=""), restkey="too many"))
+    if any("too many" in row for row in expected):
+        with pytest.raises(ValueError, match="2 columns"):
+            read_metadata(path)
+    else:
+        assert list(read_metadata(path)) == expected
 
 
 def test_a_column_that_is_named_twice_is_the_last(tmp_path):

@@ -206,8 +206,6 @@ def test_a_cache_of_a_mixture_has_the_variants_of_every_sample(folders):
     found = [made.variants(number).rows for number in range(16)]
     assert [rows[""]["prompt"] for rows in found] == [made[number]["prompt"] for number in range(16)]
     assert all(rows.keys() == {"", "mirrored"} for rows in found)
-    with pytest.raises(ValueError, match=r"does not keep how often each data set is shown \(photos 1, icons 2.5\)"):
-        mixed(folders, {"icons": 2.5}).variants(0)
 
 
 # Bad rows -------------------------------------------------------------------------------------------------------------

@@ -1,5 +1,6 @@
 import json
 import pickle
+import shutil
 import sys
 import wave
 from fractions import Fraction
@@ -151,6 +152,22 @@ def test_check_reads_no_more_than_the_header(tmp_path):
     assert LoadVideo().check("https://example.invalid/a.mp4") is None
     with pytest.raises(ValueError):
         LoadVideo()(str(path))
+
+
+@pytest.mark.parametrize(
+    ("load", "write", "extension"), [(LoadVideo, write_video, "mkv"), (LoadGIF, write_animation, "gif")]
+)
+def test_a_cache_knows_frames_by_bytes_and_by_what_is_done_to_them(load, write, extension, tmp_path):
+    first, second, moved = (tmp_path / f"{name}.{extension}" for name in ("first", "second", "moved"))
+    path, cropped = write(first), load(frame_processor=ImageCropAndResize(height=16, width=16))
+    unread = pickle.loads(pickle.dumps(cropped.unread(path)))
+    assert unread.size == (16, 16) and numbers(unread.load()) == numbers(cropped(path))
+    others = [load(), load(frame_processor=cropped.frame_processor, num_frames=1), load(frame_rate=12)]
+    identities = [unread.identity, *(other.unread(path).identity for other in others)]
+    write(second, 6, **({"duration": [40] * 6} if load is LoadGIF else {}))
+    assert len({*identities, cropped.unread(str(second)).identity}) == 5
+    shutil.copy(path, moved)
+    assert cropped.unread(str(moved)).identity == unread.identity
 
 
 def test_video_is_fetched_from_a_url(tmp_path, monkeypatch):

@@ -71,7 +71,8 @@ def launch_data_process_task(
     """Make or complete the cache of a data set in the folder `path`; all processes call it.
 
     Args:
-        dataset: Gives the `Variants` of each of its `size` samples: `dataset.variants(number)`.
+        dataset: Gives the `Variants` of each of its `size` samples, `dataset.variants(number)`, and whether it is to be
+            left out where it cannot be read, `dataset.skips(number)`.
         module: What will be trained, built but not loaded; what it leaves frozen is cached.
         batch_size: Samples that go through a network together, where their shapes agree.
         num_workers: Processes that read and decode ahead.
@@ -117,7 +118,9 @@ class DataProcessStage:
         self.rank, self.world = accelerator.process_index, accelerator.num_processes
         self.plan, self.left_out = CachePlan(module), []
         self.plan.check()
-        self.augmentations = [own.augmentation for own in getattr(dataset, "datasets", {"": dataset}).values()]
+        self.is_mixture = hasattr(dataset, "datasets")
+        self.datasets = [*dataset.datasets.values()] if self.is_mixture else [dataset]
+        self.augmentations = [own.augmentation for own in self.datasets]
         for augmentation in self.augmentations:
             augmentation.choices([1.0])  # refuses what has no end
 
@@ -129,8 +132,19 @@ class DataProcessStage:
             "captions": [captions_of(augmentation) for augmentation in self.augmentations],
             "variants": wishes.variants(),
             "by_size": len(order_of(self.dataset, batch_size=1, seed=0).buckets) > 1,
+            "parts": self._parts(),
             "left_out": self.left_out,
         }
+
+    def _parts(self) -> list[tuple[int, str]]:
+        """How many samples are from each data set, and how often a pass shows each of them."""
+        parts, start = [], 0
+        shares = self.dataset.shares() if self.is_mixture else {"": 1}
+        for dataset, share in zip(self.datasets, shares.values(), strict=True):
+            lacking = sum(start <= number < start + dataset.size for number in self.left_out)
+            parts.append((dataset.size - lacking, str(share)))
+            start += dataset.size
+        return parts
 
     # What is there
 
@@ -238,20 +252,21 @@ class _Identified(Dataset):
     """The variants of a sample, the bytes of their files hashed; or why it cannot be read, if it is to be left out."""
 
     def __init__(self, dataset):
-        self.dataset, self.skips = dataset, getattr(dataset, "on_error", "raise") == "skip"
+        self.dataset = dataset
 
     def __getitem__(self, number: int) -> tuple[int, Variants | str]:
+        skips = self.dataset.skips(number)
         try:
             variants = self.dataset.variants(number)
             for unread in _files(variants):
                 _ = unread.identity  # kept with it
-                if self.skips:
+                if skips:
                     unread.load()  # whether it can be
             return number, variants
         except TypeError:  # not the file's fault
             raise
         except Exception as error:  # Pillow's decoders raise nearly anything
-            if self.skips:
+            if skips:
                 return number, str(error)
             _ = self.dataset[number]  # raises the same, and says in which row
             raise

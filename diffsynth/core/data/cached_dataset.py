@@ -11,7 +11,7 @@ from torch.utils.data import Dataset
 
 from .augmentation import Augmentation, Choice
 from .cache import FORMAT, CacheIndex, DamagedCache
-from .mixing import MixedOrder, Part
+from .mixing import MixedOrder, Part, exact, joined
 from .order import SampleAddress
 from .unread import Unread
 
@@ -80,16 +80,27 @@ class CachedDataset(Dataset):
         choice = self.augmentation.draw(record["weights"], seed, address)
         return self._load(record, choice), choice.variant
 
-    def parts(self) -> dict[tuple[int, int] | None, Part]:
-        """The samples of each size; None where each has its own, as in the data set that the cache was made of."""
+    def buckets(self) -> dict[tuple[int, int] | None, list[Part]]:
+        """What each size has from each data set that was mixed; None where each sample has its own size, as there."""
         sizes = self.index.sizes()
         if len(sizes) > 1 and not self.about["by_size"]:
             sizes = {None: range(self.size)}
-        return {size: Part(np.array(numbers), self.repeat) for size, numbers in sizes.items()}
+        counts, shares = zip(*self.about["parts"], strict=True)
+        ends = np.cumsum(counts)[:-1]
+        buckets = {}
+        for size, numbers in sizes.items():
+            each = np.split(np.array(numbers), np.searchsorted(numbers, ends))
+            own = [(rows, share) for rows, share in zip(each, shares, strict=True) if len(rows)]
+            buckets[size] = [Part(rows, exact(share) * self.repeat) for rows, share in own]
+        return buckets
+
+    def parts(self) -> dict[tuple[int, int] | None, Part]:
+        """The samples of each size; None where each has its own."""
+        return {size: joined(parts) for size, parts in self.buckets().items()}
 
     def order(self, batch_size: int, seed: int) -> MixedOrder:
         """An order of batches of one size each, if the data set had buckets."""
-        return MixedOrder([[part] for part in self.parts().values()], batch_size, seed)
+        return MixedOrder(list(self.buckets().values()), batch_size, seed)
 
     def _load(self, record: dict, choice: Choice) -> CachedRow:
         variant = record["variants"][choice.variant]

@@ -4,6 +4,7 @@ from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from fractions import Fraction
 from hashlib import blake2b
 from pathlib import Path
 
@@ -82,7 +83,11 @@ class MixedDataset(Dataset):
             for size, part in dataset.parts().items():
                 buckets[size].append(part.moved(start, self.weights[name]))
             start += dataset.size
-        return dict(buckets)
+        return {size: buckets[size] for size in sorted(buckets, key=lambda size: size or (0, 0))}
+
+    def shares(self) -> dict[str, Fraction]:
+        """How often a pass shows each sample of each data set."""
+        return {name: exact(self.weights[name]) * dataset.repeat for name, dataset in self.datasets.items()}
 
     def parts(self) -> dict[Size | None, Part]:
         """The samples of each size; None where each has its own."""
@@ -92,18 +97,13 @@ class MixedDataset(Dataset):
         """An order of batches of one size each."""
         return MixedOrder(list(self.buckets().values()), batch_size, seed)
 
-    def variants(self, number: int) -> Variants:
-        """All that sample `number` may be, its files unread.
+    def skips(self, number: int) -> bool:
+        """Whether a sample is left out if it cannot be read."""
+        with self._dataset_of(number) as (dataset, own_number):
+            return dataset.skips(own_number)
 
-        Raises:
-            ValueError: The data sets are shown unequally often, which a cache would not keep.
-        """
-        shares = {name: exact(self.weights[name]) * dataset.repeat for name, dataset in self.datasets.items()}
-        if len(set(shares.values())) > 1:
-            raise ValueError(
-                f"A cache does not keep how often each data set is shown ({_listed(shares)}); train without one, or "
-                "leave out dataset.weights and the data sets' own repeat."
-            )
+    def variants(self, number: int) -> Variants:
+        """All that sample `number` may be, its files unread; see `UnifiedDataset.variants`."""
         with self._dataset_of(number) as (dataset, own_number):
             return dataset.variants(own_number)
 
@@ -161,7 +161,3 @@ def _named(name: str) -> Iterator[None]:
         yield
     except ValueError as error:
         raise ValueError(f"dataset.datasets.{name}: {error}") from error
-
-
-def _listed(shares: Mapping) -> str:
-    return ", ".join(f"{name} {float(share):g}" for name, share in shares.items())

@@ -235,7 +235,7 @@ class LoadImage(Operator):
     def unread(self, data: str | EmbeddedFile) -> Unread:
         with open_image(read_url(data) if is_url(data) else data) as image:
             size = upright_size(image)
-        return Unread(size, partial(self, data), partial(_describe_file, data, ["image", self.mode]))
+        return Unread(size, partial(self, data), partial(describe_file, data, ["image", self.mode]))
 
 
 class ImageCropAndResize(Operator):
@@ -378,6 +378,7 @@ def upright_size(image: Image.Image) -> tuple[int, int]:
     return image.size[::-1] if turned else image.size
 
 
-def _describe_file(file: str | EmbeddedFile, description: list) -> list:
+def describe_file(file: str | EmbeddedFile, description: list) -> list:
+    """A digest of a file's bytes, and a description of what is done to them."""
     with read_url(file) if is_url(file) else open_file(file) as stream:
         return [blake2b(stream.read(), digest_size=16).hexdigest(), *description]

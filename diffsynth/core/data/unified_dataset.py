@@ -245,6 +245,10 @@ class UnifiedDataset(Dataset):
         """An order of batches of one size each."""
         return MixedOrder([[part] for part in self.parts().values()], batch_size, seed)
 
+    def skips(self, number: int) -> bool:
+        """Whether a sample is left out if it cannot be read."""
+        return self.on_error == "skip"
+
     def variants(self, number: int) -> Variants:
         """All that sample `number` may be, its files unread.
 

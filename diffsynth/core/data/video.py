@@ -4,13 +4,26 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from fractions import Fraction
+from functools import partial
 from itertools import chain, islice, pairwise
 from typing import BinaryIO, NamedTuple
 
 from PIL import Image, ImageSequence
 
-from .operators import Operator, as_shown, beginning, check, is_url, not_found, open_image, read_url
+from .operators import (
+    Operator,
+    as_shown,
+    beginning,
+    check,
+    describe_file,
+    is_url,
+    not_found,
+    open_image,
+    read_url,
+    unread,
+)
 from .storage import EmbeddedFile, open_file
+from .unread import Unread
 
 # Matroska stores times in whole milliseconds: a frame may be a little late for its own tick.
 ROUNDING = Fraction(1, 1000)
@@ -65,6 +78,16 @@ class LoadFrames(Operator):
             size = self.size(file)
         known = size if self.frame_processor is None else check(self.frame_processor, size)
         return None if known is None else [known]
+
+    def unread(self, data: str | EmbeddedFile) -> Unread:
+        """The list of frames before it is decoded, of the size that each will have."""
+        with self.open(data) as file:
+            frame = Unread(self.size(file), tuple, tuple)  # to be asked, not loaded
+        if self.frame_processor is not None:
+            frame = unread(self.frame_processor, frame)
+        number = [self.num_frames, self.time_division_factor, self.time_division_remainder, self.frame_rate]
+        description = [type(self).__name__, number, frame.describe()]
+        return Unread(frame.size, partial(self, data), partial(describe_file, data, description))
 
     def process(self, image: Image.Image):
         return image if self.frame_processor is None else self.frame_processor(image)

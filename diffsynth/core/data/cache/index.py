@@ -19,7 +19,7 @@ from urllib.parse import quote
 
 from .shards import DamagedShard, Entry, Shard
 
-FORMAT = 1  # of shards and index
+FORMAT = 2  # of shards and index
 TABLES = """
 CREATE TABLE IF NOT EXISTS shards (number INTEGER PRIMARY KEY, name TEXT UNIQUE);
 CREATE TABLE IF NOT EXISTS entries (key TEXT PRIMARY KEY, shard INTEGER) WITHOUT ROWID;

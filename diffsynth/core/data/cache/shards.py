@@ -17,11 +17,12 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import save
 from torch import Tensor
 
 from ...files import replacing
+from .mapped import MappedTensors
 
 Entry = dict[str, Any]  # tensors, images, lists of them, and plain values, by name
 Tensors = dict[str, Tensor]
@@ -45,9 +46,9 @@ class Shard:
         self.path = path
 
     @cached_property
-    def _file(self):
+    def _file(self) -> MappedTensors:
         try:
-            return safe_open(self.path, "pt")
+            return MappedTensors(self.path)
         except (OSError, SafetensorError) as error:
             raise DamagedShard(self.path, f"cannot be read: {error}") from error
 
@@ -58,7 +59,7 @@ class Shard:
         Raises:
             DamagedShard: The file cannot be read, or does not say.
         """
-        metadata = self._file.metadata()
+        metadata = self._file.metadata
         try:
             return dict(json.loads(metadata[LISTING]).items())
         except MALFORMED as error:
@@ -78,7 +79,7 @@ class Shard:
             raise DamagedShard(self.path, f"does not hold {key}: {error!r}") from error
 
     def _tensors(self, key: str, part: dict) -> Tensors:
-        return {name: self._file.get_tensor(f"{key}/{name}") for name in _names(part)}
+        return {name: self._file[f"{key}/{name}"] for name in _names(part)}
 
     def is_whole(self) -> bool:
         """Whether the file's bytes are those that were written."""
