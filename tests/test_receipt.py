@@ -1,11 +1,17 @@
 """What a run says of its data before it trains on them."""
 
 import json
+from contextlib import nullcontext
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import tiny
+import torch
 from PIL import Image
+
+from diffsynth.core.data import CachedRow
+from diffsynth.diffusion import receipt as receipts
 
 ONE_STEP = ["max_steps=1", "receipt.pictures=4"]
 
@@ -84,3 +90,16 @@ def test_samples_of_a_cache_are_decoded_where_there_is_a_decoder(folder, tmp_pat
     assert colours(run_dir) > 100
     without = tiny.train(tmp_path / "runs", *ONE_STEP, *cached, "model.vae=null", "model.text_encoder=null")
     assert colours(without) < 100
+
+
+def test_masks_and_images_of_a_cache_are_shown_under_its_samples():
+    pipe = SimpleNamespace(
+        device="cpu", call_defaults={}, vae=object(), decoding_models=["vae"], loaded=lambda names: nullcontext()
+    )
+    pipe.decode_image = lambda latents, request: Image.new("RGB", (32, 32), (int(latents.mean()), 0, 0))
+    mask = torch.tensor([[0.0, 1.0], [1.0, 0.0]])[None, None]
+    latents = {"input_latents": torch.full((1, 16, 4, 4), 50.0), "edit_latents": [torch.full((1, 16, 4, 4), 90.0)]}
+    kept = {"loss_mask": mask, "input_image": Image.new("RGB", (8, 8), "blue"), "prompt_emb": torch.zeros(1, 3, 8)}
+    (row,) = receipts._decoded(pipe, [CachedRow({"prompt": "a"}, {"shared": latents | kept})])
+    shown = [image.convert("RGB").getpixel((0, 0)) for image in receipts._images(row)]
+    assert shown == [(50, 0, 0), (90, 0, 0), (0, 0, 0), (0, 0, 255)] and row["prompt"] == "a"

@@ -7,10 +7,12 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image, ImageOps
+from torch import Tensor
 
 from ..core.data import CachedRow
 from ..core.data.buckets import is_upscaled
@@ -73,7 +75,7 @@ class DataReceipt:
         return [[seen[mine].number, others[theirs].number] for mine, theirs in near]
 
     def sheet(self, pipe, dataset, order, seed: int) -> Image.Image:
-        """The first samples of a run with their captions; under each, the other images of its row."""
+        """The first samples of a run with their captions; under each its other pictures: controls, masks."""
         addresses = [order.sample(position) for position in range(min(self.pictures, dataset.size))]
         samples = [dataset.sample(address, seed)[0] for address in addresses]
         cells = [_cell(sample) for sample in _decoded(pipe, samples)]
@@ -138,7 +140,7 @@ def _cell(sample: Mapping) -> Image.Image:
 
 @torch.no_grad()
 def _decoded(pipe, samples: Sequence) -> list[Mapping]:
-    """Rows as they are; of those from a cache the prompt and, where the run has a decoder, what their latents show."""
+    """Rows as they are; of those from a cache the prompt and, where the run has a decoder, what their inputs show."""
     if not any(isinstance(sample, CachedRow) for sample in samples):
         return samples
     rows = [{"prompt": sample.row.get("prompt", "")} for sample in samples]
@@ -146,9 +148,24 @@ def _decoded(pipe, samples: Sequence) -> list[Mapping]:
         return rows
     with pipe.loaded(pipe.decoding_models):
         for row, sample in zip(rows, samples, strict=True):
-            if (latents := sample.made["shared"].get("input_latents")) is not None:
-                row["image"] = pipe.decode_image(latents.to(pipe.device), pipe.call_defaults)
+            inputs = dict(sample.made["shared"])
+            if (latents := inputs.pop("input_latents", None)) is not None:
+                shown = {"input_latents": latents, **inputs}  # the first, as the largest
+                row |= {name: _shown(pipe, value, latents) for name, value in shown.items()}
     return rows
+
+
+def _shown(pipe, value: Any, latents: Tensor) -> list[Image.Image]:
+    """The pictures in an input: images, what is as `latents` are decoded, and masks (1, 1, h, w) in [0, 1] as grey."""
+    if isinstance(value, list):
+        return [image for element in value for image in _shown(pipe, element, latents)]
+    if isinstance(value, Image.Image):
+        return [value]
+    if not isinstance(value, Tensor) or value.dim() != 4 or value.shape[1] not in (1, latents.shape[1]):
+        return []
+    if value.shape[1] == 1:
+        return [Image.fromarray((value[0, 0].float() * 255).to(torch.uint8).cpu().numpy())]
+    return [pipe.decode_image(value.to(pipe.device), pipe.call_defaults)]
 
 
 def _summary(content: Mapping) -> str:

@@ -45,6 +45,7 @@ def write_report(run_dir: str | Path) -> Path:
         "title": escape(run_dir.name),
         "facts": _table(facts(run_dir, yaml.safe_load(config))),
         "warnings": "".join(f"<li>{escape(line)}</li>" for line in warnings(run_dir)),
+        "receipt": contact_sheet(run_dir),
         "config": escape(config),
         "data": json.dumps(data).replace("</", "<\\/"),
     }
@@ -73,6 +74,12 @@ def pictures(run_dir: Path) -> list[dict]:
     """`{step, source}` of every look at the fixed prompts."""
     files = sorted((run_dir / "samples").glob("*step-*.png"), key=lambda file: file.stem.rpartition("-")[2])
     return [{"step": int(file.stem.rpartition("-")[2]), "source": _embed(file)} for file in files]
+
+
+def contact_sheet(run_dir: Path) -> str:
+    """The receipt's picture, if there is one."""
+    path = run_dir / "receipt.png"
+    return f'<img src="{_embed(path)}" alt="the first samples">' if path.exists() else ""
 
 
 def facts(run_dir: Path, config: dict) -> dict[str, str]:
