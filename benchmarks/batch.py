@@ -9,6 +9,7 @@ a CPU the arithmetic is the same; what a batch saves is what each call costs.
 import statistics
 import sys
 import time
+from collections.abc import Callable, Sequence
 
 import torch
 from loop_overhead import build
@@ -28,24 +29,31 @@ def sample(number: int, side: int) -> dict:
     }
 
 
-def main() -> None:
-    side = int(sys.argv[1]) if len(sys.argv) > 1 else 256
-    pipe, task, samples = build(), FlowMatchSFT(), [sample(number, side) for number in range(SAMPLES)]
+def build_step() -> Callable[[Sequence[dict], int, bool], float]:
+    """A training step over samples in forwards of so many, bf16 or not; returns its seconds."""
+    pipe, task = build(), FlowMatchSFT()
     trained = [parameter for parameter in pipe.dit.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=1e-4)
 
-    def step(micro_batch_size: int, is_bf16: bool) -> float:
+    def step(samples: Sequence[dict], micro_batch_size: int, is_bf16: bool) -> float:
         start = time.perf_counter()
-        for first in range(0, SAMPLES, micro_batch_size):
+        for first in range(0, len(samples), micro_batch_size):
             batch = collate(samples[first : first + micro_batch_size])
             with torch.autocast("cpu", torch.bfloat16, enabled=is_bf16):
-                (task(pipe, **batch).sum() / SAMPLES).backward()
+                (task(pipe, **batch).sum() / len(samples)).backward()
         optimizer.step()
         optimizer.zero_grad()
         return time.perf_counter() - start
 
+    return step
+
+
+def main() -> None:
+    side = int(sys.argv[1]) if len(sys.argv) > 1 else 256
+    step, samples = build_step(), [sample(number, side) for number in range(SAMPLES)]
     for is_bf16 in (False, True):
-        turns = [(step(1, is_bf16), step(SAMPLES, is_bf16)) for _ in range(TURNS + 1)][1:]  # the first warms up
+        turns = [(step(samples, 1, is_bf16), step(samples, SAMPLES, is_bf16)) for _ in range(TURNS + 1)]
+        turns = turns[1:]  # the first warms up
         single, batched = (statistics.median(side) for side in zip(*turns, strict=True))
         ratio = statistics.median(one / all_ for one, all_ in turns)
         name = "bf16" if is_bf16 else "fp32"

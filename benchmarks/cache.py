@@ -2,6 +2,7 @@
 
     python benchmarks/cache.py make /path/to/python   # images a second, bytes a sample; a Python that has the original
     python benchmarks/cache.py read                   # samples a second of a worker
+    python benchmarks/cache.py step                   # reading against a step on one of the transformer's 60 blocks
 
 `make` runs the real Qwen-Image autoencoder (random weights, bf16) on 256 x 256 pictures; both sides take turns, twice,
 each in a process of its own, and time the work without imports. The original has no text encoder there; ours runs the
@@ -127,8 +128,8 @@ def compare_making(python: str) -> None:
     print(f"{seconds['original'] / seconds['ours']:.2f} x as fast, {size['original'] / size['ours']:.1f} x as small")
 
 
-def write_cache(folder: Path, count: int) -> None:
-    """A cache of samples as Qwen-Image's at 256 x 256, prompts of 60 tokens, none of them shared."""
+def write_cache(folder: Path, count: int, tokens: int) -> None:
+    """A cache of samples as Qwen-Image's at 256 x 256, prompts of so many tokens, none of them shared."""
     import torch
 
     from diffsynth.core.data.cache import FORMAT, CacheIndex, ShardWriter
@@ -140,8 +141,8 @@ def write_cache(folder: Path, count: int) -> None:
         for n in range(count):
             latents = torch.randn(1, 16, SIDE // 8, SIDE // 8).bfloat16()
             writer.add(f"image{n}", {"input_latents": latents})
-            text = {"prompt_emb": torch.randn(1, 60, 3584).bfloat16(), "prompt_emb_mask": torch.ones(1, 60).bool()}
-            writer.add(f"text{n}", text)
+            text = {"prompt_emb": torch.randn(1, tokens, 3584).bfloat16()}
+            writer.add(f"text{n}", text | {"prompt_emb_mask": torch.ones(1, tokens).bool()})
             row = {"image": {"unread": [SIDE, SIDE, ""]}, "prompt": "a prompt"}
             runs = [(f"image{n}", "shared"), (f"text{n}", "posi")]
             records.append((SIDE, SIDE, {"weights": [1.0], "variants": {"": {"row": row, "runs": runs}}}))
@@ -152,30 +153,59 @@ def write_cache(folder: Path, count: int) -> None:
 
 
 def measure_reading(count: int = 4000) -> None:
-    """Samples a second of one process, in random order, every byte copied, with all of it in the page cache."""
+    """Samples a second of one process in random order, in the page cache: mapped, and every byte copied as well."""
     import torch
+
+    torch.set_num_threads(1)  # as in a DataLoader's worker
+    for tokens in (20, 60):
+        with tempfile.TemporaryDirectory() as folder:
+            write_cache(Path(folder), count, tokens)
+            size = sum(file.stat().st_size for file in Path(folder).rglob("*.safetensors")) / count
+            read_all(folder, count, copy=True)  # maps all pages
+            rates = [(read_all(folder, count, copy=False), read_all(folder, count, copy=True)) for _ in range(3)]
+            mapped, copied = (statistics.median(side) for side in zip(*rates, strict=True))
+            print(f"{tokens} tokens, {size / 1e3:.0f} kB a sample: {mapped:.0f} samples/s mapped, {copied:.0f} copied")
+
+
+def read_all(folder: str, count: int, copy: bool) -> float:
+    """Samples a second."""
+    from diffsynth.core.data import CachedDataset
+
+    dataset = CachedDataset(folder)
+    addresses = [dataset.order(8, seed=0).sample(position) for position in range(count)]
+    start = time.perf_counter()
+    for address in addresses:
+        made = dataset.sample(address, seed=0)[0].made
+        if copy:
+            _ = [tensor.clone() for side in made.values() for tensor in side.values()]
+    return count / (time.perf_counter() - start)
+
+
+def compare_with_step() -> None:
+    """Reading the samples of a step against the step itself, of a model of one block of Qwen-Image's real width."""
+    from batch import SAMPLES, build_step
 
     from diffsynth.core.data import CachedDataset
 
-    torch.set_num_threads(1)  # as in a DataLoader's worker
+    step, shares = build_step(), []
     with tempfile.TemporaryDirectory() as folder:
-        write_cache(Path(folder), count)
+        write_cache(Path(folder), 16 * SAMPLES, tokens=60)
         dataset = CachedDataset(folder)
-        order = dataset.order(8, seed=0)
-        for turn in range(3):
-            addresses = [order.sample(position) for position in range(turn * count, (turn + 1) * count)]
+        order = dataset.order(SAMPLES, seed=0)
+        for turn in range(4):
             start = time.perf_counter()
-            for address in addresses:
-                made = dataset.sample(address, seed=0)[0].made
-                _ = [tensor.clone() for side in made.values() for tensor in side.values()]
-            print(f"pass {turn}: {count / (time.perf_counter() - start):.0f} samples/s")
+            addresses = [order.sample(turn * SAMPLES + slot) for slot in range(SAMPLES)]
+            made = [dataset.sample(address, seed=0)[0].made for address in addresses]
+            reading = time.perf_counter() - start
+            shares.append(reading / step([each["shared"] | each["posi"] for each in made], SAMPLES, True))
+    print(f"reading takes {statistics.median(shares[1:]):.3%} of the time of a step")  # the first warms up
 
 
 def main() -> None:
     command, *arguments = sys.argv[1:]
     if command == "make_ours":
         return print(json.dumps(make_ours(*arguments)))
-    {"make": compare_making, "read": measure_reading}[command](*arguments)
+    {"make": compare_making, "read": measure_reading, "step": compare_with_step}[command](*arguments)
 
 
 if __name__ == "__main__":
