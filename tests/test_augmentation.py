@@ -291,7 +291,7 @@ def test_any_number_of_processes_and_workers_chooses_alike(folder, world, micro,
 
 
 AUGMENTED = [
-    "+dataset.augmentation.captions.others=2",
+    "dataset.augmentation.captions={prompt:1,others:2}",
     "dataset.augmentation.prefix=sks",
     *(f"dataset.augmentation.{name}={str(value).lower()}" for name, value in EVERYTHING.items()),
 ]

@@ -272,7 +272,7 @@ def overrides(folders: Path) -> list[str]:
 
 
 def test_a_mixture_trains_and_says_what_it_was(folders, tmp_path):
-    run_dir = tiny.train(tmp_path, *overrides(folders), "+dataset.weights.icons=2.5", "batch_size=3")
+    run_dir = tiny.train(tmp_path, *overrides(folders), "dataset.weights={icons:2.5}", "batch_size=3")
     about = json.loads((run_dir / "data.json").read_text())
     assert len(tiny.metrics(run_dir)) == 2
     assert about["rows"] == 16 and about["path"].count("metadata.csv") == 2

@@ -5,7 +5,7 @@ Each is a function of (seed, epoch, index), so that any number of processes and 
 
 import random
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from .order import SampleAddress, sample_seed
@@ -44,8 +44,8 @@ class Augmentation:
     """What is left to chance.
 
     Args:
-        captions: Columns that hold captions, and how often each is chosen; of a list of texts each is as likely. An
-            empty one is never chosen where a row has another.
+        captions: Columns that hold captions, and how often each is chosen, by default {"prompt": 1}; of a list of texts
+            each is as likely. An empty one is never chosen where a row has another.
         caption_dropout: Share of samples that are shown without a caption, for classifier-free guidance.
         prefix, suffix: Put around every caption but the empty one; a trigger word, say.
         shuffle_tags: Put the parts between `tag_separator` in random order, all but the first `keep_tags`.
@@ -56,7 +56,7 @@ class Augmentation:
         ValueError: A share is not in [0, 1], no caption may be chosen, or tags cannot be told apart.
     """
 
-    captions: Mapping[str, float] = field(default_factory=lambda: {"prompt": 1.0})
+    captions: Mapping[str, float] | None = None
     caption_dropout: float = 0.0
     prefix: str = ""
     suffix: str = ""
@@ -67,6 +67,8 @@ class Augmentation:
     random_crop: bool = False
 
     def __post_init__(self):
+        if self.captions is None:
+            object.__setattr__(self, "captions", {"prompt": 1.0})
         for name in ("caption_dropout", "flip"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; expected a share in [0, 1].")
