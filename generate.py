@@ -10,6 +10,7 @@ from diffsynth.config import build, check, explained, run
 
 def generate(
     model,
+    template,
     prompt: str | Sequence[str],
     negative_prompt: str = "",
     seed: int | Sequence[int] = 0,
@@ -18,13 +19,15 @@ def generate(
     input_image: str | None = None,
     denoising_strength: float = 1.0,
     inpaint_mask: str | None = None,
+    template_inputs: Sequence[Mapping[str, object]] = (),
+    negative_template_inputs: Sequence[Mapping[str, object]] = (),
     options: Mapping[str, object] | None = None,
     batch_size: int = 16,
     output: str = "outputs/generated",
     device: str = "auto",
 ) -> list[Path]:
     """Draw every prompt with every seed and return the files: one image each, and a grid of them all."""
-    from diffsynth.diffusion.drawing import draw, load_images, read_prompts
+    from diffsynth.diffusion.drawing import draw, load_images, open_files, read_prompts
     from diffsynth.diffusion.runner import choose_device
 
     pipe = model(device=choose_device(device))
@@ -43,10 +46,17 @@ def generate(
     pipe.check_adapters(paths := [lora_path] if isinstance(lora_path, str) else lora_path or [])
     for request in requests:
         pipe.complete(request)  # what it does not know is refused before any weight is read
+    templates = template.load_all(pipe)
+    templates.check(template_inputs, negative_template_inputs)
+    sides = [[open_files(inputs) for inputs in side] for side in (template_inputs, negative_template_inputs)]
     pipe.load_models()
     for path in paths:
         pipe.load_adapter(path, lora_scale)
+    images |= templates.arguments(pipe, *sides)
     source = {"lora_path": [str(path) for path in paths], "lora_scale": lora_scale}
+    if templates.codes:
+        source |= {"templates": [str(code.file) for code in templates.codes], "template_inputs": template_inputs}
+        source |= {"negative_template_inputs": negative_template_inputs}
     return draw(pipe, requests, images, batch_size, Path(output), source)
 
 

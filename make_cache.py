@@ -21,10 +21,12 @@ def make_cache(
     dataset,
     task,
     lora=None,
+    template=None,
     command: Literal["make", "verify", "stats", "gc"] = "make",
     batch_size: int = 8,
     shard_megabytes: int = 256,
     device: str = "auto",
+    seed: int = 0,
 ):
     """Make (a `CacheReport`), verify (a list of differences), count or tidy a cache (text).
 
@@ -33,13 +35,15 @@ def make_cache(
     from diffsynth.diffusion.cache_check import collect_garbage, stats, verify
     from diffsynth.diffusion.caching import launch_data_process_task
     from diffsynth.diffusion.runner import make_accelerator
+    from diffsynth.diffusion.template_units import required_columns
     from diffsynth.diffusion.training_module import PipelineTrainingModule
 
     if command in ("stats", "gc"):
         return {"stats": stats, "gc": collect_garbage}[command](path)
     accelerator = make_accelerator(device, model.keywords["torch_dtype"])
-    dataset.scan(required=("image", "prompt", *task.extra_inputs))
-    module = PipelineTrainingModule(model(device=accelerator.device), task, lora)
+    template = template and template.load_one(seed)
+    dataset.scan(required=required_columns(dataset, task, template))
+    module = PipelineTrainingModule(model(device=accelerator.device), task, lora, seed, template)
     if command == "verify":
         return verify(dataset, module, path)
     shard_bytes = shard_megabytes << 20

@@ -20,6 +20,7 @@ def train(
     checkpoint,
     receipt,
     lora=None,
+    template=None,
     ema=None,
     validation=None,
     device: str = "auto",
@@ -39,22 +40,25 @@ def train(
     from diffsynth.diffusion.bad_steps import BadSteps
     from diffsynth.diffusion.cache_plan import CachePlan
     from diffsynth.diffusion.runner import launch_training_task, make_accelerator, order_of, record_data
+    from diffsynth.diffusion.template_units import required_columns
     from diffsynth.diffusion.training_module import PipelineTrainingModule
 
     # Mistakes first: nothing heavy is read until all of these have found none.
     accelerator = make_accelerator(device, model.keywords["torch_dtype"])
     BatchPlan(batch_size, micro_batch_size, accelerator.num_processes)
+    template = template and template.load_one(seed)
     for rows in (dataset, *(validation.datasets.values() if validation else ())):
-        rows.scan(required=("image", "prompt", *task.extra_inputs))
+        rows.scan(required=required_columns(rows, task, template))
     if validation:
         validation.check(ema)
     export.check(validation.numbers if validation else ())
     fingerprint = dataset.fingerprint()
     record_data(accelerator, dataset, fingerprint, run_dir)
-    checkpoint.identity = {"data set": fingerprint}
-    module = PipelineTrainingModule(model(device=accelerator.device), task, lora, seed, **memory.options)
+    checkpoint.identity = {"data set": fingerprint, **({"template": template.code.digest} if template else {})}
+    module = PipelineTrainingModule(model(device=accelerator.device), task, lora, seed, template, **memory.options)
     if is_cached := isinstance(dataset, CachedDataset):
         dataset.check_made_for(CachePlan(module).about())
+    module.rehearse(dataset)
     if accelerator.is_main_process:
         order = order_of(dataset, batch_size, seed)
         receipt.write(module.pipe, dataset, order, validation.datasets if validation else {}, seed)

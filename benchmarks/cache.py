@@ -172,7 +172,8 @@ def read_all(folder: str, count: int, copy: bool) -> float:
     from diffsynth.core.data import CachedDataset
 
     dataset = CachedDataset(folder)
-    addresses = [dataset.order(8, seed=0).sample(position) for position in range(count)]
+    order = dataset.order(8, seed=0)
+    addresses = [order.sample(position) for position in range(count)]
     start = time.perf_counter()
     for address in addresses:
         made = dataset.sample(address, seed=0)[0].made

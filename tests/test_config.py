@@ -222,6 +222,10 @@ def test_what_is_no_override_is_answered_in_one_line(monkeypatch):
     assert "name=[1" in complaint(monkeypatch, "name=[1")
 
 
+def test_a_key_below_one_that_is_not_there_is_answered_for_that_one(monkeypatch):
+    assert "template: no such key 'template'; there are [" in complaint(monkeypatch, "template.path=somewhere")
+
+
 def test_a_misspelt_group_is_answered_with_the_nearest(monkeypatch):
     assert "did you mean model?" in complaint(monkeypatch, "modle=emoji")
 

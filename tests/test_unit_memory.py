@@ -16,18 +16,21 @@ TEXT_TOO = FlowMatchSFT(trainable_models=["dit", "text_encoder"])
 
 @pytest.fixture
 def calls(monkeypatch):
-    """Names of the units as they run."""
+    """Names of the units, once for each sample that they see."""
     seen = []
-    from diffsynth.pipelines import qwen_image
+    from diffsynth.pipelines.qwen_image import QwenImageUnit_InputImageEmbedder, QwenImageUnit_PromptEmbedder
 
-    for unit in (qwen_image.QwenImageUnit_InputImageEmbedder, qwen_image.QwenImageUnit_PromptEmbedder):
+    def encode_image(self, *args, original=QwenImageUnit_InputImageEmbedder.process, **kwargs):
+        seen.append("QwenImageUnit_InputImageEmbedder")
+        return original(self, *args, **kwargs)
 
-        def process(self, *args, original=unit.process, name=unit.__name__, **kwargs):
-            seen.append(name)
-            return original(self, *args, **kwargs)
+    def encode_prompts(self, pipe, batch, original=QwenImageUnit_PromptEmbedder.process_batch):
+        seen.extend(["QwenImageUnit_PromptEmbedder"] * len(batch))
+        return original(self, pipe, batch)
 
-        process.__signature__ = inspect.signature(unit.process)
-        monkeypatch.setattr(unit, "process", process)
+    encode_image.__signature__ = inspect.signature(QwenImageUnit_InputImageEmbedder.process)
+    monkeypatch.setattr(QwenImageUnit_InputImageEmbedder, "process", encode_image)
+    monkeypatch.setattr(QwenImageUnit_PromptEmbedder, "process_batch", encode_prompts)
     return seen
 
 

@@ -1,7 +1,7 @@
 import pytest
 
 from diffsynth.diffusion.base_pipeline import BasePipeline, PipelineUnit
-from diffsynth.diffusion.units import required_units, run_units
+from diffsynth.diffusion.units import required_units, run_units, run_units_together
 
 
 class Pipeline(BasePipeline):
@@ -127,6 +127,27 @@ def test_a_unit_that_takes_over_gets_and_returns_all_three():
     unit = Swap(take_over=True, input_params=("anything",), output_params=("swapped",))
     assert run(unit, {}, {"a": 1}, {"b": 2}) == ({"swapped": True}, {"b": 2}, {"a": 1})
     assert unit.fetch_input_params() == ["anything"]
+
+
+class EmbedTogether(Embed):
+    def process_batch(self, pipe, batch):
+        self.encoded.append(len(batch))
+        return [{"embedding": each["text"].upper() * each["steps"]} for each in batch]
+
+
+class Doubled(Noise):
+    def process_batch(self, pipe, batch):
+        return [{"noise": (each["height"], each["steps"], each.get("scale", 2))} for each in batch]
+
+
+@pytest.mark.parametrize("cfg_scale", [1, 4])
+def test_several_samples_are_to_units_what_each_is_alone(cfg_scale):
+    together = EmbedTogether(separate_cfg=True)
+    units, pipe = [Noise(), together, Doubled()], Pipeline()
+    shared = [{"height": height, "cfg_scale": cfg_scale} for height in (8, 16, 24)]
+    samples = [(own, {"prompt": f"a {own['height']}"}, {"negative_prompt": "x"}) for own in shared]
+    assert run_units_together(units, pipe, samples) == [run_units(units, pipe, *sample) for sample in samples]
+    assert (together.encoded[:1] == [3]) == (cfg_scale == 1)
 
 
 # Which units a purpose needs -----------------------------------------------------------------------------------------

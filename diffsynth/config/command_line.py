@@ -47,6 +47,8 @@ def _explain(error: ConfigCompositionException | OverrideParseException) -> str:
     path = message.split("'")[1]
     parent, _, key = path.rpartition(".")
     config = _chosen_groups()
+    while parent and OmegaConf.select(config, parent) is None:  # the first part of the path that is not there
+        path, (parent, _, key) = parent, parent.rpartition(".")
     siblings = (OmegaConf.select(config, parent) if parent else config) or ()
     nearest = difflib.get_close_matches(key, siblings, 1)
     prefix = f"{parent}." if parent else ""

@@ -14,6 +14,7 @@ from tqdm import tqdm
 
 from ..core.data import collate
 from .models import PipelineModels
+from .template_cache import as_inputs, media_of
 from .units import PipelineUnit, PipelineUnitRunner, required_units, run_units
 
 __all__ = ["BasePipeline", "PipelineUnit", "PipelineUnitRunner"]
@@ -28,6 +29,8 @@ class BasePipeline(PipelineModels):
     per_image_arguments: tuple[str, ...] = ("prompt", "negative_prompt", "seed", "input_image", "inpaint_mask")
     decoding_models: tuple[str, ...] = ("vae",)  # what `decode_image` calls
     height_division_factor = width_division_factor = 16
+    latent_channels: int
+    latent_factor: int  # pixels along each side of a latent pixel
     model_fn: Callable[..., Tensor]
 
     def __init__(self, device="cpu", torch_dtype: torch.dtype = torch.bfloat16):
@@ -35,6 +38,7 @@ class BasePipeline(PipelineModels):
         self.units: list[PipelineUnit] = []
         self.unit_runner = PipelineUnitRunner()
         self.scheduler = None
+        self.template = self.template_model = None  # one that is part of this pipeline, as in its training
         self.progress_bar = tqdm
         self.call_defaults = {
             name: parameter.default
@@ -130,9 +134,33 @@ class BasePipeline(PipelineModels):
                 module.training = training[name]
 
     def split_request(self, request: Mapping) -> tuple[dict, dict, dict]:
-        """The three dictionaries the units work on, from the arguments of `__call__`."""
-        shared = {name: value for name, value in request.items() if name not in ("prompt", "negative_prompt")}
-        return shared, {"prompt": request["prompt"]}, {"negative_prompt": request.get("negative_prompt", "")}
+        """The three dictionaries the units work on, from the arguments of `__call__`; `input_image` is fitted."""
+        image = request.get("input_image")
+        if image is not None:
+            size = self.check_resize_height_width(request["height"], request["width"])
+            request = {**request, "input_image": image.convert("RGB").resize(size[::-1])}
+        sides = [{n: request.get(sign + n) for n in self.one_sided_arguments} for sign in ("", "negative_")]
+        posi, nega = (as_inputs(self, side, type(self).__name__) for side in sides)
+        posi["prompt"], nega["negative_prompt"] = request["prompt"], request.get("negative_prompt", "")
+        by_side = {"prompt", "negative_prompt", *self._arguments_by_side}
+        return {name: value for name, value in request.items() if name not in by_side}, posi, nega
+
+    @property
+    def one_sided_arguments(self) -> tuple[str, ...]:
+        """Arguments of a request, besides `prompt`, that only the conditional prediction reads.
+
+        The other's are named `negative_…`.
+        """
+        return media_of(self) + (("template_inputs",) if self.template_model is not None else ())
+
+    @property
+    def arguments(self) -> set[str]:
+        """Names that a request may hold."""
+        return {*inspect.signature(type(self).__call__).parameters, *self._arguments_by_side} - {"self"}
+
+    @property
+    def _arguments_by_side(self) -> set[str]:
+        return {sign + name for name in self.one_sided_arguments for sign in ("", "negative_")}
 
     def complete(self, request: Mapping) -> dict:
         """A request with the defaults of `__call__`; needs no weights.
@@ -140,7 +168,7 @@ class BasePipeline(PipelineModels):
         Raises:
             ValueError: `__call__` has no argument of such a name.
         """
-        known = {*inspect.signature(type(self).__call__).parameters} - {"self"}
+        known = self.arguments
         unknown = sorted(set(request) - known)
         if unknown:
             nearest = difflib.get_close_matches(unknown[0], known, 1)
@@ -150,7 +178,7 @@ class BasePipeline(PipelineModels):
         return {**self.call_defaults, **{name: value for name, value in request.items() if value is not None}}
 
     def _check_batch(self, requests: Sequence[Mapping]) -> None:
-        shared = requests[0].keys() - set(self.per_image_arguments)
+        shared = requests[0].keys() - {*self.per_image_arguments, *self._arguments_by_side}
         differing = sorted(name for name in shared if any(other[name] != requests[0][name] for other in requests))
         if differing:
             raise ValueError(f"The requests of a batch differ in {differing}; draw them one after another.")
@@ -161,11 +189,18 @@ class BasePipeline(PipelineModels):
 
     def decode_image(self, latents: Tensor, request: Mapping) -> Image.Image:
         """Latents (1, …) as an image."""
-        raise NotImplementedError(f"{type(self).__name__} decodes no images.")
+        self.load_models_to_device(["vae"])
+        pixels = self.vae.decode(latents, request["tiled"], request["tile_size"], request["tile_stride"])
+        return self.vae_output_to_image(pixels)
 
     def cuts_off(self, prompt: str) -> bool:
         """Whether a prompt is longer than what the pipeline reads of it; needs no weights."""
         return False
+
+    def sources(self) -> dict[str, dict[str, str]]:
+        code = self.template and self.template.code
+        own = {"template_model": {"path": str(code.file.parent), "fingerprint": code.digest}} if code else {}
+        return super().sources() | own
 
     def required_units(self, wanted: Iterable[str]) -> list[PipelineUnit]:
         """The units that lead to the `wanted` inputs of an objective or of `model_fn`."""

@@ -146,6 +146,8 @@ def _plain(row: dict) -> dict[str, Any]:
 def _plain_value(value: Any) -> Any:
     if isinstance(value, list):
         return [_plain_value(element) for element in value]
+    if isinstance(value, dict):
+        return {name: _plain_value(element) for name, element in value.items()}
     return {"unread": [*value.size, value.identity]} if isinstance(value, Unread) else value
 
 
@@ -162,6 +164,7 @@ def unit_identity(unit: PipelineUnit, pipe) -> dict[str, Any]:
         "settings": {name: text for name, text in settings.items() if text is not None},
         "weights": {name: _network_identity(name, pipe) for name in sorted(names)},
         "dtype": str(pipe.torch_dtype),
+        **unit.depends_on(pipe),
     }
 
 

@@ -32,6 +32,12 @@ def load_images(**paths: str | None) -> dict[str, Image.Image]:
     return {name: Image.open(path).convert("RGB") for name, path in paths.items() if path is not None}
 
 
+def open_files(inputs: Mapping[str, object]) -> dict[str, object]:
+    """Inputs of a template, of which those that are paths of files are opened as images."""
+    is_file = {name: isinstance(value, str) and Path(value).is_file() for name, value in inputs.items()}
+    return {name: Image.open(value).convert("RGB") if is_file[name] else value for name, value in inputs.items()}
+
+
 def draw(
     pipe, requests: Sequence[Mapping], images: Mapping, batch_size: int, folder: Path, source: Mapping
 ) -> list[Path]:

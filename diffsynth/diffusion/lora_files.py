@@ -36,12 +36,17 @@ def read(path: str | Path, prefix: str) -> tuple[dict[str, Tensor], dict | None]
     with safe_open(path, "pt") as file:
         metadata = (file.metadata() or {}).get(METADATA_KEY)
     config = {k.removeprefix(prefix + "."): v for k, v in json.loads(metadata or "{}").items() if k.startswith(prefix)}
-    return _peft_names(_of_model(tensors, prefix)), config or None
+    return peft_names(tensors, prefix), config or None
 
 
 def prefixes(path: str | Path) -> set[str]:
     """The first parts of the keys in an adapter file, such as `transformer`."""
     return {key.split(".")[0] for key in load_state_dict(path)}
+
+
+def peft_names(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """An adapter's tensors of one model under peft's names, from those of any file that `read` understands."""
+    return _peft_names(_of_model(tensors, prefix))
 
 
 def _of_model(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:

@@ -88,6 +88,16 @@ class PipelineModels(nn.Module):
             else:
                 setattr(self, name, None)
 
+    @property
+    def built_models(self) -> set[str]:
+        """Names of the models there are."""
+        return {name for name in self._files if getattr(self, name) is not None}
+
+    @property
+    def network(self) -> nn.Module:
+        """What `model_fn` predicts with."""
+        return getattr(self, self.in_iteration_models[0])
+
     @contextmanager
     def loaded(self, names: Iterable[str]) -> Iterator[None]:
         """Read the weights of these built models, and let go of them afterwards."""
@@ -141,10 +151,15 @@ class PipelineModels(nn.Module):
         except AttributeError:
             module = None
         if module is None:
-            raise ValueError(
-                f"{type(self).__name__} has no model {name!r}; it has {sorted(dict(self.named_children()))}."
-            )
+            raise ValueError(f"{type(self).__name__} has no model {name!r}; it has {sorted(self._beside(name))}.")
         return module
+
+    def _beside(self, name: str) -> set[str]:
+        """Names of the modules where a dotted name leads nowhere."""
+        known, parent = dict(self.named_modules()), name.rpartition(".")[0]
+        while parent not in known:
+            parent = parent.rpartition(".")[0]
+        return {f"{parent}.{child}".lstrip(".") for child, _ in known[parent].named_children()}
 
     def released_weights(self, name: str, keys: Iterable[str]) -> dict[str, Tensor]:
         """The tensors `keys` of a model, under the names that its released checkpoint gives them."""
@@ -153,7 +168,7 @@ class PipelineModels(nn.Module):
 
     def sources(self) -> dict[str, dict[str, str]]:
         """Where each loaded model's weights lie, and their fingerprint."""
-        loaded = [name for name in self._files if getattr(self, name) is not None]
+        loaded = [name for name in self._files if name in self.built_models]
         return {n: {"path": str(self._files[n][0].parent), "fingerprint": self.fingerprint(n)} for n in loaded}
 
     def fingerprint(self, name: str) -> str | None:

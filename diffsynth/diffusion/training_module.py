@@ -12,8 +12,10 @@ from .flow_match import TRAINING_STEPS
 from .lora import Adapter, LoRA
 from .loss import Objective
 from .randomness import Draw
+from .template_model import Template
+from .template_units import attach, rehearse
 from .unit_memory import UnitMemory, to_device
-from .units import optional_inputs, run_units, split_units
+from .units import optional_inputs, run_units, run_units_together, split_units
 
 
 def single_sample(samples: Sequence[Sample]) -> dict:
@@ -127,6 +129,7 @@ class PipelineTrainingModule(DiffusionTrainingModule):
         task: The objective.
         lora: The adapter, or None for full training.
         seed: Of noise, timesteps, dropped captions and the adapter's initial values.
+        template: A template whose inputs stand in the rows, in the column `template_inputs`.
         use_gradient_checkpointing, use_gradient_checkpointing_offload: See `core.gradient`.
         remember: GiB of host memory for what frozen units make of each sample.
         trained_dtype: Of the models that are trained in full, see `core.memory.MemoryRecipe`.
@@ -143,6 +146,7 @@ class PipelineTrainingModule(DiffusionTrainingModule):
         task: Objective,
         lora: Adapter | None = None,
         seed: int = 0,
+        template: Template | None = None,
         use_gradient_checkpointing: bool = False,
         use_gradient_checkpointing_offload: bool = False,
         remember: float = 0.0,
@@ -155,6 +159,10 @@ class PipelineTrainingModule(DiffusionTrainingModule):
             "use_gradient_checkpointing_offload": use_gradient_checkpointing_offload,
         }
         self.trainable_models = list(self._trainable_models())
+        self.extra_inputs = tuple(task.extra_inputs)
+        if template is not None:
+            attach(pipe, template, (*self.trainable_models, *(lora.models if lora else ())))
+            self.extra_inputs = tuple(dict.fromkeys((*task.extra_inputs, "template_inputs")))
         self.units = pipe.required_units(task.wanted_inputs(pipe))
         self.frozen_units, self.live_units = split_units(self.units, self.trained_roots)
         self.kept_inputs = task.wanted_inputs(pipe).union(*(unit.fetch_input_params() for unit in self.live_units))
@@ -187,7 +195,8 @@ class PipelineTrainingModule(DiffusionTrainingModule):
     def loss(self, samples: Sequence[Sample], draw: Draw, memory: UnitMemory | None = None) -> Tensor:
         """Loss per sample (B,), its random numbers from `draw`; `memory` is that of the samples' data set."""
         memory = memory or UnitMemory(0)
-        prepared = [run_units(self.live_units, self.pipe, *self._frozen_inputs(sample, memory)) for sample in samples]
+        frozen = [self._frozen_inputs(sample, memory) for sample in samples]
+        prepared = run_units_together(self.live_units, self.pipe, frozen)
         shared, posi, _ = (collate(list(side)) for side in zip(*prepared, strict=True))
         return self.task(self.pipe, draw=draw, **{**shared, **posi})
 
@@ -219,16 +228,29 @@ class PipelineTrainingModule(DiffusionTrainingModule):
 
     def get_pipeline_inputs(self, data: dict) -> tuple[dict, dict, dict]:
         """The pipeline's inputs for one row, as if it were called to draw this picture."""
-        image = data["image"]
+        image, extra = data["image"], {name: data[name] for name in self.extra_inputs}
+        posi = {name: extra.pop(name) for name in self.pipe.one_sided_arguments if name in extra}
         shared = {
             "input_image": image,
             "height": image.height,
             "width": image.width,
             "cfg_scale": 1,
             **self.memory_inputs,
-            **{name: data[name] for name in self.task.extra_inputs},
+            **extra,
         }
-        return shared, {"prompt": data["prompt"]}, {"negative_prompt": ""}
+        return shared, {"prompt": data["prompt"], **posi}, {"negative_prompt": ""}
+
+    @torch.no_grad()
+    def rehearse(self, dataset) -> None:
+        """Try the template on the first sample before the base's weights are read, where it needs none of them.
+
+        Raises:
+            ValueError: What it returns is not for this pipeline.
+        """
+        if self.pipe.template is not None:
+            sample = dataset[0]
+            cached = isinstance(sample, CachedRow)
+            rehearse(self.pipe, self._cached_inputs(sample) if cached else self.get_pipeline_inputs(sample))
 
     def _trainable_models(self) -> Sequence[str]:
         if self.task.trainable_models is not None:
@@ -245,7 +267,7 @@ class PipelineTrainingModule(DiffusionTrainingModule):
         for name in self.trainable_models:
             self.pipe.named_model(name)
         known = {*self.pipe.call_defaults, *optional_inputs(self.units)}
-        unknown = set(self.task.extra_inputs) - known
+        unknown = set(self.extra_inputs) - known
         if unknown:
             raise ValueError(
                 f"task.extra_inputs: {type(self.pipe).__name__} has no input {min(unknown)!r}; it has {sorted(known)}."

@@ -49,6 +49,10 @@ class PipelineUnit:
         """What `process` returns for each of several inputs; a unit whose network takes batches may be faster here."""
         return [self.process(pipe, **inputs) for inputs in batch]
 
+    def depends_on(self, pipe) -> dict[str, str]:
+        """What else its results depend on, by name, besides its inputs, its code and the models that it calls."""
+        return {}
+
     def fetch_input_params(self) -> list[str]:
         """Every key this unit may read, of any of the three dictionaries."""
         return sorted({*self.input_params, *self.input_params_posi.values(), *self.input_params_nega.values()})
@@ -86,6 +90,28 @@ def run_units(units: Iterable[PipelineUnit], pipe, inputs_shared: dict, inputs_p
     for unit in units:
         inputs_shared, inputs_posi, inputs_nega = pipe.unit_runner(unit, pipe, inputs_shared, inputs_posi, inputs_nega)
     return inputs_shared, inputs_posi, inputs_nega
+
+
+def run_units_together(units: Iterable[PipelineUnit], pipe, samples: Sequence[tuple]) -> list[tuple]:
+    """Run units in order over the three dictionaries of each of several samples, those that can over all at once."""
+    for unit in units:
+        takes_batches = type(unit).process_batch is not PipelineUnit.process_batch
+        if takes_batches and all(shared.get("cfg_scale", 1) == 1 for shared, _, _ in samples):
+            samples = _process_together(unit, pipe, samples)
+        else:
+            samples = [pipe.unit_runner(unit, pipe, *sample) for sample in samples]
+    return list(samples)
+
+
+def _process_together(unit: PipelineUnit, pipe, samples: Sequence[tuple]) -> list[tuple]:
+    given = [read_inputs(unit, pipe, shared, unit.input_params_posi, posi) for shared, posi, _ in samples]
+    made = unit.process_batch(pipe, given)
+    for outputs in made:
+        check_outputs(unit, outputs)
+    both = list(zip(samples, made, strict=True))
+    if unit.separate_cfg:
+        return [(shared, {**posi, **outputs}, {**nega, **outputs}) for (shared, posi, nega), outputs in both]
+    return [({**shared, **outputs}, posi, nega) for (shared, posi, nega), outputs in both]
 
 
 def required_units(units: Iterable[PipelineUnit], wanted: Iterable[str]) -> list[PipelineUnit]:

@@ -39,6 +39,7 @@ class Validation:
         loss_samples: How many rows of each.
         metrics: What drawings of the rows' prompts are measured by, by name.
         metric_samples: How many rows of each are drawn for them.
+        template_samples: How many rows of each are drawn to be seen, where a template reads inputs of theirs.
         weights: Which weights are looked at: `raw`, the average `ema`, or both; names of the latter start with `ema_`.
     """
 
@@ -51,6 +52,7 @@ class Validation:
     loss_samples: int = 64
     metrics: Mapping[str, Metric] = field(default_factory=dict)
     metric_samples: int = 64
+    template_samples: int = 4
     weights: Sequence[str] = ("raw",)
 
     @property
@@ -65,7 +67,8 @@ class Validation:
             ValueError: The pipeline does not take these options.
         """
         module.pipe.complete(self.options)
-        if self.prompts or (self.metrics and self.datasets):
+        draws_rows = self.metrics or (self.template_samples and module.pipe.template is not None)
+        if self.prompts or (draws_rows and self.datasets):
             return module.pipe.models_of(module.pipe.units, model_fn=True)
         encodes = any(not isinstance(dataset, CachedDataset) for dataset in self.datasets.values())
         return module.pipe.models_of(module.units, model_fn=True) if encodes else set()
@@ -108,12 +111,16 @@ class Validation:
                 losses = self.losses(module, dataset)
                 values |= {f"{name}_{key}": value for key, value in losses.items()}
             for name, dataset in self.datasets.items() if self.metrics else ():
-                measured = self.measure(pipe, dataset)
+                measured = self.measure(module, dataset)
                 values |= {f"{name}_{key}": value for key, value in measured.items()}
-            if self.prompts:
-                images = self._generate(pipe, self.prompts)
-                if accelerator.is_main_process:
-                    pictures[f"{prefix}samples"] = self.save(images, step, prefix)
+            requests = {"": [{"prompt": prompt} for prompt in self.prompts]}
+            if pipe.template is not None:
+                rows = {f"{n}_": first_rows(d, self.template_samples) for n, d in self.datasets.items()}
+                requests |= {name: requests_of(own, module) for name, own in rows.items()}
+            for name, own in requests.items():
+                images = self._generate(pipe, own)
+                if own and accelerator.is_main_process:
+                    pictures[f"{prefix}{name}samples"] = self.save(images, own, step, prefix + name)
         accelerator.wait_for_everyone()
         return values, pictures
 
@@ -134,27 +141,46 @@ class Validation:
         draw = StratifiedDraw(self.seed, [SampleAddress(band, index) for band in range(BANDS)], BANDS)
         return module.loss(samples, draw, UnitMemory(1.0)).double().tolist()  # one encoding for all bands
 
-    def measure(self, pipe, dataset: UnifiedDataset) -> dict[str, float]:
+    def measure(self, module, dataset: UnifiedDataset) -> dict[str, float]:
         """Every metric of drawings of the first rows' prompts."""
-        rows = [dataset[index] for index in range(min(self.metric_samples, len(dataset)))]
+        rows, device = first_rows(dataset, self.metric_samples), module.pipe.device
         prompts, targets = ([row[key] for row in rows] for key in ("prompt", "image"))
-        drawn = self._generate(pipe, prompts)
-        values = {name: metric.measure(drawn, prompts, targets, pipe.device) for name, metric in self.metrics.items()}
+        drawn = self._generate(module.pipe, requests_of(rows, module))
+        values = {name: metric.measure(drawn, prompts, targets, device) for name, metric in self.metrics.items()}
         return broadcast_object_list([values])[0]  # rounding may differ between processes
 
-    def save(self, images: Sequence[Image.Image], step: int, prefix: str = "") -> Path:
-        """Save the drawn prompts as one row, and with all earlier rows as `progress.png`; returns the row."""
+    def save(self, images: Sequence[Image.Image], requests: Sequence[Mapping], step: int, prefix: str = "") -> Path:
+        """Save what was drawn as one row, and with all earlier rows as `progress.png`; returns the row."""
         newest = Path(self.path) / f"{prefix}step-{step:06d}.png"
-        save_png(row(images, [f"{step}: {prompt}" for prompt in self.prompts]), newest)
+        save_png(row(images, [f"{step}: {_caption(request)}" for request in requests]), newest)
         drawn = [path for path in sorted(newest.parent.glob(f"{prefix}step-*.png")) if path <= newest]
         save_png(stack([Image.open(path) for path in drawn]), newest.with_name(f"{prefix}progress.png"))
         return newest
 
-    def _generate(self, pipe, prompts: Sequence[str]) -> list[Image.Image]:
-        """Draw the prompts, each with a seed of its own; every process draws a part of them and gets all."""
+    def _generate(self, pipe, requests: Sequence[Mapping]) -> list[Image.Image]:
+        """Draw requests, each with a seed of its own; every process draws a part of them and gets all."""
         pipe.progress_bar = iter
-        requests = [{**self.options, "prompt": p, "seed": self.seed + i} for i, p in enumerate(prompts)]
-        return _share(requests, pipe.generate)
+        seeded = [{**self.options, "seed": self.seed + number, **own} for number, own in enumerate(requests)]
+        if all(own.keys() == {"prompt"} for own in requests):
+            return _share(seeded, pipe.generate)
+        return _share(seeded, lambda mine: [pipe.generate([own])[0] for own in mine])  # inputs may differ in shape
+
+
+def first_rows(dataset: UnifiedDataset, count: int) -> list[dict]:
+    return [dataset[index] for index in range(min(count, len(dataset)))]
+
+
+def requests_of(rows: Sequence[Mapping], module) -> list[dict]:
+    """What draws rows: their prompts, and what else of them the training's pipeline reads."""
+    read = [name for name in module.extra_inputs if name in module.pipe.arguments]
+    names = ["prompt", *(name for name in read if name != "inpaint_mask")]  # which needs a picture to start from
+    return [{name: each[name] for name in names} for each in rows]
+
+
+def _caption(request: Mapping) -> str:
+    inputs = request.get("template_inputs", {})
+    named = (f"{name} {Path(value).name if isinstance(value, str) else value}" for name, value in inputs.items())
+    return ", ".join([*named, request["prompt"]])
 
 
 def _share(items: Sequence, make: Callable[[list], Sequence]) -> list:

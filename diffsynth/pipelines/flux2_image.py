@@ -1,13 +1,50 @@
-"""FLUX.2: text-to-image and editing.
+"""FLUX.2 (dev, klein): text-to-image and image-to-image, editing one or several images.
 
 Black Forest Labs 2025, "FLUX.2" (https://bfl.ai/blog/flux-2). Networks: diffusers, transformers.
+Latents are (B, 128, H/16, W/16), each pixel one token of the transformer; edit images are more tokens of the same kind.
 """
 
+import copy
+import math
+from collections.abc import Iterable, Mapping, Sequence
+
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from diffusers import AutoencoderKLFlux2, Flux2Transformer2DModel
+from diffusers.models.attention_dispatch import dispatch_attention_fn
+from diffusers.models.embeddings import apply_rotary_emb
+from diffusers.models.transformers.transformer_flux2 import Flux2AttnProcessor, Flux2ParallelSelfAttnProcessor
+from diffusers.pipelines.flux2.system_messages import SYSTEM_MESSAGE
+from PIL import Image
+from torch import Tensor, nn
+from tqdm import tqdm
 
-from ..diffusion.flow_match import exponential_shift
+from ..core.data.operators import ImageCropAndResize
+from ..core.gradient import checkpoint_blocks
+from ..core.loader import ModelConfig
+from ..diffusion.base_pipeline import BasePipeline, PipelineUnit
+from ..diffusion.flow_match import FlowMatchScheduler, exponential_shift
+from ..diffusion.image_units import (
+    Inpaint,
+    InputImageEmbedder,
+    LossMask,
+    NoiseInitializer,
+    ShapeChecker,
+    encode_images,
+    tiling,
+)
+from ..diffusion.kv_cache import KVCache, KVCacheReader, appended, attending_to_all_after
+from ..diffusion.models import TrainingDefaults
+from ..diffusion.template_cache import append_text
+from ..diffusion.template_lora import InputLoRA, added
+from ..diffusion.units import in_groups
 
+__all__ = ["Flux2ImagePipeline", "ModelConfig"]
+
+MAX_PROMPT_TOKENS = 512  # the chat template's among them
+EDIT_IMAGE_PIXELS = 1024 * 1024
+EDIT_IMAGE_FACTOR = 32  # of both sides of an edit image that is resized
+EDIT_IMAGE_TIME = 10  # between one edit image and the next, on the first axis of positions
 TRAINING_MU = 0.8  # shift of the training grid at every resolution
 MANY_TOKENS = 4300  # from here on the number of steps no longer matters
 
@@ -33,3 +70,486 @@ def _empirical_shift(tokens: int, steps: int) -> float:
         return at_200
     at_10 = 8.73809524e-05 * tokens + 1.89833333
     return at_200 + (steps - 200) * (at_200 - at_10) / (200 - 10)
+
+
+# Networks -------------------------------------------------------------------------------------------------------------
+
+
+class Flux2VAE(AutoencoderKLFlux2):
+    """The released autoencoder in latents of 2 × 2 pixels each, normalised by the statistics of its batch norm."""
+
+    def encode(self, image: Tensor, tiled: bool = False, tile_size: int = 128, tile_stride: int = 64) -> Tensor:
+        """Mean latents (B, 128, H/16, W/16), zero mean and unit variance per channel, of RGB (B, 3, H, W) in [-1, 1].
+
+        Args:
+            tiled: Encode overlapping tiles of 8 × `tile_size` pixels, 8 × `tile_stride` apart: less memory, some seams.
+        """
+        latents = F.pixel_unshuffle(self.distribution(image, tiled, tile_size, tile_stride).mean, 2)
+        mean, std = self._statistics(latents)
+        return (latents - mean) / std
+
+    def distribution(self, image: Tensor, tiled: bool = False, tile_size: int = 128, tile_stride: int = 64):
+        """The posterior N(μ, σ²) over unnormalised latents (B, 32, H/8, W/8)."""
+        self._tile(tiled, tile_size, tile_stride)
+        return super().encode(image).latent_dist
+
+    def decode(self, latents: Tensor, tiled: bool = False, tile_size: int = 128, tile_stride: int = 64) -> Tensor:
+        """RGB (B, 3, H, W) in [-1, 1] of normalised latents (B, 128, H/16, W/16)."""
+        mean, std = self._statistics(latents)
+        self._tile(tiled, tile_size, tile_stride)
+        return self.reconstruct(F.pixel_shuffle(latents * std + mean, 2).to(self.dtype))
+
+    def reconstruct(self, latents: Tensor) -> Tensor:
+        """RGB (B, 3, H, W) in [-1, 1] of unnormalised latents (B, 32, H/8, W/8)."""
+        return super().decode(latents).sample
+
+    def _statistics(self, like: Tensor) -> tuple[Tensor, Tensor]:
+        std = (self.bn.running_var + self.config.batch_norm_eps).sqrt()
+        return tuple(statistic.to(like).view(1, -1, 1, 1) for statistic in (self.bn.running_mean, std))
+
+    def _tile(self, tiled: bool, tile_size: int, tile_stride: int) -> None:
+        self.use_tiling = tiled
+        self.tile_latent_min_size = tile_size
+        self.tile_sample_min_size = tile_size * 2 ** (len(self.config.block_out_channels) - 1)
+        self.tile_overlap_factor = 1 - tile_stride / tile_size
+
+
+def text_embeddings(decoder: nn.Module, ids: Tensor, mask: Tensor) -> Tensor:
+    """What a language model's `decoder` holds at its `text_depths`, side by side (B, L, 3 D); no layer above is run.
+
+    Args:
+        ids, mask: Token ids and whether they are no padding (B, L).
+    """
+    depths, whole = text_depths(decoder), decoder.config
+    decoder.config = copy.copy(whole)
+    decoder.config.num_hidden_layers = depths[-1]
+    decoder.config.tie_last_hidden_states = False  # else the last would be replaced by what the final norm makes of it
+    try:
+        states = decoder(ids, mask, use_cache=False, output_hidden_states=depths).hidden_states
+    finally:
+        decoder.config = whole
+    return torch.cat([states[depth] for depth in depths], dim=2)
+
+
+def text_depths(decoder: nn.Module) -> list[int]:
+    """After how many layers hidden states are read: 1/4, 2/4 and 3/4 of all."""
+    return [decoder.config.num_hidden_layers * quarters // 4 for quarters in (1, 2, 3)]
+
+
+class Flux2KVCacheReader(KVCacheReader):
+    def attend(
+        self, heads: Sequence[Tensor], frequencies: tuple[Tensor, Tensor], further: tuple[Tensor, Tensor], mask
+    ) -> Tensor:
+        """Tokens (B, S, D) of query, key and value (B, S, heads, head_dim), and of `further` keys and values."""
+        query, key = (apply_rotary_emb(each, frequencies, sequence_dim=1) for each in heads[:2])
+        key, value = appended(key, heads[2], further)
+        mask = mask if mask is None else attending_to_all_after(mask, key.shape[1] - mask.shape[1])
+        options = {"backend": self._attention_backend, "parallel_config": self._parallel_config}
+        return dispatch_attention_fn(query, key, value, attn_mask=mask, **options).flatten(2).to(query.dtype)
+
+
+class Flux2DoubleAttnProcessor(Flux2KVCacheReader, Flux2AttnProcessor):
+    """The library's; where a `kv_cache` has the block, the same with further keys and values."""
+
+    def __call__(
+        self,
+        attn: nn.Module,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor,
+        attention_mask: Tensor | None = None,
+        image_rotary_emb: tuple[Tensor, Tensor] | None = None,
+        kv_cache: KVCache | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        further = (kv_cache or {}).get(self.block)
+        if further is None:
+            return super().__call__(attn, hidden_states, encoder_hidden_states, attention_mask, image_rotary_emb)
+        image = [layer(hidden_states) for layer in (attn.to_q, attn.to_k, attn.to_v)]
+        text = [layer(encoder_hidden_states) for layer in (attn.add_q_proj, attn.add_k_proj, attn.add_v_proj)]
+        image = split_heads(image, attn.norm_q, attn.norm_k)
+        text = split_heads(text, attn.norm_added_q, attn.norm_added_k)
+        heads = [torch.cat(streams, dim=1) for streams in zip(text, image, strict=True)]
+        tokens = self.attend(heads, image_rotary_emb, further, attention_mask)
+        text, image = tokens.tensor_split([encoder_hidden_states.shape[1]], dim=1)
+        return attn.to_out[1](attn.to_out[0](image)), attn.to_add_out(text)
+
+
+class Flux2SingleAttnProcessor(Flux2KVCacheReader, Flux2ParallelSelfAttnProcessor):
+    """The library's; where a `kv_cache` has the block, the same with further keys and values."""
+
+    def __call__(
+        self,
+        attn: nn.Module,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None = None,
+        image_rotary_emb: tuple[Tensor, Tensor] | None = None,
+        kv_cache: KVCache | None = None,
+    ) -> Tensor:
+        further = (kv_cache or {}).get(self.block)
+        if further is None:
+            return super().__call__(attn, hidden_states, attention_mask, image_rotary_emb)
+        projected, mlp = attn.to_qkv_mlp_proj(hidden_states).tensor_split([3 * attn.inner_dim], dim=-1)
+        heads = split_heads(projected.chunk(3, dim=-1), attn.norm_q, attn.norm_k)
+        tokens = self.attend(heads, image_rotary_emb, further, attention_mask)
+        return attn.to_out(torch.cat([tokens, attn.mlp_act_fn(mlp)], dim=-1))
+
+
+def let_blocks_read_kv_caches(dit: Flux2Transformer2DModel) -> None:
+    for number, block in enumerate(dit.transformer_blocks):
+        block.attn.set_processor(Flux2DoubleAttnProcessor(f"double_{number}"))
+    for number, block in enumerate(dit.single_transformer_blocks):
+        block.attn.set_processor(Flux2SingleAttnProcessor(f"single_{number}"))
+
+
+def split_heads(projected: Sequence[Tensor], norm_q: nn.Module, norm_k: nn.Module) -> list[Tensor]:
+    """Query, key and value (B, L, D) by heads, (B, L, heads, head_dim), the first two normalised."""
+    query, key, value = (tokens.unflatten(-1, (-1, *norm_q.normalized_shape)) for tokens in projected)
+    return [norm_q(query), norm_k(key), value]
+
+
+def model_fn_flux2(
+    dit: Flux2Transformer2DModel,
+    latents: Tensor,
+    timestep: Tensor,
+    prompt_emb: Tensor,
+    edit_latents: Sequence[Tensor] = (),
+    embedded_guidance: float | Sequence[float] = 1.0,
+    kv_cache: KVCache | None = None,
+    lora: InputLoRA | None = None,
+    extra_text_embedding: Tensor | None = None,
+    use_gradient_checkpointing: bool = False,
+    use_gradient_checkpointing_offload: bool = False,
+) -> Tensor:
+    """Velocity (B, 128, h, w) of noisy latents (B, 128, h, w) at timesteps (B,) in [0, 1000].
+
+    Args:
+        prompt_emb: Text embeddings (B, L, D), those of padding among them, which the network was trained to see.
+        edit_latents: Clean latents (B, 128, h, w) of each edit image, in sizes of their own.
+        embedded_guidance: Guidance scale, one or B, that a guidance-distilled network is told; others ignore it.
+        kv_cache: Further keys and values of blocks, `double_0` and `single_0` and so on.
+        lora: Update of the transformer's layers.
+        extra_text_embedding: Further text embeddings (B, L', D), which follow the prompt's.
+    """
+    checkpoint_blocks(dit, use_gradient_checkpointing, use_gradient_checkpointing_offload)
+    images = [latents, *edit_latents]
+    places = [positions(EDIT_IMAGE_TIME * number, *image.shape[2:], 1) for number, image in enumerate(images)]
+    text, _ = append_text(prompt_emb, None, extra_text_embedding)
+    with added(dit, lora):
+        velocity = dit(
+            hidden_states=torch.cat([pack_latents(image) for image in images], dim=1).to(dit.dtype),
+            timestep=timestep / 1000,
+            guidance=torch.as_tensor(embedded_guidance, device=latents.device).expand(len(latents)),
+            encoder_hidden_states=text.to(dit.dtype),
+            img_ids=torch.cat(places).to(latents.device),
+            txt_ids=positions(0, 1, 1, text.shape[1]).to(latents.device),
+            joint_attention_kwargs={"kv_cache": kv_cache} if kv_cache else None,
+            return_dict=False,
+        )[0]
+    height, width = latents.shape[2:]
+    return unpack_latents(velocity[:, : height * width], height, width)
+
+
+def positions(time: int, height: int, width: int, length: int) -> Tensor:
+    """Places (h · w · l, 4) of tokens on the axes time, row, column and place in the text."""
+    return torch.cartesian_prod(torch.tensor([time]), *(torch.arange(n) for n in (height, width, length)))
+
+
+def pack_latents(latents: Tensor) -> Tensor:
+    """(B, C, h, w) → (B, h · w, C)."""
+    return latents.flatten(2).transpose(1, 2)
+
+
+def unpack_latents(tokens: Tensor, height: int, width: int) -> Tensor:
+    """(B, h · w, C) → (B, C, h, w)."""
+    return tokens.transpose(1, 2).unflatten(2, (height, width))
+
+
+# Units ----------------------------------------------------------------------------------------------------------------
+
+
+class Flux2Unit_EditImageEmbedder(PipelineUnit):
+    """Images to be edited or drawn from, as a list of latents (1, 128, h, w) in sizes of their own."""
+
+    def __init__(self):
+        super().__init__(output_params=("edit_latents",), onload_model_names=("vae",))
+
+    def process(self, pipe, edit_image, edit_image_auto_resize, edit_image_pixels, tiled, tile_size, tile_stride):
+        images = edit_images(edit_image, edit_image_auto_resize, edit_image_pixels)
+        return {"edit_latents": encode_images(pipe, images, tiled, tile_size, tile_stride)} if images else {}
+
+    def process_batch(self, pipe, batch):
+        """Edit images of one size go through the autoencoder together, whichever sample they are of."""
+        names = ("edit_image", "edit_image_auto_resize", "edit_image_pixels")
+        images = [edit_images(*(each[name] for name in names)) for each in batch]
+        latents = iter(encode_images(pipe, [image for own in images for image in own], *tiling(batch[0])))
+        return [{"edit_latents": [next(latents) for _ in own]} if own else {} for own in images]
+
+
+def edit_images(
+    edit_image: Image.Image | Sequence[Image.Image] | None, auto_resize: bool, pixels: int
+) -> list[Image.Image]:
+    """One image or several as a list in RGB, each of about `pixels` pixels in its own proportions with `auto_resize`.
+
+    Raises:
+        ValueError: It is something else, or has sides that the autoencoder cannot divide.
+    """
+    images = [] if edit_image is None else edit_image if isinstance(edit_image, list | tuple) else [edit_image]
+    strange = [image for image in images if not isinstance(image, Image.Image)]
+    if strange:
+        raise ValueError(
+            f"edit_image is or holds {strange[0]!r}, expected images; where it is a column of a data set, list it in "
+            "dataset.data_file_keys."
+        )
+    images = [image.convert("RGB") for image in images]
+    return [resize_to_area(image, pixels) if auto_resize else _checked_sides(image) for image in images]
+
+
+def _checked_sides(image: Image.Image) -> Image.Image:
+    if image.width % 16 or image.height % 16:
+        raise ValueError(
+            f"edit_image is {image.width} x {image.height} pixels, expected multiples of 16; crop it, or let it be "
+            "resized with edit_image_auto_resize=True."
+        )
+    return image
+
+
+def resize_to_area(image: Image.Image, pixels: int) -> Image.Image:
+    """An image scaled to about `pixels` pixels in its own proportions, its sides cropped to multiples of 32."""
+    scale = math.sqrt(pixels / (image.width * image.height))
+    width, height = (max(1, round(n * scale / EDIT_IMAGE_FACTOR)) * EDIT_IMAGE_FACTOR for n in image.size)
+    return ImageCropAndResize(height, width)(image)
+
+
+class Flux2Unit_PromptEmbedder(PipelineUnit):
+    """Text embeddings (1, L, 3 D) of prompts in their chat template, padded to one length."""
+
+    def __init__(self):
+        super().__init__(
+            separate_cfg=True,
+            input_params_posi={"prompt": "prompt"},
+            input_params_nega={"prompt": "negative_prompt"},
+            output_params=("prompt_emb",),
+            onload_model_names=("text_encoder",),
+        )
+
+    def process(self, pipe, prompt, max_sequence_length):
+        return self.process_batch(pipe, [{"prompt": prompt, "max_sequence_length": max_sequence_length}])[0]
+
+    def process_batch(self, pipe, batch):
+        """All prompts go through the text encoder together, as they are padded to the same length anyway."""
+        pipe.load_models_to_device(["text_encoder"])
+        decoder = pipe.text_encoder.get_decoder()  # the language head would only cost time and memory
+
+        def encode(alike: Sequence[Mapping]) -> Sequence[Tensor]:
+            tokens = pipe.tokenize([each["prompt"] for each in alike], alike[0]["max_sequence_length"])
+            ids, mask = (tokens[name].to(pipe.device) for name in ("input_ids", "attention_mask"))
+            return text_embeddings(decoder, ids, mask).split(1)
+
+        embeddings = in_groups(batch, [each["max_sequence_length"] for each in batch], encode)
+        return [{"prompt_emb": own} for own in embeddings]
+
+
+# Pipeline -------------------------------------------------------------------------------------------------------------
+
+
+class Flux2ImagePipeline(BasePipeline):
+    """FLUX.2 on diffusers' transformer and VAE and transformers' Qwen3 (klein) or Mistral 3 (dev)."""
+
+    model_classes = {
+        "Flux2Transformer2DModel": ("dit", None),
+        "Qwen3ForCausalLM": ("text_encoder", None),
+        "Mistral3ForConditionalGeneration": ("text_encoder", None),
+        "AutoencoderKLFlux2": ("vae", Flux2VAE),
+    }
+    lora_prefixes = {"dit": "transformer", "text_encoder": "text_encoder"}
+    per_image_arguments = (*BasePipeline.per_image_arguments, "edit_image")
+    latent_channels, latent_factor = 128, 16
+    model_fn = staticmethod(model_fn_flux2)
+
+    def __init__(self, device="cpu", torch_dtype=torch.bfloat16):
+        super().__init__(device, torch_dtype)
+        self.tokenizer = None
+        self.call_defaults.update(max_sequence_length=MAX_PROMPT_TOKENS, edit_image_pixels=EDIT_IMAGE_PIXELS)
+        self.scheduler = FlowMatchScheduler(flux2_sigmas)
+        self.units = [
+            ShapeChecker(),
+            NoiseInitializer(),
+            InputImageEmbedder(),
+            Inpaint(),
+            LossMask(),
+            Flux2Unit_EditImageEmbedder(),
+            Flux2Unit_PromptEmbedder(),
+        ]
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        torch_dtype: torch.dtype = torch.bfloat16,
+        device="cpu",
+        model_configs: Sequence[ModelConfig] = (),
+        tokenizer_config: ModelConfig | None = None,
+    ) -> "Flux2ImagePipeline":
+        """Build the pipeline and read all its weights."""
+        pipe = cls(device, torch_dtype)
+        pipe.build_models(model_configs)
+        pipe.build_tokenizer(tokenizer_config)
+        pipe.load_models()
+        return pipe
+
+    @classmethod
+    def from_components(
+        cls,
+        dit: ModelConfig | None,
+        text_encoder: ModelConfig | None,
+        vae: ModelConfig | None,
+        tokenizer: ModelConfig | None,
+        torch_dtype: str = "bfloat16",
+        height: int = 1024,
+        width: int = 1024,
+        max_sequence_length: int = MAX_PROMPT_TOKENS,
+        edit_image_pixels: int = EDIT_IMAGE_PIXELS,
+        training: TrainingDefaults | None = None,
+        device="cpu",
+    ) -> "Flux2ImagePipeline":
+        """Build the pipeline on the meta device; `load_models` then reads the weights a run needs.
+
+        Args:
+            dit, text_encoder, vae, tokenizer: None of what a run does not need, as where a cache holds what it made.
+            torch_dtype: What frozen weights and computation are in.
+            height, width: Size in pixels that this model draws by default.
+            max_sequence_length: Tokens that every prompt is cut or padded to, those of the chat template included.
+            edit_image_pixels: Area in pixels that edit images are resized to.
+            training: What a training of this model starts from.
+        """
+        if tokenizer is None and text_encoder is not None:
+            raise ValueError("text_encoder needs a tokenizer, but model.tokenizer is null; say where it is.")
+        pipe = cls(device, getattr(torch, torch_dtype))
+        pipe.build_models(model for model in (dit, text_encoder, vae) if model is not None)
+        pipe.build_tokenizer(tokenizer)
+        pipe.call_defaults.update(height=height, width=width)
+        pipe.call_defaults.update(max_sequence_length=max_sequence_length, edit_image_pixels=edit_image_pixels)
+        pipe.training_defaults = training or TrainingDefaults()
+        return pipe
+
+    def build_models(self, model_configs: Iterable[ModelConfig]) -> None:
+        super().build_models(model_configs)
+        if self.dit is not None:
+            let_blocks_read_kv_caches(self.dit)
+        if self.dit is None or self.text_encoder is None:
+            return
+        wanted, width = self.dit.config.joint_attention_dim, self.text_encoder.get_decoder().config.hidden_size
+        if wanted != 3 * width:
+            raise ValueError(
+                f"dit takes text embeddings of {wanted} channels, but text_encoder makes 3 x {width} = {3 * width}: "
+                "they are of different models; take the text encoder that was released with the transformer."
+            )
+
+    def build_tokenizer(self, tokenizer_config: ModelConfig | None) -> None:
+        """Read the tokenizer and see that it has the chat template that prompts are put into."""
+        from transformers import AutoTokenizer
+
+        if tokenizer_config is None:
+            return
+        (folder,) = tokenizer_config.resolve()
+        self.tokenizer, self.tokenizer_folders["tokenizer"] = AutoTokenizer.from_pretrained(folder), folder
+        if self.tokenizer.chat_template is None:
+            raise ValueError(
+                f"The tokenizer in {folder} has no chat template, which prompts are put into; expected one in its "
+                "chat_template.jinja or tokenizer_config.json. Take the tokenizer released with the model."
+            )
+
+    def tokenize(self, prompts: Sequence[str], max_sequence_length: int):
+        """Token ids and mask (B, max_sequence_length) of prompts, each in its chat."""
+        return self.tokenizer(
+            [self.as_chat(prompt) for prompt in prompts],
+            add_special_tokens=False,  # the template has written them
+            padding="max_length",
+            truncation=True,
+            max_length=max_sequence_length,
+            return_tensors="pt",
+        )
+
+    def as_chat(self, prompt: str) -> str:
+        """The prompt as the model was trained to read it.
+
+        Qwen3 (klein) is asked and about to answer without thinking, Mistral 3 (dev) has been told what it is.
+        """
+        if self.text_encoder.config.model_type == "qwen3":
+            question = [{"role": "user", "content": prompt}]
+            options = {"add_generation_prompt": True, "enable_thinking": False}
+            return self.tokenizer.apply_chat_template(question, tokenize=False, **options)
+        said = {"system": SYSTEM_MESSAGE, "user": prompt.replace("[IMG]", "")}
+        messages = [{"role": role, "content": [{"type": "text", "text": text}]} for role, text in said.items()]
+        return self.tokenizer.apply_chat_template(messages, tokenize=False)
+
+    def cuts_off(self, prompt: str) -> bool:
+        if self.tokenizer is None or self.text_encoder is None:
+            return False
+        tokens = self.tokenizer(self.as_chat(prompt), add_special_tokens=False).input_ids
+        return len(tokens) > self.call_defaults["max_sequence_length"]
+
+    def set_timesteps(self, request: Mapping) -> None:
+        height, width = self.check_resize_height_width(request["height"], request["width"])
+        self.scheduler.set_timesteps(
+            request["num_inference_steps"],
+            denoising_strength=request["denoising_strength"],
+            sigmas=request["sigmas"],
+            dynamic_shift_len=(height // 16) * (width // 16),
+        )
+
+    def __call__(
+        self,
+        prompt: str,
+        negative_prompt: str = "",
+        cfg_scale: float = 1.0,
+        embedded_guidance: float = 4.0,
+        input_image: Image.Image | None = None,
+        denoising_strength: float = 1.0,
+        inpaint_mask: Image.Image | None = None,
+        inpaint_blur_sigma: float | None = None,
+        edit_image: Image.Image | Sequence[Image.Image] | None = None,
+        edit_image_auto_resize: bool = True,
+        edit_image_pixels: int | None = None,
+        height: int = 1024,
+        width: int = 1024,
+        seed: int | None = None,
+        rand_device: str = "cpu",
+        num_inference_steps: int = 30,
+        sigmas: Sequence[float] | None = None,
+        max_sequence_length: int | None = None,
+        tiled: bool = False,
+        tile_size: int = 128,
+        tile_stride: int = 64,
+        kv_cache: KVCache | None = None,
+        negative_kv_cache: KVCache | None = None,
+        lora: Mapping[str, Tensor] | None = None,
+        negative_lora: Mapping[str, Tensor] | None = None,
+        extra_text_embedding: Tensor | None = None,
+        negative_extra_text_embedding: Tensor | None = None,
+        progress_bar_cmd=tqdm,
+    ) -> Image.Image:
+        """Draw one image.
+
+        Args:
+            cfg_scale: Classifier-free guidance against `negative_prompt`; 1 is none and half the time, as the
+                distilled models (dev, klein) are made for.
+            embedded_guidance: Guidance scale that dev was distilled to follow; klein ignores it.
+            input_image: Start from this image, noised by `denoising_strength` in (0, 1], instead of pure noise.
+            inpaint_mask: White is redrawn, black keeps `input_image`; its edge softened by `inpaint_blur_sigma`
+                latent pixels.
+            edit_image: Image that the prompt says how to change, or several that it refers to.
+            edit_image_auto_resize: Scale each to about `edit_image_pixels` (None is the model's own, 1024²) in its own
+                proportions and crop its sides to multiples of 32; otherwise they have to be multiples of 16.
+            height, width: In pixels, rounded up to a multiple of 16; `input_image` is resized to them.
+            sigmas: Noise levels to sample at, instead of `num_inference_steps` of the family's own.
+            max_sequence_length: Tokens that the prompt is cut or padded to, those of the chat template included; None
+                is the model's own number, 512.
+            tiled: Run the VAE on tiles of 8 × `tile_size` pixels, 8 × `tile_stride` apart.
+            kv_cache: Keys and values (1, L, heads, head_dim) by block, `double_0`, `single_0` and so on, which are
+                attended to; of the conditional prediction, as `lora` and `extra_text_embedding`; `negative_…` of the
+                unconditional.
+            lora: State dict of a LoRA of the transformer, under diffusers' names.
+            extra_text_embedding: Text embeddings (1, L, D) that follow the prompt's.
+        """
+        request = {name: value for name, value in locals().items() if name not in ("self", "__class__")}
+        self.progress_bar = progress_bar_cmd
+        return self.generate([request])[0]

@@ -6,20 +6,25 @@ Latents are (B, 16, H/8, W/8); the transformer sees them as tokens of 2 × 2 lat
 
 from collections.abc import Mapping, Sequence
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKLQwenImage, QwenImageTransformer2DModel
+from diffusers.models.attention_dispatch import dispatch_attention_fn
 from diffusers.models.autoencoders.autoencoder_kl_qwenimage import QwenImageCausalConv3d
-from PIL import Image, ImageFilter
-from torch import Tensor
+from diffusers.models.transformers.transformer_qwenimage import QwenDoubleStreamAttnProcessor2_0, apply_rotary_emb_qwen
+from PIL import Image
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from ..core.gradient import checkpoint_blocks
 from ..core.loader import ModelConfig
+from ..diffusion import image_units
 from ..diffusion.base_pipeline import BasePipeline, PipelineUnit
 from ..diffusion.flow_match import FlowMatchScheduler, exponential_shift, stretch_to_terminal
+from ..diffusion.kv_cache import KVCache, KVCacheReader, appended, attending_to_all_after
 from ..diffusion.models import TrainingDefaults
+from ..diffusion.template_cache import append_text
+from ..diffusion.template_lora import InputLoRA, added
 from ..diffusion.units import in_groups
 
 __all__ = ["ModelConfig", "QwenImagePipeline"]
@@ -121,12 +126,62 @@ class QwenImageVAE(AutoencoderKLQwenImage):
         self.use_tiling = tiled
 
 
+class QwenImageAttnProcessor(KVCacheReader, QwenDoubleStreamAttnProcessor2_0):
+    """The library's; where a `kv_cache` has the block, the same with further keys and values."""
+
+    def __call__(
+        self,
+        attn: nn.Module,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor,
+        encoder_hidden_states_mask: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        image_rotary_emb: tuple[Tensor, Tensor] | None = None,
+        kv_cache: KVCache | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        mask, further = encoder_hidden_states_mask, (kv_cache or {}).get(self.block)
+        if further is None:
+            return super().__call__(attn, hidden_states, encoder_hidden_states, mask, attention_mask, image_rotary_emb)
+        image_layers, text_layers = (
+            (attn.to_q, attn.to_k, attn.to_v),
+            (attn.add_q_proj, attn.add_k_proj, attn.add_v_proj),
+        )
+        image = project(hidden_states, image_layers, (attn.norm_q, attn.norm_k), image_rotary_emb[0])
+        text = project(encoder_hidden_states, text_layers, (attn.norm_added_q, attn.norm_added_k), image_rotary_emb[1])
+        query, key, value = (torch.cat(pair, dim=1) for pair in zip(text, image, strict=True))
+        key, value = appended(key, value, further)
+        if mask is not None:
+            mask = attending_to_all_after(mask, key.shape[1] - mask.shape[1])
+        options = {"backend": self._attention_backend, "parallel_config": self._parallel_config}
+        tokens = dispatch_attention_fn(query, key, value, attn_mask=mask, **options).flatten(2).to(query.dtype)
+        text, image = tokens.tensor_split([encoder_hidden_states.shape[1]], dim=1)
+        return attn.to_out[1](attn.to_out[0](image.contiguous())), attn.to_add_out(text.contiguous())
+
+
+def let_blocks_read_kv_caches(dit: QwenImageTransformer2DModel) -> None:
+    for number, block in enumerate(dit.transformer_blocks):
+        block.attn.set_processor(QwenImageAttnProcessor(f"block_{number}"))
+
+
+def project(
+    tokens: Tensor, layers: Sequence[nn.Module], norms: Sequence[nn.Module], frequencies: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Query, key and value (B, L, heads, head_dim) of tokens (B, L, D), at their places."""
+    query, key, value = (layer(tokens).unflatten(-1, (-1, frequencies.shape[-1] * 2)) for layer in layers)
+    query, key = (norm(heads) for norm, heads in zip(norms, (query, key), strict=True))
+    query, key = (apply_rotary_emb_qwen(heads, frequencies, use_real=False) for heads in (query, key))
+    return query, key, value
+
+
 def model_fn_qwen_image(
     dit: QwenImageTransformer2DModel,
     latents: Tensor,
     timestep: Tensor,
     prompt_emb: Tensor,
     prompt_emb_mask: Tensor,
+    kv_cache: KVCache | None = None,
+    lora: InputLoRA | None = None,
+    extra_text_embedding: Tensor | None = None,
     use_gradient_checkpointing: bool = False,
     use_gradient_checkpointing_offload: bool = False,
 ) -> Tensor:
@@ -135,17 +190,23 @@ def model_fn_qwen_image(
     Args:
         prompt_emb: Text embeddings (B, L, D), right-padded.
         prompt_emb_mask: True where a text token is real (B, L).
+        kv_cache: Further keys and values of blocks, `block_0` and so on.
+        lora: Update of the transformer's layers.
+        extra_text_embedding: Further text embeddings (B, L', D), which follow the prompt's.
     """
     checkpoint_blocks(dit, use_gradient_checkpointing, use_gradient_checkpointing_offload)
     batch, _, height, width = latents.shape
-    velocity = dit(
-        hidden_states=pack_latents(latents).to(dit.dtype),
-        timestep=timestep / 1000,
-        encoder_hidden_states=prompt_emb.to(dit.dtype),
-        encoder_hidden_states_mask=None if batch == 1 else prompt_emb_mask,
-        img_shapes=[[(1, height // 2, width // 2)]] * batch,
-        return_dict=False,
-    )[0]
+    prompt_emb, prompt_emb_mask = append_text(prompt_emb, prompt_emb_mask, extra_text_embedding)
+    with added(dit, lora):
+        velocity = dit(
+            hidden_states=pack_latents(latents).to(dit.dtype),
+            timestep=timestep / 1000,
+            encoder_hidden_states=prompt_emb.to(dit.dtype),
+            encoder_hidden_states_mask=None if batch == 1 else prompt_emb_mask,
+            img_shapes=[[(1, height // 2, width // 2)]] * batch,
+            attention_kwargs={"kv_cache": kv_cache} if kv_cache else None,
+            return_dict=False,
+        )[0]
     return unpack_latents(velocity, height, width)
 
 
@@ -166,89 +227,27 @@ def unpack_latents(tokens: Tensor, height: int, width: int) -> Tensor:
 # Units ----------------------------------------------------------------------------------------------------------------
 
 
-class QwenImageUnit_ShapeChecker(PipelineUnit):
-    def __init__(self):
-        super().__init__(output_params=("height", "width"))
-
-    def process(self, pipe, height, width):
-        height, width = pipe.check_resize_height_width(height, width)
-        return {"height": height, "width": width}
+# Those that other families share go by the names that the guides print.
 
 
-class QwenImageUnit_NoiseInitializer(PipelineUnit):
-    def __init__(self):
-        super().__init__(output_params=("noise",))
-
-    def process(self, pipe, height, width, seed, rand_device):
-        # Drawn in the pipeline's dtype, as the original does: the same seed must give the same picture.
-        shape = (1, 16, height // 8, width // 8)
-        return {"noise": pipe.generate_noise(shape, seed, rand_device, pipe.torch_dtype)}
+class QwenImageUnit_ShapeChecker(image_units.ShapeChecker):
+    pass
 
 
-class QwenImageUnit_InputImageEmbedder(PipelineUnit):
-    def __init__(self):
-        super().__init__(output_params=("latents", "input_latents"), onload_model_names=("vae",))
-
-    def process(self, pipe, input_image, noise, tiled, tile_size, tile_stride):
-        if input_image is None:
-            return {"latents": noise, "input_latents": None}
-        pipe.load_models_to_device(["vae"])
-        input_latents = pipe.vae.encode(pipe.preprocess_image(input_image), tiled, tile_size, tile_stride)
-        if pipe.scheduler.training:
-            return {"latents": noise, "input_latents": input_latents}
-        latents = pipe.scheduler.add_noise(input_latents, noise, pipe.scheduler.timesteps[0])
-        return {"latents": latents, "input_latents": input_latents}
-
-    def process_batch(self, pipe, batch):
-        """Images of training data; those of one size go through the autoencoder together."""
-        pipe.load_models_to_device(["vae"])
-
-        def encode(inputs: Sequence[Mapping]) -> Tensor:
-            pixels = torch.cat([pipe.preprocess_image(each["input_image"]) for each in inputs])
-            return pipe.vae.encode(pixels, *(inputs[0][name] for name in ("tiled", "tile_size", "tile_stride")))
-
-        latents = in_groups(batch, [each["input_image"].size for each in batch], encode)
-        return [{"latents": i["noise"], "input_latents": own[None]} for i, own in zip(batch, latents, strict=True)]
+class QwenImageUnit_NoiseInitializer(image_units.NoiseInitializer):
+    pass
 
 
-class QwenImageUnit_Inpaint(PipelineUnit):
-    """A mask image (white is redrawn) as latent weights (1, 1, h, w) in [0, 1]."""
-
-    def __init__(self):
-        super().__init__(output_params=("inpaint_mask",))
-
-    def process(self, pipe, inpaint_mask, inpaint_blur_sigma, height, width):
-        if inpaint_mask is None:
-            return {}
-        return {"inpaint_mask": latent_weights(pipe, inpaint_mask, height, width, inpaint_blur_sigma)}
+class QwenImageUnit_InputImageEmbedder(image_units.InputImageEmbedder):
+    pass
 
 
-class QwenImageUnit_LossMask(PipelineUnit):
-    """A mask image of training data (white counts) as latent weights (1, 1, h, w) in [0, 1] of the loss."""
-
-    def __init__(self):
-        super().__init__(output_params=("loss_mask",))
-
-    def process(self, pipe, height, width, loss_mask=None):
-        if loss_mask is None:
-            return {}
-        weights = latent_weights(pipe, loss_mask, height, width)
-        if not weights.any():
-            raise ValueError(
-                "loss_mask is black all over, so that nothing of the image would be trained; make white what counts, "
-                "or leave the row out. (What was white may also have been cropped off.)"
-            )
-        return {"loss_mask": weights}
+class QwenImageUnit_Inpaint(image_units.Inpaint):
+    pass
 
 
-def latent_weights(pipe, mask: Image.Image, height: int, width: int, blur_sigma: float | None = None) -> Tensor:
-    """A mask image as weights (1, 1, h, w) in [0, 1], 1 where it is white; blurred by `blur_sigma` latent pixels."""
-    # The mean over each latent pixel: other filters reach beyond it, into what is to be kept.
-    mask = mask.convert("L").resize((width // 8, height // 8), Image.Resampling.BOX)
-    if blur_sigma:
-        mask = mask.filter(ImageFilter.GaussianBlur(blur_sigma))
-    weights = torch.from_numpy(np.array(mask, dtype=np.float32) / 255)
-    return weights[None, None].to(pipe.device, pipe.torch_dtype)
+class QwenImageUnit_LossMask(image_units.LossMask):
+    pass
 
 
 class QwenImageUnit_PromptEmbedder(PipelineUnit):
@@ -291,6 +290,7 @@ class QwenImagePipeline(BasePipeline):
         "AutoencoderKLQwenImage": ("vae", QwenImageVAE),
     }
     lora_prefixes = {"dit": "transformer", "text_encoder": "text_encoder"}
+    latent_channels, latent_factor = 16, 8
     model_fn = staticmethod(model_fn_qwen_image)
 
     def __init__(self, device="cpu", torch_dtype=torch.bfloat16):
@@ -355,6 +355,8 @@ class QwenImagePipeline(BasePipeline):
         super().build_models(model_configs)
         if self.vae is not None:
             self.vae.use_single_frame_convolutions()
+        if self.dit is not None:
+            let_blocks_read_kv_caches(self.dit)
 
     def build_tokenizer(self, tokenizer_config: ModelConfig | None) -> None:
         """Read the tokenizer and see that it cuts the prompt template where the pipeline does."""
@@ -395,13 +397,6 @@ class QwenImagePipeline(BasePipeline):
         norm = tokens.norm(dim=-1, keepdim=True).clamp_min(1e-12)  # an untrained model predicts nothing
         return unpack_latents(tokens * (wanted / norm), *guided.shape[-2:])
 
-    def split_request(self, request: Mapping) -> tuple[dict, dict, dict]:
-        image = request.get("input_image")
-        if image is not None:
-            size = self.check_resize_height_width(request["height"], request["width"])
-            request = {**request, "input_image": image.convert("RGB").resize(size[::-1])}
-        return super().split_request(request)
-
     def set_timesteps(self, request: Mapping) -> None:
         height, width = self.check_resize_height_width(request["height"], request["width"])
         self.scheduler.set_timesteps(
@@ -411,11 +406,6 @@ class QwenImagePipeline(BasePipeline):
             dynamic_shift_len=(height // 16) * (width // 16),
             exponential_shift_mu=request["exponential_shift_mu"],
         )
-
-    def decode_image(self, latents: Tensor, request: Mapping) -> Image.Image:
-        self.load_models_to_device(["vae"])
-        pixels = self.vae.decode(latents, request["tiled"], request["tile_size"], request["tile_stride"])
-        return self.vae_output_to_image(pixels)
 
     def __call__(
         self,
@@ -437,6 +427,12 @@ class QwenImagePipeline(BasePipeline):
         tiled: bool = False,
         tile_size: int = 128,
         tile_stride: int = 64,
+        kv_cache: KVCache | None = None,
+        negative_kv_cache: KVCache | None = None,
+        lora: Mapping[str, Tensor] | None = None,
+        negative_lora: Mapping[str, Tensor] | None = None,
+        extra_text_embedding: Tensor | None = None,
+        negative_extra_text_embedding: Tensor | None = None,
         progress_bar_cmd=tqdm,
     ) -> Image.Image:
         """Draw one image.
@@ -450,6 +446,10 @@ class QwenImagePipeline(BasePipeline):
             height, width: In pixels, rounded up to a multiple of 16; `input_image` is resized to them.
             sigmas: Noise levels to sample at, instead of `num_inference_steps` of the family's own.
             tiled: Run the VAE on tiles of `tile_size` latent pixels, `tile_stride` apart.
+            kv_cache: Keys and values (1, L, heads, head_dim) by block, `block_0` and so on, which are attended to; of
+                the conditional prediction, as `lora` and `extra_text_embedding`; `negative_…` of the unconditional.
+            lora: State dict of a LoRA of the transformer, under diffusers' names.
+            extra_text_embedding: Text embeddings (1, L, D) that follow the prompt's.
         """
         request = {name: value for name, value in locals().items() if name not in ("self", "__class__")}
         self.progress_bar = progress_bar_cmd

@@ -13,6 +13,7 @@ import csv
 import json
 import shutil
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -41,7 +42,10 @@ def init(folder: str) -> None:
     """Write the tokenizer and all networks with random weights."""
     torch.manual_seed(0)
     root = Path(folder)
-    tokenizer = train_tokenizer()
+    template = PROMPT_TEMPLATE
+    for token in SPECIAL_TOKENS:
+        template = template.replace(token, "")
+    tokenizer = train_tokenizer([template], SPECIAL_TOKENS)
     tokenizer.save_pretrained(root / "tokenizer")
     text_encoder(tokenizer).save_pretrained(root / "text_encoder")
     transformer().save_pretrained(root / "transformer")
@@ -50,8 +54,13 @@ def init(folder: str) -> None:
     (root / "model_index.json").write_text(json.dumps(model_index(), indent=2) + "\n")
 
 
-def train_tokenizer() -> Qwen2Tokenizer:
-    """A small byte-level BPE in which each word of the prompt template is one token, as in the real vocabulary."""
+def train_tokenizer(template: Sequence[str], special_tokens: Sequence[str]) -> Qwen2Tokenizer:
+    """A small byte-level BPE in which each word of the prompt template is one token, as in the real vocabulary.
+
+    Args:
+        template: Its parts between special tokens.
+        special_tokens: The first is what all tokenizers of this class begin with.
+    """
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.Sequence(
         [
@@ -59,18 +68,15 @@ def train_tokenizer() -> Qwen2Tokenizer:
             pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
         ]
     )
-    template = PROMPT_TEMPLATE
-    for token in SPECIAL_TOKENS:
-        template = template.replace(token, "")
-    size = VOCABULARY - len(SPECIAL_TOKENS)
+    size = VOCABULARY - len(special_tokens)
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(vocab_size=size, initial_alphabet=alphabet, show_progress=False)
     written = captions("color_captions.csv") + captions("all_train.csv") + captions("all_held_out.csv")
-    bpe.train_from_iterator([template] * 1000 + written, trainer)
+    bpe.train_from_iterator([*template] * 1000 + written, trainer)
     trained = json.loads(bpe.to_str())["model"]
     merges = [tuple(merge) for merge in trained["merges"]]
     tokenizer = Qwen2Tokenizer(vocab=trained["vocab"], merges=merges)
-    tokenizer.add_special_tokens({"additional_special_tokens": SPECIAL_TOKENS[1:]})
+    tokenizer.add_special_tokens({"additional_special_tokens": special_tokens[1:]})
     return tokenizer
 
 
@@ -170,7 +176,8 @@ def release(source: str, target: str, *weights: str) -> None:
     for folder, name in {"transformer": "dit", "text_encoder": "text_encoder", "vae": "vae"}.items():
         (file,) = (Path(target) / folder).glob("*.safetensors")
         tensors = {**load_file(file), **trained.get(name, {})}
-        save_file({key: tensor.bfloat16() for key, tensor in tensors.items()}, file, {"format": "pt"})
+        small = {key: t.bfloat16() if t.is_floating_point() else t for key, t in tensors.items()}
+        save_file(small, file, {"format": "pt"})
 
 
 def captions(metadata: str) -> list[str]:

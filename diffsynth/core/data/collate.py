@@ -1,5 +1,7 @@
 """Units see one sample, `model_fn` sees a batch: this is where samples become one."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
@@ -10,7 +12,7 @@ def collate(samples: list[dict]) -> dict:
 
     - Tensors (1, ...) of one shape become (B, ...).
     - Text `X` (1, L, D) with its `X_mask` (1, L) is padded with zeros on the right to the longest, (B, L, D), (B, L).
-    - Lists of tensors become a list of such batches, element by element.
+    - Lists and tuples of tensors become a list of such batches, element by element; dicts become a dict, key by key.
     - Numbers, strings, booleans and None that all samples share stay one value.
     - Everything else becomes a list of B.
 
@@ -32,6 +34,8 @@ def _collate_key(key: str, samples: list[dict]):
     values = [sample[key] for sample in samples]
     if is_shared_scalar(values):
         return values[0]
+    if all(isinstance(value, dict) for value in values):
+        return _collate_dicts(key, values)
     stackable = [isinstance(value, Tensor) or is_tensor_list(value) for value in values]
     if not any(stackable):
         return values
@@ -42,6 +46,11 @@ def _collate_key(key: str, samples: list[dict]):
     return _stack_lists(key, values, text) if is_tensor_list(values[0]) else _stack(key, values, text)
 
 
+def _collate_dicts(key: str, values: list[dict]) -> dict:
+    named = [{f"{key}[{name!r}]": element for name, element in value.items()} for value in values]
+    return dict(zip(values[0], collate(named).values(), strict=True))
+
+
 def is_shared_scalar(values: list) -> bool:
     first = values[0]
     scalar = first is None or isinstance(first, bool | int | float | str)
@@ -49,7 +58,7 @@ def is_shared_scalar(values: list) -> bool:
 
 
 def is_tensor_list(value) -> bool:
-    return isinstance(value, list) and len(value) > 0 and all(isinstance(element, Tensor) for element in value)
+    return isinstance(value, list | tuple) and len(value) > 0 and all(isinstance(element, Tensor) for element in value)
 
 
 def is_text(key: str, sample: dict) -> bool:
@@ -68,7 +77,7 @@ def as_list(value) -> list:
     return value if isinstance(value, list) else [value]
 
 
-def _stack_lists(key: str, values: list[list[Tensor]], text: bool) -> list[Tensor]:
+def _stack_lists(key: str, values: list[Sequence[Tensor]], text: bool) -> list[Tensor]:
     lengths = [len(value) for value in values]
     if len(set(lengths)) > 1:
         raise ValueError(f"{key}: samples of a batch hold {lengths} tensors; set micro_batch_size=1")

@@ -50,6 +50,8 @@ def read(value: Any) -> Any:
     """A value with all that is unread in it decoded."""
     if isinstance(value, Unread):
         return value.load()
+    if isinstance(value, dict):
+        return {name: read(element) for name, element in value.items()}
     return [read(element) for element in value] if isinstance(value, list) else value
 
 
@@ -71,8 +73,8 @@ def unread_in(value: Any) -> Iterator[Unread]:
     """The files in a value."""
     if isinstance(value, Unread):
         yield value
-    elif isinstance(value, list):
-        for element in value:
+    elif isinstance(value, list | dict):
+        for element in value.values() if isinstance(value, dict) else value:
             yield from unread_in(element)
 
 

@@ -1,6 +1,6 @@
 """Find a model's files, on this machine or on a hub, and turn them into a module."""
 
-from .model_config import ModelConfig
+from .model_config import ModelConfig, refuse_pickle
 from .weights import (
     build_module,
     check_weights,
@@ -24,6 +24,7 @@ __all__ = [
     "load_model",
     "load_state_dict",
     "load_weights",
+    "refuse_pickle",
     "save_safetensors",
     "to_released_keys",
 ]

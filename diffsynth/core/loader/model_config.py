@@ -27,6 +27,7 @@ class ModelConfig:
         skip_download: By default DIFFSYNTH_SKIP_DOWNLOAD, then False.
         revision: Branch, tag or commit of the repository.
         config: The config.json (or its folder) of weights that have none beside them.
+        trust_remote_code: Whether code that the repository brings may run; only that of templates ever does.
 
     Raises:
         ValueError: Neither path nor model_id, an unknown source, or a pickled file.
@@ -40,6 +41,7 @@ class ModelConfig:
     skip_download: bool | None = None
     revision: str | None = None
     config: str | None = None
+    trust_remote_code: bool = False
 
     def __post_init__(self):
         if self.path is None and self.model_id is None:

@@ -1,0 +1,104 @@
+"""A LoRA that is an input, of which each sample of a batch may have its own: W x becomes W x + B A x."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from . import lora_files
+
+InputLoRA = Mapping[str, tuple[Tensor, Tensor]]  # layer → A (B, r, in), B (B, out, r), scaled
+
+
+def read(state_dict: Mapping[str, Tensor], network: nn.Module, prefix: str, source: str) -> InputLoRA:
+    """A LoRA's tensors, under any names that adapter files have, by the layer of `network` that each belongs to.
+
+    Raises:
+        ValueError: A key belongs to no layer, a layer has but one matrix, or one of another shape.
+    """
+    if not isinstance(state_dict, Mapping) or not all(isinstance(t, Tensor) for t in state_dict.values()):
+        raise ValueError(f"{source}: lora is a {type(state_dict).__name__}, expected a dict of tensors by name.")
+    tensors = lora_files.peft_names(state_dict, prefix)
+    lora_files.check_layers(network, tensors, f"{source}: lora")
+    layers = dict.fromkeys(key.rpartition(".lora_")[0] for key in tensors)
+    for layer in layers:
+        _check_layer(layer, tensors, network.get_submodule(layer), source)
+    return {layer: tuple(tensors[f"{layer}.lora_{side}.weight"].unsqueeze(0) for side in "AB") for layer in layers}
+
+
+def _check_layer(layer: str, tensors: Mapping[str, Tensor], module: nn.Module, source: str) -> None:
+    found = [tuple(tensors[key].shape) if (key := f"{layer}.lora_{side}.weight") in tensors else None for side in "AB"]
+    rank = found[0][0] if found[0] else "rank"
+    expected = [(rank, module.weight.shape[1]), (module.weight.shape[0], rank)]
+    if found != expected:
+        raise ValueError(f"{source}: lora has A {found[0]} and B {found[1]} for {layer}, expected {expected}.")
+
+
+def merge(state_dicts: Sequence[Mapping[str, Tensor]], prefix: str) -> dict[str, Tensor]:
+    """The LoRA that does what several do together: of each layer, their ranks side by side."""
+    named = [lora_files.peft_names(state_dict, prefix) for state_dict in state_dicts]
+    keys = dict.fromkeys(key for tensors in named for key in tensors)
+    return {
+        key: torch.cat([tensors[key] for tensors in named if key in tensors], dim=1 if ".lora_B" in key else 0)
+        for key in keys
+    }
+
+
+@contextmanager
+def added(network: nn.Module, lora: InputLoRA | None) -> Iterator[None]:
+    """Inside, a forward of `network` adds the LoRA's updates, also where checkpointed blocks are run again later."""
+    if not lora:
+        yield
+        return
+    update = _Update([(network.get_submodule(layer), pair) for layer, pair in lora.items()])
+    run = getattr(network, "_gradient_checkpointing_func", None)
+    if run is not None:
+        network._gradient_checkpointing_func = lambda block, *args: run(update.within(block), *args)
+    try:
+        with update.hooked():
+            yield
+    finally:
+        if run is not None:
+            network._gradient_checkpointing_func = run
+
+
+class _Update:
+    """Hooks that add a LoRA's updates to what layers return."""
+
+    def __init__(self, layers: Sequence[tuple[nn.Module, tuple[Tensor, Tensor]]]):
+        self.layers, self.is_hooked = layers, False
+
+    def within(self, block: nn.Module) -> Callable:
+        """`block` as a function that is hooked whenever it runs."""
+        parts = set(block.modules())
+        own = _Update([(layer, pair) for layer, pair in self.layers if layer in parts])
+
+        def run(*args):
+            with nullcontext() if self.is_hooked else own.hooked():
+                return block(*args)
+
+        return run
+
+    @contextmanager
+    def hooked(self) -> Iterator[None]:
+        hooks = [layer.register_forward_hook(partial(_add, pair)) for layer, pair in self.layers]
+        self.is_hooked = True
+        try:
+            yield
+        finally:
+            self.is_hooked = False
+            for hook in hooks:
+                hook.remove()
+
+
+def _add(pair: tuple[Tensor, Tensor], layer: nn.Module, args: tuple[Tensor], output: Tensor) -> Tensor:
+    inputs, down, up = args[0], *(matrix.to(args[0]) for matrix in pair)
+    if len(down) not in (1, len(inputs)):
+        raise ValueError(
+            f"{len(down)} samples have a lora each, but {type(layer).__name__} of {tuple(layer.weight.shape)} sees "
+            f"{len(inputs)} of them at once; set micro_batch_size=1."
+        )
+    update = inputs.flatten(1, -2) if inputs.ndim > 2 else inputs.unsqueeze(1)
+    return output + (update @ down.mT @ up.mT).reshape(output.shape)

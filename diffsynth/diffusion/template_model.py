@@ -1,0 +1,158 @@
+"""A template's network: built as its code says, filled with its weights, and called."""
+
+import inspect
+from collections.abc import Callable, Iterable, Mapping
+from hashlib import blake2b
+from itertools import chain
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from ..core.loader import load_state_dict
+from .template_code import TemplateCode, errors_of
+
+SHOWN_PROBLEMS = 3
+CHECKPOINTING = ("use_gradient_checkpointing", "use_gradient_checkpointing_offload")
+
+
+class Template:
+    """A template that can be called: `process_data` (of rows of a data set only), `process_inputs`, `forward`."""
+
+    def __init__(self, code: TemplateCode, model: nn.Module):
+        self.code, self.model = code, model
+        with errors_of(code.file, "TEMPLATE_DATA_PROCESSOR cannot be built"):
+            self.data_processor = code.data_processor() if code.data_processor else None
+
+    def __str__(self) -> str:
+        return str(self.code.file)
+
+    def process_data(self, template_inputs: Mapping[str, Any]) -> dict[str, Any]:
+        """Arguments of `process_inputs` from a row's `template_inputs`.
+
+        Raises:
+            ValueError: The data processor raises something, or returns no dict.
+        """
+        if self.data_processor is None:
+            return dict(template_inputs)
+        with errors_of(self.code.file, f"TEMPLATE_DATA_PROCESSOR of {dict(template_inputs)}"):
+            made = self.data_processor(**template_inputs)
+        return self._dict(made, "TEMPLATE_DATA_PROCESSOR")
+
+    @torch.no_grad()
+    def process_inputs(self, inputs: Mapping[str, Any], pipe) -> dict[str, Any]:
+        """Arguments of `forward`, made without gradients.
+
+        Raises:
+            ValueError: An argument is missing, or what is returned is no dict.
+        """
+        check_arguments(self.model.process_inputs, inputs, str(self))
+        return self._dict(self.model.process_inputs(**inputs, pipe=pipe), "process_inputs")
+
+    def forward(self, features: Mapping[str, Any], pipe, **checkpointing: bool) -> dict[str, Any]:
+        """The template cache, as the template returns it.
+
+        Args:
+            checkpointing: `use_gradient_checkpointing`, `use_gradient_checkpointing_offload`.
+
+        Raises:
+            ValueError: An argument is missing, or what is returned is no dict.
+        """
+        check_arguments(self.model.forward, features, str(self))
+        return self._dict(self.model(**features, pipe=pipe, **checkpointing), "forward")
+
+    def _dict(self, made: Any, what: str) -> dict[str, Any]:
+        if not isinstance(made, Mapping):
+            raise ValueError(f"{self}: {what} returns a {type(made).__name__}, expected a dict of values by name.")
+        return dict(made)
+
+
+def check_arguments(function: Callable, given: Mapping[str, Any], source: str) -> None:
+    """Say which argument is missing before Python does, whose TypeError would name no file."""
+    parameters = inspect.signature(function).parameters.values()
+    needed = [
+        p.name for p in parameters if p.default is p.empty and p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)
+    ]
+    absent = [name for name in needed if name not in (*given, "self", "pipe", *CHECKPOINTING)]
+    if absent:
+        raise ValueError(f"{source}: {function.__name__} needs {absent[0]!r}; it was given {sorted(given)}.")
+
+
+def load(code: TemplateCode, seed: int = 0) -> Template:
+    """Build a template's network on the CPU, frozen, and read its weights into it.
+
+    Args:
+        seed: Of what the constructor draws at random.
+
+    Raises:
+        ValueError: It cannot be built, or its weights do not fit.
+    """
+    model = _construct(code, seed)
+    if code.weights:
+        _fill(model, code, seed)
+    return Template(code, model.eval().requires_grad_(False))
+
+
+def _construct(code: TemplateCode, seed: int) -> nn.Module:
+    with torch.random.fork_rng(devices=[]), errors_of(code.file, f"{code.model.__name__} cannot be built"):
+        torch.manual_seed(seed)
+        return code.model(**code.config)
+
+
+def _fill(model: nn.Module, code: TemplateCode, seed: int) -> None:
+    """Copy the files' tensors; those that are in none of them must be such as the constructor always makes them."""
+    found, own = load_state_dict(code.weights), model.state_dict()
+    absent = {key: tensor for key, tensor in own.items() if key not in found}
+    other = _construct(code, seed + 1).state_dict() if absent else {}
+    shapes = {key: (tuple(found[key].shape), tuple(own[key].shape)) for key in own if key in found}
+    problems = [
+        *(f"{key} is unexpected" for key in found if key not in own),
+        *(f"{key} is {has}, expected {wanted}" for key, (has, wanted) in shapes.items() if has != wanted),
+        *(f"{key} is missing, and random" for key in absent if not torch.equal(absent[key], other[key])),
+    ]
+    if problems:
+        more = [f"and {len(problems) - SHOWN_PROBLEMS} more"] if len(problems) > SHOWN_PROBLEMS else []
+        raise ValueError(
+            f"{', '.join(map(str, code.weights))} does not fit {code.model.__name__} of {code.file}:\n  "
+            + "\n  ".join(problems[:SHOWN_PROBLEMS] + more)
+            + "\nExpected are the names and shapes of its state_dict(). If frozen parts are in a file of their own, "
+            "name both: TEMPLATE_MODEL_PATH = [frozen, trained]."
+        )
+    model.load_state_dict(found, strict=False)
+
+
+def is_below(parts: Iterable[str], name: str) -> bool:
+    """Whether a dotted name is one of `parts`, or below one."""
+    return any(f"{name}.".startswith(f"{part}.") for part in parts)
+
+
+def refuse_running_statistics(template: Template, name: str, trained: Iterable[str]) -> None:
+    """Refuse to train what keeps statistics of what it sees: nothing would save them."""
+    for key, part in template.model.named_modules():
+        if isinstance(part, _BatchNorm) and part.track_running_stats and is_below(trained, f"{name}.{key}"):
+            raise ValueError(
+                f"{template}: {key} is a {type(part).__name__} that is trained; its running statistics are no weights, "
+                "and would not be saved. Normalise by group or layer, or set track_running_stats=False."
+            )
+
+
+def cast_frozen(model: nn.Module, name: str, trained: Iterable[str], dtype: torch.dtype) -> None:
+    """Bring what of the model `name` is not below `trained` to the dtype of frozen weights."""
+    for key, tensor in chain(model.named_parameters(), model.named_buffers()):
+        if tensor.is_floating_point() and not is_below(trained, f"{name}.{key}"):
+            tensor.data = tensor.data.to(dtype)
+
+
+def digest(model: nn.Module, name: str, trained: Iterable[str]) -> str:
+    """16 hex digits of those weights of the model `name` that are not below `trained`."""
+    digest = blake2b(digest_size=8)
+    for key, tensor in sorted(model.state_dict().items()):
+        if not is_below(trained, f"{name}.{key}"):
+            digest.update(f"{key} {tensor.dtype} {tuple(tensor.shape)}".encode())
+            digest.update(_bytes(tensor))
+    return digest.hexdigest()
+
+
+def _bytes(tensor: Tensor):
+    return tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy()

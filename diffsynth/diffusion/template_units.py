@@ -1,0 +1,238 @@
+"""A template as two units of a pipeline: what is done without gradients, which may be cached, and what is trained."""
+
+import json
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
+from hashlib import blake2b
+from inspect import signature
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves
+
+from ..core.data.operators import Operator
+from ..core.data.unread import Unread
+from . import template_cache, template_model
+from .code_version import code_version
+from .template_model import CHECKPOINTING, Template
+from .units import PipelineUnit, run_units
+
+FEATURES = "template_features"  # what process_inputs made, as [[name, value], …]
+ASKED_OF_TENSORS = {"dtype", "device", "shape", "ndim", "requires_grad", "is_meta", "is_cuda", "layout", "is_leaf"}
+ASKED_OF_TENSORS |= {"size", "dim", "numel", "stride", "element_size", "is_floating_point", "is_contiguous"}
+
+
+def attach(pipe, template: Template, trained: Iterable[str] = ()) -> None:
+    """Make a template part of a pipeline: `template_inputs` then go with a request.
+
+    Args:
+        trained: Parts of the pipeline that are being trained, by their dotted names; the rest of the template gets the
+            dtype of frozen weights.
+
+    Raises:
+        ValueError: Training would change what is no weight.
+    """
+    trained = frozenset(trained)
+    template_model.refuse_running_statistics(template, "template_model", trained)
+    template_model.cast_frozen(template.model, "template_model", trained, pipe.torch_dtype)
+    pipe.template, pipe.template_model = template, template.model.to(pipe.device)
+    pipe.units += [TemplateProcessInputs(pipe, template, trained), TemplateForward(template)]
+
+
+class TemplateProcessInputs(PipelineUnit):
+    """`template_inputs` of a row through the data processor and `process_inputs`.
+
+    It is frozen although it calls a template that is trained: what it calls of it must not be, or reading the results
+    from a cache would be another training.
+    """
+
+    def __init__(self, pipe, template: Template, trained: frozenset[str]):
+        sides = {"template_inputs": "template_inputs"}
+        super().__init__(
+            separate_cfg=True,
+            input_params_posi=sides,
+            input_params_nega=sides,
+            output_params=(FEATURES,),
+            onload_model_names=models_used(pipe, template, "process_inputs"),
+        )
+        self.template, self.trained = template, trained
+
+    def process(self, pipe, template_inputs=None):
+        if template_inputs is None:
+            return {}
+        inputs = self.template.process_data(as_dict(template_inputs))
+        with self._reading_nothing_trained(pipe):
+            made = self.template.process_inputs(inputs, pipe)
+        return {FEATURES: [[name, storable(value, f"{self.template}: {name}")] for name, value in made.items()]}
+
+    def depends_on(self, pipe) -> dict[str, str]:
+        weights = template_model.digest(self.template.model, "template_model", self.trained)
+        return {"template": f"{self.template.code.digest[:16]}-{weights}"}
+
+    @contextmanager
+    def _reading_nothing_trained(self, pipe) -> Iterator[None]:
+        parts = {name: pipe.named_model(name) for name in self.trained}
+        names = {id(p): f"{part}.{name}" for part, module in parts.items() for name, p in module.named_parameters()}
+        with _Forbidden(names, self.template):
+            yield
+
+
+class _Forbidden(TorchFunctionMode):
+    """Refuses functions of some tensors, given by id and name; what they are may be asked, not what they hold."""
+
+    def __init__(self, names: Mapping[int, str], template: Template):
+        super().__init__()
+        self.names, self.template = names, template
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        read = [tensor for tensor in tree_leaves((args, kwargs)) if id(tensor) in self.names]
+        if read and _name_of(func) not in ASKED_OF_TENSORS:
+            raise ValueError(
+                f"{self.template}: process_inputs reads {self.names[id(read[0])]}, which is being trained: what it "
+                "makes would be stale after one step. Move that to forward, or leave it out of task.trainable_models."
+            )
+        return func(*args, **kwargs)
+
+
+def _name_of(func) -> str:
+    """Of a function or, where an attribute is read, of the attribute."""
+    own = getattr(func, "__name__", "")
+    return getattr(getattr(func, "__self__", None), "__name__", own) if own == "__get__" else own
+
+
+class TemplateForward(PipelineUnit):
+    """What `process_inputs` made through `forward`, whose results become inputs of that side of guidance."""
+
+    def __init__(self, template: Template):
+        super().__init__(take_over=True, input_params=(FEATURES,), onload_model_names=("template_model",))
+        self.template = template
+
+    def process(self, pipe, inputs_shared, inputs_posi, inputs_nega):
+        posi = self._cache(pipe, inputs_shared, inputs_posi)
+        nega = self._cache(pipe, inputs_shared, inputs_nega) if inputs_shared.get("cfg_scale", 1) != 1 else posi
+        both = {name: inputs_shared[name] for name in {*posi, *nega} & inputs_shared.keys()}
+        shared = {name: value for name, value in inputs_shared.items() if name not in both}
+        return shared, {**_rest(inputs_posi), **both, **posi}, {**_rest(inputs_nega), **both, **nega}
+
+    def _cache(self, pipe, shared: Mapping[str, Any], side: Mapping[str, Any]) -> dict[str, Any]:
+        if side.get(FEATURES) is None:
+            return {}
+        flags = {name: shared.get(name, False) for name in CHECKPOINTING}
+        cache = self.template.forward(dict(side[FEATURES]), pipe, **flags)
+        known = signature(pipe.model_fn).parameters.keys() - set(pipe.in_iteration_models)
+        template_cache.check_names(cache, known, str(self.template), f"{type(pipe).__name__}.model_fn")
+        return template_cache.as_inputs(pipe, cache, str(self.template))
+
+
+def _rest(side: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in side.items() if name not in (FEATURES, "template_inputs")}
+
+
+def rehearse(pipe, inputs: tuple[dict, dict, dict]) -> None:
+    """Run a pipeline's template once, unless it calls networks whose weights are not read yet."""
+    *_, first, second = pipe.units
+    is_cached = FEATURES in inputs[1]
+    if models_used(pipe, pipe.template, "forward") or (first.onload_model_names and not is_cached):
+        return
+    in_bf16 = pipe.torch_dtype == torch.bfloat16
+    with torch.random.fork_rng(), torch.autocast(pipe.device.type, torch.bfloat16, enabled=in_bf16):
+        run_units([second] if is_cached else [first, second], pipe, *inputs)
+
+
+def models_used(pipe, template: Template, method: str) -> list[str]:
+    """Models of the pipeline that a method of the template may call, by the names that its code leads to."""
+    function, built = getattr(template.code.model, method), pipe.built_models
+    if "pipe" not in signature(function).parameters:
+        return []
+    classes = [type(getattr(pipe, name)) for name in built]
+    _, attributes = code_version([function], [template.code.model, type(pipe), *classes])
+    return sorted(attributes & built)
+
+
+def storable(value: Any, what: str) -> Any:
+    """A value as a cache gives it back.
+
+    Raises:
+        ValueError: It is none that a cache holds.
+    """
+    if isinstance(value, list | tuple):
+        return [storable(element, f"{what}[{number}]") for number, element in enumerate(value)]
+    if isinstance(value, Tensor) or value is None or isinstance(value, bool | int | float | str):
+        return value
+    raise ValueError(
+        f"{what}, which process_inputs returns, is a {type(value).__name__}; expected a tensor, a number, text, or a "
+        "list of these, as they are what a cache holds (torch.as_tensor makes a tensor of an array)."
+    )
+
+
+# Rows -----------------------------------------------------------------------------------------------------------------
+
+
+def as_dict(template_inputs: Any) -> dict[str, Any]:
+    """A cell of the column `template_inputs`: a dict, or its JSON text.
+
+    Raises:
+        ValueError: It is something else.
+    """
+    try:
+        value = json.loads(template_inputs) if isinstance(template_inputs, str) else template_inputs
+    except ValueError:
+        value = None
+    if not isinstance(value, dict):
+        example = '{"scale": 0.2}'
+        raise ValueError(
+            f"found {template_inputs!r}, expected template inputs such as {example}, in a csv as JSON text"
+        )
+    return value
+
+
+class ReadTemplateInputs(Operator):
+    """The `template_inputs` of a row, the files that they name at their absolute paths.
+
+    A value names a file if there is one of that name in `base_path`, or anywhere under an absolute path.
+    """
+
+    def __init__(self, base_path: str):
+        self.base_path = base_path
+
+    def __call__(self, data: Any) -> dict[str, Any]:
+        return self._with_files(as_dict(data), str)
+
+    check = __call__
+
+    def unread(self, data: Any) -> dict[str, Any]:
+        return self._with_files(as_dict(data), _known_by_content)
+
+    def _with_files(self, value: Any, make: Callable[[str], Any]) -> Any:
+        """A value, with what `make` makes of each file's path in it."""
+        if isinstance(value, dict):
+            return {name: self._with_files(element, make) for name, element in value.items()}
+        if isinstance(value, list):
+            return [self._with_files(element, make) for element in value]
+        path = os.path.join(os.path.abspath(self.base_path), value) if isinstance(value, str) else ""
+        return make(path) if os.path.isfile(path) else value
+
+
+def _known_by_content(path: str) -> Unread:
+    return Unread((0, 0), partial(str, path), partial(_name_and_digest, path))
+
+
+def _name_and_digest(path: str) -> list[str]:
+    return [os.path.basename(path), blake2b(Path(path).read_bytes(), digest_size=16).hexdigest()]
+
+
+def required_columns(dataset, task, template: Template | None) -> tuple[str, ...]:
+    """The columns that a training reads; a data set that has files learns here how `template_inputs` names them."""
+    columns = ("image", "prompt", *task.extra_inputs)
+    if template is None:
+        return columns
+    for rows in getattr(dataset, "datasets", {"": dataset}).values():
+        if hasattr(rows, "operators"):
+            rows.operators.setdefault("template_inputs", ReadTemplateInputs(rows.base_path))
+    return (*columns, "template_inputs")

@@ -1,0 +1,109 @@
+"""FLUX.2 in miniature with random weights, in folders laid out as klein's (Qwen3) and dev's (Mistral 3) are."""
+
+import json
+from functools import cache
+from pathlib import Path
+
+import torch
+from diffusers import Flux2Transformer2DModel
+from diffusers.models.modeling_utils import ModelMixin
+from tiny import COMPONENTS, kept_folder
+from transformers import Mistral3Config, Mistral3ForConditionalGeneration
+
+from diffsynth.pipelines.flux2_image import Flux2ImagePipeline, Flux2VAE, ModelConfig
+from models.emoji.build import VOCABULARY, train_tokenizer
+from models.emoji_flux2 import build
+
+MAX_TOKENS = 24
+DEV_TOKENS = 120  # the system message takes 103 of them
+# As Mistral's: what is said comes in parts, the first token and the roles are written out.
+DEV_TEMPLATE = (
+    "{{ bos_token }}{% for message in messages %}"
+    "{{ '[SYSTEM_PROMPT]' if message.role == 'system' else '[INST]' }}"
+    "{% for part in message.content %}{{ part.text }}{% endfor %}"
+    "{{ '[/SYSTEM_PROMPT]' if message.role == 'system' else '[/INST]' }}{% endfor %}"
+)
+DEV_SPECIAL_TOKENS = [
+    "<|endoftext|>", "<s>", "[INST]", "[/INST]", "[SYSTEM_PROMPT]", "[/SYSTEM_PROMPT]", "[IMG]",
+]  # fmt: skip
+
+
+@cache
+def klein() -> Path:
+    """A repository laid out as FLUX.2-klein's; made once a session."""
+    folder = kept_folder() / "klein"
+    build.init(str(folder))
+    _randomise(Flux2Transformer2DModel.from_pretrained(folder / "transformer"), folder / "transformer")
+    _give_statistics(folder / "vae")
+    return folder
+
+
+@cache
+def dev() -> Path:
+    """A repository laid out as FLUX.2-dev's, whose network is told the guidance scale; made once a session."""
+    folder = kept_folder() / "dev"
+    build.init(str(folder))
+    config = json.loads((folder / "transformer" / "config.json").read_text()) | {"guidance_embeds": True}
+    _randomise(Flux2Transformer2DModel.from_config(config), folder / "transformer")
+    _give_statistics(folder / "vae")
+    _write_mistral(folder)
+    index = json.loads((folder / "model_index.json").read_text())
+    index |= {"_class_name": "Flux2Pipeline"}
+    index |= {"text_encoder": ["transformers", "Mistral3ForConditionalGeneration"]}
+    del index["is_distilled"]
+    (folder / "model_index.json").write_text(json.dumps(index))
+    return folder
+
+
+def _randomise(model: ModelMixin, folder: Path) -> None:
+    """So that every parameter counts, gates among them."""
+    generator = torch.Generator().manual_seed(0)
+    for parameter in model.parameters():
+        parameter.data += 0.05 * torch.randn(parameter.shape, generator=generator)
+    model.save_pretrained(folder)
+
+
+def _give_statistics(folder: Path) -> None:
+    vae, generator = Flux2VAE.from_pretrained(folder), torch.Generator().manual_seed(0)
+    vae.bn.running_mean.normal_(generator=generator)
+    vae.bn.running_var.uniform_(0.5, 1.5, generator=generator)
+    config = (folder / "config.json").read_text()
+    vae.save_pretrained(folder)
+    (folder / "config.json").write_text(config)  # which names the library's class
+
+
+def _write_mistral(folder: Path) -> None:
+    torch.manual_seed(0)
+    tokenizer = train_tokenizer([], DEV_SPECIAL_TOKENS)
+    tokenizer.bos_token, tokenizer.chat_template = "<s>", DEV_TEMPLATE
+    sizes = {"hidden_size": 128, "intermediate_size": 128, "head_dim": 32, "num_attention_heads": 4}
+    config = Mistral3Config(
+        text_config={"model_type": "mistral", "vocab_size": VOCABULARY, "num_hidden_layers": 4, **sizes}
+        | {"num_key_value_heads": 2, "sliding_window": None},
+        vision_config={"model_type": "pixtral", "num_hidden_layers": 1, "image_size": 32, "patch_size": 16, **sizes},
+        image_token_index=tokenizer.convert_tokens_to_ids("[IMG]"),
+    )
+    for part in ("tokenizer", "text_encoder"):
+        for file in (folder / part).iterdir():
+            file.unlink()
+    tokenizer.save_pretrained(folder / "tokenizer")
+    model = Mistral3ForConditionalGeneration(config)
+    torch.nn.init.normal_(model.get_input_embeddings().weight)
+    model.save_pretrained(folder / "text_encoder")
+
+
+def pipeline(folder: Path | None = None, **options) -> Flux2ImagePipeline:
+    """Our pipeline on a folder, its weights in fp32, its sizes those of 64-pixel pictures."""
+    folder = folder or klein()
+    tokens = DEV_TOKENS if folder == dev() else MAX_TOKENS
+    sizes = {"height": 64, "width": 64, "max_sequence_length": tokens, "edit_image_pixels": 64 * 64}
+    configs = {name: ModelConfig(path=str(folder / part)) for name, part in COMPONENTS.items()}
+    pipe = Flux2ImagePipeline.from_components(**configs, torch_dtype="float32", **sizes | options)
+    pipe.progress_bar = iter
+    return pipe
+
+
+def overrides(folder: Path | None = None) -> list[str]:
+    """Overrides that put the miniature in the place of the configured model."""
+    parts = [f"model.{name}.path={(folder or klein()) / part}" for name, part in COMPONENTS.items()]
+    return ["model=emoji_flux2", *parts]
