@@ -3,8 +3,9 @@
 import copy
 import difflib
 import inspect
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from typing import Any, get_args
 
 import numpy as np
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ..core.data import collate
+from .flow_match import FlowMatchScheduler
 from .models import PipelineModels
 from .template_cache import as_inputs, media_of
 from .units import PipelineUnit, PipelineUnitRunner, required_units, run_units
@@ -132,6 +134,33 @@ class BasePipeline(PipelineModels):
             self.scheduler = scheduler
             for name, module in self.named_modules():
                 module.training = training[name]
+
+    @contextmanager
+    def sampling_steps(self, request: Mapping) -> Iterator[FlowMatchScheduler]:
+        """The scheduler at the steps that a request is drawn in; the pipeline's own comes back afterwards."""
+        scheduler, self.scheduler = self.scheduler, copy.copy(self.scheduler)
+        try:
+            self.set_timesteps({**self.call_defaults, **request})
+            yield self.scheduler
+        finally:
+            self.scheduler = scheduler
+
+    def typed(self, name: str, value: Any) -> Any:
+        """An argument of `__call__` that may be a cell of a csv, which is text, as the number that it is to be.
+
+        Raises:
+            ValueError: It is none.
+        """
+        parameter = inspect.signature(type(self).__call__).parameters.get(name)
+        kinds = [] if parameter is None else get_args(parameter.annotation) or [parameter.annotation]
+        kind = next((kind for kind in (int, float) if kind in kinds), None)
+        if kind is None or not isinstance(value, str):
+            return value
+        try:
+            return kind(value)
+        except ValueError:
+            expected = "a whole number" if kind is int else "a number"
+            raise ValueError(f"{name} is {value!r}, expected {expected}.") from None
 
     def split_request(self, request: Mapping) -> tuple[dict, dict, dict]:
         """The three dictionaries the units work on, from the arguments of `__call__`; `input_image` is fitted."""

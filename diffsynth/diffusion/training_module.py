@@ -228,7 +228,7 @@ class PipelineTrainingModule(DiffusionTrainingModule):
 
     def get_pipeline_inputs(self, data: dict) -> tuple[dict, dict, dict]:
         """The pipeline's inputs for one row, as if it were called to draw this picture."""
-        image, extra = data["image"], {name: data[name] for name in self.extra_inputs}
+        image, extra = data["image"], {n: self.pipe.typed(n, data[n]) for n in self.extra_inputs}
         posi = {name: extra.pop(name) for name in self.pipe.one_sided_arguments if name in extra}
         shared = {
             "input_image": image,

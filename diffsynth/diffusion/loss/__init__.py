@@ -2,6 +2,7 @@
 
 from .autoencoder import AutoencoderLoss
 from .base import Objective
+from .direct_distill import DirectDistill, DirectDistillLoss
 from .flow_match_sft import FlowMatchSFT, FlowMatchSFTLoss
 
-__all__ = ["AutoencoderLoss", "FlowMatchSFT", "FlowMatchSFTLoss", "Objective"]
+__all__ = ["AutoencoderLoss", "DirectDistill", "DirectDistillLoss", "FlowMatchSFT", "FlowMatchSFTLoss", "Objective"]

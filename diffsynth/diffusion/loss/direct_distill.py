@@ -1,0 +1,82 @@
+"""Direct distillation: a few-step student ends where the teacher's many steps ended from the same noise.
+
+DiffSynth-Studio 2025, "Direct Distill", the method behind Qwen-Image-Distill-Full and -LoRA
+(https://modelscope.cn/models/DiffSynth-Studio/Qwen-Image-Distill-LoRA).
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from ...core.gradient import gradient_checkpoint_forward
+from .base import Objective
+
+
+@dataclass(frozen=True, kw_only=True)
+class DirectDistill(Objective):
+    """mean ‖x_N - x₀‖², x_N the end of N Euler steps x_{k+1} = x_k + (σ_{k+1} - σ_k) v_θ(x_k, σ_k) from the noise x_0.
+
+    x₀ is what the teacher drew from that noise. The gradient goes through all steps, at the noise levels that the
+    student will be sampled at; each step is recomputed in the backward pass, so that memory does not grow with N.
+
+    Args:
+        extra_inputs: Columns that say how each picture was drawn (`seed`, `rand_device`), and how the student is to
+            draw it (`num_inference_steps`, `cfg_scale`, which has to be 1).
+    """
+
+    extra_inputs: Sequence[str] = ("seed", "rand_device", "num_inference_steps", "cfg_scale")
+
+    def __call__(self, pipe, draw=None, **inputs) -> Tensor:
+        """Loss per sample (B,) of the teacher's `input_latents` (B, …), noise `latents` (B, …) and other inputs."""
+        return self.loss(pipe, **inputs)
+
+    def loss(
+        self,
+        pipe,
+        latents: Tensor,
+        input_latents: Tensor,
+        height: int,
+        width: int,
+        num_inference_steps: int,
+        cfg_scale: float = 1,
+        **inputs,
+    ) -> Tensor:
+        request = {"height": height, "width": width, "num_inference_steps": num_inference_steps, "cfg_scale": cfg_scale}
+        _check(request)
+        with pipe.sampling_steps(request) as scheduler:
+            timesteps = scheduler.timesteps.to(latents.device)
+            for index, timestep in enumerate(timesteps):
+                step = _Step(pipe, scheduler, index, timestep.expand(len(latents)), inputs)
+                latents = gradient_checkpoint_forward(step, len(timesteps) > 1, False, latents)
+        return (latents.float() - input_latents.float()).pow(2).flatten(1).mean(1)
+
+
+@dataclass(frozen=True)
+class _Step:
+    """One Euler step of latents (B, …), as a function that can be run again."""
+
+    pipe: object
+    scheduler: object
+    index: int
+    timestep: Tensor
+    inputs: dict
+
+    def __call__(self, latents: Tensor) -> Tensor:
+        velocity = self.pipe.predict(self.timestep, **{**self.inputs, "latents": latents})
+        return self.scheduler.step(velocity, self.index, latents)
+
+
+def _check(request: dict) -> None:
+    for name in ("height", "width", "num_inference_steps"):
+        if isinstance(request[name], list):
+            found = ", ".join(map(str, sorted(set(request[name]))))
+            raise ValueError(f"Samples of a batch have {name} {found}; a rollout needs one: set micro_batch_size=1.")
+    if request["cfg_scale"] != 1:
+        raise ValueError(
+            f"cfg_scale is {request['cfg_scale']}; the student draws without guidance, which its teacher's pictures "
+            "hold already: write 1 into that column."
+        )
+
+
+DirectDistillLoss = DirectDistill()  # called like a function
