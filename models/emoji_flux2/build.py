@@ -4,7 +4,7 @@
     python train.py experiment=emoji_flux2/autoencoder
     python -m models.emoji_flux2.build autoencoder outputs/emoji_flux2_init outputs/emoji_flux2_autoencoder-*/weights/step-2600.*
     python train.py experiment=emoji_flux2/pretrain
-    python -m models.emoji_flux2.build release outputs/emoji_flux2_init models/emoji_flux2 outputs/emoji_flux2_pretrain-*/weights/step-1000.*
+    python -m models.emoji_flux2.build release outputs/emoji_flux2_init models/emoji_flux2 outputs/emoji_flux2_pretrain-*/weights/step-1400.*
 
 The folders are laid out as FLUX.2-klein's repository is, so everything that reads that reads this too.
 """  # noqa: E501
