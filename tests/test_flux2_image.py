@@ -20,6 +20,7 @@ from torch.testing import assert_close
 from diffsynth.core.data import CachedDataset, Sample, SampleAddress, UnifiedDataset
 from diffsynth.core.loader import build_module
 from diffsynth.diffusion.caching import launch_data_process_task
+from diffsynth.diffusion.image_units import edit_images
 from diffsynth.diffusion.lora import LoRA, find_layers
 from diffsynth.diffusion.loss import AutoencoderLoss, FlowMatchSFT
 from diffsynth.diffusion.randomness import Draw
@@ -30,12 +31,12 @@ from diffsynth.pipelines.flux2_image import (
     Flux2ImagePipeline,
     Flux2VAE,
     ModelConfig,
-    edit_images,
     text_depths,
     text_embeddings,
 )
 from models.emoji.build import captions
 
+EMBEDDED = Path(__file__).parents[1] / "models" / "emoji_flux2"
 REQUEST = {"prompt": "a red apple", "height": 48, "width": 64, "seed": 1, "num_inference_steps": 4}
 NOISE = torch.randn((1, 128, 3, 4), generator=torch.Generator().manual_seed(1))
 EDITS = {"none": None, "one": picture(3, (64, 64)), "two": [picture(3, (64, 64)), picture(4, (96, 64))]}
@@ -79,7 +80,7 @@ def drawn_by_diffusers(folder, output_type, edit_image=None, guidance=1.0):
         **{name: value for name, value in REQUEST.items() if name != "seed"},
         guidance_scale=guidance,
         latents=NOISE,
-        max_sequence_length=tiny_flux2.MAX_TOKENS if folder == tiny_flux2.klein() else tiny_flux2.DEV_TOKENS,
+        max_sequence_length=tiny_flux2.DEV_TOKENS if folder.name == "dev" else tiny_flux2.MAX_TOKENS,
         text_encoder_out_layers=(1, 2, 3),
         output_type=output_type,
     ).images
@@ -87,11 +88,13 @@ def drawn_by_diffusers(folder, output_type, edit_image=None, guidance=1.0):
 
 @pytest.mark.parametrize("edit_image", EDITS.values(), ids=EDITS)
 @pytest.mark.parametrize("guidance", [1.0, 3.0])
-def test_klein_draws_the_latents_that_diffusers_does(pipe, edit_image, guidance):
+@pytest.mark.parametrize("folder", [tiny_flux2.klein, lambda: EMBEDDED], ids=["random", "embedded"])
+def test_klein_draws_the_latents_that_diffusers_does(folder, edit_image, guidance):
+    pipe = loaded(folder())
     found = latents_of(pipe, cfg_scale=guidance, edit_image=edit_image, edit_image_auto_resize=False)
     bn = pipe.vae.bn
     scale, shift = ((s.view(1, -1, 1, 1)) for s in ((bn.running_var + 1e-4).sqrt(), bn.running_mean))
-    expected = drawn_by_diffusers(tiny_flux2.klein(), "latent", edit_image, guidance)
+    expected = drawn_by_diffusers(folder(), "latent", edit_image, guidance)
     assert_close(F.pixel_shuffle(found * scale + shift, 2), expected, atol=1e-4, rtol=0)
 
 
