@@ -1,7 +1,6 @@
 """Direct distillation: a few-step student ends where the teacher's many steps ended from the same noise.
 
-DiffSynth-Studio 2025, "Direct Distill", the method behind Qwen-Image-Distill-Full and -LoRA
-(https://modelscope.cn/models/DiffSynth-Studio/Qwen-Image-Distill-LoRA).
+DiffSynth-Studio 2025, "Direct Distill" (https://github.com/modelscope/DiffSynth-Studio).
 """
 
 from collections.abc import Sequence
