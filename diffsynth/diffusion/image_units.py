@@ -1,13 +1,17 @@
 """Units that families of image models share; they differ in the pipeline's `latent_channels` and `latent_factor`."""
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 import torch
 from PIL import Image, ImageFilter
 from torch import Tensor
 
+from ..core.data.operators import ImageCropAndResize
 from .units import PipelineUnit, in_groups
+
+EDIT_IMAGE_FACTOR = 32  # of both sides of an edit image that is resized
 
 
 class ShapeChecker(PipelineUnit):
@@ -63,6 +67,74 @@ def encode_images(
 
 def tiling(inputs: Mapping) -> tuple[bool, int, int]:
     return inputs["tiled"], inputs["tile_size"], inputs["tile_stride"]
+
+
+def crop_to_area(image: Image.Image, pixels: int) -> Image.Image:
+    """An image scaled to about `pixels` pixels in its own proportions, its sides cropped to multiples of 32."""
+    width, height = _size_at_area(image, pixels)
+    return ImageCropAndResize(height, width)(image)
+
+
+def stretch_to_area(image: Image.Image, pixels: int) -> Image.Image:
+    """An image scaled to about `pixels` pixels, its proportions nearly kept: sides are multiples of 32."""
+    return image.resize(_size_at_area(image, pixels), Image.Resampling.LANCZOS)
+
+
+def _size_at_area(image: Image.Image, pixels: int) -> tuple[int, int]:
+    scale = math.sqrt(pixels / (image.width * image.height))
+    width, height = (max(1, round(n * scale / EDIT_IMAGE_FACTOR)) * EDIT_IMAGE_FACTOR for n in image.size)
+    return width, height
+
+
+def edit_images(
+    edit_image: Image.Image | Sequence[Image.Image] | None,
+    auto_resize: bool,
+    pixels: int,
+    resize: Callable[[Image.Image, int], Image.Image] = crop_to_area,
+) -> list[Image.Image]:
+    """One image or several as a list in RGB, each of about `pixels` pixels in its own proportions with `auto_resize`.
+
+    Raises:
+        ValueError: It is something else, or has sides that the autoencoder cannot divide.
+    """
+    images = [] if edit_image is None else edit_image if isinstance(edit_image, list | tuple) else [edit_image]
+    strange = [image for image in images if not isinstance(image, Image.Image)]
+    if strange:
+        raise ValueError(
+            f"edit_image is or holds {strange[0]!r}, expected images; where it is a column of a data set, list it in "
+            "dataset.data_file_keys."
+        )
+    images = [image.convert("RGB") for image in images]
+    return [resize(image, pixels) if auto_resize else _checked_sides(image) for image in images]
+
+
+def _checked_sides(image: Image.Image) -> Image.Image:
+    if image.width % 16 or image.height % 16:
+        raise ValueError(
+            f"edit_image is {image.width} x {image.height} pixels, expected multiples of 16; crop it, or let it be "
+            "resized with edit_image_auto_resize=True."
+        )
+    return image
+
+
+class EditImageEmbedder(PipelineUnit):
+    """Images to be edited or drawn from, as a list of latents (1, C, h, w) in sizes of their own."""
+
+    resize = staticmethod(crop_to_area)  # what the family was trained with
+
+    def __init__(self):
+        super().__init__(output_params=("edit_latents",), onload_model_names=("vae",))
+
+    def process(self, pipe, edit_image, edit_image_auto_resize, edit_image_pixels, tiled, tile_size, tile_stride):
+        images = edit_images(edit_image, edit_image_auto_resize, edit_image_pixels, self.resize)
+        return {"edit_latents": encode_images(pipe, images, tiled, tile_size, tile_stride)} if images else {}
+
+    def process_batch(self, pipe, batch):
+        """Edit images of one size go through the autoencoder together, whichever sample they are of."""
+        names = ("edit_image", "edit_image_auto_resize", "edit_image_pixels")
+        images = [edit_images(*(each[name] for name in names), self.resize) for each in batch]
+        latents = iter(encode_images(pipe, [image for own in images for image in own], *tiling(batch[0])))
+        return [{"edit_latents": [next(latents) for _ in own]} if own else {} for own in images]
 
 
 class Inpaint(PipelineUnit):

@@ -5,7 +5,6 @@ Latents are (B, 128, H/16, W/16), each pixel one token of the transformer; edit 
 """
 
 import copy
-import math
 from collections.abc import Iterable, Mapping, Sequence
 
 import torch
@@ -19,19 +18,17 @@ from PIL import Image
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from ..core.data.operators import ImageCropAndResize
 from ..core.gradient import checkpoint_blocks
 from ..core.loader import ModelConfig
 from ..diffusion.base_pipeline import BasePipeline, PipelineUnit
 from ..diffusion.flow_match import FlowMatchScheduler, exponential_shift
 from ..diffusion.image_units import (
+    EditImageEmbedder,
     Inpaint,
     InputImageEmbedder,
     LossMask,
     NoiseInitializer,
     ShapeChecker,
-    encode_images,
-    tiling,
 )
 from ..diffusion.kv_cache import KVCache, KVCacheReader, appended, attending_to_all_after
 from ..diffusion.models import TrainingDefaults
@@ -43,7 +40,6 @@ __all__ = ["Flux2ImagePipeline", "ModelConfig"]
 
 MAX_PROMPT_TOKENS = 512  # the chat template's among them
 EDIT_IMAGE_PIXELS = 1024 * 1024
-EDIT_IMAGE_FACTOR = 32  # of both sides of an edit image that is resized
 EDIT_IMAGE_TIME = 10  # between one edit image and the next, on the first axis of positions
 TRAINING_MU = 0.8  # shift of the training grid at every resolution
 MANY_TOKENS = 4300  # from here on the number of steps no longer matters
@@ -266,57 +262,8 @@ def unpack_latents(tokens: Tensor, height: int, width: int) -> Tensor:
 # Units ----------------------------------------------------------------------------------------------------------------
 
 
-class Flux2Unit_EditImageEmbedder(PipelineUnit):
-    """Images to be edited or drawn from, as a list of latents (1, 128, h, w) in sizes of their own."""
-
-    def __init__(self):
-        super().__init__(output_params=("edit_latents",), onload_model_names=("vae",))
-
-    def process(self, pipe, edit_image, edit_image_auto_resize, edit_image_pixels, tiled, tile_size, tile_stride):
-        images = edit_images(edit_image, edit_image_auto_resize, edit_image_pixels)
-        return {"edit_latents": encode_images(pipe, images, tiled, tile_size, tile_stride)} if images else {}
-
-    def process_batch(self, pipe, batch):
-        """Edit images of one size go through the autoencoder together, whichever sample they are of."""
-        names = ("edit_image", "edit_image_auto_resize", "edit_image_pixels")
-        images = [edit_images(*(each[name] for name in names)) for each in batch]
-        latents = iter(encode_images(pipe, [image for own in images for image in own], *tiling(batch[0])))
-        return [{"edit_latents": [next(latents) for _ in own]} if own else {} for own in images]
-
-
-def edit_images(
-    edit_image: Image.Image | Sequence[Image.Image] | None, auto_resize: bool, pixels: int
-) -> list[Image.Image]:
-    """One image or several as a list in RGB, each of about `pixels` pixels in its own proportions with `auto_resize`.
-
-    Raises:
-        ValueError: It is something else, or has sides that the autoencoder cannot divide.
-    """
-    images = [] if edit_image is None else edit_image if isinstance(edit_image, list | tuple) else [edit_image]
-    strange = [image for image in images if not isinstance(image, Image.Image)]
-    if strange:
-        raise ValueError(
-            f"edit_image is or holds {strange[0]!r}, expected images; where it is a column of a data set, list it in "
-            "dataset.data_file_keys."
-        )
-    images = [image.convert("RGB") for image in images]
-    return [resize_to_area(image, pixels) if auto_resize else _checked_sides(image) for image in images]
-
-
-def _checked_sides(image: Image.Image) -> Image.Image:
-    if image.width % 16 or image.height % 16:
-        raise ValueError(
-            f"edit_image is {image.width} x {image.height} pixels, expected multiples of 16; crop it, or let it be "
-            "resized with edit_image_auto_resize=True."
-        )
-    return image
-
-
-def resize_to_area(image: Image.Image, pixels: int) -> Image.Image:
-    """An image scaled to about `pixels` pixels in its own proportions, its sides cropped to multiples of 32."""
-    scale = math.sqrt(pixels / (image.width * image.height))
-    width, height = (max(1, round(n * scale / EDIT_IMAGE_FACTOR)) * EDIT_IMAGE_FACTOR for n in image.size)
-    return ImageCropAndResize(height, width)(image)
+class Flux2Unit_EditImageEmbedder(EditImageEmbedder):
+    pass
 
 
 class Flux2Unit_PromptEmbedder(PipelineUnit):

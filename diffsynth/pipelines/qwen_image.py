@@ -1,7 +1,8 @@
-"""Qwen-Image: text-to-image and image-to-image.
+"""Qwen-Image: text-to-image and image-to-image, editing one or several images.
 
 Wu et al. 2025, "Qwen-Image Technical Report" (https://arxiv.org/abs/2508.02324). Networks: diffusers, transformers.
-Latents are (B, 16, H/8, W/8); the transformer sees them as tokens of 2 × 2 latent pixels, (B, H/16 · W/16, 64).
+Latents are (B, 16, H/8, W/8); the transformer sees them as tokens of 2 × 2 latent pixels, (B, H/16 · W/16, 64);
+edit images are more tokens of the same kind, and the text encoder sees them too.
 """
 
 from collections.abc import Mapping, Sequence
@@ -35,6 +36,16 @@ PROMPT_TEMPLATE = (
 )
 PROMPT_TEMPLATE_TOKENS = 34  # tokens of the template before the prompt; their embeddings are dropped
 MAX_PROMPT_TOKENS = 1024
+EDIT_PROMPT_TEMPLATE = (
+    "<|im_start|>system\nDescribe the key features of the input image (color, shape, size, texture, objects, "
+    "background), then explain how the user's text instruction should alter or modify the image. Generate a new image "
+    "that meets the user's requirements while maintaining consistency with the original input where appropriate."
+    "<|im_end|>\n<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n"
+)
+EDIT_PROMPT_TEMPLATE_TOKENS = 64
+IMAGE_TOKEN = "<|image_pad|>"  # one for each that the text encoder makes of an image
+EDIT_IMAGE_PIXELS = 1024 * 1024
+EDIT_VISION_PIXELS = 384 * 384
 TRAINING_MU = 0.8  # shift of the training grid at every resolution
 TERMINAL_SIGMA = 0.02
 
@@ -179,6 +190,7 @@ def model_fn_qwen_image(
     timestep: Tensor,
     prompt_emb: Tensor,
     prompt_emb_mask: Tensor,
+    edit_latents: Sequence[Tensor] = (),
     kv_cache: KVCache | None = None,
     lora: InputLoRA | None = None,
     extra_text_embedding: Tensor | None = None,
@@ -190,24 +202,26 @@ def model_fn_qwen_image(
     Args:
         prompt_emb: Text embeddings (B, L, D), right-padded.
         prompt_emb_mask: True where a text token is real (B, L).
+        edit_latents: Clean latents (B, 16, h, w) of each edit image, in sizes of their own.
         kv_cache: Further keys and values of blocks, `block_0` and so on.
         lora: Update of the transformer's layers.
         extra_text_embedding: Further text embeddings (B, L', D), which follow the prompt's.
     """
     checkpoint_blocks(dit, use_gradient_checkpointing, use_gradient_checkpointing_offload)
-    batch, _, height, width = latents.shape
+    batch, images = len(latents), [latents, *edit_latents]
     prompt_emb, prompt_emb_mask = append_text(prompt_emb, prompt_emb_mask, extra_text_embedding)
     with added(dit, lora):
         velocity = dit(
-            hidden_states=pack_latents(latents).to(dit.dtype),
+            hidden_states=torch.cat([pack_latents(image) for image in images], dim=1).to(dit.dtype),
             timestep=timestep / 1000,
             encoder_hidden_states=prompt_emb.to(dit.dtype),
             encoder_hidden_states_mask=None if batch == 1 else prompt_emb_mask,
-            img_shapes=[[(1, height // 2, width // 2)]] * batch,
+            img_shapes=[[(1, image.shape[2] // 2, image.shape[3] // 2) for image in images]] * batch,
             attention_kwargs={"kv_cache": kv_cache} if kv_cache else None,
             return_dict=False,
         )[0]
-    return unpack_latents(velocity, height, width)
+    height, width = latents.shape[2:]
+    return unpack_latents(velocity[:, : height // 2 * (width // 2)], height, width)
 
 
 def pack_latents(latents: Tensor) -> Tensor:
@@ -250,7 +264,13 @@ class QwenImageUnit_LossMask(image_units.LossMask):
     pass
 
 
+class QwenImageUnit_EditImageEmbedder(image_units.EditImageEmbedder):
+    resize = staticmethod(image_units.stretch_to_area)
+
+
 class QwenImageUnit_PromptEmbedder(PipelineUnit):
+    """Text embeddings (1, L, D) of a prompt and of the images that it says how to change, and their mask (1, L)."""
+
     def __init__(self):
         super().__init__(
             separate_cfg=True,
@@ -260,22 +280,50 @@ class QwenImageUnit_PromptEmbedder(PipelineUnit):
             onload_model_names=("text_encoder",),
         )
 
-    def process(self, pipe, prompt):
-        return self.process_batch(pipe, [{"prompt": prompt}])[0]
+    def process(
+        self,
+        pipe,
+        prompt,
+        edit_image=None,
+        edit_image_auto_resize=True,
+        edit_image_pixels=EDIT_IMAGE_PIXELS,
+        edit_image_numbered=False,
+        edit_vision_pixels=EDIT_VISION_PIXELS,
+    ):
+        inputs = {name: value for name, value in locals().items() if name not in ("self", "pipe")}
+        return self.process_batch(pipe, [inputs])[0]
 
     def process_batch(self, pipe, batch):
         """Prompts of one length go through the text encoder together; padding would change what comes out."""
         pipe.load_models_to_device(["text_encoder"])
 
-        def encode(tokens: Sequence[Tensor]) -> Tensor:
-            ids = torch.cat(list(tokens)).to(pipe.device)
+        def encode(alike: Sequence[Mapping[str, Tensor]]) -> Tensor:
+            inputs = {name: torch.cat([each[name] for each in alike]).to(pipe.device) for name in alike[0]}
+            template = EDIT_PROMPT_TEMPLATE_TOKENS if "pixel_values" in inputs else PROMPT_TEMPLATE_TOKENS
             # The inner model: the language head would only cost time and memory.
-            return pipe.text_encoder.model(ids, torch.ones_like(ids)).last_hidden_state[:, PROMPT_TEMPLATE_TOKENS:]
+            return pipe.text_encoder.model(**inputs).last_hidden_state[:, template:]
 
-        tokens = [pipe.tokenize(each["prompt"]).input_ids for each in batch]
-        embeddings = in_groups(tokens, [ids.shape[1] for ids in tokens], encode)
+        read = [self.read(pipe, **inputs) for inputs in batch]
+        embeddings = in_groups(read, [(each["input_ids"].shape[1], "pixel_values" in each) for each in read], encode)
         masks = [torch.ones(1, len(own), dtype=torch.bool, device=own.device) for own in embeddings]
         return [{"prompt_emb": o[None], "prompt_emb_mask": m} for o, m in zip(embeddings, masks, strict=True)]
+
+    @staticmethod
+    def read(
+        pipe,
+        prompt: str,
+        edit_image: Image.Image | Sequence[Image.Image] | None,
+        edit_image_auto_resize: bool,
+        edit_image_pixels: int,
+        edit_image_numbered: bool,
+        edit_vision_pixels: int,
+    ) -> dict[str, Tensor]:
+        """What the text encoder reads of a prompt and its images: numbered in a size of their own, else as encoded."""
+        numbered = edit_image_numbered or (isinstance(edit_image, list | tuple) and len(edit_image) > 1)
+        size = (True, edit_vision_pixels) if numbered else (edit_image_auto_resize, edit_image_pixels)
+        images = image_units.edit_images(edit_image, *size, image_units.stretch_to_area)
+        tokens = pipe.tokenize_with_images(prompt, images, numbered) if images else pipe.tokenize(prompt)
+        return {**tokens, "attention_mask": torch.ones_like(tokens["input_ids"])}
 
 
 # Pipeline -------------------------------------------------------------------------------------------------------------
@@ -290,12 +338,15 @@ class QwenImagePipeline(BasePipeline):
         "AutoencoderKLQwenImage": ("vae", QwenImageVAE),
     }
     lora_prefixes = {"dit": "transformer", "text_encoder": "text_encoder"}
+    per_image_arguments = (*BasePipeline.per_image_arguments, "edit_image")
     latent_channels, latent_factor = 16, 8
     model_fn = staticmethod(model_fn_qwen_image)
 
     def __init__(self, device="cpu", torch_dtype=torch.bfloat16):
         super().__init__(device, torch_dtype)
-        self.tokenizer = None
+        self.tokenizer = self.processor = None
+        self.call_defaults.update(edit_image_pixels=EDIT_IMAGE_PIXELS)
+        self.call_defaults.update(edit_image_numbered=False, edit_vision_pixels=EDIT_VISION_PIXELS)
         self.scheduler = FlowMatchScheduler(qwen_image_sigmas)
         self.units = [
             QwenImageUnit_ShapeChecker(),
@@ -313,11 +364,13 @@ class QwenImagePipeline(BasePipeline):
         device="cpu",
         model_configs: Sequence[ModelConfig] = (),
         tokenizer_config: ModelConfig | None = None,
+        processor_config: ModelConfig | None = None,
     ) -> "QwenImagePipeline":
         """Build the pipeline and read all its weights."""
         pipe = cls(device, torch_dtype)
         pipe.build_models(model_configs)
         pipe.build_tokenizer(tokenizer_config)
+        pipe.build_processor(processor_config)
         pipe.load_models()
         return pipe
 
@@ -328,9 +381,13 @@ class QwenImagePipeline(BasePipeline):
         text_encoder: ModelConfig | None,
         vae: ModelConfig | None,
         tokenizer: ModelConfig | None,
+        processor: ModelConfig | None = None,
         torch_dtype: str = "bfloat16",
         height: int = 1328,
         width: int = 1328,
+        edit_image_pixels: int = EDIT_IMAGE_PIXELS,
+        edit_image_numbered: bool = False,
+        edit_vision_pixels: int = EDIT_VISION_PIXELS,
         training: TrainingDefaults | None = None,
         device="cpu",
     ) -> "QwenImagePipeline":
@@ -338,8 +395,10 @@ class QwenImagePipeline(BasePipeline):
 
         Args:
             dit, text_encoder, vae, tokenizer: None of what a run does not need, as where a cache holds what it made.
+            processor: What cuts edit images up for the text encoder; None where nothing is edited.
             torch_dtype: What frozen weights and computation are in.
             height, width: Size in pixels that this model draws by default.
+            edit_image_pixels, edit_image_numbered, edit_vision_pixels: As this model was trained, see `__call__`.
             training: What a training of this model starts from.
         """
         if tokenizer is None and text_encoder is not None:
@@ -347,7 +406,9 @@ class QwenImagePipeline(BasePipeline):
         pipe = cls(device, getattr(torch, torch_dtype))
         pipe.build_models(model for model in (dit, text_encoder, vae) if model is not None)
         pipe.build_tokenizer(tokenizer)
-        pipe.call_defaults.update(height=height, width=width)
+        pipe.build_processor(processor)
+        pipe.call_defaults.update(height=height, width=width, edit_image_pixels=edit_image_pixels)
+        pipe.call_defaults.update(edit_image_numbered=edit_image_numbered, edit_vision_pixels=edit_vision_pixels)
         pipe.training_defaults = training or TrainingDefaults()
         return pipe
 
@@ -366,17 +427,53 @@ class QwenImagePipeline(BasePipeline):
             return
         (folder,) = tokenizer_config.resolve()
         self.tokenizer, self.tokenizer_folders["tokenizer"] = Qwen2Tokenizer.from_pretrained(folder), folder
-        found = len(self.tokenizer(PROMPT_TEMPLATE.split("{}")[0]).input_ids)
-        if found != PROMPT_TEMPLATE_TOKENS:
+        self._check_template(PROMPT_TEMPLATE, PROMPT_TEMPLATE_TOKENS, "prompt template")
+
+    def build_processor(self, processor_config: ModelConfig | None) -> None:
+        """Read how edit images are cut up for the text encoder, and check the template of prompts about them."""
+        from transformers import Qwen2VLImageProcessorPil  # not torchvision's: what it makes differs a little
+
+        if processor_config is None:
+            return
+        (folder,) = processor_config.resolve()
+        self.processor, self.tokenizer_folders["processor"] = Qwen2VLImageProcessorPil.from_pretrained(folder), folder
+        self.units.append(QwenImageUnit_EditImageEmbedder())
+        if self.tokenizer is not None:
+            self._check_template(EDIT_PROMPT_TEMPLATE, EDIT_PROMPT_TEMPLATE_TOKENS, "template of edit prompts")
+
+    def _check_template(self, template: str, tokens: int, name: str) -> None:
+        found = len(self.tokenizer(template.split("{}")[0]).input_ids)
+        if found != tokens:
             raise ValueError(
-                f"The tokenizer in {folder} makes {found} tokens of the prompt template, expected "
-                f"{PROMPT_TEMPLATE_TOKENS}: it is not Qwen-Image's tokenizer."
+                f"The tokenizer in {self.tokenizer_folders['tokenizer']} makes {found} tokens of the {name}, expected "
+                f"{tokens}: it is not Qwen-Image's tokenizer."
             )
 
     def tokenize(self, prompt: str):
         """Token ids and mask (1, L) of the prompt inside its template."""
         length = MAX_PROMPT_TOKENS + PROMPT_TEMPLATE_TOKENS
         return self.tokenizer([PROMPT_TEMPLATE.format(prompt)], max_length=length, truncation=True, return_tensors="pt")
+
+    def tokenize_with_images(self, prompt: str, images: Sequence[Image.Image], numbered: bool) -> dict[str, Tensor]:
+        """What the text encoder reads of a prompt about images: token ids (1, L), their kinds, patches of the images.
+
+        Args:
+            numbered: Each image is introduced by its number, so that the prompt can name it.
+        """
+        if self.processor is None:
+            raise ValueError(
+                "edit_image needs a processor, through which the text encoder sees it, but model.processor is null; "
+                "take a model for editing, such as model=qwen_image_edit, or give from_pretrained a processor_config."
+            )
+        patches = self.processor(images, return_tensors="pt")
+        tokens = (patches["image_grid_thw"].prod(1) // self.processor.merge_size**2).tolist()
+        seen = [f"<|vision_start|>{IMAGE_TOKEN * count}<|vision_end|>" for count in tokens]
+        if numbered:
+            seen = [f"Picture {number}: {image}" for number, image in enumerate(seen, start=1)]
+        ids = self.tokenizer([EDIT_PROMPT_TEMPLATE.format("".join(seen) + prompt)], return_tensors="pt").input_ids
+        # Without their kinds, tokens of an image would be in a line instead of in rows and columns.
+        kinds = (ids == self.tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)).int()
+        return {"input_ids": ids, "mm_token_type_ids": kinds, **patches}
 
     def cuts_off(self, prompt: str) -> bool:
         if self.tokenizer is None or len(prompt.encode()) <= MAX_PROMPT_TOKENS:  # no token is less than a byte
@@ -417,6 +514,11 @@ class QwenImagePipeline(BasePipeline):
         denoising_strength: float = 1.0,
         inpaint_mask: Image.Image | None = None,
         inpaint_blur_sigma: float | None = None,
+        edit_image: Image.Image | Sequence[Image.Image] | None = None,
+        edit_image_auto_resize: bool = True,
+        edit_image_pixels: int | None = None,
+        edit_image_numbered: bool | None = None,
+        edit_vision_pixels: int | None = None,
         height: int = 1328,
         width: int = 1328,
         seed: int | None = None,
@@ -443,6 +545,13 @@ class QwenImagePipeline(BasePipeline):
             input_image: Start from this image, noised by `denoising_strength` in (0, 1], instead of pure noise.
             inpaint_mask: White is redrawn, black keeps `input_image`; its edge softened by `inpaint_blur_sigma`
                 latent pixels.
+            edit_image: Image that the prompt says how to change, or several that it refers to as Picture 1, Picture 2.
+            edit_image_auto_resize: Scale each to about `edit_image_pixels` (None is the model's own, 1024²) in nearly
+                its own proportions, sides multiples of 32; otherwise they have to be multiples of 16.
+            edit_image_numbered: Number a single image too, as Qwen-Image-Edit-2509 and later were trained; None is the
+                model's own way.
+            edit_vision_pixels: Area at which the text encoder sees numbered images (None is the model's own, 384²); it
+                sees one without a number as the autoencoder does.
             height, width: In pixels, rounded up to a multiple of 16; `input_image` is resized to them.
             sigmas: Noise levels to sample at, instead of `num_inference_steps` of the family's own.
             tiled: Run the VAE on tiles of `tile_size` latent pixels, `tile_stride` apart.

@@ -1,0 +1,70 @@
+"""Qwen-Image-Edit in miniature with random weights, in a folder laid out like the released one."""
+
+import json
+from functools import cache
+from pathlib import Path
+
+import torch
+from diffusers import QwenImageTransformer2DModel
+from tiny import COMPONENTS, kept_folder
+from transformers import Qwen2VLImageProcessorPil
+
+from diffsynth.pipelines.qwen_image import EDIT_PROMPT_TEMPLATE, PROMPT_TEMPLATE, ModelConfig, QwenImagePipeline
+from models.emoji import build
+
+PARTS = {**COMPONENTS, "processor": "processor"}
+SIZES = {"height": 64, "width": 64, "edit_image_pixels": 64 * 64, "edit_vision_pixels": 96 * 96}
+
+
+@cache
+def folder(zero_cond_t: bool = False) -> Path:
+    """A repository laid out as Qwen-Image-Edit's, or -2511's with `zero_cond_t`; each made once a session."""
+    root = kept_folder() / "qwen_image_edit"
+    build.init(str(root))
+    templates = [PROMPT_TEMPLATE, EDIT_PROMPT_TEMPLATE]
+    for token in build.SPECIAL_TOKENS:
+        templates = [template.replace(token, "") for template in templates]
+    tokenizer = build.train_tokenizer(templates, build.SPECIAL_TOKENS)
+    tokenizer.save_pretrained(root / "tokenizer")
+    Qwen2VLImageProcessorPil().save_pretrained(root / "processor")
+    config = json.loads((root / "transformer" / "config.json").read_text()) | {"zero_cond_t": zero_cond_t}
+    torch.manual_seed(0)
+    _randomise(QwenImageTransformer2DModel.from_config(config), root / "transformer")
+    _randomise(build.text_encoder(tokenizer), root / "text_encoder")
+    _give_statistics(root / "vae" / "config.json")
+    return root
+
+
+def _randomise(model: torch.nn.Module, folder: Path) -> None:
+    """So that every parameter counts, gates and what is seen of images among them."""
+    generator = torch.Generator().manual_seed(0)
+    for parameter in model.parameters():
+        parameter.data += 0.05 * torch.randn(parameter.shape, generator=generator)
+    model.save_pretrained(folder)
+
+
+def _give_statistics(file: Path) -> None:
+    generator = torch.Generator().manual_seed(0)
+    config = json.loads(file.read_text())
+    config["latents_mean"] = torch.randn(16, generator=generator).tolist()
+    config["latents_std"] = (0.5 + torch.rand(16, generator=generator)).tolist()
+    file.write_text(json.dumps(config))
+
+
+def image_processor() -> Qwen2VLImageProcessorPil:
+    return Qwen2VLImageProcessorPil.from_pretrained(folder() / "processor")
+
+
+def pipeline(root: Path | None = None, **options) -> QwenImagePipeline:
+    """Our pipeline on a folder, its weights in fp32, its sizes those of 64-pixel pictures."""
+    configs = {name: ModelConfig(path=str((root or folder()) / part)) for name, part in PARTS.items()}
+    pipe = QwenImagePipeline.from_components(**{**configs, "torch_dtype": "float32", **SIZES, **options})
+    pipe.progress_bar = iter
+    return pipe
+
+
+def overrides(root: Path | None = None) -> list[str]:
+    """Overrides that put the miniature in the place of the configured model."""
+    parts = [f"model.{name}.path={(root or folder()) / part}" for name, part in PARTS.items()]
+    sizes = [f"model.{name}={size}" for name, size in SIZES.items()]
+    return ["model=qwen_image_edit", "model.torch_dtype=float32", *sizes, *parts]
