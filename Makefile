@@ -20,9 +20,9 @@ test: .venv/.installed-test
 test-all: .venv/.installed-test
 	$(PYTEST) -m ""
 
-# Kills a run 200 times and compares what comes out with a run that was not killed.
+# Kills a training and the making of a cache 200 times each and compares what comes out with what was not killed.
 faults: .venv/.installed-test
-	FAULTS=200 OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -s tests/test_faults.py
+	FAULTS=200 OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -s tests/test_faults.py tests/test_cache.py -k killed
 
 format: .venv/.installed-test
 	$(BIN)/python -m ruff check --fix .
