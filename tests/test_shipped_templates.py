@@ -12,7 +12,7 @@ from PIL import Image
 
 from diffsynth.config import check
 from diffsynth.diffusion import template_code, template_model
-from diffsynth.diffusion.template import ModelConfig, TemplatePipeline, load_template_model
+from diffsynth.diffusion.template import ModelConfig, TemplatePipeline, Templates, load_template_model
 
 benchmark = import_file(tiny.ROOT / "benchmarks" / "templates.py")
 FOLDER, DATA = tiny.ROOT / "models" / "templates", tiny.ROOT / "data" / "emoji"
@@ -57,6 +57,17 @@ def test_its_weights_are_finite_and_complete(name):
     model = load_template_model(FOLDER / name, torch.float32)
     assert [path.name for path in code.weights] == ["model.safetensors"]
     assert all(tensor.isfinite().all() and tensor.abs().sum() > 0 for tensor in model.state_dict().values())
+
+
+def test_from_scratch_leaves_the_trained_weights_out():
+    def weights(seed: int, from_scratch: bool) -> torch.Tensor:
+        template = Templates(path=str(FOLDER / "brightness"), from_scratch=from_scratch).load_one(seed)
+        return torch.cat([tensor.flatten().float() for tensor in template.model.state_dict().values()])
+
+    assert torch.equal(weights(0, False), weights(1, False))
+    assert torch.equal(weights(0, True), weights(0, True))
+    assert not torch.equal(weights(0, True), weights(1, True))
+    assert not torch.equal(weights(0, True), weights(0, False))
 
 
 @pytest.mark.parametrize("name", INPUTS)
