@@ -14,13 +14,21 @@ from diffsynth.diffusion import checkpoint
 from diffsynth.diffusion.checkpoint import INDEX, Checkpoints, load_part, read_checkpoint
 from diffsynth.diffusion.ema import EMA
 from diffsynth.diffusion.runner import make_accelerator
+from diffsynth.diffusion.training_module import DiffusionTrainingModule
 from diffsynth.diffusion.training_state import TrainingState
+
+
+class Layers(nn.ModuleDict):
+    """Layers that the loop can train."""
+
+    trained_parts, trained_at = DiffusionTrainingModule.trained_parts, DiffusionTrainingModule.trained_at
+    learning_rate = DiffusionTrainingModule.learning_rate
 
 
 def training_state(width: int = 3) -> TrainingState:
     """A frozen base with two trained layers on it."""
     torch.manual_seed(0)
-    model = nn.ModuleDict({"base": nn.Linear(3, 3), "lora": nn.Linear(3, width), "head": nn.Linear(width, 1)})
+    model = Layers({"base": nn.Linear(3, 3), "lora": nn.Linear(3, width), "head": nn.Linear(width, 1)})
     model["base"].requires_grad_(False)
     adam = partial(torch.optim.AdamW, lr=0.1)
     return TrainingState(make_accelerator("cpu", "float32"), model, adam, None, steps=10, ema=EMA())
@@ -34,7 +42,7 @@ def take_step(state: TrainingState) -> None:
 
 
 def weights(state: TrainingState) -> list[torch.Tensor]:
-    return [parameter.detach().clone() for parameter in state.parameters.values()]
+    return [parameter.detach().clone() for parameter in state.main.all]
 
 
 @pytest.fixture
@@ -101,7 +109,7 @@ def test_nothing_to_go_on_from_is_no_mistake(checkpoints, state):
 def test_what_is_large_is_split_over_files(checkpoints, state, monkeypatch):
     take_step(state)
     monkeypatch.setattr(checkpoint, "FILE_BYTES", 40)
-    folder = checkpoints.save(1, state.parts())
+    folder = checkpoints.save(1, state.trees())
     sizes = [[t.nbytes for t in load_file(path).values()] for path in sorted(folder.glob("weights-*.safetensors"))]
     assert len(sizes) > 1 and all(sum(tensors) <= 40 or len(tensors) == 1 for tensors in sizes)
     assert all(map(torch.equal, weights(resume(checkpoints)), weights(state)))
@@ -122,7 +130,7 @@ def test_the_one_just_saved_outlives_those_of_later_steps_that_were_passed_over(
     cut_off(checkpoints.path / "step-000002")
     fresh = resume(checkpoints)
     again = Checkpoints(checkpoints.path, keep_last=1)
-    again.save(1, fresh.parts())
+    again.save(1, fresh.trees())
     assert again.newest()[0].name == "step-000001"
 
 
@@ -235,7 +243,7 @@ def test_without_room_a_run_goes_on_but_does_not_end_as_if_it_were_saved(checkpo
 
 def test_another_data_set_is_refused_by_name(checkpoints, state):
     checkpoints.identity = {"data set": "aaaa"}
-    checkpoints.save(1, state.parts())
+    checkpoints.save(1, state.trees())
     checkpoints.identity = {"data set": "bbbb"}
     with pytest.raises(ValueError, match=r"step-000001 .*another data set \(aaaa, now bbbb\).*set name="):
         checkpoints.resume(state.accelerator, state)

@@ -10,10 +10,10 @@ from typing import Any, get_args
 import numpy as np
 import torch
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 
-from ..core.data import collate
+from ..core.data import collate, generator
 from .flow_match import FlowMatchScheduler
 from .models import PipelineModels
 from .template_cache import as_inputs, media_of
@@ -29,6 +29,7 @@ class BasePipeline(PipelineModels):
     """
 
     per_image_arguments: tuple[str, ...] = ("prompt", "negative_prompt", "seed", "input_image", "inpaint_mask")
+    sampling_arguments = ("num_inference_steps", "cfg_scale", "sigmas", "renoise")  # that weights may come with
     decoding_models: tuple[str, ...] = ("vae",)  # what `decode_image` calls
     height_division_factor = width_division_factor = 16
     latent_channels: int
@@ -41,6 +42,7 @@ class BasePipeline(PipelineModels):
         self.unit_runner = PipelineUnitRunner()
         self.scheduler = None
         self.template = self.template_model = None  # one that is part of this pipeline, as in its training
+        self.stand_ins: dict[str, nn.Module] = {}  # what predicts in place of a model while another role is played
         self.progress_bar = tqdm
         self.call_defaults = {
             name: parameter.default
@@ -73,7 +75,7 @@ class BasePipeline(PipelineModels):
 
     def predict(self, timestep: Tensor, **inputs) -> Tensor:
         """Velocity (B, …) that `model_fn` predicts at timesteps (B,) from those of the inputs that it takes."""
-        models = {name: getattr(self, name) for name in self.in_iteration_models}
+        models = {name: getattr(self, name) for name in self.in_iteration_models} | self.stand_ins
         accepted = inspect.signature(self.model_fn).parameters
         given = {name: value for name, value in inputs.items() if name in accepted}
         return self.model_fn(**models, timestep=timestep, **given)
@@ -95,23 +97,32 @@ class BasePipeline(PipelineModels):
             velocity = towards_input * (1 - inpaint_mask) + velocity * inpaint_mask
         return self.scheduler.step(velocity, index, latents)
 
+    def path(self, shared: dict, posi: dict, nega: dict) -> Iterator[Tensor]:
+        """The latents of a batch of inputs at each of the scheduler's noise levels, and at 0."""
+        latents = shared["latents"]
+        given = {name: shared[name] for name in ("inpaint_mask", "input_latents") if shared.get(name) is not None}
+        yield latents
+        for index, timestep in enumerate(self.progress_bar(self.scheduler.timesteps)):
+            timestep = timestep.to(self.device).expand(len(latents))
+            velocity = self.guided_velocity(timestep, shared["cfg_scale"], {**shared, "latents": latents}, posi, nega)
+            if shared.get("renoise"):
+                noise = step_noise(shared["seed"], index, latents)
+                latents = self.scheduler.renoise_step(velocity, index, latents, noise)
+            else:
+                latents = self.step(velocity, index, latents, **given)
+            yield latents
+
     @torch.no_grad()
     def denoise(self, shared: dict, posi: dict, nega: dict) -> Tensor:
         """Integrate the velocity from the first noise level to 0, for a batch of inputs; the final latents."""
-        latents = shared["latents"]
-        given = {name: shared[name] for name in ("inpaint_mask", "input_latents") if shared.get(name) is not None}
-        for index, timestep in enumerate(self.progress_bar(self.scheduler.timesteps)):
-            timestep = timestep.to(self.device).expand(len(latents))
-            shared = {**shared, "latents": latents}
-            velocity = self.guided_velocity(timestep, shared["cfg_scale"], shared, posi, nega)
-            latents = self.step(velocity, index, latents, **given)
+        for latents in self.path(shared, posi, nega):  # noqa: B007
+            pass
         return latents
 
-    @torch.no_grad()
-    def generate(self, requests: Sequence[Mapping]) -> list[Image.Image]:
-        """Draw one image a request (arguments of `__call__`), denoising all of them as one batch.
+    def prepare(self, requests: Sequence[Mapping]) -> tuple[dict, dict, dict]:
+        """What the network reads of requests (arguments of `__call__`) as one batch; sets the scheduler to their steps.
 
-        Each request's units run alone, so an image does not depend on its company (but for rounding).
+        Each request's units run alone, so that what is drawn does not depend on its company (but for rounding).
 
         Raises:
             ValueError: An unknown argument, or requests that differ in what a batch must share.
@@ -120,8 +131,14 @@ class BasePipeline(PipelineModels):
         self._check_batch(requests)
         self.set_timesteps(requests[0])
         prepared = [run_units(self.units, self, *self.split_request(request)) for request in requests]
-        latents = self.denoise(*(collate(list(side)) for side in zip(*prepared, strict=True)))
-        return [self.decode_image(latent.unsqueeze(0), requests[0]) for latent in latents]
+        shared, posi, nega = (collate(list(side)) for side in zip(*prepared, strict=True))
+        return shared, posi, nega
+
+    @torch.no_grad()
+    def generate(self, requests: Sequence[Mapping]) -> list[Image.Image]:
+        """Draw one image a request, denoising all of them as one batch; see `prepare`."""
+        latents = self.denoise(*self.prepare(requests))
+        return [self.decode_image(latent.unsqueeze(0), self.complete(requests[0])) for latent in latents]
 
     @contextmanager
     def sampling(self):
@@ -134,6 +151,10 @@ class BasePipeline(PipelineModels):
             self.scheduler = scheduler
             for name, module in self.named_modules():
                 module.training = training[name]
+
+    def draws_by(self, settings: Mapping[str, Any]) -> None:
+        """Draw as weights were trained to be drawn with: `sampling_arguments` that requests may still overrule."""
+        self.call_defaults.update({name: settings[name] for name in self.sampling_arguments if name in settings})
 
     @contextmanager
     def sampling_steps(self, request: Mapping) -> Iterator[FlowMatchScheduler]:
@@ -234,3 +255,11 @@ class BasePipeline(PipelineModels):
     def required_units(self, wanted: Iterable[str]) -> list[PipelineUnit]:
         """The units that lead to the `wanted` inputs of an objective or of `model_fn`."""
         return required_units(self.units, wanted)
+
+
+def step_noise(seeds: int | None | Sequence[int | None], index: int, like: Tensor) -> Tensor:
+    """Fresh noise (B, …) for the step `index`, each sample's from its own seed; None takes torch's generator."""
+    seeds = seeds if isinstance(seeds, list | tuple) else [seeds] * len(like)
+    generators = [None if seed is None else generator(seed, "renoise", 0, index) for seed in seeds]
+    noise = [torch.randn(like.shape[1:], generator=own) for own in generators]  # on CPU, so that all devices agree
+    return torch.stack(noise).to(like)

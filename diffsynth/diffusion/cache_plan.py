@@ -17,7 +17,7 @@ from ..core.data.unread import Unread, Variants, identity, is_unread
 from .code_version import code_version, forwards, plain_text
 from .units import PipelineUnit, check_outputs, read_inputs, required_units
 
-Sides = dict[str, dict]  # "shared" and "posi" → inputs by name
+Sides = dict[str, dict]  # "shared" and "posi", and "nega" where a training reads that → inputs by name
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class Run:
 
     Args:
         unit: Its number among the frozen units; -1 for an input of the pipeline that is kept as it is.
-        side: Where its outputs belong, `shared` or `posi`.
+        side: Where its outputs belong, `shared`, `posi` or `nega`.
         name: Of that input.
     """
 
@@ -41,6 +41,7 @@ class CachePlan:
 
     def __init__(self, module):
         self.pipe, self.units, self.kept = module.pipe, module.frozen_units, set(module.kept_inputs)
+        self.reads_negative = module.task.reads_negative
         self.trained = sorted(module.trained_roots)
         self.made_of = [unit_identity(unit, self.pipe) for unit in self.units]
         self._seeds = [identity(made_of) for made_of in self.made_of]
@@ -65,22 +66,35 @@ class CachePlan:
     def about(self) -> dict[str, Any]:
         """What a cache of this plan is made of."""
         units = {type(self.units[n]).__name__: self.made_of[n] for n in self.stored_units}
-        return {"pipeline": type(self.pipe).__name__, "units": units, "inputs": sorted(self.kept)}
+        separate = {name for n in self.stored_units if self.units[n].separate_cfg for name in self.units[n].output_params}
+        negative = [f"negative {name}" for name in sorted(separate & self.kept)] if self.reads_negative else []
+        return {"pipeline": type(self.pipe).__name__, "units": units, "inputs": sorted(self.kept) + negative}
 
     def runs(self, inputs: Sides) -> list[Run]:
         """What is kept of one sample, from the pipeline's inputs, whose files need not be read but for their bytes."""
         known = {side: {name: value for name, value in names.items()} for side, names in inputs.items()}
         runs = []
         for number, unit in enumerate(self.units):
-            given = read_inputs(unit, self.pipe, known["shared"], unit.input_params_posi, known["posi"])
-            key = identity([self._seeds[number], given])
-            side = "posi" if unit.separate_cfg else "shared"
-            known[side] |= {name: f"{key}/{name}" for name in unit.output_params}
-            if number in self.stored_units:
-                runs.append(Run(key, number, side))
+            for side in self.sides_of(unit):
+                key = identity([self._seeds[number], self._given(unit, known, side)])
+                known[side] |= {name: f"{key}/{name}" for name in unit.output_params}
+                if number in self.stored_units:
+                    runs.append(Run(key, number, side))
         leaves = [(side, name) for side in inputs for name in inputs[side] if known[side][name] is inputs[side][name]]
         files = [(side, name) for side, name in leaves if name in self.kept and is_unread(inputs[side][name])]
         return runs + [Run(identity(inputs[side][name]), -1, side, name) for side, name in files]
+
+    def sides_of(self, unit: PipelineUnit) -> tuple[str, ...]:
+        """Where the outputs of a unit belong."""
+        if not unit.separate_cfg:
+            return ("shared",)
+        return ("posi", "nega") if self.reads_negative else ("posi",)
+
+    def _given(self, unit: PipelineUnit, sides: Sides, side: str) -> dict:
+        """What a unit reads to make outputs of a side."""
+        if side == "nega":
+            return read_inputs(unit, self.pipe, sides["shared"], unit.input_params_nega, sides["nega"])
+        return read_inputs(unit, self.pipe, sides["shared"], unit.input_params_posi, sides["posi"])
 
     def needed_units(self, number: int) -> list[PipelineUnit]:
         """The units that lead to what a unit reads, itself the last; none for an input of the pipeline."""
@@ -104,14 +118,15 @@ class CachePlan:
         inputs = [{side: dict(names) for side, names in sides.items()} for sides in inputs]
         outputs = [{run.name: sides[run.side].get(run.name)} for run, sides in zip(runs, inputs, strict=True)]
         for unit in self.needed_units(runs[0].unit):
-            names = unit.input_params_posi
-            given = [read_inputs(unit, self.pipe, sides["shared"], names, sides["posi"]) for sides in inputs]
+            conditional = ["nega" if run.side == "nega" else "posi" for run in runs]
+            targets = conditional if unit.separate_cfg else ["shared"] * len(runs)
+            given = [self._given(unit, sides, side) for sides, side in zip(inputs, targets, strict=True)]
             before = _random_states(self.pipe.device)
             outputs = unit.process_batch(self.pipe, given)
             drew = before != _random_states(self.pipe.device)
-            for sides, made in zip(inputs, outputs, strict=True):
+            for sides, side, made in zip(inputs, targets, outputs, strict=True):
                 check_outputs(unit, made)
-                sides["posi" if unit.separate_cfg else "shared"] |= made
+                sides[side] |= made
         if runs[0].unit >= 0 and drew:  # those before it may: nothing of that is kept
             raise ValueError(
                 f"{type(unit).__name__} draws random numbers, which would be the same for ever from a cache. If they "
@@ -133,8 +148,8 @@ def describe(module, plan: CachePlan, variants: Variants) -> tuple[dict, list[tu
 
 def pipeline_inputs(module, row: dict) -> Sides:
     """The inputs of the pipeline that a training module makes of a row."""
-    shared, posi, _ = module.get_pipeline_inputs(row)
-    return {"shared": shared, "posi": posi}
+    shared, posi, nega = module.get_pipeline_inputs(row)
+    return {"shared": shared, "posi": posi} | ({"nega": nega} if module.task.reads_negative else {})
 
 
 def _plain(row: dict) -> dict[str, Any]:

@@ -81,7 +81,7 @@ class Checkpoints:
 
         A disk without room costs a warning, as somebody may make room before the next one; the `last` has no next one.
         """
-        parts = state.parts()
+        parts = state.trees()
         accelerator.wait_for_everyone()
         if accelerator.is_main_process:
             try:

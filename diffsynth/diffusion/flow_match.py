@@ -74,10 +74,21 @@ class FlowMatchScheduler:
         """The velocity v = ε - x₀ (B, *), the same at every timestep."""
         return noise - sample
 
+    def next_sigma(self, index: int) -> float:
+        """The noise level after the grid's level `index`; 0 after the last."""
+        return float(self.sigmas[index + 1]) if index + 1 < len(self.sigmas) else 0.0
+
     def step(self, velocity: Tensor, index: int, sample: Tensor) -> Tensor:
         """Euler step x + (σ_next - σ) v from the grid's level `index`; the last one ends at σ = 0."""
-        following = self.sigmas[index + 1] if index + 1 < len(self.sigmas) else 0.0
-        return sample + velocity * float(following - self.sigmas[index])
+        return sample + velocity * float(self.next_sigma(index) - self.sigmas[index])
+
+    def renoise_step(self, velocity: Tensor, index: int, sample: Tensor, noise: Tensor) -> Tensor:
+        """(1 - σ_next) x̂₀ + σ_next ε with x̂₀ = x - σ v: to the data and back, which forgets the path.
+
+        Multistep consistency sampling: Song et al. 2023, Algorithm 1 (https://arxiv.org/abs/2303.01469).
+        """
+        clean = sample - velocity * float(self.sigmas[index])
+        return interpolate(clean, noise, torch.tensor(self.next_sigma(index)))
 
     def training_weight(self, timestep: Tensor) -> Tensor:
         """Bell-shaped loss weight around t = 500, mean one over the grid, for timesteps () or (B,).

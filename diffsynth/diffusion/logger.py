@@ -18,6 +18,7 @@ from torch import Tensor
 from ..core.files import forget_after, write_text
 from ..core.loader import save_safetensors
 from .lora_formats import FORMATS
+from .loss.base import MODEL
 from .trackers import Tracker
 
 logger = logging.getLogger(__name__)
@@ -207,8 +208,21 @@ class LocalLogger:
         return Path(self.path) / "metrics.jsonl"
 
 
+@dataclass
+class Count:
+    """What was counted of one kind of step; `loss` is a sum over samples, `grad_norm` one over steps."""
+
+    loss: Tensor
+    samples: int = 0
+    grad_norm: float = 0.0
+    steps: int = 0
+
+
 class Meter:
-    """Means of what happened since the last reading, over steps, micro-batches and processes."""
+    """Means of what happened since the last reading, over steps, micro-batches and processes.
+
+    Steps that train another part than the model count under its name, `fake_score_loss`.
+    """
 
     def __init__(self, accelerator):
         self.accelerator, self.device = accelerator, accelerator.device
@@ -216,22 +230,25 @@ class Meter:
         self._clear()
 
     def _clear(self) -> None:
-        self.loss, self.samples = torch.zeros((), device=self.device), 0
-        self.grad_norm, self.steps = 0.0, 0
+        self.counts: dict[str, Count] = {}  # by the part that was trained
         self.started, self.timed_samples = time.perf_counter(), 0
+
+    def _count(self, part: str) -> Count:
+        return self.counts.setdefault(part, Count(torch.zeros((), device=self.device)))
 
     def add_losses(self, losses: Tensor) -> None:
         """Count the losses (b,) of one micro-batch; nothing is read back from the device yet."""
         self.losses.append(losses.detach().float().reshape(-1).to(self.device))
 
-    def end_step(self, grad_norm: float | None) -> None:
+    def end_step(self, grad_norm: float | None, part: str = MODEL) -> None:
         """Count one optimizer step; one that was left out (None) counts for nothing but time."""
         if grad_norm is not None:
-            self.steps += 1
-            self.grad_norm += grad_norm
+            count = self._count(part)
+            count.steps += 1
+            count.grad_norm += grad_norm
             for losses in self.losses:
-                self.loss += losses.sum()
-                self.samples += losses.numel()
+                count.loss += losses.sum()
+                count.samples += losses.numel()
                 self.timed_samples += losses.numel()
         self.losses = []
 
@@ -244,27 +261,38 @@ class Meter:
 
     def read(self) -> dict[str, float]:
         """The means since the last call, on every process; starts anew."""
-        counts = torch.tensor([self.samples, self.timed_samples], dtype=torch.float32, device=self.device)
-        loss, samples, timed = self.accelerator.reduce(torch.cat([self.loss[None], counts]), "sum").tolist()
-        seconds, grad_norm, steps = time.perf_counter() - self.started, self.grad_norm, self.steps
+        counts = [(count.loss, count.samples) for count in self.counts.values()]
+        sums = [*(torch.stack([loss, loss.new_tensor(samples)]) for loss, samples in counts)]
+        sums.append(torch.tensor([self.timed_samples, 0], dtype=torch.float32, device=self.device))
+        *sums, (timed, _) = self.accelerator.reduce(torch.stack(sums), "sum").tolist()
+        seconds, counted = time.perf_counter() - self.started, self.counts
         self._clear()
-        if not steps:
-            return {}
-        return {"loss": loss / samples, "grad_norm": grad_norm / steps, "samples_per_second": timed / seconds}
+        means = {}
+        for (part, count), (loss, samples) in zip(counted.items(), sums, strict=True):
+            prefix = "" if part == MODEL else f"{part}_"
+            means |= {f"{prefix}loss": loss / samples, f"{prefix}grad_norm": count.grad_norm / count.steps}
+        return {**means, "samples_per_second": timed / seconds} if means else {}
 
-    def state(self) -> dict:
+    def state(self) -> dict[str, dict]:
         """What was counted since the last reading, process by process; all processes call it."""
-        counts = self.accelerator.gather(self.loss.reshape(1)).tolist()
-        return {"loss": counts, "samples": self.samples, "grad_norm": self.grad_norm, "steps": self.steps}
+        return {part: self._state(count) for part, count in self.counts.items()}
 
-    def restore(self, state: Mapping) -> None:
+    def _state(self, count: Count) -> dict:
+        losses = self.accelerator.gather(count.loss.reshape(1)).tolist()
+        return {"loss": losses, "samples": count.samples, "grad_norm": count.grad_norm, "steps": count.steps}
+
+    def restore(self, state: Mapping[str, Mapping]) -> None:
         """Go on counting from `state`; with another number of processes, the first takes over what all had."""
-        counts, rank = state["loss"], self.accelerator.process_index
         self._clear()
-        if len(counts) == self.accelerator.num_processes:
-            self.loss += counts[rank]
-            self.samples = state["samples"]
+        for part, counted in state.items():
+            self._restore(self._count(part), counted)
+
+    def _restore(self, count: Count, counted: Mapping) -> None:
+        losses, rank = counted["loss"], self.accelerator.process_index
+        if len(losses) == self.accelerator.num_processes:
+            count.loss += losses[rank]
+            count.samples = counted["samples"]
         elif rank == 0:
-            self.loss += sum(counts)
-            self.samples = state["samples"] * len(counts)
-        self.grad_norm, self.steps = state["grad_norm"], state["steps"]
+            count.loss += sum(losses)
+            count.samples = counted["samples"] * len(losses)
+        count.grad_norm, count.steps = counted["grad_norm"], counted["steps"]

@@ -79,14 +79,22 @@ class Adapter:
             module, prefix = pipe.named_model(name), pipe.lora_prefixes.get(name, name)
             if self.preset:
                 load(module, self.preset, prefix, fuse=True)
-            with torch.random.fork_rng():
-                torch.manual_seed(seed)
-                inject_adapter_in_model(self.peft_config(self.targets(pipe, name)), module)
-            for parameter in module.parameters():
-                if parameter.requires_grad:  # small updates vanish in bf16
-                    parameter.data = parameter.data.float()
+            self.add(module, self.targets(pipe, name), seed)
             if self.checkpoint:
                 fill(module, read(self.checkpoint, prefix)[0], "default", self.checkpoint)
+
+    def add(self, module: nn.Module, targets: Sequence[str], seed: int, name: str = "default") -> None:
+        """Give a network a trainable fp32 adapter of that name, beside those it has; the new one is active."""
+        others = [parameter for parameter in module.parameters() if parameter.requires_grad]
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            inject_adapter_in_model(self.peft_config(targets), module, adapter_name=name)
+        for key, parameter in module.named_parameters():
+            if f".{name}" in key:  # small updates vanish in bf16
+                parameter.data = parameter.data.float()
+                parameter.requires_grad_(True)
+        for parameter in others:
+            parameter.requires_grad_(True)
 
     def peft_config(self, targets: Sequence[str]):
         raise NotImplementedError(f"{type(self).__name__} has no peft configuration.")

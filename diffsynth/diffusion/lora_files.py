@@ -140,6 +140,16 @@ def merge(module: nn.Module, adapter: str) -> None:
     module._hf_peft_config_loaded = False
 
 
+def remove(module: nn.Module) -> nn.Module:
+    """The network without any of its adapters."""
+    for name, layer in _adapted_layers(module).items():
+        module.set_submodule(name, layer.get_base_layer())
+    if hasattr(module, "peft_config"):
+        del module.peft_config
+        module._hf_peft_config_loaded = False
+    return module
+
+
 def export(
     module: nn.Module, prefix: str, names: str = "diffusers", adapter: str = "default"
 ) -> tuple[dict[str, Tensor], dict[str, str]]:

@@ -228,11 +228,13 @@ def _name_and_digest(path: str) -> list[str]:
 
 
 def required_columns(dataset, task, template: Template | None) -> tuple[str, ...]:
-    """The columns that a training reads; a data set that has files learns here how `template_inputs` names them."""
-    columns = ("image", "prompt", *task.extra_inputs)
+    """The columns that a training reads; a data set that has files learns here how they are to be read."""
+    columns = ("image", "prompt", *task.columns)
+    parts = [rows for rows in getattr(dataset, "datasets", {"": dataset}).values() if hasattr(rows, "operators")]
+    for rows in parts if task.keeps_images else ():
+        rows.keep_images_as_they_are()
     if template is None:
         return columns
-    for rows in getattr(dataset, "datasets", {"": dataset}).values():
-        if hasattr(rows, "operators"):
-            rows.operators.setdefault("template_inputs", ReadTemplateInputs(rows.base_path))
+    for rows in parts:
+        rows.operators.setdefault("template_inputs", ReadTemplateInputs(rows.base_path))
     return (*columns, "template_inputs")

@@ -11,6 +11,7 @@ from .base_pipeline import BasePipeline
 from .flow_match import TRAINING_STEPS
 from .lora import Adapter, LoRA
 from .loss import Objective
+from .loss.base import MODEL, Moment
 from .randomness import Draw
 from .template_model import Template
 from .template_units import attach, rehearse
@@ -32,6 +33,7 @@ class DiffusionTrainingModule(nn.Module):
 
     pipe: BasePipeline
     collate_fn = staticmethod(single_sample)
+    moment: Moment | None = None  # of the training, which its loop sets
 
     def switch_pipe_to_training_mode(
         self,
@@ -62,6 +64,18 @@ class DiffusionTrainingModule(nn.Module):
                 preset=preset_lora_path,
             )
         prepare_training(pipe, [name for name in names if name], adapter, seed)
+
+    def trained_parts(self) -> dict[str, dict[str, nn.Parameter]]:
+        """Trained parameters by name, of each part that has an optimizer of its own; the model itself is the first."""
+        return {MODEL: {name: p for name, p in self.named_parameters() if p.requires_grad}}
+
+    def trained_at(self, step: int) -> Sequence[str]:
+        """The parts that optimizer step `step`, counted from 0, changes."""
+        return (MODEL,)
+
+    def learning_rate(self, part: str) -> float | None:
+        """Of a part beside the model; None is the model's own."""
+        return None
 
     def trainable_parameters(self) -> list[nn.Parameter]:
         """The parameters that gradients reach, in a fixed order."""
@@ -159,11 +173,11 @@ class PipelineTrainingModule(DiffusionTrainingModule):
             "use_gradient_checkpointing_offload": use_gradient_checkpointing_offload,
         }
         self.trainable_models = list(self._trainable_models())
-        self.extra_inputs = tuple(task.extra_inputs)
+        self.extra_inputs, self.moment, self.roles = task.columns, None, None
         if template is not None:
             attach(pipe, template, (*self.trainable_models, *(lora.models if lora else ())))
-            self.extra_inputs = tuple(dict.fromkeys((*task.extra_inputs, "template_inputs")))
-        self.units = pipe.required_units(task.wanted_inputs(pipe))
+            self.extra_inputs = tuple(dict.fromkeys((*task.columns, "template_inputs")))
+        self.units = task.units(pipe)
         self.frozen_units, self.live_units = split_units(self.units, self.trained_roots)
         self.kept_inputs = task.wanted_inputs(pipe).union(*(unit.fetch_input_params() for unit in self.live_units))
         self.memory = UnitMemory(remember)
@@ -176,6 +190,7 @@ class PipelineTrainingModule(DiffusionTrainingModule):
         Args:
             cached: What the frozen units make is read from a cache, so that their models are not needed.
         """
+        self.task.check(self.pipe, self.lora, cached)
         units = self.live_units if cached else self.units
         users = {**dict.fromkeys(also, "validation"), **dict.fromkeys(self.trained_roots, "training")}
         if self.task.calls_model_fn:
@@ -185,20 +200,44 @@ class PipelineTrainingModule(DiffusionTrainingModule):
         full = {name: self.trained_dtype for name in self.trainable_models}
         self.pipe.load_models(users, dtypes=full)
         prepare_training(self.pipe, self.trainable_models, self.lora, self.seed, self.trained_dtype)
+        self.roles = self.task.cast(self.pipe, self.lora, self.seed)
+        self.role_networks = self.roles and self.roles.networks
         return self
 
     def forward(self, samples: Sequence[Sample]) -> Tensor:
         """Loss per sample (B,)."""
         addresses = [SampleAddress(sample.epoch, sample.index) for sample in samples]
-        return self.loss(samples, Draw(self.seed, addresses), self.memory)
+        return self.loss(samples, Draw(self.seed, addresses), self.memory, self.moment)
 
-    def loss(self, samples: Sequence[Sample], draw: Draw, memory: UnitMemory | None = None) -> Tensor:
-        """Loss per sample (B,), its random numbers from `draw`; `memory` is that of the samples' data set."""
+    def loss(
+        self, samples: Sequence[Sample], draw: Draw, memory: UnitMemory | None = None, moment: Moment | None = None
+    ) -> Tensor:
+        """Loss per sample (B,), its random numbers from `draw`; `memory` is that of the samples' data set.
+
+        Args:
+            moment: Of the training, which may change what is trained; None where it is only looked at.
+        """
         memory = memory or UnitMemory(0)
         frozen = [self._frozen_inputs(sample, memory) for sample in samples]
         prepared = run_units_together(self.live_units, self.pipe, frozen)
-        shared, posi, _ = (collate(list(side)) for side in zip(*prepared, strict=True))
-        return self.task(self.pipe, draw=draw, **{**shared, **posi})
+        shared, posi, nega = (collate(list(side)) for side in zip(*prepared, strict=True))
+        inputs = {**shared, **posi}
+        if self.roles is not None:
+            inputs |= {"roles": self.roles, "negative": nega, "moment": moment}
+        return self.task(self.pipe, draw=draw, **inputs)
+
+    def trained_parts(self) -> dict[str, dict[str, nn.Parameter]]:
+        """The model's own trained parameters first, then those of each further role."""
+        (named,) = super().trained_parts().values()
+        others = self.roles.trained(named) if self.roles else {}
+        apart = {name for part in others.values() for name in part}
+        return {MODEL: {name: p for name, p in named.items() if name not in apart}, **others}
+
+    def trained_at(self, step: int) -> Sequence[str]:
+        return self.task.trained_at(step)
+
+    def learning_rate(self, role: str) -> float | None:
+        return self.task.learning_rate(role)
 
     @torch.no_grad()
     def _frozen_inputs(self, sample: Sample, memory: UnitMemory) -> tuple[dict, dict, dict]:
@@ -223,22 +262,23 @@ class PipelineTrainingModule(DiffusionTrainingModule):
     def _cached_inputs(self, cached: CachedRow) -> tuple[dict, dict, dict]:
         shared, posi, nega = self.get_pipeline_inputs(cached.row)
         made = {side: to_device(inputs, self.pipe.device) for side, inputs in cached.made.items()}
-        sides = {**shared, **made["shared"]}, {**posi, **made["posi"]}, nega
+        sides = {**shared, **made["shared"]}, {**posi, **made["posi"]}, {**nega, **made["nega"]}
         return tuple({name: value for name, value in side.items() if name in self.kept_inputs} for side in sides)
 
     def get_pipeline_inputs(self, data: dict) -> tuple[dict, dict, dict]:
         """The pipeline's inputs for one row, as if it were called to draw this picture."""
-        image, extra = data["image"], {n: self.pipe.typed(n, data[n]) for n in self.extra_inputs}
+        names = [*self.extra_inputs, *(name for name in self.task.heeded if name in data)]
+        image, extra = data["image"], {name: self.pipe.typed(name, data[name]) for name in names}
         posi = {name: extra.pop(name) for name in self.pipe.one_sided_arguments if name in extra}
         shared = {
             "input_image": image,
             "height": image.height,
             "width": image.width,
-            "cfg_scale": 1,
+            "cfg_scale": self.task.guidance if self.task.reads_negative else 1,
             **self.memory_inputs,
             **extra,
         }
-        return shared, {"prompt": data["prompt"], **posi}, {"negative_prompt": ""}
+        return shared, {"prompt": data["prompt"], **posi}, {"negative_prompt": self.task.negative_prompt}
 
     @torch.no_grad()
     def rehearse(self, dataset) -> None:

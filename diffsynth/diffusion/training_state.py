@@ -2,46 +2,107 @@
 
 import inspect
 import math
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .ema import EMA
 from .logger import Meter
+from .loss.base import MODEL, Moment
 from .stochastic_rounding import StochasticRounding
 
 
-class TrainingState:
-    """The trained weights, their optimizer, schedule and average, and the number of steps behind them.
+class TrainedPart:
+    """Weights that one optimizer steps: the model's, or those of a further role.
 
     Args:
-        optimizer: `optimizer(parameters)`.
+        optimizer, lr_scheduler: See `TrainingState`.
+        steps: How many steps of the run train it.
+    """
+
+    def __init__(self, parameters: dict[str, nn.Parameter], optimizer: Callable, lr_scheduler, steps: int):
+        self.parameters = parameters
+        in_bf16 = any(parameter.dtype == torch.bfloat16 for parameter in parameters.values())
+        self.rounding = StochasticRounding(self.all) if in_bf16 else None
+        self.optimizer = optimizer(self.rounding.stand_ins if self.rounding else self.all)
+        self.schedule = _schedule(lr_scheduler, self.optimizer, steps)
+
+    @property
+    def all(self) -> list[nn.Parameter]:
+        return list(self.parameters.values())
+
+    def step(self, finite: bool, seed: int) -> None:
+        """Step the optimizer, but for a gradient that is not finite, and the schedule."""
+        if finite and self.rounding:
+            self.rounding.step(self.optimizer.optimizer, seed=seed)
+        elif finite:
+            self.optimizer.step()
+        if self.schedule is not None:
+            self.schedule.step()
+
+    @property
+    def numbers(self) -> int:
+        return sum(parameter.numel() for parameter in self.all)
+
+    def trees(self) -> dict[str, Any]:
+        """What changes, as trees of tensors and numbers."""
+        return {
+            "weights": {name: parameter.detach() for name, parameter in self.parameters.items()},
+            "optimizer": self.optimizer.optimizer.state_dict(),
+            "schedule": None if self.schedule is None else self.schedule.state_dict(),
+        }
+
+    def restore(self, tree: Callable[[str], Any]) -> None:
+        weights = tree("weights")
+        _check_same(weights, self.parameters)
+        for name, parameter in self.parameters.items():
+            parameter.copy_(weights[name])
+        self.optimizer.optimizer.load_state_dict(tree("optimizer"))
+        if self.schedule is not None:
+            self.schedule.load_state_dict(tree("schedule"))
+
+
+class TrainingState:
+    """The trained weights, their optimizers, schedules and average, and the number of steps behind them.
+
+    Args:
+        optimizer: `optimizer(parameters)`; each trained part of the model has its own.
         lr_scheduler: `lr_scheduler(optimizer)`, stepped once an optimizer step; also given `num_training_steps` if it
             takes that; None for a constant rate.
         steps: Length of the run.
+        ema: Averages the model itself, not further roles.
     """
 
     def __init__(
         self, accelerator, model, optimizer: Callable, lr_scheduler: Callable | None, steps: int, ema: EMA | None
     ):
-        parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
-        in_bf16 = any(parameter.dtype == torch.bfloat16 for parameter in parameters.values())
-        self.rounding = StochasticRounding(list(parameters.values())) if in_bf16 else None
-        optimizer = optimizer(self.rounding.stand_ins if self.rounding else list(parameters.values()))
-        self.schedule = _schedule(lr_scheduler, optimizer, steps)
+        self.module, self.steps = model, steps
+        trained = Counter(part for step in range(steps) for part in model.trained_at(step))
+        self.parts = {
+            name: TrainedPart(named, _with_rate(optimizer, model.learning_rate(name)), lr_scheduler, trained[name])
+            for name, named in model.trained_parts().items()
+        }
         self.accelerator, self.meter, self.ema = accelerator, Meter(accelerator), ema
-        self.model, self.optimizer = accelerator.prepare(model, optimizer)
-        self.parameters = parameters
+        self.model, *optimizers = accelerator.prepare(model, *(part.optimizer for part in self.parts.values()))
+        for part, prepared in zip(self.parts.values(), optimizers, strict=True):
+            part.optimizer = prepared
         self.step = self.skipped_steps = self.skipped_in_a_row = 0
         if ema is not None:
-            ema.start(list(parameters.values()))
+            ema.start(self.main.all)
+
+    @property
+    def main(self) -> TrainedPart:
+        """The model itself."""
+        return next(iter(self.parts.values()))
 
     @property
     def learning_rate(self) -> float:
-        return self.optimizer.param_groups[0]["lr"]
+        return self.main.optimizer.param_groups[0]["lr"]
 
     def backward(self, losses: Tensor) -> None:
         """Add the gradient of a micro-batch's losses (b,)."""
@@ -50,49 +111,50 @@ class TrainingState:
 
     def update(self, max_grad_norm: float | None) -> bool:
         """Take one optimizer step, or leave it out where the gradient is not finite; whether it was taken."""
-        norm = float(self.accelerator.clip_grad_norm_(list(self.parameters.values()), max_grad_norm or math.inf))
-        finite = math.isfinite(norm)
-        if finite and self.rounding:
-            self.rounding.step(self.optimizer.optimizer, seed=self.step)
-        elif finite:
-            self.optimizer.step()
-        for parameter in self.parameters.values():
-            parameter.grad = None
-        if self.schedule is not None:
-            self.schedule.step()
+        names = self.module.trained_at(self.step)
+        trained = [self.parts[name] for name in names]
+        limit = max_grad_norm or math.inf
+        norms = [float(self.accelerator.clip_grad_norm_(part.all, limit)) for part in trained]
+        finite = all(map(math.isfinite, norms))
+        for part in trained:
+            part.step(finite, seed=self.step)
+        for part in self.parts.values():
+            for parameter in part.all:
+                parameter.grad = None
         self.step += 1
         self.skipped_in_a_row = 0 if finite else self.skipped_in_a_row + 1
         self.skipped_steps += not finite
         self.left_out = () if finite else self.meter.losses
-        self.meter.end_step(norm if finite else None)
-        if self.ema is not None:
-            self.ema.update(list(self.parameters.values()), self.step)
+        self.meter.end_step(norms[0] if finite else None, names[0])
+        if self.ema is not None and self.main in trained:
+            self.ema.update(self.main.all, self.step)
         return finite
 
     def set_mode(self, mode: str) -> None:
         """`train` or `eval`: schedule-free optimizers keep one set of weights to train on, one to look at and save."""
-        switch = getattr(self.optimizer.optimizer, mode, None)
-        if switch is not None:
-            switch()
+        self.module.moment = Moment(self.step, self.steps)
+        for part in self.parts.values():
+            switch = getattr(part.optimizer.optimizer, mode, None)
+            if switch is not None:
+                switch()
 
     @contextmanager
     def using(self, weights: str) -> Iterator[None]:
         """Look at, or save, the `raw` weights or their average `ema`."""
-        with self.ema.in_place(list(self.parameters.values())) if weights == "ema" else nullcontext():
+        with self.ema.in_place(self.main.all) if weights == "ema" else nullcontext():
             yield
 
     @property
     def expected_bytes(self) -> int:
-        """What all of it takes after a step, if the optimizer keeps two fp32 numbers a weight, as Adam does."""
-        fp32_numbers = 2 + (self.ema is not None)
-        return sum(p.nbytes + 4 * fp32_numbers * p.numel() for p in self.parameters.values())
+        """What all of it takes after a step, if the optimizers keep two fp32 numbers a weight, as Adam does."""
+        weights = sum(parameter.nbytes for part in self.parts.values() for parameter in part.all)
+        numbers = 2 * sum(part.numbers for part in self.parts.values())
+        return weights + 4 * (numbers + (self.main.numbers if self.ema else 0))
 
-    def parts(self) -> dict[str, Any]:
+    def trees(self) -> dict[str, Any]:
         """All of it as trees of tensors and numbers; all processes call it."""
-        return {
-            "weights": {name: parameter.detach() for name, parameter in self.parameters.items()},
-            "optimizer": self.optimizer.optimizer.state_dict(),
-            "schedule": None if self.schedule is None else self.schedule.state_dict(),
+        trees = {_prefixed(name, key): tree for name, part in self.parts.items() for key, tree in part.trees().items()}
+        return trees | {
             "ema": None if self.ema is None else self.ema.average,
             "counters": {
                 "step": self.step,
@@ -103,26 +165,29 @@ class TrainingState:
         }
 
     @torch.no_grad()
-    def restore(self, part: Callable[[str], Any]) -> None:
-        """Go on from the trees that `part(name)` gives.
+    def restore(self, tree: Callable[[str], Any]) -> None:
+        """Go on from the trees that `tree(name)` gives.
 
         Raises:
             ValueError: They are of another model.
         """
-        weights = part("weights")
-        _check_same(weights, self.parameters)
-        for name, parameter in self.parameters.items():
-            parameter.copy_(weights[name])
-        self.optimizer.optimizer.load_state_dict(part("optimizer"))
-        if self.schedule is not None:
-            self.schedule.load_state_dict(part("schedule"))
+        for name, part in self.parts.items():
+            part.restore(lambda key, name=name: tree(_prefixed(name, key)))
         if self.ema is not None:
-            for average, kept in zip(self.ema.average, part("ema"), strict=True):
+            for average, kept in zip(self.ema.average, tree("ema"), strict=True):
                 average.copy_(kept)
-        counters = part("counters")
+        counters = tree("counters")
         self.step, self.skipped_steps = counters["step"], counters["skipped_steps"]
         self.skipped_in_a_row = counters["skipped_in_a_row"]
         self.meter.restore(counters["meter"])
+
+
+def _prefixed(part: str, key: str) -> str:
+    return key if part == MODEL else f"{part}_{key}"
+
+
+def _with_rate(optimizer: Callable, learning_rate: float | None) -> Callable:
+    return optimizer if learning_rate is None else partial(optimizer, lr=learning_rate)
 
 
 def _schedule(lr_scheduler: Callable | None, optimizer, steps: int):

@@ -15,8 +15,8 @@ class PipelineUnit:
     pipeline's `__call__`, then that of `process`.
 
     Args:
-        separate_cfg: Run once for each side of guidance; `input_params_posi` and `input_params_nega` then map
-            parameters of `process` to the keys of that side. `seperate_cfg`, the original's spelling, means the same.
+        separate_cfg: Run once for each side of guidance; `input_params_posi` and `input_params_nega` map parameters of
+            `process` to the keys of that side. `seperate_cfg`, the original's spelling, means the same.
         take_over: `process(pipe, inputs_shared, inputs_posi, inputs_nega)` gets and returns all three dictionaries.
         input_params: Names read from `inputs_shared`; derived from `process` when left out, else checked against it.
         output_params: Names it may return.
@@ -41,6 +41,8 @@ class PipelineUnit:
         self.output_params = tuple(output_params)
         self.onload_model_names = tuple(onload_model_names or ())
         self.input_params = self._input_params(input_params)
+
+    calls_released_weights = False  # whether the models that it calls are as they were before any training
 
     def process(self, pipe, **inputs) -> dict:
         raise NotImplementedError(f"{type(self).__name__} has no process().")
@@ -78,7 +80,8 @@ class PipelineUnitRunner:
         if unit.take_over:
             return unit.process(pipe, inputs_shared=inputs_shared, inputs_posi=inputs_posi, inputs_nega=inputs_nega)
         if not unit.separate_cfg:
-            return {**inputs_shared, **_process(unit, pipe, inputs_shared, {}, {})}, inputs_posi, inputs_nega
+            made = _process(unit, pipe, inputs_shared, unit.input_params_posi, inputs_posi)
+            return {**inputs_shared, **made}, inputs_posi, inputs_nega
         positive = negative = _process(unit, pipe, inputs_shared, unit.input_params_posi, inputs_posi)
         if inputs_shared.get("cfg_scale", 1) != 1:
             negative = _process(unit, pipe, inputs_shared, unit.input_params_nega, inputs_nega)
@@ -139,7 +142,8 @@ def split_units(units: Iterable[PipelineUnit], trained: set[str]) -> tuple[list[
     frozen, live, touched, written = [], [], set(), set()
     for unit in units:
         reads, writes = set(unit.fetch_input_params()), set(unit.output_params)
-        if unit.take_over or trained & set(unit.onload_model_names) or reads & written or writes & touched:
+        calls_trained = trained & set(unit.onload_model_names) and not unit.calls_released_weights
+        if unit.take_over or calls_trained or reads & written or writes & touched:
             live.append(unit)
             touched |= reads | writes
             written |= writes

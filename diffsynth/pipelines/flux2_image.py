@@ -462,6 +462,7 @@ class Flux2ImagePipeline(BasePipeline):
         rand_device: str = "cpu",
         num_inference_steps: int = 30,
         sigmas: Sequence[float] | None = None,
+        renoise: bool = False,
         max_sequence_length: int | None = None,
         tiled: bool = False,
         tile_size: int = 128,
@@ -488,6 +489,7 @@ class Flux2ImagePipeline(BasePipeline):
                 proportions and crop its sides to multiples of 32; otherwise they have to be multiples of 16.
             height, width: In pixels, rounded up to a multiple of 16; `input_image` is resized to them.
             sigmas: Noise levels to sample at, instead of `num_inference_steps` of the family's own.
+            renoise: Fresh noise at every step, as some few-step students draw, instead of following the path.
             max_sequence_length: Tokens that the prompt is cut or padded to, those of the chat template included; None
                 is the model's own number, 512.
             tiled: Run the VAE on tiles of 8 × `tile_size` pixels, 8 × `tile_stride` apart.

@@ -525,6 +525,7 @@ class QwenImagePipeline(BasePipeline):
         rand_device: str = "cpu",
         num_inference_steps: int = 30,
         sigmas: Sequence[float] | None = None,
+        renoise: bool = False,
         exponential_shift_mu: float | None = None,
         tiled: bool = False,
         tile_size: int = 128,
@@ -554,6 +555,7 @@ class QwenImagePipeline(BasePipeline):
                 sees one without a number as the autoencoder does.
             height, width: In pixels, rounded up to a multiple of 16; `input_image` is resized to them.
             sigmas: Noise levels to sample at, instead of `num_inference_steps` of the family's own.
+            renoise: Fresh noise at every step, as some few-step students draw, instead of following the path.
             tiled: Run the VAE on tiles of `tile_size` latent pixels, `tile_stride` apart.
             kv_cache: Keys and values (1, L, heads, head_dim) by block, `block_0` and so on, which are attended to; of
                 the conditional prediction, as `lora` and `extra_text_embedding`; `negative_…` of the unconditional.

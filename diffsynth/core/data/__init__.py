@@ -30,6 +30,7 @@ from .order import (
     permutation,
     sample_seed,
 )
+from .prompts import prompt_dataset
 from .scan import SkippedRow
 from .storage import EmbeddedFile, open_file
 from .table import Rows, Table
@@ -75,6 +76,7 @@ __all__ = [
     "generator",
     "open_file",
     "permutation",
+    "prompt_dataset",
     "read_metadata",
     "read_shards",
     "sample_seed",

@@ -22,7 +22,7 @@ class CachedRow:
 
     Args:
         row: Its row; images in it are not there, but have a size.
-        made: Inputs of the pipeline, by side (`shared`, `posi`) and name.
+        made: Inputs of the pipeline, by side (`shared`, `posi`, `nega`) and name.
     """
 
     row: dict[str, Any]
@@ -104,7 +104,7 @@ class CachedDataset(Dataset):
 
     def _load(self, record: dict, choice: Choice) -> CachedRow:
         variant = record["variants"][choice.variant]
-        made: dict[str, dict] = {"shared": {}, "posi": {}}
+        made: dict[str, dict] = {"shared": {}, "posi": {}, "nega": {}}
         keys, sides = zip(*variant["runs"], strict=True)
         for side, entry in zip(sides, self.index.entries(keys), strict=True):
             made[side] |= entry

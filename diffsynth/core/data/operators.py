@@ -261,6 +261,7 @@ class ImageCropAndResize(Operator):
             raise ValueError(f"{height=} and {width=}: give both for one fixed size, or neither to keep proportions")
         self.height, self.width, self.max_pixels = height, width, max_pixels
         self.height_division_factor, self.width_division_factor = height_division_factor, width_division_factor
+        self.only_as_it_is = False  # refuse what would change size
         if height is not None:
             require_multiple("height", height, height_division_factor)
             require_multiple("width", width, width_division_factor)
@@ -269,7 +270,7 @@ class ImageCropAndResize(Operator):
         self, data: Image.Image, size: tuple[int, int] | None = None, position: tuple[float, float] = (0.5, 0.5)
     ) -> Image.Image:
         """An image at its target size, or at `size`; `position` is which part is kept, (0, 0) left and top."""
-        width, height = size or self.target_size(*data.size)
+        width, height = self._target(data.size, size)
         scale = max(width / data.width, height / data.height)
         left, right = part(width, round(data.width * scale), data.width, position[0])
         top, bottom = part(height, round(data.height * scale), data.height, position[1])
@@ -277,10 +278,20 @@ class ImageCropAndResize(Operator):
         return data.resize((width, height), Image.Resampling.BILINEAR, box=(left, top, right, bottom))
 
     def check(self, data: tuple[int, int]) -> tuple[int, int]:
-        return self.target_size(*data)
+        return self._target(data)
+
+    def _target(self, found: tuple[int, int], size: tuple[int, int] | None = None) -> tuple[int, int]:
+        target = size or self.target_size(*found)
+        if self.only_as_it_is and target != tuple(found):
+            raise ValueError(
+                f"it is {found[0]}x{found[1]} pixels and would become {target[0]}x{target[1]}, which is no longer what "
+                "its seed draws; set dataset.height and dataset.width to the size it was drawn at, or dataset.max_pixels "
+                "high enough"
+            )
+        return target
 
     def unread(self, data: Unread, size: tuple[int, int] | None = None) -> Unread:
-        size = size or self.target_size(*data.size)
+        size = self._target(data.size, size)
         return data.then(partial(self, size=size), ["crop and resize", size], size)
 
     def target_size(self, width: int, height: int) -> tuple[int, int]:

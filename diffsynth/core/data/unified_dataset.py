@@ -187,6 +187,21 @@ class UnifiedDataset(Dataset):
         video = ToAbsolutePath(base_path) >> RouteByExtensionName(extensions)
         return RouteByType([(str, video), (EmbeddedFile, video)])
 
+    def keep_images_as_they_are(self) -> None:
+        """Refuse, image by image, what would be resized or cropped: each belongs to the noise it was drawn from.
+
+        Raises:
+            ValueError: Chance would mirror or crop them.
+        """
+        chance = self.augmentation
+        if chance.flip or chance.random_crop:
+            raise ValueError(
+                f"dataset.augmentation.flip={chance.flip} and random_crop={chance.random_crop} make other pictures than "
+                "their seeds draw; leave both out."
+            )
+        if self.fit:
+            self.fit.only_as_it_is = True
+
     def __len__(self) -> int:
         return self._at_most(self.size * self.repeat)
 

@@ -3,9 +3,31 @@
 Chen et al. 2016, "Training Deep Nets with Sublinear Memory Cost" (https://arxiv.org/abs/1604.06174).
 """
 
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextvars import ContextVar
+
 import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
+
+_recomputed_in: ContextVar[Callable[[], AbstractContextManager] | None] = ContextVar("recomputed_in", default=None)
+
+
+@contextmanager
+def recomputing_in(context: Callable[[], AbstractContextManager]) -> Iterator[None]:
+    """What is checkpointed inside is run again in `context()`: with the adapter, say, that it was run with at first."""
+    token = _recomputed_in.set(context)
+    try:
+        yield
+    finally:
+        _recomputed_in.reset(token)
+
+
+def _checkpoint(model, *args, **kwargs):
+    again = _recomputed_in.get()
+    contexts = {} if again is None else {"context_fn": lambda: (nullcontext(), again())}
+    return checkpoint(model, *args, use_reentrant=False, **contexts, **kwargs)
 
 
 def gradient_checkpoint_forward(
@@ -20,9 +42,9 @@ def gradient_checkpoint_forward(
     """
     if use_gradient_checkpointing_offload:
         with torch.autograd.graph.save_on_cpu(pin_memory=torch.cuda.is_available()):
-            return checkpoint(model, *args, use_reentrant=False, **kwargs)
+            return _checkpoint(model, *args, **kwargs)
     if use_gradient_checkpointing:
-        return checkpoint(model, *args, use_reentrant=False, **kwargs)
+        return _checkpoint(model, *args, **kwargs)
     return model(*args, **kwargs)
 
 

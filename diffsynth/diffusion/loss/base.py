@@ -3,8 +3,19 @@
 import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar, NamedTuple
 
 from torch import Tensor
+
+MODEL = "model"  # what is trained, where there are no other roles; else the student
+GIVEN = {"pipe", "draw", "inputs", "roles", "negative", "moment"}  # parameters of losses that are no inputs
+
+
+class Moment(NamedTuple):
+    """Where a training stands: optimizer steps taken, of how many."""
+
+    step: int
+    steps: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,26 +31,59 @@ class Objective:
     trainable_models: Sequence[str] | None = None
     extra_inputs: Sequence[str] = ()
 
-    default_model = "dit"
-    calls_model_fn = True
-    provides = ("latents", "timestep")  # inputs of `model_fn` that the objective makes itself
+    default_model: ClassVar[str] = "dit"
+    calls_model_fn: ClassVar[bool] = True
+    provides: ClassVar[Sequence[str]] = ("latents", "timestep")  # inputs of `model_fn` that it makes itself
+    reads_negative: ClassVar[bool] = False  # whether guidance in training leads away from `negative_prompt`
+    negative_prompt: ClassVar[str] = ""
+    heeded: ClassVar[Sequence[str]] = ()  # columns that are extra inputs wherever a row has them
 
     def __call__(self, pipe, draw=None, **inputs) -> Tensor:
         """Loss per sample (B,).
 
         Args:
             draw: Where random numbers come from (`randomness.Draw`); None takes torch's global generator.
-            inputs: What the pipeline's units made of the samples, shared and positive, collated.
+            inputs: What the pipeline's units made of the samples, shared and positive, collated; of an objective with
+                roles, also `roles`, the `negative` inputs and the `moment`.
         """
         raise NotImplementedError(f"{type(self).__name__} has no loss.")
+
+    @property
+    def keeps_images(self) -> bool:
+        """Whether images have to stay as they are in their files, down to the pixel."""
+        return False
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """Columns that every row has to have."""
+        return tuple(self.extra_inputs)
+
+    def units(self, pipe) -> list:
+        """The units of the pipeline that lead to what it reads."""
+        return pipe.required_units(self.wanted_inputs(pipe))
 
     def wanted_inputs(self, pipe) -> set[str]:
         """Names of the pipeline inputs this objective reads, itself or through `model_fn`.
 
-        What its `loss` has a default for is wanted only where it is one of the `extra_inputs`.
+        What its `loss` has a default for is wanted only where it is a column that it reads.
         """
-        parameters = inspect.signature(self.loss).parameters.items()
-        own = {name for name, p in parameters if p.default is p.empty or name in self.extra_inputs}
-        own -= {"pipe", "draw", "inputs"}
+        parameters, read = inspect.signature(self.loss).parameters.items(), {*self.extra_inputs, *self.heeded}
+        own = {name for name, p in parameters if p.default is p.empty or name in read} - GIVEN
         of_model_fn = set(inspect.signature(pipe.model_fn).parameters) - {*self.provides, *pipe.in_iteration_models}
         return own | (of_model_fn if self.calls_model_fn else set())
+
+    def check(self, pipe, lora, cached: bool) -> None:
+        """Refuse what it cannot train, or not on such data, before any weight is read."""
+
+    # Roles that train beside the model; see `distillation.Distillation`
+
+    def cast(self, pipe, lora, seed: int):
+        """The `roles.Roles` of the training, None where there is but one; on loaded weights."""
+
+    def trained_at(self, step: int) -> Sequence[str]:
+        """Roles whose weights optimizer step `step`, counted from 0, changes."""
+        return (MODEL,)
+
+    def learning_rate(self, role: str) -> float | None:
+        """Of a role beside the model; None is the model's own."""
+        return None

@@ -5,26 +5,35 @@ DiffSynth-Studio 2025, "Direct Distill" (https://github.com/modelscope/DiffSynth
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 from torch import Tensor
 
 from ...core.gradient import gradient_checkpoint_forward
-from .base import Objective
+from ..teacher import Student
+from .distillation import Distillation
 
 
 @dataclass(frozen=True, kw_only=True)
-class DirectDistill(Objective):
+class DirectDistill(Distillation):
     """mean ‖x_N - x₀‖², x_N the end of N Euler steps x_{k+1} = x_k + (σ_{k+1} - σ_k) v_θ(x_k, σ_k) from the noise x_0.
 
     x₀ is what the teacher drew from that noise. The gradient goes through all steps, at the noise levels that the
     student will be sampled at; each step is recomputed in the backward pass, so that memory does not grow with N.
 
     Args:
-        extra_inputs: Columns that say how each picture was drawn (`seed`, `rand_device`), and how the student is to
-            draw it (`num_inference_steps`, `cfg_scale`, which has to be 1).
+        extra_inputs: Columns that say how each picture was drawn; `seed`, and where rows have them also `rand_device`,
+            `num_inference_steps` (of the student, in place of its own) and `cfg_scale` (which has to be 1).
     """
 
-    extra_inputs: Sequence[str] = ("seed", "rand_device", "num_inference_steps", "cfg_scale")
+    extra_inputs: Sequence[str] = ("seed",)
+
+    heeded: ClassVar[Sequence[str]] = ("rand_device", "num_inference_steps", "cfg_scale")
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.student.renoise:
+            raise ValueError("task.student.renoise=true forgets the noise that direct distillation starts from.")
 
     def __call__(self, pipe, draw=None, **inputs) -> Tensor:
         """Loss per sample (B,) of the teacher's `input_latents` (B, …), noise `latents` (B, …) and other inputs."""
@@ -37,13 +46,16 @@ class DirectDistill(Objective):
         input_latents: Tensor,
         height: int,
         width: int,
-        num_inference_steps: int,
+        num_inference_steps: int | None = None,
         cfg_scale: float = 1,
         **inputs,
     ) -> Tensor:
-        request = {"height": height, "width": width, "num_inference_steps": num_inference_steps, "cfg_scale": cfg_scale}
-        _check(request)
-        with pipe.sampling_steps(request) as scheduler:
+        size = {"height": height, "width": width}
+        _check({**size, "num_inference_steps": num_inference_steps, "cfg_scale": cfg_scale})
+        student = self.student
+        if num_inference_steps not in (None, student.num_inference_steps):
+            student = Student(num_inference_steps=num_inference_steps)
+        with pipe.sampling_steps({**size, **student.settings}) as scheduler:
             timesteps = scheduler.timesteps.to(latents.device)
             for index, timestep in enumerate(timesteps):
                 step = _Step(pipe, scheduler, index, timestep.expand(len(latents)), inputs)

@@ -1,0 +1,116 @@
+"""What objectives share whose student learns to draw in few steps."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+from torch import Tensor
+
+from ..randomness import GlobalDraw
+from ..roles import Roles
+from ..teacher import Student, Teacher, TeacherDraw
+from ..units import required_units
+from .base import Objective
+
+
+@dataclass(frozen=True, kw_only=True)
+class Distillation(Objective):
+    """A student of few steps.
+
+    Args:
+        student: How it draws, in training and afterwards; these settings travel with its weights.
+        teacher: How `make_cache.py` draws the pictures it learns from; None where the data set's pictures are these.
+    """
+
+    student: Student = field(default_factory=Student)
+    teacher: Teacher | None = None
+
+    heeded: ClassVar[Sequence[str]] = ("rand_device",)
+    keeps_trajectory: ClassVar[bool] = False  # whether it reads what the teacher passed on its way
+
+    def __post_init__(self):
+        steps, most = self.student.num_inference_steps, self.teacher and self.teacher.num_inference_steps
+        if most and steps > most:
+            raise ValueError(
+                f"task.student.num_inference_steps is {steps}, more than the teacher's {most}; a student draws in fewer."
+            )
+
+    @property
+    def guidance(self) -> float:
+        """Scale of the teacher's guidance."""
+        return 1 if self.teacher is None else self.teacher.cfg_scale
+
+    @property
+    def negative_prompt(self) -> str:
+        return "" if self.teacher is None else self.teacher.negative_prompt
+
+    @property
+    def reads_negative(self) -> bool:
+        return self.guidance != 1
+
+    @property
+    def keeps_images(self) -> bool:
+        return self.teacher is None and "seed" in self.extra_inputs
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        seed = () if self.teacher is None else ("seed",)
+        return tuple(dict.fromkeys([*self.extra_inputs, *seed]))
+
+    def units(self, pipe) -> list:
+        """The teacher's drawing takes the place of the unit that encodes pictures."""
+        if self.teacher is None:
+            return super().units(pipe)
+        drawing = TeacherDraw(pipe, self.teacher, self.student if self.keeps_trajectory else None)
+        others = [unit for unit in pipe.units if not set(unit.output_params) & set(drawing.output_params)]
+        return required_units([*others, drawing], self.wanted_inputs(pipe))
+
+    def wanted_inputs(self, pipe) -> set[str]:
+        """The same for all methods, so that they share their teacher's pictures."""
+        return super().wanted_inputs(pipe) | {"latents", "input_latents"}
+
+    def check(self, pipe, lora, cached: bool) -> None:
+        network = pipe.in_iteration_models[0]
+        trained = {*(lora.models if lora else ()), *(name.split(".")[0] for name in self.trainable_models or ())}
+        if trained - {network}:
+            raise ValueError(
+                f"A distillation trains {network} alone, as teacher and student read the same; not {sorted(trained)}."
+            )
+        if self.teacher and not cached:
+            raise ValueError(
+                "The teacher's pictures are not there: make them with `make_cache.py` and the same model, task and "
+                "dataset, then train with dataset=cache; or set task.teacher=null where the pictures in the data set "
+                "are the teacher's."
+            )
+        if self.teacher and lora and lora.preset:
+            raise ValueError(
+                f"lora.preset={lora.preset} would be merged into the student, but the teacher has drawn without it; "
+                "merge it into the base first (fuse.py), and make the teacher's pictures with that."
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class RoleDistillation(Distillation):
+    """A student whose teacher, and perhaps further roles, predict in training.
+
+    Args:
+        guidance: Scale of the teacher's classifier-free guidance in training; 1 is none.
+        negative_prompt: What it leads away from.
+    """
+
+    guidance: float = 4.0
+    negative_prompt: str = ""
+
+    def __call__(self, pipe, draw=None, roles=None, negative=None, moment=None, **inputs) -> Tensor:
+        """Loss per sample (B,) of clean `input_latents` (B, …) and the network's other inputs.
+
+        Args:
+            roles: Who plays whom (`Roles`).
+            negative: Inputs that guidance leads away from.
+            moment: Of the training; None measures the student as the last step would.
+        """
+        draw = draw or GlobalDraw(len(inputs["input_latents"]))
+        return self.loss(pipe, draw=draw, roles=roles, negative=negative, moment=moment, **inputs)
+
+    def cast(self, pipe, lora, seed: int) -> Roles:
+        return Roles(pipe, lora, seed=seed)
