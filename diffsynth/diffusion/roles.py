@@ -104,7 +104,8 @@ class Roles:
         base = network if lora else self.networks[TEACHER]
         shares_base = fake_score is not None and not fake_score.full
         if shares_base:
-            _adapt(pipe, base, _adapter_of(fake_score, lora, name), seed)
+            adapter = _adapter_of(fake_score, lora, name)
+            adapter.add(base, _targets(pipe, base, adapter), seed, FAKE_SCORE)
         at_rest = "default" if lora else FAKE_SCORE if shares_base else None
         stage = Stage(base, at_rest)
         self.places = {TEACHER: Place(stage, None)}
@@ -173,9 +174,10 @@ def _adapter_of(fake_score: FakeScore, lora: Adapter | None, name: str) -> Adapt
     return replace(lora, rank=fake_score.rank or lora.rank, alpha=alpha, checkpoint=None, preset=None)
 
 
-def _adapt(pipe, network: nn.Module, adapter: Adapter, seed: int) -> None:
-    """Give a network a further adapter, named for the fake score, its targets those of the pipeline's network."""
-    adapter.add(network, adapter.targets(pipe, pipe.in_iteration_models[0]), seed, FAKE_SCORE)
+def _targets(pipe, network: nn.Module, adapter: Adapter) -> list[str]:
+    """Layers of a network that get a further adapter: those that have one, or else those of the pipeline's LoRA."""
+    adapted = [name for name, layer in network.named_modules() if isinstance(layer, BaseTunerLayer)]
+    return adapted or adapter.targets(pipe, pipe.in_iteration_models[0])
 
 
 def _frozen_copy(network: nn.Module, dtype: torch.dtype) -> nn.Module:

@@ -4,11 +4,13 @@ from .autoencoder import AutoencoderLoss
 from .base import Moment, Objective
 from .direct_distill import DirectDistill, DirectDistillLoss
 from .distillation import Distillation, RoleDistillation
+from .dmd2 import DMD2
 from .flow_match_sft import FlowMatchSFT, FlowMatchSFTLoss
 from .trajectory import TrajectoryImitation
 
 __all__ = [
     "AutoencoderLoss",
+    "DMD2",
     "DirectDistill",
     "DirectDistillLoss",
     "Distillation",

@@ -1,0 +1,140 @@
+"""Distribution matching: what the student draws is to be as likely under the teacher as what the teacher draws.
+
+Yin et al. 2024, "Improved Distribution Matching Distillation" (https://arxiv.org/abs/2405.14867), DMD2; the gradient is
+that of Yin et al. 2023, "One-step Diffusion with Distribution Matching Distillation" (https://arxiv.org/abs/2311.18828).
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from ..discriminator import Discriminator, generator_softplus, logits, softplus_loss
+from ..flow_match import interpolate
+from ..roles import DISCRIMINATOR, FAKE_SCORE, STUDENT, TEACHER, FakeScore, Roles
+from .base import MODEL
+from .distillation import RoleDistillation
+
+
+@dataclass(frozen=True, kw_only=True)
+class DMD2(RoleDistillation):
+    """½ mean ‖x - sg(x - g)‖², g = (x̂_fake - x̂_teacher) / mean |x - x̂_teacher|, whose gradient is g / numel (DMD, Eq. 7, 8).
+
+    x is what the student draws at one of its steps, chosen at random, coming there from noise by its own earlier steps,
+    as when it is sampled (backward simulation, DMD2 §4.5); x̂ = x_σ - σ v are the teacher's and the fake score's
+    estimates of x from x_σ = (1 - σ) x + σ ε. The fake score meanwhile learns the student's drawings by flow matching,
+    mean ‖v_fake(x_σ, σ) - (ε - x)‖² (DMD2 §4.2). No picture is needed, but for the discriminator.
+
+    Args:
+        student_every: Each so many optimizer steps one trains the student, the others the fake score.
+        fake_score: Who learns what the student draws.
+        min_sigma, max_sigma: Where σ is drawn from, uniformly.
+        discriminator: A GAN on the fake score's features (DMD2 §4.3), whose real samples are the `input_latents`.
+        adversarial_weight: Of that GAN in the student's loss.
+    """
+
+    student_every: int = 5
+    fake_score: FakeScore = field(default_factory=FakeScore)
+    min_sigma: float = 0.02
+    max_sigma: float = 0.98
+    discriminator: Discriminator | None = None
+    adversarial_weight: float = 0.03
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.student_every < 2:
+            raise ValueError(f"task.student_every is {self.student_every}; expected at least 2, or no step is left.")
+        if not 0 < self.min_sigma < self.max_sigma <= 1:
+            raise ValueError(
+                f"task.min_sigma={self.min_sigma} and task.max_sigma={self.max_sigma}; expected 0 < min < max <= 1."
+            )
+
+    def cast(self, pipe, lora, seed: int) -> Roles:
+        heads = self.discriminator and self.discriminator.heads(pipe.network, seed)
+        return Roles(pipe, lora, self.fake_score, heads, seed)
+
+    def trained_at(self, step: int) -> Sequence[str]:
+        if step % self.student_every == 0:
+            return (MODEL,)
+        return (FAKE_SCORE, DISCRIMINATOR) if self.discriminator else (FAKE_SCORE,)
+
+    def learning_rate(self, role: str) -> float | None:
+        others = {FAKE_SCORE: self.fake_score, DISCRIMINATOR: self.discriminator}
+        return others[role].learning_rate if role in others else None
+
+    def loss(
+        self,
+        pipe,
+        draw,
+        roles: Roles,
+        negative: Mapping,
+        moment,
+        input_latents: Tensor,
+        height: int,
+        width: int,
+        **inputs,
+    ) -> Tensor:
+        with pipe.sampling_steps({"height": height, "width": width, **self.student.settings}) as scheduler:
+            sigmas = scheduler.sigmas.to(input_latents.device)
+        trains_student = moment is None or self.trained_at(moment.step) == (MODEL,)
+        with torch.set_grad_enabled(trains_student and torch.is_grad_enabled()):
+            drawn = self.draw_as_student(roles, draw, sigmas, input_latents.float(), inputs)
+        sigma = self.min_sigma + (self.max_sigma - self.min_sigma) * draw.uniform("matching").to(drawn.device)
+        noise = draw.normal("matching noise", drawn)
+        if trains_student:
+            return self._student_loss(roles, drawn, sigma, noise, inputs, negative)
+        return self._fake_score_loss(roles, drawn, input_latents.float(), sigma, noise, inputs)
+
+    def draw_as_student(self, roles: Roles, draw, sigmas: Tensor, like: Tensor, inputs: Mapping) -> Tensor:
+        """Clean x̂ (B, …) that the student sees at a random one of its steps, the steps before taken without gradient.
+
+        Args:
+            sigmas: Its noise levels (K,).
+            like: Only its shape counts.
+        """
+        last = (draw.uniform("student step") * len(sigmas)).long()
+        latents, before = draw.normal("noise", like), int(last.max())
+        last = last.to(like.device)
+        with torch.no_grad():
+            for step in range(before):
+                sigma, following = sigmas[step].expand(len(latents)), sigmas[step + 1].expand(len(latents))
+                velocity = roles.velocity(STUDENT, latents, sigma, inputs)
+                moved = latents + _wide(following - sigma, latents) * velocity
+                if self.student.renoise:
+                    clean = latents - _wide(sigma, latents) * velocity
+                    moved = interpolate(clean, draw.normal(f"renoise {step}", like), following)
+                latents = torch.where(_wide(step < last, latents), moved, latents)
+        velocity = roles.velocity(STUDENT, latents, sigmas[last], inputs, trained=True)
+        return latents - _wide(sigmas[last], latents) * velocity
+
+    def _student_loss(self, roles, drawn: Tensor, sigma: Tensor, noise: Tensor, inputs, negative) -> Tensor:
+        noisy = interpolate(drawn, noise, sigma)
+        with torch.no_grad():
+            real = roles.velocity(TEACHER, noisy, sigma, inputs, negative, self.guidance)
+            fake = roles.velocity(FAKE_SCORE, noisy, sigma, inputs)
+            gradient = matching_gradient(drawn, noisy - _wide(sigma, noisy) * real, noisy - _wide(sigma, noisy) * fake)
+        loss = 0.5 * (drawn - (drawn - gradient).detach()).pow(2).flatten(1).mean(1)
+        if self.discriminator is None:
+            return loss
+        return loss + self.adversarial_weight * generator_softplus(logits(roles, FAKE_SCORE, noisy, sigma, inputs))
+
+    def _fake_score_loss(self, roles, drawn: Tensor, real: Tensor, sigma: Tensor, noise: Tensor, inputs) -> Tensor:
+        noisy = interpolate(drawn, noise, sigma)
+        velocity = roles.velocity(FAKE_SCORE, noisy, sigma, inputs, trained=True)
+        loss = (velocity - (noise - drawn)).pow(2).flatten(1).mean(1)
+        if self.discriminator is None:
+            return loss
+        sides = (interpolate(real, noise, sigma), noisy)
+        return loss + softplus_loss(*(logits(roles, FAKE_SCORE, side, sigma, inputs, trained=True) for side in sides))
+
+
+def matching_gradient(drawn: Tensor, real: Tensor, fake: Tensor) -> Tensor:
+    """(x̂_fake - x̂_teacher) / mean |x - x̂_teacher|, the mean over each sample; DMD Eq. 7 and 8 (all (B, …))."""
+    scale = (drawn - real).abs().flatten(1).mean(1).clamp_min(1e-6)
+    return (fake - real) / _wide(scale, drawn)
+
+
+def _wide(values: Tensor, like: Tensor) -> Tensor:
+    """(B,) as (B, 1, …, 1)."""
+    return values.reshape(-1, *[1] * (like.dim() - 1))

@@ -1,0 +1,65 @@
+"""Two Gaussians on a line through the plane as a model family of its own: its velocity is known, drawing takes no time."""
+
+import torch
+from torch import Tensor, nn
+
+from diffsynth.diffusion.base_pipeline import BasePipeline
+from diffsynth.diffusion.flow_match import FlowMatchScheduler
+
+MODES = torch.tensor([[-2.0, -1.0], [2.0, 1.0]])
+WIDTH = 0.2
+
+
+class Field(nn.Module):
+    """A small network of (x, σ) beside the velocity that it starts from, of a mixture of Gaussians at `MODES`."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.Sequential(nn.Linear(5, 64), nn.SiLU(), nn.Linear(64, 64), nn.SiLU(), nn.Linear(64, 2))
+        nn.init.zeros_(self.layers[-1].weight)
+        nn.init.zeros_(self.layers[-1].bias)
+
+    def forward(self, x: Tensor, sigma: Tensor) -> Tensor:
+        seen = torch.cat([x, torch.stack([sigma, torch.cos(3 * sigma), torch.sin(3 * sigma)], dim=1)], dim=1)
+        return mixture_velocity(x, sigma) + self.layers(seen)
+
+
+def mixture_velocity(x: Tensor, sigma: Tensor) -> Tensor:
+    """E[ε - x₀ | x_σ = x] (B, 2) of equal Gaussians N(m, w²) at the rows m of `MODES`."""
+    sigma = sigma[:, None, None]
+    variance = ((1 - sigma) * WIDTH) ** 2 + sigma**2  # of x_σ around (1 - σ) m
+    apart = x[:, None] - (1 - sigma) * MODES
+    which = torch.softmax(-apart.pow(2).sum(-1, keepdim=True) / (2 * variance), dim=1)
+    noise = sigma * apart / variance
+    clean = MODES + (1 - sigma) * WIDTH**2 * apart / variance
+    return (which * (noise - clean)).sum(1)
+
+
+class ToyPipeline(BasePipeline):
+    """Draws points (B, 2, 1, 1) instead of images."""
+
+    decoding_models = ()
+    latent_channels, latent_factor = 2, 1
+
+    def __init__(self):
+        super().__init__("cpu", torch.float32)
+        self.dit = Field()
+        self.scheduler = FlowMatchScheduler(lambda steps, **_: torch.linspace(1, 0, steps + 1)[:-1])
+        self.progress_bar = iter
+
+    @staticmethod
+    def model_fn(dit: Field, latents: Tensor, timestep: Tensor) -> Tensor:
+        return dit(latents[..., 0, 0], timestep / 1000)[..., None, None]
+
+    def set_timesteps(self, request) -> None:
+        self.scheduler.set_timesteps(request["num_inference_steps"], sigmas=request["sigmas"])
+
+    def __call__(self, num_inference_steps: int = 40, cfg_scale: float = 1.0, sigmas=None, renoise: bool = False):
+        raise NotImplementedError
+
+    def points(self, count: int, settings: dict, seed: int = 0) -> Tensor:
+        """Where drawings (count, 2) end that start from noise of one generator."""
+        noise = torch.randn(count, 2, 1, 1, generator=torch.Generator().manual_seed(seed))
+        with self.sampling_steps(settings):
+            shared = {"latents": noise, "cfg_scale": 1, "renoise": settings.get("renoise"), "seed": [*range(count)]}
+            return self.denoise(shared, {}, {})[..., 0, 0]
