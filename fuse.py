@@ -13,17 +13,24 @@ def fuse(model, lora_path: str | Sequence[str], lora_scale: float = 1.0, output:
     import torch
 
     from diffsynth.core.files import replacing_folder
+    from diffsynth.diffusion import sampling_settings
 
     pipe = model(device="cpu")
     pipe.check_adapters(paths := [lora_path] if isinstance(lora_path, str) else lora_path)
+    for path in paths:
+        pipe.heed_adapter(path)
+    settings = pipe.settings_for({})
     adapted = sorted({name for path in paths for name in pipe.adapted_by(path)})
     pipe.load_models(adapted, dtypes=dict.fromkeys(adapted, torch.float32))
     for path in paths:
         pipe.load_adapter(path, lora_scale, fuse=True)
     folders = [Path(output, pipe.lora_prefixes[name]) for name in adapted]
     for name, folder in zip(adapted, folders, strict=True):
+        network = pipe.named_model(name).to(pipe.torch_dtype)
+        if settings and name in pipe.in_iteration_models:
+            sampling_settings.keep(network, settings)
         with replacing_folder(folder) as partial:
-            pipe.named_model(name).to(pipe.torch_dtype).save_pretrained(partial)
+            network.save_pretrained(partial)
     return folders
 
 

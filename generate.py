@@ -44,8 +44,9 @@ def generate(
     ]
     images = load_images(input_image=input_image, inpaint_mask=inpaint_mask)
     pipe.check_adapters(paths := [lora_path] if isinstance(lora_path, str) else lora_path or [])
-    for request in requests:
-        pipe.complete(request)  # what it does not know is refused before any weight is read
+    for path in paths:
+        pipe.heed_adapter(path)
+    completed = [pipe.complete({**images, **request}) for request in requests]  # refuses before any weight is read
     templates = template.load_all(pipe)
     templates.check(template_inputs, negative_template_inputs)
     sides = [[open_files(inputs) for inputs in side] for side in (template_inputs, negative_template_inputs)]
@@ -57,6 +58,8 @@ def generate(
     if templates.codes:
         source |= {"templates": [str(code.file) for code in templates.codes], "template_inputs": template_inputs}
         source |= {"negative_template_inputs": negative_template_inputs}
+    sampling = [{name: whole[name] for name in pipe.sampling_arguments} for whole in completed]
+    requests = [{**request, **own} for request, own in zip(requests, sampling, strict=True)]
     return draw(pipe, requests, images, batch_size, Path(output), source)
 
 

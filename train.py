@@ -34,7 +34,7 @@ def train(
 ) -> list:
     """Run one training, whose parts the configuration built, and name the files it left.
 
-    Its signature is the schema of conf/train.yaml's top level.
+    Its signature is the schema of conf/training.yaml's top level.
     """
     from diffsynth.core.data import BatchPlan, CachedDataset
     from diffsynth.diffusion.bad_steps import BadSteps

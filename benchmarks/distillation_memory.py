@@ -23,6 +23,7 @@ def peak_bytes() -> int:
 
 def measure(kind: str, pixels: int, rank: int) -> dict:
     import torch
+    from accelerate import init_empty_weights
     from diffusers import QwenImageTransformer2DModel
 
     from diffsynth.core.data import SampleAddress
@@ -43,7 +44,7 @@ def measure(kind: str, pixels: int, rank: int) -> dict:
         def __init__(self):
             super().__init__()
             self.pipe = QwenImagePipeline(torch_dtype=torch.bfloat16)
-            with torch.device("meta"):
+            with init_empty_weights():
                 dit = QwenImageTransformer2DModel(num_layers=1).to(torch.bfloat16)
             self.pipe.dit = dit.to_empty(device="cpu")
             for parameter in self.pipe.dit.parameters():
@@ -75,7 +76,7 @@ def measure(kind: str, pixels: int, rank: int) -> dict:
     imported = peak_bytes()
     state = TrainingState(make_accelerator("cpu", "bfloat16"), Training(), torch.optim.AdamW, None, 5, None)
     for step in range(5):
-        state.set_mode("train")
+        state.start_step()
         state.backward(state.model(step))
         state.update(1.0)
     return {"peak": peak_bytes(), "above imports": peak_bytes() - imported}
@@ -93,7 +94,7 @@ def main() -> None:
     for kind in KINDS:
         command = [sys.executable, __file__, "--kind", kind, "--pixels", str(arguments.pixels)]
         command += ["--rank", str(arguments.rank)]
-        found[kind] = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+        found[kind] = json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout)
         ratios = {name: found[kind][name] / found["sft"][name] for name in found[kind]}
         print(
             f"{kind:28} peak {found[kind]['peak'] / 1e9:.2f} GB ({ratios['peak']:.2f} x sft), above the imports "

@@ -20,17 +20,18 @@ from diffsynth.config import ConfigError, check, claim, finish, signature
 from make_cache import COMMANDS
 
 CONF = tiny.ROOT / "conf"
-ENTRIES = sorted(path.stem for path in CONF.glob("*.yaml"))
+ENTRIES = sorted(path.stem for path in CONF.glob("*.yaml") if (tiny.ROOT / f"{path.stem}.py").exists())
 
 
 # Everything that can be chosen ----------------------------------------------------------------------------------------
 
 
 def groups(entry: str) -> list[str]:
-    """The config groups in an entry's list of defaults."""
+    """The config groups in an entry's list of defaults, and in the files that this names."""
     defaults = yaml.safe_load((CONF / f"{entry}.yaml").read_text())["defaults"]
     named = [next(iter(item)) for item in defaults if isinstance(item, dict)]
-    return [name for name in named if " " not in name]
+    files = [item for item in defaults if isinstance(item, str) and item != "_self_"]
+    return [name for file in files for name in groups(file)] + [name for name in named if " " not in name]
 
 
 def options(group: str) -> list[str]:
@@ -45,7 +46,20 @@ def choose(group: str, option: str) -> str:
     return f"{group}=[image_folder,{option}]" if group == "validation" and adds else f"{group}={option}"
 
 
-CHOICES = [(entry, choose(group, option)) for entry in ENTRIES for group in groups(entry) for option in options(group)]
+def belongs(entry: str, group: str, option: str) -> bool:
+    """Whether an entry is to compose with an option; what train.py has need not be composed with distill.py again."""
+    if group == "experiment":
+        return option.startswith("emoji_distill/") == (entry == "distill")
+    return entry != "distill" or (group == "task" and option.startswith("distill"))
+
+
+CHOICES = [
+    (entry, choose(group, option))
+    for entry in ENTRIES
+    for group in groups(entry)
+    for option in options(group)
+    if belongs(entry, group, option)
+]
 
 
 @pytest.mark.parametrize("entry, choice", CHOICES)

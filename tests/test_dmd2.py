@@ -1,4 +1,4 @@
-"""Distribution matching: its gradient, what the student is trained on, who is trained when, and that no mode is lost."""
+"""Distribution matching: its gradient, what the student is trained on, who is trained when, that no mode is lost."""
 
 from dataclasses import replace
 from functools import partial
@@ -8,12 +8,11 @@ import torch
 import toy
 from torch import Tensor
 
-from diffsynth.core.data import Sample, SampleAddress
+from diffsynth.core.data import SampleAddress
 from diffsynth.diffusion.logger import ModelLogger
 from diffsynth.diffusion.loss import DMD2
 from diffsynth.diffusion.loss.base import MODEL, Moment
 from diffsynth.diffusion.loss.dmd2 import matching_gradient
-from diffsynth.diffusion.lora import LoRA
 from diffsynth.diffusion.randomness import Draw, GlobalDraw
 from diffsynth.diffusion.roles import FAKE_SCORE, FakeScore
 from diffsynth.diffusion.runner import launch_training_task, make_accelerator
@@ -103,7 +102,10 @@ def test_the_fake_score_learns_what_the_student_draws_by_flow_matching():
     with torch.no_grad():
         sigmas = torch.tensor([1.0, 0.5])
         x = TOY.draw_as_student(module.roles, a_draw(), sigmas, torch.zeros(4, 2, 1, 1), {})[..., 0, 0]
-        sigma, noise = (0.02 + 0.96 * a_draw().uniform("matching"))[:, None], a_draw().normal("matching noise", x[..., None, None])
+        sigma, noise = (
+            (0.02 + 0.96 * a_draw().uniform("matching"))[:, None],
+            a_draw().normal("matching noise", x[..., None, None]),
+        )
         velocity = module.roles.networks[FAKE_SCORE]((1 - sigma) * x + sigma * noise[..., 0, 0], sigma[:, 0])
     torch.testing.assert_close(found, (velocity - (noise[..., 0, 0] - x)).pow(2).mean(1))
 
@@ -174,7 +176,7 @@ def test_the_student_steps_as_often_as_configured_however_many_micro_batches_a_s
 
 
 def test_two_gaussians_keep_both_modes():
-    """A student of two steps, a fake score and a teacher that knows the truth: everything lands near one of two modes."""
+    """A student of two steps, a fake score and a teacher that knows the truth: all lands near one of two modes."""
     torch.manual_seed(0)
     task = replace(TOY, student_every=3, student=Student(num_inference_steps=2))
     module = ToyTraining(task)

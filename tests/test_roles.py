@@ -38,7 +38,10 @@ def shake(parameters) -> None:
 
 
 def named(module, roles) -> dict:
-    found = {**dict(module.named_parameters()), **{f"role_networks.{n}": p for n, p in roles.networks.named_parameters()}}
+    found = {
+        **dict(module.named_parameters()),
+        **{f"role_networks.{n}": p for n, p in roles.networks.named_parameters()},
+    }
     return {name: p for name, p in found.items() if p.requires_grad}
 
 
@@ -103,7 +106,7 @@ def test_outside_of_roles_the_pipeline_draws_as_the_student(training_module):
 
 @pytest.mark.parametrize("lora", [LORA, None], ids=["adapters", "full student"])
 def test_what_is_recomputed_in_the_backward_pass_is_recomputed_as_the_same_role(training_module, lora):
-    """The backward pass is called with the student at rest; the fake score's blocks must not be run as the student's."""
+    """The backward pass is called with the student at rest; the fake score's blocks must not run as the student's."""
     found = []
     for checkpointing in (False, True):
         options = {"use_gradient_checkpointing": checkpointing}
@@ -128,7 +131,9 @@ def test_guidance_leads_away_from_the_negative_inputs(training_module):
     guided = roles.velocity(TEACHER, latents, sigma, inputs, negative, guidance=3.0)
     posi = roles.velocity(TEACHER, latents, sigma, inputs)
     nega = roles.velocity(TEACHER, latents, sigma, {**inputs, **negative})
-    expected = module.pipe.guided_velocity(sigma * 1000, 3.0, {}, {**inputs, "latents": latents}, {**inputs, **negative, "latents": latents})
+    expected = module.pipe.guided_velocity(
+        sigma * 1000, 3.0, {}, {**inputs, "latents": latents}, {**inputs, **negative, "latents": latents}
+    )
     torch.testing.assert_close(guided, expected)
     assert (guided - posi).abs().max() > 1e-4 and (posi - nega).abs().max() > 1e-4
 

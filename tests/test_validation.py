@@ -7,7 +7,7 @@ import pytest
 import tiny
 from safetensors.torch import load_file
 
-from diffsynth.diffusion import validation
+from diffsynth.diffusion import sharing
 from diffsynth.diffusion.ema import EMA
 
 HELD_OUT = [
@@ -46,9 +46,9 @@ def test_the_average_is_put_in_place_only_where_something_is_saved(tmp_path, mon
 
 def test_a_process_without_an_item_gets_what_the_others_made(monkeypatch):
     last_of_four = SimpleNamespace(process_index=3, num_processes=4)
-    monkeypatch.setattr(validation, "PartialState", lambda: last_of_four)
-    monkeypatch.setattr(validation, "gather_object", lambda mine: [*mine, (1, "b"), (0, "a")])
-    assert validation._share(["x", "y"], lambda mine: [mine[0]]) == ["a", "b"]
+    monkeypatch.setattr(sharing, "PartialState", lambda: last_of_four)
+    monkeypatch.setattr(sharing, "gather_object", lambda mine: [*mine, (1, "b"), (0, "a")])
+    assert sharing.share(["x", "y"], lambda mine: [mine[0]]) == ["a", "b"]
 
 
 def test_the_best_weights_are_those_of_the_lowest_loss(tmp_path):

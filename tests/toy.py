@@ -1,4 +1,4 @@
-"""Two Gaussians on a line through the plane as a model family of its own: its velocity is known, drawing takes no time."""
+"""Two Gaussians in the plane as a model family of its own: its velocity is known, and drawing takes no time."""
 
 import torch
 from torch import Tensor, nn

@@ -30,6 +30,7 @@ NOT_SEMANTIC = (
     "checkpoint",
     "max_bad_steps",
     "micro_batch_size",
+    "teacher_path",
 )
 # With it a saved configuration runs again: train.py --config-path <run> --config-name config
 REPLAY = {"hydra": {"run": {"dir": "${run_dir}"}, "output_subdir": None}}

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from ..core.data import collate, generator
+from . import sampling_settings
 from .flow_match import FlowMatchScheduler
 from .models import PipelineModels
 from .template_cache import as_inputs, media_of
@@ -152,9 +153,18 @@ class BasePipeline(PipelineModels):
             for name, module in self.named_modules():
                 module.training = training[name]
 
-    def draws_by(self, settings: Mapping[str, Any]) -> None:
-        """Draw as weights were trained to be drawn with: `sampling_arguments` that requests may still overrule."""
-        self.call_defaults.update({name: settings[name] for name in self.sampling_arguments if name in settings})
+    def settings_for(self, request: Mapping) -> dict[str, Any]:
+        """The `sampling_arguments` that its weights were trained for (see `draws_by`) and that a request leaves open.
+
+        Raises:
+            ValueError: Two adapters differ in them; names both.
+        """
+        steps = {"num_inference_steps", "sigmas"}  # of which one takes the place of the other
+        said = {name for name in self.sampling_arguments if request.get(name) is not None}
+        said |= steps if said & steps else set()
+        adapters = {file: settings for file, settings in self.trained_for.items() if file is not None}
+        names = [name for name in self.sampling_arguments if name not in said]
+        return sampling_settings.agreed(adapters or self.trained_for, names)
 
     @contextmanager
     def sampling_steps(self, request: Mapping) -> Iterator[FlowMatchScheduler]:
@@ -213,10 +223,10 @@ class BasePipeline(PipelineModels):
         return {sign + name for name in self.one_sided_arguments for sign in ("", "negative_")}
 
     def complete(self, request: Mapping) -> dict:
-        """A request with the defaults of `__call__`; needs no weights.
+        """A request with what its weights were trained for, and the defaults of `__call__`; needs no weights.
 
         Raises:
-            ValueError: `__call__` has no argument of such a name.
+            ValueError: `__call__` has no argument of such a name, or not together; or adapters differ in how to draw.
         """
         known = self.arguments
         unknown = sorted(set(request) - known)
@@ -225,7 +235,14 @@ class BasePipeline(PipelineModels):
             raise ValueError(
                 f"{type(self).__name__} has no argument {unknown[0]!r}; nearest: {nearest or sorted(known)}."
             )
-        return {**self.call_defaults, **{name: value for name, value in request.items() if value is not None}}
+        given = {name: value for name, value in request.items() if value is not None}
+        whole = {**self.call_defaults, **self.settings_for(given), **given}
+        if whole.get("renoise") and whole.get("inpaint_mask") is not None:
+            raise ValueError(
+                "renoise=true leaves the way of the noise that inpaint_mask would keep to where it is black; set "
+                "renoise=false, or leave the mask out."
+            )
+        return whole
 
     def _check_batch(self, requests: Sequence[Mapping]) -> None:
         shared = requests[0].keys() - {*self.per_image_arguments, *self._arguments_by_side}

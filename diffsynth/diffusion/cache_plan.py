@@ -66,8 +66,9 @@ class CachePlan:
     def about(self) -> dict[str, Any]:
         """What a cache of this plan is made of."""
         units = {type(self.units[n]).__name__: self.made_of[n] for n in self.stored_units}
-        separate = {name for n in self.stored_units if self.units[n].separate_cfg for name in self.units[n].output_params}
-        negative = [f"negative {name}" for name in sorted(separate & self.kept)] if self.reads_negative else []
+        separate = [self.units[number] for number in self.stored_units if self.reads_negative]
+        names = {name for unit in separate if unit.separate_cfg for name in unit.output_params}
+        negative = [f"negative {name}" for name in sorted(names & self.kept)]
         return {"pipeline": type(self.pipe).__name__, "units": units, "inputs": sorted(self.kept) + negative}
 
     def runs(self, inputs: Sides) -> list[Run]:

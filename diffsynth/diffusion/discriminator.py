@@ -91,8 +91,8 @@ def _spread(network: nn.Module) -> list[str]:
     blocks = [name for name, module in network.named_modules() if type(module).__name__ in kinds]
     if not blocks:
         raise ValueError(
-            f"{type(network).__name__} does not say which blocks it repeats; name those that the discriminator reads in "
-            "task.discriminator.layers."
+            f"{type(network).__name__} does not say which blocks it repeats; name those that the discriminator reads "
+            "in task.discriminator.layers."
         )
     return list(dict.fromkeys(blocks[len(blocks) * quarters // 4] for quarters in (1, 2, 3)))
 
@@ -148,7 +148,7 @@ def _tokens(found: Mapping[str, Tensor], name: str, width: int) -> Tensor:
     return found[name]
 
 
-# Losses (B,) of logits (B, K), means over the heads --------------------------------------------------------------------
+# Losses (B,) of logits (B, K), means over the heads -------------------------------------------------------------------
 
 
 def generator_hinge(fake: Tensor) -> Tensor:

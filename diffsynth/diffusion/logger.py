@@ -19,6 +19,7 @@ from ..core.files import forget_after, write_text
 from ..core.loader import save_safetensors
 from .lora_formats import FORMATS
 from .loss.base import MODEL
+from .sampling_settings import METADATA_KEY
 from .trackers import Tracker
 
 logger = logging.getLogger(__name__)
@@ -119,7 +120,8 @@ class ModelLogger:
         module = accelerator.unwrap_model(model)
         if self.remove_prefix_in_ckpt is not None:
             tensors = module.export_trainable_state_dict(self.remove_prefix_in_ckpt)
-            return save_safetensors(tensors, Path(self.output_path) / f"{name}.safetensors")
+            path = Path(self.output_path) / f"{name}.safetensors"
+            return save_safetensors(tensors, path, self._about(module, is_adapter=False))
         for format in self.formats:
             self._save(module, name, format)
 
@@ -131,16 +133,18 @@ class ModelLogger:
                 continue
             marks = [name, part if len(files) > 1 else "", format if is_adapter and len(self.formats) > 1 else ""]
             path = Path(self.output_path) / f"{'.'.join(filter(None, marks))}.safetensors"
-            save_safetensors(tensors, path, {**metadata, "diffsynth": json.dumps(self._about(module, is_adapter))})
+            save_safetensors(tensors, path, {**metadata, **self._about(module, is_adapter)})
             if is_adapter:
                 self._check(module, path)
 
-    def _about(self, module, is_adapter: bool) -> dict:
-        """What the file's metadata says of where it comes from."""
+    def _about(self, module, is_adapter: bool) -> dict[str, str]:
+        """What the file's metadata says of where it comes from and how it is to be drawn."""
         about = {"base_model": module.pipe.sources(), "trigger_prompts": list(self.trigger_prompts)}
+        about |= {"sampling": module.sampling} if module.sampling else {}
         config = Path(self.output_path).parent / "resolved.yaml"
         about["config"] = config.read_text(encoding="utf-8") if config.exists() else None
-        return {**about, **(module.describe_adapters() if is_adapter else {})}
+        about |= module.describe_adapters() if is_adapter else {}
+        return {METADATA_KEY: json.dumps(about)}
 
     def _check(self, module, path: Path) -> None:
         try:

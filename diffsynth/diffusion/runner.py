@@ -97,7 +97,7 @@ def launch_training_task(
             resumed = False
 
             # Accumulate the gradient of one batch.
-            state.set_mode("train")
+            state.start_step()
             for number in range(plan.accumulation):
                 with accelerator.accumulate(state.model):
                     torch.manual_seed(sampler.seed(state.step, number))  # for what the networks draw, such as dropout

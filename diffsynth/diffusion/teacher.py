@@ -33,8 +33,8 @@ class Student:
         falling = all(a > b for a, b in pairwise([*self.sigmas, 0]))
         if len(self.sigmas) != self.num_inference_steps or self.sigmas[0] != 1 or not falling:
             raise ValueError(
-                f"task.student.sigmas is {list(self.sigmas)}; expected {self.num_inference_steps} noise levels, as many "
-                "as num_inference_steps, that fall from 1 and stay above 0."
+                f"task.student.sigmas is {list(self.sigmas)}; expected {self.num_inference_steps} noise levels, as "
+                "many as num_inference_steps, that fall from 1 and stay above 0."
             )
 
     @property
@@ -64,7 +64,7 @@ class Teacher:
     def settings(self) -> dict:
         """Arguments of the pipeline."""
         names = ("num_inference_steps", "cfg_scale", "negative_prompt")
-        return {name: getattr(self, name) for name in names}
+        return {**{name: getattr(self, name) for name in names}, "renoise": False}
 
 
 class TeacherDraw(PipelineUnit):
@@ -85,7 +85,7 @@ class TeacherDraw(PipelineUnit):
             output_params=("latents", "input_latents", *(("trajectory",) if student else ())),
             onload_model_names=sorted(models),
         )
-        self.request, self.passes = teacher.settings, student and student.settings
+        self.teacher, self.student = teacher.settings, student and student.settings
 
     def process(self, pipe, prompt, seed, rand_device, height, width):
         inputs = {"prompt": prompt, "seed": seed, "rand_device": rand_device, "height": height, "width": width}
@@ -98,23 +98,24 @@ class TeacherDraw(PipelineUnit):
 
     @torch.no_grad()
     def _draw(self, pipe, alike: Sequence[Mapping]) -> list[dict]:
-        requests = [{**self.request, **each} for each in alike]
+        requests = [{**self.teacher, **each} for each in alike]
         levels = self._levels(pipe, alike[0])
         with pipe.sampling():
             pipe.progress_bar = iter
             path = pipe.path(*pipe.prepare(requests))
-            points = points_on_path(path, [*pipe.scheduler.sigmas.tolist(), 0.0], [1.0, *levels, 0.0])
+            sigmas = [*pipe.scheduler.sigmas.tolist(), 0.0]
+            points = points_on_path(path, sigmas, [sigmas[0], *levels, 0.0])
         noise, *trajectory, end = (point.split(1) for point in points)
         made = [{"latents": a, "input_latents": b} for a, b in zip(noise, end, strict=True)]
-        if self.passes is None:
+        if self.student is None:
             return made
         whole = torch.stack([torch.cat(point) for point in (*trajectory, end)], dim=1).split(1)
         return [{**each, "trajectory": own} for each, own in zip(made, whole, strict=True)]
 
     def _levels(self, pipe, size: Mapping) -> list[float]:
-        if self.passes is None:
+        if self.student is None:
             return []
-        with pipe.sampling_steps({"height": size["height"], "width": size["width"], **self.passes}) as scheduler:
+        with pipe.sampling_steps({"height": size["height"], "width": size["width"], **self.student}) as scheduler:
             return scheduler.sigmas.tolist()
 
 

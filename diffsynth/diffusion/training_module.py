@@ -1,6 +1,7 @@
 """From a row of the data set to a loss: the pipeline, what of it is trained, and the objective."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -34,6 +35,7 @@ class DiffusionTrainingModule(nn.Module):
     pipe: BasePipeline
     collate_fn = staticmethod(single_sample)
     moment: Moment | None = None  # of the training, which its loop sets
+    sampling: Mapping[str, Any] | None = None  # arguments of the pipeline that what is trained is to be drawn with
 
     def switch_pipe_to_training_mode(
         self,
@@ -239,6 +241,10 @@ class PipelineTrainingModule(DiffusionTrainingModule):
     def learning_rate(self, role: str) -> float | None:
         return self.task.learning_rate(role)
 
+    @property
+    def sampling(self) -> Mapping[str, Any] | None:
+        return self.task.sampling
+
     @torch.no_grad()
     def _frozen_inputs(self, sample: Sample, memory: UnitMemory) -> tuple[dict, dict, dict]:
         """What the frozen units make of a sample, less what nothing after them reads."""
@@ -267,6 +273,7 @@ class PipelineTrainingModule(DiffusionTrainingModule):
 
     def get_pipeline_inputs(self, data: dict) -> tuple[dict, dict, dict]:
         """The pipeline's inputs for one row, as if it were called to draw this picture."""
+        self.task.check_row(data)
         names = [*self.extra_inputs, *(name for name in self.task.heeded if name in data)]
         image, extra = data["image"], {name: self.pipe.typed(name, data[name]) for name in names}
         posi = {name: extra.pop(name) for name in self.pipe.one_sided_arguments if name in extra}
@@ -321,3 +328,4 @@ class PipelineTrainingModule(DiffusionTrainingModule):
             raise ValueError("memory.trained_dtype=bfloat16 needs model.torch_dtype=bfloat16.")
         if self.lora:
             self.lora.check(self.pipe)
+        self.task.check(self.pipe, self.lora, cached=True)  # all but the data, which `load` is told of

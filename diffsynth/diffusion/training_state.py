@@ -104,6 +104,11 @@ class TrainingState:
     def learning_rate(self) -> float:
         return self.main.optimizer.param_groups[0]["lr"]
 
+    def start_step(self) -> None:
+        """Before the micro-batches of the next optimizer step."""
+        self.set_mode("train")
+        self.module.moment = Moment(self.step, self.steps)
+
     def backward(self, losses: Tensor) -> None:
         """Add the gradient of a micro-batch's losses (b,)."""
         self.accelerator.backward(losses.mean())
@@ -132,7 +137,6 @@ class TrainingState:
 
     def set_mode(self, mode: str) -> None:
         """`train` or `eval`: schedule-free optimizers keep one set of weights to train on, one to look at and save."""
-        self.module.moment = Moment(self.step, self.steps)
         for part in self.parts.values():
             switch = getattr(part.optimizer.optimizer, mode, None)
             if switch is not None:

@@ -4,20 +4,20 @@ Nothing here touches the training: all noise comes from its own seed.
 """
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from operator import itemgetter
 from pathlib import Path
 
 import torch
-from accelerate import PartialState
-from accelerate.utils import broadcast_object_list, gather_object
+from accelerate.utils import broadcast_object_list
 from PIL import Image
 
 from ..core.data import CachedDataset, Sample, SampleAddress, UnifiedDataset
 from .drawing import row, save_png, stack
+from .few_steps import FewSteps
 from .metrics import Metric
 from .randomness import StratifiedDraw
+from .sharing import share
 from .unit_memory import UnitMemory
 
 logger = logging.getLogger(__name__)
@@ -41,6 +41,7 @@ class Validation:
         metric_samples: How many rows of each are drawn for them.
         template_samples: How many rows of each are drawn to be seen, where a template reads inputs of theirs.
         weights: Which weights are looked at: `raw`, the average `ema`, or both; names of the latter start with `ema_`.
+        few_steps: Compares the student of a distillation with its teacher.
     """
 
     path: str | Path
@@ -54,6 +55,7 @@ class Validation:
     metric_samples: int = 64
     template_samples: int = 4
     weights: Sequence[str] = ("raw",)
+    few_steps: FewSteps | None = None
 
     @property
     def saved(self) -> list[Path]:
@@ -64,14 +66,15 @@ class Validation:
         """The models of the pipeline that have to be loaded for this.
 
         Raises:
-            ValueError: The pipeline does not take these options.
+            ValueError: The pipeline does not take these options, or there is no student of this teacher.
         """
         module.pipe.complete(self.options)
+        compared = self.few_steps.models(module) if self.few_steps else set()
         draws_rows = self.metrics or (self.template_samples and module.pipe.template is not None)
         if self.prompts or (draws_rows and self.datasets):
-            return module.pipe.models_of(module.pipe.units, model_fn=True)
+            return compared | module.pipe.models_of(module.pipe.units, model_fn=True)
         encodes = any(not isinstance(dataset, CachedDataset) for dataset in self.datasets.values())
-        return module.pipe.models_of(module.units, model_fn=True) if encodes else set()
+        return compared | (module.pipe.models_of(module.units, model_fn=True) if encodes else set())
 
     def due(self, step: int, done: bool) -> bool:
         return step == 0 or done or (self.every is not None and step % self.every == 0)
@@ -79,27 +82,35 @@ class Validation:
     @property
     def numbers(self) -> list[str]:
         """Names of what is measured."""
-        kinds = ["loss", *self.metrics]
+        names = [f"{name}_{kind}" for name in self.datasets for kind in ("loss", *self.metrics)]
+        names += self.few_steps.numbers if self.few_steps else []
         prefixes = ["" if weights == "raw" else f"{weights}_" for weights in self.weights]
-        return [f"{prefix}{name}_{kind}" for prefix in prefixes for name in self.datasets for kind in kinds]
+        return [f"{prefix}{name}" for prefix in prefixes for name in names]
 
     def check(self, ema) -> None:
-        """Refuse to look at an average that the run does not keep; name metrics that lack something, and drop them."""
+        """Refuse to look at what is not there, such as an average; name metrics that lack something, and drop them."""
         unknown = sorted(set(self.weights) - {"raw", "ema"})
         if unknown or ("ema" in self.weights and ema is None):
             raise ValueError(
                 f"validation.weights is {list(self.weights)}; it may hold raw, and ema where ema=… is chosen."
             )
-        self.metrics = {name: metric for name, metric in self.metrics.items() if _can_measure(name, metric)}
+        self.metrics = _measurable("validation.metrics", self.metrics)
+        if self.few_steps:
+            self.few_steps.open()
+            self.few_steps.metrics = _measurable("validation.few_steps.metrics", self.few_steps.metrics)
 
     @torch.no_grad()
     def run(self, accelerator, state) -> tuple[dict[str, float], dict[str, Path]]:
         """Measure and draw; returns the numbers, the same on every process, and the pictures that the first saved."""
         values, pictures = {}, {}
+        module = accelerator.unwrap_model(state.model)
+        if self.few_steps and state.step == 0:
+            with accelerator.autocast(), module.pipe.sampling():
+                values |= self.few_steps.start(module, self.path)
         for weights in self.weights:
             prefix = "" if weights == "raw" else f"{weights}_"
             with state.using(weights):
-                measured, picture = self._look(accelerator, accelerator.unwrap_model(state.model), state.step, prefix)
+                measured, picture = self._look(accelerator, module, state.step, prefix)
             values |= {f"{prefix}{name}": value for name, value in measured.items()}
             pictures |= picture
         return values, pictures
@@ -120,7 +131,13 @@ class Validation:
             for name, own in requests.items():
                 images = self._generate(pipe, own)
                 if own and accelerator.is_main_process:
-                    pictures[f"{prefix}{name}samples"] = self.save(images, own, step, prefix + name)
+                    picture = row(images, [f"{step}: {_caption(request)}" for request in own])
+                    pictures[f"{prefix}{name}samples"] = self.save(picture, step, prefix + name)
+            if self.few_steps:
+                measured, picture = self.few_steps.look(module, self.path, step)
+                values |= measured
+                if picture and accelerator.is_main_process:
+                    pictures[f"{prefix}few_steps"] = self.save(picture, step, f"{prefix}few_steps_")
         accelerator.wait_for_everyone()
         return values, pictures
 
@@ -130,7 +147,7 @@ class Validation:
         Every row is measured once in each of `BANDS` equal parts of the timesteps' distribution, with fixed noise.
         """
         indices = range(min(self.loss_samples, len(dataset)))
-        table = torch.tensor(_share(indices, lambda mine: [self._row_losses(module, dataset[i], i) for i in mine]))
+        table = torch.tensor(share(indices, lambda mine: [self._row_losses(module, dataset[i], i) for i in mine]))
         rows, bands = table.mean(1), table.mean(0)
         error = (rows.std() / len(rows) ** 0.5).item() if len(rows) > 1 else 0.0
         by_band = {f"loss_band{number}": value for number, value in enumerate(bands.tolist(), 1)}
@@ -149,10 +166,10 @@ class Validation:
         values = {name: metric.measure(drawn, prompts, targets, device) for name, metric in self.metrics.items()}
         return broadcast_object_list([values])[0]  # rounding may differ between processes
 
-    def save(self, images: Sequence[Image.Image], requests: Sequence[Mapping], step: int, prefix: str = "") -> Path:
-        """Save what was drawn as one row, and with all earlier rows as `progress.png`; returns the row."""
+    def save(self, picture: Image.Image, step: int, prefix: str = "") -> Path:
+        """Save the picture of a look, and with those of all earlier looks as `progress.png`; returns the former."""
         newest = Path(self.path) / f"{prefix}step-{step:06d}.png"
-        save_png(row(images, [f"{step}: {_caption(request)}" for request in requests]), newest)
+        save_png(picture, newest)
         drawn = [path for path in sorted(newest.parent.glob(f"{prefix}step-*.png")) if path <= newest]
         save_png(stack([Image.open(path) for path in drawn]), newest.with_name(f"{prefix}progress.png"))
         return newest
@@ -162,8 +179,8 @@ class Validation:
         pipe.progress_bar = iter
         seeded = [{**self.options, "seed": self.seed + number, **own} for number, own in enumerate(requests)]
         if all(own.keys() == {"prompt"} for own in requests):
-            return _share(seeded, pipe.generate)
-        return _share(seeded, lambda mine: [pipe.generate([own])[0] for own in mine])  # inputs may differ in shape
+            return share(seeded, pipe.generate)
+        return share(seeded, lambda mine: [pipe.generate([own])[0] for own in mine])  # inputs may differ in shape
 
 
 def first_rows(dataset: UnifiedDataset, count: int) -> list[dict]:
@@ -183,20 +200,14 @@ def _caption(request: Mapping) -> str:
     return ", ".join([*named, request["prompt"]])
 
 
-def _share(items: Sequence, make: Callable[[list], Sequence]) -> list:
-    """What `make` makes of a list, one result an item, in order; every process works on a part of it."""
-    state = PartialState()
-    numbers = range(state.process_index, len(items), state.num_processes)
-    mine = [items[number] for number in numbers]
-    made = make(mine) if mine else []  # there may be more processes than items
-    shared = gather_object(list(zip(numbers, made, strict=True)))
-    return [result for _, result in sorted(shared, key=itemgetter(0))]
+def _measurable(where: str, metrics: Mapping[str, Metric]) -> dict[str, Metric]:
+    return {name: metric for name, metric in metrics.items() if _can_measure(f"{where}.{name}", metric)}
 
 
 def _can_measure(name: str, metric: Metric) -> bool:
     try:
         metric.find()
     except (ImportError, OSError) as error:
-        logger.warning("validation.metrics.%s is left out: %s", name, error)
+        logger.warning("%s is left out: %s", name, error)
         return False
     return True

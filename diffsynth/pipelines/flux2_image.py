@@ -315,6 +315,7 @@ class Flux2ImagePipeline(BasePipeline):
     def __init__(self, device="cpu", torch_dtype=torch.bfloat16):
         super().__init__(device, torch_dtype)
         self.tokenizer = None
+        self.call_defaults.update(cfg_scale=1.0, num_inference_steps=30, renoise=False)
         self.call_defaults.update(max_sequence_length=MAX_PROMPT_TOKENS, edit_image_pixels=EDIT_IMAGE_PIXELS)
         self.scheduler = FlowMatchScheduler(flux2_sigmas)
         self.units = [
@@ -354,6 +355,8 @@ class Flux2ImagePipeline(BasePipeline):
         width: int = 1024,
         max_sequence_length: int = MAX_PROMPT_TOKENS,
         edit_image_pixels: int = EDIT_IMAGE_PIXELS,
+        num_inference_steps: int = 30,
+        cfg_scale: float = 1.0,
         training: TrainingDefaults | None = None,
         device="cpu",
     ) -> "Flux2ImagePipeline":
@@ -365,6 +368,7 @@ class Flux2ImagePipeline(BasePipeline):
             height, width: Size in pixels that this model draws by default.
             max_sequence_length: Tokens that every prompt is cut or padded to, those of the chat template included.
             edit_image_pixels: Area in pixels that edit images are resized to.
+            num_inference_steps, cfg_scale: How this model is drawn by default, see `__call__`.
             training: What a training of this model starts from.
         """
         if tokenizer is None and text_encoder is not None:
@@ -373,6 +377,7 @@ class Flux2ImagePipeline(BasePipeline):
         pipe.build_models(model for model in (dit, text_encoder, vae) if model is not None)
         pipe.build_tokenizer(tokenizer)
         pipe.call_defaults.update(height=height, width=width)
+        pipe.call_defaults.update(num_inference_steps=num_inference_steps, cfg_scale=cfg_scale)
         pipe.call_defaults.update(max_sequence_length=max_sequence_length, edit_image_pixels=edit_image_pixels)
         pipe.training_defaults = training or TrainingDefaults()
         return pipe
@@ -447,7 +452,7 @@ class Flux2ImagePipeline(BasePipeline):
         self,
         prompt: str,
         negative_prompt: str = "",
-        cfg_scale: float = 1.0,
+        cfg_scale: float | None = None,
         embedded_guidance: float = 4.0,
         input_image: Image.Image | None = None,
         denoising_strength: float = 1.0,
@@ -460,9 +465,9 @@ class Flux2ImagePipeline(BasePipeline):
         width: int = 1024,
         seed: int | None = None,
         rand_device: str = "cpu",
-        num_inference_steps: int = 30,
+        num_inference_steps: int | None = None,
         sigmas: Sequence[float] | None = None,
-        renoise: bool = False,
+        renoise: bool | None = None,
         max_sequence_length: int | None = None,
         tiled: bool = False,
         tile_size: int = 128,
@@ -479,7 +484,9 @@ class Flux2ImagePipeline(BasePipeline):
 
         Args:
             cfg_scale: Classifier-free guidance against `negative_prompt`; 1 is none and half the time, as the
-                distilled models (dev, klein) are made for.
+                distilled models (dev, klein) are made for. Of this, `num_inference_steps`, `sigmas` and `renoise` None
+                is what the weights were trained to be drawn with (`draws_by`), else what `from_components` was told (1
+                and 30), the family's own and False.
             embedded_guidance: Guidance scale that dev was distilled to follow; klein ignores it.
             input_image: Start from this image, noised by `denoising_strength` in (0, 1], instead of pure noise.
             inpaint_mask: White is redrawn, black keeps `input_image`; its edge softened by `inpaint_blur_sigma`

@@ -345,6 +345,7 @@ class QwenImagePipeline(BasePipeline):
     def __init__(self, device="cpu", torch_dtype=torch.bfloat16):
         super().__init__(device, torch_dtype)
         self.tokenizer = self.processor = None
+        self.call_defaults.update(cfg_scale=4.0, num_inference_steps=30, renoise=False)
         self.call_defaults.update(edit_image_pixels=EDIT_IMAGE_PIXELS)
         self.call_defaults.update(edit_image_numbered=False, edit_vision_pixels=EDIT_VISION_PIXELS)
         self.scheduler = FlowMatchScheduler(qwen_image_sigmas)
@@ -508,7 +509,7 @@ class QwenImagePipeline(BasePipeline):
         self,
         prompt: str,
         negative_prompt: str = "",
-        cfg_scale: float = 4.0,
+        cfg_scale: float | None = None,
         cfg_rescale: bool = True,
         input_image: Image.Image | None = None,
         denoising_strength: float = 1.0,
@@ -523,9 +524,9 @@ class QwenImagePipeline(BasePipeline):
         width: int = 1328,
         seed: int | None = None,
         rand_device: str = "cpu",
-        num_inference_steps: int = 30,
+        num_inference_steps: int | None = None,
         sigmas: Sequence[float] | None = None,
-        renoise: bool = False,
+        renoise: bool | None = None,
         exponential_shift_mu: float | None = None,
         tiled: bool = False,
         tile_size: int = 128,
@@ -541,7 +542,9 @@ class QwenImagePipeline(BasePipeline):
         """Draw one image.
 
         Args:
-            cfg_scale: Classifier-free guidance against `negative_prompt`; 1 is none and half the time.
+            cfg_scale: Classifier-free guidance against `negative_prompt`; 1 is none and half the time. Of this,
+                `num_inference_steps`, `sigmas` and `renoise` None is what the weights were trained to be drawn with
+                (`draws_by`), else 4, 30, the family's own and False.
             cfg_rescale: Keep the norm of the conditional velocity under guidance, as the released model samples.
             input_image: Start from this image, noised by `denoising_strength` in (0, 1], instead of pure noise.
             inpaint_mask: White is redrawn, black keeps `input_image`; its edge softened by `inpaint_blur_sigma`

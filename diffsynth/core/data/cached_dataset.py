@@ -1,5 +1,6 @@
 """A data set that was made by `make_cache.py`: what frozen networks made of every sample, read from disk."""
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -124,7 +125,9 @@ class CachedDataset(Dataset):
             )
         absent = sorted(set(required) - self.index.record(0)["variants"][""]["row"].keys())
         if absent:
-            raise ValueError(f"{self.metadata_path} holds no {absent[0]}; make the cache of rows that have it.")
+            raise ValueError(
+                f"{self.metadata_path} holds no {absent[0]}; make the cache of rows that have it, with this task."
+            )
         return []
 
     def fingerprint(self) -> str:
@@ -208,8 +211,25 @@ def differences(found: Mapping[str, Any], expected: Mapping[str, Any]) -> list[s
             lines.append(f"it holds nothing of {name}")
             continue
         changed = [key for key in unit if key != "weights" and made_of.get(key) != unit[key]]
-        lines += [f"{name}: another {key} ({made_of.get(key)})" for key in changed]
+        lines += [f"{name}: another {key} ({_found(made_of.get(key), unit[key])})" for key in changed]
         weights = [model for model, now in unit["weights"].items() if now not in (None, made_of["weights"].get(model))]
         lines += [f"{name}: another {model} ({made_of['weights'].get(model)})" for model in weights]
     absent = sorted(set(expected["inputs"]) - set(found["inputs"]))
     return lines + [f"it holds no {name}" for name in absent]
+
+
+def _found(found: Any, expected: Any) -> str:
+    """What was found instead; of settings, each of which is JSON, those that differ and what they are here."""
+    if not isinstance(found, dict):
+        return str(found)
+    then, now = (_by_name({name: json.loads(text) for name, text in each.items()}) for each in (found, expected))
+    differing = [name for name in sorted({*then, *now}) if then.get(name) != now.get(name)]
+    return "; ".join(f"{name} {then.get(name)!r}, here {now.get(name)!r}" for name in differing)
+
+
+def _by_name(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Settings within settings by their dotted names."""
+    values = {}
+    for name, value in settings.items():
+        values |= _by_name(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
+    return values

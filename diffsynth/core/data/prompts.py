@@ -34,10 +34,14 @@ def prompt_dataset(
             these are then counted from `first_seed` through the whole data set, so that no two rows share their noise.
 
     Raises:
-        ValueError: There are no prompts, or no seeds.
+        ValueError: There are no prompts, or no seeds, or chance would change pictures that are yet to be drawn.
     """
-    if seeds in (0, []):
+    if (seeds if isinstance(seeds, int) else len(seeds)) < 1:
         raise ValueError(f"dataset.seeds is {seeds}; expected at least one.")
+    if augmentation and (augmentation.flip or augmentation.random_crop):
+        raise ValueError(
+            "dataset.augmentation.flip and random_crop change pictures, and prompts have none; leave both out."
+        )
     seeds = (seeds, first_seed) if isinstance(seeds, int) else list(seeds)
     read = partial(_read, path, encoding, seeds, (width, height))
     options = {"main_data_operator": Canvas(), "augmentation": augmentation}
@@ -48,7 +52,10 @@ def prompt_dataset(
 
 def _read(path: str, encoding: str, seeds: tuple[int, int] | list[int], size: tuple[int, int], folder: str) -> Rows:
     is_text = Path(path).suffix.lower() == ".txt"
-    return SeededPrompts(read_lines(path, encoding) if is_text else read_metadata(path, encoding), seeds, size)
+    prompts = read_lines(path, encoding) if is_text else read_metadata(path, encoding)
+    if not prompts:
+        raise ValueError(f"prompts {path}: there are none")
+    return SeededPrompts(prompts, seeds, size)
 
 
 def read_lines(path: str, encoding: str = "utf-8") -> Table:

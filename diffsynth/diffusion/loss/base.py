@@ -1,9 +1,9 @@
 """What every objective shares."""
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 from torch import Tensor
 
@@ -54,6 +54,11 @@ class Objective:
         return False
 
     @property
+    def sampling(self) -> Mapping[str, Any] | None:
+        """Arguments of the pipeline that what it trains is to be drawn with; None leaves them as they are."""
+        return None
+
+    @property
     def columns(self) -> tuple[str, ...]:
         """Columns that every row has to have."""
         return tuple(self.extra_inputs)
@@ -74,6 +79,9 @@ class Objective:
 
     def check(self, pipe, lora, cached: bool) -> None:
         """Refuse what it cannot train, or not on such data, before any weight is read."""
+
+    def check_row(self, row: Mapping) -> None:
+        """Refuse a row of the data set that it cannot be trained on."""
 
     # Roles that train beside the model; see `distillation.Distillation`
 

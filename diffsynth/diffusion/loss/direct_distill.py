@@ -28,7 +28,7 @@ class DirectDistill(Distillation):
 
     extra_inputs: Sequence[str] = ("seed",)
 
-    heeded: ClassVar[Sequence[str]] = ("rand_device", "num_inference_steps", "cfg_scale")
+    heeded: ClassVar[Sequence[str]] = ("rand_device", "num_inference_steps")
 
     def __post_init__(self):
         super().__post_init__()
@@ -47,11 +47,10 @@ class DirectDistill(Distillation):
         height: int,
         width: int,
         num_inference_steps: int | None = None,
-        cfg_scale: float = 1,
         **inputs,
     ) -> Tensor:
         size = {"height": height, "width": width}
-        _check({**size, "num_inference_steps": num_inference_steps, "cfg_scale": cfg_scale})
+        _check({**size, "num_inference_steps": num_inference_steps})
         student = self.student
         if num_inference_steps not in (None, student.num_inference_steps):
             student = Student(num_inference_steps=num_inference_steps)
@@ -79,15 +78,10 @@ class _Step:
 
 
 def _check(request: dict) -> None:
-    for name in ("height", "width", "num_inference_steps"):
-        if isinstance(request[name], list):
-            found = ", ".join(map(str, sorted(set(request[name]))))
+    for name, values in request.items():
+        if isinstance(values, list):
+            found = ", ".join(map(str, sorted(set(values))))
             raise ValueError(f"Samples of a batch have {name} {found}; a rollout needs one: set micro_batch_size=1.")
-    if request["cfg_scale"] != 1:
-        raise ValueError(
-            f"cfg_scale is {request['cfg_scale']}; the student draws without guidance, which its teacher's pictures "
-            "hold already: write 1 into that column."
-        )
 
 
 DirectDistillLoss = DirectDistill()  # called like a function

@@ -1,8 +1,8 @@
 """What objectives share whose student learns to draw in few steps."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from torch import Tensor
 
@@ -32,7 +32,8 @@ class Distillation(Objective):
         steps, most = self.student.num_inference_steps, self.teacher and self.teacher.num_inference_steps
         if most and steps > most:
             raise ValueError(
-                f"task.student.num_inference_steps is {steps}, more than the teacher's {most}; a student draws in fewer."
+                f"task.student.num_inference_steps is {steps}, more than the teacher's {most} "
+                "(task.teacher.num_inference_steps); a student draws in fewer."
             )
 
     @property
@@ -53,6 +54,10 @@ class Distillation(Objective):
         return self.teacher is None and "seed" in self.extra_inputs
 
     @property
+    def sampling(self) -> Mapping[str, Any]:
+        return self.student.settings
+
+    @property
     def columns(self) -> tuple[str, ...]:
         seed = () if self.teacher is None else ("seed",)
         return tuple(dict.fromkeys([*self.extra_inputs, *seed]))
@@ -68,6 +73,13 @@ class Distillation(Objective):
     def wanted_inputs(self, pipe) -> set[str]:
         """The same for all methods, so that they share their teacher's pictures."""
         return super().wanted_inputs(pipe) | {"latents", "input_latents"}
+
+    def check_row(self, row) -> None:
+        if float(row.get("cfg_scale", 1)) != 1:
+            raise ValueError(
+                f"cfg_scale is {row['cfg_scale']}; the student draws without guidance, which its teacher's pictures "
+                "hold already: write 1 into that column."
+            )
 
     def check(self, pipe, lora, cached: bool) -> None:
         network = pipe.in_iteration_models[0]

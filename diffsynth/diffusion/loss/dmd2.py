@@ -19,7 +19,7 @@ from .distillation import RoleDistillation
 
 @dataclass(frozen=True, kw_only=True)
 class DMD2(RoleDistillation):
-    """½ mean ‖x - sg(x - g)‖², g = (x̂_fake - x̂_teacher) / mean |x - x̂_teacher|, whose gradient is g / numel (DMD, Eq. 7, 8).
+    """½ mean ‖x - sg(x - g)‖², g = (x̂_fake - x̂_teacher) / mean |x - x̂_teacher|: its gradient is g (DMD, Eq. 7 and 8).
 
     x is what the student draws at one of its steps, chosen at random, coming there from noise by its own earlier steps,
     as when it is sampled (backward simulation, DMD2 §4.5); x̂ = x_σ - σ v are the teacher's and the fake score's

@@ -1,0 +1,98 @@
+"""Adversarial distillation: one step of the student is to look like a picture, and like what the teacher makes of it.
+
+Sauer et al. 2023, "Adversarial Diffusion Distillation" (https://arxiv.org/abs/2311.17042), ADD; its discriminator is
+that of Sauer et al. 2024 (https://arxiv.org/abs/2403.12015), LADD: on the teacher's own features of renoised latents.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from ..discriminator import Discriminator, generator_hinge, hinge_loss, logits
+from ..flow_match import interpolate
+from ..roles import DISCRIMINATOR, STUDENT, TEACHER, Roles
+from ..timesteps import LogitNormalTimesteps, UniformTimesteps
+from .base import MODEL
+from .distillation import RoleDistillation
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdversarialDistillation(RoleDistillation):
+    """-D(x̂_θ) + λ c(t) mean ‖x̂_θ - sg(x̂_ψ(x_t, t))‖², x_t = (1 - t) x̂_θ + t ε' (ADD, Eq. 1, 2, 4).
+
+    x̂_θ = x_s - s v_θ(x_s, s) is what the student makes, in one step, of the data set's pictures at one of its own noise
+    levels s, which are equally likely; x̂_ψ what the guided teacher makes of that. Of the paper's weightings c(t) is the
+    exponential one, α_t = 1 - t. Every other step, the first among them, trains the discriminator D instead, by hinge
+    loss (Eq. 3, without R1), to tell x̂_θ from the `input_latents`; it sees either at a random noise level.
+
+    Args:
+        distillation_weight: λ.
+        timesteps: t of the distillation term.
+        renoising: Noise levels that the discriminator sees.
+    """
+
+    discriminator: Discriminator = field(default_factory=Discriminator)
+    distillation_weight: float = 2.5
+    timesteps: UniformTimesteps | LogitNormalTimesteps = field(default_factory=UniformTimesteps)
+    renoising: UniformTimesteps | LogitNormalTimesteps = field(default_factory=LogitNormalTimesteps)
+
+    def check(self, pipe, lora, cached: bool) -> None:
+        super().check(pipe, lora, cached)
+        self.discriminator.heads(pipe.network, 0)
+
+    def cast(self, pipe, lora, seed: int) -> Roles:
+        return Roles(pipe, lora, heads=self.discriminator.heads(pipe.network, seed), seed=seed)
+
+    def trained_at(self, step: int) -> Sequence[str]:
+        return (MODEL,) if step % 2 else (DISCRIMINATOR,)
+
+    def learning_rate(self, role: str) -> float | None:
+        return self.discriminator.learning_rate if role == DISCRIMINATOR else None
+
+    def loss(
+        self,
+        pipe,
+        draw,
+        roles: Roles,
+        negative: Mapping,
+        moment,
+        input_latents: Tensor,
+        height: int,
+        width: int,
+        **inputs,
+    ) -> Tensor:
+        real = input_latents.float()
+        with pipe.sampling_steps({"height": height, "width": width, **self.student.settings}) as scheduler:
+            levels = scheduler.sigmas.to(real.device)
+        sigma = self.renoising(pipe.scheduler, draw.uniform("renoising")).to(real.device)
+        noise = draw.normal("renoising noise", real)
+        if moment is None or MODEL in self.trained_at(moment.step):
+            fake = _made_by_student(roles, draw, levels, real, inputs)
+            seen = logits(roles, TEACHER, interpolate(fake, noise, sigma), sigma, inputs)
+            distillation = self._distillation(pipe, roles, draw, fake, inputs, negative)
+            return generator_hinge(seen) + self.distillation_weight * distillation
+        with torch.no_grad():
+            fake = _made_by_student(roles, draw, levels, real, inputs)
+        noisy = [interpolate(clean, noise, sigma) for clean in (real, fake)]
+        return hinge_loss(*(logits(roles, TEACHER, each, sigma, inputs, trained=True) for each in noisy))
+
+    def _distillation(self, pipe, roles: Roles, draw, fake: Tensor, inputs: Mapping, negative: Mapping) -> Tensor:
+        sigma = self.timesteps(pipe.scheduler, draw.uniform("timestep")).to(fake.device)
+        with torch.no_grad():
+            noisy = interpolate(fake, draw.normal("student noise", fake), sigma)
+            velocity = roles.velocity(TEACHER, noisy, sigma, inputs, negative, self.guidance)
+        return (1 - sigma) * (fake - _clean(noisy, velocity, sigma)).pow(2).flatten(1).mean(1)
+
+
+def _made_by_student(roles: Roles, draw, levels: Tensor, clean: Tensor, inputs: Mapping) -> Tensor:
+    """x̂_θ (B, …) of pictures (B, …) noised to one of the student's noise levels (K,) each."""
+    sigma = levels[(draw.uniform("student step") * len(levels)).long().to(levels.device)]
+    noisy = interpolate(clean, draw.normal("student noise", clean), sigma)
+    return _clean(noisy, roles.velocity(STUDENT, noisy, sigma, inputs, trained=True), sigma)
+
+
+def _clean(noisy: Tensor, velocity: Tensor, sigma: Tensor) -> Tensor:
+    """x̂₀ = x_σ - σ v of x_σ and v (B, …) at noise levels (B,)."""
+    return noisy - sigma.view(-1, *[1] * (noisy.dim() - 1)) * velocity

@@ -1,0 +1,90 @@
+"""`python distill.py`: a teacher draws, a student is trained on that, on the embedded model."""
+
+from pathlib import Path
+
+import pytest
+import tiny
+from PIL import Image
+
+import distill
+from diffsynth.config import build, signature
+from diffsynth.core.data import CachedDataset, UnifiedDataset
+
+TEACHER = ["task.teacher.num_inference_steps=4", "task.teacher.cfg_scale=2.0", "task.student.num_inference_steps=2"]
+SHORT = ["max_steps=2", "batch_size=2", "logger.every=1", "device=cpu"]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("distill")
+
+
+def overrides(folder: Path, output_root: str = "runs") -> list[str]:
+    prompts = folder / "prompts.txt"
+    prompts.write_text("a color emoji of red apple\na color emoji of rocket\n")
+    data = [f"teacher_path={folder}/teacher", f"prompts.path={prompts}", f"held_out.path={prompts}"]
+    seeds = ["prompts.seeds=1", "held_out.seeds=1"]
+    return [*data, *seeds, *TEACHER, *SHORT, f"output_root={folder}/{output_root}"]
+
+
+@pytest.fixture(scope="module")
+def run_dir(folder) -> Path:
+    said = tiny.process("python", "distill.py", *overrides(folder))
+    assert "2 of TeacherDraw" in said
+    (run_dir,) = (folder / "runs").iterdir()
+    return run_dir
+
+
+def losses(run_dir: Path) -> list[float]:
+    return [line["loss"] for line in tiny.metrics(run_dir) if "loss" in line]
+
+
+def test_it_leaves_pictures_of_the_teacher_a_student_and_a_comparison(folder, run_dir):
+    seeds = [CachedDataset(f"{folder}/teacher/{name}")[0].row["seed"] for name in ("train", "held_out")]
+    assert seeds == [0, 1_000_000]
+    assert tiny.weights(run_dir) == ["step-2.safetensors"]
+    first, *_, last = tiny.metrics(run_dir)
+    assert first["base_distance"] == first["student_distance"] != last["student_distance"]
+    assert Image.open(run_dir / "samples" / "few_steps_progress.png").width == 2 * 128
+    assert "Finished." in (run_dir / "train.log").read_text()
+
+
+def test_the_same_command_again_says_that_it_is_finished(folder, run_dir, monkeypatch, capsys):
+    tiny.command_line(monkeypatch, "distill.py", *overrides(folder))
+    said = capsys.readouterr().out
+    assert f"{run_dir} is finished" in said and "TeacherDraw" not in said
+
+
+def test_what_the_teacher_drew_is_not_drawn_again(folder, run_dir, monkeypatch, caplog):
+    monkeypatch.setattr(distill, "train", lambda **given: [])
+    caplog.set_level("INFO")
+    distill.distill(**build(tiny.compose("distill", *overrides(folder, "others"), "seed=1")))
+    assert caplog.text.count("made now: none") == 2
+
+
+def test_it_trains_what_train_trains_on_the_same_pictures(folder, run_dir, monkeypatch):
+    data = ["dataset=cache", f"dataset.path={folder}/teacher/train", "validation=none"]
+    own = ["task=distill", *data, *TEACHER, *SHORT, "optimizer.lr=2e-3", f"output_root={folder}/train"]
+    tiny.command_line(monkeypatch, "train.py", *own)
+    assert losses(next((folder / "train").iterdir())) == losses(run_dir)
+
+
+def test_without_a_teacher_the_data_set_is_used_as_it_is(monkeypatch):
+    monkeypatch.setattr(distill, "train", lambda **given: given)
+    monkeypatch.setattr("make_cache.make_cache", None)
+    cfg = tiny.compose("distill", "task.teacher=null", "dataset=image_folder", f"dataset.path={tiny.dataset()}")
+    given = distill.distill(**build(cfg))
+    assert isinstance(given["dataset"], UnifiedDataset) and given["task"].teacher is None
+    assert not {"prompts", "held_out", "teacher_path"} & given.keys()
+
+
+def test_where_the_pictures_are_kept_changes_no_result_but_what_is_drawn_does():
+    plain = signature(tiny.compose("distill"))
+    assert signature(tiny.compose("distill", "teacher_path=elsewhere")) == plain
+    for override in ("prompts.path=mine.txt", "held_out.seeds=3", "task.teacher.cfg_scale=2"):
+        assert signature(tiny.compose("distill", override)) != plain
+
+
+def test_the_embedded_models_recipe_is_its_own():
+    rates = [tiny.compose("distill", f"model={name}").optimizer.lr for name in ("emoji", "qwen_image")]
+    assert rates == [2e-3, tiny.compose("train", "model=qwen_image").optimizer.lr]
