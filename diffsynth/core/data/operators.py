@@ -285,8 +285,8 @@ class ImageCropAndResize(Operator):
         if self.only_as_it_is and target != tuple(found):
             raise ValueError(
                 f"it is {found[0]}x{found[1]} pixels and would become {target[0]}x{target[1]}, which is no longer what "
-                "its seed draws; set dataset.height and dataset.width to the size it was drawn at, or dataset.max_pixels "
-                "high enough"
+                "its seed draws; set dataset.height and dataset.width to the size it was drawn at, or "
+                "dataset.max_pixels high enough"
             )
         return target
 

@@ -196,8 +196,8 @@ class UnifiedDataset(Dataset):
         chance = self.augmentation
         if chance.flip or chance.random_crop:
             raise ValueError(
-                f"dataset.augmentation.flip={chance.flip} and random_crop={chance.random_crop} make other pictures than "
-                "their seeds draw; leave both out."
+                f"dataset.augmentation.flip={chance.flip} and random_crop={chance.random_crop} make other pictures "
+                "than their seeds draw; leave both out."
             )
         if self.fit:
             self.fit.only_as_it_is = True
