@@ -59,10 +59,11 @@ def train(
     if is_cached := isinstance(dataset, CachedDataset):
         dataset.check_made_for(CachePlan(module).about())
     module.rehearse(dataset)
+    also = validation.models(module) if validation else ()
     if accelerator.is_main_process:
         order = order_of(dataset, batch_size, seed)
         receipt.write(module.pipe, dataset, order, validation.datasets if validation else {}, seed)
-    module.load(also=validation.models(module) if validation else (), cached=is_cached)
+    module.load(also=also, cached=is_cached)
     launch_training_task(
         accelerator,
         dataset,

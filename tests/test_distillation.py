@@ -12,7 +12,7 @@ from PIL import Image
 from diffsynth.core.data import CachedRow, Sample
 from diffsynth.core.loader import ModelConfig
 from diffsynth.diffusion.lora import LoRA
-from diffsynth.diffusion.loss import Moment
+from diffsynth.diffusion.loss import DirectDistill, Moment
 from diffsynth.diffusion.models import TrainingDefaults
 from diffsynth.diffusion.training_module import PipelineTrainingModule
 from diffsynth.diffusion.units import run_units
@@ -53,6 +53,15 @@ def trained(family: str, method: str, lora: LoRA | None) -> tuple[PipelineTraini
             cached = CachedRow(row, dict(zip(("shared", "posi", "nega"), made, strict=True)))
             samples.append(Sample(cached, epoch=0, index=number))
     return module.load(cached=True), samples
+
+
+def test_a_network_that_is_told_the_guidance_is_told_the_same_in_training_as_in_drawing():
+    kind, folder, options = FAMILIES["dev"]
+    parts = {name: ModelConfig(path=str(folder() / part)) for name, part in tiny.COMPONENTS.items()}
+    module = PipelineTrainingModule(kind.from_components(**parts, torch_dtype="float32", **options), DirectDistill())
+    shared, _, _ = module.get_pipeline_inputs({**ROW, "seed": 1})
+    assert shared["embedded_guidance"] == module.pipe.complete({})["embedded_guidance"] == 4
+    assert "embedded_guidance" in module.kept_inputs
 
 
 @pytest.mark.parametrize("kind", KINDS)

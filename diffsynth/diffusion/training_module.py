@@ -283,6 +283,7 @@ class PipelineTrainingModule(DiffusionTrainingModule):
             "width": image.width,
             "cfg_scale": self.task.guidance if self.task.reads_negative else 1,
             **self.memory_inputs,
+            **self.task.drawn_inputs(self.pipe),
             **extra,
         }
         return shared, {"prompt": data["prompt"], **posi}, {"negative_prompt": self.task.negative_prompt}

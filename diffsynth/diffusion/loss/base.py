@@ -80,6 +80,10 @@ class Objective:
     def check(self, pipe, lora, cached: bool) -> None:
         """Refuse what it cannot train, or not on such data, before any weight is read."""
 
+    def drawn_inputs(self, pipe) -> dict[str, Any]:
+        """Arguments of the pipeline that training sets as drawing does."""
+        return {}
+
     def check_row(self, row: Mapping) -> None:
         """Refuse a row of the data set that it cannot be trained on."""
 

@@ -1,5 +1,6 @@
 """What objectives share whose student learns to draw in few steps."""
 
+import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
@@ -73,6 +74,11 @@ class Distillation(Objective):
     def wanted_inputs(self, pipe) -> set[str]:
         """The same for all methods, so that they share their teacher's pictures."""
         return super().wanted_inputs(pipe) | {"latents", "input_latents"}
+
+    def drawn_inputs(self, pipe) -> dict[str, Any]:
+        """What `model_fn` is told of itself, such as an embedded guidance scale."""
+        named = inspect.signature(pipe.model_fn).parameters.keys() & pipe.call_defaults.keys()
+        return {name: pipe.call_defaults[name] for name in sorted(named) if pipe.call_defaults[name] is not None}
 
     def check_row(self, row) -> None:
         if float(row.get("cfg_scale", 1)) != 1:
