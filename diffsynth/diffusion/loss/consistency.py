@@ -17,7 +17,10 @@ from .distillation import RoleDistillation
 
 @dataclass(frozen=True, kw_only=True)
 class Consistency(RoleDistillation):
-    """d(f_θ(x_t, t → s), sg f_θ(x̂_t', t' → s)) with the jump f_θ(x_t, t → s) = x_t + (s - t) v_θ(x_t, t).
+    """mean ‖f_θ(x_t, t → s) - sg f_θ(x̂_t', t' → s)‖² / (t - s)² with jumps f_θ(x_t, t → s) = x_t + (s - t) v_θ(x_t, t).
+
+    The weight (λ(t) of Song et al. 2023, Eq. 7) makes errors count as those of velocities: with 1 in its place hardly
+    anything holds the low noise levels, on whose jumps all others build.
 
     x_t = (1 - t) x₀ + t ε, and x̂_t' = x_t + (t' - t) v_teacher(x_t, t) is one guided Euler step of the teacher from
     there. The edges of segments are noise levels that no jump and no step crosses: s is the nearest edge below t, and
@@ -50,10 +53,6 @@ class Consistency(RoleDistillation):
         """Lower edges (k,) of the segments at a moment of the training, for pictures of `height` and `width`."""
         raise NotImplementedError(f"{type(self).__name__} has no segments.")
 
-    def distance(self, error: Tensor) -> Tensor:
-        """d (B,) of differences (B, …)."""
-        return error.pow(2).flatten(1).mean(1)
-
     def loss(
         self,
         pipe,
@@ -75,7 +74,8 @@ class Consistency(RoleDistillation):
             point = jump(latents, velocity, start, following)
             target = jump(point, roles.velocity(STUDENT, point, following, inputs), following, end)
         velocity = roles.velocity(STUDENT, latents, start, inputs, trained=True)
-        return self.distance(jump(latents, velocity, start, end) - target)
+        error = (jump(latents, velocity, start, end) - target).pow(2).flatten(1).mean(1)
+        return error / (start - end) ** 2
 
 
 class Spans(NamedTuple):
