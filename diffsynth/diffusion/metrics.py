@@ -140,11 +140,17 @@ class Lpips(Metric):
     def find(self) -> None:
         _need("torchmetrics")
         _need("torchvision")
+        _ = self.distance  # OSError without a network, where torchvision has not downloaded before
 
-    def measure(self, drawn: Images, prompts: Sequence[str], targets: Images, device: torch.device) -> float:
+    @cached_property
+    def distance(self) -> nn.Module:
         from torchmetrics.image.lpip import LearnedPerceptualImagePatchSimilarity
 
-        distance = LearnedPerceptualImagePatchSimilarity(self.network, normalize=True).to(device)
+        return LearnedPerceptualImagePatchSimilarity(self.network, normalize=True)
+
+    def measure(self, drawn: Images, prompts: Sequence[str], targets: Images, device: torch.device) -> float:
+        distance = self.distance.to(device)
+        distance.reset()
         for image, target in zip(drawn, targets, strict=True):
             distance.update(*(_pixels([i.resize(target.size)]).to(device) / 255 for i in (image, target)))
         return distance.compute().item()
