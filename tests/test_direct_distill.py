@@ -11,12 +11,16 @@ from diffsynth.diffusion.caching import launch_data_process_task
 from diffsynth.diffusion.lora import LoRA
 from diffsynth.diffusion.loss import DirectDistill, DirectDistillLoss
 from diffsynth.diffusion.runner import make_accelerator
+from diffsynth.diffusion.teacher import Student
 from diffsynth.diffusion.training_module import PipelineTrainingModule
 from diffsynth.diffusion.units import run_units
 from diffsynth.pipelines.qwen_image import QwenImagePipeline
 
 HOW = {"rand_device": "cpu", "num_inference_steps": 3, "cfg_scale": 1}
-FULL = DirectDistill(trainable_models=["dit"])
+
+
+def full(steps: int = 3) -> DirectDistill:
+    return DirectDistill(trainable_models=["dit"], student=Student(num_inference_steps=steps))
 
 
 @pytest.fixture
@@ -48,7 +52,7 @@ def gradients(pipe, loss) -> dict[str, torch.Tensor]:
 def test_the_loss_is_that_of_the_pseudocode_and_so_are_its_gradients(
     training_module, drawn, steps, use_gradient_checkpointing
 ):
-    module = training_module(FULL, use_gradient_checkpointing=use_gradient_checkpointing)
+    module = training_module(full(steps), use_gradient_checkpointing=use_gradient_checkpointing)
     sample = drawn[1]._replace(data={**drawn[1].data, "num_inference_steps": steps})
     expected = written_out(module.pipe, sample.data, steps)
     found = module([sample])
@@ -59,19 +63,19 @@ def test_the_loss_is_that_of_the_pseudocode_and_so_are_its_gradients(
 
 
 def test_a_batch_is_what_its_samples_are_alone(training_module, drawn):
-    module = training_module(FULL)
+    module = training_module(full())
     torch.testing.assert_close(module(drawn), torch.cat([module([sample]) for sample in drawn]), atol=1e-5, rtol=1e-5)
 
 
 def test_the_noise_levels_of_other_objectives_come_back(training_module, drawn):
-    module = training_module(FULL)
+    module = training_module(full())
     before = module.pipe.scheduler.timesteps.clone()
     module(drawn)
     assert torch.equal(module.pipe.scheduler.timesteps, before) and module.pipe.scheduler.training
 
 
 def test_numbers_may_be_text_as_in_a_csv(training_module, drawn):
-    module = training_module(FULL)
+    module = training_module(full())
     text = [s._replace(data={**s.data, "seed": str(s.data["seed"]), "num_inference_steps": "3"}) for s in drawn]
     assert torch.equal(module(text), module(drawn))
     wrong = [s._replace(data={**s.data, "seed": "seven"}) for s in drawn]
@@ -82,14 +86,14 @@ def test_numbers_may_be_text_as_in_a_csv(training_module, drawn):
 @pytest.mark.parametrize(
     ("column", "values", "message"),
     [
-        ("num_inference_steps", [2, 4, 4], "num_inference_steps 2, 4; a rollout needs one: set micro_batch_size=1"),
+        ("num_inference_steps", [3, 3, 4], "num_inference_steps is 4, task.student.num_inference_steps 3; set this"),
         ("cfg_scale", [4, 4, 4], "cfg_scale is 4; the student draws without guidance.*write 1"),
     ],
 )
 def test_what_no_rollout_can_be_made_of_is_named(training_module, drawn, column, values, message):
     samples = [s._replace(data={**s.data, column: v}) for s, v in zip(drawn, values, strict=True)]
     with pytest.raises(ValueError, match=message):
-        training_module(FULL)(samples)
+        training_module(full())(samples)
 
 
 def test_a_cache_gives_the_same_losses(tmp_path):
@@ -100,7 +104,9 @@ def test_a_cache_gives_the_same_losses(tmp_path):
 
     def losses(dataset, cached: bool):
         pipe = QwenImagePipeline.from_components(**configs, torch_dtype="float32")
-        module = PipelineTrainingModule(pipe, DirectDistill(), LoRA(rank=2, target_modules=["to_q"]))
+        module = PipelineTrainingModule(
+            pipe, DirectDistill(student=Student(num_inference_steps=3)), LoRA(rank=2, target_modules=["to_q"])
+        )
         if dataset is None:
             return launch_data_process_task(make_accelerator("cpu", "float32"), rows, module, tmp_path / "cache")
         order, samples = dataset.order(4, seed=0), AddressedDataset(dataset)

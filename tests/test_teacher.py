@@ -107,7 +107,7 @@ def test_a_trajectory_leads_from_the_noise_through_the_students_levels_to_the_pi
     (made, *_) = drawn(pipe, student=student)
     trajectory = made["trajectory"][0]
     with pipe.sampling():
-        path = [point[0] for point in pipe.path(*pipe.prepare([{**TEACHER.settings, **each} for each in BATCH]))]
+        path = [point[0] for point in pipe.trajectory(*pipe.prepare([{**TEACHER.settings, **each} for each in BATCH]))]
         levels = [*pipe.scheduler.sigmas.tolist(), 0.0]
     assert torch.equal(trajectory[-1], made["input_latents"][0])
     if sigmas is None:  # as many steps as the teacher: the same levels

@@ -98,7 +98,7 @@ class BasePipeline(PipelineModels):
             velocity = towards_input * (1 - inpaint_mask) + velocity * inpaint_mask
         return self.scheduler.step(velocity, index, latents)
 
-    def path(self, shared: dict, posi: dict, nega: dict) -> Iterator[Tensor]:
+    def trajectory(self, shared: dict, posi: dict, nega: dict) -> Iterator[Tensor]:
         """The latents of a batch of inputs at each of the scheduler's noise levels, and at 0."""
         latents = shared["latents"]
         given = {name: shared[name] for name in ("inpaint_mask", "input_latents") if shared.get(name) is not None}
@@ -116,7 +116,7 @@ class BasePipeline(PipelineModels):
     @torch.no_grad()
     def denoise(self, shared: dict, posi: dict, nega: dict) -> Tensor:
         """Integrate the velocity from the first noise level to 0, for a batch of inputs; the final latents."""
-        for latents in self.path(shared, posi, nega):  # noqa: B007
+        for latents in self.trajectory(shared, posi, nega):  # noqa: B007
             pass
         return latents
 

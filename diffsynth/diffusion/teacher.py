@@ -102,7 +102,7 @@ class TeacherDraw(PipelineUnit):
         levels = self._levels(pipe, alike[0])
         with pipe.sampling():
             pipe.progress_bar = iter
-            path = pipe.path(*pipe.prepare(requests))
+            path = pipe.trajectory(*pipe.prepare(requests))
             sigmas = [*pipe.scheduler.sigmas.tolist(), 0.0]
             points = points_on_path(path, sigmas, [sigmas[0], *levels, 0.0])
         noise, *trajectory, end = (point.split(1) for point in points)

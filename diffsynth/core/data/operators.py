@@ -277,8 +277,8 @@ class ImageCropAndResize(Operator):
         # Only what is kept is resized: 512 pixels wide, a strip of 1x5000 would be 2.5 million high.
         return data.resize((width, height), Image.Resampling.BILINEAR, box=(left, top, right, bottom))
 
-    def check(self, data: tuple[int, int]) -> tuple[int, int]:
-        return self._target(data)
+    def check(self, data: tuple[int, int], size: tuple[int, int] | None = None) -> tuple[int, int]:
+        return self._target(data, size)
 
     def _target(self, found: tuple[int, int], size: tuple[int, int] | None = None) -> tuple[int, int]:
         target = size or self.target_size(*found)

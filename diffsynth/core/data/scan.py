@@ -106,6 +106,8 @@ def _look_at(dataset, number: int, prompt_key: str, required: Sequence[str]) -> 
             known = check(dataset.operators[key], row[key])
             if dataset.buckets and key == dataset.data_file_keys[0]:
                 size = _first(known) or _first(unread(dataset.operators[key], row[key])).size
+                for target in dataset.buckets.assign(*size).values():
+                    dataset.fit.check(size, target)
             elif dataset.fit and key in dataset.data_file_keys and not dataset.buckets:
                 _check_fit(dataset.fit, known)
         except Exception as error:  # Pillow's decoders raise nearly anything

@@ -5,7 +5,6 @@ DiffSynth-Studio 2025, "Direct Distill" (https://github.com/modelscope/DiffSynth
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
 
 from torch import Tensor
 
@@ -22,13 +21,10 @@ class DirectDistill(Distillation):
     student will be sampled at; each step is recomputed in the backward pass, so that memory does not grow with N.
 
     Args:
-        extra_inputs: Columns that say how each picture was drawn; `seed`, and where rows have them also `rand_device`,
-            `num_inference_steps` (of the student, in place of its own) and `cfg_scale` (which has to be 1).
+        extra_inputs: Columns that say how each picture was drawn: `seed`, and where rows have it also `rand_device`.
     """
 
     extra_inputs: Sequence[str] = ("seed",)
-
-    heeded: ClassVar[Sequence[str]] = ("rand_device", "num_inference_steps")
 
     def __post_init__(self):
         super().__post_init__()

@@ -86,6 +86,12 @@ class Distillation(Objective):
                 f"cfg_scale is {row['cfg_scale']}; the student draws without guidance, which its teacher's pictures "
                 "hold already: write 1 into that column."
             )
+        found, own = row.get("num_inference_steps"), self.student.num_inference_steps
+        if found is not None and int(found) != own:
+            raise ValueError(
+                f"num_inference_steps is {found}, task.student.num_inference_steps {own}; set this to what the column "
+                "says: it travels with the student."
+            )
 
     def check(self, pipe, lora, cached: bool) -> None:
         network = pipe.in_iteration_models[0]
