@@ -220,4 +220,6 @@ def cached_row(size: int = 1024) -> CachedRow:
     empty = partial(torch.empty, device="meta", dtype=torch.bfloat16)
     row = {"image": Unread((size, size), None, None), "prompt": "", "template_inputs": {}}
     posi = {"prompt_emb": empty(1, 512, 7680), template_units.FEATURES: [["value", empty(1)]]}
-    return CachedRow(row, {"shared": {"input_latents": empty(1, 128, size // 16, size // 16)}, "posi": posi})
+    return CachedRow(
+        row, {"shared": {"input_latents": empty(1, 128, size // 16, size // 16)}, "posi": posi, "nega": {}}
+    )

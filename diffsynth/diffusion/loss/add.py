@@ -6,6 +6,7 @@ that of Sauer et al. 2024 (https://arxiv.org/abs/2403.12015), LADD: on the teach
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -36,7 +37,7 @@ class AdversarialDistillation(RoleDistillation):
     discriminator: Discriminator = field(default_factory=Discriminator)
     distillation_weight: float = 2.5
     timesteps: UniformTimesteps | LogitNormalTimesteps = field(default_factory=UniformTimesteps)
-    renoising: UniformTimesteps | LogitNormalTimesteps = field(default_factory=LogitNormalTimesteps)
+    renoising: UniformTimesteps | LogitNormalTimesteps = field(default_factory=partial(LogitNormalTimesteps, mean=1.0))
 
     def check(self, pipe, lora, cached: bool) -> None:
         super().check(pipe, lora, cached)
@@ -81,7 +82,7 @@ class AdversarialDistillation(RoleDistillation):
     def _distillation(self, pipe, roles: Roles, draw, fake: Tensor, inputs: Mapping, negative: Mapping) -> Tensor:
         sigma = self.timesteps(pipe.scheduler, draw.uniform("timestep")).to(fake.device)
         with torch.no_grad():
-            noisy = interpolate(fake, draw.normal("student noise", fake), sigma)
+            noisy = interpolate(fake, draw.normal("noise", fake), sigma)
             velocity = roles.velocity(TEACHER, noisy, sigma, inputs, negative, self.guidance)
         return (1 - sigma) * (fake - _clean(noisy, velocity, sigma)).pow(2).flatten(1).mean(1)
 
