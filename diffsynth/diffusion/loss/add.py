@@ -6,7 +6,6 @@ that of Sauer et al. 2024 (https://arxiv.org/abs/2403.12015), LADD: on the teach
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 
 import torch
 from torch import Tensor
@@ -37,7 +36,7 @@ class AdversarialDistillation(RoleDistillation):
     discriminator: Discriminator = field(default_factory=Discriminator)
     distillation_weight: float = 2.5
     timesteps: UniformTimesteps | LogitNormalTimesteps = field(default_factory=UniformTimesteps)
-    renoising: UniformTimesteps | LogitNormalTimesteps = field(default_factory=partial(LogitNormalTimesteps, mean=1.0))
+    renoising: UniformTimesteps | LogitNormalTimesteps = field(default_factory=LogitNormalTimesteps)
 
     def check(self, pipe, lora, cached: bool) -> None:
         super().check(pipe, lora, cached)
