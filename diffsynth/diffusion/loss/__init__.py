@@ -1,14 +1,20 @@
 """Objectives, one file each: `objective(pipe, **inputs)` returns a loss per sample (B,), un-averaged."""
 
+from .add import AdversarialDistillation
 from .autoencoder import AutoencoderLoss
 from .base import Moment, Objective
 from .direct_distill import DirectDistill, DirectDistillLoss
 from .distillation import Distillation, RoleDistillation
 from .dmd2 import DMD2
 from .flow_match_sft import FlowMatchSFT, FlowMatchSFTLoss
+from .hyper_sd import HyperSD
+from .lcm import LatentConsistency
 from .trajectory import TrajectoryImitation
 
 __all__ = [
+    "AdversarialDistillation",
+    "HyperSD",
+    "LatentConsistency",
     "AutoencoderLoss",
     "DMD2",
     "DirectDistill",

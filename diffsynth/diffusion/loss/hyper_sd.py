@@ -1,6 +1,6 @@
 """Trajectory-segmented consistency: within each segment of the teacher's path, all points lead to its lower edge.
 
-Ren et al. 2024, "Hyper-SD", §3.2 (https://arxiv.org/abs/2404.13686), without its adversarial loss, without its stage of
+Ren et al. 2024, "Hyper-SD" (https://arxiv.org/abs/2404.13686), without its adversarial loss, without its stage of
 human feedback and without its score distillation for a single step.
 """
 
@@ -16,7 +16,7 @@ from .consistency import Consistency, grid
 
 @dataclass(frozen=True, kw_only=True)
 class HyperSD(Consistency):
-    """mean ‖f_θ(x_t, t → s) - sg f_θ(x̂_t', t' → s)‖² (`Consistency`), s the lower edge of the segment that t is in.
+    """mean ‖f_θ(x_t, t → s) - sg f_θ(x̂_t', t' → s)‖² / (t - s)² (`Consistency`), s the lower edge of t's segment.
 
     k segments lie between the noise levels that the student would draw at in k steps, and 0. They grow fewer, each
     number for an equal part of the run, down to the student's own steps.
