@@ -17,7 +17,8 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-METHODS = ("direct", "trajectory", "hyper_sd", "lcm", "dmd2", "add")
+CAPTION_LINE = 13  # pixels
+METHODS = ("direct", "trajectory", "lcm", "dmd2", "add", "hyper_sd")
 
 
 def command(method: str, output: str, *overrides: str) -> list[str]:
@@ -47,16 +48,14 @@ def picture(found: dict[str, dict], path: str) -> None:
     """The teacher, the base and every student, a row each."""
     from PIL import Image
 
-    from diffsynth.diffusion.drawing import save_png, stack
+    from diffsynth.diffusion.drawing import stack
 
-    looks = {name: Image.open(max((run["folder"] / "samples").glob("few_steps-*.png"))) for name, run in found.items()}
-    rows = []
-    for number, look in enumerate(looks.values()):
-        height = look.height // 3
-        rows += [
-            look.crop((0, height * place, look.width, height * (place + 1))) for place in range(2 * (number > 0), 3)
-        ]
-    save_png(stack(rows), Path(path))
+    folders = [run["folder"] / "samples" for run in found.values()]
+    looks = [Image.open(max(folder.glob("few_steps_step-*.png"))) for folder in folders]
+    height = (looks[0].height - CAPTION_LINE) // 3  # of a row; the teacher's captions have a line more
+    students = [look.crop((0, look.height - height, *look.size)) for look in looks]
+    above = looks[0].crop((0, 0, looks[0].width, looks[0].height - height))
+    stack([above, *students]).convert("P", palette=Image.Palette.ADAPTIVE).save(path, optimize=True)
 
 
 def main() -> None:

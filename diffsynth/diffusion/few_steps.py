@@ -88,7 +88,9 @@ class FewSteps:
         To be called before the first step. What is shown is drawn with guidance, where there is any.
         """
         settings, values = {"num_inference_steps": module.task.student.num_inference_steps}, {}
-        scales = {"base": 1} | ({"base_guided": module.task.guidance} if module.task.reads_negative else {})
+        teacher = module.task.teacher
+        guidance = teacher.cfg_scale if teacher else module.task.guidance
+        scales = {"base": 1} | ({"base_guided": guidance} if module.task.reads_negative else {})
         for name, scale in scales.items():
             drawn = self.draw(module, {**settings, "cfg_scale": scale})
             values |= self.measure(module.pipe, name, drawn)
