@@ -110,3 +110,13 @@ def interpolate(clean: Tensor, noise: Tensor, sigma: Tensor) -> Tensor:
     """x_t = (1 - σ) x₀ + σ ε in the samples' dtype, for samples (B, *) and σ () or (B,)."""
     sigma = sigma.to(clean.device).reshape(-1, *[1] * (clean.dim() - 1))
     return ((1 - sigma) * clean + sigma * noise).to(clean.dtype)
+
+
+def per_sample(values: Tensor, like: Tensor) -> Tensor:
+    """Values (B,) as (B, 1, …, 1), to go with samples (B, …)."""
+    return values.reshape(-1, *[1] * (like.dim() - 1))
+
+
+def clean_estimate(noisy: Tensor, velocity: Tensor, sigma: Tensor) -> Tensor:
+    """x̂₀ = x_σ - σ v of x_σ and v (B, …) at noise levels (B,)."""
+    return noisy - per_sample(sigma, noisy) * velocity

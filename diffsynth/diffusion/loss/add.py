@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..discriminator import Discriminator, generator_hinge, hinge_loss, logits
-from ..flow_match import interpolate
+from ..flow_match import clean_estimate, interpolate
 from ..roles import DISCRIMINATOR, STUDENT, TEACHER, Roles
 from ..timesteps import LogitNormalTimesteps, UniformTimesteps
 from .base import MODEL
@@ -83,16 +83,11 @@ class AdversarialDistillation(RoleDistillation):
         with torch.no_grad():
             noisy = interpolate(fake, draw.normal("noise", fake), sigma)
             velocity = roles.velocity(TEACHER, noisy, sigma, inputs, negative, self.guidance)
-        return (1 - sigma) * (fake - _clean(noisy, velocity, sigma)).pow(2).flatten(1).mean(1)
+        return (1 - sigma) * (fake - clean_estimate(noisy, velocity, sigma)).pow(2).flatten(1).mean(1)
 
 
 def _made_by_student(roles: Roles, draw, levels: Tensor, clean: Tensor, inputs: Mapping) -> Tensor:
     """x̂_θ (B, …) of pictures (B, …) noised to one of the student's noise levels (K,) each."""
     sigma = levels[(draw.uniform("student step") * len(levels)).long().to(levels.device)]
     noisy = interpolate(clean, draw.normal("student noise", clean), sigma)
-    return _clean(noisy, roles.velocity(STUDENT, noisy, sigma, inputs, trained=True), sigma)
-
-
-def _clean(noisy: Tensor, velocity: Tensor, sigma: Tensor) -> Tensor:
-    """x̂₀ = x_σ - σ v of x_σ and v (B, …) at noise levels (B,)."""
-    return noisy - sigma.view(-1, *[1] * (noisy.dim() - 1)) * velocity
+    return clean_estimate(noisy, roles.velocity(STUDENT, noisy, sigma, inputs, trained=True), sigma)

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..flow_match import interpolate
+from ..flow_match import interpolate, per_sample
 from ..roles import STUDENT, TEACHER, Roles
 from .distillation import RoleDistillation
 
@@ -101,7 +101,7 @@ def spans_at(uniform: Tensor, levels: Tensor, edges: Tensor) -> Spans:
 
 def jump(latents: Tensor, velocity: Tensor, start: Tensor, end: Tensor) -> Tensor:
     """x + (s - t) v (B, …): along the velocity from noise levels t to s, both (B,)."""
-    return latents + (end - start).reshape(-1, *[1] * (latents.dim() - 1)) * velocity
+    return latents + per_sample(end - start, latents) * velocity
 
 
 def grid(pipe, size: Mapping, steps: int, sigmas=None) -> Tensor:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..discriminator import Discriminator, generator_softplus, logits, softplus_loss
-from ..flow_match import interpolate
+from ..flow_match import clean_estimate, interpolate, per_sample
 from ..roles import DISCRIMINATOR, FAKE_SCORE, STUDENT, TEACHER, FakeScore, Roles
 from .base import MODEL
 from .distillation import RoleDistillation
@@ -19,7 +19,7 @@ from .distillation import RoleDistillation
 
 @dataclass(frozen=True, kw_only=True)
 class DMD2(RoleDistillation):
-    """½ mean ‖x - sg(x - g)‖², g = (x̂_fake - x̂_teacher) / mean |x - x̂_teacher|: its gradient is g (DMD, Eq. 7 and 8).
+    """½ mean ‖x - sg(x - g)‖², g = (x̂_fake - x̂_teacher) / mean |x - x̂_teacher|, which hands x g / n (DMD, Eq. 7).
 
     x is what the student draws at one of its steps, chosen at random, coming there from noise by its own earlier steps,
     as when it is sampled (backward simulation, DMD2 §4.5); x̂ = x_σ - σ v are the teacher's and the fake score's
@@ -100,20 +100,20 @@ class DMD2(RoleDistillation):
             for step in range(before):
                 sigma, following = sigmas[step].expand(len(latents)), sigmas[step + 1].expand(len(latents))
                 velocity = roles.velocity(STUDENT, latents, sigma, inputs)
-                moved = latents + _wide(following - sigma, latents) * velocity
+                moved = latents + per_sample(following - sigma, latents) * velocity
                 if self.student.renoise:
-                    clean = latents - _wide(sigma, latents) * velocity
+                    clean = clean_estimate(latents, velocity, sigma)
                     moved = interpolate(clean, draw.normal(f"renoise {step}", like), following)
-                latents = torch.where(_wide(step < last, latents), moved, latents)
+                latents = torch.where(per_sample(step < last, latents), moved, latents)
         velocity = roles.velocity(STUDENT, latents, sigmas[last], inputs, trained=True)
-        return latents - _wide(sigmas[last], latents) * velocity
+        return clean_estimate(latents, velocity, sigmas[last])
 
     def _student_loss(self, roles, drawn: Tensor, sigma: Tensor, noise: Tensor, inputs, negative) -> Tensor:
         noisy = interpolate(drawn, noise, sigma)
         with torch.no_grad():
             real = roles.velocity(TEACHER, noisy, sigma, inputs, negative, self.guidance)
             fake = roles.velocity(FAKE_SCORE, noisy, sigma, inputs)
-            gradient = matching_gradient(drawn, noisy - _wide(sigma, noisy) * real, noisy - _wide(sigma, noisy) * fake)
+            gradient = matching_gradient(drawn, clean_estimate(noisy, real, sigma), clean_estimate(noisy, fake, sigma))
         loss = 0.5 * (drawn - (drawn - gradient).detach()).pow(2).flatten(1).mean(1)
         if self.discriminator is None:
             return loss
@@ -132,9 +132,4 @@ class DMD2(RoleDistillation):
 def matching_gradient(drawn: Tensor, real: Tensor, fake: Tensor) -> Tensor:
     """(x̂_fake - x̂_teacher) / mean |x - x̂_teacher|, the mean over each sample; DMD Eq. 7 and 8 (all (B, …))."""
     scale = (drawn - real).abs().flatten(1).mean(1).clamp_min(1e-6)
-    return (fake - real) / _wide(scale, drawn)
-
-
-def _wide(values: Tensor, like: Tensor) -> Tensor:
-    """(B,) as (B, 1, …, 1)."""
-    return values.reshape(-1, *[1] * (like.dim() - 1))
+    return (fake - real) / per_sample(scale, drawn)

@@ -11,6 +11,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from ..flow_match import TRAINING_STEPS
 from .distillation import Distillation
 
 
@@ -51,7 +52,7 @@ class TrajectoryImitation(Distillation):
         points, losses = trajectory.float(), []
         for index, (sigma, following) in enumerate(zip(sigmas[:-1], sigmas[1:], strict=True)):
             start, end = points[:, index], points[:, index + 1]
-            velocity = pipe.predict((sigma * 1000).expand(len(points)), **{**inputs, "latents": start})
+            velocity = pipe.predict((sigma * TRAINING_STEPS).expand(len(points)), **{**inputs, "latents": start})
             error = velocity.float() - (end - start) / (following - sigma)
             weight = (following - sigma) ** 2 if self.displacement else 1
             losses.append(weight * error.pow(2).flatten(1).mean(1))
