@@ -55,7 +55,7 @@ def train(
     fingerprint = dataset.fingerprint()
     record_data(accelerator, dataset, fingerprint, run_dir)
     checkpoint.identity = {"data set": fingerprint, **({"template": template.code.digest} if template else {})}
-    module = PipelineTrainingModule(model(device=accelerator.device), task, lora, seed, template, **memory.options)
+    module = PipelineTrainingModule(model(device=accelerator.device), task, lora, seed, template, memory)
     if is_cached := isinstance(dataset, CachedDataset):
         dataset.check_made_for(CachePlan(module).about())
     module.rehearse(dataset)

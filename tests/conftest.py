@@ -77,6 +77,7 @@ def pipe(tiny, load_pipe):
 def training_module(tiny):
     """`training_module(task, lora)`: a loaded training module around a pipeline with random weights."""
     from diffsynth.core.loader import ModelConfig
+    from diffsynth.core.memory import MemoryRecipe
     from diffsynth.diffusion.loss import FlowMatchSFT
     from diffsynth.diffusion.models import TrainingDefaults
     from diffsynth.diffusion.training_module import PipelineTrainingModule
@@ -90,7 +91,7 @@ def training_module(tiny):
             training=TrainingDefaults(lora_target_modules={"dit": ["to_q", "to_k"]}),
         )
         pipe.progress_bar = iter
-        return PipelineTrainingModule(pipe, task or FlowMatchSFT(), lora, **options).load()
+        return PipelineTrainingModule(pipe, task or FlowMatchSFT(), lora, memory=MemoryRecipe(**options)).load()
 
     return build
 

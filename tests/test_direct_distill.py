@@ -48,11 +48,9 @@ def gradients(pipe, loss) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize("steps", [1, 2, 4])
-@pytest.mark.parametrize("use_gradient_checkpointing", [False, True])
-def test_the_loss_is_that_of_the_pseudocode_and_so_are_its_gradients(
-    training_module, drawn, steps, use_gradient_checkpointing
-):
-    module = training_module(full(steps), use_gradient_checkpointing=use_gradient_checkpointing)
+@pytest.mark.parametrize("checkpointing", ["none", "blocks"])
+def test_the_loss_is_that_of_the_pseudocode_and_so_are_its_gradients(training_module, drawn, steps, checkpointing):
+    module = training_module(full(steps), checkpointing=checkpointing)
     sample = drawn[1]._replace(data={**drawn[1].data, "num_inference_steps": steps})
     expected = written_out(module.pipe, sample.data, steps)
     found = module([sample])

@@ -19,6 +19,7 @@ from torch.testing import assert_close
 
 from diffsynth.core.data import CachedDataset, Sample, SampleAddress, UnifiedDataset
 from diffsynth.core.loader import build_module
+from diffsynth.core.memory import MemoryRecipe
 from diffsynth.diffusion.caching import launch_data_process_task
 from diffsynth.diffusion.image_units import edit_images
 from diffsynth.diffusion.lora import LoRA, find_layers
@@ -298,10 +299,10 @@ def test_gradients_reach_all_that_is_trained_but_what_is_never_run():
     assert trained - reached.keys() == {name for name in trained if name.startswith(never_run)}
 
 
-@pytest.mark.parametrize("checkpointing", ["use_gradient_checkpointing", "use_gradient_checkpointing_offload"])
+@pytest.mark.parametrize("checkpointing", ["blocks", "offload"])
 def test_checkpointing_changes_no_gradient(checkpointing):
     plain, recomputing = training(EDITING, ADAPTER).load(), training(EDITING, ADAPTER).load()
-    recomputing.memory_inputs[checkpointing] = True
+    recomputing.memory = MemoryRecipe(checkpointing=checkpointing)
     assert_close(gradients(recomputing, [edited()]), gradients(plain, [edited()]))
 
 

@@ -20,6 +20,7 @@ from torch.testing import assert_close
 from transformers import Qwen2_5_VLProcessor, Qwen2Tokenizer
 
 from diffsynth.core.data import CachedDataset, Sample, SampleAddress, UnifiedDataset
+from diffsynth.core.memory import MemoryRecipe
 from diffsynth.diffusion import template_code, template_model
 from diffsynth.diffusion.caching import launch_data_process_task
 from diffsynth.diffusion.image_units import stretch_to_area
@@ -194,7 +195,9 @@ def test_what_templates_give_reaches_edited_images(name, pipe):
 def training(task=EDITING, lora=None, template=None, **options) -> PipelineTrainingModule:
     """A training whose models are built, not loaded."""
     template = template and template_model.load(template_code.read(template))
-    return PipelineTrainingModule(tiny_qwen_edit.pipeline(), task, lora, template=template, **options)
+    return PipelineTrainingModule(
+        tiny_qwen_edit.pipeline(), task, lora, template=template, memory=MemoryRecipe(**options)
+    )
 
 
 @pytest.mark.parametrize("task, lora", [(EDITING, ADAPTER), (EVERYTHING, None)], ids=["lora", "full"])
@@ -215,10 +218,10 @@ def test_gradients_reach_the_vision_tower_too():
     assert all(gradient.abs().max() > 0 for name, gradient in reached.items() if ".visual.patch_embed." in name)
 
 
-@pytest.mark.parametrize("checkpointing", ["use_gradient_checkpointing", "use_gradient_checkpointing_offload"])
+@pytest.mark.parametrize("checkpointing", ["blocks", "offload"])
 def test_checkpointing_changes_no_gradient(checkpointing):
     plain, recomputing = training(EDITING, ADAPTER).load(), training(EDITING, ADAPTER).load()
-    recomputing.memory_inputs[checkpointing] = True
+    recomputing.memory = MemoryRecipe(checkpointing=checkpointing)
     assert_close(gradients(recomputing, [edited()]), gradients(plain, [edited()]))
 
 

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from diffsynth.core.data import AddressedDataset, CachedDataset, CachedRow, Sample, UnifiedDataset
 from diffsynth.core.data.unread import Unread
+from diffsynth.core.memory import MemoryRecipe
 from diffsynth.diffusion import kv_cache, template_code, template_model, template_units
 from diffsynth.diffusion.cache_plan import CachePlan
 from diffsynth.diffusion.caching import launch_data_process_task
@@ -55,7 +56,9 @@ def dataset(folder: Path, task=EDITING) -> UnifiedDataset:
 
 def training(folder: Path, task=EDITING, **options) -> PipelineTrainingModule:
     template = template_model.load(template_code.read(folder))
-    return PipelineTrainingModule(tiny_flux2.pipeline(edit_image_pixels=32 * 32), task, template=template, **options)
+    return PipelineTrainingModule(
+        tiny_flux2.pipeline(edit_image_pixels=32 * 32), task, template=template, memory=MemoryRecipe(**options)
+    )
 
 
 def losses(rows, module: PipelineTrainingModule) -> list[float]:
@@ -81,7 +84,7 @@ def test_gradients_reach_all_of_the_template_and_nothing_else_and_a_batch_is_its
         assert gradient.abs().max() > 0
         assert torch.allclose(gradient, sum(part[name] for part in parts) / 3, atol=1e-7), name
     assert torch.allclose(module(samples), torch.cat([module([sample]) for sample in samples]), rtol=1e-5)
-    checkpointed = training(folder, task, use_gradient_checkpointing=True).load()
+    checkpointed = training(folder, task, checkpointing="blocks").load()
     for name, gradient in gradients(checkpointed, samples).items():
         assert torch.allclose(gradient, whole[name], atol=1e-7), name
 
@@ -189,8 +192,8 @@ def test_a_template_as_its_users_write_it_trains_klein_4b_without_a_change(tmp_p
         pipe.dit = Flux2Transformer2DModel(**KLEIN_4B).to(torch.bfloat16)
         template = Template(code, code.model())
     let_blocks_read_kv_caches(pipe.dit)
-    options = {"trained_dtype": "bfloat16", "use_gradient_checkpointing": True}  # there is no autocast of no values
-    module = PipelineTrainingModule(pipe, DRAWING, template=template, **options).load(cached=True)
+    options = {"trained_dtype": "bfloat16", "checkpointing": "blocks"}  # there is no autocast of no values
+    module = PipelineTrainingModule(pipe, DRAWING, template=template, memory=MemoryRecipe(**options)).load(cached=True)
     optimizer = torch.optim.AdamW(module.trainable_parameters())
     losses = module([Sample(cached_row(), 0, number) for number in range(2)])
     losses.mean().backward()

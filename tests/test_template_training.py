@@ -15,6 +15,7 @@ from torch import Tensor
 
 from diffsynth.core.data import AddressedDataset, CachedDataset, Sample, UnifiedDataset
 from diffsynth.core.loader import ModelConfig
+from diffsynth.core.memory import MemoryRecipe
 from diffsynth.diffusion import template_code, template_model
 from diffsynth.diffusion.cache_check import verify
 from diffsynth.diffusion.cache_plan import CachePlan
@@ -122,7 +123,7 @@ def training(folder: Path, *trained: str, lora=None, task=None, **options) -> Pi
     pipe = QwenImagePipeline.from_components(**configs, torch_dtype="float32")
     task = task or FlowMatchSFT(trainable_models=trained or ["template_model"])
     template = template_model.load(template_code.read(folder))
-    return PipelineTrainingModule(pipe, task, lora, template=template, **options)
+    return PipelineTrainingModule(pipe, task, lora, template=template, memory=MemoryRecipe(**options))
 
 
 def without_template() -> PipelineTrainingModule:
@@ -187,10 +188,12 @@ def test_a_batch_is_its_samples(kind, of_kind, rows_of):
         assert torch.allclose(gradient, sum(part[name] for part in parts) / 3, atol=1e-7), name
 
 
-@pytest.mark.parametrize("checkpointing", ["use_gradient_checkpointing", "use_gradient_checkpointing_offload"])
+@pytest.mark.parametrize("checkpointing", ["blocks", "offload"])
 def test_checkpointing_changes_nothing(checkpointing, kind, of_kind, rows_of):
     samples = samples_of(rows_of(kind))
-    plain, recomputed = (gradients(of_kind(kind, **options).load(), samples) for options in ({}, {checkpointing: True}))
+    plain, recomputed = (
+        gradients(of_kind(kind, **options).load(), samples) for options in ({}, {"checkpointing": checkpointing})
+    )
     for name, gradient in plain.items():
         assert torch.allclose(gradient, recomputed[name], atol=1e-7), name
 
@@ -201,7 +204,7 @@ def test_what_a_template_makes_counts(kind, of_kind, rows_of):
 
 
 def test_a_template_is_told_of_checkpointing_and_the_pipeline(of_kind, rows_of):
-    module = of_kind("text", use_gradient_checkpointing=True).load()
+    module = of_kind("text", checkpointing="blocks").load()
     seen = []
     module.pipe.template_model.register_forward_pre_hook(lambda _, __, given: seen.append(given), with_kwargs=True)
     module(samples_of(rows_of("text"))[:1])

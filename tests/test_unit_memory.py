@@ -68,13 +68,13 @@ def test_a_trained_encoder_runs_every_time(training_module, samples, calls):
 def test_a_spent_budget_keeps_no_more(training_module, samples):
     module = training_module(lora=ADAPTER, remember=0.0)
     module(samples)
-    assert not module.memory.kept
+    assert not module.remembered.kept
 
 
 def test_only_what_is_read_later_is_kept(training_module, samples):
     module = training_module(lora=ADAPTER, remember=1.0)
     module(samples)
-    shared, posi, nega = next(iter(module.memory.kept.values()))
+    shared, posi, nega = next(iter(module.remembered.kept.values()))
     assert set(posi) == {"prompt_emb", "prompt_emb_mask"} and not nega.keys() - posi.keys()
     assert "input_latents" in shared and "input_image" not in shared
 

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from ..core.data import CachedRow, Sample, SampleAddress, collate
+from ..core.memory import MemoryRecipe
 from . import lora_files
 from .base_pipeline import BasePipeline
 from .flow_match import TRAINING_STEPS
@@ -18,6 +19,8 @@ from .template_model import Template
 from .template_units import attach, rehearse
 from .unit_memory import UnitMemory, to_device
 from .units import optional_inputs, run_units, run_units_together, split_units
+
+DEFAULT_RECIPE = MemoryRecipe()
 
 
 def single_sample(samples: Sequence[Sample]) -> dict:
@@ -146,9 +149,7 @@ class PipelineTrainingModule(DiffusionTrainingModule):
         lora: The adapter, or None for full training.
         seed: Of noise, timesteps, dropped captions and the adapter's initial values.
         template: A template whose inputs stand in the rows, in the column `template_inputs`.
-        use_gradient_checkpointing, use_gradient_checkpointing_offload: See `core.gradient`.
-        remember: GiB of host memory for what frozen units make of each sample.
-        trained_dtype: Of the models that are trained in full, see `core.memory.MemoryRecipe`.
+        memory: What is traded for memory.
 
     Raises:
         ValueError: Names of models, layers or inputs that the pipeline does not have; before any weight is read.
@@ -163,17 +164,10 @@ class PipelineTrainingModule(DiffusionTrainingModule):
         lora: Adapter | None = None,
         seed: int = 0,
         template: Template | None = None,
-        use_gradient_checkpointing: bool = False,
-        use_gradient_checkpointing_offload: bool = False,
-        remember: float = 0.0,
-        trained_dtype: str = "float32",
+        memory: MemoryRecipe = DEFAULT_RECIPE,
     ):
         super().__init__()
-        self.pipe, self.task, self.lora, self.seed = pipe, task, lora, seed
-        self.memory_inputs = {
-            "use_gradient_checkpointing": use_gradient_checkpointing,
-            "use_gradient_checkpointing_offload": use_gradient_checkpointing_offload,
-        }
+        self.pipe, self.task, self.lora, self.seed, self.memory = pipe, task, lora, seed, memory
         self.trainable_models = list(self._trainable_models())
         self.extra_inputs, self.moment, self.roles = task.columns, None, None
         if template is not None:
@@ -182,8 +176,8 @@ class PipelineTrainingModule(DiffusionTrainingModule):
         self.units = task.units(pipe)
         self.frozen_units, self.live_units = split_units(self.units, self.trained_roots)
         self.kept_inputs = task.wanted_inputs(pipe).union(*(unit.fetch_input_params() for unit in self.live_units))
-        self.memory = UnitMemory(remember)
-        self.trained_dtype = getattr(torch, trained_dtype)
+        self.remembered = UnitMemory(memory.remember)
+        self.trained_dtype = getattr(torch, memory.trained_dtype)
         self._check()
 
     def load(self, also: Iterable[str] = (), cached: bool = False) -> "PipelineTrainingModule":
@@ -209,7 +203,7 @@ class PipelineTrainingModule(DiffusionTrainingModule):
     def forward(self, samples: Sequence[Sample]) -> Tensor:
         """Loss per sample (B,)."""
         addresses = [SampleAddress(sample.epoch, sample.index) for sample in samples]
-        return self.loss(samples, Draw(self.seed, addresses), self.memory, self.moment)
+        return self.loss(samples, Draw(self.seed, addresses), self.remembered, self.moment)
 
     def loss(
         self, samples: Sequence[Sample], draw: Draw, memory: UnitMemory | None = None, moment: Moment | None = None
@@ -282,7 +276,7 @@ class PipelineTrainingModule(DiffusionTrainingModule):
             "height": image.height,
             "width": image.width,
             "cfg_scale": self.task.guidance if self.task.reads_negative else 1,
-            **self.memory_inputs,
+            **self.memory.inputs,
             **self.task.drawn_inputs(self.pipe),
             **extra,
         }

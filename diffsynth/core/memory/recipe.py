@@ -22,11 +22,9 @@ class MemoryRecipe:
     trained_dtype: Literal["float32", "bfloat16"] = "float32"
 
     @property
-    def options(self) -> dict[str, bool | float | str]:
-        """The options of `PipelineTrainingModule` that say so."""
+    def inputs(self) -> dict[str, bool]:
+        """The inputs of `model_fn` that say how it is checkpointed."""
         return {
-            "remember": self.remember,
-            "trained_dtype": self.trained_dtype,
             "use_gradient_checkpointing": self.checkpointing == "blocks",
             "use_gradient_checkpointing_offload": self.checkpointing == "offload",
         }
