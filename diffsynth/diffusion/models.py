@@ -55,7 +55,7 @@ class PipelineModels(nn.Module):
         super().__init__()
         self.device, self.torch_dtype = torch.device(device), torch_dtype
         self.training_defaults = TrainingDefaults()
-        self._files: dict[str, list[Path]] = {}
+        self._files: dict[str, list[Path] | None] = {}
         self._configs: dict[str, str | None] = {}  # those of weights that have none beside them
         self.tokenizer_folders: dict[str, Path] = {}  # by attribute
         self._fingerprints: dict[str, str] = {}
@@ -76,14 +76,15 @@ class PipelineModels(nn.Module):
         for model_config in model_configs:
             files = model_config.resolve()
             module = build_module(files, model_config.config, {k: c for k, (_, c) in self.model_classes.items() if c})
-            check_weights(module, files)
+            if files is not None:  # of a sketch there are none
+                check_weights(module, files)
             name = self._attribute(module, files)
             if name in self._files:
                 raise ValueError(f"{files[0]} is a {type(module).__name__}, as {self._files[name][0]} already is.")
             setattr(self, name, module)
             self._files[name], self._configs[name] = files, model_config.config
             if name in self.in_iteration_models:
-                self.draws_by(sampling_settings.of_model(module, files))
+                self.draws_by(sampling_settings.of_model(module, files or ()))
 
     def load_models(self, names: Iterable[str] | None = None, dtypes: Mapping[str, torch.dtype] | None = None) -> None:
         """Read the weights of the built models `names` (all of them by default), drop the others."""

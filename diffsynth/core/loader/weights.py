@@ -26,7 +26,9 @@ def load_model(model_config: ModelConfig, dtype: torch.dtype | None = None, devi
 
 
 def build_module(
-    files: list[Path], config: str | Path | None = None, classes: Mapping[str, type[nn.Module]] | None = None
+    files: list[Path] | None,
+    config: str | Path | Mapping | None = None,
+    classes: Mapping[str, type[nn.Module]] | None = None,
 ) -> nn.Module:
     """An empty module of the class that config.json names, from diffusers or transformers.
 
@@ -34,13 +36,13 @@ def build_module(
 
     Args:
         files: The weights; config.json is looked for beside the first.
-        config: Another config.json, or its folder.
+        config: Another config.json, or its folder, or its content.
         classes: By the name in config.json, classes to build instead of the library's.
     """
     from accelerate import init_empty_weights
 
-    config_file = _find_config(Path(config or files[0].parent))
-    config = json.loads(config_file.read_text())
+    config_file = "config" if isinstance(config, Mapping) else _find_config(Path(config or files[0].parent))
+    config = config if isinstance(config, Mapping) else json.loads(config_file.read_text())
     network = (classes or {}).get(config.get("_class_name")) or _network_class(config, config_file)
     with init_empty_weights(include_buffers=False):
         if "_class_name" in config:
@@ -58,7 +60,7 @@ def _find_config(path: Path) -> Path:
     return file
 
 
-def _network_class(config: dict, config_file: Path) -> type[nn.Module]:
+def _network_class(config: Mapping, config_file: Path | str) -> type[nn.Module]:
     import diffusers
     import transformers
 
@@ -166,14 +168,19 @@ def _misshapen(expected: Mapping, found: Mapping) -> list[str]:
 
 
 def load_weights(
-    module: nn.Module, files: list[Path], dtype: torch.dtype | None = None, device: str | torch.device = "cpu"
+    module: nn.Module, files: list[Path] | None, dtype: torch.dtype | None = None, device: str | torch.device = "cpu"
 ) -> nn.Module:
     """Assign memory-mapped weights to a module, frozen and in eval mode.
 
     Tensors are cast one at a time; where dtype and device agree nothing is copied. Peak memory is the model and one
     tensor, besides the mapped pages of one shard, which the kernel drops when it needs to. Integers are not cast, and
     what the library keeps in fp32 becomes fp32.
+
+    Args:
+        files: None of a sketch, which has no values: its weights are left as `torch.empty` makes them.
     """
+    if files is None:
+        return empty_weights(module, dtype, device)
     keys = {file: list(read_shapes(file)) for file in files}
     names = _module_keys(module, [key for stored in keys.values() for key in stored])
     in_fp32 = _fp32_names(module, dtype)
@@ -195,6 +202,21 @@ def load_weights(
     if unloaded:
         raise ValueError(f"{len(unloaded)} parameters of {type(module).__name__} are in no file, as {unloaded[0]}.")
     return module.to(device).requires_grad_(False).eval()
+
+
+def empty_weights(module: nn.Module, dtype: torch.dtype | None, device: str | torch.device) -> nn.Module:
+    """Weights and buffers of a module in their shapes and dtypes, without values."""
+    in_fp32 = _fp32_names(module, dtype)
+    for path, part in module.named_modules():
+        for name, tensor in part.named_parameters(recurse=False):
+            kept = torch.float32 if in_fp32 & {*path.split("."), name} else dtype
+            empty = torch.empty_like(_cast(tensor, kept), device=device)
+            setattr(part, name, nn.Parameter(empty, requires_grad=False))
+        for name, tensor in part.named_buffers(recurse=False):
+            part._buffers[name] = torch.empty_like(tensor, device=device)
+    if hasattr(module, "tie_weights"):
+        module.tie_weights()
+    return module.eval()
 
 
 def drop_weights(module: nn.Module) -> None:

@@ -1,0 +1,129 @@
+"""A plan against what really happens: one training step of blocks of the real width on CPU, LoRA and full.
+
+Three peaks of each: predicted by `diffsynth.plan`, of live tensors in the real step, and of the process (its resident
+memory above what it had before there was a model). `python benchmarks/plan.py` prints a table; a case runs by itself as
+`python benchmarks/plan.py qwen_image lora blocks 512`.
+"""
+
+import itertools
+import json
+import resource
+import subprocess
+import sys
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import torch
+from PIL import Image
+from torch import nn
+from torch.utils._pytree import tree_leaves
+
+from diffsynth.core.data import CachedRow, Sample
+from diffsynth.core.memory import MemoryRecipe
+from diffsynth.core.memory.live import LiveBytes
+from diffsynth.diffusion.lora import LoRA
+from diffsynth.diffusion.loss import FlowMatchSFT
+from diffsynth.diffusion.training_module import PipelineTrainingModule
+from diffsynth.pipelines.flux2_image import Flux2ImagePipeline
+from diffsynth.pipelines.qwen_image import QwenImagePipeline
+from diffsynth.plan.held import kept
+from diffsynth.plan.rehearsal import Rehearsal
+from diffsynth.plan.sketch import Sketch
+
+CONFIGS = {
+    "qwen_image": {"_class_name": "QwenImageTransformer2DModel", "num_layers": 2},
+    "flux2_klein_4b": {
+        "_class_name": "Flux2Transformer2DModel",
+        "num_layers": 1,
+        "num_single_layers": 3,
+        "num_attention_heads": 24,
+        "joint_attention_dim": 7680,
+        "guidance_embeds": False,
+    },
+}
+TARGETS = ["to_q", "to_k", "to_v", "to_add_out"]
+OPTIMIZER = partial(torch.optim.AdamW, lr=1e-4)
+
+
+def module_of(family: str, training: str, checkpointing: str) -> PipelineTrainingModule:
+    kind = QwenImagePipeline if family == "qwen_image" else Flux2ImagePipeline
+    pipe = kind.from_components(Sketch(CONFIGS[family], None), None, None, None)
+    lora = LoRA(rank=32, target_modules=TARGETS) if training == "lora" else None
+    return PipelineTrainingModule(pipe, FlowMatchSFT(), lora, memory=MemoryRecipe(checkpointing=checkpointing))
+
+
+def row_of(family: str, size: int) -> CachedRow:
+    """What a cache holds of a picture and its prompt."""
+    row = {"image": Image.new("RGB", (size, size)), "prompt": ""}
+    if family == "qwen_image":
+        posi = {"prompt_emb": torch.zeros(1, 64, 3584).bfloat16(), "prompt_emb_mask": torch.ones(1, 64).bool()}
+        latents = torch.zeros(1, 16, size // 8, size // 8)
+    else:
+        posi = {"prompt_emb": torch.zeros(1, 512, 7680).bfloat16()}
+        latents = torch.zeros(1, 128, size // 16, size // 16)
+    return CachedRow(row, {"shared": {"input_latents": latents.bfloat16()}, "posi": posi, "nega": {}})
+
+
+def predicted(family: str, training: str, checkpointing: str, size: int) -> int:
+    """Bytes at the peak of a step."""
+    rehearsal = Rehearsal(module_of(family, training, checkpointing), cached=True)
+    passes = rehearsal.train([row_of(family, size)], accumulates=False)
+    return replace(kept(rehearsal.module, OPTIMIZER, None, on_cuda=False), working=passes.peak).peak
+
+
+def measured(family: str, training: str, checkpointing: str, size: int) -> dict[str, int]:
+    """Bytes at the peak of the second step: of live tensors, and of this process, whose own peak it is."""
+    warm_up()
+    module, row, start = module_of(family, training, checkpointing), row_of(family, size), resident()
+    module.pipe.device = torch.device("cpu")
+    module.load(cached=True)
+    for parameter in module.parameters():
+        nn.init.normal_(parameter, std=0.02)
+    optimizer = OPTIMIZER(module.trainable_parameters())
+    step(module, optimizer, row)
+    with LiveBytes() as live:
+        live.watch([*module.parameters(), *module.buffers()])
+        live.watch(leaf for leaf in tree_leaves(list(optimizer.state.values())) if isinstance(leaf, torch.Tensor))
+        step(module, optimizer, row)
+    return {"live": live.peak, "process": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - start}
+
+
+def step(module: PipelineTrainingModule, optimizer, row: CachedRow) -> None:
+    with torch.autocast("cpu", torch.bfloat16):
+        losses = module([Sample(row, 0, 0)])
+    losses.mean().backward()
+    del losses
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+def warm_up() -> None:
+    """Have the libraries allocate what they keep, which is not the model's."""
+    weight = torch.ones(512, 512, requires_grad=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        (weight @ weight).sum().backward()
+    OPTIMIZER([weight]).step()
+
+
+def resident() -> int:
+    lines = dict(line.split(":") for line in Path("/proc/self/status").read_text().splitlines())
+    return int(lines["VmRSS"].split()[0]) * 1024
+
+
+def table(cases) -> None:
+    print("| model | training | checkpointing | pixels | predicted | live tensors | process |")
+    print("|---|---|---|---|---|---|---|")
+    for case in cases:
+        figures = json.loads(subprocess.check_output([sys.executable, __file__, *map(str, case)]))
+        plan, live, process = (figures[name] / 1e9 for name in ("predicted", "live", "process"))
+        cells = [*map(str, case), f"{plan:.2f} GB", *(f"{it:.2f} GB ({plan / it - 1:+.1%})" for it in (live, process))]
+        print(f"| {' | '.join(cells)} |", flush=True)
+
+
+if __name__ == "__main__":
+    if sys.argv[1:]:
+        *case, size = sys.argv[1:]
+        print(json.dumps({**measured(*case, int(size)), "predicted": predicted(*case, int(size))}))
+    else:
+        table(itertools.product(CONFIGS, ("lora", "full"), ("none", "blocks"), (256, 512)))

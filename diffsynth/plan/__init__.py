@@ -1,0 +1,6 @@
+"""What a run will take, before it runs: every stage rehearsed on tensors without values."""
+
+from .plan import Plan, Run, Stage
+from .show import chart, table
+
+__all__ = ["Plan", "Run", "Stage", "chart", "table"]

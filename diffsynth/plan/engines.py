@@ -1,0 +1,39 @@
+"""What one of N devices holds under each engine, by arithmetic on what one device holds alone.
+
+ZeRO: Rajbhandari et al. 2020 (https://arxiv.org/abs/1910.02054, Fig. 1); offload: Ren et al. 2021
+(https://arxiv.org/abs/2101.06840). FSDP2 shards as ZeRO-3 does.
+"""
+
+from dataclasses import dataclass
+
+from .held import Held
+
+GATHERED_BLOCKS = 2  # one is computed with while the next is gathered
+
+
+@dataclass(frozen=True)
+class Share:
+    """Bytes on each of so many devices, and in the host's memory for each device."""
+
+    engine: str
+    devices: int
+    device: int
+    host: int = 0
+
+
+def shares(held: Held, devices: int) -> list[Share]:
+    """Every engine's share for so many devices."""
+    state, weights = -(-(held.gradients + held.optimizer) // devices), -(-held.weights // devices)
+    gathered, passing = GATHERED_BLOCKS * held.block, held.passing - held.gradients + held.average
+    offloaded = [
+        Share("zero2_offload", devices, held.weights + passing, state),
+        Share("zero3_offload", devices, gathered + passing, weights + state),
+    ]
+    if devices == 1:
+        return [Share("one device", 1, held.peak), *offloaded]
+    return [
+        Share("ddp", devices, held.peak + held.gradients),  # which it reduces in buckets apart from them
+        Share("zero2", devices, held.weights + state + passing),
+        Share("fsdp2", devices, weights + state + gathered + passing),
+        *offloaded,
+    ]

@@ -1,0 +1,77 @@
+"""What a training holds from step to step, and what of it comes and goes within one."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from torch import nn
+
+from ..core.memory.live import bytes_of
+from ..diffusion.training_module import DiffusionTrainingModule
+from .optimizers import optimizer_cost
+from .rehearsal import tensors_of
+
+
+@dataclass(frozen=True)
+class Held:
+    """Bytes of a training on one device.
+
+    Args:
+        frozen, trained: Weights.
+        gradients, optimizer, average: Of what is trained.
+        update: While the optimizer steps, beside all of these.
+        block: Weights of the largest block, which engines that shard weights gather.
+        working: At the peak of forward and backward pass, beside weights, optimizer and average.
+        activations: What the forward pass leaves for the backward pass.
+    """
+
+    frozen: int
+    trained: int
+    gradients: int
+    optimizer: int
+    average: int
+    update: int
+    block: int
+    working: int = 0
+    activations: int = 0
+
+    @property
+    def weights(self) -> int:
+        return self.frozen + self.trained
+
+    @property
+    def between_steps(self) -> int:
+        return self.weights + self.optimizer + self.average
+
+    @property
+    def passing(self) -> int:
+        """At the peak beside weights, optimizer and average: in the two passes, or while the optimizer steps."""
+        return max(self.working, self.gradients + self.update)
+
+    @property
+    def peak(self) -> int:
+        return self.between_steps + self.passing
+
+
+def kept(module: DiffusionTrainingModule, optimizer: Callable, ema, on_cuda: bool) -> Held:
+    """What does not depend on what is trained on, of a module that is loaded."""
+    parts = [list(part.values()) for part in module.trained_parts().values()]
+    trained = [parameter for part in parts for parameter in part]
+    numbers = [parameter.numel() for parameter in trained]
+    cost, weights = optimizer_cost(optimizer, trained[0].dtype, on_cuda), bytes_of(trained)
+    averaged = ema is not None and ema.device is None
+    return Held(
+        frozen=bytes_of(tensors_of(module)) - weights,
+        trained=weights,
+        gradients=weights,
+        optimizer=math.ceil(cost.state * sum(numbers)),
+        average=4 * sum(parameter.numel() for parameter in parts[0]) if averaged else 0,
+        update=cost.update(sum(numbers), max(numbers)),
+        block=largest_block(module.pipe.network),
+    )
+
+
+def largest_block(network: nn.Module) -> int:
+    """Bytes of the largest module in any of a network's lists of modules."""
+    blocks = [block for part in network.modules() if isinstance(part, nn.ModuleList) for block in part]
+    return max((bytes_of(tensors_of(block)) for block in blocks), default=bytes_of(tensors_of(network)))

@@ -1,0 +1,175 @@
+"""What a run will take, stage by stage, before any weight is read."""
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property
+from typing import Any
+
+from ..core.data import BatchPlan, CachedDataset
+from ..diffusion.checkpoint import FILE_BYTES
+from ..diffusion.training_module import PipelineTrainingModule
+from .engines import Share, shares
+from .held import Held, kept
+from .rehearsal import Rehearsal
+from .sketch import download_bytes, sketched
+
+STAGES = ("train", "draw", "save", "cache")
+
+
+@dataclass(frozen=True)
+class Stage:
+    """Bytes of one stage on one device, in the host's memory and on disk.
+
+    Args:
+        name: One of `STAGES`; `cache` is make_cache.py, the others are of the training.
+        size: (width, height) in pixels; None where it does not matter.
+        activations: What the forward pass leaves for the backward pass.
+        peak: The most that tensors hold at any moment, all the others among it.
+    """
+
+    name: str
+    size: tuple[int, int] | None = None
+    weights: int = 0
+    gradients: int = 0
+    optimizer: int = 0
+    activations: int = 0
+    peak: int = 0
+    host: int = 0
+    disk: int = 0
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Stages of a run, of each kind the largest first, and what each of several devices would hold in training."""
+
+    stages: Sequence[Stage]
+    held: Held
+    shares: Sequence[Share]
+    download: int
+
+    @property
+    def worst(self) -> Stage:
+        """Of the training; a cache is made by another command."""
+        return max((stage for stage in self.stages if stage.name != "cache"), key=lambda stage: stage.peak)
+
+    @property
+    def host(self) -> int:
+        return max(stage.host for stage in self.stages)
+
+    def as_dict(self) -> dict[str, Any]:
+        return {"peak": self.worst.peak, "host": self.host, **asdict(self)}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """The parts of a run, as its configuration built them; see train.py.
+
+    Args:
+        tokens: Of each prompt, where it is not padded to a length of its own.
+        cache_batch_size: Samples that go through an encoder together when a cache is made.
+        on_cuda: Whether the run is to be there.
+    """
+
+    model: Any
+    dataset: Any
+    task: Any
+    memory: Any
+    optimizer: Any
+    checkpoint: Any
+    export: Any
+    lora: Any = None
+    template: Any = None
+    ema: Any = None
+    validation: Any = None
+    seed: int = 0
+    max_steps: int | None = None
+    num_epochs: float = 1
+    batch_size: int = 1
+    micro_batch_size: int | None = None
+    tokens: int = 256
+    cache_batch_size: int = 8
+    on_cuda: bool = True
+
+    def plan(self, devices: Iterable[int] = (1,)) -> Plan:
+        """Rehearse every stage, with every size of picture that there is.
+
+        Args:
+            devices: Numbers of devices whose shares are told.
+        """
+        rows = {size: self.dataset[int(part.rows[0])] for size, part in self.dataset.parts().items()}
+        held = {size: self.held(row) for size, row in rows.items()}
+        stages = [self.training(size, own) for size, own in held.items()] + [*self.drawing(), self.saving()]
+        if not self.is_cached:
+            stages += [self.caching(size, row) for size, row in rows.items()]
+        stages.sort(key=lambda stage: (STAGES.index(stage.name), -stage.peak))
+        worst = max(held.values(), key=lambda own: own.peak)
+        told = [share for count in devices for share in shares(worst, count)]
+        return Plan(stages, worst, told, download_bytes(self.module.pipe, self.model))
+
+    # What there is
+
+    @cached_property
+    def module(self) -> PipelineTrainingModule:
+        pipe = sketched(self.model, self.tokens)
+        return PipelineTrainingModule(pipe, self.task, self.lora, self.seed, self.template, self.memory)
+
+    @cached_property
+    def rehearsal(self) -> Rehearsal:
+        also = self.validation.models(self.module) if self.validation else ()
+        return Rehearsal(self.module, also, self.is_cached)
+
+    @property
+    def is_cached(self) -> bool:
+        return isinstance(self.dataset, CachedDataset)
+
+    @cached_property
+    def kept(self) -> Held:
+        return kept(self.rehearsal.module, self.optimizer, self.ema, self.on_cuda)
+
+    def held(self, row) -> Held:
+        """What a training on rows like this one holds."""
+        batches = BatchPlan(self.batch_size, self.micro_batch_size)
+        passes = self.rehearsal.train([row] * batches.micro_batch_size, accumulates=batches.accumulation > 1)
+        return replace(self.kept, working=passes.peak, activations=passes.activations)
+
+    # Stages
+
+    def training(self, size, held: Held) -> Stage:
+        optimizer, host = held.optimizer + held.average, 0 if self.is_cached else round(self.memory.remember * 2**30)
+        return Stage("train", size, held.weights, held.gradients, optimizer, held.activations, held.peak, host)
+
+    def drawing(self) -> list[Stage]:
+        """The validation's prompts, drawn beside what training holds between two steps."""
+        if not (self.validation and self.validation.prompts):
+            return []
+        request = {"prompt": self.validation.prompts[0], **self.validation.options}
+        whole, kept = self.module.pipe.complete(request), self.kept
+        peak = kept.between_steps + self.rehearsal.draw(request).peak
+        size = whole["width"], whole["height"]
+        return [Stage("draw", size, kept.weights, optimizer=kept.optimizer + kept.average, peak=peak)]
+
+    def saving(self) -> Stage:
+        """Checkpoints, one more than are kept while it is written, and the weights of every export."""
+        kept = self.kept
+        state, exports = kept.trained + kept.optimizer + kept.average, self.exports * len(self.export.formats)
+        disk = (self.checkpoint.keep_last + 1) * state + exports * kept.trained
+        optimizer = kept.optimizer + kept.average
+        return Stage(
+            "save", None, kept.weights, 0, optimizer, 0, kept.between_steps, host=min(state, FILE_BYTES), disk=disk
+        )
+
+    @property
+    def exports(self) -> int:
+        """How often weights are saved."""
+        epochs, every = self.num_epochs, self.export.save_steps
+        if self.max_steps is None or every is None:
+            return math.ceil(epochs if self.max_steps is None else self.max_steps * self.batch_size / len(self.dataset))
+        return math.ceil(self.max_steps / every)
+
+    def caching(self, size, row) -> Stage:
+        """What make_cache.py takes, which reads the models of the frozen units alone."""
+        names = self.module.pipe.models_of(self.module.frozen_units, model_fn=False)
+        weights, encoding = self.rehearsal.weights(names), self.rehearsal.encode([row] * self.cache_batch_size)
+        disk = len(self.dataset.parts()[size].rows) * encoding.made
+        return Stage("cache", size, weights, peak=weights + encoding.peak, disk=disk)

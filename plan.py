@@ -1,0 +1,50 @@
+"""Know before you run: `python plan.py model=… task=… lora.rank=…`, with whatever train.py would be told.
+
+Memory of every stage, for every size of picture and several numbers of devices, as a table, plan.json and plan.svg;
+reads no weights and needs no GPU.
+"""
+
+import inspect
+import json
+from collections.abc import Sequence
+
+import hydra
+
+from diffsynth.config import build, check, explained, run
+from train import train
+
+
+def plan(devices: Sequence[int], tokens: int, cache_batch_size: int, path: str, **training):
+    """The plan of one training; writes it down and returns its table.
+
+    Its signature, with that of `train` in the place of `training`, is the schema of conf/plan.yaml's top level.
+    """
+    from pathlib import Path
+
+    from diffsynth.core.files import write_text
+    from diffsynth.diffusion.template_units import required_columns
+    from diffsynth.plan import Run, chart, table
+
+    parts = {name: training[name] for name in inspect.signature(Run).parameters if name in training}
+    parts["template"] = parts.get("template") and parts["template"].load_one(training.get("seed", 0))
+    training["dataset"].scan(required=required_columns(training["dataset"], training["task"], parts["template"]))
+    made = Run(**parts, tokens=tokens, cache_batch_size=cache_batch_size).plan(devices)
+    write_text(Path(path) / "plan.json", json.dumps(made.as_dict(), indent=1))
+    write_text(Path(path) / "plan.svg", chart(made))
+    return table(made)
+
+
+_own, _trains = (inspect.signature(function).parameters.values() for function in (plan, train))
+plan.__signature__ = inspect.Signature([*_own][:-1] + [*_trains])
+plan.__annotations__ |= train.__annotations__
+
+
+@hydra.main(version_base="1.3", config_path="conf", config_name="plan")
+def main(cfg) -> None:
+    with explained():
+        check(cfg, plan)
+        print(plan(**build(cfg)))
+
+
+if __name__ == "__main__":
+    run(main)
