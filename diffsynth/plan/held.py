@@ -7,9 +7,8 @@ from dataclasses import dataclass
 from torch import nn
 
 from ..core.memory.live import bytes_of
-from ..diffusion.training_module import DiffusionTrainingModule
 from .optimizers import optimizer_cost
-from .rehearsal import tensors_of
+from .rehearsal import Rehearsal, tensors_of
 
 
 @dataclass(frozen=True)
@@ -53,17 +52,21 @@ class Held:
         return self.between_steps + self.passing
 
 
-def kept(module: DiffusionTrainingModule, optimizer: Callable, ema, on_cuda: bool) -> Held:
-    """What does not depend on what is trained on, of a module that is loaded."""
+def kept(rehearsal: Rehearsal, optimizer: Callable, ema, on_cuda: bool) -> Held:
+    """What does not depend on what is trained on, of a module whose passes were rehearsed.
+
+    Weights that no gradient reaches, as those of the text after the last attention to it, have no optimizer's state.
+    """
+    module, reached = rehearsal.module, rehearsal.reached
     parts = [list(part.values()) for part in module.trained_parts().values()]
-    trained = [parameter for part in parts for parameter in part]
-    numbers = [parameter.numel() for parameter in trained]
-    cost, weights = optimizer_cost(optimizer, trained[0].dtype, on_cuda), bytes_of(trained)
+    weights = bytes_of(parameter for part in parts for parameter in part)
+    numbers = [parameter.numel() for parameter in reached]
+    cost = optimizer_cost(optimizer, next(iter(reached)).dtype, on_cuda)
     averaged = ema is not None and ema.device is None
     return Held(
         frozen=bytes_of(tensors_of(module)) - weights,
         trained=weights,
-        gradients=weights,
+        gradients=bytes_of(reached),
         optimizer=math.ceil(cost.state * sum(numbers)),
         average=4 * sum(parameter.numel() for parameter in parts[0]) if averaged else 0,
         update=cost.update(sum(numbers), max(numbers)),

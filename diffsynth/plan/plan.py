@@ -125,7 +125,7 @@ class Run:
 
     @cached_property
     def kept(self) -> Held:
-        return kept(self.rehearsal.module, self.optimizer, self.ema, self.on_cuda)
+        return kept(self.rehearsal, self.optimizer, self.ema, self.on_cuda)
 
     def held(self, row) -> Held:
         """What a training on rows like this one holds."""

@@ -45,6 +45,7 @@ class Rehearsal:
 
     def __init__(self, module: PipelineTrainingModule, also: Iterable[str] = (), cached: bool = False):
         self.module, self.mode, self.live = module, FakeTensorMode(allow_non_fake_inputs=True), LiveBytes()
+        self.reached: set[nn.Parameter] = set()  # by gradients, in what was rehearsed so far
         module.remembered = UnitMemory(0)
         with torch.device("meta"):
             module.load(also=also, cached=cached)
@@ -60,6 +61,10 @@ class Rehearsal:
         """
         samples = [Sample(row, 0, number) for number, row in enumerate(rows)]
         steps = {tuple(self.module.trained_at(step)): step for step in reversed(range(LOOKED_AHEAD))}.values()
+        for step in (
+            steps if accumulates and not self.reached else ()
+        ):  # which parameters have gradients from the first of them on
+            self._train(samples[:1], Moment(step, LOOKED_AHEAD), accumulates=False)
         stages = [self._train(samples, Moment(step, LOOKED_AHEAD), accumulates) for step in steps]
         return max(stages, key=lambda stage: stage.peak)
 
@@ -68,14 +73,14 @@ class Rehearsal:
         self.module.moment = moment
         trained = self.module.trainable_parameters()
         with self._measured() as before:
-            if accumulates:
-                for parameter in trained:
-                    parameter.grad = torch.empty_like(parameter)
+            for parameter in self.reached if accumulates else ():
+                parameter.grad = torch.empty_like(parameter)
             with self.autocast():
                 losses = self.module(samples)
             activations = self.live.now - before
             losses.mean().backward()
             del losses
+            self.reached.update(parameter for parameter in trained if parameter.grad is not None)
             for parameter in trained:
                 parameter.grad = None
         return Working(self.live.peak - before, activations)
