@@ -46,11 +46,13 @@ def optimizer_cost(optimizer: Callable, dtype: torch.dtype, on_cuda: bool) -> Op
     getattr(built, "train", lambda: None)()  # schedule-free ones refuse to step otherwise
     step = partial(rounding.step, built, seed=0) if rounding else built.step
     step()
-    kept = bytes_of(leaf for leaf in tree_leaves(list(built.state.values())) if isinstance(leaf, torch.Tensor))
+    kept = [leaf for leaf in tree_leaves(list(built.state.values())) if isinstance(leaf, torch.Tensor)]
     weight.grad = torch.zeros_like(weight)
     with LiveBytes() as live:
+        live.watch([weight, weight.grad, *kept])
+        before = live.now
         step()
-    return OptimizerCost(kept / NUMBERS, live.peak / NUMBERS, together)
+    return OptimizerCost(bytes_of(kept) / NUMBERS, (live.peak - before) / NUMBERS, together)
 
 
 def takes_all_together(optimizer: torch.optim.Optimizer) -> bool:
