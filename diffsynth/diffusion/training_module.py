@@ -216,7 +216,7 @@ class PipelineTrainingModule(DiffusionTrainingModule):
                 follow(network, recipe.checkpointing, recipe.checkpoint_every, recipe.offload_activations, itself)
         if recipe.stream_blocks:
             stream = stream_blocks(self.pipe.network, recipe.stream_blocks, recipe.stream_buffers, self.pipe.device)
-            for network in own:
+            for network in own:  # copies of what is in host memory
                 network.to(self.pipe.device)
             # Never written to, they are the same in all processes, and DDP could not follow where they lie.
             self._ddp_params_and_buffers_to_ignore = names_of(self, stream.tensors)

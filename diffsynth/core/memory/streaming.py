@@ -50,10 +50,11 @@ def stream_blocks(network: nn.Module, count: int, buffers: int, device: torch.de
         buffers: Streamed blocks that the device has room for.
     """
     frozen = [block for block in repeated_blocks(network) if _frozen(block)]
-    if next(network.parameters()).is_meta:
-        device = torch.device("meta")
+    home = next(network.parameters()).device
+    device = home if home.type == "meta" else device
     stream = BlockStream(spread(frozen, count), buffers, device)
-    network.to(device)
+    if home != device:  # tensors without values cannot even be moved to where they are
+        network.to(device)
     return stream
 
 
