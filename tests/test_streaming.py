@@ -119,6 +119,23 @@ def test_a_run_is_the_same_and_leaves_the_same_adapter(tmp_path):
     assert_equal(*(list(load_file(run / "weights" / name).values()) for run in (plain, streamed)))
 
 
+@pytest.mark.slow
+def test_two_processes_stream_to_the_losses_of_one(tmp_path):
+    chosen = ["memory=streaming", "memory.stream_blocks=3"]
+    overrides = tiny.merged(tiny.train_overrides(tmp_path / "two"), chosen)
+    tiny.process("torchrun", "--standalone", "--nproc_per_node", "2", "train.py", *overrides)
+    (two,), one = (tmp_path / "two").iterdir(), tiny.train(tmp_path / "one", *chosen)
+    losses = [[row["loss"] for row in tiny.metrics(run)] for run in (two, one)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+
+
+def test_processes_that_train_together_leave_streamed_weights_to_each(training_module, streams):
+    module = training_module(lora=LORA, checkpointing="blocks", stream_blocks=4)
+    ignored = set(module._ddp_params_and_buffers_to_ignore)
+    blocks = {n: p for n, p in module.named_parameters() if n.startswith("pipe.dit.transformer_blocks.")}
+    assert ignored == {name for name, parameter in blocks.items() if not parameter.requires_grad} != set()
+
+
 # What is on the device ------------------------------------------------------------------------------------------------
 
 

@@ -61,7 +61,7 @@ def _pin(buffer: Tensor) -> None:
     # torch's own pinned memory comes in powers of two: a block of 650 MB would take 1 GB.
     runtime, address = torch.cuda.cudart(), buffer.data_ptr()
     torch.cuda.check_error(runtime.cudaHostRegister(address, buffer.nbytes, 0))
-    weakref.finalize(buffer, runtime.cudaHostUnregister, address)
+    weakref.finalize(buffer, runtime.cudaHostUnregister, address).atexit = False
 
 
 class Lane:

@@ -49,7 +49,7 @@ def stream_blocks(network: nn.Module, count: int, buffers: int, device: torch.de
     Args:
         buffers: Streamed blocks that the device has room for.
     """
-    frozen = [block for block in repeated_blocks(network) if _frozen(block)]
+    frozen = [block for block in repeated_blocks(network) if not all(p.requires_grad for p in block.parameters())]
     home = next(network.parameters()).device
     device = home if home.type == "meta" else device
     stream = BlockStream(spread(frozen, count), buffers, device)
