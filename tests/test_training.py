@@ -259,8 +259,7 @@ def test_a_choice_that_trains_nothing_sensible_is_refused(training_module, task,
 @pytest.mark.parametrize("offload", [False, True])
 def test_gradient_checkpointing_changes_neither_loss_nor_gradients(training_module, samples, task, lora, offload):
     plain = with_random_adapter(training_module(task, lora))
-    options = {"checkpointing": "offload" if offload else "blocks"}
-    saving = with_random_adapter(training_module(task, lora, **options))
+    saving = with_random_adapter(training_module(task, lora, checkpointing="blocks", offload_activations=offload))
     runs = []
     saving.pipe.dit.transformer_blocks[1].attn.to_q.register_forward_hook(lambda *_: runs.append(1))
     assert_same(gradients(saving, samples), gradients(plain, samples), atol=1e-7)

@@ -8,7 +8,6 @@ import copy
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -129,7 +128,7 @@ class Roles:
         before = self.pipe.stand_ins
         self.pipe.stand_ins = {**before, self.pipe.in_iteration_models[0]: stage.network}
         try:
-            with stage.switched(adapter, trained), recomputing_in(partial(self.playing, role, trained)):
+            with stage.switched(adapter, trained), recomputing_in(lambda _: self.playing(role, trained)):
                 yield stage.network
         finally:
             self.pipe.stand_ins = before

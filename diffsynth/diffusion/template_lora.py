@@ -1,12 +1,13 @@
 """A LoRA that is an input, of which each sample of a batch may have its own: W x becomes W x + B A x."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import partial
 
 import torch
 from torch import Tensor, nn
 
+from ..core.gradient import recomputing_in
 from . import lora_files
 
 InputLoRA = Mapping[str, tuple[Tensor, Tensor]]  # layer → A (B, r, in), B (B, out, r), scaled
@@ -48,49 +49,25 @@ def merge(state_dicts: Sequence[Mapping[str, Tensor]], prefix: str) -> dict[str,
 
 @contextmanager
 def added(network: nn.Module, lora: InputLoRA | None) -> Iterator[None]:
-    """Inside, a forward of `network` adds the LoRA's updates, also where checkpointed blocks are run again later."""
+    """Inside, a forward of `network` adds the LoRA's updates, also where parts of it are run again later."""
     if not lora:
         yield
         return
-    update = _Update([(network.get_submodule(layer), pair) for layer, pair in lora.items()])
-    run = getattr(network, "_gradient_checkpointing_func", None)
-    if run is not None:
-        network._gradient_checkpointing_func = lambda block, *args: run(update.within(block), *args)
+    layers = {network.get_submodule(layer): pair for layer, pair in lora.items()}
+    with _hooked(layers, network), recomputing_in(partial(_hooked, layers)):
+        yield
+
+
+@contextmanager
+def _hooked(layers: Mapping[nn.Module, tuple[Tensor, Tensor]], part: nn.Module) -> Iterator[None]:
+    """Inside, those of the layers that are in `part` add their updates to what they return."""
+    own = [layer for layer in part.modules() if layer in layers]
+    hooks = [layer.register_forward_hook(partial(_add, layers[layer])) for layer in own]
     try:
-        with update.hooked():
-            yield
+        yield
     finally:
-        if run is not None:
-            network._gradient_checkpointing_func = run
-
-
-class _Update:
-    """Hooks that add a LoRA's updates to what layers return."""
-
-    def __init__(self, layers: Sequence[tuple[nn.Module, tuple[Tensor, Tensor]]]):
-        self.layers, self.is_hooked = layers, False
-
-    def within(self, block: nn.Module) -> Callable:
-        """`block` as a function that is hooked whenever it runs."""
-        parts = set(block.modules())
-        own = _Update([(layer, pair) for layer, pair in self.layers if layer in parts])
-
-        def run(*args):
-            with nullcontext() if self.is_hooked else own.hooked():
-                return block(*args)
-
-        return run
-
-    @contextmanager
-    def hooked(self) -> Iterator[None]:
-        hooks = [layer.register_forward_hook(partial(_add, pair)) for layer, pair in self.layers]
-        self.is_hooked = True
-        try:
-            yield
-        finally:
-            self.is_hooked = False
-            for hook in hooks:
-                hook.remove()
+        for hook in hooks:
+            hook.remove()
 
 
 def _add(pair: tuple[Tensor, Tensor], layer: nn.Module, args: tuple[Tensor], output: Tensor) -> Tensor:

@@ -1,5 +1,15 @@
 """Trading compute for memory in the backward pass."""
 
-from .checkpoint import checkpoint_blocks, gradient_checkpoint_forward, recomputing_in
+from .checkpoint import checkpoint_blocks, gradient_checkpoint_forward, is_checkpointed, recomputing_in
+from .policies import check_policy, follow, honoured_policies, repeated_blocks
 
-__all__ = ["checkpoint_blocks", "gradient_checkpoint_forward", "recomputing_in"]
+__all__ = [
+    "check_policy",
+    "checkpoint_blocks",
+    "follow",
+    "gradient_checkpoint_forward",
+    "honoured_policies",
+    "is_checkpointed",
+    "recomputing_in",
+    "repeated_blocks",
+]

@@ -1,0 +1,164 @@
+"""What a training step keeps on the device and how long it takes, by memory option, on blocks of the real width.
+
+    python benchmarks/memory_options.py [--blocks 4] [--pixels 512] [--rank 32] [--rounds 2]
+
+Some of Qwen-Image's 60 blocks (width 3072, random weights, bf16, adapters in fp32), forward and backward of one sample
+through all options in turn. Time is that of the processor, as far as this process has it. Bytes are those of live
+tensors, counted as they are made and freed: what waits in host memory apart from the rest, which would be the device's.
+"""
+
+import argparse
+import time
+import weakref
+from contextlib import contextmanager
+from unittest import mock
+
+import torch
+from accelerate import init_empty_weights
+from diffusers import QwenImageTransformer2DModel
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from diffsynth.core.gradient import checkpoint_blocks, follow
+from diffsynth.core.memory import MemoryRecipe, host
+from diffsynth.core.memory.streaming import stream_blocks
+from diffsynth.diffusion.lora import LoRA
+
+TARGETS = [
+    "to_q",
+    "to_k",
+    "to_v",
+    "to_out.0",
+    "add_q_proj",
+    "add_k_proj",
+    "add_v_proj",
+    "img_mlp.net.2",
+    "txt_mlp.net.2",
+]
+OPTIONS = {
+    "none": {},
+    "none, offloaded": {"offload_activations": True},
+    "feed_forward": {"checkpointing": "feed_forward"},
+    "attention": {"checkpointing": "attention"},
+    "blocks, every other": {"checkpointing": "blocks", "checkpoint_every": 2},
+    "blocks": {"checkpointing": "blocks"},
+    "blocks, offloaded": {"checkpointing": "blocks", "offload_activations": True},
+    "blocks, all streamed": {"checkpointing": "blocks", "stream_blocks": 1},
+}
+
+
+class LiveTensors(TorchDispatchMode):
+    """Bytes of the tensors made inside that are still there, on the device and in host memory, and their peaks."""
+
+    def __init__(self):
+        super().__init__()
+        self.now, self.peak, self.where = dict.fromkeys(("device", "host"), 0), {"device": 0, "host": 0}, "device"
+        self.seen = weakref.WeakSet()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        made = func(*args, **kwargs or {})
+        given = [t.untyped_storage() for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)]
+        for storage in (t.untyped_storage() for t in tree_leaves(made) if isinstance(t, torch.Tensor)):
+            if storage not in self.seen and all(storage is not other for other in given):
+                self.seen.add(storage)
+                self.add(self.where, storage.nbytes())
+                weakref.finalize(storage, self.add, self.where, -storage.nbytes())
+        return made
+
+    def add(self, where: str, size: int) -> None:
+        self.now[where] += size
+        self.peak[where] = max(self.peak[where], self.now[where])
+
+    @contextmanager
+    def host_counted(self):
+        to_host = host.to_host
+
+        def counted(tensor):
+            self.where = "host"
+            try:
+                return to_host(tensor)
+            finally:
+                self.where = "device"
+
+        with mock.patch.object(host, "to_host", counted):
+            yield self
+
+
+class Trained:
+    """The blocks with adapters under one option; base weights are shared, but for those that are streamed."""
+
+    def __init__(self, options: dict, base: dict, blocks: int, rank: int):
+        with init_empty_weights():
+            self.network = QwenImageTransformer2DModel(num_layers=blocks)
+        self.network.load_state_dict(base, assign=True)
+        self.network.requires_grad_(False)
+        layers = [name for name, _ in self.network.named_modules() if name.endswith(tuple(f".{t}" for t in TARGETS))]
+        LoRA(rank=rank).add(self.network, layers, seed=0)
+        for name, parameter in self.network.named_parameters():
+            if "lora_B" in name:
+                torch.nn.init.normal_(parameter.data, std=0.01, generator=torch.Generator().manual_seed(0))
+        if options.get("stream_blocks"):
+            options = options | {"stream_blocks": blocks, "stream_buffers": min(2, blocks - 1)}
+        self.recipe = recipe = MemoryRecipe(**options)
+        follow(self.network, recipe.checkpointing, recipe.checkpoint_every, recipe.offload_activations)
+        checkpoint_blocks(self.network, *recipe.inputs.values())
+        self.stream = None
+        if recipe.stream_blocks:
+            self.stream = stream_blocks(self.network, blocks, recipe.stream_buffers, torch.device("cpu"))
+
+    def weights(self) -> int:
+        """Bytes of frozen weights on the device."""
+        streamed = {id(tensor) for tensor in self.stream.tensors} if self.stream else set()
+        resident = sum(p.nbytes for p in self.network.parameters() if not p.requires_grad and id(p) not in streamed)
+        return resident + (sum(buffer.nbytes for buffer in self.stream.buffers) if self.stream else 0)
+
+    def step(self, inputs: dict) -> torch.Tensor:
+        """The gradients, in one row."""
+        trained = [p for p in self.network.parameters() if p.requires_grad]
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = self.network(**inputs, return_dict=False)[0].float().pow(2).mean()
+        found = torch.autograd.grad(loss, trained, allow_unused=True)  # the last block's text goes nowhere
+        return torch.cat([gradient.flatten() for gradient in found if gradient is not None])
+
+
+def sample(pixels: int) -> dict:
+    side, draw = pixels // 16, torch.Generator().manual_seed(0)
+    return {
+        "hidden_states": torch.randn(1, side * side, 64, generator=draw).bfloat16(),
+        "encoder_hidden_states": torch.randn(1, 60, 3584, generator=draw).bfloat16(),
+        "timestep": torch.tensor([0.5]).bfloat16(),
+        "img_shapes": [[(1, side, side)]],
+    }
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    for name, value in {"blocks": 4, "pixels": 512, "rank": 32, "rounds": 2}.items():
+        parser.add_argument(f"--{name}", type=int, default=value)
+    arguments = parser.parse_args()
+    with init_empty_weights():
+        shapes = QwenImageTransformer2DModel(num_layers=arguments.blocks).state_dict()
+    base = {name: torch.randn(t.shape, dtype=torch.bfloat16) * 0.02 for name, t in shapes.items()}
+    trained = {name: Trained(options, base, arguments.blocks, arguments.rank) for name, options in OPTIONS.items()}
+    inputs, peaks, gradients, seconds = sample(arguments.pixels), {}, {}, {name: [] for name in OPTIONS}
+    for name, option in trained.items():
+        with LiveTensors().host_counted() as live, live:
+            gradients[name] = option.step(inputs)
+        peaks[name] = live.peak
+    for _ in range(arguments.rounds):
+        for name, option in trained.items():
+            start = time.process_time()
+            option.step(inputs)
+            seconds[name].append(time.process_time() - start)
+    print(f"{arguments.blocks} blocks, {arguments.pixels} pixels, rank {arguments.rank}, best of {arguments.rounds}\n")
+    print("| option | frozen weights, MB | made in a step, MB | in host memory, MB | CPU time | gradients differ by |")
+    print("|---|---|---|---|---|---|")
+    for name, peak in peaks.items():
+        ratio = min(seconds[name]) / min(seconds["none"])
+        error = (gradients[name] - gradients["none"]).abs().max() / gradients["none"].abs().max()
+        sizes = " | ".join(f"{n / 1e6:.0f}" for n in (trained[name].weights(), peak["device"], peak["host"]))
+        print(f"| {name} | {sizes} | {ratio:.2f} × | {error:.1e} |")
+
+
+if __name__ == "__main__":
+    main()
