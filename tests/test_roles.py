@@ -23,7 +23,7 @@ def base_and_roles(training_module, lora, fake_score=None, **options):
     generator = torch.Generator().manual_seed(0)
     latents = torch.randn(2, 16, 4, 4, generator=generator)
     text = torch.randn(2, 5, module.pipe.dit.config.joint_attention_dim, generator=generator)
-    inputs = {"prompt_emb": text, "prompt_emb_mask": torch.ones(2, 5, dtype=torch.bool), **module.memory_inputs}
+    inputs = {"prompt_emb": text, "prompt_emb_mask": torch.ones(2, 5, dtype=torch.bool), **module.memory.inputs}
     asked = (latents, torch.tensor([0.3, 0.9]), inputs)
     with torch.no_grad():
         base = module.pipe.predict(asked[1] * 1000, latents=latents, **inputs)
@@ -108,8 +108,8 @@ def test_outside_of_roles_the_pipeline_draws_as_the_student(training_module):
 def test_what_is_recomputed_in_the_backward_pass_is_recomputed_as_the_same_role(training_module, lora):
     """The backward pass is called with the student at rest; the fake score's blocks must not run as the student's."""
     found = []
-    for checkpointing in (False, True):
-        options = {"use_gradient_checkpointing": checkpointing}
+    for checkpointing in ("none", "blocks"):
+        options = {"checkpointing": checkpointing}
         _, roles, module, (latents, sigma, inputs) = base_and_roles(training_module, lora, FakeScore(), **options)
         for role in (STUDENT, FAKE_SCORE):
             shake(part(module, roles, role))
