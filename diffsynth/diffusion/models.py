@@ -85,12 +85,23 @@ class PipelineModels(nn.Module):
             if name in self.in_iteration_models:
                 self.draws_by(sampling_settings.of_model(module, files))
 
-    def load_models(self, names: Iterable[str] | None = None, dtypes: Mapping[str, torch.dtype] | None = None) -> None:
-        """Read the weights of the built models `names` (all of them by default), drop the others."""
+    def load_models(
+        self,
+        names: Iterable[str] | None = None,
+        dtypes: Mapping[str, torch.dtype] | None = None,
+        storages: Mapping[str, str] | None = None,
+    ) -> None:
+        """Read the weights of the built models `names` (all of them by default), drop the others.
+
+        Args:
+            dtypes: By model, where it is not the pipeline's.
+            storages: By model, how weights are kept in fewer bits; see `core.memory.storage`.
+        """
         wanted = set(self._files if names is None else names)
         for name, files in self._files.items():
             if name in wanted:
-                load_weights(getattr(self, name), files, (dtypes or {}).get(name, self.torch_dtype), self.device)
+                dtype, storage = (dtypes or {}).get(name, self.torch_dtype), (storages or {}).get(name, "none")
+                load_weights(getattr(self, name), files, dtype, self.device, storage)
             else:
                 setattr(self, name, None)
 

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from ..core.data import CachedRow, Sample, SampleAddress, collate
 from ..core.memory import MemoryRecipe
+from ..core.memory.storage import choose_stored
 from . import lora_files
 from .base_pipeline import BasePipeline
 from .flow_match import TRAINING_STEPS
@@ -179,6 +180,7 @@ class PipelineTrainingModule(DiffusionTrainingModule):
         self.remembered = UnitMemory(memory.remember)
         self.trained_dtype = getattr(torch, memory.trained_dtype)
         self._check()
+        self.storages = dict.fromkeys(self._stored_models(), memory.storage)
 
     def load(self, also: Iterable[str] = (), cached: bool = False) -> "PipelineTrainingModule":
         """Read the weights this run needs (and those of `also`), and make the chosen ones trainable.
@@ -194,7 +196,7 @@ class PipelineTrainingModule(DiffusionTrainingModule):
         users |= {name: type(unit).__name__ for unit in units for name in unit.onload_model_names}
         self.pipe.require(users)
         full = {name: self.trained_dtype for name in self.trainable_models}
-        self.pipe.load_models(users, dtypes=full)
+        self.pipe.load_models(users, dtypes=full, storages=self.storages)
         prepare_training(self.pipe, self.trainable_models, self.lora, self.seed, self.trained_dtype)
         self.roles = self.task.cast(self.pipe, self.lora, self.seed)
         self.role_networks = self.roles and self.roles.networks
@@ -298,6 +300,16 @@ class PipelineTrainingModule(DiffusionTrainingModule):
         if self.task.trainable_models is not None:
             return self.task.trainable_models
         return () if self.lora else (self.task.default_model,)
+
+    def _stored_models(self) -> list[str]:
+        models = {name: self.pipe.named_model(name) for name in self.pipe.built_models}
+        names = choose_stored(self.memory.storage, self.memory.stored, models, self.trainable_models)
+        if self.lora and self.lora.preset and (both := {*names} & {*self.lora.models}):
+            raise ValueError(
+                f"lora.preset cannot be merged into {min(both)}, which is stored by memory.storage="
+                f"{self.memory.storage}: {lora_files.ROUNDED_AWAY}"
+            )
+        return names
 
     @property
     def trained_roots(self) -> set[str]:

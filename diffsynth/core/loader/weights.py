@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ..files import replacing
+from ..memory.storage import store, stored_layers
 from .model_config import ModelConfig, missing_shards, refuse_pickle
 
 FINGERPRINT_BLOCKS, FINGERPRINT_BYTES = 64, 4096
@@ -166,27 +167,38 @@ def _misshapen(expected: Mapping, found: Mapping) -> list[str]:
 
 
 def load_weights(
-    module: nn.Module, files: list[Path], dtype: torch.dtype | None = None, device: str | torch.device = "cpu"
+    module: nn.Module,
+    files: list[Path],
+    dtype: torch.dtype | None = None,
+    device: str | torch.device = "cpu",
+    storage: str = "none",
 ) -> nn.Module:
     """Assign memory-mapped weights to a module, frozen and in eval mode.
 
     Tensors are cast one at a time; where dtype and device agree nothing is copied. Peak memory is the model and one
     tensor, besides the mapped pages of one shard, which the kernel drops when it needs to. Integers are not cast, and
     what the library keeps in fp32 becomes fp32.
+
+    Args:
+        storage: How the weights of linear layers in blocks are kept, see `core.memory.storage`; also one at a time.
     """
     keys = {file: list(read_shapes(file)) for file in files}
     names = _module_keys(module, [key for stored in keys.values() for key in stored])
     in_fp32 = _fp32_names(module, dtype)
+    if storage != "none":
+        store(module, storage, dtype, kept=in_fp32)
+    layers = {f"{name}.weight": layer for name, layer in stored_layers(module).items()}
     absent = set(module.state_dict())
     for file in files:
+        state = {}
         with safe_open(file, "pt", device=_device_name(device)) as tensors:
-            state = {
-                names[key]: _cast(
-                    tensors.get_tensor(key), torch.float32 if in_fp32 & set(names[key].split(".")) else dtype
-                )
-                for key in keys[file]
-                if names[key] in absent
-            }
+            for key in keys[file]:
+                name = names[key]
+                if name in layers:
+                    state |= _encoded(layers[name], name, tensors.get_tensor(key))
+                elif name in absent:
+                    wanted = torch.float32 if in_fp32 & set(name.split(".")) else dtype
+                    state[name] = _cast(tensors.get_tensor(key), wanted)
         module.load_state_dict(state, assign=True, strict=False)
         absent -= state.keys()
     if hasattr(module, "tie_weights"):
@@ -195,6 +207,11 @@ def load_weights(
     if unloaded:
         raise ValueError(f"{len(unloaded)} parameters of {type(module).__name__} are in no file, as {unloaded[0]}.")
     return module.to(device).requires_grad_(False).eval()
+
+
+def _encoded(layer: nn.Module, name: str, weight: Tensor) -> dict[str, Tensor]:
+    start = name.removesuffix("weight")
+    return {f"{start}{part}": tensor for part, tensor in layer.encode(weight).items()}
 
 
 def drop_weights(module: nn.Module) -> None:

@@ -1,5 +1,6 @@
 """A memory recipe: what is traded for what."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -15,11 +16,24 @@ class MemoryRecipe:
             see it once; 0 runs them every time.
         trained_dtype: What models trained in full are kept in. `bfloat16` takes 2 bytes for a weight and 2 for its
             gradient instead of 4 and 4; its updates are rounded stochastically. Adapters are fp32 in any case.
+        storage: How weights of frozen models are kept; see `storage.py`. They are decoded for each product.
+        stored: Names of the models whose weights are; None takes every transformer.
+
+    Raises:
+        ValueError: Models are named, but no storage.
     """
 
     checkpointing: Literal["none", "blocks", "offload"] = "none"
     remember: float = 0.0
     trained_dtype: Literal["float32", "bfloat16"] = "float32"
+    storage: Literal["none", "fp8", "fp8_cast", "int8", "nf4"] = "none"
+    stored: Sequence[str] | None = None
+
+    def __post_init__(self):
+        if self.stored is not None and self.storage == "none":
+            raise ValueError(
+                f"memory.stored names {list(self.stored)}, but memory.storage is none; set it to fp8, say."
+            )
 
     @property
     def inputs(self) -> dict[str, bool]:
