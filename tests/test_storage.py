@@ -14,7 +14,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from diffsynth.core.loader import ModelConfig, save_safetensors
 from diffsynth.core.memory import MemoryRecipe
-from diffsynth.core.memory.storage import METHODS, StoredLinear, restore, storable_layers, store, stored_layers
+from diffsynth.core.memory.storage import restore, storable_layers, store, stored_layers
+from diffsynth.core.memory.stored_linear import METHODS, StoredLinear
 from diffsynth.diffusion import lora_files
 from diffsynth.diffusion.lora import LoHa, LoKr, LoRA
 from diffsynth.diffusion.loss import DMD2, FlowMatchSFT
