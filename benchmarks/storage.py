@@ -31,7 +31,7 @@ class LivePeak(TorchDispatchMode):
 
     def __init__(self):
         super().__init__()
-        self.now, self.peak, self.seen = 0, 0, weakref.WeakSet()
+        self.now = self.peak = 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         before = {t.untyped_storage().data_ptr() for t in tree_leaves(args) if isinstance(t, torch.Tensor)}

@@ -7,6 +7,8 @@ import weakref
 import pytest
 import tiny
 import torch
+from accelerate import init_empty_weights
+from diffusers import QwenImageTransformer2DModel
 from safetensors import safe_open
 from test_resume import assert_same_run, final_weights, uninterrupted
 from torch import nn
@@ -117,6 +119,16 @@ def test_bytes_are_known_from_shapes_alone(storage):
     assert len(sizes) == 1
     of_scales = 0 if storage in ("fp8_cast", "nf4") else 4 * 512
     assert sizes.pop() == BITS[storage] * 512 * 1024 / 8 + of_scales
+
+
+def test_the_size_of_a_large_model_is_known_before_it_is_read():
+    with init_empty_weights(include_buffers=False):
+        dit = QwenImageTransformer2DModel()
+    whole = sum(parameter.numel() for parameter in dit.parameters())
+    in_blocks = sum(dit.get_submodule(name).weight.numel() for name in storable_layers(dit))
+    assert in_blocks / whole > 0.99
+    store(dit, "fp8", torch.bfloat16)
+    assert sum(p.nbytes if p.dtype == torch.uint8 else 0 for p in dit.parameters()) == in_blocks
 
 
 @EVERY
