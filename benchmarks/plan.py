@@ -89,7 +89,7 @@ def measured(family: str, training: str, checkpointing: str, size: int) -> dict[
         live.watch([*module.parameters(), *module.buffers()])
         live.watch(leaf for leaf in tree_leaves(list(optimizer.state.values())) if isinstance(leaf, torch.Tensor))
         step(module, optimizer, row)
-    return {"live": live.peak, "process": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - start}
+    return {"live": live.device.peak, "process": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - start}
 
 
 def step(module: PipelineTrainingModule, optimizer, row: CachedRow) -> None:

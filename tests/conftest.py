@@ -83,7 +83,7 @@ def training_module(tiny):
     from diffsynth.diffusion.training_module import PipelineTrainingModule
     from diffsynth.pipelines.qwen_image import QwenImagePipeline
 
-    def build(task=None, lora=None, torch_dtype="float32", **options) -> PipelineTrainingModule:
+    def build(task=None, lora=None, torch_dtype="float32", seed=0, **options) -> PipelineTrainingModule:
         folders = {"dit": "transformer", "text_encoder": "text_encoder", "vae": "vae", "tokenizer": "tokenizer"}
         pipe = QwenImagePipeline.from_components(
             **{name: ModelConfig(path=tiny / folder) for name, folder in folders.items()},
@@ -91,7 +91,7 @@ def training_module(tiny):
             training=TrainingDefaults(lora_target_modules={"dit": ["to_q", "to_k"]}),
         )
         pipe.progress_bar = iter
-        return PipelineTrainingModule(pipe, task or FlowMatchSFT(), lora, memory=MemoryRecipe(**options)).load()
+        return PipelineTrainingModule(pipe, task or FlowMatchSFT(), lora, seed, memory=MemoryRecipe(**options)).load()
 
     return build
 

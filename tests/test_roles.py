@@ -108,8 +108,8 @@ def test_outside_of_roles_the_pipeline_draws_as_the_student(training_module):
 def test_what_is_recomputed_in_the_backward_pass_is_recomputed_as_the_same_role(training_module, lora):
     """The backward pass is called with the student at rest; the fake score's blocks must not run as the student's."""
     found = []
-    for checkpointing in (False, True):
-        options = {"checkpointing": "blocks" if checkpointing else "none"}
+    for checkpointing in ("none", "blocks"):
+        options = {"checkpointing": checkpointing}
         _, roles, module, (latents, sigma, inputs) = base_and_roles(training_module, lora, FakeScore(), **options)
         for role in (STUDENT, FAKE_SCORE):
             shake(part(module, roles, role))

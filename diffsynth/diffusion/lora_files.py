@@ -19,10 +19,15 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from ..core.loader import load_state_dict
+from ..core.memory.storage import stored_layers
 from .lora_formats import FORMATS
 
 TOLERANCE = 1e-5  # relative, in fp32
 METADATA_KEY = "lora_adapter_metadata"  # where diffusers looks for the adapter's configuration
+ROUNDED_AWAY = (
+    "an update that is smaller than the steps of the stored numbers would be rounded away. Merge it before, by "
+    "python fuse.py lora_path=… output=…, and train on what that writes; or keep it beside the weights, unmerged."
+)
 CONFIGS = {"LORA": LoraConfig, "LOHA": LoHaConfig, "LOKR": LoKrConfig}
 
 
@@ -97,6 +102,8 @@ def load(module: nn.Module, path: str | Path, prefix: str, scale: float = 1.0, f
     """Add the adapter in a file to a model, frozen; merged into its weights with `fuse`, which comes before others."""
     if fuse and hasattr(module, "peft_config"):
         raise ValueError(f"{path}: cannot be merged into a model that has other adapters; merge it before adding them.")
+    if fuse and stored_layers(module):
+        raise ValueError(f"{path} cannot be merged into weights that are stored in fewer bits: {ROUNDED_AWAY}")
     tensors, config = read(path, prefix)
     check_layers(module, tensors, path)
     config = CONFIGS[config.pop("peft_type", "LORA")](**config) if config else infer_config(tensors)

@@ -91,13 +91,21 @@ class PipelineModels(nn.Module):
         names: Iterable[str] | None = None,
         dtypes: Mapping[str, torch.dtype] | None = None,
         in_host_memory: Collection[str] = (),
+        storages: Mapping[str, str] | None = None,
     ) -> None:
-        """Read the weights of the built models `names` (all of them by default), drop the others."""
+        """Read the weights of the built models `names` (all of them by default), drop the others.
+
+        Args:
+            dtypes: By model, where it is not the pipeline's.
+            in_host_memory: Models that are read there, whatever the pipeline's device.
+            storages: By model, how weights are kept in fewer bits; see `core.memory.storage`.
+        """
         wanted = set(self._files if names is None else names)
         for name, files in self._files.items():
             if name in wanted:
-                device = "cpu" if name in in_host_memory else self.device
-                load_weights(getattr(self, name), files, (dtypes or {}).get(name, self.torch_dtype), device)
+                device = "cpu" if name in in_host_memory and self.device.type != "meta" else self.device
+                dtype, storage = (dtypes or {}).get(name, self.torch_dtype), (storages or {}).get(name, "none")
+                load_weights(getattr(self, name), files, dtype, device, storage)
             else:
                 setattr(self, name, None)
 

@@ -15,6 +15,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from ..core.gradient import recomputing_in
+from ..core.memory.storage import restore
 from . import lora_files
 from .flow_match import TRAINING_STEPS
 from .lora import Adapter, LoRA
@@ -180,5 +181,5 @@ def _targets(pipe, network: nn.Module, adapter: Adapter) -> list[str]:
 
 
 def _frozen_copy(network: nn.Module, dtype: torch.dtype) -> nn.Module:
-    """The base itself, as far as the network has adapters."""
-    return lora_files.remove(copy.deepcopy(network)).to(dtype).requires_grad_(False).eval()
+    """The base itself, as far as the network has adapters, in plain weights even where its own are stored."""
+    return restore(lora_files.remove(copy.deepcopy(network))).to(dtype).requires_grad_(False).eval()

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from ..core.data import CachedRow, Sample, SampleAddress, collate
 from ..core.gradient import check_policy, follow, honoured_policies
 from ..core.memory import MemoryRecipe
+from ..core.memory.storage import choose_stored
 from ..core.memory.streaming import check_streaming, stream_blocks
 from . import lora_files
 from .base_pipeline import BasePipeline
@@ -182,6 +183,7 @@ class PipelineTrainingModule(DiffusionTrainingModule):
         self.remembered = UnitMemory(memory.remember)
         self.trained_dtype = getattr(torch, memory.trained_dtype)
         self._check()
+        self.storages = dict.fromkeys(self._stored_models(), memory.storage)
 
     def load(self, also: Iterable[str] = (), cached: bool = False) -> "PipelineTrainingModule":
         """Read the weights this run needs (and those of `also`), and make the chosen ones trainable.
@@ -189,6 +191,12 @@ class PipelineTrainingModule(DiffusionTrainingModule):
         Args:
             cached: What the frozen units make is read from a cache, so that their models are not needed.
         """
+        self.read(also, cached)
+        self.lay_out_memory()
+        return self
+
+    def read(self, also: Iterable[str] = (), cached: bool = False) -> None:
+        """The first half of `load`: weights, adapters, roles."""
         self.task.check(self.pipe, self.lora, cached)
         units = self.live_units if cached else self.units
         users = {**dict.fromkeys(also, "validation"), **dict.fromkeys(self.trained_roots, "training")}
@@ -198,15 +206,13 @@ class PipelineTrainingModule(DiffusionTrainingModule):
         self.pipe.require(users)
         full = {name: self.trained_dtype for name in self.trainable_models}
         streamed = self.pipe.in_iteration_models[:1] if self.memory.stream_blocks else ()
-        self.pipe.load_models(users, dtypes=full, in_host_memory=streamed)
+        self.pipe.load_models(users, dtypes=full, in_host_memory=streamed, storages=self.storages)
         prepare_training(self.pipe, self.trainable_models, self.lora, self.seed, self.trained_dtype)
         self.roles = self.task.cast(self.pipe, self.lora, self.seed)
         self.role_networks = self.roles and self.roles.networks
-        self._lay_out_memory()
-        return self
 
-    def _lay_out_memory(self) -> None:
-        """Keep activations and frozen weights where `memory` says; networks are neither moved nor copied after it."""
+    def lay_out_memory(self) -> None:
+        """The second half: activations and frozen weights go where `memory` says, and are not moved after it."""
         recipe, own = self.memory, list(self.role_networks.values()) if self.roles else []
         predicting = [*(getattr(self.pipe, name) for name in self.pipe.in_iteration_models), *own]
         trained = [getattr(self.pipe, name) for name in self.trained_roots]
@@ -319,6 +325,16 @@ class PipelineTrainingModule(DiffusionTrainingModule):
         if self.task.trainable_models is not None:
             return self.task.trainable_models
         return () if self.lora else (self.task.default_model,)
+
+    def _stored_models(self) -> list[str]:
+        models = {name: self.pipe.named_model(name) for name in self.pipe.built_models}
+        names = choose_stored(self.memory.storage, self.memory.stored, models, self.trainable_models)
+        if self.lora and self.lora.preset and (both := {*names} & {*self.lora.models}):
+            raise ValueError(
+                f"lora.preset cannot be merged into {min(both)}, which is stored by memory.storage="
+                f"{self.memory.storage}: {lora_files.ROUNDED_AWAY}"
+            )
+        return names
 
     @property
     def trained_roots(self) -> set[str]:

@@ -22,6 +22,7 @@ class Held:
         block: Weights of the largest block, which engines that shard weights gather.
         working: At the peak of forward and backward pass, beside weights, optimizer and average.
         activations: What the forward pass leaves for the backward pass.
+        host: What waits in host memory.
     """
 
     frozen: int
@@ -33,6 +34,7 @@ class Held:
     block: int
     working: int = 0
     activations: int = 0
+    host: int = 0
 
     @property
     def weights(self) -> int:
@@ -64,7 +66,7 @@ def kept(rehearsal: Rehearsal, optimizer: Callable, ema, on_cuda: bool) -> Held:
     cost = optimizer_cost(optimizer, next(iter(reached)).dtype, on_cuda)
     averaged = ema is not None and ema.device is None
     return Held(
-        frozen=bytes_of(tensors_of(module)) - weights,
+        frozen=rehearsal.at_rest - weights,
         trained=weights,
         gradients=bytes_of(reached),
         optimizer=math.ceil(cost.state * sum(numbers)),

@@ -50,9 +50,9 @@ def optimizer_cost(optimizer: Callable, dtype: torch.dtype, on_cuda: bool) -> Op
     weight.grad = torch.zeros_like(weight)
     with LiveBytes() as live:
         live.watch([weight, weight.grad, *kept])
-        before = live.now
+        before = live.device.now
         step()
-    return OptimizerCost(bytes_of(kept) / NUMBERS, (live.peak - before) / NUMBERS, together)
+    return OptimizerCost(bytes_of(kept) / NUMBERS, (live.device.peak - before) / NUMBERS, together)
 
 
 def takes_all_together(optimizer: torch.optim.Optimizer) -> bool:

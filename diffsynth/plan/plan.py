@@ -131,12 +131,13 @@ class Run:
         """What a training on rows like this one holds."""
         batches = BatchPlan(self.batch_size, self.micro_batch_size)
         passes = self.rehearsal.train([row] * batches.micro_batch_size, accumulates=batches.accumulation > 1)
-        return replace(self.kept, working=passes.peak, activations=passes.activations)
+        return replace(self.kept, working=passes.peak, activations=passes.activations, host=passes.host)
 
     # Stages
 
     def training(self, size, held: Held) -> Stage:
-        optimizer, host = held.optimizer + held.average, 0 if self.is_cached else round(self.memory.remember * 2**30)
+        optimizer, remembered = held.optimizer + held.average, 0 if self.is_cached else self.memory.remember * 2**30
+        host = held.host + round(remembered)
         return Stage("train", size, held.weights, held.gradients, optimizer, held.activations, held.peak, host)
 
     def drawing(self) -> list[Stage]:

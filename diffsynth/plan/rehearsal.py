@@ -26,10 +26,12 @@ class Working:
     Args:
         activations: What the forward pass leaves for the backward pass.
         peak: The most at any moment.
+        host: What waits in host memory at most, weights among it.
         made: Of what comes out of it and is kept.
     """
 
     peak: int
+    host: int = 0
     activations: int = 0
     made: int = 0
 
@@ -48,10 +50,13 @@ class Rehearsal:
         self.reached: set[nn.Parameter] = set()  # by gradients, in what was rehearsed so far
         module.remembered = UnitMemory(0)
         with torch.device("meta"):
-            module.load(also=also, cached=cached)
+            module.read(also, cached)
+        module.pipe.device = torch.device("cpu")
         with self.mode, self.live:
             fill(module)
-        module.pipe.device = torch.device("cpu")
+            module.lay_out_memory()
+        gc.collect()
+        self.at_rest = self.live.device.now  # bytes on the device
 
     def train(self, rows: Sequence, accumulates: bool) -> Working:
         """Forward and backward pass of a micro-batch of rows.
@@ -77,13 +82,13 @@ class Rehearsal:
                 parameter.grad = torch.empty_like(parameter)
             with self.autocast():
                 losses = self.module(samples)
-            activations = self.live.now - before
+            activations = self.live.device.now - before
             losses.mean().backward()
             del losses
             self.reached.update(parameter for parameter in trained if parameter.grad is not None)
             for parameter in trained:
                 parameter.grad = None
-        return Working(self.live.peak - before, activations)
+        return self._since(before, activations=activations)
 
     @torch.no_grad()
     def encode(self, rows: Sequence) -> Working:
@@ -96,7 +101,7 @@ class Rehearsal:
             tensors = [value for value in kept if isinstance(value, torch.Tensor)]
             size = bytes_of(tensors)
             del inputs, made, kept, tensors
-        return Working(self.live.peak - before, made=size)
+        return self._since(before, made=size)
 
     @torch.no_grad()
     def draw(self, request: Mapping) -> Working:
@@ -108,7 +113,7 @@ class Rehearsal:
             velocity = pipe.guided_velocity(timestep, shared["cfg_scale"], shared, posi, nega)
             pipe.vae.decode(velocity.to(pipe.torch_dtype), whole["tiled"], whole["tile_size"], whole["tile_stride"])
             del shared, posi, nega, velocity
-        return Working(self.live.peak - before)
+        return self._since(before)
 
     def weights(self, names: Iterable[str]) -> int:
         """Bytes of the parameters and buffers of some of the pipeline's models."""
@@ -124,8 +129,11 @@ class Rehearsal:
         gc.collect()
         with self.mode, self.live:
             self.live.restart()
-            yield self.live.now
+            yield self.live.device.now
         gc.collect()
+
+    def _since(self, before: int, **more: int) -> Working:
+        return Working(self.live.device.peak - before, self.live.host.peak, **more)
 
 
 def tensors_of(module: nn.Module) -> list[torch.Tensor]:

@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ..files import replacing
+from ..memory.storage import store, stored_layers
 from .model_config import ModelConfig, missing_shards, refuse_pickle
 
 FINGERPRINT_BLOCKS, FINGERPRINT_BYTES = 64, 4096
@@ -168,7 +169,11 @@ def _misshapen(expected: Mapping, found: Mapping) -> list[str]:
 
 
 def load_weights(
-    module: nn.Module, files: list[Path] | None, dtype: torch.dtype | None = None, device: str | torch.device = "cpu"
+    module: nn.Module,
+    files: list[Path] | None,
+    dtype: torch.dtype | None = None,
+    device: str | torch.device = "cpu",
+    storage: str = "none",
 ) -> nn.Module:
     """Assign memory-mapped weights to a module, frozen and in eval mode.
 
@@ -178,22 +183,27 @@ def load_weights(
 
     Args:
         files: None of a sketch, which has no values: its weights are left as `torch.empty` makes them.
+        storage: How the weights of linear layers in blocks are kept, see `core.memory.storage`; also one at a time.
     """
+    in_fp32 = _fp32_names(module, dtype)
+    if storage != "none":
+        store(module, storage, dtype, kept=in_fp32)
     if files is None:
         return empty_weights(module, dtype, device)
     keys = {file: list(read_shapes(file)) for file in files}
     names = _module_keys(module, [key for stored in keys.values() for key in stored])
-    in_fp32 = _fp32_names(module, dtype)
+    layers = {f"{name}.weight": layer for name, layer in stored_layers(module).items()}
     absent = set(module.state_dict())
     for file in files:
+        state = {}
         with safe_open(file, "pt", device=_device_name(device)) as tensors:
-            state = {
-                names[key]: _cast(
-                    tensors.get_tensor(key), torch.float32 if in_fp32 & set(names[key].split(".")) else dtype
-                )
-                for key in keys[file]
-                if names[key] in absent
-            }
+            for key in keys[file]:
+                name = names[key]
+                if name in layers:
+                    state |= _encoded(layers[name], name, tensors.get_tensor(key))
+                elif name in absent:
+                    wanted = torch.float32 if in_fp32 & set(name.split(".")) else dtype
+                    state[name] = _cast(tensors.get_tensor(key), wanted)
         module.load_state_dict(state, assign=True, strict=False)
         absent -= state.keys()
     if hasattr(module, "tie_weights"):
@@ -217,6 +227,11 @@ def empty_weights(module: nn.Module, dtype: torch.dtype | None, device: str | to
     if hasattr(module, "tie_weights"):
         module.tie_weights()
     return module.eval()
+
+
+def _encoded(layer: nn.Module, name: str, weight: Tensor) -> dict[str, Tensor]:
+    start = name.removesuffix("weight")
+    return {f"{start}{part}": tensor for part, tensor in layer.encode(weight).items()}
 
 
 def drop_weights(module: nn.Module) -> None:

@@ -13,10 +13,13 @@ from functools import cache
 import torch
 from torch import Tensor
 
+from .live import in_host_memory
+
 
 def empty(size: int, device: torch.device) -> Tensor:
     """A flat buffer of `size` bytes in host memory, for what is used on `device`."""
-    buffer = torch.empty(size, dtype=torch.uint8, device="meta" if device.type == "meta" else "cpu")
+    with in_host_memory():
+        buffer = torch.empty(size, dtype=torch.uint8, device="meta" if device.type == "meta" else "cpu")
     if device.type == "cuda":
         _pin(buffer)
     return buffer
@@ -25,7 +28,8 @@ def empty(size: int, device: torch.device) -> Tensor:
 def to_host(tensor: Tensor) -> Tensor:
     """A copy in host memory; from CUDA made when the current stream gets there."""
     device = "meta" if tensor.device.type == "meta" else "cpu"
-    copy = torch.empty_like(tensor, device=device, pin_memory=tensor.is_cuda)
+    with in_host_memory():
+        copy = torch.empty_like(tensor, device=device, pin_memory=tensor.is_cuda)
     return copy.copy_(tensor, non_blocking=tensor.is_cuda)
 
 

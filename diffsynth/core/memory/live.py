@@ -1,15 +1,44 @@
 """How many bytes tensors hold at any moment, whether they are real or fake."""
 
 import weakref
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
 
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+_in_host_memory: ContextVar[bool] = ContextVar("in_host_memory", default=False)
+
+
+@contextmanager
+def in_host_memory() -> Iterator[None]:
+    """What is made inside waits for the device in host memory, also where device and host are one."""
+    token = _in_host_memory.set(True)
+    try:
+        yield
+    finally:
+        _in_host_memory.reset(token)
+
+
+@dataclass
+class Level:
+    """Bytes held now, and at most so far."""
+
+    now: int = 0
+    peak: int = 0
+
+    def add(self, size: int) -> None:
+        self.now += size
+        self.peak = max(self.peak, self.now)
+
 
 class LiveBytes(TorchDispatchMode):
     """Counts the bytes of storages that operations make while it is entered, until nobody holds them any more.
+
+    What waits in host memory (`in_host_memory`) is counted apart from the rest, which is the device's.
 
     What an operation allocates and frees inside itself is not seen. Under `FakeTensorMode`, to be entered first,
     nothing is allocated at all and the numbers are the same.
@@ -17,7 +46,7 @@ class LiveBytes(TorchDispatchMode):
 
     def __init__(self):
         super().__init__()
-        self.now = self.peak = 0
+        self.device, self.host = Level(), Level()
         self._seen: dict[int, weakref.ref] = {}
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
@@ -29,23 +58,24 @@ class LiveBytes(TorchDispatchMode):
         """Count these tensors too, as those that were there before."""
         for tensor in tensors:
             self._watch(tensor.untyped_storage())
-        self.peak = max(self.peak, self.now)
 
     def restart(self) -> None:
-        """Forget the peak so far."""
-        self.peak = self.now
+        """Forget the peaks so far."""
+        for level in (self.device, self.host):
+            level.peak = level.now
 
     def _watch(self, storage) -> None:
         key, size = id(storage), storage.nbytes()
         if key in self._seen:
             return
+        level = self.host if _in_host_memory.get() else self.device
 
         def forget(_) -> None:
             del self._seen[key]
-            self.now -= size
+            level.add(-size)
 
         self._seen[key] = weakref.ref(storage, forget)
-        self.now += size
+        level.add(size)
 
 
 def bytes_of(tensors: Iterable[Tensor]) -> int:

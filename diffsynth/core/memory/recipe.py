@@ -1,5 +1,6 @@
 """A memory recipe: what is traded for what."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -19,6 +20,8 @@ class MemoryRecipe:
             see it once; 0 runs them every time.
         trained_dtype: What models trained in full are kept in. `bfloat16` takes 2 bytes for a weight and 2 for its
             gradient instead of 4 and 4; its updates are rounded stochastically. Adapters are fp32 in any case.
+        storage: How weights of frozen models are kept; see `storage.py`. They are decoded for each product.
+        stored: Names of the models whose weights are; None takes every transformer.
 
     Raises:
         ValueError: Numbers out of range, or choices that exclude each other.
@@ -31,6 +34,8 @@ class MemoryRecipe:
     stream_buffers: int = 2
     remember: float = 0.0
     trained_dtype: Literal["float32", "bfloat16"] = "float32"
+    storage: Literal["none", "fp8", "fp8_cast", "int8", "nf4"] = "none"
+    stored: Sequence[str] | None = None
 
     def __post_init__(self):
         least = {"checkpoint_every": 1, "stream_blocks": 0, "stream_buffers": 1}
@@ -48,6 +53,10 @@ class MemoryRecipe:
                 f"checkpoint_every={self.checkpoint_every}: a block that is not computed again would need its weights "
                 "in the backward pass, when others have taken their place; set memory.checkpointing=blocks and "
                 "memory.checkpoint_every=1."
+            )
+        if self.stored is not None and self.storage == "none":
+            raise ValueError(
+                f"memory.stored names {list(self.stored)}, but memory.storage is none; set it to fp8, say."
             )
         if 0 < self.stream_blocks <= self.stream_buffers:
             raise ValueError(
