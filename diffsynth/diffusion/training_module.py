@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from ..core.data import CachedRow, Sample, SampleAddress, collate
-from ..core.memory import MemoryRecipe
+from ..core.memory import MemoryRecipe, compile_blocks, repeated_blocks
 from . import lora_files
 from .base_pipeline import BasePipeline
 from .flow_match import TRAINING_STEPS
@@ -198,6 +198,8 @@ class PipelineTrainingModule(DiffusionTrainingModule):
         prepare_training(self.pipe, self.trainable_models, self.lora, self.seed, self.trained_dtype)
         self.roles = self.task.cast(self.pipe, self.lora, self.seed)
         self.role_networks = self.roles and self.roles.networks
+        if self.memory.compile == "blocks":
+            compile_blocks(self.pipe.network)
         return self
 
     def forward(self, samples: Sequence[Sample]) -> Tensor:
@@ -323,4 +325,14 @@ class PipelineTrainingModule(DiffusionTrainingModule):
             raise ValueError("memory.trained_dtype=bfloat16 needs model.torch_dtype=bfloat16.")
         if self.lora:
             self.lora.check(self.pipe)
+        if self.memory.compile == "blocks":
+            self._check_compiled()
         self.task.check(self.pipe, self.lora, cached=True)  # all but the data, which `load` is told of
+
+    def _check_compiled(self) -> None:
+        if not self.task.calls_model_fn:
+            raise ValueError(f"memory.compile=blocks: {type(self.task).__name__} calls no network that has them.")
+        if self.pipe.template is not None:
+            raise ValueError("memory.compile=blocks: a template hands every block inputs of its own; set it to none.")
+        if self.pipe.network is not None:  # that it is missing, `load` says
+            repeated_blocks(self.pipe.network)

@@ -15,11 +15,13 @@ class MemoryRecipe:
             see it once; 0 runs them every time.
         trained_dtype: What models trained in full are kept in. `bfloat16` takes 2 bytes for a weight and 2 for its
             gradient instead of 4 and 4; its updates are rounded stochastically. Adapters are fp32 in any case.
+        compile: `blocks` compiles the blocks that the network repeats, which pays where a run has thousands of steps.
     """
 
     checkpointing: Literal["none", "blocks", "offload"] = "none"
     remember: float = 0.0
     trained_dtype: Literal["float32", "bfloat16"] = "float32"
+    compile: Literal["none", "blocks"] = "none"
 
     @property
     def inputs(self) -> dict[str, bool]:
