@@ -2,7 +2,7 @@
 
     python benchmarks/compile.py [--blocks 1] [--side 512] [--steps 6]
 
-Blocks of Qwen-Image's real width (3072), bf16, of a picture of SIDE pixels and a prompt of 64 tokens, a LoRA of rank 32,
+Blocks of Qwen-Image's real width (3072), bf16, a picture of SIDE pixels and a prompt of 64 tokens, a LoRA of rank 32,
 with and without gradient checkpointing; forward and backward, no optimizer. Both sides take turns in one process, so
 that a drifting machine slows both; the figure is the median of the ratios of neighbouring steps. The gradients of both
 are compared with uncompiled ones in fp32.
