@@ -19,7 +19,11 @@ from diffsynth.report.sweep import read_runs
 
 STAND_INS = {
     "sbatch": 'echo "sbatch $*" >> {notes}\necho 7',
-    "srun": 'shift  # its only option\nSLURM_NODEID=0 exec "$@"',
+    # On as many nodes as the job has, all of them here; the highest status of all, as Slurm's own.
+    "srun": """shift  # its only option
+for node in $(seq 0 $((SLURM_JOB_NUM_NODES - 1))); do SLURM_NODEID=$node "$@" & tasks="$tasks $!"; done
+worst=0; for task in $tasks; do wait $task; status=$?; [ $status -gt $worst ] && worst=$status; done
+exit $worst""",
     "scontrol": 'echo "scontrol $*" >> {notes}\n[ "$1" != show ] || echo 127.0.0.1',
 }
 
@@ -44,14 +48,16 @@ def submit(monkeypatch, folder: Path, *others: str) -> Path:
     return sweep
 
 
-def start(script: Path) -> subprocess.Popen:
-    slurm = {"SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "here", "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(["bash", script], env={**os.environ, **slurm}, stdout=subprocess.PIPE, text=True)
+def start(script: Path, nodes: int) -> subprocess.Popen:
+    slurm = {"SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "here", "SLURM_JOB_NUM_NODES": str(nodes)}
+    environment = {**os.environ, **slurm, "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(["bash", script], env=environment, stdout=subprocess.PIPE, text=True)
 
 
 def signal_step(job: subprocess.Popen, number: int) -> None:
-    """As Slurm signals a step: every process below the batch script, but not that."""
-    for process in psutil.Process(job.pid).children(recursive=True):
+    """As Slurm signals a step: every process that srun started, but neither that nor the batch script."""
+    (srun,) = psutil.Process(job.pid).children()
+    for process in srun.children(recursive=True):
         process.send_signal(number)
 
 
@@ -101,12 +107,14 @@ def test_what_sbatch_refuses_is_said(notes, tmp_path, monkeypatch):
 
 
 @pytest.mark.slow  # two runs from their command lines, half a minute
-def test_a_preempted_job_saves_and_is_queued_again_and_goes_on(notes, tmp_path, monkeypatch):
-    given = ["lora.rank=2", "max_steps=40", "hydra.launcher.gpus_per_node=0", "batch_size=2"]
+@pytest.mark.parametrize("nodes, processes", [(1, 0), (2, 1)])
+def test_a_preempted_job_saves_and_is_queued_again_and_goes_on(nodes, processes, notes, tmp_path, monkeypatch):
+    given = ["lora.rank=2", "max_steps=40", "batch_size=2"]
+    given += [f"hydra.launcher.nodes={nodes}", f"hydra.launcher.gpus_per_node={processes}"]
     sweep = submit(monkeypatch, tmp_path, *given)
     (run_dir,) = read_runs(sweep)
 
-    job = start(sweep / "0.sh")
+    job = start(sweep / "0.sh", nodes)
     wait_for((run_dir / "metrics.jsonl").exists, job)
     signal_step(job, signal.SIGUSR1)
     said, _ = job.communicate(timeout=120)
@@ -115,7 +123,7 @@ def test_a_preempted_job_saves_and_is_queued_again_and_goes_on(notes, tmp_path, 
     stopped_at = len(tiny.metrics(run_dir))
     assert stopped_at < 40 and not (run_dir / "finished.json").exists()
 
-    job = start(sweep / "0.sh")
+    job = start(sweep / "0.sh", nodes)
     said, _ = job.communicate(timeout=120)
     assert job.returncode == 0, said
     assert [line["step"] for line in tiny.metrics(run_dir)] == list(range(1, 41))
@@ -127,20 +135,27 @@ def test_a_preempted_job_saves_and_is_queued_again_and_goes_on(notes, tmp_path, 
     assert notes.read_text().count("sbatch") == 1  # a finished run is not submitted again
 
 
-ASKED = """
+LISTENING = """
 import os, signal, sys, time
-signal.signal(signal.SIGUSR1, lambda *_: sys.exit(75))
+if sys.argv[2] == "ready":
+    signal.signal(signal.SIGUSR1, lambda *_: sys.exit(75))
 open(sys.argv[1] + os.environ["RANK"], "w").close()
 time.sleep(60)
 """
 
 
-def test_several_processes_are_signalled_through_their_launcher_which_ends_as_they_do(tmp_path):
-    (tmp_path / "asked.py").write_text(ASKED)
-    command = ["--multi_gpu", "--num_processes", "2", str(tmp_path / "asked.py"), str(tmp_path / "listening")]
-    job = subprocess.Popen(
-        [sys.executable, "-m", "diffsynth.config.launch", *command], cwd=tiny.ROOT, stdout=subprocess.PIPE
-    )
-    wait_for(lambda: len(list(tmp_path.glob("listening?"))) == 2, job)
+@pytest.mark.parametrize("state", ["ready", "still loading"])
+def test_processes_are_signalled_through_their_launcher_which_ends_as_they_do(state, tmp_path):
+    (tmp_path / "listening.py").write_text(LISTENING)
+    script = [str(tmp_path / "listening.py"), str(tmp_path / "process"), state]
+    command = [sys.executable, "-m", "diffsynth.config.launch", "--multi_gpu", "--num_processes", "2", *script]
+    job = subprocess.Popen(command, cwd=tiny.ROOT, stdout=subprocess.PIPE, text=True)
+    wait_for(lambda: len(list(tmp_path.glob("process?"))) == 2, job)
     job.send_signal(signal.SIGUSR1)
     assert job.wait(60) == 75
+
+
+def test_a_run_that_fails_does_not_ask_to_be_run_again(tmp_path):
+    (tmp_path / "failing.py").write_text("raise SystemExit(3)")
+    launcher = [sys.executable, "-m", "diffsynth.config.launch", "--num_processes", "1"]
+    assert subprocess.run([*launcher, str(tmp_path / "failing.py")], cwd=tiny.ROOT).returncode == 3

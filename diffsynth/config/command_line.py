@@ -79,9 +79,9 @@ def _chosen_groups() -> DictConfig:
     """The configuration with only the groups that the command line chooses, else the script's own."""
     chosen = [word for word in sys.argv[1:] if "=" in word and (_conf() / word.split("=")[0]).is_dir()]
     try:
-        return _compose(chosen)
+        return _compose(chosen, return_hydra_config=True)
     except ConfigCompositionException:  # a sweep over groups, or one found through --config-dir
-        return _compose([])
+        return _compose([], return_hydra_config=True)
 
 
 def help_text(overrides: Sequence[str] = ()) -> str:

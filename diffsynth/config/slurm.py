@@ -15,7 +15,7 @@ from omegaconf import DictConfig
 
 from ..core.files import write_text
 from ..core.signals import REQUEUE_STATUS
-from .nodes import ConfigError
+from .nodes import ConfigError, check
 from .sweep import record, sweep_folder
 
 OWN = ("hydra.launcher", "hydra/launcher", "hydra.sweep", "hydra/sweep", "hydra.mode")  # overrides that are not a job's
@@ -73,6 +73,7 @@ class SlurmLauncher(Launcher):
 
     def setup(self, *, hydra_context, task_function, config: DictConfig) -> None:
         self.loader, self.config = hydra_context.config_loader, config
+        check(config.hydra.launcher, SlurmLauncher)
         if self.accelerate_config is not None and not Path(self.accelerate_config).exists():
             raise ConfigError(f"hydra.launcher.accelerate_config: there is no file {self.accelerate_config}.")
 
