@@ -12,7 +12,7 @@ from diffsynth.core.data import Sample
 from diffsynth.core.memory import compile as compiling
 from diffsynth.core.memory import compile_blocks
 from diffsynth.diffusion.lora import LoRA
-from diffsynth.diffusion.loss import DMD2
+from diffsynth.diffusion.loss import DMD2, AutoencoderLoss
 from diffsynth.diffusion.loss.base import Moment
 
 LORA = LoRA(rank=4)
@@ -99,6 +99,11 @@ def test_too_many_graphs_are_told_once(training_module, samples, monkeypatch, ca
 def test_a_network_that_repeats_no_block_is_refused():
     with pytest.raises(ValueError, match="AutoencoderKL .* memory.compile=none"):
         compile_blocks(AutoencoderKL(block_out_channels=(32,)))
+
+
+def test_an_objective_that_calls_no_such_network_is_refused(training_module):
+    with pytest.raises(ValueError, match="memory.compile=blocks: AutoencoderLoss calls no network"):
+        training_module(AutoencoderLoss(), compile="blocks")
 
 
 def test_tensors_without_numbers_run_as_they_are(pipe):
