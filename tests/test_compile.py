@@ -87,11 +87,9 @@ def test_names_of_weights_do_not_change(training_module, samples):
     assert compiled.export_weights()["lora"][0].keys() == plain.export_weights()["lora"][0].keys()
 
 
-def test_too_many_graphs_are_told_once(training_module, samples, monkeypatch, caplog):
+def test_more_graphs_than_expected_are_told(training_module, samples, monkeypatch, caplog):
     monkeypatch.setattr(compiling, "VARIANTS", 1)
-    compiled = training_module(None, LORA, compile="blocks")
-    for width in (32, 64):
-        compiled(resized(samples, width))
+    training_module(None, LORA, compile="blocks")(samples)  # two graphs: the first block, and the others
     warnings = [record.message for record in caplog.records if record.levelname == "WARNING"]
     assert len(warnings) == 1 and "memory.compile=none" in warnings[0]
 
