@@ -210,7 +210,7 @@ def test_the_same_command_again_says_that_the_run_is_finished(plain, monkeypatch
 def test_a_sweep_trains_every_choice_in_its_own_folder(monkeypatch, tmp_path):
     overrides = tiny.merged(tiny.train_overrides(tmp_path), ["lora.rank=2,4", "max_steps=1"])
     tiny.command_line(monkeypatch, "train.py", "-m", *overrides)
-    folders = [path for path in tmp_path.iterdir() if path.is_dir()]
+    folders = [path.parent for path in tmp_path.glob("*/resolved.yaml")]
     ranks = [load_file(folder / "weights" / "step-1.safetensors") for folder in folders]
     assert sorted(min(next(iter(tensors.values())).shape) for tensors in ranks) == [2, 4]
     assert all("Finished." in (folder / "train.log").read_text() for folder in folders)

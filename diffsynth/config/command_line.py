@@ -1,14 +1,19 @@
 """From words on the command line to a run, and mistakes in them to one clear line."""
 
 import difflib
+import logging
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+from hydra.core.hydra_config import HydraConfig
 from hydra.errors import ConfigCompositionException, OverrideParseException
 from omegaconf import DictConfig, OmegaConf
+
+from . import slurm
+from .nodes import ConfigError
 
 HELP = ({"-h"}, {"--help"})
 
@@ -19,11 +24,18 @@ def run(main: Callable[[], None]) -> None:
     try:
         if {word for word in sys.argv[1:] if word.startswith("-")} in HELP:  # with other flags: Hydra's own help
             return print(help_text([word for word in sys.argv[1:] if not word.startswith("-")]))
+        slurm.register()
         main()
     except (ConfigCompositionException, OverrideParseException) as error:
         sys.exit(f"error: {_explain(error)}")
+    except (JobFailed, ConfigError) as error:
+        sys.exit(f"error: {error}")
     except OSError as error:  # Hydra makes the run's folder before anything of ours runs
         sys.exit(f"error: {error}; set output_root=… to a folder that can be written.")
+
+
+class JobFailed(Exception):
+    """A job of a sweep ended with an error, which its log has; the others go on."""
 
 
 @contextmanager
@@ -34,7 +46,14 @@ def explained() -> Iterator[None]:
     except (ValueError, OSError, FloatingPointError) as error:
         if os.environ.get("DIFFSYNTH_TRACEBACK"):
             raise
+        if _is_in_sweep():
+            logging.error(error)
+            raise JobFailed(error) from None
         sys.exit(f"error: {error}\n(DIFFSYNTH_TRACEBACK=1 shows where this was raised)")
+
+
+def _is_in_sweep() -> bool:
+    return HydraConfig.initialized() and not OmegaConf.is_missing(HydraConfig.get().job, "num")
 
 
 def _explain(error: ConfigCompositionException | OverrideParseException) -> str:
@@ -60,9 +79,9 @@ def _chosen_groups() -> DictConfig:
     """The configuration with only the groups that the command line chooses, else the script's own."""
     chosen = [word for word in sys.argv[1:] if "=" in word and (_conf() / word.split("=")[0]).is_dir()]
     try:
-        return _compose(chosen)
+        return _compose(chosen, return_hydra_config=True)
     except ConfigCompositionException:  # a sweep over groups, or one found through --config-dir
-        return _compose([])
+        return _compose([], return_hydra_config=True)
 
 
 def help_text(overrides: Sequence[str] = ()) -> str:

@@ -1,8 +1,9 @@
-"""The signals that ask a run to stop."""
+"""The signals that ask a run to stop, and the status it then ends with."""
 
 import signal
 
 STOP_SIGNALS = [name for name in ("SIGTERM", "SIGINT", "SIGUSR1") if hasattr(signal, name)]
+REQUEUE_STATUS = 75  # EX_TEMPFAIL of sysexits.h: run the same command again
 
 
 def leave_to_parent(worker: int = 0) -> None:

@@ -22,6 +22,10 @@ class KVCacheReader:
         super().__init__()
         self.block = block
 
+    def further(self, kv_cache: KVCache | None) -> tuple[Tensor, Tensor] | None:
+        """The block's entry; without a cache its name is not read, so that blocks compile as one."""
+        return kv_cache.get(self.block) if kv_cache else None
+
 
 def blocks_of(network: nn.Module) -> dict[str, tuple[int, int]]:
     """(heads, head_dim) of every block that reads a `kv_cache`."""

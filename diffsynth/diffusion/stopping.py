@@ -7,11 +7,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
-from ..core.signals import STOP_SIGNALS
+from ..core.signals import REQUEUE_STATUS, STOP_SIGNALS
 
 logger = logging.getLogger(__name__)
-
-REQUEUE_STATUS = 75  # EX_TEMPFAIL of sysexits.h: run the same command again
 
 
 class Stopped(SystemExit):

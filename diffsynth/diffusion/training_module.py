@@ -1,25 +1,22 @@
 """From a row of the data set to a loss: the pipeline, what of it is trained, and the objective."""
 
 from collections.abc import Iterable, Mapping, Sequence
-from itertools import chain
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..core.data import CachedRow, Sample, SampleAddress, collate
-from ..core.gradient import check_policy, follow, honoured_policies
 from ..core.memory import MemoryRecipe
-from ..core.memory.storage import choose_stored
-from ..core.memory.streaming import check_streaming, stream_blocks
 from . import lora_files
 from .base_pipeline import BasePipeline
 from .flow_match import TRAINING_STEPS
 from .lora import Adapter, LoRA
 from .loss import Objective
 from .loss.base import MODEL, Moment
+from .memory_layout import check_memory, lay_out, stored_models
 from .randomness import Draw
-from .template_model import Template, is_below
+from .template_model import Template
 from .template_units import attach, rehearse
 from .unit_memory import UnitMemory, to_device
 from .units import optional_inputs, run_units, run_units_together, split_units
@@ -183,7 +180,7 @@ class PipelineTrainingModule(DiffusionTrainingModule):
         self.remembered = UnitMemory(memory.remember)
         self.trained_dtype = getattr(torch, memory.trained_dtype)
         self._check()
-        self.storages = dict.fromkeys(self._stored_models(), memory.storage)
+        self.storages = dict.fromkeys(stored_models(self), memory.storage)
 
     def load(self, also: Iterable[str] = (), cached: bool = False) -> "PipelineTrainingModule":
         """Read the weights this run needs (and those of `also`), and make the chosen ones trainable.
@@ -192,11 +189,11 @@ class PipelineTrainingModule(DiffusionTrainingModule):
             cached: What the frozen units make is read from a cache, so that their models are not needed.
         """
         self.read(also, cached)
-        self.lay_out_memory()
+        lay_out(self)
         return self
 
     def read(self, also: Iterable[str] = (), cached: bool = False) -> None:
-        """The first half of `load`: weights, adapters, roles."""
+        """The first half of `load`: weights, adapters and roles, not yet laid out as `memory` says."""
         self.task.check(self.pipe, self.lora, cached)
         units = self.live_units if cached else self.units
         users = {**dict.fromkeys(also, "validation"), **dict.fromkeys(self.trained_roots, "training")}
@@ -210,22 +207,6 @@ class PipelineTrainingModule(DiffusionTrainingModule):
         prepare_training(self.pipe, self.trainable_models, self.lora, self.seed, self.trained_dtype)
         self.roles = self.task.cast(self.pipe, self.lora, self.seed)
         self.role_networks = self.roles and self.roles.networks
-
-    def lay_out_memory(self) -> None:
-        """The second half: activations and frozen weights go where `memory` says, and are not moved after it."""
-        recipe, own = self.memory, list(self.role_networks.values()) if self.roles else []
-        predicting = [*(getattr(self.pipe, name) for name in self.pipe.in_iteration_models), *own]
-        trained = [getattr(self.pipe, name) for name in self.trained_roots]
-        for network in dict.fromkeys(m for m in (*predicting, *trained) if m is not None):
-            if recipe.checkpointing in honoured_policies(network):
-                itself = network in predicting
-                follow(network, recipe.checkpointing, recipe.checkpoint_every, recipe.offload_activations, itself)
-        if recipe.stream_blocks:
-            stream = stream_blocks(self.pipe.network, recipe.stream_blocks, recipe.stream_buffers, self.pipe.device)
-            for network in own:  # copies of what is in host memory
-                network.to(self.pipe.device)
-            # Never written to, they are the same in all processes, and DDP could not follow where they lie.
-            self._ddp_params_and_buffers_to_ignore = names_of(self, stream.tensors)
 
     def forward(self, samples: Sequence[Sample]) -> Tensor:
         """Loss per sample (B,)."""
@@ -326,16 +307,6 @@ class PipelineTrainingModule(DiffusionTrainingModule):
             return self.task.trainable_models
         return () if self.lora else (self.task.default_model,)
 
-    def _stored_models(self) -> list[str]:
-        models = {name: self.pipe.named_model(name) for name in self.pipe.built_models}
-        names = choose_stored(self.memory.storage, self.memory.stored, models, self.trainable_models)
-        if self.lora and self.lora.preset and (both := {*names} & {*self.lora.models}):
-            raise ValueError(
-                f"lora.preset cannot be merged into {min(both)}, which is stored by memory.storage="
-                f"{self.memory.storage}: {lora_files.ROUNDED_AWAY}"
-            )
-        return names
-
     @property
     def trained_roots(self) -> set[str]:
         """Models of which something is trained."""
@@ -358,32 +329,7 @@ class PipelineTrainingModule(DiffusionTrainingModule):
             raise ValueError("Nothing is trained: set task.trainable_models, or choose a lora.")
         if self.trained_dtype == torch.bfloat16 != self.pipe.torch_dtype:
             raise ValueError("memory.trained_dtype=bfloat16 needs model.torch_dtype=bfloat16.")
-        self._check_memory()
+        check_memory(self)
         if self.lora:
             self.lora.check(self.pipe)
         self.task.check(self.pipe, self.lora, cached=True)  # all but the data, which `load` is told of
-
-    def _check_memory(self) -> None:
-        """Refuse what the networks that are here cannot do."""
-        recipe, runs_blocks = self.memory, self.task.calls_model_fn
-        for name in self.pipe.in_iteration_models if runs_blocks else self.trained_roots:
-            network = getattr(self.pipe, name)
-            # `blocks` is what models start from, whatever of them is trained.
-            if network is not None and (runs_blocks or recipe.checkpointing != "blocks"):
-                check_policy(network, recipe.checkpointing)
-        if not recipe.stream_blocks:
-            return
-        if not runs_blocks:
-            raise ValueError(f"memory.stream_blocks: {type(self.task).__name__} runs none that could be; set it to 0.")
-        if self.pipe.network is not None:
-            root = self.pipe.in_iteration_models[0]
-            trained = [
-                name.removeprefix(root).removeprefix(".") for name in self.trainable_models if is_below([root], name)
-            ]
-            check_streaming(self.pipe.network, recipe.stream_blocks, trained)
-
-
-def names_of(module: nn.Module, tensors: Iterable[Tensor]) -> list[str]:
-    """The names that a module has for these of its parameters and buffers."""
-    wanted = set(map(id, tensors))
-    return [n for n, t in chain(module.named_parameters(), module.named_buffers()) if id(t) in wanted]

@@ -156,7 +156,7 @@ class Flux2DoubleAttnProcessor(Flux2KVCacheReader, Flux2AttnProcessor):
         image_rotary_emb: tuple[Tensor, Tensor] | None = None,
         kv_cache: KVCache | None = None,
     ) -> tuple[Tensor, Tensor]:
-        further = (kv_cache or {}).get(self.block)
+        further = self.further(kv_cache)
         if further is None:
             return super().__call__(attn, hidden_states, encoder_hidden_states, attention_mask, image_rotary_emb)
         image = [layer(hidden_states) for layer in (attn.to_q, attn.to_k, attn.to_v)]
@@ -180,7 +180,7 @@ class Flux2SingleAttnProcessor(Flux2KVCacheReader, Flux2ParallelSelfAttnProcesso
         image_rotary_emb: tuple[Tensor, Tensor] | None = None,
         kv_cache: KVCache | None = None,
     ) -> Tensor:
-        further = (kv_cache or {}).get(self.block)
+        further = self.further(kv_cache)
         if further is None:
             return super().__call__(attn, hidden_states, attention_mask, image_rotary_emb)
         projected, mlp = attn.to_qkv_mlp_proj(hidden_states).tensor_split([3 * attn.inner_dim], dim=-1)

@@ -150,7 +150,7 @@ class QwenImageAttnProcessor(KVCacheReader, QwenDoubleStreamAttnProcessor2_0):
         image_rotary_emb: tuple[Tensor, Tensor] | None = None,
         kv_cache: KVCache | None = None,
     ) -> tuple[Tensor, Tensor]:
-        mask, further = encoder_hidden_states_mask, (kv_cache or {}).get(self.block)
+        mask, further = encoder_hidden_states_mask, self.further(kv_cache)
         if further is None:
             return super().__call__(attn, hidden_states, encoder_hidden_states, mask, attention_mask, image_rotary_emb)
         image_layers, text_layers = (

@@ -12,6 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from ..core.data import Sample
 from ..core.memory.live import LiveBytes, bytes_of
 from ..diffusion.loss.base import Moment
+from ..diffusion.memory_layout import lay_out
 from ..diffusion.training_module import PipelineTrainingModule
 from ..diffusion.unit_memory import UnitMemory
 from ..diffusion.units import run_units_together
@@ -54,7 +55,7 @@ class Rehearsal:
         module.pipe.device = torch.device("cpu")
         with self.mode, self.live:
             fill(module)
-            module.lay_out_memory()
+            lay_out(module)
         gc.collect()
         self.at_rest = self.live.device.now  # bytes on the device
 

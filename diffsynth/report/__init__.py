@@ -73,13 +73,13 @@ def charts(run_dir: Path) -> list[dict]:
 def pictures(run_dir: Path) -> list[dict]:
     """`{step, source}` of every look at the fixed prompts."""
     files = sorted((run_dir / "samples").glob("*step-*.png"), key=lambda file: file.stem.rpartition("-")[2])
-    return [{"step": int(file.stem.rpartition("-")[2]), "source": _embed(file)} for file in files]
+    return [{"step": int(file.stem.rpartition("-")[2]), "source": embed(file)} for file in files]
 
 
 def contact_sheet(run_dir: Path) -> str:
     """The receipt's picture, if there is one."""
     path = run_dir / "receipt.png"
-    return f'<img src="{_embed(path)}" alt="the first samples">' if path.exists() else ""
+    return f'<img src="{embed(path)}" alt="the first samples">' if path.exists() else ""
 
 
 def facts(run_dir: Path, config: dict) -> dict[str, str]:
@@ -118,7 +118,8 @@ def warnings(run_dir: Path) -> list[str]:
     return [line for line in lines if "WARNING" in line or "ERROR" in line]
 
 
-def _embed(path: Path) -> str:
+def embed(path: Path) -> str:
+    """A picture as the source of an `img`, reduced if it is wide."""
     picture = Image.open(path).convert("RGB")
     picture.thumbnail((PICTURE_WIDTH, picture.height))
     stream = io.BytesIO()

@@ -22,6 +22,7 @@ class MemoryRecipe:
             gradient instead of 4 and 4; its updates are rounded stochastically. Adapters are fp32 in any case.
         storage: How weights of frozen models are kept; see `storage.py`. They are decoded for each product.
         stored: Names of the models whose weights are; None takes every transformer.
+        compile: `blocks` compiles the blocks that the network repeats, which pays where a run has thousands of steps.
 
     Raises:
         ValueError: Numbers out of range, or choices that exclude each other.
@@ -36,6 +37,7 @@ class MemoryRecipe:
     trained_dtype: Literal["float32", "bfloat16"] = "float32"
     storage: Literal["none", "fp8", "fp8_cast", "int8", "nf4"] = "none"
     stored: Sequence[str] | None = None
+    compile: Literal["none", "blocks"] = "none"
 
     def __post_init__(self):
         least = {"checkpoint_every": 1, "stream_blocks": 0, "stream_buffers": 1}
@@ -57,6 +59,11 @@ class MemoryRecipe:
         if self.stored is not None and self.storage == "none":
             raise ValueError(
                 f"memory.stored names {list(self.stored)}, but memory.storage is none; set it to fp8, say."
+            )
+        if self.stream_blocks and self.compile == "blocks":
+            raise ValueError(
+                f"memory.stream_blocks={self.stream_blocks} with memory.compile=blocks: compiled blocks hold on to "
+                "where their weights lay; set one of them to 0 or none."
             )
         if 0 < self.stream_blocks <= self.stream_buffers:
             raise ValueError(

@@ -1,0 +1,71 @@
+"""Sweeps: what they leave beside their runs, that one bad job ends none of the others, and the page that compares."""
+
+import json
+import re
+
+import pytest
+import tiny
+
+from diffsynth.report.sweep import read_runs, write_sweep
+
+LOOKING = [
+    "validation=image_folder",
+    "validation.prompts=[a red emoji,a blue emoji]",
+    "validation.options={num_inference_steps: 1, height: 32, width: 32}",
+    "validation.loss_samples=2",
+    "+validation.datasets.held_out={_target_: diffsynth.core.data.UnifiedDataset.from_folder, height: 32, width: 32}",
+    f"+validation.datasets.held_out.path={tiny.dataset()}",
+]
+
+
+def overrides(folder, *others: str) -> list[str]:
+    return tiny.merged(tiny.train_overrides(folder), others)
+
+
+@pytest.fixture(scope="module")
+def sweep(tmp_path_factory):
+    """Two learning rates of one step, and a third that the optimizer refuses: the sweep's folder."""
+    folder = tmp_path_factory.mktemp("sweep")
+    given = overrides(folder, "optimizer.lr=-1,1e-3,1e-2", "max_steps=1", "batch_size=2", *LOOKING)
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit, match="error: .*learning rate"):
+        tiny.command_line(patch, "train.py", "-m", *given)
+    (found,) = folder.glob("tiny-sweep-*")
+    return found
+
+
+def test_a_job_that_fails_does_not_end_the_sweep(sweep):
+    rows = json.loads((sweep / "sweep.json").read_text())
+    assert [row["state"].split(":")[0] for row in rows] == ["failed", "finished", "finished"]
+    assert "learning rate" in rows[0]["state"]
+
+
+def test_the_page_shows_only_what_differs_and_marks_the_best(sweep):
+    page = (sweep / "sweep.html").read_text(encoding="utf-8")
+    head, *lines = re.findall("<tr>(.*?)</tr>", page.partition("</table>")[0])
+    assert re.findall("<th>(.*?)&emsp;", head)[2] == "optimizer.lr"
+    assert "max_steps" not in head and "batch_size" not in head
+    rows = json.loads((sweep / "sweep.json").read_text())
+    lowest = min(row["held_out_loss"] for row in rows if row["held_out_loss"] is not None)
+    assert ["★" in line for line in lines] == [row["held_out_loss"] == lowest for row in rows]
+    assert all(row["memory_gb"] > 0 and row["minutes"] >= 0 for row in rows[1:])
+
+
+def test_the_page_shows_what_each_run_drew(sweep):
+    page = (sweep / "sweep.html").read_text(encoding="utf-8")
+    assert re.findall(r'alt="(tiny-\w{8}) after 1 steps"', page) == [run.name for run in read_runs(sweep)][1:]
+
+
+def test_any_folder_of_runs_is_compared(sweep):
+    rows = json.loads(write_sweep(sweep.parent).with_name("sweep.json").read_text())
+    assert len(rows) == 3 and any(row["best"] for row in rows)
+
+
+def test_a_run_that_is_cut_off_says_how_far_it_is(tmp_path):
+    tiny.cut_off(1, tmp_path, "max_steps=2")
+    (row,) = json.loads(write_sweep(tmp_path).with_name("sweep.json").read_text())
+    assert row["state"] == "not finished: 1 steps"
+
+
+def test_a_folder_without_runs_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="neither the folder of a sweep nor one of runs"):
+        write_sweep(tmp_path)
