@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 SMALLEST_SCALE = 1e-12  # of a channel that is zero throughout
 FP8_MAX, INT8_MAX = 448, 127
+ROWS = 256  # encoded at once: what lies between takes several times their memory
 NF4_BLOCK = 64  # weights that share a scale
 
 
@@ -19,6 +20,10 @@ class Scaled:
     largest: int
 
     def encode(self, weight: Tensor) -> dict[str, Tensor]:
+        parts = [self._encode(rows) for rows in weight.split(ROWS)]
+        return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+
+    def _encode(self, weight: Tensor) -> dict[str, Tensor]:
         peak = torch.linalg.vector_norm(weight, torch.inf, dim=1, keepdim=True, dtype=torch.float32)
         scale = peak.clamp_(min=SMALLEST_SCALE) / self.largest
         numbers = weight / scale
