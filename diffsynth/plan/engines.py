@@ -23,8 +23,8 @@ class Share:
 
 def shares(held: Held, devices: int) -> list[Share]:
     """Every engine's share for so many devices."""
-    state, weights = -(-(held.gradients + held.optimizer) // devices), -(-held.weights // devices)
-    gathered, passing = GATHERED_BLOCKS * held.block, held.passing - held.gradients + held.average
+    state, weights = (-(-whole // devices) for whole in (held.gradients + held.optimizer, held.weights - held.encoders))
+    gathered, passing = held.encoders + GATHERED_BLOCKS * held.block, held.passing - held.gradients + held.average
     offloaded = [
         Share("zero2_offload", devices, held.weights + passing, state),
         Share("zero3_offload", devices, gathered + passing, weights + state),

@@ -20,6 +20,7 @@ class Held:
         gradients, optimizer, average: Of what is trained.
         update: While the optimizer steps, beside all of these.
         block: Weights of the largest block, which engines that shard weights gather.
+        encoders: Of the frozen weights, those of models outside of the training's network, which no engine shards.
         working: At the peak of forward and backward pass, beside weights, optimizer and average.
         activations: What the forward pass leaves for the backward pass.
         host: What waits in host memory.
@@ -32,6 +33,7 @@ class Held:
     average: int
     update: int
     block: int
+    encoders: int
     working: int = 0
     activations: int = 0
     host: int = 0
@@ -55,11 +57,13 @@ class Held:
 
 
 def kept(rehearsal: Rehearsal, optimizer: Callable, ema, on_cuda: bool) -> Held:
-    """What does not depend on what is trained on, of a module whose passes were rehearsed.
+    """What does not depend on what is trained on.
 
-    Weights that no gradient reaches, as those of the text after the last attention to it, have no optimizer's state.
+    Weights that no gradient reaches, as those of the text after the last attention to it, have no optimizer's state;
+    which they are is known when the passes have been rehearsed.
     """
-    module, reached = rehearsal.module, rehearsal.reached
+    module = rehearsal.module
+    reached = rehearsal.reached or module.trainable_parameters()
     parts = [list(part.values()) for part in module.trained_parts().values()]
     weights = bytes_of(parameter for part in parts for parameter in part)
     numbers = [parameter.numel() for parameter in reached]
@@ -73,7 +77,13 @@ def kept(rehearsal: Rehearsal, optimizer: Callable, ema, on_cuda: bool) -> Held:
         average=4 * sum(parameter.numel() for parameter in parts[0]) if averaged else 0,
         update=cost.update(sum(numbers), max(numbers)),
         block=largest_block(module.pipe.network),
+        encoders=rehearsal.weights(encoders_of(module)),
     )
+
+
+def encoders_of(module) -> set[str]:
+    """Models that are there and neither predict nor are trained."""
+    return module.pipe.built_models - {*module.pipe.in_iteration_models} - module.trained_roots
 
 
 def largest_block(network: nn.Module) -> int:

@@ -14,6 +14,8 @@ from .held import Held, kept
 from .rehearsal import Rehearsal
 from .sketch import download_bytes, sketched
 
+# An estimate: what CUDA's allocator loses between tensors, and its context with the libraries' workspaces.
+CUDA_WASTE, CUDA_CONTEXT = 0.05, 7 * 2**30 // 10
 STAGES = ("train", "draw", "save", "cache")
 
 
@@ -69,6 +71,8 @@ class Run:
         tokens: Of each prompt, where it is not padded to a length of its own.
         cache_batch_size: Samples that go through an encoder together when a cache is made.
         on_cuda: Whether the run is to be there.
+        can_stream: Whether blocks may be streamed, as not under every engine.
+        sizes: Of the pictures to be looked at, (width, height); None is all.
     """
 
     model: Any
@@ -90,22 +94,40 @@ class Run:
     tokens: int = 256
     cache_batch_size: int = 8
     on_cuda: bool = True
+    can_stream: bool = True
+    sizes: Sequence[tuple[int, int]] | None = None
 
-    def plan(self, devices: Iterable[int] = (1,)) -> Plan:
+    def plan(self, devices: Iterable[int] = (1,), caching: bool = True) -> Plan:
         """Rehearse every stage, with every size of picture that there is.
 
         Args:
             devices: Numbers of devices whose shares are told.
+            caching: Also what make_cache.py would take.
         """
-        rows = {size: self.dataset[int(part.rows[0])] for size, part in self.dataset.parts().items()}
+        parts = {size: part for size, part in self.dataset.parts().items() if self.sizes is None or size in self.sizes}
+        rows = {size: self.dataset[int(part.rows[0])] for size, part in parts.items()}
         held = {size: self.held(row) for size, row in rows.items()}
         stages = [self.training(size, own) for size, own in held.items()] + [*self.drawing(), self.saving()]
-        if not self.is_cached:
+        if caching and not self.is_cached:
             stages += [self.caching(size, row) for size, row in rows.items()]
         stages.sort(key=lambda stage: (STAGES.index(stage.name), -stage.peak))
         worst = max(held.values(), key=lambda own: own.peak)
         told = [share for count in devices for share in shares(worst, count)]
         return Plan(stages, worst, told, download_bytes(self.module.pipe, self.model))
+
+    def variant(self, memory, micro_batch_size: int | None = None) -> "Run":
+        """The same with another recipe."""
+        return replace(self, memory=memory, micro_batch_size=micro_batch_size or self.micro_batch_size)
+
+    def estimated(self, size: int) -> int:
+        """What a device has to have free for so many bytes of tensors."""
+        return round(size * (1 + CUDA_WASTE)) + CUDA_CONTEXT if self.on_cuda else size
+
+    @property
+    def largest(self) -> tuple[int, int] | None:
+        """The size of pictures with the most pixels."""
+        sizes = [size for size in self.dataset.parts() if size is not None]
+        return max(sizes, key=lambda size: size[0] * size[1], default=None)
 
     # What there is
 

@@ -4,6 +4,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from .sizes import parse_size
+
 
 @dataclass(frozen=True, kw_only=True)
 class MemoryRecipe:
@@ -22,6 +24,10 @@ class MemoryRecipe:
             gradient instead of 4 and 4; its updates are rounded stochastically. Adapters are fp32 in any case.
         storage: How weights of frozen models are kept; see `storage.py`. They are decoded for each product.
         stored: Names of the models whose weights are; None takes every transformer.
+        budget: What the device may hold, such as `24GiB`: everything above is then chosen so that it fits, with the
+            least predicted slowdown; None takes it as it is given.
+        host_budget: What may wait in host memory.
+        check: Plan the run first, and refuse one that needs more memory than there is.
         compile: `blocks` compiles the blocks that the network repeats, which pays where a run has thousands of steps.
 
     Raises:
@@ -38,12 +44,19 @@ class MemoryRecipe:
     storage: Literal["none", "fp8", "fp8_cast", "int8", "nf4"] = "none"
     stored: Sequence[str] | None = None
     compile: Literal["none", "blocks"] = "none"
+    budget: str | int | None = None
+    host_budget: str | int | None = None
+    check: bool = True
 
     def __post_init__(self):
         least = {"checkpoint_every": 1, "stream_blocks": 0, "stream_buffers": 1}
         for name, value in least.items():
             if getattr(self, name) < value:
                 raise ValueError(f"memory.{name} is {getattr(self, name)}; expected at least {value}.")
+        if self.budget is not None:
+            _ = self.budgets  # refuses what is no amount
+        if self.host_budget is not None and self.budget is None:
+            raise ValueError("memory.host_budget is what a recipe is chosen within; set memory.budget too.")
         if self.checkpoint_every > 1 and self.checkpointing != "blocks":
             raise ValueError(
                 f"memory.checkpoint_every={self.checkpoint_every} counts checkpointed blocks, of which "
@@ -70,6 +83,12 @@ class MemoryRecipe:
                 f"memory.stream_blocks={self.stream_blocks} pass through memory.stream_buffers={self.stream_buffers}, "
                 "which saves nothing; stream more blocks than there are buffers, or none."
             )
+
+    @property
+    def budgets(self) -> tuple[int, int | None]:
+        """Bytes of `budget` and of `host_budget`."""
+        host = None if self.host_budget is None else parse_size(self.host_budget, "memory.host_budget")
+        return parse_size(self.budget, "memory.budget"), host
 
     @property
     def inputs(self) -> dict[str, bool]:

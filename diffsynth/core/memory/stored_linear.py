@@ -20,7 +20,7 @@ class Scaled:
     largest: int
 
     def encode(self, weight: Tensor) -> dict[str, Tensor]:
-        parts = [self._encode(rows) for rows in weight.split(ROWS)]
+        parts = [self._encode(rows) for rows in weight.split(len(weight) if weight.is_meta else ROWS)]
         return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
     def _encode(self, weight: Tensor) -> dict[str, Tensor]:

@@ -1,0 +1,114 @@
+"""Recipes that a run could be trained by, and how much longer each is predicted to take."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from itertools import product
+
+from ..core.data import BatchPlan
+from ..core.gradient import honoured_policies, repeated_blocks
+from ..core.memory import MemoryRecipe
+from ..core.memory.live import bytes_of
+from .plan import Run
+from .rehearsal import tensors_of
+
+# Only the order of options hangs on these. A step that trades nothing is three passes: one forward, two backward.
+PASSES = 3.0
+RECOMPUTING = {"none": 0.0, "attention": 0.3, "feed_forward": 0.3, "blocks": 1.0}  # passes more
+OFFLOADING = {"none": 1.5, "attention": 1.0, "feed_forward": 1.0, "blocks": 0.1}  # passes more, as long as copies take
+DECODING = {"none": 1.0, "int8": 1.25, "nf4": 1.5}  # times as long; int8 before fp8, as it errs less in as many bits
+HALF_A_BATCH = 1.05  # times as long, with half as many samples in a forward
+STORED = {"none": 1.0, "nf4": 4.5 / 16}  # bytes for one of bf16; else a half
+DEVICE_FLOPS, HOST_BYTES = 2e14, 2.5e10  # a second: of a large card in bf16, and of PCIe 4
+STREAMED_PARTS = 10  # how finely numbers of streamed blocks are tried
+PIXELS_A_TOKEN = 16 * 16
+
+
+@dataclass(frozen=True)
+class Option:
+    """A recipe, the samples of a forward, and how many times as long a step takes as one that trades nothing."""
+
+    recipe: MemoryRecipe
+    micro_batch_size: int
+    slowdown: float
+
+    def __str__(self) -> str:
+        names = ("checkpointing", "offload_activations", "storage", "stream_blocks")
+        chosen = [f"memory.{name}={getattr(self.recipe, name)}".lower() for name in names]
+        return " ".join([*chosen, f"micro_batch_size={self.micro_batch_size}"])
+
+
+@dataclass
+class Options:
+    """What a run's recipe could become; what it trades already, it goes on trading."""
+
+    run: Run
+
+    def all(self) -> list[Option]:
+        """The fastest first."""
+        return sorted(self._each(), key=lambda option: option.slowdown)
+
+    def _each(self) -> Iterator[Option]:
+        for policy, offload, storage, size in product(self.policies, (False, True), self.storages, self.sizes):
+            for streamed in self.streamed(policy):
+                recipe = replace(
+                    self.run.memory,
+                    checkpointing=policy,
+                    checkpoint_every=self.run.memory.checkpoint_every if policy == "blocks" else 1,
+                    offload_activations=offload or self.run.memory.offload_activations,
+                    storage=storage,
+                    stream_blocks=streamed,
+                )
+                yield Option(recipe, size, self.slowdown(recipe, size))
+
+    @property
+    def policies(self) -> Sequence[str]:
+        return honoured_policies(self.run.module.pipe.network) if self.run.task.calls_model_fn else ["none"]
+
+    @property
+    def storages(self) -> Sequence[str]:
+        given, lora = self.run.memory.storage, self.run.lora
+        fixed = given != "none" or self.run.module.trainable_models or (lora and lora.preset)
+        return [given] if fixed else list(DECODING)
+
+    @property
+    def sizes(self) -> list[int]:
+        """Samples of a forward: as configured, and halves of it."""
+        whole = BatchPlan(self.run.batch_size, self.run.micro_batch_size).micro_batch_size
+        return [whole // 2**n for n in range(whole.bit_length()) if whole % 2**n == 0]
+
+    def streamed(self, policy: str) -> Sequence[int]:
+        """Numbers of blocks to stream: none, or more than there are buffers for."""
+        recipe, count = self.run.memory, len(self.blocks)
+        if policy != "blocks" or recipe.checkpoint_every > 1 or recipe.compile != "none" or not self.run.can_stream:
+            return [0]
+        tried = {recipe.stream_blocks, *(-(-count * part // STREAMED_PARTS) for part in range(1, STREAMED_PARTS + 1))}
+        return [*([] if recipe.stream_blocks else [0]), *sorted(n for n in tried if n > recipe.stream_buffers)]
+
+    @cached_property
+    def blocks(self) -> list[int]:
+        """Bytes of each block that could be streamed, not stored in fewer bits."""
+        frozen = self.run.task.calls_model_fn and not self.run.module.trainable_models
+        return (
+            [bytes_of(tensors_of(block)) for block in repeated_blocks(self.run.module.pipe.network)] if frozen else []
+        )
+
+    def slowdown(self, recipe: MemoryRecipe, size: int) -> float:
+        passes = PASSES + RECOMPUTING[recipe.checkpointing] / recipe.checkpoint_every
+        passes += OFFLOADING[recipe.checkpointing] * recipe.offload_activations
+        alone = PASSES * self.forward_seconds * size
+        computing = passes / PASSES * alone * DECODING.get(recipe.storage, 1.25)
+        moving = 2 * self.streamed_bytes(recipe) / HOST_BYTES
+        return max(computing, moving) / alone * HALF_A_BATCH ** self.sizes.index(size) + 0.02 * (moving > 0)
+
+    @cached_property
+    def forward_seconds(self) -> float:
+        """Of one sample of the largest size."""
+        defaults = self.run.module.pipe.call_defaults
+        width, height = self.run.largest or (defaults["width"], defaults["height"])
+        tokens = self.run.tokens + width * height / PIXELS_A_TOKEN
+        numbers = sum(parameter.numel() for parameter in self.run.module.pipe.network.parameters())
+        return 2 * numbers * tokens / DEVICE_FLOPS
+
+    def streamed_bytes(self, recipe: MemoryRecipe) -> int:
+        return round(recipe.stream_blocks * max(self.blocks, default=0) * STORED.get(recipe.storage, 0.5))

@@ -1,0 +1,100 @@
+"""Before weights are read: does the run fit where it is, and if a budget is given, which recipe fits that."""
+
+import json
+import logging
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import psutil
+import torch
+from accelerate.utils import broadcast_object_list
+
+from ..core.files import write_text
+from ..core.memory import MemoryRecipe
+from ..core.memory.sizes import shown_size
+from .budget import Budget, Choice
+from .plan import Run
+
+logger = logging.getLogger(__name__)
+
+SMALL = 0.1  # of a device: what a run holds between steps, up to which it is not rehearsed
+
+
+def preflight(run: Run, accelerator, engine: str, run_dir: str | Path) -> Run:
+    """The run with the recipe that it is to be trained by; all processes call it.
+
+    Args:
+        engine: Its name among a plan's shares.
+        run_dir: Where the recipe that was chosen for a budget is written, and read from when the run goes on.
+
+    Raises:
+        ValueError: It does not fit the device, or nothing fits the budget.
+    """
+    device = accelerator.device
+    run = replace(run, on_cuda=device.type == "cuda", sizes=run.largest and [run.largest])
+    found = [None]
+    if accelerator.is_main_process:
+        try:
+            found = [settle(run, Path(run_dir) / "memory.json")]
+            if run.memory.check:
+                check(run.variant(*found[0]), device, engine, accelerator.num_processes)
+        except ValueError as error:  # told by all, or the others would wait
+            found = [str(error)]
+    (settled,) = broadcast_object_list(found)
+    if isinstance(settled, str):
+        raise ValueError(settled)
+    return run.variant(*settled)
+
+
+def settle(run: Run, record: Path) -> tuple[MemoryRecipe, int | None]:
+    """Recipe and micro-batch size: those of the configuration, or what was chosen for its budget."""
+    if run.memory.budget is None:
+        return run.memory, run.micro_batch_size
+    if record.exists():
+        kept = json.loads(record.read_text())
+        return replace(run.memory, **kept["recipe"]), kept["micro_batch_size"]
+    choice = Budget(run, *run.memory.budgets).choose()
+    logger.info("memory.budget=%s: %s", run.memory.budget, choice.why)
+    write_text(record, json.dumps(as_record(choice), indent=1))
+    return choice.option.recipe, choice.option.micro_batch_size
+
+
+def as_record(choice: Choice) -> dict:
+    return {
+        "recipe": asdict(choice.option.recipe),
+        "micro_batch_size": choice.option.micro_batch_size,
+        "device_bytes": choice.need.device,
+        "host_bytes": choice.need.host,
+        "slowdown": choice.option.slowdown,
+        "why": choice.why,
+    }
+
+
+def check(run: Run, device: torch.device, engine: str, devices: int) -> None:
+    """Refuse a run that needs more than the device has free.
+
+    Raises:
+        ValueError: Names both amounts and what to do.
+    """
+    free = free_bytes(device)
+    if run.kept.between_steps < SMALL * free:  # seconds of rehearsing would be most of what such a run takes
+        return
+    plan = run.plan([devices], caching=False)
+    share = next(share for share in plan.shares if share.engine == engine)
+    needed = run.estimated(share.device + plan.worst.peak - plan.held.peak)
+    logger.info("Planned: %s of %s free on %s.", shown_size(needed), shown_size(free), device)
+    if needed > free:
+        raise ValueError(
+            f"This run needs {shown_size(needed)} on {device}, which has {shown_size(free)} free: set memory.budget="
+            f"{free >> 30}GiB to have a recipe chosen that fits, see `python plan.py` for what takes it, or set "
+            "memory.check=false to try all the same."
+        )
+
+
+def free_bytes(device: torch.device) -> int:
+    """Of the device's memory, or of the host's where that is the device."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    if device.type == "mps":
+        return torch.mps.recommended_max_memory() - torch.mps.current_allocated_memory()
+    return psutil.virtual_memory().available
