@@ -1,6 +1,6 @@
 """The networks of a pipeline: found, compared with their files, loaded, frozen, adapted; each by its name."""
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -85,12 +85,18 @@ class PipelineModels(nn.Module):
             if name in self.in_iteration_models:
                 self.draws_by(sampling_settings.of_model(module, files))
 
-    def load_models(self, names: Iterable[str] | None = None, dtypes: Mapping[str, torch.dtype] | None = None) -> None:
+    def load_models(
+        self,
+        names: Iterable[str] | None = None,
+        dtypes: Mapping[str, torch.dtype] | None = None,
+        in_host_memory: Collection[str] = (),
+    ) -> None:
         """Read the weights of the built models `names` (all of them by default), drop the others."""
         wanted = set(self._files if names is None else names)
         for name, files in self._files.items():
             if name in wanted:
-                load_weights(getattr(self, name), files, (dtypes or {}).get(name, self.torch_dtype), self.device)
+                device = "cpu" if name in in_host_memory else self.device
+                load_weights(getattr(self, name), files, (dtypes or {}).get(name, self.torch_dtype), device)
             else:
                 setattr(self, name, None)
 

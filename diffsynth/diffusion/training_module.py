@@ -1,6 +1,6 @@
 """From a row of the data set to a loss: the pipeline, what of it is trained, and the objective."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -38,6 +38,7 @@ class DiffusionTrainingModule(nn.Module):
     pipe: BasePipeline
     collate_fn = staticmethod(single_sample)
     moment: Moment | None = None  # of the training, which its loop sets
+    is_whole = True  # whether this process has all of the weights, as engines may leave it a part of them
     sampling: Mapping[str, Any] | None = None  # arguments of the pipeline that what is trained is to be drawn with
 
     def switch_pipe_to_training_mode(
@@ -180,11 +181,14 @@ class PipelineTrainingModule(DiffusionTrainingModule):
         self.trained_dtype = getattr(torch, memory.trained_dtype)
         self._check()
 
-    def load(self, also: Iterable[str] = (), cached: bool = False) -> "PipelineTrainingModule":
+    def load(
+        self, also: Iterable[str] = (), cached: bool = False, in_host_memory: Collection[str] = ()
+    ) -> "PipelineTrainingModule":
         """Read the weights this run needs (and those of `also`), and make the chosen ones trainable.
 
         Args:
             cached: What the frozen units make is read from a cache, so that their models are not needed.
+            in_host_memory: Models that an engine takes from there to the devices.
         """
         self.task.check(self.pipe, self.lora, cached)
         units = self.live_units if cached else self.units
@@ -194,7 +198,7 @@ class PipelineTrainingModule(DiffusionTrainingModule):
         users |= {name: type(unit).__name__ for unit in units for name in unit.onload_model_names}
         self.pipe.require(users)
         full = {name: self.trained_dtype for name in self.trainable_models}
-        self.pipe.load_models(users, dtypes=full)
+        self.pipe.load_models(users, full, in_host_memory)
         prepare_training(self.pipe, self.trainable_models, self.lora, self.seed, self.trained_dtype)
         self.roles = self.task.cast(self.pipe, self.lora, self.seed)
         self.role_networks = self.roles and self.roles.networks
