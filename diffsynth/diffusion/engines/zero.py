@@ -63,7 +63,10 @@ class ZeRO(ShardedEngine):
     def _check_agreed(self, key: str, value: float, why: str) -> None:
         said = self.config.get(key, "auto")
         if said != "auto" and said != value:
-            raise ValueError(f"The DeepSpeed file says {key}: {said}, but {why} {value:g}; write {key}: auto.")
+            raise ValueError(
+                f"The launcher's file says {key}: {said}, but {why} {value:g}; write auto in a DeepSpeed file, as "
+                "conf/accelerate/zero2.json does."
+            )
 
     def _device(self, offload: str) -> str | None:
         return (self.config["zero_optimization"].get(offload) or {}).get("device")
@@ -75,6 +78,7 @@ class ZeRO(ShardedEngine):
         import deepspeed
 
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # compiled for a minute; gloo does the same
+        deepspeed.init_distributed(torch.distributed.get_backend(), auto_mpi_discovery=False, verbose=False)
         (part,) = parts.values()
         config = self._settled_config()
         self.take(module)
