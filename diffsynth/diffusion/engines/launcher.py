@@ -2,6 +2,8 @@
 
 import os
 
+import torch
+
 ALTERNATIVE = "launch with --config_file conf/accelerate/ddp.yaml."
 
 
@@ -41,9 +43,13 @@ def check_launch(device: str, torch_dtype: str) -> None:
             f"The launcher's file says mixed_precision: {said}, and model.torch_dtype is {torch_dtype}; leave "
             "mixed_precision out of the file, as model.torch_dtype decides."
         )
-    on_cpu = _asked("ACCELERATE_USE_CPU")
-    if on_cpu and device != "cpu":
+    if device != "cpu" and _asked("ACCELERATE_USE_CPU"):
         raise ValueError(f"The launcher's file says use_cpu: true, and device is {device}; set device=cpu.")
+    for_gpus = {"LOCAL_RANK", "ACCELERATE_MIXED_PRECISION"} <= os.environ.keys()  # torchrun sets only the first
+    if device == "cpu" and for_gpus and torch.cuda.is_available():
+        raise ValueError(
+            "The launcher starts processes for GPUs, and device is cpu; set device=auto, or use_cpu: true."
+        )
 
 
 def _asked(name: str) -> bool:
