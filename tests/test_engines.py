@@ -164,7 +164,7 @@ def test_zero_in_two_processes_trains_what_one_trains(tmp_path, alone):
         assert_same(tmp_path / f"{name}_then_on", alone / "ddp")
 
 
-COARSE = ["optimizer.lr=1e-2", "optimizer.eps=1e-4", "max_grad_norm=null"]  # larger updates than bf16 rounds away
+COARSE = ["optimizer.lr=5e-2", "optimizer.eps=1e-4", "max_grad_norm=null"]  # larger updates than bf16 rounds away
 
 
 @pytest.mark.slow
@@ -176,7 +176,7 @@ def test_full_training_in_bf16_is_that_of_ddp(tmp_path, processes):
     work(tmp_path, processes, [job(tmp_path / name, name, *full, *own) for name, own in engines.items()])
     moved = distance(weights(tmp_path / "ddp"), load_file(*(tiny.model() / "transformer").glob("*.safetensors")))
     for name in engines:
-        assert_close(losses(tmp_path / name), losses(tmp_path / "ddp"), rtol=2e-3, atol=2e-3)
+        assert_close(losses(tmp_path / name), losses(tmp_path / "ddp"), rtol=1e-2, atol=1e-2)
         assert distance(weights(tmp_path / name), weights(tmp_path / "ddp")) < 0.1 * moved
 
 
@@ -243,6 +243,7 @@ def test_optimizers_that_look_at_whole_tensors_are_refused(refused, engine, opti
         ("memory.checkpointing=blocks", {"activation_checkpointing": {}}),
         ("enables bf16, and model.torch_dtype is float32", {"bf16": {"enabled": True}}),
         ("enables fp16", {"fp16": {"enabled": True}}),
+        ("reduce_bucket_size: auto", {"zero_optimization": {"stage": 2, "reduce_bucket_size": "auto"}}),
         ("offload to cpu", {"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "nvme"}}}),
     ],
 )

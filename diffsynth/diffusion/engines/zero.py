@@ -42,6 +42,10 @@ class ZeRO(ShardedEngine):
         super().check(module, optimizer, accumulation, max_grad_norm)
         self._check_agreed("gradient_accumulation_steps", accumulation, "batch_size and micro_batch_size make it")
         self._check_agreed("gradient_clipping", max_grad_norm or 0.0, "max_grad_norm is")
+        if guessed := [key for key, value in self.config["zero_optimization"].items() if value == "auto"]:
+            raise ValueError(
+                f"The DeepSpeed file says {guessed[0]}: auto, which nothing here can tell; write a number."
+            )
         for section in ("optimizer", "scheduler"):
             if section in self.config:
                 key = "lr_scheduler" if section == "scheduler" else section
@@ -117,6 +121,8 @@ class ZeRO(ShardedEngine):
             trained = any(parameter.requires_grad for parameter in model.parameters())
             if name not in pipe.in_iteration_models and not trained:
                 object.__setattr__(pipe, name, pipe._modules.pop(name))
+        for buffer in module.buffers():  # DeepSpeed moves only parameters
+            buffer.data = buffer.data.to(self.accelerator.device)
         deepspeed.zero.Init(module=module, config_dict_or_path=config, dtype=torch.float32)
 
     # Every step
