@@ -16,7 +16,6 @@ from diffsynth.config import check
 from diffsynth.diffusion.training_module import PipelineTrainingModule
 
 pytestmark = pytest.mark.engines
-pytest.importorskip("deepspeed")
 
 CONFIG_FILE = "ACCELERATE_DEEPSPEED_CONFIG_FILE"
 BF16 = ["model.torch_dtype=bfloat16"]

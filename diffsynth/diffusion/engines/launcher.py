@@ -1,6 +1,7 @@
 """What the launcher's file asks for: `accelerate launch` hands it over in the environment."""
 
 import os
+from importlib.util import find_spec
 
 import torch
 
@@ -34,8 +35,10 @@ def check_launch(device: str, torch_dtype: str) -> None:
     """Compare what the launcher's file says of device and precision with the configuration.
 
     Raises:
-        ValueError: Names both.
+        ValueError: Names both, or what is not installed.
     """
+    if _asked("ACCELERATE_USE_DEEPSPEED") and find_spec("deepspeed") is None:
+        raise ValueError('DeepSpeed is not installed: pip install "diffsynth-hydra[cluster]"')
     said = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
     computes = "bf16" if torch_dtype == "bfloat16" else "no"
     if said not in ("no", computes):

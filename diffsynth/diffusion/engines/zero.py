@@ -42,6 +42,11 @@ class ZeRO(ShardedEngine):
         super().check(module, optimizer, accumulation, max_grad_norm)
         self._check_agreed("gradient_accumulation_steps", accumulation, "batch_size and micro_batch_size make it")
         self._check_agreed("gradient_clipping", max_grad_norm or 0.0, "max_grad_norm is")
+        self._check_file(module)
+        if module.trained_dtype == torch.bfloat16 and module.trainable_models and module.lora:
+            raise ValueError(f"{self.name} trains one dtype: a lora needs memory.trained_dtype=float32 beside it.")
+
+    def _check_file(self, module) -> None:
         if guessed := [key for key, value in self.config["zero_optimization"].items() if value == "auto"]:
             raise ValueError(
                 f"The DeepSpeed file says {guessed[0]}: auto, which nothing here can tell; write a number."
@@ -61,8 +66,6 @@ class ZeRO(ShardedEngine):
             )
         if "nvme" in (self._device("offload_optimizer"), self._device("offload_param")):
             raise ValueError("The DeepSpeed file offloads to nvme, from where no checkpoint is made; offload to cpu.")
-        if module.trained_dtype == torch.bfloat16 and module.trainable_models and module.lora:
-            raise ValueError(f"{self.name} trains one dtype: a lora needs memory.trained_dtype=float32 beside it.")
 
     def _check_agreed(self, key: str, value: float, why: str) -> None:
         said = self.config.get(key, "auto")
