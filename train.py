@@ -39,12 +39,15 @@ def train(
     from diffsynth.core.data import BatchPlan, CachedDataset
     from diffsynth.diffusion.bad_steps import BadSteps
     from diffsynth.diffusion.cache_plan import CachePlan
+    from diffsynth.diffusion.engines import choose_engine
     from diffsynth.diffusion.runner import launch_training_task, make_accelerator, order_of, record_data
     from diffsynth.diffusion.template_units import required_columns
     from diffsynth.diffusion.training_module import PipelineTrainingModule
+    from diffsynth.plan import Run, preflight
 
     # Mistakes first: nothing heavy is read until all of these have found none.
     accelerator = make_accelerator(device, model.keywords["torch_dtype"])
+    engine = choose_engine(accelerator)
     BatchPlan(batch_size, micro_batch_size, accelerator.num_processes)
     template = template and template.load_one(seed)
     for rows in (dataset, *(validation.datasets.values() if validation else ())):
@@ -55,7 +58,30 @@ def train(
     fingerprint = dataset.fingerprint()
     record_data(accelerator, dataset, fingerprint, run_dir)
     checkpoint.identity = {"data set": fingerprint, **({"template": template.code.digest} if template else {})}
+    run = Run(
+        model=model,
+        dataset=dataset,
+        task=task,
+        memory=memory,
+        optimizer=optimizer,
+        checkpoint=checkpoint,
+        export=export,
+        lora=lora,
+        template=template,
+        ema=ema,
+        validation=validation,
+        seed=seed,
+        max_steps=max_steps,
+        num_epochs=num_epochs,
+        batch_size=batch_size,
+        micro_batch_size=micro_batch_size,
+        processes=accelerator.num_processes,
+        engine=engine.file,
+    )
+    memory, micro_batch_size = preflight(run, accelerator, run_dir)
+    plan = BatchPlan(batch_size, micro_batch_size, accelerator.num_processes)
     module = PipelineTrainingModule(model(device=accelerator.device), task, lora, seed, template, memory)
+    engine.check(module, optimizer, plan.accumulation, max_grad_norm)
     if is_cached := isinstance(dataset, CachedDataset):
         dataset.check_made_for(CachePlan(module).about())
     module.rehearse(dataset)
@@ -63,7 +89,7 @@ def train(
     if accelerator.is_main_process:
         order = order_of(dataset, batch_size, seed)
         receipt.write(module.pipe, dataset, order, validation.datasets if validation else {}, seed)
-    module.load(also=also, cached=is_cached)
+    module.load(also, is_cached, engine.in_host_memory(module))
     launch_training_task(
         accelerator,
         dataset,
@@ -83,6 +109,7 @@ def train(
         logger=logger,
         validation=validation,
         bad_steps=BadSteps(f"{run_dir}/bad_steps.jsonl", max_bad_steps),
+        engine=engine,
     )
     record_data(accelerator, dataset, fingerprint, run_dir)  # with those that could not be decoded
     return [*export.saved, *(validation.saved if validation else ())]

@@ -4,7 +4,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 
 class EMA:
@@ -25,7 +25,7 @@ class EMA:
         self.decay, self.power, self.device = decay, power, device
         self.average: list[Tensor] = []
 
-    def start(self, parameters: Sequence[nn.Parameter]) -> None:
+    def start(self, parameters: Sequence[Tensor]) -> None:
         """Begin with the parameters as they are."""
         self.average = [p.detach().to(self.device or p.device, torch.float32, copy=True) for p in parameters]
 
@@ -34,13 +34,13 @@ class EMA:
         return self.decay if self.power is None else min(self.decay, 1 - (1 + step) ** -self.power)
 
     @torch.no_grad()
-    def update(self, parameters: Sequence[nn.Parameter], step: int) -> None:
+    def update(self, parameters: Sequence[Tensor], step: int) -> None:
         """Move towards the parameters that step `step` left."""
         now = [p.detach().to(a.device, torch.float32) for p, a in zip(parameters, self.average, strict=True)]
         torch._foreach_lerp_(self.average, now, 1 - self.beta(step))
 
     @contextmanager
-    def in_place(self, parameters: Sequence[nn.Parameter]) -> Iterator[None]:
+    def in_place(self, parameters: Sequence[Tensor]) -> Iterator[None]:
         """Put the average where the parameters are, to draw or save with it, and put them back."""
         kept = [p.detach().clone() for p in parameters]
         _fill(parameters, self.average)
@@ -51,6 +51,6 @@ class EMA:
 
 
 @torch.no_grad()
-def _fill(parameters: Sequence[nn.Parameter], values: Sequence[Tensor]) -> None:
+def _fill(parameters: Sequence[Tensor], values: Sequence[Tensor]) -> None:
     for parameter, value in zip(parameters, values, strict=True):
         parameter.copy_(value)

@@ -3,7 +3,7 @@
 import json
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
 
 import torch
@@ -15,6 +15,8 @@ from ..core.signals import leave_to_parent
 from .bad_steps import BadSteps
 from .checkpoint import Checkpoints
 from .ema import EMA
+from .engines import Engine
+from .engines.launcher import check_launch
 from .logger import LocalLogger, ModelLogger
 from .progress import Progress
 from .stopping import Stopped, stop_on_signals
@@ -46,6 +48,7 @@ def launch_training_task(
     logger: LocalLogger | None = None,
     validation=None,
     bad_steps: BadSteps | None = None,
+    engine: Engine | None = None,
 ) -> int:
     """Train `model` on `dataset` and return the number of optimizer steps taken.
 
@@ -57,6 +60,7 @@ def launch_training_task(
         optimizer, lr_scheduler: See `TrainingState`.
         max_grad_norm: Clip the gradient's norm to this.
         checkpoints: Where to go on from, if a run was here before.
+        engine: How it is spread over processes; None is the one that the launcher's file asks for.
 
     Raises:
         Stopped: A signal asked for it; the state is saved.
@@ -68,7 +72,7 @@ def launch_training_task(
     steps = max_steps or order.steps_of(num_epochs)
     optimizer = optimizer or partial(torch.optim.AdamW, lr=learning_rate, weight_decay=weight_decay)
     accelerator.gradient_accumulation_steps = plan.accumulation
-    state = TrainingState(accelerator, model, optimizer, lr_scheduler, steps, ema)
+    state = TrainingState(accelerator, model, optimizer, lr_scheduler, steps, ema, engine)
     resumed = checkpoints is not None and checkpoints.resume(accelerator, state)
     bad_steps = bad_steps or BadSteps()
     if accelerator.is_main_process:
@@ -99,7 +103,7 @@ def launch_training_task(
             # Accumulate the gradient of one batch.
             state.start_step()
             for number in range(plan.accumulation):
-                with accelerator.accumulate(state.model):
+                with state.accumulating(last=number == plan.accumulation - 1):
                     torch.manual_seed(sampler.seed(state.step, number))  # for what the networks draw, such as dropout
                     state.backward(state.model(next(batches)))
 
@@ -133,9 +137,11 @@ def _look(accelerator, state, model_logger, logger, validation, progress, epoch:
             logger.log(state.step, values)
         for name, path in pictures.items():
             logger.picture(state.step, name, path)
-    model_logger.on_step_end(accelerator, state.model, state.step, epoch, done, values)
-    if state.ema and model_logger.due(state.step, epoch, done, values):  # putting the average in place copies weights
-        with state.using("ema"):
+    due = model_logger.due(state.step, epoch, done, values)
+    with state.exporting() if due else nullcontext():  # gathering weights copies them, as putting them in place does
+        model_logger.on_step_end(accelerator, state.model, state.step, epoch, done, values)
+    if state.ema and due:
+        with state.using("ema"), state.exporting():
             model_logger.on_step_end(accelerator, state.model, state.step, epoch, done, values, "ema")
 
 
@@ -163,13 +169,18 @@ def choose_device(device: str) -> str:
 
 
 def make_accelerator(device: str, torch_dtype: str):
-    """An accelerator on `device` that computes in `torch_dtype`; a fresh one in every job of a sweep."""
+    """An accelerator on `device` that computes in `torch_dtype`; a fresh one in every job of a sweep.
+
+    Raises:
+        ValueError: The launcher's file contradicts either.
+    """
     from accelerate import Accelerator, DistributedDataParallelKwargs
     from accelerate.state import AcceleratorState
 
     AcceleratorState._reset_state(reset_partial_state=False)  # process-global, and mixed precision may differ
+    check_launch(chosen := choose_device(device), torch_dtype)
     return Accelerator(
-        cpu=choose_device(device) == "cpu",
+        cpu=chosen == "cpu",
         mixed_precision="bf16" if torch_dtype == "bfloat16" else "no",
         # Released networks carry parameters that no loss reaches, such as the last block's text output.
         kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],

@@ -1,6 +1,6 @@
 """From a row of the data set to a loss: the pipeline, what of it is trained, and the objective."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -39,6 +39,7 @@ class DiffusionTrainingModule(nn.Module):
     pipe: BasePipeline
     collate_fn = staticmethod(single_sample)
     moment: Moment | None = None  # of the training, which its loop sets
+    is_whole = True  # whether this process has all of the weights, as engines may leave it a part of them
     sampling: Mapping[str, Any] | None = None  # arguments of the pipeline that what is trained is to be drawn with
 
     def switch_pipe_to_training_mode(
@@ -182,17 +183,20 @@ class PipelineTrainingModule(DiffusionTrainingModule):
         self._check()
         self.storages = dict.fromkeys(stored_models(self), memory.storage)
 
-    def load(self, also: Iterable[str] = (), cached: bool = False) -> "PipelineTrainingModule":
+    def load(
+        self, also: Iterable[str] = (), cached: bool = False, in_host_memory: Collection[str] = ()
+    ) -> "PipelineTrainingModule":
         """Read the weights this run needs (and those of `also`), and make the chosen ones trainable.
 
         Args:
             cached: What the frozen units make is read from a cache, so that their models are not needed.
+            in_host_memory: Models that an engine takes from there to the devices.
         """
-        self.read(also, cached)
+        self.read(also, cached, in_host_memory)
         lay_out(self)
         return self
 
-    def read(self, also: Iterable[str] = (), cached: bool = False) -> None:
+    def read(self, also: Iterable[str] = (), cached: bool = False, in_host_memory: Collection[str] = ()) -> None:
         """The first half of `load`: weights, adapters and roles, not yet laid out as `memory` says."""
         self.task.check(self.pipe, self.lora, cached)
         units = self.live_units if cached else self.units
@@ -203,7 +207,8 @@ class PipelineTrainingModule(DiffusionTrainingModule):
         self.pipe.require(users)
         full = {name: self.trained_dtype for name in self.trainable_models}
         streamed = self.pipe.in_iteration_models[:1] if self.memory.stream_blocks else ()
-        self.pipe.load_models(users, dtypes=full, in_host_memory=streamed, storages=self.storages)
+        kept_off = {*in_host_memory, *streamed}
+        self.pipe.load_models(users, dtypes=full, in_host_memory=kept_off, storages=self.storages)
         prepare_training(self.pipe, self.trainable_models, self.lora, self.seed, self.trained_dtype)
         self.roles = self.task.cast(self.pipe, self.lora, self.seed)
         self.role_networks = self.roles and self.roles.networks

@@ -4,7 +4,7 @@ import inspect
 import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from typing import Any
 
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from .ema import EMA
+from .engines import Engine, choose_engine
 from .logger import Meter
 from .loss.base import MODEL, Moment
 from .stochastic_rounding import StochasticRounding
@@ -23,12 +24,21 @@ class TrainedPart:
     Args:
         optimizer, lr_scheduler: See `TrainingState`.
         steps: How many steps of the run train it.
+        has_masters: Whether an engine keeps fp32 weights beside these.
     """
 
-    def __init__(self, parameters: dict[str, nn.Parameter], optimizer: Callable, lr_scheduler, steps: int):
+    def __init__(
+        self,
+        parameters: dict[str, nn.Parameter],
+        optimizer: Callable,
+        lr_scheduler: Callable | None,
+        steps: int,
+        has_masters: bool = False,
+    ):
         self.parameters = parameters
+        self.shapes = {name: tuple(parameter.shape) for name, parameter in parameters.items()}
         in_bf16 = any(parameter.dtype == torch.bfloat16 for parameter in parameters.values())
-        self.rounding = StochasticRounding(self.all) if in_bf16 else None
+        self.rounding = StochasticRounding(self.all) if in_bf16 and not has_masters else None
         self.optimizer = optimizer(self.rounding.stand_ins if self.rounding else self.all)
         self.schedule = _schedule(lr_scheduler, self.optimizer, steps)
 
@@ -36,33 +46,34 @@ class TrainedPart:
     def all(self) -> list[nn.Parameter]:
         return list(self.parameters.values())
 
-    def step(self, finite: bool, seed: int) -> None:
-        """Step the optimizer, but for a gradient that is not finite, and the schedule."""
-        if finite and self.rounding:
-            self.rounding.step(self.optimizer.optimizer, seed=seed)
-        elif finite:
+    def step(self, seed: int) -> None:
+        """Step the optimizer."""
+        if self.rounding:
+            self.rounding.step(self.optimizer, seed=seed)
+        else:
             self.optimizer.step()
-        if self.schedule is not None:
-            self.schedule.step()
 
     @property
     def numbers(self) -> int:
-        return sum(parameter.numel() for parameter in self.all)
+        return sum(map(math.prod, self.shapes.values()))
 
-    def trees(self) -> dict[str, Any]:
-        """What changes, as trees of tensors and numbers."""
+    @property
+    def nbytes(self) -> int:
+        return sum(math.prod(self.shapes[name]) * p.element_size() for name, p in self.parameters.items())
+
+    def trees(self, engine: Engine) -> dict[str, Any]:
+        """What changes, as trees of whole tensors and numbers."""
         return {
-            "weights": {name: parameter.detach() for name, parameter in self.parameters.items()},
-            "optimizer": self.optimizer.optimizer.state_dict(),
+            "weights": engine.weights(self),
+            "optimizer": engine.optimizer_state(self),
             "schedule": None if self.schedule is None else self.schedule.state_dict(),
         }
 
-    def restore(self, tree: Callable[[str], Any]) -> None:
+    def restore(self, engine: Engine, tree: Callable[[str], Any]) -> None:
         weights = tree("weights")
-        _check_same(weights, self.parameters)
-        for name, parameter in self.parameters.items():
-            parameter.copy_(weights[name])
-        self.optimizer.optimizer.load_state_dict(tree("optimizer"))
+        _check_same({name: tuple(tensor.shape) for name, tensor in weights.items()}, self.shapes)
+        engine.set_weights(self, weights)
+        engine.set_optimizer_state(self, tree("optimizer"))
         if self.schedule is not None:
             self.schedule.load_state_dict(tree("schedule"))
 
@@ -79,21 +90,34 @@ class TrainingState:
     """
 
     def __init__(
-        self, accelerator, model, optimizer: Callable, lr_scheduler: Callable | None, steps: int, ema: EMA | None
+        self,
+        accelerator,
+        model,
+        optimizer: Callable,
+        lr_scheduler: Callable | None,
+        steps: int,
+        ema: EMA | None,
+        engine: Engine | None = None,
     ):
         self.module, self.steps = model, steps
+        self.engine = engine or choose_engine(accelerator)
+        self.engine.shard(model)
         trained = Counter(part for step in range(steps) for part in model.trained_at(step))
         self.parts = {
-            name: TrainedPart(named, _with_rate(optimizer, model.learning_rate(name)), lr_scheduler, trained[name])
+            name: TrainedPart(
+                named,
+                _with_rate(optimizer, model.learning_rate(name)),
+                lr_scheduler,
+                trained[name],
+                self.engine.has_masters,
+            )
             for name, named in model.trained_parts().items()
         }
         self.accelerator, self.meter, self.ema = accelerator, Meter(accelerator), ema
-        self.model, *optimizers = accelerator.prepare(model, *(part.optimizer for part in self.parts.values()))
-        for part, prepared in zip(self.parts.values(), optimizers, strict=True):
-            part.optimizer = prepared
+        self.model = self.engine.prepare(model, self.parts)
         self.step = self.skipped_steps = self.skipped_in_a_row = 0
         if ema is not None:
-            ema.start(self.main.all)
+            ema.start(self.engine.local(self.main.all))
 
     @property
     def main(self) -> TrainedPart:
@@ -111,18 +135,18 @@ class TrainingState:
 
     def backward(self, losses: Tensor) -> None:
         """Add the gradient of a micro-batch's losses (b,)."""
-        self.accelerator.backward(losses.mean())
+        self.engine.backward(losses.mean())
         self.meter.add_losses(losses)
 
     def update(self, max_grad_norm: float | None) -> bool:
         """Take one optimizer step, or leave it out where the gradient is not finite; whether it was taken."""
         names = self.module.trained_at(self.step)
         trained = [self.parts[name] for name in names]
-        limit = max_grad_norm or math.inf
-        norms = [float(self.accelerator.clip_grad_norm_(part.all, limit)) for part in trained]
+        norms = self.engine.step(trained, max_grad_norm or math.inf, seed=self.step)
         finite = all(map(math.isfinite, norms))
         for part in trained:
-            part.step(finite, seed=self.step)
+            if part.schedule is not None:
+                part.schedule.step()
         for part in self.parts.values():
             for parameter in part.all:
                 parameter.grad = None
@@ -132,34 +156,48 @@ class TrainingState:
         self.left_out = () if finite else self.meter.losses
         self.meter.end_step(norms[0] if finite else None, names[0])
         if self.ema is not None and self.main in trained:
-            self.ema.update(self.main.all, self.step)
+            self.ema.update(self.engine.local(self.main.all), self.step)
         return finite
 
     def set_mode(self, mode: str) -> None:
         """`train` or `eval`: schedule-free optimizers keep one set of weights to train on, one to look at and save."""
         for part in self.parts.values():
-            switch = getattr(part.optimizer.optimizer, mode, None)
+            switch = getattr(part.optimizer, mode, None)
             if switch is not None:
                 switch()
 
     @contextmanager
     def using(self, weights: str) -> Iterator[None]:
         """Look at, or save, the `raw` weights or their average `ema`."""
-        with self.ema.in_place(self.main.all) if weights == "ema" else nullcontext():
+        if weights == "raw":
             yield
+            return
+        with self.ema.in_place(self.engine.local(self.main.all)):
+            self.engine.rewritten()
+            yield
+        self.engine.rewritten()
+
+    def exporting(self) -> AbstractContextManager:
+        """Inside, the first process's module has all of the trained weights."""
+        return self.engine.exporting(self.module, self.parts)
+
+    def accumulating(self, last: bool) -> AbstractContextManager:
+        """One micro-batch, the `last` of its step or not."""
+        return self.engine.accumulating(self.model, last)
 
     @property
     def expected_bytes(self) -> int:
         """What all of it takes after a step, if the optimizers keep two fp32 numbers a weight, as Adam does."""
-        weights = sum(parameter.nbytes for part in self.parts.values() for parameter in part.all)
+        weights = sum(part.nbytes for part in self.parts.values())
         numbers = 2 * sum(part.numbers for part in self.parts.values())
         return weights + 4 * (numbers + (self.main.numbers if self.ema else 0))
 
     def trees(self) -> dict[str, Any]:
         """All of it as trees of tensors and numbers; all processes call it."""
-        trees = {_prefixed(name, key): tree for name, part in self.parts.items() for key, tree in part.trees().items()}
+        parts = {name: part.trees(self.engine) for name, part in self.parts.items()}
+        trees = {_prefixed(name, key): tree for name, part in parts.items() for key, tree in part.items()}
         return trees | {
-            "ema": None if self.ema is None else self.ema.average,
+            "ema": None if self.ema is None else self._whole_average(),
             "counters": {
                 "step": self.step,
                 "skipped_steps": self.skipped_steps,
@@ -167,6 +205,10 @@ class TrainingState:
                 "meter": self.meter.state(),
             },
         }
+
+    def _whole_average(self) -> list[Tensor]:
+        pairs = zip(self.main.all, self.ema.average, strict=True)
+        return [self.engine.keep(self.engine.whole(parameter, average)) for parameter, average in pairs]
 
     @torch.no_grad()
     def restore(self, tree: Callable[[str], Any]) -> None:
@@ -176,10 +218,10 @@ class TrainingState:
             ValueError: They are of another model.
         """
         for name, part in self.parts.items():
-            part.restore(lambda key, name=name: tree(_prefixed(name, key)))
+            part.restore(self.engine, lambda key, name=name: tree(_prefixed(name, key)))
         if self.ema is not None:
-            for average, kept in zip(self.ema.average, tree("ema"), strict=True):
-                average.copy_(kept)
+            for parameter, average, kept in zip(self.main.all, self.ema.average, tree("ema"), strict=True):
+                average.copy_(self.engine.part_of(parameter, kept))
         counters = tree("counters")
         self.step, self.skipped_steps = counters["step"], counters["skipped_steps"]
         self.skipped_in_a_row = counters["skipped_in_a_row"]
@@ -201,10 +243,9 @@ def _schedule(lr_scheduler: Callable | None, optimizer, steps: int):
     return lr_scheduler(optimizer, num_training_steps=steps) if takes_steps else lr_scheduler(optimizer)
 
 
-def _check_same(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
-    shapes = [{name: tuple(tensor.shape) for name, tensor in side.items()} for side in (found, expected)]
-    if shapes[0] != shapes[1]:
-        name = min(name for name, _ in shapes[0].items() ^ shapes[1].items())
+def _check_same(found: Mapping[str, tuple], expected: Mapping[str, tuple]) -> None:
+    if found != expected:
+        name = min(name for name, _ in found.items() ^ expected.items())
         raise ValueError(
-            f"The checkpoint is of another model: {name} is {shapes[0].get(name)} there and {shapes[1].get(name)} here."
+            f"The checkpoint is of another model: {name} is {found.get(name)} there and {expected.get(name)} here."
         )

@@ -105,11 +105,11 @@ class Validation:
         values, pictures = {}, {}
         module = accelerator.unwrap_model(state.model)
         if self.few_steps and state.step == 0:
-            with accelerator.autocast(), module.pipe.sampling():
+            with state.engine.looking(), module.pipe.sampling():
                 values |= self.few_steps.start(module, self.path)
         for weights in self.weights:
             prefix = "" if weights == "raw" else f"{weights}_"
-            with state.using(weights):
+            with state.using(weights), state.engine.looking():
                 measured, picture = self._look(accelerator, module, state.step, prefix)
             values |= {f"{prefix}{name}": value for name, value in measured.items()}
             pictures |= picture
@@ -117,7 +117,7 @@ class Validation:
 
     def _look(self, accelerator, module, step: int, prefix: str) -> tuple[dict[str, float], dict[str, Path]]:
         values, pictures = {}, {}
-        with accelerator.autocast(), module.pipe.sampling() as pipe:
+        with module.pipe.sampling() as pipe:
             for name, dataset in self.datasets.items():  # first: drawing changes the noise levels
                 losses = self.losses(module, dataset)
                 values |= {f"{name}_{key}": value for key, value in losses.items()}

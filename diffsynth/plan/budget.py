@@ -109,7 +109,8 @@ class Budget:
         plan = self.plan(option)
         need = self.need(plan)
         lines = [
-            f"Nothing fits memory.budget={shown_size(self.device)}: the least is {shown_size(need.device)}, with {option}.",
+            f"Nothing fits memory.budget={shown_size(self.device)}; the least is {shown_size(need.device)}:",
+            f"{option}.",
             f"{shown_size(need.device - self.device)} are missing on the device."
             if need.device > self.device
             else f"{shown_size(need.host - self.host)} of host memory are missing.",

@@ -13,7 +13,11 @@ GATHERED_BLOCKS = 2  # one is computed with while the next is gathered
 
 @dataclass(frozen=True)
 class Share:
-    """Bytes on each of so many devices, and in the host's memory for each device."""
+    """Bytes on each of so many devices, and in the host's memory for each device.
+
+    Args:
+        engine: Name of the launcher's file, conf/accelerate/<engine>.yaml; `ddp` on one device is one process.
+    """
 
     engine: str
     devices: int
@@ -25,15 +29,11 @@ def shares(held: Held, devices: int) -> list[Share]:
     """Every engine's share for so many devices."""
     state, weights = (-(-whole // devices) for whole in (held.gradients + held.optimizer, held.weights - held.encoders))
     gathered, passing = held.encoders + GATHERED_BLOCKS * held.block, held.passing - held.gradients + held.average
-    offloaded = [
-        Share("zero2_offload", devices, held.weights + passing, state),
-        Share("zero3_offload", devices, gathered + passing, weights + state),
-    ]
-    if devices == 1:
-        return [Share("one device", 1, held.peak), *offloaded]
+    buckets = held.gradients if devices > 1 else 0  # in which DDP reduces, apart from the gradients themselves
     return [
-        Share("ddp", devices, held.peak + held.gradients),  # which it reduces in buckets apart from them
+        Share("ddp", devices, held.peak + buckets),
         Share("zero2", devices, held.weights + state + passing),
         Share("fsdp2", devices, weights + state + gathered + passing),
-        *offloaded,
+        Share("zero2_offload", devices, held.weights + passing, state),
+        Share("zero3_offload", devices, gathered + passing, weights + state),
     ]

@@ -5,7 +5,6 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import product
 
-from ..core.data import BatchPlan
 from ..core.gradient import honoured_policies, repeated_blocks
 from ..core.memory import MemoryRecipe
 from ..core.memory.live import bytes_of
@@ -68,19 +67,21 @@ class Options:
     @property
     def storages(self) -> Sequence[str]:
         given, lora = self.run.memory.storage, self.run.lora
-        fixed = given != "none" or self.run.module.trainable_models or (lora and lora.preset)
+        fixed = (
+            given != "none" or self.run.module.trainable_models or (lora and lora.preset) or self.run.engine != "ddp"
+        )
         return [given] if fixed else list(DECODING)
 
     @property
     def sizes(self) -> list[int]:
         """Samples of a forward: as configured, and halves of it."""
-        whole = BatchPlan(self.run.batch_size, self.run.micro_batch_size).micro_batch_size
+        whole = self.run.batches.micro_batch_size
         return [whole // 2**n for n in range(whole.bit_length()) if whole % 2**n == 0]
 
     def streamed(self, policy: str) -> Sequence[int]:
         """Numbers of blocks to stream: none, or more than there are buffers for."""
         recipe, count = self.run.memory, len(self.blocks)
-        if policy != "blocks" or recipe.checkpoint_every > 1 or recipe.compile != "none" or not self.run.can_stream:
+        if policy != "blocks" or recipe.checkpoint_every > 1 or recipe.compile != "none" or self.run.engine != "ddp":
             return [0]
         tried = {recipe.stream_blocks, *(-(-count * part // STREAMED_PARTS) for part in range(1, STREAMED_PARTS + 1))}
         return [*([] if recipe.stream_blocks else [0]), *sorted(n for n in tried if n > recipe.stream_buffers)]

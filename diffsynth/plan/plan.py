@@ -1,5 +1,6 @@
 """What a run will take, stage by stage, before any weight is read."""
 
+import copy
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -71,7 +72,7 @@ class Run:
         tokens: Of each prompt, where it is not padded to a length of its own.
         cache_batch_size: Samples that go through an encoder together when a cache is made.
         on_cuda: Whether the run is to be there.
-        can_stream: Whether blocks may be streamed, as not under every engine.
+        processes, engine: How many devices it is spread over, and by which engine (`shares`).
         sizes: Of the pictures to be looked at, (width, height); None is all.
     """
 
@@ -94,7 +95,8 @@ class Run:
     tokens: int = 256
     cache_batch_size: int = 8
     on_cuda: bool = True
-    can_stream: bool = True
+    processes: int = 1
+    engine: str = "ddp"
     sizes: Sequence[tuple[int, int]] | None = None
 
     def plan(self, devices: Iterable[int] = (1,), caching: bool = True) -> Plan:
@@ -129,12 +131,16 @@ class Run:
         sizes = [size for size in self.dataset.parts() if size is not None]
         return max(sizes, key=lambda size: size[0] * size[1], default=None)
 
+    @property
+    def batches(self) -> BatchPlan:
+        return BatchPlan(self.batch_size, self.micro_batch_size, self.processes)
+
     # What there is
 
     @cached_property
     def module(self) -> PipelineTrainingModule:
-        pipe = sketched(self.model, self.tokens)
-        return PipelineTrainingModule(pipe, self.task, self.lora, self.seed, self.template, self.memory)
+        pipe, template = sketched(self.model, self.tokens), copy.deepcopy(self.template)  # which loses its values
+        return PipelineTrainingModule(pipe, self.task, self.lora, self.seed, template, self.memory)
 
     @cached_property
     def rehearsal(self) -> Rehearsal:
@@ -151,8 +157,8 @@ class Run:
 
     def held(self, row) -> Held:
         """What a training on rows like this one holds."""
-        batches = BatchPlan(self.batch_size, self.micro_batch_size)
-        passes = self.rehearsal.train([row] * batches.micro_batch_size, accumulates=batches.accumulation > 1)
+        size, accumulates = self.batches.micro_batch_size, self.batches.accumulation > 1
+        passes = self.rehearsal.train([row] * size, accumulates)
         return replace(self.kept, working=passes.peak, activations=passes.activations, host=passes.host)
 
     # Stages

@@ -2,6 +2,7 @@
 
 import json
 import logging
+from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -10,40 +11,44 @@ import torch
 from accelerate.utils import broadcast_object_list
 
 from ..core.files import write_text
+from ..core.loader import ModelConfig
 from ..core.memory import MemoryRecipe
 from ..core.memory.sizes import shown_size
 from .budget import Budget, Choice
 from .plan import Run
+from .sketch import file_bytes
 
 logger = logging.getLogger(__name__)
 
-SMALL = 0.1  # of a device: what a run holds between steps, up to which it is not rehearsed
+MOST_BYTES = 12  # in training, for each byte of a file: fp32 weights, gradients, Adam, an average, of bf16
+SMALL = 0.1  # of a device: up to there a run is not rehearsed, which would take longer than many of its steps
 
 
-def preflight(run: Run, accelerator, engine: str, run_dir: str | Path) -> Run:
-    """The run with the recipe that it is to be trained by; all processes call it.
+def preflight(run: Run, accelerator, run_dir: str | Path) -> tuple[MemoryRecipe, int | None]:
+    """Recipe and micro-batch size that the run is to be trained with; all processes call it.
 
     Args:
-        engine: Its name among a plan's shares.
         run_dir: Where the recipe that was chosen for a budget is written, and read from when the run goes on.
 
     Raises:
         ValueError: It does not fit the device, or nothing fits the budget.
     """
-    device = accelerator.device
+    device, recipe = accelerator.device, run.memory
+    if recipe.budget is None and (not recipe.check or is_small(run.model, free_bytes(device))):
+        return recipe, run.micro_batch_size
     run = replace(run, on_cuda=device.type == "cuda", sizes=run.largest and [run.largest])
     found = [None]
     if accelerator.is_main_process:
         try:
             found = [settle(run, Path(run_dir) / "memory.json")]
-            if run.memory.check:
-                check(run.variant(*found[0]), device, engine, accelerator.num_processes)
+            if recipe.check:
+                check(run.variant(*found[0]), device)
         except ValueError as error:  # told by all, or the others would wait
             found = [str(error)]
     (settled,) = broadcast_object_list(found)
     if isinstance(settled, str):
         raise ValueError(settled)
-    return run.variant(*settled)
+    return settled
 
 
 def settle(run: Run, record: Path) -> tuple[MemoryRecipe, int | None]:
@@ -70,17 +75,21 @@ def as_record(choice: Choice) -> dict:
     }
 
 
-def check(run: Run, device: torch.device, engine: str, devices: int) -> None:
+def is_small(model: Callable, free: int) -> bool:
+    """Whether all of the weights, trained in full, take a small part of what is free."""
+    sizes = [file_bytes(part) for part in model.keywords.values() if isinstance(part, ModelConfig)]
+    return None not in sizes and MOST_BYTES * sum(sizes) < SMALL * free
+
+
+def check(run: Run, device: torch.device) -> None:
     """Refuse a run that needs more than the device has free.
 
     Raises:
         ValueError: Names both amounts and what to do.
     """
     free = free_bytes(device)
-    if run.kept.between_steps < SMALL * free:  # seconds of rehearsing would be most of what such a run takes
-        return
-    plan = run.plan([devices], caching=False)
-    share = next(share for share in plan.shares if share.engine == engine)
+    plan = run.plan([run.processes], caching=False)
+    share = next(share for share in plan.shares if share.engine == run.engine)
     needed = run.estimated(share.device + plan.worst.peak - plan.held.peak)
     logger.info("Planned: %s of %s free on %s.", shown_size(needed), shown_size(free), device)
     if needed > free:

@@ -7,6 +7,7 @@ from .plan import Plan, Stage
 
 GIB = 2**30
 COLUMNS = ("weights", "gradients", "optimizer", "activations", "peak", "host", "disk")
+ONLY_OF_SEVERAL = ("zero2", "fsdp2")  # engines that spare nothing on one device
 COLOURS = {"weights": "#4c78a8", "optimizer": "#f58518", "gradients": "#e45756", "passing": "#72b7b2"}
 BAR, GAP, LEFT, WIDTH = 22, 10, 170, 900  # of the chart, in pixels
 
@@ -17,7 +18,8 @@ def table(plan: Plan, margin: str = "") -> str:
     for stage in plan.stages:
         lines += [_line((stage.name, _size(stage), *(_gib(getattr(stage, column)) for column in COLUMNS)))]
     lines += ["", *_rows(("devices", "engine", "each device, GiB", "host for each, GiB"))]
-    lines += [_line((str(s.devices), s.engine, _gib(s.device), _gib(s.host))) for s in plan.shares]
+    told = [share for share in plan.shares if share.devices > 1 or share.engine not in ONLY_OF_SEVERAL]
+    lines += [_line((str(s.devices), s.engine, _gib(s.device), _gib(s.host))) for s in told]
     return "\n".join([*lines, "", f"To be downloaded: {_gib(plan.download) or 0} GiB. {margin}".rstrip()])
 
 

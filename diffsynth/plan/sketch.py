@@ -101,3 +101,14 @@ def download_bytes(pipe: BasePipeline, model: Callable[..., BasePipeline]) -> in
 
 def is_here(part: ModelConfig) -> bool:
     return part.path is not None or any(part.folder.glob(str(part.origin_file_pattern)))
+
+
+def file_bytes(part: ModelConfig) -> int | None:
+    """Bytes of a model's files; None where they are still to be fetched."""
+    if not is_here(part):
+        return None
+    named = part.path if isinstance(part.path, list) else [part.path or part.folder / str(part.origin_file_pattern)]
+    files = [file for path in map(Path, named) for file in (path.glob("*") if path.is_dir() else [path])]
+    if part.path is None:
+        files = list(part.folder.glob(str(part.origin_file_pattern)))
+    return sum(file.stat().st_size for file in files if file.is_file())

@@ -89,6 +89,11 @@ class Objective:
 
     # Roles that train beside the model; see `distillation.Distillation`
 
+    @property
+    def has_roles(self) -> bool:
+        """Whether others play beside the model."""
+        return type(self).cast is not Objective.cast
+
     def cast(self, pipe, lora, seed: int):
         """The `roles.Roles` of the training, None where there is but one; on loaded weights."""
 
