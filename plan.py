@@ -23,15 +23,20 @@ def plan(devices: Sequence[int], tokens: int, cache_batch_size: int, path: str, 
 
     from diffsynth.core.files import write_text
     from diffsynth.diffusion.template_units import required_columns
-    from diffsynth.plan import Run, chart, table
+    from diffsynth.plan import Budget, Run, chart, table
 
     parts = {name: training[name] for name in inspect.signature(Run).parameters if name in training}
     parts["template"] = parts.get("template") and parts["template"].load_one(training.get("seed", 0))
     training["dataset"].scan(required=required_columns(training["dataset"], training["task"], parts["template"]))
-    made = Run(**parts, tokens=tokens, cache_batch_size=cache_batch_size).plan(devices)
+    run, budgets, why = Run(**parts, tokens=tokens, cache_batch_size=cache_batch_size), (None, None), ""
+    if run.memory.budget is not None:
+        budgets = run.memory.budgets
+        choice = Budget(run, *budgets).choose()
+        run, why = run.variant(choice.option.recipe, choice.option.micro_batch_size), f"{choice.why}\n\n"
+    made = run.plan(devices)
     write_text(Path(path) / "plan.json", json.dumps(made.as_dict(), indent=1))
-    write_text(Path(path) / "plan.svg", chart(made))
-    return table(made)
+    write_text(Path(path) / "plan.svg", chart(made, budgets[0]))
+    return f"{why}{table(made)}"
 
 
 _own, _trains = (inspect.signature(function).parameters.values() for function in (plan, train))

@@ -50,6 +50,7 @@ class Budget:
         Raises:
             ValueError: None does; names what is missing and the smallest changes that would do.
         """
+        self.run = replace(self.run, sizes=self.run.largest and [self.run.largest])
         self.options = Options(self.run)
         for option in self.options.all():
             need = self.at_least(option)
@@ -115,7 +116,7 @@ class Budget:
             if need.device > self.device
             else f"{shown_size(need.host - self.host)} of host memory are missing.",
         ]
-        return "\n  ".join([*lines, "Any of these would fit:", *self.remedies(plan, need)])
+        return "\n  ".join([*lines, "What would help:", *self.remedies(plan, need)])
 
     def remedies(self, plan: Plan, need: Need) -> Sequence[str]:
         spread = [s for n in (1, *DEVICES) for s in shares(plan.held, n) if self.run.estimated(s.device) <= self.device]
@@ -125,7 +126,9 @@ class Budget:
             f"{shown_size(share.host)} of host memory for each"
             for name, share in first.items()
         ]
-        return [f"- memory.budget={shown_size(need.device).replace(' ', '')}", *on]
+        cache = f"- a cache (make_cache.py, then dataset=cache): {shown_size(plan.held.encoders)} of encoders less"
+        larger = f"- memory.budget={shown_size(need.device).replace(' ', '')}"
+        return [larger, *([cache] if plan.held.encoders else []), *on]
 
 
 def _passing(option: Option) -> tuple:

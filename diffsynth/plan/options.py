@@ -48,13 +48,13 @@ class Options:
         return sorted(self._each(), key=lambda option: option.slowdown)
 
     def _each(self) -> Iterator[Option]:
-        for policy, offload, storage, size in product(self.policies, (False, True), self.storages, self.sizes):
-            for streamed in self.streamed(policy):
+        for policy, storage, size in product(self.policies, self.storages, self.sizes):
+            for offload, streamed in product(self.offloads(policy), self.streamed(policy)):
                 recipe = replace(
                     self.run.memory,
                     checkpointing=policy,
                     checkpoint_every=self.run.memory.checkpoint_every if policy == "blocks" else 1,
-                    offload_activations=offload or self.run.memory.offload_activations,
+                    offload_activations=offload,
                     storage=storage,
                     stream_blocks=streamed,
                 )
@@ -66,11 +66,14 @@ class Options:
 
     @property
     def storages(self) -> Sequence[str]:
-        given, lora = self.run.memory.storage, self.run.lora
-        fixed = (
-            given != "none" or self.run.module.trainable_models or (lora and lora.preset) or self.run.engine != "ddp"
-        )
+        run, given = self.run, self.run.memory.storage
+        merged = run.lora is not None and run.lora.preset is not None
+        fixed = given != "none" or run.module.trainable_models or merged or run.engine != "ddp"
         return [given] if fixed else list(DECODING)
+
+    def offloads(self, policy: str) -> Sequence[bool]:
+        """Only what blocks keep is so little that copying it beats computing it again."""
+        return [True] if self.run.memory.offload_activations else [False, *([True] if policy == "blocks" else [])]
 
     @property
     def sizes(self) -> list[int]:

@@ -106,6 +106,7 @@ class Run:
             devices: Numbers of devices whose shares are told.
             caching: Also what make_cache.py would take.
         """
+        download = download_bytes(self.module.pipe, self.model)  # before a recipe changes how weights are kept
         parts = {size: part for size, part in self.dataset.parts().items() if self.sizes is None or size in self.sizes}
         rows = {size: self.dataset[int(part.rows[0])] for size, part in parts.items()}
         held = {size: self.held(row) for size, row in rows.items()}
@@ -115,7 +116,7 @@ class Run:
         stages.sort(key=lambda stage: (STAGES.index(stage.name), -stage.peak))
         worst = max(held.values(), key=lambda own: own.peak)
         told = [share for count in devices for share in shares(worst, count)]
-        return Plan(stages, worst, told, download_bytes(self.module.pipe, self.model))
+        return Plan(stages, worst, told, download)
 
     def variant(self, memory, micro_batch_size: int | None = None) -> "Run":
         """The same with another recipe."""

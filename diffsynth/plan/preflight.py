@@ -36,7 +36,7 @@ def preflight(run: Run, accelerator, run_dir: str | Path) -> tuple[MemoryRecipe,
     device, recipe = accelerator.device, run.memory
     if recipe.budget is None and (not recipe.check or is_small(run.model, free_bytes(device))):
         return recipe, run.micro_batch_size
-    run = replace(run, on_cuda=device.type == "cuda", sizes=run.largest and [run.largest])
+    run = replace(run, on_cuda=device.type == "cuda")
     found = [None]
     if accelerator.is_main_process:
         try:
@@ -88,6 +88,7 @@ def check(run: Run, device: torch.device) -> None:
         ValueError: Names both amounts and what to do.
     """
     free = free_bytes(device)
+    run = replace(run, sizes=run.largest and [run.largest])
     plan = run.plan([run.processes], caching=False)
     share = next(share for share in plan.shares if share.engine == run.engine)
     needed = run.estimated(share.device + plan.worst.peak - plan.held.peak)

@@ -33,17 +33,18 @@ class ShardedEngine(Engine):
                 f"{self.name} gives an optimizer parts of tensors, and {made.__name__} may need whole ones; choose "
                 f"optimizer=adamw, or {ALTERNATIVE}"
             )
-        if self.shards_weights:
-            self._check_memory(module.memory)
+        self._check_memory(module.memory)
 
     def _check_memory(self, memory) -> None:
-        """Refuse other ways of keeping weights elsewhere, where a recipe asks for them."""
-        asked = {"stream_blocks": getattr(memory, "stream_blocks", 0), "storage": getattr(memory, "storage", "none")}
-        for name, value in asked.items():
-            if value not in (0, None, "none"):
+        """Refuse other ways of keeping weights, and blocks compiled before they are sharded."""
+        nothing = {"stream_blocks": 0}
+        if self.shards_weights:
+            nothing |= {"storage": "none", "compile": "none"}
+        for name, value in nothing.items():
+            if (asked := getattr(memory, name)) != value:
                 raise ValueError(
-                    f"memory.{name}={value} and {self.name} would both decide where the weights are; set "
-                    f"memory.{name}={0 if name == 'stream_blocks' else 'none'}, or {ALTERNATIVE}"
+                    f"memory.{name}={asked} and {self.name} would both decide where the weights are; set "
+                    f"memory.{name}={value}, or {ALTERNATIVE}"
                 )
 
     def take(self, module) -> None:
