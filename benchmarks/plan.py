@@ -114,13 +114,18 @@ def resident() -> int:
     return int(lines["VmRSS"].split()[0]) * 1024
 
 
+def figures(case) -> dict[str, int]:
+    """All three peaks of one case, in a process of its own."""
+    command = [sys.executable, __file__, *map(str, case)]
+    return json.loads(subprocess.check_output(command, env=os.environ | RETURNING))
+
+
 def table(cases) -> None:
     print("| model | training | checkpointing | pixels | predicted | live tensors | process |")
     print("|---|---|---|---|---|---|---|")
     for case in cases:
-        command = [sys.executable, __file__, *map(str, case)]
-        figures = json.loads(subprocess.check_output(command, env=os.environ | RETURNING))
-        plan, live, process = (figures[name] / 1e9 for name in ("predicted", "live", "process"))
+        found = figures(case)
+        plan, live, process = (found[name] / 1e9 for name in ("predicted", "live", "process"))
         cells = [*map(str, case), f"{plan:.2f} GB", *(f"{it:.2f} GB ({plan / it - 1:+.1%})" for it in (live, process))]
         print(f"| {' | '.join(cells)} |", flush=True)
 

@@ -17,6 +17,7 @@ from .sketch import download_bytes, sketched
 
 # An estimate: what CUDA's allocator loses between tensors, and its context with the libraries' workspaces.
 CUDA_WASTE, CUDA_CONTEXT = 0.05, 7 * 2**30 // 10
+ROWS_SEEN = 200  # of pictures that keep their own sizes
 STAGES = ("train", "draw", "save", "cache")
 
 
@@ -108,7 +109,7 @@ class Run:
         """
         download = download_bytes(self.module.pipe, self.model)  # before a recipe changes how weights are kept
         parts = {size: part for size, part in self.dataset.parts().items() if self.sizes is None or size in self.sizes}
-        rows = {size: self.dataset[int(part.rows[0])] for size, part in parts.items()}
+        rows = {size: self.row(part.rows, size) for size, part in parts.items()}
         held = {size: self.held(row) for size, row in rows.items()}
         stages = [self.training(size, own) for size, own in held.items()] + [*self.drawing(), self.saving()]
         if caching and not self.is_cached:
@@ -161,6 +162,13 @@ class Run:
         size, accumulates = self.batches.micro_batch_size, self.batches.accumulation > 1
         passes = self.rehearsal.train([row] * size, accumulates)
         return replace(self.kept, working=passes.peak, activations=passes.activations, host=passes.host)
+
+    def row(self, numbers: Sequence[int], size: tuple[int, int] | None):
+        """One of these rows of the data set; of those that each have a size of their own, the largest that is seen."""
+        if size is not None or self.is_cached:
+            return self.dataset[int(numbers[0])]
+        rows = (self.dataset[int(number)] for number in numbers[:: max(1, len(numbers) // ROWS_SEEN)])
+        return max(rows, key=lambda row: row["image"].width * row["image"].height)
 
     # Stages
 

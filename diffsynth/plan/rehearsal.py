@@ -67,10 +67,6 @@ class Rehearsal:
         """
         samples = [Sample(row, 0, number) for number, row in enumerate(rows)]
         steps = {tuple(self.module.trained_at(step)): step for step in reversed(range(LOOKED_AHEAD))}.values()
-        for step in (
-            steps if accumulates and not self.reached else ()
-        ):  # which parameters have gradients from the first of them on
-            self._train(samples[:1], Moment(step, LOOKED_AHEAD), accumulates=False)
         stages = [self._train(samples, Moment(step, LOOKED_AHEAD), accumulates) for step in steps]
         return max(stages, key=lambda stage: stage.peak)
 
@@ -78,17 +74,19 @@ class Rehearsal:
         self.module.train(True)
         self.module.moment = moment
         trained = self.module.trainable_parameters()
+        hooks = [parameter.register_post_accumulate_grad_hook(self.reached.add) for parameter in trained]
         with self._measured() as before:
-            for parameter in self.reached if accumulates else ():
+            for parameter in trained if accumulates else ():
                 parameter.grad = torch.empty_like(parameter)
             with self.autocast():
                 losses = self.module(samples)
             activations = self.live.device.now - before
             losses.mean().backward()
             del losses
-            self.reached.update(parameter for parameter in trained if parameter.grad is not None)
             for parameter in trained:
                 parameter.grad = None
+        for hook in hooks:
+            hook.remove()
         return self._since(before, activations=activations)
 
     @torch.no_grad()
