@@ -14,7 +14,7 @@ from diffsynth.config import build, check, explained, run
 from train import train
 
 
-def plan(devices: Sequence[int], tokens: int, cache_batch_size: int, path: str, **training):
+def plan(devices: Sequence[int], tokens: int, cached: bool, cache_batch_size: int, path: str, **training):
     """The plan of one training; writes it down and returns its table.
 
     Its signature, with that of `train` in the place of `training`, is the schema of conf/plan.yaml's top level.
@@ -28,7 +28,8 @@ def plan(devices: Sequence[int], tokens: int, cache_batch_size: int, path: str, 
     parts = {name: training[name] for name in inspect.signature(Run).parameters if name in training}
     parts["template"] = parts.get("template") and parts["template"].load_one(training.get("seed", 0))
     training["dataset"].scan(required=required_columns(training["dataset"], training["task"], parts["template"]))
-    run, budgets, why = Run(**parts, tokens=tokens, cache_batch_size=cache_batch_size), (None, None), ""
+    run = Run(**parts, tokens=tokens, cached=cached, cache_batch_size=cache_batch_size)
+    budgets, why = (None, None), ""
     if run.memory.budget is not None:
         budgets = run.memory.budgets
         choice = Budget(run, *budgets).choose()

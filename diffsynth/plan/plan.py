@@ -7,7 +7,11 @@ from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from typing import Any
 
-from ..core.data import BatchPlan, CachedDataset
+from torch import Tensor
+from torch.utils._pytree import tree_leaves
+
+from ..core.data import BatchPlan, CachedDataset, CachedRow
+from ..core.memory.live import bytes_of
 from ..diffusion.checkpoint import FILE_BYTES
 from ..diffusion.training_module import PipelineTrainingModule
 from .engines import Share, shares
@@ -74,6 +78,7 @@ class Run:
         cache_batch_size: Samples that go through an encoder together when a cache is made.
         on_cuda: Whether the run is to be there.
         processes, engine: How many devices it is spread over, and by which engine (`shares`).
+        cached: As if the data set were cached already.
         sizes: Of the pictures to be looked at, (width, height); None is all.
     """
 
@@ -98,6 +103,7 @@ class Run:
     on_cuda: bool = True
     processes: int = 1
     engine: str = "ddp"
+    cached: bool = False
     sizes: Sequence[tuple[int, int]] | None = None
 
     def plan(self, devices: Iterable[int] = (1,), caching: bool = True) -> Plan:
@@ -110,10 +116,12 @@ class Run:
         download = download_bytes(self.module.pipe, self.model)  # before a recipe changes how weights are kept
         parts = {size: part for size, part in self.dataset.parts().items() if self.sizes is None or size in self.sizes}
         rows = {size: self.row(part.rows, size) for size, part in parts.items()}
+        encoded = {size: self.encoded(size, row) for size, row in rows.items()} if self.encodes(caching) else {}
+        if self.cached and not isinstance(self.dataset, CachedDataset):
+            rows = {size: row for size, (_, row) in encoded.items()}
         held = {size: self.held(row) for size, row in rows.items()}
         stages = [self.training(size, own) for size, own in held.items()] + [*self.drawing(), self.saving()]
-        if caching and not self.is_cached:
-            stages += [self.caching(size, row) for size, row in rows.items()]
+        stages += [stage for stage, _ in encoded.values()] if caching else []
         stages.sort(key=lambda stage: (STAGES.index(stage.name), -stage.peak))
         worst = max(held.values(), key=lambda own: own.peak)
         told = [share for count in devices for share in shares(worst, count)]
@@ -151,7 +159,15 @@ class Run:
 
     @property
     def is_cached(self) -> bool:
-        return isinstance(self.dataset, CachedDataset)
+        return self.cached or isinstance(self.dataset, CachedDataset)
+
+    def encodes(self, caching: bool) -> bool:
+        """Whether frozen units are to be rehearsed by themselves."""
+        return (caching or self.cached) and not isinstance(self.dataset, CachedDataset)
+
+    @cached_property
+    def uncached(self) -> "Run":
+        return replace(self, cached=False) if self.cached else self
 
     @cached_property
     def kept(self) -> Held:
@@ -165,7 +181,7 @@ class Run:
 
     def row(self, numbers: Sequence[int], size: tuple[int, int] | None):
         """One of these rows of the data set; of those that each have a size of their own, the largest that is seen."""
-        if size is not None or self.is_cached:
+        if size is not None or isinstance(self.dataset, CachedDataset):
             return self.dataset[int(numbers[0])]
         rows = (self.dataset[int(number)] for number in numbers[:: max(1, len(numbers) // ROWS_SEEN)])
         return max(rows, key=lambda row: row["image"].width * row["image"].height)
@@ -205,9 +221,11 @@ class Run:
             return math.ceil(epochs if self.max_steps is None else self.max_steps * self.batch_size / len(self.dataset))
         return math.ceil(self.max_steps / every)
 
-    def caching(self, size, row) -> Stage:
-        """What make_cache.py takes, which reads the models of the frozen units alone."""
-        names = self.module.pipe.models_of(self.module.frozen_units, model_fn=False)
-        weights, encoding = self.rehearsal.weights(names), self.rehearsal.encode([row] * self.cache_batch_size)
-        disk = len(self.dataset.parts()[size].rows) * encoding.made
-        return Stage("cache", size, weights, peak=weights + encoding.peak, disk=disk)
+    def encoded(self, size, row) -> tuple[Stage, CachedRow]:
+        """What make_cache.py takes, which reads the models of the frozen units alone, and what it leaves of a row."""
+        module, rehearsal = self.uncached.module, self.uncached.rehearsal
+        working, made = rehearsal.encode([row] * self.cache_batch_size)
+        weights = rehearsal.weights(module.pipe.models_of(module.frozen_units, model_fn=False))
+        tensors = [leaf for leaf in tree_leaves(made.made) if isinstance(leaf, Tensor)]
+        disk = len(self.dataset.parts()[size].rows) * bytes_of(tensors)
+        return Stage("cache", size, weights, peak=weights + working.peak, disk=disk), made

@@ -8,8 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._pytree import tree_map
 
-from ..core.data import Sample
+from ..core.data import CachedRow, Sample
 from ..core.memory.live import LiveBytes, bytes_of
 from ..diffusion.loss.base import Moment
 from ..diffusion.memory_layout import lay_out
@@ -28,13 +29,11 @@ class Working:
         activations: What the forward pass leaves for the backward pass.
         peak: The most at any moment.
         host: What waits in host memory at most, weights among it.
-        made: Of what comes out of it and is kept.
     """
 
     peak: int
     host: int = 0
     activations: int = 0
-    made: int = 0
 
 
 class Rehearsal:
@@ -90,17 +89,17 @@ class Rehearsal:
         return self._since(before, activations=activations)
 
     @torch.no_grad()
-    def encode(self, rows: Sequence) -> Working:
-        """The frozen units on rows, as when a cache is made; `made` is bytes a row."""
+    def encode(self, rows: Sequence) -> tuple[Working, CachedRow]:
+        """The frozen units on rows, as when a cache is made, and what it would keep of the first."""
         module = self.module
         with self._measured() as before, self.autocast():
             inputs = [module.get_pipeline_inputs(row) for row in rows]
             made = run_units_together(module.frozen_units, module.pipe, inputs)
-            kept = [v for side in made[0] for name, v in side.items() if name in module.kept_inputs]
-            tensors = [value for value in kept if isinstance(value, torch.Tensor)]
-            size = bytes_of(tensors)
-            del inputs, made, kept, tensors
-        return self._since(before, made=size)
+            kept = [{n: v for n, v in side.items() if n in module.kept_inputs} for side in made[0]]
+            del inputs, made
+        working = self._since(before)
+        sides = tree_map(lambda value: zeros_like(value) if isinstance(value, torch.Tensor) else value, kept)
+        return working, CachedRow(rows[0], dict(zip(("shared", "posi", "nega"), sides, strict=True)))
 
     @torch.no_grad()
     def draw(self, request: Mapping) -> Working:
@@ -133,6 +132,11 @@ class Rehearsal:
 
     def _since(self, before: int, **more: int) -> Working:
         return Working(self.live.device.peak - before, self.live.host.peak, **more)
+
+
+def zeros_like(tensor: torch.Tensor) -> torch.Tensor:
+    """A tensor with values, of the shape of one without."""
+    return torch.zeros(tensor.shape, dtype=tensor.dtype)
 
 
 def tensors_of(module: nn.Module) -> list[torch.Tensor]:

@@ -1,7 +1,7 @@
 """Models without weights: where the architecture is known, so is what a run of it takes."""
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path, PurePosixPath
@@ -96,7 +96,13 @@ def download_bytes(pipe: BasePipeline, model: Callable[..., BasePipeline]) -> in
     """What of the weights has still to be fetched; released ones have two bytes a number."""
     parts = {name: part for name, part in model.keywords.items() if isinstance(part, ModelConfig)}
     absent = [getattr(pipe, name) for name, part in parts.items() if not (is_folder(part) or is_here(part))]
-    return sum(2 * parameter.numel() for model in absent for parameter in model.parameters())
+    stored = [p for model in absent for name, p in model.named_parameters() if name not in tied(model)]
+    return sum(2 * parameter.numel() for parameter in stored)
+
+
+def tied(model) -> Collection[str]:
+    """Names of the parameters that are others again, and in no file."""
+    return getattr(model, "all_tied_weights_keys", {})
 
 
 def is_here(part: ModelConfig) -> bool:
