@@ -171,7 +171,8 @@ def test_encoders_are_not_sharded():
 
 def plan(tmp_path, *overrides: str) -> dict:
     """What `python plan.py` writes."""
-    cfg = tiny.compose("plan", *tiny.train_overrides(tmp_path), f"path={tmp_path / 'plan'}", *overrides)
+    given = [*tiny.train_overrides(tmp_path), f"path={tmp_path / 'plan'}"]
+    cfg = tiny.compose("plan", *tiny.merged(given, overrides))
     function = tiny.entry_function("plan")
     tiny.check(cfg, function)
     table = function(**tiny.build(cfg))
@@ -194,11 +195,23 @@ def test_every_size_is_planned_the_worst_first(tmp_path):
     Image.new("RGB", (64, 48)).save(folder / "0.png")
     sizes = [f"dataset.path={folder}", "dataset.height=null", "dataset.width=null", "batch_size=1"]
     of_buckets, of_rows = (
-        [stage for stage in plan(tmp_path, *sizes, more)["stages"] if stage["name"] == "train"]
-        for more in ("dataset.buckets=true", "dataset.buckets=false")
+        [stage for stage in plan(tmp_path, *sizes, *more)["stages"] if stage["name"] == "train"]
+        for more in (["dataset.buckets=true", "dataset.max_pixels=[1024,3072]"], ["dataset.buckets=false"])
     )
-    assert len(of_buckets) == 2 and of_buckets[0]["peak"] > of_buckets[1]["peak"]
-    assert [stage["size"] for stage in of_rows] == [None] and of_rows[0]["peak"] >= of_buckets[0]["peak"]
+    assert [stage["size"] for stage in of_buckets] == [[64, 48], [32, 32]]
+    assert of_buckets[0]["peak"] > of_buckets[1]["peak"]
+    assert [stage["size"] for stage in of_rows] == [None]  # each has its own, of which the largest counts
+    assert of_rows[0]["peak"] == of_buckets[0]["peak"]
+
+
+def test_a_training_from_a_cache_is_planned_before_there_is_one(tmp_path):
+    own, cached = (plan(tmp_path, f"cached={flag}") for flag in ("false", "true"))
+    made, found = tmp_path / "cache", tmp_path / "from_cache"
+    tiny.make_cache(made)
+    real = plan(found, "dataset=cache", f"dataset.path={made}")
+    assert cached["held"]["encoders"] == real["held"]["encoders"] == 0 < own["held"]["encoders"]
+    assert cached["held"]["frozen"] == real["held"]["frozen"] == own["held"]["frozen"] - own["held"]["encoders"]
+    assert cached["peak"] < own["peak"]
 
 
 def run_of(tmp_path, *overrides: str) -> Run:
