@@ -58,6 +58,7 @@ def train(
     fingerprint = dataset.fingerprint()
     record_data(accelerator, dataset, fingerprint, run_dir)
     checkpoint.identity = {"data set": fingerprint, **({"template": template.code.digest} if template else {})}
+    pipe = model(device=accelerator.device)
     run = Run(
         model=model,
         dataset=dataset,
@@ -80,7 +81,7 @@ def train(
     )
     memory, micro_batch_size = preflight(run, accelerator, run_dir)
     plan = BatchPlan(batch_size, micro_batch_size, accelerator.num_processes)
-    module = PipelineTrainingModule(model(device=accelerator.device), task, lora, seed, template, memory)
+    module = PipelineTrainingModule(pipe, task, lora, seed, template, memory)
     engine.check(module, optimizer, plan.accumulation, max_grad_norm)
     if is_cached := isinstance(dataset, CachedDataset):
         dataset.check_made_for(CachePlan(module).about())

@@ -13,6 +13,7 @@ from pathlib import Path
 from unittest import mock
 
 import tiny
+from deepspeed.runtime.activation_checkpointing import checkpointing
 
 from diffsynth.config import build, check, claim, finish
 
@@ -32,6 +33,7 @@ ENGINES = {  # what `accelerate launch` makes of the files in conf/accelerate
 def run(engine: str, overrides: list[str], cut_off: int | None = None, poisoned: int | None = None) -> None:
     cfg = tiny.compose("train", *overrides)
     function = tiny.entry_function("train")
+    checkpointing.deepspeed_checkpointing_enabled = False  # for good once configured: runs have processes of their own
     with mock.patch.dict(os.environ, ENGINES[engine]), poison(poisoned), power(cut_off):
         check(cfg, function)
         run_dir = claim(cfg)

@@ -68,6 +68,7 @@ def test_compiled_blocks_train_an_adapter_as_uncompiled_ones(options, training_m
     assert graphs() == 2  # the first block, and all the others
 
 
+@pytest.mark.slow
 def test_sizes_and_prompts_of_any_length_share_their_graphs(training_module, samples, graphs):
     compiled, plain = pair(training_module, None, LORA, checkpointing="blocks")
     for width, rows in ((32, samples[:2]), (64, samples[1:]), (48, samples[1:]), (96, samples[:2])):

@@ -107,7 +107,13 @@ def test_each_option_takes_from_the_device_what_it_says(benchmark, monkeypatch):
     assert 0.9 < streamed.host / (3 * plain.block) < 1.1
 
 
-@pytest.mark.parametrize("case", [("qwen_image", "lora", "blocks", "256"), ("flux2_klein_4b", "lora", "none", "256")])
+OTHER_CASES = [("flux2_klein_4b", "lora", "none", "256"), ("flux2_klein_4b", "lora", "blocks", "512")]
+
+
+@pytest.mark.parametrize(
+    "case",
+    [("qwen_image", "lora", "blocks", "256"), *(pytest.param(case, marks=pytest.mark.slow) for case in OTHER_CASES)],
+)
 def test_a_plan_of_real_width_is_within_the_bounds_of_a_real_process(benchmark, case):
     """benchmarks/plan.py has the other cases, with weights trained in full and larger pictures."""
     figures = benchmark.figures(case)

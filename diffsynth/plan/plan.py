@@ -125,6 +125,8 @@ class Run:
         stages.sort(key=lambda stage: (STAGES.index(stage.name), -stage.peak))
         worst = max(held.values(), key=lambda own: own.peak)
         told = [share for count in devices for share in shares(worst, count)]
+        if self.memory.stream_blocks:  # which other engines refuse
+            told = [share for share in told if share.engine == "ddp"]
         return Plan(stages, worst, told, download)
 
     def variant(self, memory, micro_batch_size: int | None = None) -> "Run":

@@ -18,13 +18,19 @@ BACKEND = "inductor"
 VARIANTS = 16
 
 
+def compilable_blocks(network: nn.Module) -> list[nn.Module]:
+    """The blocks that a diffusers model names as those to be compiled (`_repeated_blocks`)."""
+    names = getattr(network, "_repeated_blocks", None) or ()
+    return [block for block in repeated_blocks(network) if type(block).__name__ in names]
+
+
 def check_compilable(network: nn.Module) -> None:
     """Refuse a network that names no blocks that it repeats.
 
     Raises:
         ValueError: Names the network.
     """
-    if not repeated_blocks(network):
+    if not compilable_blocks(network):
         raise ValueError(
             f"{type(network).__name__} says of no block that it repeats it (_repeated_blocks), and only those are "
             "compiled; set memory.compile=none."
@@ -39,7 +45,7 @@ def compile_blocks(network: nn.Module) -> "CountedBackend | None":
     """
     if any(tensor.is_meta or isinstance(tensor, FakeTensor) for tensor in network.parameters()):
         return None
-    blocks, backend = repeated_blocks(network), CountedBackend()
+    blocks, backend = compilable_blocks(network), CountedBackend()
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, VARIANTS)
     for block in blocks:
         block.compile(backend=backend)
