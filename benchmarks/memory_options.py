@@ -9,18 +9,14 @@ tensors, counted as they are made and freed: what waits in host memory apart fro
 
 import argparse
 import time
-import weakref
-from contextlib import contextmanager
-from unittest import mock
 
 import torch
 from accelerate import init_empty_weights
 from diffusers import QwenImageTransformer2DModel
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from diffsynth.core.gradient import checkpoint_blocks, follow
-from diffsynth.core.memory import MemoryRecipe, host
+from diffsynth.core.memory import MemoryRecipe
+from diffsynth.core.memory.live import LiveBytes
 from diffsynth.core.memory.streaming import stream_blocks
 from diffsynth.diffusion.lora import LoRA
 
@@ -47,43 +43,6 @@ OPTIONS = {
 }
 
 
-class LiveTensors(TorchDispatchMode):
-    """Bytes of the tensors made inside that are still there, on the device and in host memory, and their peaks."""
-
-    def __init__(self):
-        super().__init__()
-        self.now, self.peak, self.where = dict.fromkeys(("device", "host"), 0), {"device": 0, "host": 0}, "device"
-        self.seen = weakref.WeakSet()
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        made = func(*args, **kwargs or {})
-        given = [t.untyped_storage() for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)]
-        for storage in (t.untyped_storage() for t in tree_leaves(made) if isinstance(t, torch.Tensor)):
-            if storage not in self.seen and all(storage is not other for other in given):
-                self.seen.add(storage)
-                self.add(self.where, storage.nbytes())
-                weakref.finalize(storage, self.add, self.where, -storage.nbytes())
-        return made
-
-    def add(self, where: str, size: int) -> None:
-        self.now[where] += size
-        self.peak[where] = max(self.peak[where], self.now[where])
-
-    @contextmanager
-    def host_counted(self):
-        to_host = host.to_host
-
-        def counted(tensor):
-            self.where = "host"
-            try:
-                return to_host(tensor)
-            finally:
-                self.where = "device"
-
-        with mock.patch.object(host, "to_host", counted):
-            yield self
-
-
 class Trained:
     """The blocks with adapters under one option; base weights are shared, but for those that are streamed."""
 
@@ -106,11 +65,16 @@ class Trained:
         if recipe.stream_blocks:
             self.stream = stream_blocks(self.network, blocks, recipe.stream_buffers, torch.device("cpu"))
 
+    @property
+    def buffers(self) -> list[torch.Tensor]:
+        """Those that streamed weights pass through."""
+        return self.stream.buffers if self.stream else []
+
     def weights(self) -> int:
         """Bytes of frozen weights on the device."""
         streamed = {id(tensor) for tensor in self.stream.tensors} if self.stream else set()
         resident = sum(p.nbytes for p in self.network.parameters() if not p.requires_grad and id(p) not in streamed)
-        return resident + (sum(buffer.nbytes for buffer in self.stream.buffers) if self.stream else 0)
+        return resident + sum(buffer.nbytes for buffer in self.buffers)
 
     def step(self, inputs: dict) -> torch.Tensor:
         """The gradients, in one row."""
@@ -142,9 +106,11 @@ def main():
     trained = {name: Trained(options, base, arguments.blocks, arguments.rank) for name, options in OPTIONS.items()}
     inputs, peaks, gradients, seconds = sample(arguments.pixels), {}, {}, {name: [] for name in OPTIONS}
     for name, option in trained.items():
-        with LiveTensors().host_counted() as live, live:
+        with LiveBytes() as live:
+            live.watch([*option.network.parameters(), *option.network.buffers(), *option.buffers])
+            before = live.device.now
             gradients[name] = option.step(inputs)
-        peaks[name] = live.peak
+        peaks[name] = {"device": live.device.peak - before, "host": live.host.peak}
     for _ in range(arguments.rounds):
         for name, option in trained.items():
             start = time.process_time()

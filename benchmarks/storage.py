@@ -15,40 +15,14 @@ import subprocess
 import sys
 import tempfile
 import time
-import weakref
 from pathlib import Path
 
 import torch
 from load_memory import peak_of, write_checkpoint
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+
+from diffsynth.core.memory.live import LiveBytes
 
 STORAGES = ("none", "fp8", "fp8_cast", "int8", "nf4")
-
-
-class LivePeak(TorchDispatchMode):
-    """Bytes of the tensors made inside that live at once, at most."""
-
-    def __init__(self):
-        super().__init__()
-        self.now = self.peak = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        before = {t.untyped_storage().data_ptr() for t in tree_leaves(args) if isinstance(t, torch.Tensor)}
-        result = func(*args, **(kwargs or {}))
-        for tensor in tree_leaves(result):
-            if isinstance(tensor, torch.Tensor) and tensor.untyped_storage().data_ptr() not in before:
-                self._count(tensor.untyped_storage())
-        return result
-
-    def _count(self, storage: torch.UntypedStorage) -> None:
-        size = storage.nbytes()
-        self.now += size
-        self.peak = max(self.peak, self.now)
-        weakref.finalize(storage, self._forget, size)
-
-    def _forget(self, size: int) -> None:
-        self.now -= size
 
 
 class Side:
@@ -115,12 +89,14 @@ def measure(storages: list[str], pixels: int, turns: int) -> dict[str, dict[str,
 
 
 def figures(side: Side, answer, plain: Side, expected, inputs: dict) -> dict[str, float]:
-    with LivePeak() as live:
+    with LiveBytes() as live:
+        live.watch([*side.pipe.dit.parameters(), *side.pipe.dit.buffers(), *inputs.values()])
+        before = live.device.now
         side.step(inputs)
     times = zip(side.seconds[1:-1], plain.seconds[1:], strict=False)  # the first warmed up, the last was counted
     return {
         "bytes": side.bytes,
-        "live": live.peak,
+        "live": live.device.peak - before,
         "time": statistics.median(mine / theirs for mine, theirs in times),
         "error": ((answer[0] - expected[0]).norm() / expected[0].norm()).item(),
         "cosine": torch.cosine_similarity(answer[1].double(), expected[1].double(), dim=0).item(),
