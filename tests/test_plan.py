@@ -151,7 +151,7 @@ def test_on_cuda_all_tensors_are_stepped_together():
     assert not single.together
 
 
-HELD = Held(1000, 100, 100, 200, 0, 0, block=50, encoders=300, working=150)
+HELD = Held(1000, 100, 100, 200, 0, 0, block=50, masters=100, encoders=300, working=150)
 
 
 def test_one_device_holds_everything_and_sharding_engines_less_the_more_there_are():
@@ -169,7 +169,7 @@ def test_one_device_holds_everything_and_sharding_engines_less_the_more_there_ar
 def test_encoders_are_not_sharded():
     shared = {share.engine: share.device for share in shares(HELD, 10**9)}
     assert shared["fsdp2"] == 300 + 2 * 50 + 50 + 2  # encoders, two blocks, activations, a byte of each part
-    assert shared["zero2"] == 1100 + 50 + 1
+    assert shared["zero2"] == 1100 + 50 + 2
 
 
 # Commands -------------------------------------------------------------------------------------------------------------

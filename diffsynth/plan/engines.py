@@ -27,13 +27,14 @@ class Share:
 
 def shares(held: Held, devices: int) -> list[Share]:
     """Every engine's share for so many devices."""
-    state, weights = (-(-whole // devices) for whole in (held.gradients + held.optimizer, held.weights - held.encoders))
+    own = held.gradients + held.optimizer
+    state, masters, weights = (-(-whole // devices) for whole in (own, held.masters, held.weights - held.encoders))
     gathered, passing = held.encoders + GATHERED_BLOCKS * held.block, held.passing - held.gradients + held.average
     buckets = held.gradients if devices > 1 else 0  # in which DDP reduces, apart from the gradients themselves
     return [
         Share("ddp", devices, held.peak + buckets),
-        Share("zero2", devices, held.weights + state + passing),
+        Share("zero2", devices, held.weights + state + masters + passing),
         Share("fsdp2", devices, weights + state + gathered + passing),
-        Share("zero2_offload", devices, held.weights + passing, state),
-        Share("zero3_offload", devices, gathered + passing, weights + state),
+        Share("zero2_offload", devices, held.weights + passing, state + masters),
+        Share("zero3_offload", devices, gathered + passing, weights + state + masters),
     ]

@@ -20,6 +20,7 @@ class Held:
         gradients, optimizer, average: Of what is trained.
         update: While the optimizer steps, beside all of these.
         block: Weights of the largest block, which engines that shard weights gather.
+        masters: fp32 copies of what is trained, which ZeRO keeps beside it.
         encoders: Of the frozen weights, those of models outside of the training's network, which no engine shards.
         working: At the peak of forward and backward pass, beside weights, optimizer and average.
         activations: What the forward pass leaves for the backward pass.
@@ -33,6 +34,7 @@ class Held:
     average: int
     update: int
     block: int
+    masters: int
     encoders: int
     working: int = 0
     activations: int = 0
@@ -77,6 +79,7 @@ def kept(rehearsal: Rehearsal, optimizer: Callable, ema, on_cuda: bool) -> Held:
         average=4 * sum(parameter.numel() for parameter in parts[0]) if averaged else 0,
         update=cost.update(sum(numbers), max(numbers)),
         block=largest_block(module.pipe.network),
+        masters=4 * sum(parameter.numel() for part in parts for parameter in part),
         encoders=rehearsal.weights(encoders_of(module)),
     )
 
