@@ -8,7 +8,6 @@ memory above what it had before there was a model). `python benchmarks/plan.py` 
 import itertools
 import json
 import os
-import resource
 import subprocess
 import sys
 from dataclasses import replace
@@ -89,7 +88,7 @@ def measured(family: str, training: str, checkpointing: str, size: int) -> dict[
         live.watch([*module.parameters(), *module.buffers()])
         live.watch(leaf for leaf in tree_leaves(list(optimizer.state.values())) if isinstance(leaf, torch.Tensor))
         step(module, optimizer, row)
-    return {"live": live.device.peak, "process": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - start}
+    return {"live": live.device.peak, "process": resident("VmHWM") - start}
 
 
 def step(module: PipelineTrainingModule, optimizer, row: CachedRow) -> None:
@@ -109,9 +108,10 @@ def warm_up() -> None:
     OPTIMIZER([weight]).step()
 
 
-def resident() -> int:
-    lines = dict(line.split(":") for line in Path("/proc/self/status").read_text().splitlines())
-    return int(lines["VmRSS"].split()[0]) * 1024
+def resident(name: str = "VmRSS") -> int:
+    """Bytes of this process now, or its peak `VmHWM`, which unlike rusage's does not begin with its parent's."""
+    lines = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    return int(lines[name].split()[0]) * 1024
 
 
 def figures(case) -> dict[str, int]:

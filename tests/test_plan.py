@@ -177,7 +177,7 @@ def test_encoders_are_not_sharded():
 
 def plan(tmp_path, *overrides: str) -> dict:
     """What `python plan.py` writes."""
-    given = [*tiny.train_overrides(tmp_path), f"path={tmp_path / 'plan'}"]
+    given = [*tiny.train_overrides(tmp_path), f"path={tmp_path / 'plan'}", "batch_size=1", "cache_batch_size=1"]
     cfg = tiny.compose("plan", *tiny.merged(given, overrides))
     function = tiny.entry_function("plan")
     tiny.check(cfg, function)
@@ -199,7 +199,7 @@ def test_every_size_is_planned_the_worst_first(tmp_path):
     folder = tmp_path / "data"
     tiny.write_dataset(folder)
     Image.new("RGB", (64, 48)).save(folder / "0.png")
-    sizes = [f"dataset.path={folder}", "dataset.height=null", "dataset.width=null", "batch_size=1"]
+    sizes = [f"dataset.path={folder}", "dataset.height=null", "dataset.width=null"]
     of_buckets, of_rows = (
         [stage for stage in plan(tmp_path, *sizes, *more)["stages"] if stage["name"] == "train"]
         for more in (["dataset.buckets=true", "dataset.max_pixels=[1024,3072]"], ["dataset.buckets=false"])
@@ -221,7 +221,9 @@ def test_a_training_from_a_cache_is_planned_before_there_is_one(tmp_path):
 
 
 def run_of(tmp_path, *overrides: str) -> Run:
-    parts = tiny.build(tiny.compose("train", *tiny.train_overrides(tmp_path), *overrides))
+    parts = tiny.build(
+        tiny.compose("train", *tiny.merged(tiny.train_overrides(tmp_path), ["batch_size=1", *overrides]))
+    )
     parts["dataset"].scan(required=())
     names = Run.__dataclass_fields__.keys() & parts.keys()
     return Run(**{name: parts[name] for name in names}, on_cuda=False)
@@ -247,7 +249,7 @@ def test_a_budget_that_nothing_fits_says_what_is_missing_and_what_would_help(tmp
 
 def test_what_was_chosen_is_written_into_the_run_and_trained_with(tmp_path):
     whole = run_of(tmp_path).plan(caching=False).worst.peak
-    run_dir = tiny.train(tmp_path, f"memory.budget={whole - 1}", "memory.check=false")
+    run_dir = tiny.train(tmp_path, f"memory.budget={whole - 1}", "memory.check=false", "batch_size=1")
     chosen = json.loads((run_dir / "memory.json").read_text())
     assert chosen["device_bytes"] < whole and chosen["recipe"]["budget"] == whole - 1
     assert (run_dir / "finished.json").exists()
