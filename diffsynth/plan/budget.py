@@ -106,7 +106,7 @@ class Budget:
         return "\n  ".join(lines)
 
     def missing(self) -> str:
-        option, _ = min(self.passed_over, key=lambda passed: passed[1].device)
+        option, _ = min(self.passed_over, key=_thrift)
         plan = self.plan(option)
         need = self.need(plan)
         lines = [
@@ -129,6 +129,12 @@ class Budget:
         cache = f"- a cache (make_cache.py, then dataset=cache): {shown_size(plan.held.encoders)} of encoders less"
         larger = f"- memory.budget={shown_size(need.device).replace(' ', '')}"
         return [larger, *([cache] if plan.held.encoders else []), *on]
+
+
+def _thrift(passed: tuple[Option, Need]) -> tuple:
+    """The smaller, the less memory; what was not rehearsed is known by its weights and optimizer alone."""
+    option, need = passed
+    return need.device, option.micro_batch_size, not option.recipe.offload_activations
 
 
 def _passing(option: Option) -> tuple:
