@@ -210,6 +210,7 @@ def test_every_size_is_planned_the_worst_first(tmp_path):
     assert of_rows[0]["peak"] == of_buckets[0]["peak"]
 
 
+@pytest.mark.slow
 def test_a_training_from_a_cache_is_planned_before_there_is_one(tmp_path):
     own, cached = (plan(tmp_path, f"cached={flag}") for flag in ("false", "true"))
     made, found = tmp_path / "cache", tmp_path / "from_cache"

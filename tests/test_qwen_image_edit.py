@@ -336,6 +336,7 @@ def test_a_configuration_is_complete(name):
     assert cfg.model.edit_image_numbered == (name != "qwen_image_edit")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("zero_cond_t", [False, True])
 def test_all_blocks_take_a_lora_step_of_two_edited_megapixels(zero_cond_t):
     pipe = QwenImagePipeline(device="meta", torch_dtype=torch.bfloat16)
