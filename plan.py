@@ -28,7 +28,8 @@ def plan(devices: Sequence[int], tokens: int, cached: bool, cache_batch_size: in
     parts = {name: training[name] for name in inspect.signature(Run).parameters if name in training}
     parts["template"] = parts.get("template") and parts["template"].load_one(training.get("seed", 0))
     training["dataset"].scan(required=required_columns(training["dataset"], training["task"], parts["template"]))
-    run = Run(**parts, tokens=tokens, cached=cached, cache_batch_size=cache_batch_size)
+    on_cuda = training.get("device", "auto") in ("auto", "cuda")  # whatever this machine has
+    run = Run(**parts, tokens=tokens, cached=cached, cache_batch_size=cache_batch_size, on_cuda=on_cuda)
     budgets, why = (None, None), ""
     if run.memory.budget is not None:
         budgets = run.memory.budgets
@@ -37,7 +38,7 @@ def plan(devices: Sequence[int], tokens: int, cached: bool, cache_batch_size: in
     made = run.plan(devices)
     write_text(Path(path) / "plan.json", json.dumps(made.as_dict(), indent=1))
     write_text(Path(path) / "plan.svg", chart(made, budgets[0]))
-    return f"{why}{table(made)}"
+    return f"{why}{table(made, run.estimated(made.worst.peak) if on_cuda else None)}"
 
 
 _own, _trains = (inspect.signature(function).parameters.values() for function in (plan, train))

@@ -50,7 +50,7 @@ OPTIMIZER = partial(torch.optim.AdamW, lr=1e-4)
 
 def module_of(family: str, training: str, checkpointing: str) -> PipelineTrainingModule:
     kind = QwenImagePipeline if family == "qwen_image" else Flux2ImagePipeline
-    pipe = kind.from_components(Sketch(CONFIGS[family], None), None, None, None)
+    pipe = kind.from_components(Sketch(CONFIGS[family]), None, None, None)
     lora = LoRA(rank=32, target_modules=TARGETS) if training == "lora" else None
     return PipelineTrainingModule(pipe, FlowMatchSFT(), lora, memory=MemoryRecipe(checkpointing=checkpointing))
 

@@ -86,7 +86,8 @@ class Budget:
         return self.at_rest[storage]
 
     def passes(self, option: Option) -> Held | None:
-        return next((p.held for key, p in self.plans.items() if key == _passing(option)), None)
+        plan = self.plans.get(_passing(option))
+        return plan and plan.held
 
     def plan(self, option: Option) -> Plan:
         plan = self.run.variant(option.recipe, option.micro_batch_size).plan(caching=False)
@@ -101,7 +102,7 @@ class Budget:
             f"{option}: {shown_size(need.device)} of {shown_size(self.device)} on the device, {shown_size(need.host)} "
             f"in host memory; a step is predicted to take {option.slowdown:.2f} times as long as with memory to spare."
         ]
-        for other, missed in _least_by_slowdown(faster):
+        for other, missed in _nearest(faster):
             lines.append(f"{other} ({other.slowdown:.2f} times) would need {shown_size(missed.device)}.")
         return "\n  ".join(lines)
 
@@ -143,6 +144,6 @@ def _passing(option: Option) -> tuple:
     return recipe.checkpointing, recipe.checkpoint_every, recipe.offload_activations, option.micro_batch_size
 
 
-def _least_by_slowdown(passed: Sequence[tuple[Option, Need]], count: int = 3) -> list[tuple[Option, Need]]:
+def _nearest(passed: Sequence[tuple[Option, Need]], count: int = 3) -> list[tuple[Option, Need]]:
     """Of the options that would have been faster, those that came nearest."""
     return sorted(passed, key=lambda pair: pair[1].device)[:count]

@@ -12,15 +12,22 @@ COLOURS = {"weights": "#4c78a8", "optimizer": "#f58518", "gradients": "#e45756",
 BAR, GAP, LEFT, WIDTH = 22, 10, 170, 900  # of the chart, in pixels
 
 
-def table(plan: Plan, margin: str = "") -> str:
-    """Stages and shares in GiB, each as a Markdown table."""
+def table(plan: Plan, needed: int | None = None) -> str:
+    """Stages and shares in GiB, each as a Markdown table.
+
+    Args:
+        needed: What a GPU has to have free for the worst of the training's stages, an estimate; None of other devices.
+    """
     lines = _rows(("stage", "pixels", *(f"{column}, GiB" for column in COLUMNS)))
     for stage in plan.stages:
         lines += [_line((stage.name, _size(stage), *(_gib(getattr(stage, column)) for column in COLUMNS)))]
     lines += ["", *_rows(("devices", "engine", "each device, GiB", "host for each, GiB"))]
     told = [share for share in plan.shares if share.devices > 1 or share.engine not in ONLY_OF_SEVERAL]
     lines += [_line((str(s.devices), s.engine, _gib(s.device), _gib(s.host))) for s in told]
-    return "\n".join([*lines, "", f"To be downloaded: {_gib(plan.download) or 0} GiB. {margin}".rstrip()])
+    lines += ["", f"To be downloaded: {_gib(plan.download) or 0} GiB."]
+    if needed is not None:
+        lines.append(f"A GPU needs about {_gib(needed)} GiB with what its allocator and context take: an estimate.")
+    return "\n".join(lines)
 
 
 def chart(plan: Plan, budget: int | None = None) -> str:

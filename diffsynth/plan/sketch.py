@@ -16,14 +16,9 @@ ARCHITECTURES = Path(__file__).parent / "architectures"  # of released models, s
 
 @dataclass(frozen=True)
 class Sketch:
-    """Stands where a `ModelConfig` does: a config.json, or its content, and no files.
-
-    Args:
-        released: Whose architecture it is.
-    """
+    """Stands where a `ModelConfig` does: a config.json, or its content, and no files."""
 
     config: Path | Mapping
-    released: ModelConfig
 
     def resolve(self) -> None:
         """There are no files."""
@@ -54,7 +49,7 @@ def sketched(model: Callable[..., BasePipeline], tokens: int) -> BasePipeline:
         FileNotFoundError: The architecture of a model is neither here nor known.
     """
     parts = {name: part for name, part in model.keywords.items() if isinstance(part, ModelConfig)}
-    sketches = {name: Sketch(find_config(part), part) for name, part in parts.items() if not is_folder(part)}
+    sketches = {name: Sketch(find_config(part)) for name, part in parts.items() if not is_folder(part)}
     text_encoder = sketches.pop("text_encoder", None)
     left_out = dict.fromkeys(parts.keys() - sketches.keys())
     pipe = model.func(**{**model.keywords, **left_out, **sketches}, device="meta")

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from ...core.gradient import repeated_blocks
 from .launcher import ALTERNATIVE
 from .sharded import ShardedEngine
 
@@ -126,12 +127,6 @@ def shard_network(network: nn.Module, options: Mapping[str, Any]) -> nn.Module:
     """
     from torch.distributed.fsdp import fully_shard
 
-    for block in blocks_of(network):
+    for block in repeated_blocks(network):
         fully_shard(block, **options)
     return fully_shard(network, **options)
-
-
-def blocks_of(network: nn.Module) -> list[nn.Module]:
-    """The modules that the network's library takes for its blocks."""
-    names = {*(getattr(network, "_repeated_blocks", None) or ()), *(getattr(network, "_no_split_modules", None) or ())}
-    return [module for module in network.modules() if type(module).__name__ in names]
