@@ -10,8 +10,9 @@ from torch import Tensor, nn
 
 from diffsynth.core.data import collate
 from diffsynth.core.loader import ModelConfig
-from diffsynth.diffusion import kv_cache, template_lora
-from diffsynth.diffusion.template_cache import append_text
+from diffsynth.diffusion import kv_cache
+from diffsynth.diffusion.template import lora
+from diffsynth.diffusion.template.cache import append_text
 from diffsynth.pipelines import flux2_image, qwen_image
 from diffsynth.pipelines.flux2_image import Flux2ImagePipeline
 from diffsynth.pipelines.qwen_image import QwenImagePipeline
@@ -265,8 +266,8 @@ def test_loras_of_several_templates_add_up(base):
     names = ["transformer_blocks.0.attn.to_q", "norm_out.linear"]
     whole = lora_of(base.dit, batch=1)
     first, second = {n: whole[n] for n in names}, {names[0]: tuple(2 * t for t in whole[names[0]])}
-    merged = template_lora.merge([state_dict_of(first), state_dict_of(second, prefix="")], "transformer")
-    summed = template_lora.read(merged, base.dit, "transformer", "mine")
+    merged = lora.merge([state_dict_of(first), state_dict_of(second, prefix="")], "transformer")
+    summed = lora.read(merged, base.dit, "transformer", "mine")
     assert summed[names[0]][0].shape[1] == 4
     base.dit, plain = merged_into(merged_into(base.dit, first, 0), second, 0), base.dit
     expected, base.dit = base(), plain
@@ -277,7 +278,7 @@ def test_scales_of_other_formats_are_folded_in(base):
     name = "transformer_blocks.0.attn.to_q"
     down, up = lora_of(base.dit, batch=1, rank=2)[name]
     kohya = {f"{name}.lora_down.weight": down[0], f"{name}.lora_up.weight": up[0], f"{name}.alpha": torch.tensor(1.0)}
-    found = template_lora.read(kohya, base.dit, "transformer", "mine")
+    found = lora.read(kohya, base.dit, "transformer", "mine")
     assert torch.equal(found[name][0], down / 2) and torch.equal(found[name][1], up)
 
 
@@ -297,7 +298,7 @@ def test_scales_of_other_formats_are_folded_in(base):
 )
 def test_a_lora_of_another_network_is_refused(given, message, base):
     with pytest.raises(ValueError, match=f"mine: .*{message}"):
-        template_lora.read(given, base.dit, "transformer", "mine")
+        lora.read(given, base.dit, "transformer", "mine")
 
 
 def test_loras_of_samples_need_layers_that_see_samples(base):

@@ -21,14 +21,15 @@ from transformers import Qwen2_5_VLProcessor, Qwen2Tokenizer
 
 from diffsynth.core.data import CachedDataset, Sample, SampleAddress, UnifiedDataset
 from diffsynth.core.memory import MemoryRecipe
-from diffsynth.diffusion import template_code, template_model
 from diffsynth.diffusion.caching import launch_data_process_task
 from diffsynth.diffusion.image_units import stretch_to_area
 from diffsynth.diffusion.lora import LoRA
 from diffsynth.diffusion.loss import FlowMatchSFT
 from diffsynth.diffusion.randomness import Draw
 from diffsynth.diffusion.runner import make_accelerator
-from diffsynth.diffusion.template_units import required_columns
+from diffsynth.diffusion.template.code import read_code
+from diffsynth.diffusion.template.model import load_template
+from diffsynth.diffusion.template.units import required_columns
 from diffsynth.diffusion.training_module import PipelineTrainingModule, prepare_training
 from diffsynth.pipelines.qwen_image import EDIT_PROMPT_TEMPLATE, ModelConfig, QwenImagePipeline, pack_latents
 
@@ -194,7 +195,7 @@ def test_what_templates_give_reaches_edited_images(name, pipe):
 
 def training(task=EDITING, lora=None, template=None, **options) -> PipelineTrainingModule:
     """A training whose models are built, not loaded."""
-    template = template and template_model.load(template_code.read(template))
+    template = template and load_template(read_code(template))
     return PipelineTrainingModule(
         tiny_qwen_edit.pipeline(), task, lora, template=template, memory=MemoryRecipe(**options)
     )

@@ -11,8 +11,9 @@ from conftest import import_file
 from PIL import Image
 
 from diffsynth.config import check
-from diffsynth.diffusion import template_code, template_model
 from diffsynth.diffusion.template import ModelConfig, TemplatePipeline, Templates, load_template_model
+from diffsynth.diffusion.template.code import read_code
+from diffsynth.diffusion.template.model import load_template
 
 benchmark = import_file(tiny.ROOT / "benchmarks" / "templates.py")
 FOLDER, DATA = tiny.ROOT / "models" / "templates", tiny.ROOT / "data" / "emoji"
@@ -53,7 +54,7 @@ def test_it_moves_a_drawing(name):
 
 @pytest.mark.parametrize("name", INPUTS)
 def test_its_weights_are_finite_and_complete(name):
-    code = template_code.read(FOLDER / name)
+    code = read_code(FOLDER / name)
     model = load_template_model(FOLDER / name, torch.float32)
     assert [path.name for path in code.weights] == ["model.safetensors"]
     assert all(tensor.isfinite().all() and tensor.abs().sum() > 0 for tensor in model.state_dict().values())
@@ -72,7 +73,7 @@ def test_from_scratch_leaves_the_trained_weights_out():
 
 @pytest.mark.parametrize("name", INPUTS)
 def test_the_sizes_that_its_docstring_names_for_klein_make_its_blocks(name):
-    code = template_code.read(FOLDER / name)
+    code = read_code(FOLDER / name)
     with torch.device("meta"):
         model = code.model(**KLEIN, **READING.get(name, {}))
     config = " ".join((FOLDER / name / "model.py").read_text().split("class ")[0].split())
@@ -84,7 +85,7 @@ def test_the_sizes_that_its_docstring_names_for_klein_make_its_blocks(name):
 @pytest.mark.parametrize("name", INPUTS)
 def test_its_rows_name_files_that_its_processor_reads(name, split):
     rows = read_rows(name, split)
-    template = template_model.load(template_code.read(FOLDER / name))
+    template = load_template(read_code(FOLDER / name))
     for row in rows:
         given = row["template_inputs"].items()
         inputs = {key: str(DATA / value) if isinstance(value, str) else value for key, value in given}

@@ -14,8 +14,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from diffsynth.core.loader import ModelConfig, model_config
-from diffsynth.diffusion import template_code, template_model
 from diffsynth.diffusion.template import Templates, load_state_dict, load_template_model
+from diffsynth.diffusion.template.code import find_template, module_name, read_code
+from diffsynth.diffusion.template.model import load_template
 
 MODEL_ID = "someone/a-template"
 COMMIT = {name: name * 40 for name in "ab"}
@@ -64,23 +65,23 @@ def runs(folder: Path) -> int:
 
 
 def test_code_runs_once_however_often_it_is_loaded(loud):
-    models = [load_template_model(loud), load_template_model(str(loud)), template_code.read(loud).model()]
+    models = [load_template_model(loud), load_template_model(str(loud)), read_code(loud).model()]
     assert runs(loud) == 1 and len({type(model) for model in models}) == 1
 
 
 def test_changed_code_runs_anew_though_nothing_else_of_the_file_changed(loud):
-    before = template_code.read(loud)
+    before = read_code(loud)
     stat = (loud / "model.py").stat()
     templates.write(loud, LOUD, ("2 * scale", "3 * scale"))
     os.utime(loud / "model.py", ns=(stat.st_atime_ns, stat.st_mtime_ns))
-    after = template_code.read(loud)
+    after = read_code(loud)
     assert [code.data_processor()(scale=1) for code in (before, after)] == [{"value": 2}, {"value": 3}]
     assert runs(loud) == 2 and not list(loud.glob("__pycache__"))
 
 
 def test_equal_code_in_two_folders_knows_its_own(tmp_path):
     folders = [templates.write(tmp_path / name, LOUD) for name in "ab"]
-    assert len({template_code.read(folder).model for folder in folders}) == 2
+    assert len({read_code(folder).model for folder in folders}) == 2
     assert [runs(folder) for folder in folders] == [1, 1]
 
 
@@ -91,15 +92,15 @@ def test_what_a_template_makes_can_be_pickled(loud):
 
 
 def test_another_process_imports_it_by_itself(loud):
-    processor = template_code.read(loud).data_processor()
+    processor = read_code(loud).data_processor()
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
         assert pool.submit(processor, scale=4).result() == {"value": 8}
     assert runs(loud) == 2
 
 
 def test_a_pickle_of_code_that_changed_is_refused(loud):
-    dumped = pickle.dumps(template_code.read(loud).data_processor())
-    sys.modules.pop(template_code.module_name(loud / "model.py"))
+    dumped = pickle.dumps(read_code(loud).data_processor())
+    sys.modules.pop(module_name(loud / "model.py"))
     templates.write(loud, LOUD, ("2 * scale", "3 * scale"))
     with pytest.raises(ImportError, match="model.py is not what it was"):
         pickle.loads(dumped)
@@ -142,7 +143,7 @@ def test_a_folder_without_code_is_refused(tmp_path):
     with pytest.raises(FileNotFoundError, match="model.py not found; a template's folder holds a model.py"):
         load_template_model(tmp_path)
     with pytest.raises(FileNotFoundError, match="gone is no folder"):
-        template_code.find(ModelConfig(path=str(tmp_path / "gone")))
+        find_template(ModelConfig(path=str(tmp_path / "gone")))
 
 
 def test_the_constructor_gets_its_arguments(tmp_path):
@@ -177,7 +178,7 @@ def hub(tmp_path, monkeypatch):
 def test_a_hubs_code_does_not_run_without_consent_and_is_shown(hub, tmp_path):
     for options in ({}, {"revision": COMMIT["a"]}):
         with pytest.raises(ValueError, match="has not been run: trust_remote_code is false") as refused:
-            template_code.find(ModelConfig(model_id=MODEL_ID, **options))
+            find_template(ModelConfig(model_id=MODEL_ID, **options))
         message = str(refused.value)
         (shown,) = (path for path in (tmp_path / "models").rglob("model.py") if str(path) in message)
         assert f"SHA-256 {sha256(shown.read_bytes()).hexdigest()}, begins:\n" in message
@@ -189,37 +190,37 @@ def test_a_hubs_code_does_not_run_without_consent_and_is_shown(hub, tmp_path):
 @pytest.mark.parametrize("revision", [None, "main", "v1.0", COMMIT["a"][:7]])
 def test_consent_without_a_commit_is_none(revision, hub):
     with pytest.raises(ValueError, match=f"revision is {revision!r}, and no commit"):
-        template_code.find(ModelConfig(model_id=MODEL_ID, revision=revision, trust_remote_code=True))
+        find_template(ModelConfig(model_id=MODEL_ID, revision=revision, trust_remote_code=True))
 
 
 def test_a_hub_that_does_not_answer_is_said_to(hub, monkeypatch):
     monkeypatch.setattr(model_config, "_answers", lambda endpoint: False)
     with pytest.raises(ValueError, match="It cannot be shown: .*hub does not answer"):
-        template_code.find(ModelConfig(model_id=MODEL_ID))
+        find_template(ModelConfig(model_id=MODEL_ID))
 
 
 def test_with_consent_the_whole_repository_comes_each_commit_by_itself(hub):
     asked = [ModelConfig(model_id=MODEL_ID, revision=COMMIT[name], trust_remote_code=True) for name in "ab"]
     with pytest.raises(ValueError):  # its code is looked at first, which must not be taken for all of it
-        template_code.find(ModelConfig(model_id=MODEL_ID, revision=COMMIT["a"]))
-    folders = [template_code.find(config) for config in [*asked, asked[0]]]
+        find_template(ModelConfig(model_id=MODEL_ID, revision=COMMIT["a"]))
+    folders = [find_template(config) for config in [*asked, asked[0]]]
     assert folders[0] == folders[2] != folders[1]
     for folder, name in zip(folders, "ab", strict=False):
         assert (folder / "model.safetensors").exists()
-        assert name == sys.modules[template_code.read(folder).model.__module__].NAME
+        assert name == sys.modules[read_code(folder).model.__module__].NAME
     assert len(hub) == 3
 
 
 def test_a_local_folder_of_that_name_wins_and_runs(hub, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     templates.write(tmp_path / MODEL_ID, LOUD)
-    assert template_code.find(ModelConfig(model_id=MODEL_ID)) == Path(MODEL_ID) and hub == []
+    assert find_template(ModelConfig(model_id=MODEL_ID)) == Path(MODEL_ID) and hub == []
 
 
 def test_what_was_downloaded_by_others_is_not_taken_for_local(hub, tmp_path):
     folder = templates.write(tmp_path / "models" / MODEL_ID, LOUD)
     with pytest.raises(ValueError, match="trust_remote_code is false"):
-        template_code.find(ModelConfig(model_id=MODEL_ID))
+        find_template(ModelConfig(model_id=MODEL_ID))
     assert runs(folder) == 0
 
 
@@ -237,7 +238,7 @@ def trained(folder: Path, name: str, *keys: str, value: float = 0.5) -> None:
 
 
 def test_without_a_file_weights_are_the_constructors_of_one_seed(loud, caplog):
-    first, again, other = (template_model.load(template_code.read(loud), seed).model.layer.weight for seed in (0, 0, 1))
+    first, again, other = (load_template(read_code(loud), seed).model.layer.weight for seed in (0, 0, 1))
     assert torch.equal(first, again) and not torch.equal(first, other)
     state = torch.get_rng_state()
     model = load_template_model(loud)

@@ -16,12 +16,14 @@ from torch import Tensor
 from diffsynth.core.data import AddressedDataset, CachedDataset, CachedRow, Sample, UnifiedDataset
 from diffsynth.core.data.unread import Unread
 from diffsynth.core.memory import MemoryRecipe
-from diffsynth.diffusion import kv_cache, template_code, template_model, template_units
+from diffsynth.diffusion import kv_cache
 from diffsynth.diffusion.cache_plan import CachePlan
 from diffsynth.diffusion.caching import launch_data_process_task
 from diffsynth.diffusion.loss import FlowMatchSFT
 from diffsynth.diffusion.runner import make_accelerator
-from diffsynth.diffusion.template_model import Template
+from diffsynth.diffusion.template.code import read_code
+from diffsynth.diffusion.template.model import Template, load_template
+from diffsynth.diffusion.template.units import FEATURES, required_columns
 from diffsynth.diffusion.training_module import PipelineTrainingModule
 from diffsynth.pipelines.flux2_image import Flux2ImagePipeline, let_blocks_read_kv_caches
 
@@ -50,12 +52,12 @@ def data(tmp_path) -> Path:
 def dataset(folder: Path, task=EDITING) -> UnifiedDataset:
     keys = ["image", *task.extra_inputs]
     rows = UnifiedDataset.from_folder(str(folder), "metadata.jsonl", height=32, width=32, data_file_keys=keys)
-    rows.scan(required=template_units.required_columns(rows, task, object()))
+    rows.scan(required=required_columns(rows, task, object()))
     return rows
 
 
 def training(folder: Path, task=EDITING, **options) -> PipelineTrainingModule:
-    template = template_model.load(template_code.read(folder))
+    template = load_template(read_code(folder))
     return PipelineTrainingModule(
         tiny_flux2.pipeline(edit_image_pixels=32 * 32), task, template=template, memory=MemoryRecipe(**options)
     )
@@ -188,7 +190,7 @@ def test_a_template_as_its_users_write_it_trains_klein_4b_without_a_change(tmp_p
     """From a cache, on tensors that have shapes but no values; benchmarks/template_klein_4b.py really does it."""
     pipe = Flux2ImagePipeline("meta", torch.bfloat16)
     with torch.device("meta"):
-        code = template_code.read(templates.write(tmp_path / "template", templates.KLEIN))
+        code = read_code(templates.write(tmp_path / "template", templates.KLEIN))
         pipe.dit = Flux2Transformer2DModel(**KLEIN_4B).to(torch.bfloat16)
         template = Template(code, code.model())
     let_blocks_read_kv_caches(pipe.dit)
@@ -209,8 +211,8 @@ def test_a_template_as_its_users_write_it_trains_klein_4b_without_a_change(tmp_p
 
 def test_the_documented_template_is_one(tmp_path):
     text = (tiny.ROOT / "docs" / "templates.md").read_text(encoding="utf-8")
-    code = template_code.read(templates.write(tmp_path / "template", text.split("```python\n")[1].split("```")[0]))
-    template = template_model.load(code)
+    code = read_code(templates.write(tmp_path / "template", text.split("```python\n")[1].split("```")[0]))
+    template = load_template(code)
     with torch.device("meta"):
         dit = Flux2Transformer2DModel(**KLEIN_4B)
     let_blocks_read_kv_caches(dit)
@@ -222,7 +224,7 @@ def cached_row(size: int = 1024) -> CachedRow:
     """What stage one leaves of a picture, a prompt and a number."""
     empty = partial(torch.empty, device="meta", dtype=torch.bfloat16)
     row = {"image": Unread((size, size), None, None), "prompt": "", "template_inputs": {}}
-    posi = {"prompt_emb": empty(1, 512, 7680), template_units.FEATURES: [["value", empty(1)]]}
+    posi = {"prompt_emb": empty(1, 512, 7680), FEATURES: [["value", empty(1)]]}
     return CachedRow(
         row, {"shared": {"input_latents": empty(1, 128, size // 16, size // 16)}, "posi": posi, "nega": {}}
     )

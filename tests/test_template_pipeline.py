@@ -14,8 +14,8 @@ from PIL import Image
 
 from diffsynth.config import build, check
 from diffsynth.core.loader import ModelConfig
-from diffsynth.diffusion import template_model
 from diffsynth.diffusion.template import TemplatePipeline
+from diffsynth.diffusion.template import model as template_model
 from diffsynth.diffusion.units import run_units
 
 SIZE = {"height": 32, "width": 32, "num_inference_steps": 2, "seed": 0, "progress_bar_cmd": iter}

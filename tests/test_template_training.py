@@ -16,7 +16,6 @@ from torch import Tensor
 from diffsynth.core.data import AddressedDataset, CachedDataset, Sample, UnifiedDataset
 from diffsynth.core.loader import ModelConfig
 from diffsynth.core.memory import MemoryRecipe
-from diffsynth.diffusion import template_code, template_model
 from diffsynth.diffusion.cache_check import verify
 from diffsynth.diffusion.cache_plan import CachePlan
 from diffsynth.diffusion.caching import launch_data_process_task
@@ -24,7 +23,9 @@ from diffsynth.diffusion.lora import LoRA
 from diffsynth.diffusion.loss import FlowMatchSFT
 from diffsynth.diffusion.runner import make_accelerator
 from diffsynth.diffusion.template import load_template_model
-from diffsynth.diffusion.template_units import required_columns
+from diffsynth.diffusion.template.code import read_code
+from diffsynth.diffusion.template.model import load_template
+from diffsynth.diffusion.template.units import required_columns
 from diffsynth.diffusion.training_module import PipelineTrainingModule
 from diffsynth.pipelines.qwen_image import QwenImagePipeline
 
@@ -122,7 +123,7 @@ def training(folder: Path, *trained: str, lora=None, task=None, **options) -> Pi
     configs = {name: ModelConfig(path=str(tiny.model() / part)) for name, part in tiny.COMPONENTS.items()}
     pipe = QwenImagePipeline.from_components(**configs, torch_dtype="float32")
     task = task or FlowMatchSFT(trainable_models=trained or ["template_model"])
-    template = template_model.load(template_code.read(folder))
+    template = load_template(read_code(folder))
     return PipelineTrainingModule(pipe, task, lora, template=template, memory=MemoryRecipe(**options))
 
 
@@ -224,7 +225,7 @@ def test_frozen_parts_are_in_the_bases_dtype_and_trained_ones_in_fp32(tmp_path):
     pipe = QwenImagePipeline.from_components(**configs, torch_dtype="bfloat16")
     task, template = (
         FlowMatchSFT(trainable_models=["template_model.mlp"]),
-        template_model.load(template_code.read(folder)),
+        load_template(read_code(folder)),
     )
     exact = template.model.mlp.weight.clone()
     model = PipelineTrainingModule(pipe, task, None, template=template).load().pipe.template_model
@@ -432,7 +433,7 @@ def test_continuing_goes_on_from_the_file(tmp_path):
     folder, rows = templates.write(tmp_path / "template", templates.SCALE), templates.write_rows(tmp_path / "rows")
     overrides = templates.overrides(folder, rows)
     first = tiny.train(tmp_path / "first", *overrides, "optimizer.eps=1e-8", "optimizer.lr=0.01")
-    random = template_model.load(template_code.read(folder)).model.state_dict()
+    random = load_template(read_code(folder)).model.state_dict()
     trained = load_file(first / "weights" / "epoch-0.safetensors")
     assert trained.keys() == random.keys() and not any(torch.equal(trained[key], random[key]) for key in random)
     shutil.copy(first / "weights" / "epoch-0.safetensors", folder / "model.safetensors")

@@ -17,7 +17,7 @@ from ..core.data import collate, generator
 from . import sampling_settings
 from .flow_match import FlowMatchScheduler
 from .models import PipelineModels
-from .template_cache import as_inputs, media_of
+from .template.cache import as_inputs, media_of
 from .units import PipelineUnit, PipelineUnitRunner, required_units, run_units
 
 __all__ = ["BasePipeline", "PipelineUnit", "PipelineUnitRunner"]

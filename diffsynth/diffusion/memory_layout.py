@@ -10,7 +10,7 @@ from ..core.memory.compile import check_compilable, compile_blocks
 from ..core.memory.storage import choose_stored
 from ..core.memory.streaming import check_streaming, stream_blocks
 from . import lora_files
-from .template_model import is_below
+from .template.model import is_below
 
 
 def check_memory(module) -> None:

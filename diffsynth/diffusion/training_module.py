@@ -16,8 +16,8 @@ from .loss import Objective
 from .loss.base import MODEL, Moment
 from .memory_layout import check_memory, lay_out, stored_models
 from .randomness import Draw
-from .template_model import Template
-from .template_units import attach, rehearse
+from .template.model import Template
+from .template.units import attach, rehearse
 from .unit_memory import UnitMemory, to_device
 from .units import optional_inputs, run_units, run_units_together, split_units
 

@@ -32,8 +32,8 @@ from ..diffusion.image_units import (
 )
 from ..diffusion.kv_cache import KVCache, KVCacheReader, appended, attending_to_all_after
 from ..diffusion.models import TrainingDefaults
-from ..diffusion.template_cache import append_text
-from ..diffusion.template_lora import InputLoRA, added
+from ..diffusion.template.cache import append_text
+from ..diffusion.template.lora import InputLoRA, added
 from ..diffusion.units import in_groups
 
 __all__ = ["Flux2ImagePipeline", "ModelConfig"]

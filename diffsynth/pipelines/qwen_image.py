@@ -24,8 +24,8 @@ from ..diffusion.base_pipeline import BasePipeline, PipelineUnit
 from ..diffusion.flow_match import FlowMatchScheduler, exponential_shift, stretch_to_terminal
 from ..diffusion.kv_cache import KVCache, KVCacheReader, appended, attending_to_all_after
 from ..diffusion.models import TrainingDefaults
-from ..diffusion.template_cache import append_text
-from ..diffusion.template_lora import InputLoRA, added
+from ..diffusion.template.cache import append_text
+from ..diffusion.template.lora import InputLoRA, added
 from ..diffusion.units import in_groups
 
 __all__ = ["ModelConfig", "QwenImagePipeline"]

@@ -22,7 +22,7 @@ from typing import Any
 
 from torch import nn
 
-from ..core.loader import ModelConfig, refuse_pickle
+from ...core.loader import ModelConfig, refuse_pickle
 
 CODE = "model.py"
 COMMIT = re.compile(r"[0-9a-f]{40}")
@@ -53,7 +53,7 @@ class TemplateCode:
 # Finding it -----------------------------------------------------------------------------------------------------------
 
 
-def find(config: ModelConfig) -> Path:
+def find_template(config: ModelConfig) -> Path:
     """The folder of a template: a local one, whose code is run as given, or a hub's repository, downloaded.
 
     Raises:
@@ -160,7 +160,7 @@ def errors_of(file: Path, what: str) -> Iterator[None]:
 # Reading it -----------------------------------------------------------------------------------------------------------
 
 
-def read(folder: Path) -> TemplateCode:
+def read_code(folder: Path) -> TemplateCode:
     """What the `model.py` of a folder says.
 
     Raises:

@@ -1,7 +1,4 @@
-"""Templates: plug-in models that turn an input (a brightness, an image, a control) into what the base model reads.
-
-A template is a folder with a `model.py`, see docs/templates.md. `TemplatePipeline` draws with any number of them.
-"""
+"""Templates by folder or repository: one that is trained, or any number in front of a pipeline."""
 
 import logging
 from collections.abc import Mapping, Sequence
@@ -13,13 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..core import loader
-from ..core.loader import ModelConfig
-from . import template_cache, template_code, template_model
-from .template_code import RESERVED, TemplateCode
-from .template_model import Template
-
-__all__ = ["ModelConfig", "TemplatePipeline", "Templates", "load_state_dict", "load_template_model"]
+from ...core import loader
+from ...core.loader import ModelConfig
+from .cache import as_inputs, check_names, merge_caches
+from .code import RESERVED, TemplateCode, find_template, read_code
+from .model import Template, check_arguments, load_template
 
 logger = logging.getLogger(__name__)
 
@@ -32,8 +27,8 @@ def load_template_model(path: str | Path, torch_dtype: torch.dtype = torch.bfloa
     Raises:
         FileNotFoundError, ValueError: There is no template, or its code or weights are not in order.
     """
-    code = template_code.read(Path(path))
-    model = template_model.load(code).model
+    code = read_code(Path(path))
+    model = load_template(code).model
     if not code.weights and any(True for _ in model.parameters()):
         logger.warning(
             "%s sets no TEMPLATE_MODEL_PATH, so that its weights are as %s() makes them, not trained ones. Before its "
@@ -85,8 +80,8 @@ class Templates:
         """
         if len(self.configs) != 1:
             raise ValueError(f"template.path is {self.path}; expected the folder of the one template that is trained.")
-        code = template_code.read(template_code.find(self.configs[0]))
-        return template_model.load(replace(code, weights=()) if self.from_scratch else code, seed)
+        code = read_code(find_template(self.configs[0]))
+        return load_template(replace(code, weights=()) if self.from_scratch else code, seed)
 
     def load_all(self, pipe) -> "TemplatePipeline":
         """All of them, in front of a pipeline, on its device and in its dtype."""
@@ -113,7 +108,7 @@ class TemplatePipeline:
         lazy_loading: bool = False,
     ):
         self.torch_dtype, self.device = torch_dtype, device
-        self.codes: list[TemplateCode] = [template_code.read(template_code.find(c)) for c in model_configs]
+        self.codes: list[TemplateCode] = [read_code(find_template(c)) for c in model_configs]
         self.templates = None if lazy_loading else [self._load(code) for code in self.codes]
 
     @classmethod
@@ -171,7 +166,7 @@ class TemplatePipeline:
         prefix, arguments = pipe.lora_prefixes[pipe.in_iteration_models[0]], {}
         for sign in ("", "negative_"):
             own = [(call.source, call.place, caches[call]) for call in calls if call.sign == sign]
-            merged = template_cache.merge(own, prefix, wins)
+            merged = merge_caches(own, prefix, wins)
             arguments |= {sign + name: value for name, value in merged.items()}
         return arguments
 
@@ -196,7 +191,7 @@ class TemplatePipeline:
                 f"{what} has {RESERVED} {number!r}, expected the number of one of {len(self.codes)} templates."
             )
         own, code = {name: value for name, value in inputs.items() if name != RESERVED}, self.codes[number]
-        template_model.check_arguments(code.model.process_inputs, own, f"{what} ({code.file})")
+        check_arguments(code.model.process_inputs, own, f"{what} ({code.file})")
         return _Call(sign, place, number, own, f"{what} ({code.file})")
 
     def _run(self, pipe, number: int, calls: Sequence["_Call"]) -> dict["_Call", dict]:
@@ -205,13 +200,13 @@ class TemplatePipeline:
         taken, caches = signature(type(pipe).__call__).parameters, {}
         for call in calls:
             cache = template.forward(template.process_inputs(call.inputs, pipe), pipe)
-            template_cache.check_names([call.sign + name for name in cache], taken, call.source, type(pipe).__name__)
-            template_cache.as_inputs(pipe, cache, call.source)
+            check_names([call.sign + name for name in cache], taken, call.source, type(pipe).__name__)
+            as_inputs(pipe, cache, call.source)
             caches[call] = cache
         return caches
 
     def _load(self, code: TemplateCode) -> Template:
-        template = template_model.load(code)
+        template = load_template(code)
         template.model.to(self.device, self.torch_dtype)
         return template
 

@@ -7,8 +7,8 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from ..core.gradient import recomputing_in
-from . import lora_files
+from ...core.gradient import recomputing_in
+from .. import lora_files
 
 InputLoRA = Mapping[str, tuple[Tensor, Tensor]]  # layer → A (B, r, in), B (B, out, r), scaled
 

@@ -15,12 +15,18 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
-from ..core.data.operators import Operator
-from ..core.data.unread import Unread
-from . import template_cache, template_model
-from .code_version import code_version
-from .template_model import CHECKPOINTING, Template
-from .units import PipelineUnit, run_units
+from ...core.data.operators import Operator
+from ...core.data.unread import Unread
+from ..code_version import code_version
+from ..units import PipelineUnit, run_units
+from .cache import as_inputs, check_names
+from .model import (
+    CHECKPOINTING,
+    Template,
+    cast_frozen,
+    refuse_running_statistics,
+    weights_digest,
+)
 
 FEATURES = "template_features"  # what process_inputs made, as [[name, value], …]
 ASKED_OF_TENSORS = {"dtype", "device", "shape", "ndim", "requires_grad", "is_meta", "is_cuda", "layout", "is_leaf"}
@@ -38,8 +44,8 @@ def attach(pipe, template: Template, trained: Iterable[str] = ()) -> None:
         ValueError: Training would change what is no weight.
     """
     trained = frozenset(trained)
-    template_model.refuse_running_statistics(template, "template_model", trained)
-    template_model.cast_frozen(template.model, "template_model", trained, pipe.torch_dtype)
+    refuse_running_statistics(template, "template_model", trained)
+    cast_frozen(template.model, "template_model", trained, pipe.torch_dtype)
     pipe.template, pipe.template_model = template, template.model.to(pipe.device)
     pipe.units += [TemplateProcessInputs(pipe, template, trained), TemplateForward(template)]
 
@@ -71,7 +77,7 @@ class TemplateProcessInputs(PipelineUnit):
         return {FEATURES: [[name, storable(value, f"{self.template}: {name}")] for name, value in made.items()]}
 
     def depends_on(self, pipe) -> dict[str, str]:
-        weights = template_model.digest(self.template.model, "template_model", self.trained)
+        weights = weights_digest(self.template.model, "template_model", self.trained)
         return {"template": f"{self.template.code.digest[:16]}-{weights}"}
 
     @contextmanager
@@ -126,8 +132,8 @@ class TemplateForward(PipelineUnit):
         flags = {name: shared.get(name, False) for name in CHECKPOINTING}
         cache = self.template.forward(dict(side[FEATURES]), pipe, **flags)
         known = signature(pipe.model_fn).parameters.keys() - set(pipe.in_iteration_models)
-        template_cache.check_names(cache, known, str(self.template), f"{type(pipe).__name__}.model_fn")
-        return template_cache.as_inputs(pipe, cache, str(self.template))
+        check_names(cache, known, str(self.template), f"{type(pipe).__name__}.model_fn")
+        return as_inputs(pipe, cache, str(self.template))
 
 
 def _rest(side: Mapping[str, Any]) -> dict[str, Any]:

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import kv_cache, template_lora
+from .. import kv_cache
+from . import lora
 
 MEDIA = ("kv_cache", "lora", "extra_text_embedding")
 
@@ -29,7 +30,7 @@ def as_inputs(pipe, cache: Mapping[str, Any], source: str) -> dict[str, Any]:
     if inputs.get("kv_cache") is not None:
         kv_cache.check(inputs["kv_cache"], network, source)
     if inputs.get("lora") is not None:
-        inputs["lora"] = template_lora.read(inputs["lora"], network, prefix, source)
+        inputs["lora"] = lora.read(inputs["lora"], network, prefix, source)
         kv_cache.check_finite({f"lora of {n}": t for n, pair in inputs["lora"].items() for t in pair}, source)
     if inputs.get("extra_text_embedding") is not None:
         _check_text(inputs["extra_text_embedding"], network.config.joint_attention_dim, source)
@@ -53,7 +54,9 @@ def check_names(names: Iterable[str], known: Iterable[str], source: str, taker: 
             raise ValueError(f"{source} returns {name!r}, which {taker} does not take; {hint}.")
 
 
-def merge(caches: Sequence[tuple[str, int, Mapping]], prefix: str, wins: Mapping[str, int] | None = None) -> dict:
+def merge_caches(
+    caches: Sequence[tuple[str, int, Mapping]], prefix: str, wins: Mapping[str, int] | None = None
+) -> dict:
     """Several template caches as one.
 
     Args:
@@ -66,7 +69,7 @@ def merge(caches: Sequence[tuple[str, int, Mapping]], prefix: str, wins: Mapping
     """
     joined: dict[str, Callable[[list], Any]] = {
         "kv_cache": kv_cache.merge,
-        "lora": lambda given: template_lora.merge(given, prefix),
+        "lora": lambda given: lora.merge(given, prefix),
         "extra_text_embedding": lambda given: torch.cat(given, dim=1),
     }
     merged = {}

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from ..core.loader import load_state_dict
-from .template_code import TemplateCode, errors_of
+from ...core.loader import load_state_dict
+from .code import TemplateCode, errors_of
 
 SHOWN_PROBLEMS = 3
 CHECKPOINTING = ("use_gradient_checkpointing", "use_gradient_checkpointing_offload")
@@ -79,7 +79,7 @@ def check_arguments(function: Callable, given: Mapping[str, Any], source: str) -
         raise ValueError(f"{source}: {function.__name__} needs {absent[0]!r}; it was given {sorted(given)}.")
 
 
-def load(code: TemplateCode, seed: int = 0) -> Template:
+def load_template(code: TemplateCode, seed: int = 0) -> Template:
     """Build a template's network on the CPU, frozen, and read its weights into it.
 
     Args:
@@ -144,7 +144,7 @@ def cast_frozen(model: nn.Module, name: str, trained: Iterable[str], dtype: torc
             tensor.data = tensor.data.to(dtype)
 
 
-def digest(model: nn.Module, name: str, trained: Iterable[str]) -> str:
+def weights_digest(model: nn.Module, name: str, trained: Iterable[str]) -> str:
     """16 hex digits of those weights of the model `name` that are not below `trained`."""
     digest = blake2b(digest_size=8)
     for key, tensor in sorted(model.state_dict().items()):
