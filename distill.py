@@ -4,19 +4,19 @@ Stage one: the teacher draws two sets of prompts into caches, `train` and `held_
 train.py on the first, which measures on the second how near the student comes.
 """
 
-import inspect
 import logging
 
 import hydra
 
-from diffsynth.config import build, check, claim, explained, finish, run
+from diffsynth.config import build, check, claim, explained, finish, run, with_arguments_of
 from train import train
 
 
+@with_arguments_of(train)
 def distill(prompts, held_out, teacher_path: str, **training) -> list:
     """Draw the teacher's pictures that are not there yet, train on them, and name the files that the training left.
 
-    Its signature, with that of `train` in the place of `training`, is the schema of conf/distill.yaml's top level.
+    Its signature is the schema of conf/distill.yaml's top level.
 
     Args:
         prompts, held_out: Data sets of prompts, for the training and for the validation; None draws nothing.
@@ -31,11 +31,6 @@ def distill(prompts, held_out, teacher_path: str, **training) -> list:
                 report = make_cache(f"{teacher_path}/{name}", dataset=rows, **shared)
                 logging.info("The teacher's pictures, %s/%s: %s", teacher_path, name, report)
     return train(**training | {"dataset": training["dataset"]()})
-
-
-_own, _trains = (inspect.signature(function).parameters.values() for function in (distill, train))
-distill.__signature__ = inspect.Signature([*_own][:-1] + [*_trains])
-distill.__annotations__ |= train.__annotations__
 
 
 @hydra.main(version_base="1.3", config_path="conf", config_name="distill")

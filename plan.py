@@ -10,14 +10,15 @@ from collections.abc import Sequence
 
 import hydra
 
-from diffsynth.config import build, check, explained, run
+from diffsynth.config import build, check, explained, run, with_arguments_of
 from train import train
 
 
+@with_arguments_of(train)
 def plan(devices: Sequence[int], tokens: int, cached: bool, cache_batch_size: int, path: str, **training):
     """The plan of one training; writes it down and returns its table.
 
-    Its signature, with that of `train` in the place of `training`, is the schema of conf/plan.yaml's top level.
+    Its signature is the schema of conf/plan.yaml's top level.
     """
     from pathlib import Path
 
@@ -39,11 +40,6 @@ def plan(devices: Sequence[int], tokens: int, cached: bool, cache_batch_size: in
     write_text(Path(path) / "plan.json", json.dumps(made.as_dict(), indent=1))
     write_text(Path(path) / "plan.svg", chart(made, budgets[0]))
     return f"{why}{table(made, run.estimated(made.worst.peak) if on_cuda else None)}"
-
-
-_own, _trains = (inspect.signature(function).parameters.values() for function in (plan, train))
-plan.__signature__ = inspect.Signature([*_own][:-1] + [*_trains])
-plan.__annotations__ |= train.__annotations__
 
 
 @hydra.main(version_base="1.3", config_path="conf", config_name="plan")

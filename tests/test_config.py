@@ -284,6 +284,13 @@ def test_other_scripts_answer_the_same(monkeypatch):
     assert "did you mean lora_path?" in complaint(monkeypatch, "lorapath=x.safetensors", script="generate.py")
 
 
+@pytest.mark.parametrize("script", ["distill.py", "plan.py"])
+def test_scripts_that_hand_arguments_on_to_a_training_know_what_these_may_be(script, monkeypatch, tmp_path):
+    folder = f"output_root={tmp_path}"
+    assert "max_steps is 'ten' (str); expected int" in complaint(monkeypatch, "max_steps=ten", folder, script=script)
+    assert "did you mean max_steps?" in complaint(monkeypatch, "+max_step=10", folder, script=script)
+
+
 # Run folders ----------------------------------------------------------------------------------------------------------
 
 
