@@ -14,6 +14,7 @@ from diffsynth.diffusion.loss.base import Moment
 from diffsynth.diffusion.loss.consistency import Consistency, spans_at
 from diffsynth.diffusion.loss.hyper_sd import HyperSD
 from diffsynth.diffusion.loss.lcm import LatentConsistency
+from diffsynth.diffusion.loss.scene import Scene
 from diffsynth.diffusion.roles import STUDENT, TEACHER
 from diffsynth.diffusion.teacher import Student
 from diffsynth.pipelines.qwen_image import pack_latents, qwen_image_sigmas, unpack_latents
@@ -200,31 +201,29 @@ def predict(module, latents, sigma, inputs, adapted: bool) -> torch.Tensor:
 
 
 @torch.no_grad()
-def jumps(module, edges, draw, roles, negative, moment, input_latents, **inputs) -> tuple[torch.Tensor, torch.Tensor]:
+def jumps(module, edges, scene: Scene) -> tuple[torch.Tensor, torch.Tensor]:
     """The student's jump from where the teacher's step leads, and from x_t, of one sample; both over t - s."""
     levels = torch.cat([qwen_image_sigmas(module.task.grid_steps, dynamic_shift_len=6), *edges]).unique().tolist()
-    index = 1 + int(draw.uniform("timestep") * (len(levels) - 1))
+    index = 1 + int(scene.draw.uniform("timestep") * (len(levels) - 1))
     t, after = torch.tensor([levels[index]]), torch.tensor([levels[index - 1]])
     s = max(edge for edge in torch.cat(edges) if edge < t)
-    x = (1 - t) * input_latents + t * draw.normal("noise", input_latents)
-    posi = predict(module, x, t, inputs, adapted=False)
-    nega = predict(module, x, t, {**inputs, **negative}, adapted=False)
+    x = (1 - t) * scene.clean + t * scene.draw.normal("noise", scene.clean)
+    posi = predict(module, x, t, scene.inputs, adapted=False)
+    nega = predict(module, x, t, {**scene.inputs, **scene.negative}, adapted=False)
     guided = pack_latents(nega + module.task.guidance * (posi - nega))
     guided = guided * pack_latents(posi).norm(dim=-1, keepdim=True) / guided.norm(dim=-1, keepdim=True)
     point = x + (after - t) * unpack_latents(guided, *x.shape[-2:])
-    target = point + (s - after) * predict(module, point, after, inputs, adapted=True)
-    return target / (t - s), (x + (s - t) * predict(module, x, t, inputs, adapted=True)) / (t - s)
+    target = point + (s - after) * predict(module, point, after, scene.inputs, adapted=True)
+    return target / (t - s), (x + (s - t) * predict(module, x, t, scene.inputs, adapted=True)) / (t - s)
 
 
 @pytest.mark.parametrize("epoch", range(3))  # each at another noise level
 def test_with_a_network_it_is_what_is_written_out(module, samples, epoch, monkeypatch):
-    loss, seen = Consistency.loss, {}
-    monkeypatch.setattr(
-        Consistency, "loss", lambda task, pipe, **inputs: seen.update(inputs) or loss(task, pipe, **inputs)
-    )
+    loss, seen = Consistency.loss, []
+    monkeypatch.setattr(Consistency, "loss", lambda task, scene: seen.append(scene) or loss(task, scene))
     (found,) = module([samples[1]._replace(epoch=epoch)])
     edges = [] if isinstance(module.task, LatentConsistency) else [qwen_image_sigmas(4, dynamic_shift_len=6)]
-    error = torch.sub(*jumps(module, [*edges, torch.zeros(1)], **seen))
+    error = torch.sub(*jumps(module, [*edges, torch.zeros(1)], *seen))
     torch.testing.assert_close(found, error.pow(2).mean(), atol=1e-6, rtol=1e-3)
 
 

@@ -13,6 +13,7 @@ from diffsynth.diffusion.logger import ModelLogger
 from diffsynth.diffusion.loss import DMD2
 from diffsynth.diffusion.loss.base import MODEL, Moment
 from diffsynth.diffusion.loss.dmd2 import matching_gradient
+from diffsynth.diffusion.loss.scene import Scene
 from diffsynth.diffusion.randomness import Draw, GlobalDraw
 from diffsynth.diffusion.roles import FAKE_SCORE, FakeScore
 from diffsynth.diffusion.runner import launch_training_task, make_accelerator
@@ -55,6 +56,13 @@ class ToyTraining(DiffusionTrainingModule):
 
 def a_draw(count: int = 4) -> Draw:
     return Draw(3, [SampleAddress(0, n) for n in range(count)])
+
+
+def drawn_by(module: ToyTraining, draw: Draw, count: int = 4) -> Tensor:
+    """Points (count, 2) that the student is trained on."""
+    about = {"roles": module.roles, "moment": None, "size": {"height": 1, "width": 1}, "inputs": {}, "negative": {}}
+    scene = Scene(pipe=module.pipe, draw=draw, clean=torch.zeros(count, 2, 1, 1), **about)
+    return module.task.draw_as_student(scene)[..., 0, 0]
 
 
 def shaken(task: DMD2 = TOY) -> ToyTraining:
@@ -100,8 +108,7 @@ def test_the_fake_score_learns_what_the_student_draws_by_flow_matching():
     module = shaken()
     found = module.loss(a_draw(), 4, FAKE_STEP)
     with torch.no_grad():
-        sigmas = torch.tensor([1.0, 0.5])
-        x = TOY.draw_as_student(module.roles, a_draw(), sigmas, torch.zeros(4, 2, 1, 1), {})[..., 0, 0]
+        x = drawn_by(module, a_draw())
         sigma, noise = (
             (0.02 + 0.96 * a_draw().uniform("matching"))[:, None],
             a_draw().normal("matching noise", x[..., None, None]),
@@ -117,7 +124,7 @@ def test_the_student_is_trained_on_points_that_it_comes_to_by_itself(renoise, st
     task = replace(TOY, student=Student(num_inference_steps=steps, renoise=renoise))
     module, draw, like = shaken(task), a_draw(16), torch.zeros(16, 2, 1, 1)
     sigmas = torch.linspace(1, 0, steps + 1)[:-1]
-    found = task.draw_as_student(module.roles, draw, sigmas, like, {})[..., 0, 0]
+    found = drawn_by(module, draw, 16)
     last = (draw.uniform("student step") * steps).long()
     assert set(last.tolist()) == set(range(steps))
     x = draw.normal("noise", like)[..., 0, 0]

@@ -4,18 +4,19 @@ Sauer et al. 2023, "Adversarial Diffusion Distillation" (https://arxiv.org/abs/2
 that of Sauer et al. 2024 (https://arxiv.org/abs/2403.12015), LADD: on the teacher's own features of renoised latents.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-from ..discriminator import Discriminator, generator_hinge, hinge_loss, logits
+from ..discriminator import Discriminator, generator_hinge, hinge_loss
 from ..flow_match import clean_estimate, interpolate
 from ..roles import DISCRIMINATOR, STUDENT, TEACHER, Roles
 from ..timesteps import LogitNormalTimesteps, UniformTimesteps
 from .base import MODEL
 from .distillation import RoleDistillation
+from .scene import Scene
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,43 +52,28 @@ class AdversarialDistillation(RoleDistillation):
     def learning_rate(self, role: str) -> float | None:
         return self.discriminator.learning_rate if role == DISCRIMINATOR else None
 
-    def loss(
-        self,
-        pipe,
-        draw,
-        roles: Roles,
-        negative: Mapping,
-        moment,
-        input_latents: Tensor,
-        height: int,
-        width: int,
-        **inputs,
-    ) -> Tensor:
-        real = input_latents.float()
-        with pipe.sampling_steps({"height": height, "width": width, **self.student.settings}) as scheduler:
-            levels = scheduler.sigmas.to(real.device)
-        sigma = self.renoising(pipe.scheduler, draw.uniform("renoising")).to(real.device)
-        noise = draw.normal("renoising noise", real)
-        if moment is None or MODEL in self.trained_at(moment.step):
-            fake = _made_by_student(roles, draw, levels, real, inputs)
-            seen = logits(roles, TEACHER, interpolate(fake, noise, sigma), sigma, inputs)
-            distillation = self._distillation(pipe, roles, draw, fake, inputs, negative)
-            return generator_hinge(seen) + self.distillation_weight * distillation
+    def loss(self, scene: Scene) -> Tensor:
+        sigma = self.renoising(scene.pipe.scheduler, scene.draw.uniform("renoising")).to(scene.clean.device)
+        noise = scene.draw.normal("renoising noise", scene.clean)
+        if self.trains_student(scene.moment):
+            fake = self._made_by_student(scene)
+            seen = scene.logits(TEACHER, interpolate(fake, noise, sigma), sigma)
+            return generator_hinge(seen) + self.distillation_weight * self._distillation(scene, fake)
         with torch.no_grad():
-            fake = _made_by_student(roles, draw, levels, real, inputs)
-        noisy = [interpolate(clean, noise, sigma) for clean in (real, fake)]
-        return hinge_loss(*(logits(roles, TEACHER, each, sigma, inputs, trained=True) for each in noisy))
+            fake = self._made_by_student(scene)
+        noisy = [interpolate(clean, noise, sigma) for clean in (scene.clean, fake)]
+        return hinge_loss(*(scene.logits(TEACHER, each, sigma, trained=True) for each in noisy))
 
-    def _distillation(self, pipe, roles: Roles, draw, fake: Tensor, inputs: Mapping, negative: Mapping) -> Tensor:
-        sigma = self.timesteps(pipe.scheduler, draw.uniform("timestep")).to(fake.device)
+    def _made_by_student(self, scene: Scene) -> Tensor:
+        """x̂_θ (B, …) of the pictures, each noised to one of the student's noise levels."""
+        levels = scene.sigmas(self.student.settings)
+        sigma = levels[(scene.draw.uniform("student step") * len(levels)).long().to(levels.device)]
+        noisy = interpolate(scene.clean, scene.draw.normal("student noise", scene.clean), sigma)
+        return clean_estimate(noisy, scene.velocity(STUDENT, noisy, sigma, trained=True), sigma)
+
+    def _distillation(self, scene: Scene, fake: Tensor) -> Tensor:
+        sigma = self.timesteps(scene.pipe.scheduler, scene.draw.uniform("timestep")).to(fake.device)
         with torch.no_grad():
-            noisy = interpolate(fake, draw.normal("noise", fake), sigma)
-            velocity = roles.velocity(TEACHER, noisy, sigma, inputs, negative, self.guidance)
+            noisy = interpolate(fake, scene.draw.normal("noise", fake), sigma)
+            velocity = scene.velocity(TEACHER, noisy, sigma, self.guidance)
         return (1 - sigma) * (fake - clean_estimate(noisy, velocity, sigma)).pow(2).flatten(1).mean(1)
-
-
-def _made_by_student(roles: Roles, draw, levels: Tensor, clean: Tensor, inputs: Mapping) -> Tensor:
-    """x̂_θ (B, …) of pictures (B, …) noised to one of the student's noise levels (K,) each."""
-    sigma = levels[(draw.uniform("student step") * len(levels)).long().to(levels.device)]
-    noisy = interpolate(clean, draw.normal("student noise", clean), sigma)
-    return clean_estimate(noisy, roles.velocity(STUDENT, noisy, sigma, inputs, trained=True), sigma)

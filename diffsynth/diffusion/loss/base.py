@@ -8,7 +8,7 @@ from typing import Any, ClassVar, NamedTuple
 from torch import Tensor
 
 MODEL = "model"  # what is trained, where there are no other roles; else the student
-GIVEN = {"pipe", "draw", "inputs", "roles", "negative", "moment"}  # parameters of losses that are no inputs
+GIVEN = {"pipe", "draw", "inputs", "scene"}  # parameters of losses that are no inputs
 
 
 class Moment(NamedTuple):

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from ..flow_match import interpolate, per_sample
-from ..roles import STUDENT, TEACHER, Roles
+from ..roles import STUDENT, TEACHER
 from .distillation import RoleDistillation
+from .scene import Scene
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,27 +54,16 @@ class Consistency(RoleDistillation):
         """Lower edges (k,) of the segments at a moment of the training, for pictures of `height` and `width`."""
         raise NotImplementedError(f"{type(self).__name__} has no segments.")
 
-    def loss(
-        self,
-        pipe,
-        draw,
-        roles: Roles,
-        negative: Mapping,
-        moment,
-        input_latents: Tensor,
-        height: int,
-        width: int,
-        **inputs,
-    ) -> Tensor:
-        size, clean = {"height": height, "width": width}, input_latents.float()
-        spans = spans_at(draw.uniform("timestep"), grid(pipe, size, self.grid_steps), self.edges(pipe, size, moment))
-        start, following, end = (level.to(clean.device) for level in spans)
-        latents = interpolate(clean, draw.normal("noise", clean), start)
+    def loss(self, scene: Scene) -> Tensor:
+        levels, edges = grid(scene.pipe, scene.size, self.grid_steps), self.edges(scene.pipe, scene.size, scene.moment)
+        spans = spans_at(scene.draw.uniform("timestep"), levels, edges)
+        start, following, end = (level.to(scene.clean.device) for level in spans)
+        latents = interpolate(scene.clean, scene.draw.normal("noise", scene.clean), start)
         with torch.no_grad():
-            velocity = roles.velocity(TEACHER, latents, start, inputs, negative, self.guidance)
+            velocity = scene.velocity(TEACHER, latents, start, self.guidance)
             point = jump(latents, velocity, start, following)
-            target = jump(point, roles.velocity(STUDENT, point, following, inputs), following, end)
-        velocity = roles.velocity(STUDENT, latents, start, inputs, trained=True)
+            target = jump(point, scene.velocity(STUDENT, point, following), following, end)
+        velocity = scene.velocity(STUDENT, latents, start, trained=True)
         error = (jump(latents, velocity, start, end) - target).pow(2).flatten(1).mean(1)
         return error / (start - end) ** 2
 

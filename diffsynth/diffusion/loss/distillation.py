@@ -11,7 +11,8 @@ from ..randomness import GlobalDraw
 from ..roles import Roles
 from ..teacher import Student, Teacher, TeacherDraw
 from ..units import required_units
-from .base import Objective
+from .base import MODEL, Moment, Objective
+from .scene import Scene
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,7 +74,7 @@ class Distillation(Objective):
 
     def wanted_inputs(self, pipe) -> set[str]:
         """The same for all methods, so that they share their teacher's pictures."""
-        return super().wanted_inputs(pipe) | {"latents", "input_latents"}
+        return super().wanted_inputs(pipe) | {"latents", "input_latents", "height", "width"}
 
     def drawn_inputs(self, pipe) -> dict[str, Any]:
         """What `model_fn` is told of itself, such as an embedded guidance scale."""
@@ -125,16 +126,39 @@ class RoleDistillation(Distillation):
     guidance: float = 4.0
     negative_prompt: str = ""
 
-    def __call__(self, pipe, draw=None, roles=None, negative=None, moment=None, **inputs) -> Tensor:
-        """Loss per sample (B,) of clean `input_latents` (B, …) and the network's other inputs.
+    def __call__(
+        self,
+        pipe,
+        draw=None,
+        roles: Roles | None = None,
+        negative: Mapping[str, Any] | None = None,
+        moment: Moment | None = None,
+        *,
+        input_latents: Tensor,
+        height: int,
+        width: int,
+        **inputs,
+    ) -> Tensor:
+        """Loss per sample (B,) of clean `input_latents` (B, …) and the network's other inputs; see `Scene`."""
+        scene = Scene(
+            pipe=pipe,
+            draw=draw or GlobalDraw(len(input_latents)),
+            roles=roles,
+            moment=moment,
+            clean=input_latents.float(),
+            size={"height": height, "width": width},
+            inputs=inputs,
+            negative=negative,
+        )
+        return self.loss(scene)
 
-        Args:
-            roles: Who plays whom (`Roles`).
-            negative: Inputs that guidance leads away from.
-            moment: Of the training; None measures the student as the last step would.
-        """
-        draw = draw or GlobalDraw(len(inputs["input_latents"]))
-        return self.loss(pipe, draw=draw, roles=roles, negative=negative, moment=moment, **inputs)
+    def loss(self, scene: Scene) -> Tensor:
+        """Loss per sample (B,)."""
+        raise NotImplementedError(f"{type(self).__name__} has no loss.")
+
+    def trains_student(self, moment: Moment | None) -> bool:
+        """Whether it is the student that is trained, or measured, at a moment."""
+        return moment is None or MODEL in self.trained_at(moment.step)
 
     def cast(self, pipe, lora, seed: int) -> Roles:
         return Roles(pipe, lora, seed=seed)

@@ -4,17 +4,18 @@ Yin et al. 2024, "Improved Distribution Matching Distillation" (https://arxiv.or
 that of Yin et al. 2023, "One-step Diffusion with Distribution Matching Distillation" (https://arxiv.org/abs/2311.18828).
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-from ..discriminator import Discriminator, generator_softplus, logits, softplus_loss
+from ..discriminator import Discriminator, generator_softplus, softplus_loss
 from ..flow_match import clean_estimate, interpolate, per_sample
 from ..roles import DISCRIMINATOR, FAKE_SCORE, STUDENT, TEACHER, FakeScore, Roles
 from .base import MODEL
 from .distillation import RoleDistillation
+from .scene import Scene
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,70 +64,56 @@ class DMD2(RoleDistillation):
         others = {FAKE_SCORE: self.fake_score, DISCRIMINATOR: self.discriminator}
         return others[role].learning_rate if role in others else None
 
-    def loss(
-        self,
-        pipe,
-        draw,
-        roles: Roles,
-        negative: Mapping,
-        moment,
-        input_latents: Tensor,
-        height: int,
-        width: int,
-        **inputs,
-    ) -> Tensor:
-        with pipe.sampling_steps({"height": height, "width": width, **self.student.settings}) as scheduler:
-            sigmas = scheduler.sigmas.to(input_latents.device)
-        trains_student = moment is None or self.trained_at(moment.step) == (MODEL,)
+    def loss(self, scene: Scene) -> Tensor:
+        trains_student = self.trains_student(scene.moment)
         with torch.set_grad_enabled(trains_student and torch.is_grad_enabled()):
-            drawn = self.draw_as_student(roles, draw, sigmas, input_latents.float(), inputs)
-        sigma = self.min_sigma + (self.max_sigma - self.min_sigma) * draw.uniform("matching").to(drawn.device)
-        noise = draw.normal("matching noise", drawn)
+            drawn = self.draw_as_student(scene)
+        sigma = self.min_sigma + (self.max_sigma - self.min_sigma) * scene.draw.uniform("matching").to(drawn.device)
+        noise = scene.draw.normal("matching noise", drawn)
         if trains_student:
-            return self._student_loss(roles, drawn, sigma, noise, inputs, negative)
-        return self._fake_score_loss(roles, drawn, input_latents.float(), sigma, noise, inputs)
+            return self._student_loss(scene, drawn, sigma, noise)
+        return self._fake_score_loss(scene, drawn, sigma, noise)
 
-    def draw_as_student(self, roles: Roles, draw, sigmas: Tensor, like: Tensor, inputs: Mapping) -> Tensor:
+    def draw_as_student(self, scene: Scene) -> Tensor:
         """Clean x̂ (B, …) that the student sees at a random one of its steps, the steps before taken without gradient.
 
-        Args:
-            sigmas: Its noise levels (K,).
-            like: Only its shape counts.
+        Of the scene's pictures only the shape counts.
         """
+        sigmas, draw = scene.sigmas(self.student.settings), scene.draw
         last = (draw.uniform("student step") * len(sigmas)).long()
-        latents, before = draw.normal("noise", like), int(last.max())
-        last = last.to(like.device)
+        latents, before = draw.normal("noise", scene.clean), int(last.max())
+        last = last.to(latents.device)
         with torch.no_grad():
             for step in range(before):
                 sigma, following = sigmas[step].expand(len(latents)), sigmas[step + 1].expand(len(latents))
-                velocity = roles.velocity(STUDENT, latents, sigma, inputs)
+                velocity = scene.velocity(STUDENT, latents, sigma)
                 moved = latents + per_sample(following - sigma, latents) * velocity
                 if self.student.renoise:
                     clean = clean_estimate(latents, velocity, sigma)
-                    moved = interpolate(clean, draw.normal(f"renoise {step}", like), following)
+                    moved = interpolate(clean, draw.normal(f"renoise {step}", latents), following)
                 latents = torch.where(per_sample(step < last, latents), moved, latents)
-        velocity = roles.velocity(STUDENT, latents, sigmas[last], inputs, trained=True)
+        velocity = scene.velocity(STUDENT, latents, sigmas[last], trained=True)
         return clean_estimate(latents, velocity, sigmas[last])
 
-    def _student_loss(self, roles, drawn: Tensor, sigma: Tensor, noise: Tensor, inputs, negative) -> Tensor:
+    def _student_loss(self, scene: Scene, drawn: Tensor, sigma: Tensor, noise: Tensor) -> Tensor:
         noisy = interpolate(drawn, noise, sigma)
         with torch.no_grad():
-            real = roles.velocity(TEACHER, noisy, sigma, inputs, negative, self.guidance)
-            fake = roles.velocity(FAKE_SCORE, noisy, sigma, inputs)
+            real = scene.velocity(TEACHER, noisy, sigma, self.guidance)
+            fake = scene.velocity(FAKE_SCORE, noisy, sigma)
             gradient = matching_gradient(drawn, clean_estimate(noisy, real, sigma), clean_estimate(noisy, fake, sigma))
         loss = 0.5 * (drawn - (drawn - gradient).detach()).pow(2).flatten(1).mean(1)
         if self.discriminator is None:
             return loss
-        return loss + self.adversarial_weight * generator_softplus(logits(roles, FAKE_SCORE, noisy, sigma, inputs))
+        return loss + self.adversarial_weight * generator_softplus(scene.logits(FAKE_SCORE, noisy, sigma))
 
-    def _fake_score_loss(self, roles, drawn: Tensor, real: Tensor, sigma: Tensor, noise: Tensor, inputs) -> Tensor:
+    def _fake_score_loss(self, scene: Scene, drawn: Tensor, sigma: Tensor, noise: Tensor) -> Tensor:
         noisy = interpolate(drawn, noise, sigma)
-        velocity = roles.velocity(FAKE_SCORE, noisy, sigma, inputs, trained=True)
+        velocity = scene.velocity(FAKE_SCORE, noisy, sigma, trained=True)
         loss = (velocity - (noise - drawn)).pow(2).flatten(1).mean(1)
         if self.discriminator is None:
             return loss
-        sides = (interpolate(real, noise, sigma), noisy)
-        return loss + softplus_loss(*(logits(roles, FAKE_SCORE, side, sigma, inputs, trained=True) for side in sides))
+        sides = (interpolate(scene.clean, noise, sigma), noisy)
+        return loss + softplus_loss(*(scene.logits(FAKE_SCORE, side, sigma, trained=True) for side in sides))
 
 
 def matching_gradient(drawn: Tensor, real: Tensor, fake: Tensor) -> Tensor:
