@@ -35,7 +35,7 @@ def make_cache(
     from diffsynth.diffusion.cache_check import collect_garbage, stats, verify
     from diffsynth.diffusion.caching import launch_data_process_task
     from diffsynth.diffusion.runner import make_accelerator
-    from diffsynth.diffusion.template.units import required_columns
+    from diffsynth.diffusion.template.rows import required_columns
     from diffsynth.diffusion.training_module import PipelineTrainingModule
 
     if command in ("stats", "gc"):

@@ -23,7 +23,7 @@ def plan(devices: Sequence[int], tokens: int, cached: bool, cache_batch_size: in
     from pathlib import Path
 
     from diffsynth.core.files import write_text
-    from diffsynth.diffusion.template.units import required_columns
+    from diffsynth.diffusion.template.rows import required_columns
     from diffsynth.plan import Budget, Run, chart, table
 
     parts = {name: training[name] for name in inspect.signature(Run).parameters if name in training}

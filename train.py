@@ -41,7 +41,7 @@ def train(
     from diffsynth.diffusion.cache_plan import CachePlan
     from diffsynth.diffusion.engines import choose_engine
     from diffsynth.diffusion.runner import launch_training_task, make_accelerator, order_of, record_data
-    from diffsynth.diffusion.template.units import required_columns
+    from diffsynth.diffusion.template.rows import required_columns
     from diffsynth.diffusion.training_module import PipelineTrainingModule
     from diffsynth.plan import Run, preflight
 

@@ -29,7 +29,7 @@ from diffsynth.diffusion.randomness import Draw
 from diffsynth.diffusion.runner import make_accelerator
 from diffsynth.diffusion.template.code import read_code
 from diffsynth.diffusion.template.model import load_template
-from diffsynth.diffusion.template.units import required_columns
+from diffsynth.diffusion.template.rows import required_columns
 from diffsynth.diffusion.training_module import PipelineTrainingModule, prepare_training
 from diffsynth.pipelines.qwen_image import EDIT_PROMPT_TEMPLATE, ModelConfig, QwenImagePipeline, pack_latents
 

@@ -28,7 +28,7 @@ from diffsynth.diffusion.lora import LoRA
 from diffsynth.diffusion.loss import DirectDistill, FlowMatchSFT, RoleDistillation, TrajectoryImitation
 from diffsynth.diffusion.runner import make_accelerator
 from diffsynth.diffusion.teacher import Student, Teacher, TeacherDraw, points_on_path
-from diffsynth.diffusion.template.units import required_columns
+from diffsynth.diffusion.template.rows import required_columns
 from diffsynth.diffusion.training_module import PipelineTrainingModule
 from diffsynth.diffusion.units import run_units
 from diffsynth.pipelines.qwen_image import QwenImagePipeline

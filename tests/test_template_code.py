@@ -15,8 +15,9 @@ from safetensors.torch import load_file, save_file
 
 from diffsynth.core.loader import ModelConfig, model_config
 from diffsynth.diffusion.template import Templates, load_state_dict, load_template_model
-from diffsynth.diffusion.template.code import find_template, module_name, read_code
+from diffsynth.diffusion.template.code import module_name, read_code
 from diffsynth.diffusion.template.model import load_template
+from diffsynth.diffusion.template.source import find_template
 
 MODEL_ID = "someone/a-template"
 COMMIT = {name: name * 40 for name in "ab"}

@@ -23,7 +23,8 @@ from diffsynth.diffusion.loss import FlowMatchSFT
 from diffsynth.diffusion.runner import make_accelerator
 from diffsynth.diffusion.template.code import read_code
 from diffsynth.diffusion.template.model import Template, load_template
-from diffsynth.diffusion.template.units import FEATURES, required_columns
+from diffsynth.diffusion.template.rows import required_columns
+from diffsynth.diffusion.template.units import FEATURES
 from diffsynth.diffusion.training_module import PipelineTrainingModule
 from diffsynth.pipelines.flux2_image import Flux2ImagePipeline, let_blocks_read_kv_caches
 

@@ -25,7 +25,7 @@ from diffsynth.diffusion.runner import make_accelerator
 from diffsynth.diffusion.template import load_template_model
 from diffsynth.diffusion.template.code import read_code
 from diffsynth.diffusion.template.model import load_template
-from diffsynth.diffusion.template.units import required_columns
+from diffsynth.diffusion.template.rows import required_columns
 from diffsynth.diffusion.training_module import PipelineTrainingModule
 from diffsynth.pipelines.qwen_image import QwenImagePipeline
 

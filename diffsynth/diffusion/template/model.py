@@ -1,17 +1,21 @@
 """A template's network: built as its code says, filled with its weights, and called."""
 
 import inspect
+import logging
 from collections.abc import Callable, Iterable, Mapping
 from hashlib import blake2b
 from itertools import chain
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from ...core.loader import load_state_dict
-from .code import TemplateCode, errors_of
+from ...core import loader
+from .code import TemplateCode, errors_of, read_code
+
+logger = logging.getLogger(__name__)
 
 SHOWN_PROBLEMS = 3
 CHECKPOINTING = ("use_gradient_checkpointing", "use_gradient_checkpointing_offload")
@@ -102,7 +106,7 @@ def _construct(code: TemplateCode, seed: int) -> nn.Module:
 
 def _fill(model: nn.Module, code: TemplateCode, seed: int) -> None:
     """Copy the files' tensors; those that are in none of them must be such as the constructor always makes them."""
-    found, own = load_state_dict(code.weights), model.state_dict()
+    found, own = loader.load_state_dict(code.weights), model.state_dict()
     absent = {key: tensor for key, tensor in own.items() if key not in found}
     other = _construct(code, seed + 1).state_dict() if absent else {}
     shapes = {key: (tuple(found[key].shape), tuple(own[key].shape)) for key in own if key in found}
@@ -120,6 +124,33 @@ def _fill(model: nn.Module, code: TemplateCode, seed: int) -> None:
             "name both: TEMPLATE_MODEL_PATH = [frozen, trained]."
         )
     model.load_state_dict(found, strict=False)
+
+
+def load_template_model(path: str | Path, torch_dtype: torch.dtype = torch.bfloat16, device="cpu") -> nn.Module:
+    """The network of the template in a folder, with the weights that its TEMPLATE_MODEL_PATH names.
+
+    What the files lack stays as the constructor makes it, if that does not depend on chance.
+
+    Raises:
+        FileNotFoundError, ValueError: There is no template, or its code or weights are not in order.
+    """
+    code = read_code(Path(path))
+    model = load_template(code).model
+    if not code.weights and any(True for _ in model.parameters()):
+        logger.warning(
+            "%s sets no TEMPLATE_MODEL_PATH, so that its weights are as %s() makes them, not trained ones. Before its "
+            "state_dict() is merged with trained weights, let TEMPLATE_MODEL_PATH name their file.",
+            code.file,
+            code.model.__name__,
+        )
+    return model.to(device, torch_dtype)
+
+
+def load_state_dict(
+    path: str | Path | list[str | Path], torch_dtype: torch.dtype | None = None, device="cpu"
+) -> dict[str, Tensor]:
+    """The tensors of one safetensors file, or of several, of which later ones win."""
+    return loader.load_state_dict(path, torch_dtype, device)
 
 
 def is_below(parts: Iterable[str], name: str) -> bool:

@@ -1,49 +1,17 @@
 """Templates by folder or repository: one that is trained, or any number in front of a pipeline."""
 
-import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from inspect import signature
-from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
 
-from ...core import loader
 from ...core.loader import ModelConfig
 from .cache import as_inputs, check_names, merge_caches
-from .code import RESERVED, TemplateCode, find_template, read_code
+from .code import RESERVED, TemplateCode, read_code
 from .model import Template, check_arguments, load_template
-
-logger = logging.getLogger(__name__)
-
-
-def load_template_model(path: str | Path, torch_dtype: torch.dtype = torch.bfloat16, device="cpu") -> nn.Module:
-    """The network of the template in a folder, with the weights that its TEMPLATE_MODEL_PATH names.
-
-    What the files lack stays as the constructor makes it, if that does not depend on chance.
-
-    Raises:
-        FileNotFoundError, ValueError: There is no template, or its code or weights are not in order.
-    """
-    code = read_code(Path(path))
-    model = load_template(code).model
-    if not code.weights and any(True for _ in model.parameters()):
-        logger.warning(
-            "%s sets no TEMPLATE_MODEL_PATH, so that its weights are as %s() makes them, not trained ones. Before its "
-            "state_dict() is merged with trained weights, let TEMPLATE_MODEL_PATH name their file.",
-            code.file,
-            code.model.__name__,
-        )
-    return model.to(device, torch_dtype)
-
-
-def load_state_dict(
-    path: str | Path | list[str | Path], torch_dtype: torch.dtype | None = None, device="cpu"
-) -> dict[str, Tensor]:
-    """The tensors of one safetensors file, or of several, of which later ones win."""
-    return loader.load_state_dict(path, torch_dtype, device)
+from .source import find_template
 
 
 @dataclass(frozen=True, kw_only=True)

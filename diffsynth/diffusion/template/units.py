@@ -1,13 +1,8 @@
 """A template as two units of a pipeline: what is done without gradients, which may be cached, and what is trained."""
 
-import json
-import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from functools import partial
-from hashlib import blake2b
 from inspect import signature
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,8 +10,6 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
-from ...core.data.operators import Operator
-from ...core.data.unread import Unread
 from ..code_version import code_version
 from ..units import PipelineUnit, run_units
 from .cache import as_inputs, check_names
@@ -27,6 +20,7 @@ from .model import (
     refuse_running_statistics,
     weights_digest,
 )
+from .rows import as_dict
 
 FEATURES = "template_features"  # what process_inputs made, as [[name, value], …]
 ASKED_OF_TENSORS = {"dtype", "device", "shape", "ndim", "requires_grad", "is_meta", "is_cuda", "layout", "is_leaf"}
@@ -175,72 +169,3 @@ def storable(value: Any, what: str) -> Any:
         f"{what}, which process_inputs returns, is a {type(value).__name__}; expected a tensor, a number, text, or a "
         "list of these, as they are what a cache holds (torch.as_tensor makes a tensor of an array)."
     )
-
-
-# Rows -----------------------------------------------------------------------------------------------------------------
-
-
-def as_dict(template_inputs: Any) -> dict[str, Any]:
-    """A cell of the column `template_inputs`: a dict, or its JSON text.
-
-    Raises:
-        ValueError: It is something else.
-    """
-    try:
-        value = json.loads(template_inputs) if isinstance(template_inputs, str) else template_inputs
-    except ValueError:
-        value = None
-    if not isinstance(value, dict):
-        example = '{"scale": 0.2}'
-        raise ValueError(
-            f"found {template_inputs!r}, expected template inputs such as {example}, in a csv as JSON text"
-        )
-    return value
-
-
-class ReadTemplateInputs(Operator):
-    """The `template_inputs` of a row, the files that they name at their absolute paths.
-
-    A value names a file if there is one of that name in `base_path`, or anywhere under an absolute path.
-    """
-
-    def __init__(self, base_path: str):
-        self.base_path = base_path
-
-    def __call__(self, data: Any) -> dict[str, Any]:
-        return self._with_files(as_dict(data), str)
-
-    check = __call__
-
-    def unread(self, data: Any) -> dict[str, Any]:
-        return self._with_files(as_dict(data), _known_by_content)
-
-    def _with_files(self, value: Any, make: Callable[[str], Any]) -> Any:
-        """A value, with what `make` makes of each file's path in it."""
-        if isinstance(value, dict):
-            return {name: self._with_files(element, make) for name, element in value.items()}
-        if isinstance(value, list):
-            return [self._with_files(element, make) for element in value]
-        path = os.path.join(os.path.abspath(self.base_path), value) if isinstance(value, str) else ""
-        return make(path) if os.path.isfile(path) else value
-
-
-def _known_by_content(path: str) -> Unread:
-    return Unread((0, 0), partial(str, path), partial(_name_and_digest, path))
-
-
-def _name_and_digest(path: str) -> list[str]:
-    return [os.path.basename(path), blake2b(Path(path).read_bytes(), digest_size=16).hexdigest()]
-
-
-def required_columns(dataset, task, template: Template | None) -> tuple[str, ...]:
-    """The columns that a training reads; a data set that has files learns here how they are to be read."""
-    columns = ("image", "prompt", *task.columns)
-    parts = [rows for rows in getattr(dataset, "datasets", {"": dataset}).values() if hasattr(rows, "operators")]
-    for rows in parts if task.keeps_images else ():
-        rows.keep_images_as_they_are()
-    if template is None:
-        return columns
-    for rows in parts:
-        rows.operators.setdefault("template_inputs", ReadTemplateInputs(rows.base_path))
-    return (*columns, "template_inputs")

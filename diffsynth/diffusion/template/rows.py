@@ -1,0 +1,79 @@
+"""Rows of a data set that a template is trained on: their column `template_inputs`, and the files that it names."""
+
+import json
+import os
+from collections.abc import Callable
+from functools import partial
+from hashlib import blake2b
+from pathlib import Path
+from typing import Any
+
+from ...core.data.operators import Operator
+from ...core.data.unread import Unread
+from .model import Template
+
+
+def as_dict(template_inputs: Any) -> dict[str, Any]:
+    """A cell of the column `template_inputs`: a dict, or its JSON text.
+
+    Raises:
+        ValueError: It is something else.
+    """
+    try:
+        value = json.loads(template_inputs) if isinstance(template_inputs, str) else template_inputs
+    except ValueError:
+        value = None
+    if not isinstance(value, dict):
+        example = '{"scale": 0.2}'
+        raise ValueError(
+            f"found {template_inputs!r}, expected template inputs such as {example}, in a csv as JSON text"
+        )
+    return value
+
+
+class ReadTemplateInputs(Operator):
+    """The `template_inputs` of a row, the files that they name at their absolute paths.
+
+    A value names a file if there is one of that name in `base_path`, or anywhere under an absolute path.
+    """
+
+    def __init__(self, base_path: str):
+        self.base_path = base_path
+
+    def __call__(self, data: Any) -> dict[str, Any]:
+        return self._with_files(as_dict(data), str)
+
+    check = __call__
+
+    def unread(self, data: Any) -> dict[str, Any]:
+        return self._with_files(as_dict(data), _known_by_content)
+
+    def _with_files(self, value: Any, make: Callable[[str], Any]) -> Any:
+        """A value, with what `make` makes of each file's path in it."""
+        if isinstance(value, dict):
+            return {name: self._with_files(element, make) for name, element in value.items()}
+        if isinstance(value, list):
+            return [self._with_files(element, make) for element in value]
+        path = os.path.join(os.path.abspath(self.base_path), value) if isinstance(value, str) else ""
+        return make(path) if os.path.isfile(path) else value
+
+
+def _known_by_content(path: str) -> Unread:
+    return Unread((0, 0), partial(str, path), partial(_name_and_digest, path))
+
+
+def _name_and_digest(path: str) -> list[str]:
+    return [os.path.basename(path), blake2b(Path(path).read_bytes(), digest_size=16).hexdigest()]
+
+
+def required_columns(dataset, task, template: Template | None) -> tuple[str, ...]:
+    """The columns that a training reads; a data set that has files learns here how they are to be read."""
+    columns = ("image", "prompt", *task.columns)
+    parts = [rows for rows in getattr(dataset, "datasets", {"": dataset}).values() if hasattr(rows, "operators")]
+    for rows in parts if task.keeps_images else ():
+        rows.keep_images_as_they_are()
+    if template is None:
+        return columns
+    for rows in parts:
+        rows.operators.setdefault("template_inputs", ReadTemplateInputs(rows.base_path))
+    return (*columns, "template_inputs")
