@@ -48,7 +48,7 @@ def train(
     # Mistakes first: nothing heavy is read until all of these have found none.
     accelerator = make_accelerator(device, model.keywords["torch_dtype"])
     engine = choose_engine(accelerator)
-    BatchPlan(batch_size, micro_batch_size, accelerator.num_processes)
+    BatchPlan(batch_size, micro_batch_size, engine.replicas)
     template = template and template.load_one(seed)
     for rows in (dataset, *(validation.datasets.values() if validation else ())):
         rows.scan(required=required_columns(rows, task, template))
@@ -80,7 +80,7 @@ def train(
         engine=engine.file,
     )
     memory, micro_batch_size = preflight(run, accelerator, run_dir)
-    plan = BatchPlan(batch_size, micro_batch_size, accelerator.num_processes)
+    plan = BatchPlan(batch_size, micro_batch_size, engine.replicas)
     module = PipelineTrainingModule(pipe, task, lora, seed, template, memory)
     engine.check(module, optimizer, plan.accumulation, max_grad_norm)
     if is_cached := isinstance(dataset, CachedDataset):

@@ -1,7 +1,7 @@
 """Runs of train.py one after another in processes that torchrun started, each under the engine that its job names.
 
 `torchrun tests/engine_worker.py jobs.json`; a job is `{engine, overrides}`, and says with `cut_off` after which step
-its power is cut, with `poisoned` in which step its losses are NaN.
+its power is cut, with `poisoned` in which step its losses are NaN, with `split` that processes share a sample's tokens.
 """
 
 import json
@@ -17,6 +17,8 @@ from deepspeed.runtime.activation_checkpointing import checkpointing
 
 from diffsynth.config import build, check, claim, finish
 
+FSDP2 = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_RESHARD_AFTER_FORWARD": "true"}
+TOKENS_SPLIT = {"ACCELERATE_USE_PARALLELISM_CONFIG": "true", "PARALLELISM_CONFIG_CP_SIZE": "2"}
 ENGINES = {  # what `accelerate launch` makes of the files in conf/accelerate
     "ddp": {},
     **{
@@ -26,15 +28,19 @@ ENGINES = {  # what `accelerate launch` makes of the files in conf/accelerate
         }
         for name in ("zero2", "zero2_offload", "zero3_offload")
     },
-    "fsdp2": {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_RESHARD_AFTER_FORWARD": "true"},
+    "fsdp2": FSDP2,
+    "context_parallel": FSDP2 | TOKENS_SPLIT,
 }
 
 
-def run(engine: str, overrides: list[str], cut_off: int | None = None, poisoned: int | None = None) -> None:
+def run(
+    engine: str, overrides: list[str], cut_off: int | None = None, poisoned: int | None = None, split: bool = False
+) -> None:
     cfg = tiny.compose("train", *overrides)
     function = tiny.entry_function("train")
     checkpointing.deepspeed_checkpointing_enabled = False  # for good once configured: runs have processes of their own
-    with mock.patch.dict(os.environ, ENGINES[engine]), poison(poisoned), power(cut_off):
+    environment = ENGINES[engine] | (TOKENS_SPLIT if split else {})
+    with mock.patch.dict(os.environ, environment), poison(poisoned), power(cut_off):
         check(cfg, function)
         run_dir = claim(cfg)
         finish(run_dir, function(**build(cfg)))

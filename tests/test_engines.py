@@ -152,6 +152,14 @@ def test_fsdp2_is_looked_at_as_ddp_is_and_leaves_its_run_to_it(tmp_path, alone):
             assert_close(logged(root, name), logged(alone / "ddp", name), **CLOSE)
 
 
+def test_two_processes_with_the_tokens_of_a_sample_train_what_one_trains(tmp_path, alone):
+    run, steps = tmp_path / "run", [*ACCUMULATION, *LOOKING]
+    work(tmp_path, 2, [job(run, "ddp", *steps, cut_off=3, split=True), job(run, "context_parallel", *steps)])
+    assert_same(run, alone / "ddp")
+    for name in ("grad_norm", "held_out_loss", "ema_held_out_loss"):
+        assert_close(logged(run, name), logged(alone / "ddp", name), **CLOSE)
+
+
 @pytest.mark.slow
 def test_zero_in_two_processes_trains_what_one_trains(tmp_path, alone):
     engines = ("zero2", "zero2_offload", "zero3_offload")
@@ -260,8 +268,29 @@ def test_a_launcher_for_gpus_is_not_for_a_cpu(refused, monkeypatch):
     assert "starts processes for GPUs, and device is cpu" in said
 
 
-def test_splitting_sequences_is_refused(refused):
-    assert "parallelism_config" in refused("ddp", ACCELERATE_USE_PARALLELISM_CONFIG="true")
+@pytest.mark.parametrize("name", ["tp_size", "sp_size", "dp_replicate_size"])
+def test_splitting_anything_but_tokens_is_refused(refused, name):
+    split = {"ACCELERATE_USE_PARALLELISM_CONFIG": "true", f"PARALLELISM_CONFIG_{name.upper()}": "2"}
+    assert f"parallelism_config_{name} is 2; leave it out" in refused("ddp", **split)
+
+
+def test_tokens_are_split_over_a_divisor_of_the_processes(refused):
+    assert "cp_size is 2, which does not divide its 1 processes" in refused("context_parallel")
+
+
+@pytest.mark.parametrize(
+    "overrides, said",
+    [
+        ([], "4 heads, which cp_size=3 does not divide; choose one of [2, 4]"),
+        (["memory.compile=blocks"], "which cannot be compiled"),
+        (["task=distill/add", "task.teacher=null"], "A discriminator looks at the tokens"),
+        (["task=autoencoder", "lora=none"], "calls no network"),
+    ],
+)
+def test_what_tokens_cannot_be_split_for_is_refused(refused, monkeypatch, overrides, said):
+    monkeypatch.setattr("diffsynth.diffusion.engines.launcher.asked_cp_size", lambda processes: 3)
+    monkeypatch.setattr("diffsynth.diffusion.engines.Engine.replicas", 1)
+    assert said in refused("ddp", *overrides)
 
 
 def test_fsdp2_says_what_it_cannot_train(refused):

@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+from pathlib import Path
 
 import pytest
 import tiny_flux2
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 
 from diffsynth.core.data import collate
 from diffsynth.core.loader import ModelConfig
-from diffsynth.diffusion import kv_cache
+from diffsynth.diffusion import attention, kv_cache
 from diffsynth.diffusion.template import lora
 from diffsynth.diffusion.template.cache import append_text
 from diffsynth.pipelines import flux2_image, qwen_image
@@ -76,14 +77,17 @@ class Flux2Base(Base):
         return {f"{kind}_{number}": block for kind, blocks in kinds.items() for number, block in enumerate(blocks)}
 
 
-@pytest.fixture(params=[Base, Flux2Base])
-def base(request, tiny) -> Base:
-    folder = tiny if request.param is Base else tiny_flux2.klein()
-    network = QwenImagePipeline if request.param is Base else Flux2ImagePipeline
-    pipe = network("cpu", torch.float32)
+def load(kind: type[Base], folder: Path) -> Base:
+    """A base whose weights are those of a released folder."""
+    pipe = (QwenImagePipeline if kind is Base else Flux2ImagePipeline)("cpu", torch.float32)
     pipe.build_models([ModelConfig(path=str(folder / "transformer"))])
     pipe.load_models()
-    return request.param(pipe.dit)
+    return kind(pipe.dit)
+
+
+@pytest.fixture(params=[Base, Flux2Base])
+def base(request, tiny) -> Base:
+    return load(request.param, tiny if request.param is Base else tiny_flux2.klein())
 
 
 def parts(inputs: dict, row: int) -> dict:
@@ -122,9 +126,9 @@ def test_every_block_reads_its_own_entry(base):
 
 
 def test_further_keys_come_last_and_are_attended_to_wherever_the_text_is_padded(base, monkeypatch):
-    seen, dispatch = [], base.module.dispatch_attention_fn
+    seen, dispatch = [], attention.dispatch_attention_fn
     monkeypatch.setattr(
-        base.module,
+        attention,
         "dispatch_attention_fn",
         lambda *args, **options: seen.append((*args, options)) or dispatch(*args, **options),
     )

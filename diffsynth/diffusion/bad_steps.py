@@ -37,7 +37,8 @@ class BadSteps:
             FloatingPointError: It was the last of too many in a row.
         """
         pairs = zip(chain(*batches), torch.cat(state.left_out).tolist(), strict=True)
-        samples = gather_object([{**address._asdict(), "loss": loss} for address, loss in pairs])
+        seen = dict(gather_object([(address, loss) for address, loss in pairs]))  # some by several processes
+        samples = [{**address._asdict(), "loss": loss} for address, loss in seen.items()]
         if accelerator.is_main_process and self.path is not None:
             with Path(self.path).open("a", encoding="utf-8") as file:
                 file.write(json.dumps({"step": state.step, "samples": samples}) + "\n")

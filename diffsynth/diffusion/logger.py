@@ -226,10 +226,13 @@ class Meter:
     """Means of what happened since the last reading, over steps, micro-batches and processes.
 
     Steps that train another part than the model count under its name, `fake_score_loss`.
+
+    Args:
+        cp_size: Processes that count the same samples.
     """
 
-    def __init__(self, accelerator):
-        self.accelerator, self.device = accelerator, accelerator.device
+    def __init__(self, accelerator, cp_size: int = 1):
+        self.accelerator, self.device, self.cp_size = accelerator, accelerator.device, cp_size
         self.losses: list[Tensor] = []  # of the step that is being taken
         self._clear()
 
@@ -275,7 +278,7 @@ class Meter:
         for (part, count), (loss, samples) in zip(counted.items(), sums, strict=True):
             prefix = "" if part == MODEL else f"{part}_"
             means |= {f"{prefix}loss": loss / samples, f"{prefix}grad_norm": count.grad_norm / count.steps}
-        return {**means, "samples_per_second": timed / seconds} if means else {}
+        return {**means, "samples_per_second": timed / self.cp_size / seconds} if means else {}
 
     def state(self) -> dict[str, dict]:
         """What was counted since the last reading, process by process; all processes call it."""

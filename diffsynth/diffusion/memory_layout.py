@@ -65,15 +65,21 @@ def stored_models(module) -> list[str]:
     return names
 
 
+def predicting(module) -> list[nn.Module]:
+    """The networks of a loaded module that predict: the pipeline's, and further roles' own."""
+    own = module.role_networks.values() if module.roles else ()
+    networks = [*(getattr(module.pipe, name) for name in module.pipe.in_iteration_models), *own]
+    return list(dict.fromkeys(network for network in networks if network is not None))
+
+
 def lay_out(module) -> None:
     """Let activations and frozen weights go where the recipe says; networks are neither moved nor copied after it."""
     recipe, pipe = module.memory, module.pipe
     own = list(module.role_networks.values()) if module.roles else []
-    predicting = [*(getattr(pipe, name) for name in pipe.in_iteration_models), *own]
     trained = [getattr(pipe, name) for name in module.trained_roots]
-    for network in dict.fromkeys(m for m in (*predicting, *trained) if m is not None):
+    for network in dict.fromkeys(m for m in (*predicting(module), *trained) if m is not None):
         if recipe.checkpointing in honoured_policies(network):
-            itself = network in predicting
+            itself = network in predicting(module)
             follow(network, recipe.checkpointing, recipe.checkpoint_every, recipe.offload_activations, itself)
     if recipe.stream_blocks:
         stream = stream_blocks(pipe.network, recipe.stream_blocks, recipe.stream_buffers, pipe.device)

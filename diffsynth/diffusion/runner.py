@@ -15,8 +15,8 @@ from ..core.signals import leave_to_parent
 from .bad_steps import BadSteps
 from .checkpoint import Checkpoints
 from .ema import EMA
-from .engines import Engine
-from .engines.launcher import check_launch
+from .engines import Engine, choose_engine
+from .engines.launcher import check_launch, own_parallelism
 from .logger import LocalLogger, ModelLogger
 from .progress import Progress
 from .stopping import Stopped, stop_on_signals
@@ -66,8 +66,9 @@ def launch_training_task(
         Stopped: A signal asked for it; the state is saved.
         FloatingPointError: Too many steps in a row had a gradient that is not finite.
     """
-    batch_size = batch_size or (micro_batch_size or 1) * accelerator.num_processes
-    plan = BatchPlan(batch_size, micro_batch_size, accelerator.num_processes)
+    engine = engine or choose_engine(accelerator)
+    batch_size = batch_size or (micro_batch_size or 1) * engine.replicas
+    plan = BatchPlan(batch_size, micro_batch_size, engine.replicas)
     order = order_of(dataset, batch_size, seed)
     steps = max_steps or order.steps_of(num_epochs)
     optimizer = optimizer or partial(torch.optim.AdamW, lr=learning_rate, weight_decay=weight_decay)
@@ -81,7 +82,7 @@ def launch_training_task(
             checkpoints.check_room_for_run(state.expected_bytes)
         if logger is not None:
             logger.start(state.step, resumed)
-    sampler = BatchSampler(order, plan, accelerator.process_index, state.step, steps - state.step)
+    sampler = BatchSampler(order, plan, engine.replica, state.step, steps - state.step)
     progress = Progress(steps, state.step, accelerator.is_main_process)
     look = partial(_look, accelerator, state, model_logger, logger, validation, progress)
 
@@ -182,6 +183,7 @@ def make_accelerator(device: str, torch_dtype: str):
     return Accelerator(
         cpu=chosen == "cpu",
         mixed_precision="bf16" if torch_dtype == "bfloat16" else "no",
+        parallelism_config=own_parallelism(chosen),
         # Released networks carry parameters that no loss reaches, such as the last block's text output.
         kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],
     )

@@ -3,18 +3,17 @@
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from operator import itemgetter
 
 from accelerate import PartialState
 from accelerate.utils import gather_object
 
-_together: ContextVar[bool] = ContextVar("together", default=False)
+_together: ContextVar[int] = ContextVar("together", default=1)
 
 
 @contextmanager
-def together() -> Iterator[None]:
-    """Inside, every process does all of the work: networks are called that no process has the whole of."""
-    token = _together.set(True)
+def together(processes: int) -> Iterator[None]:
+    """Inside, so many processes do the same work: networks are called of which, or of whose tokens, each has a part."""
+    token = _together.set(processes)
     try:
         yield
     finally:
@@ -23,11 +22,11 @@ def together() -> Iterator[None]:
 
 def share(items: Sequence, make: Callable[[list], Sequence]) -> list:
     """What `make` makes of a list, one result an item, in order; every process works on a part of it."""
-    if _together.get():
+    state, size = PartialState(), _together.get()
+    if size == state.num_processes:
         return list(make(list(items))) if items else []
-    state = PartialState()
-    numbers = range(state.process_index, len(items), state.num_processes)
+    numbers = range(state.process_index // size, len(items), state.num_processes // size)
     mine = [items[number] for number in numbers]
     made = make(mine) if mine else []  # there may be more processes than items
-    shared = gather_object(list(zip(numbers, made, strict=True)))
-    return [result for _, result in sorted(shared, key=itemgetter(0))]
+    shared = dict(gather_object(list(zip(numbers, made, strict=True))))
+    return [shared[number] for number in range(len(items))]

@@ -113,7 +113,7 @@ class TrainingState:
             )
             for name, named in model.trained_parts().items()
         }
-        self.accelerator, self.meter, self.ema = accelerator, Meter(accelerator), ema
+        self.accelerator, self.meter, self.ema = accelerator, Meter(accelerator, self.engine.cp_size), ema
         self.model = self.engine.prepare(model, self.parts)
         self.step = self.skipped_steps = self.skipped_in_a_row = 0
         if ema is not None:

@@ -10,7 +10,6 @@ from collections.abc import Iterable, Mapping, Sequence
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKLFlux2, Flux2Transformer2DModel
-from diffusers.models.attention_dispatch import dispatch_attention_fn
 from diffusers.models.embeddings import apply_rotary_emb
 from diffusers.models.transformers.transformer_flux2 import Flux2AttnProcessor, Flux2ParallelSelfAttnProcessor
 from diffusers.pipelines.flux2.system_messages import SYSTEM_MESSAGE
@@ -18,8 +17,10 @@ from PIL import Image
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from ..core.context_parallel import TokenSplit
 from ..core.gradient import checkpoint_blocks
 from ..core.loader import ModelConfig
+from ..diffusion.attention import JointAttention
 from ..diffusion.base_pipeline import BasePipeline, PipelineUnit
 from ..diffusion.flow_match import FlowMatchScheduler, exponential_shift
 from ..diffusion.image_units import (
@@ -30,7 +31,7 @@ from ..diffusion.image_units import (
     NoiseInitializer,
     ShapeChecker,
 )
-from ..diffusion.kv_cache import KVCache, KVCacheReader, appended, attending_to_all_after
+from ..diffusion.kv_cache import KVCache
 from ..diffusion.models import TrainingDefaults
 from ..diffusion.template.cache import append_text
 from ..diffusion.template.lora import InputLoRA, added
@@ -132,20 +133,8 @@ def text_depths(decoder: nn.Module) -> list[int]:
     return [decoder.config.num_hidden_layers * quarters // 4 for quarters in (1, 2, 3)]
 
 
-class Flux2KVCacheReader(KVCacheReader):
-    def attend(
-        self, heads: Sequence[Tensor], frequencies: tuple[Tensor, Tensor], further: tuple[Tensor, Tensor], mask
-    ) -> Tensor:
-        """Tokens (B, S, D) of query, key and value (B, S, heads, head_dim), and of `further` keys and values."""
-        query, key = (apply_rotary_emb(each, frequencies, sequence_dim=1) for each in heads[:2])
-        key, value = appended(key, heads[2], further)
-        mask = mask if mask is None else attending_to_all_after(mask, key.shape[1] - mask.shape[1])
-        options = {"backend": self._attention_backend, "parallel_config": self._parallel_config}
-        return dispatch_attention_fn(query, key, value, attn_mask=mask, **options).flatten(2).to(query.dtype)
-
-
-class Flux2DoubleAttnProcessor(Flux2KVCacheReader, Flux2AttnProcessor):
-    """The library's; where a `kv_cache` has the block, the same with further keys and values."""
+class Flux2DoubleAttnProcessor(JointAttention, Flux2AttnProcessor):
+    """The library's, and with a `kv_cache` for the block or split tokens what `JointAttention` adds."""
 
     def __call__(
         self,
@@ -155,22 +144,23 @@ class Flux2DoubleAttnProcessor(Flux2KVCacheReader, Flux2AttnProcessor):
         attention_mask: Tensor | None = None,
         image_rotary_emb: tuple[Tensor, Tensor] | None = None,
         kv_cache: KVCache | None = None,
+        split: TokenSplit | None = None,
     ) -> tuple[Tensor, Tensor]:
         further = self.further(kv_cache)
-        if further is None:
+        if further is None and split is None:
             return super().__call__(attn, hidden_states, encoder_hidden_states, attention_mask, image_rotary_emb)
         image = [layer(hidden_states) for layer in (attn.to_q, attn.to_k, attn.to_v)]
         text = [layer(encoder_hidden_states) for layer in (attn.add_q_proj, attn.add_k_proj, attn.add_v_proj)]
         image = split_heads(image, attn.norm_q, attn.norm_k)
         text = split_heads(text, attn.norm_added_q, attn.norm_added_k)
-        heads = [torch.cat(streams, dim=1) for streams in zip(text, image, strict=True)]
-        tokens = self.attend(heads, image_rotary_emb, further, attention_mask)
+        heads = placed([torch.cat(streams, dim=1) for streams in zip(text, image, strict=True)], image_rotary_emb)
+        tokens = self.attend(heads, attention_mask, further, split)
         text, image = tokens.tensor_split([encoder_hidden_states.shape[1]], dim=1)
         return attn.to_out[1](attn.to_out[0](image)), attn.to_add_out(text)
 
 
-class Flux2SingleAttnProcessor(Flux2KVCacheReader, Flux2ParallelSelfAttnProcessor):
-    """The library's; where a `kv_cache` has the block, the same with further keys and values."""
+class Flux2SingleAttnProcessor(JointAttention, Flux2ParallelSelfAttnProcessor):
+    """The library's, and with a `kv_cache` for the block or split tokens what `JointAttention` adds."""
 
     def __call__(
         self,
@@ -179,13 +169,14 @@ class Flux2SingleAttnProcessor(Flux2KVCacheReader, Flux2ParallelSelfAttnProcesso
         attention_mask: Tensor | None = None,
         image_rotary_emb: tuple[Tensor, Tensor] | None = None,
         kv_cache: KVCache | None = None,
+        split: TokenSplit | None = None,
     ) -> Tensor:
         further = self.further(kv_cache)
-        if further is None:
+        if further is None and split is None:
             return super().__call__(attn, hidden_states, attention_mask, image_rotary_emb)
         projected, mlp = attn.to_qkv_mlp_proj(hidden_states).tensor_split([3 * attn.inner_dim], dim=-1)
-        heads = split_heads(projected.chunk(3, dim=-1), attn.norm_q, attn.norm_k)
-        tokens = self.attend(heads, image_rotary_emb, further, attention_mask)
+        heads = placed(split_heads(projected.chunk(3, dim=-1), attn.norm_q, attn.norm_k), image_rotary_emb)
+        tokens = self.attend(heads, attention_mask, further, split)
         return attn.to_out(torch.cat([tokens, attn.mlp_act_fn(mlp)], dim=-1))
 
 
@@ -200,6 +191,16 @@ def split_heads(projected: Sequence[Tensor], norm_q: nn.Module, norm_k: nn.Modul
     """Query, key and value (B, L, D) by heads, (B, L, heads, head_dim), the first two normalised."""
     query, key, value = (tokens.unflatten(-1, (-1, *norm_q.normalized_shape)) for tokens in projected)
     return [norm_q(query), norm_k(key), value]
+
+
+def placed(heads: Sequence[Tensor], frequencies: tuple[Tensor, Tensor]) -> list[Tensor]:
+    """Query, key and value (B, S, heads, head_dim), the first two turned by their places."""
+    query, key, value = heads
+    return [
+        apply_rotary_emb(query, frequencies, sequence_dim=1),
+        apply_rotary_emb(key, frequencies, sequence_dim=1),
+        value,
+    ]
 
 
 def model_fn_flux2(

@@ -10,19 +10,20 @@ from collections.abc import Mapping, Sequence
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKLQwenImage, QwenImageTransformer2DModel
-from diffusers.models.attention_dispatch import dispatch_attention_fn
 from diffusers.models.autoencoders.autoencoder_kl_qwenimage import QwenImageCausalConv3d
 from diffusers.models.transformers.transformer_qwenimage import QwenDoubleStreamAttnProcessor2_0, apply_rotary_emb_qwen
 from PIL import Image
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from ..core.context_parallel import TokenSplit
 from ..core.gradient import checkpoint_blocks
 from ..core.loader import ModelConfig
 from ..diffusion import image_units
+from ..diffusion.attention import JointAttention
 from ..diffusion.base_pipeline import BasePipeline, PipelineUnit
 from ..diffusion.flow_match import FlowMatchScheduler, exponential_shift, stretch_to_terminal
-from ..diffusion.kv_cache import KVCache, KVCacheReader, appended, attending_to_all_after
+from ..diffusion.kv_cache import KVCache
 from ..diffusion.models import TrainingDefaults
 from ..diffusion.template.cache import append_text
 from ..diffusion.template.lora import InputLoRA, added
@@ -137,8 +138,8 @@ class QwenImageVAE(AutoencoderKLQwenImage):
         self.use_tiling = tiled
 
 
-class QwenImageAttnProcessor(KVCacheReader, QwenDoubleStreamAttnProcessor2_0):
-    """The library's; where a `kv_cache` has the block, the same with further keys and values."""
+class QwenImageAttnProcessor(JointAttention, QwenDoubleStreamAttnProcessor2_0):
+    """The library's, and with a `kv_cache` for the block or split tokens what `JointAttention` adds."""
 
     def __call__(
         self,
@@ -149,9 +150,10 @@ class QwenImageAttnProcessor(KVCacheReader, QwenDoubleStreamAttnProcessor2_0):
         attention_mask: Tensor | None = None,
         image_rotary_emb: tuple[Tensor, Tensor] | None = None,
         kv_cache: KVCache | None = None,
+        split: TokenSplit | None = None,
     ) -> tuple[Tensor, Tensor]:
         mask, further = encoder_hidden_states_mask, self.further(kv_cache)
-        if further is None:
+        if further is None and split is None:
             return super().__call__(attn, hidden_states, encoder_hidden_states, mask, attention_mask, image_rotary_emb)
         image_layers, text_layers = (
             (attn.to_q, attn.to_k, attn.to_v),
@@ -159,12 +161,8 @@ class QwenImageAttnProcessor(KVCacheReader, QwenDoubleStreamAttnProcessor2_0):
         )
         image = project(hidden_states, image_layers, (attn.norm_q, attn.norm_k), image_rotary_emb[0])
         text = project(encoder_hidden_states, text_layers, (attn.norm_added_q, attn.norm_added_k), image_rotary_emb[1])
-        query, key, value = (torch.cat(pair, dim=1) for pair in zip(text, image, strict=True))
-        key, value = appended(key, value, further)
-        if mask is not None:
-            mask = attending_to_all_after(mask, key.shape[1] - mask.shape[1])
-        options = {"backend": self._attention_backend, "parallel_config": self._parallel_config}
-        tokens = dispatch_attention_fn(query, key, value, attn_mask=mask, **options).flatten(2).to(query.dtype)
+        heads = [torch.cat(pair, dim=1) for pair in zip(text, image, strict=True)]
+        tokens = self.attend(heads, mask, further, split)
         text, image = tokens.tensor_split([encoder_hidden_states.shape[1]], dim=1)
         return attn.to_out[1](attn.to_out[0](image.contiguous())), attn.to_add_out(text.contiguous())
 

@@ -1,11 +1,16 @@
 """What differs between ways of spreading a training over processes; this one is DDP."""
 
 import math
-from collections.abc import Collection, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
+import torch
 from torch import Tensor, nn
+
+from ...core.context_parallel import Devices, check_splittable, split_tokens
+from ..memory_layout import predicting
+from ..sharing import together
 
 
 class Engine:
@@ -13,14 +18,28 @@ class Engine:
 
     Other engines differ in where weights, gradients and the optimizer's state are. What is kept and exported is whole,
     and under the same names, with all of them.
+
+    Args:
+        cp_size: How many processes, next to one another, have the tokens of a sample together; all of the engines
+            average gradients over all processes, which is what that wants (see `core.context_parallel`).
     """
 
     name = "DDP"
     file = "ddp"  # conf/accelerate/<file>.yaml, by which a plan tells what a device holds
     has_masters = False  # whether fp32 weights are kept beside those that the model computes with
 
-    def __init__(self, accelerator):
-        self.accelerator = accelerator
+    def __init__(self, accelerator, cp_size: int = 1):
+        self.accelerator, self.cp_size = accelerator, cp_size
+
+    @property
+    def replicas(self) -> int:
+        """How many groups of processes train on samples of their own."""
+        return self.accelerator.num_processes // self.cp_size
+
+    @property
+    def replica(self) -> int:
+        """Which of them this process belongs to."""
+        return self.accelerator.process_index // self.cp_size
 
     # Before weights are read
 
@@ -35,6 +54,18 @@ class Engine:
         Raises:
             ValueError: Names the setting and what would go.
         """
+        if self.cp_size > 1:
+            self._check_split(module)
+
+    def _check_split(self, module) -> None:
+        if not module.task.calls_model_fn:
+            raise ValueError(f"{type(module.task).__name__} calls no network whose tokens cp_size could split.")
+        if getattr(module.task, "discriminator", None) is not None:
+            raise ValueError("A discriminator looks at the tokens within a network, which cp_size splits; set it to 1.")
+        if module.memory.compile != "none":
+            raise ValueError("memory.compile=blocks: tokens are split by hooks, which cannot be compiled; set none.")
+        for name in module.pipe.in_iteration_models:
+            check_splittable(getattr(module.pipe, name), self.cp_size)
 
     def in_host_memory(self, module) -> Collection[str]:
         """Names of the models that are read into host memory, as no device is to hold all of them."""
@@ -44,6 +75,11 @@ class Engine:
 
     def shard(self, module) -> None:
         """Leave this process its part of a loaded module, before there are optimizers."""
+        if self.cp_size > 1:
+            shape = (self.replicas, self.cp_size)
+            mesh = torch.distributed.init_device_mesh(self.accelerator.device.type, shape, mesh_dim_names=("dp", "cp"))
+            for network in predicting(module):
+                split_tokens(network, Devices(mesh["cp"].get_group()))
 
     def prepare(self, module, parts: Mapping[str, Any]) -> nn.Module:
         """What is called in the place of `module`, whose trained `parts` have their optimizers."""
@@ -73,9 +109,11 @@ class Engine:
 
     # Looking and keeping; all processes call these
 
-    def looking(self) -> AbstractContextManager:
+    @contextmanager
+    def looking(self) -> Iterator[None]:
         """Forwards without gradients, in the precision of training."""
-        return self.accelerator.autocast()
+        with self.accelerator.autocast(), together(self.cp_size):
+            yield
 
     def local(self, parameters: Sequence[nn.Parameter]) -> list[Tensor]:
         """What this process holds of parameters; whoever writes to it calls `rewritten` afterwards."""

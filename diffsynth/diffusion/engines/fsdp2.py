@@ -24,8 +24,8 @@ class FSDP2(ShardedEngine):
 
     name, file = "FSDP2", "fsdp2"
 
-    def __init__(self, accelerator):
-        super().__init__(accelerator)
+    def __init__(self, accelerator, cp_size: int = 1):
+        super().__init__(accelerator, cp_size)
         from accelerate.utils import FullyShardedDataParallelPlugin
 
         self.plugin = FullyShardedDataParallelPlugin()  # as the launcher's file says
@@ -51,6 +51,7 @@ class FSDP2(ShardedEngine):
         return module.pipe.in_iteration_models
 
     def shard(self, module) -> None:
+        super().shard(module)
         for name in module.pipe.in_iteration_models:
             network = getattr(module.pipe, name)
             if network is not None:

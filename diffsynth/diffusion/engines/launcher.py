@@ -5,6 +5,7 @@ from importlib.util import find_spec
 
 import torch
 
+SIZES = ("cp_size", "tp_size", "sp_size", "dp_replicate_size")  # of a parallelism_config
 ALTERNATIVE = "launch with --config_file conf/accelerate/ddp.yaml."
 
 
@@ -16,19 +17,52 @@ def choose_engine(accelerator):
     """
     from .engine import Engine
 
-    if _asked("ACCELERATE_USE_PARALLELISM_CONFIG"):
-        raise ValueError(
-            f"The launcher's parallelism_config splits sequences or tensors, as nothing here does; {ALTERNATIVE}"
-        )
+    cp_size = asked_cp_size(accelerator.num_processes)
     if _asked("ACCELERATE_USE_DEEPSPEED"):
         from .zero import ZeRO
 
-        return ZeRO(accelerator)
+        return ZeRO(accelerator, cp_size)
     if _asked("ACCELERATE_USE_FSDP"):
         from .fsdp2 import FSDP2
 
-        return FSDP2(accelerator)
-    return Engine(accelerator)
+        return FSDP2(accelerator, cp_size)
+    return Engine(accelerator, cp_size)
+
+
+def asked_cp_size(processes: int) -> int:
+    """How many processes are to have the tokens of a sample together.
+
+    Raises:
+        ValueError: It does not divide the number of processes, or tensors are to be split.
+    """
+    if not _asked("ACCELERATE_USE_PARALLELISM_CONFIG"):
+        return 1
+    cp_size, *others = (int(os.environ.get(f"PARALLELISM_CONFIG_{name.upper()}", 1)) for name in SIZES)
+    for name, size in zip(SIZES[1:], others, strict=True):
+        if size > 1:
+            raise ValueError(
+                f"The launcher's parallelism_config_{name} is {size}; leave it out, as only cp_size splits anything "
+                "here: see conf/accelerate/context_parallel.yaml."
+            )
+    if processes % cp_size:
+        raise ValueError(
+            f"The launcher's parallelism_config_cp_size is {cp_size}, which does not divide its {processes} processes."
+        )
+    return cp_size
+
+
+def own_parallelism(device: str):
+    """Accelerate's part in a `parallelism_config`: none, but that FSDP2 shards over all processes.
+
+    It would split sequences by hooks on every layer that is called `self_attn`, those of text encoders among them.
+    """
+    from accelerate import ParallelismConfig
+
+    if not _asked("ACCELERATE_USE_PARALLELISM_CONFIG"):
+        return None
+    shards = _asked("ACCELERATE_USE_FSDP") and device != "cpu"  # where accelerate starts no FSDP2
+    sharded = int(os.environ.get("WORLD_SIZE", 1)) if shards else 1
+    return ParallelismConfig(dp_replicate_size=1, dp_shard_size=sharded, tp_size=1, cp_size=1, sp_size=1)
 
 
 def check_launch(device: str, torch_dtype: str) -> None:

@@ -61,7 +61,7 @@ class ShardedEngine(Engine):
         with ExitStack() as stack:
             stack.enter_context(self._autocast())
             if self.shards_weights:
-                stack.enter_context(together())
+                stack.enter_context(together(self.accelerator.num_processes))
             yield
 
     def keep(self, whole: Tensor) -> Tensor:

@@ -25,8 +25,8 @@ class ZeRO(ShardedEngine):
 
     has_masters = True
 
-    def __init__(self, accelerator):
-        super().__init__(accelerator)
+    def __init__(self, accelerator, cp_size: int = 1):
+        super().__init__(accelerator, cp_size)
         if accelerator.device.type == "cpu":
             os.environ.setdefault("DS_ACCELERATOR", "cpu")
         from accelerate import DistributedType
