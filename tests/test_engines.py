@@ -171,6 +171,15 @@ def test_zero_in_two_processes_trains_what_one_trains(tmp_path, alone):
         assert_same(tmp_path / f"{name}_then_on", alone / "ddp")
 
 
+@pytest.mark.slow
+def test_tokens_are_split_under_zero_as_well(tmp_path, alone):
+    engines = ("zero2", "zero3_offload")
+    work(tmp_path, 2, [job(tmp_path / name, name, *ACCUMULATION, *LOOKING, split=True) for name in engines])
+    for name in engines:
+        assert_same(tmp_path / name, alone / "ddp")
+        assert_close(logged(tmp_path / name, "held_out_loss"), logged(alone / "ddp", "held_out_loss"), **CLOSE)
+
+
 COARSE = ["optimizer.lr=5e-2", "optimizer.eps=1e-4", "max_grad_norm=null"]  # larger updates than bf16 rounds away
 
 

@@ -12,7 +12,7 @@ import pytest
 import tiny
 from safetensors.torch import load_file
 
-KILLS = int(os.environ.get("FAULTS", 10))
+KILLS = int(os.environ.get("FAULTS", 5))
 OPTIONS = [
     "max_steps=16",
     "lora.target_modules=[to_q,to_v]",

@@ -1,7 +1,7 @@
 """What engines share that leave each process a part of the training."""
 
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -58,10 +58,8 @@ class ShardedEngine(Engine):
 
     @contextmanager
     def looking(self) -> Iterator[None]:
-        with ExitStack() as stack:
-            stack.enter_context(self._autocast())
-            if self.shards_weights:
-                stack.enter_context(together(self.accelerator.num_processes))
+        alike = self.accelerator.num_processes if self.shards_weights else self.cp_size
+        with self._autocast(), together(alike):
             yield
 
     def keep(self, whole: Tensor) -> Tensor:
