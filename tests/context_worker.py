@@ -1,6 +1,7 @@
 """Predictions and gradients of networks whose tokens lie on all processes, against those of whole networks.
 
-`torchrun tests/context_worker.py result.json` writes how far the two are apart at most, next to the largest number.
+`torchrun tests/context_worker.py result.json` writes how far the two are apart at most, next to the largest number,
+and the most bytes that tensors take in the first process: as they are, and as they are planned without the others.
 """
 
 import copy
@@ -15,6 +16,8 @@ from test_kv_cache import Base, Flux2Base, load, some
 from torch import Tensor
 
 from diffsynth.core.context_parallel import Devices, split_tokens
+from diffsynth.core.memory.live import LiveBytes
+from diffsynth.plan.devices import FirstOf
 
 BASES = {"qwen": (Base, tiny.model), "flux2": (Flux2Base, tiny_flux2.klein)}
 
@@ -54,19 +57,30 @@ def distance(found: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
     return max(((a - b).abs().max() / b.abs().max().clamp(min=1e-3)).item() for a, b in pairs)
 
 
+def peak(base: Base, rows: slice, inputs: dict) -> int:
+    result(base, rows, inputs)  # the first makes tables of places
+    with LiveBytes() as live:
+        result(base, rows, inputs)
+    return live.device.peak
+
+
 def main(path: str) -> None:
     torch.distributed.init_process_group("gloo")
-    apart = {}
+    apart, taken = {}, {}
     for family, (kind, folder) in BASES.items():
         kind.latents = (3, 16, 6, 10) if family == "qwen" else (3, 128, 3, 5)
         whole = load(kind, folder())
         whole.dit.requires_grad_(True)
         split = kind(copy.deepcopy(whole.dit))
+        planned = kind(copy.deepcopy(whole.dit))
         split_tokens(split.dit, Devices(torch.distributed.group.WORLD))
+        split_tokens(planned.dit, FirstOf(torch.distributed.get_world_size()))
         for name, (rows, inputs) in cases(whole).items():
-            apart[f"{family}, {name}"] = distance(averaged(result(split, rows, inputs)), result(whole, rows, inputs))
+            case = f"{family}, {name}"
+            apart[case] = distance(averaged(result(split, rows, inputs)), result(whole, rows, inputs))
+            taken[case] = [peak(base, rows, inputs) for base in (split, planned)]
     if torch.distributed.get_rank() == 0:
-        Path(path).write_text(json.dumps(apart))
+        Path(path).write_text(json.dumps({"apart": apart, "taken": taken}))
 
 
 if __name__ == "__main__":

@@ -7,34 +7,35 @@ import tiny
 from hypothesis import given
 from hypothesis import strategies as st
 
-from diffsynth.core.context_parallel import Devices
+from diffsynth.plan.devices import FirstOf
 
 CASES = ["alone", "padded", "checkpointed", "kv_cache", "further text"]
 
 
-class Three(Devices):
-    def __init__(self):
-        self.rank, self.count = 0, 3
-
-
 @pytest.fixture(scope="module")
-def apart(tmp_path_factory):
-    """How far predictions and gradients in two processes are from those in one, by family and case."""
+def found(tmp_path_factory):
+    """What tests/context_worker.py tells of two processes, by family and case."""
     path = tmp_path_factory.mktemp("apart") / "result.json"
-    found = f"{tiny.ROOT}:{tiny.ROOT / 'tests'}"
-    tiny.process(
-        "torchrun", "--standalone", "--nproc_per_node", "2", "tests/context_worker.py", str(path), PYTHONPATH=found
-    )
+    torchrun = ["torchrun", "--standalone", "--nproc_per_node", "2"]
+    tiny.process(*torchrun, "tests/context_worker.py", str(path), PYTHONPATH=f"{tiny.ROOT}:{tiny.ROOT / 'tests'}")
     return json.loads(path.read_text())
 
 
 @pytest.mark.parametrize("family", ["qwen", "flux2"])
 @pytest.mark.parametrize("case", CASES)
-def test_predictions_and_gradients_are_those_of_a_whole_network(apart, family, case):
-    assert apart[f"{family}, {case}"] < 1e-5
+def test_predictions_and_gradients_are_those_of_a_whole_network(found, family, case):
+    assert found["apart"][f"{family}, {case}"] < 1e-5
 
 
-@given(count=st.integers(0, 10_000))
-def test_every_token_is_on_one_device_and_devices_differ_by_one_token_at_most(count):
-    shares = Three().shares(count)
-    assert sum(shares) == count and max(shares) - min(shares) <= 1
+@pytest.mark.parametrize("family", ["qwen", "flux2"])
+@pytest.mark.parametrize("case", CASES)
+def test_what_a_device_holds_is_planned_without_the_others(found, family, case):
+    real, planned = found["taken"][f"{family}, {case}"]
+    assert planned == pytest.approx(real, rel=0.02)
+
+
+@given(tokens=st.integers(0, 10_000), devices=st.integers(1, 64))
+def test_every_token_is_on_one_device_and_devices_differ_by_one_token_at_most(tokens, devices):
+    shares = FirstOf(devices).shares(tokens)
+    assert len(shares) == devices and sum(shares) == tokens
+    assert shares[0] == max(shares) and max(shares) - min(shares) <= 1
