@@ -24,19 +24,19 @@ def plan(devices: Sequence[int], tokens: int, cached: bool, cache_batch_size: in
 
     from diffsynth.core.files import write_text
     from diffsynth.diffusion.template.rows import required_columns
-    from diffsynth.plan import Budget, Run, chart, table
+    from diffsynth.plan import Budget, Planner, Run, chart, table
 
     parts = {name: training[name] for name in inspect.signature(Run).parameters if name in training}
     parts["template"] = parts.get("template") and parts["template"].load_one(training.get("seed", 0))
     training["dataset"].scan(required=required_columns(training["dataset"], training["task"], parts["template"]))
     on_cuda = training.get("device", "auto") in ("auto", "cuda")  # whatever this machine has
     run = Run(**parts, tokens=tokens, cached=cached, cache_batch_size=cache_batch_size, on_cuda=on_cuda)
-    budgets, why = (None, None), ""
+    planner, budgets, why = Planner(run), (None, None), ""
     if run.memory.budget is not None:
         budgets = run.memory.budgets
-        choice = Budget(run, *budgets).choose()
-        run, why = run.variant(choice.option.recipe, choice.option.micro_batch_size), f"{choice.why}\n\n"
-    made = run.plan(devices)
+        choice = Budget(planner, *budgets).choose()
+        planner, why = choice.planner, f"{choice.why}\n\n"
+    made = planner.plan(devices)
     write_text(Path(path) / "plan.json", json.dumps(made.as_dict(), indent=1))
     write_text(Path(path) / "plan.svg", chart(made, budgets[0]))
     return f"{why}{table(made, run.estimated(made.worst.peak) if on_cuda else None)}"

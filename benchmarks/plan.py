@@ -27,6 +27,7 @@ from diffsynth.diffusion.loss import FlowMatchSFT
 from diffsynth.diffusion.training_module import PipelineTrainingModule
 from diffsynth.pipelines.flux2_image import Flux2ImagePipeline
 from diffsynth.pipelines.qwen_image import QwenImagePipeline
+from diffsynth.plan.drafts import read
 from diffsynth.plan.held import kept
 from diffsynth.plan.rehearsal import Rehearsal
 from diffsynth.plan.sketch import Sketch
@@ -69,9 +70,10 @@ def row_of(family: str, size: int) -> CachedRow:
 
 def predicted(family: str, training: str, checkpointing: str, size: int) -> int:
     """Bytes at the peak of a step."""
-    rehearsal = Rehearsal(module_of(family, training, checkpointing), cached=True)
+    rehearsal = Rehearsal(read(module_of(family, training, checkpointing), cached=True))
     passes = rehearsal.train([row_of(family, size)], accumulates=False)
-    return replace(kept(rehearsal, OPTIMIZER, None, on_cuda=False), working=passes.peak).peak
+    held = kept(rehearsal.module, rehearsal.at_rest, rehearsal.unreached, OPTIMIZER)
+    return replace(held, working=passes.peak).peak
 
 
 def measured(family: str, training: str, checkpointing: str, size: int) -> dict[str, int]:

@@ -19,10 +19,13 @@ from diffsynth.core.memory import MemoryRecipe
 from diffsynth.core.memory.live import LiveBytes, in_host_memory
 from diffsynth.diffusion import models
 from diffsynth.diffusion.training_module import PipelineTrainingModule
-from diffsynth.plan import Budget, Run
+from diffsynth.plan import Budget, Planner, Run
+from diffsynth.plan.drafts import copied, read
 from diffsynth.plan.engines import shares
+from diffsynth.plan.few_blocks import FewBlocks
 from diffsynth.plan.held import Held, kept
 from diffsynth.plan.optimizers import optimizer_cost
+from diffsynth.plan.options import Option
 from diffsynth.plan.rehearsal import Rehearsal
 from diffsynth.plan.sketch import architectures
 
@@ -77,7 +80,7 @@ def real_peak(benchmark, module: PipelineTrainingModule, row) -> int:
 @pytest.mark.parametrize("checkpointing", ["none", "attention", "blocks"])
 @pytest.mark.parametrize("training", ["lora", "full"])
 def test_a_plan_is_within_five_per_cent_of_a_real_steps_live_tensors(benchmark, monkeypatch, training, checkpointing):
-    monkeypatch.setitem(benchmark.CONFIGS, "qwen_image", SMALL_QWEN)
+    monkeypatch.setitem(benchmark.CONFIGS, "qwen_image", {**SMALL_QWEN, "num_layers": 2})
     row = benchmark.row_of("qwen_image", 256)
     real = real_peak(benchmark, benchmark.module_of("qwen_image", training, checkpointing), row)
     planned = benchmark.predicted("qwen_image", training, checkpointing, 256)
@@ -88,9 +91,9 @@ def rehearsed(benchmark, monkeypatch, **recipe) -> tuple[Held, Rehearsal]:
     monkeypatch.setitem(benchmark.CONFIGS, "qwen_image", SMALL_QWEN)
     module = benchmark.module_of("qwen_image", "lora", "none")
     module = PipelineTrainingModule(module.pipe, module.task, module.lora, memory=MemoryRecipe(**recipe))
-    rehearsal = Rehearsal(module, cached=True)
+    rehearsal = Rehearsal(read(module, cached=True))
     passes = rehearsal.train([benchmark.row_of("qwen_image", 256)], accumulates=False)
-    held = kept(rehearsal, benchmark.OPTIMIZER, None, on_cuda=False)
+    held = kept(rehearsal.module, rehearsal.at_rest, rehearsal.unreached, benchmark.OPTIMIZER)
     return replace(held, working=passes.peak, activations=passes.activations, host=passes.host), rehearsal
 
 
@@ -107,13 +110,36 @@ def test_each_option_takes_from_the_device_what_it_says(benchmark, monkeypatch):
     assert 0.9 < streamed.host / (3 * plain.block) < 1.1
 
 
-OTHER_CASES = [("flux2_klein_4b", "lora", "none", "256"), ("flux2_klein_4b", "lora", "blocks", "512")]
+MANY_BLOCKS = [
+    ({"storage": "int8"}, 6),
+    ({"checkpointing": "blocks", "offload_activations": True}, 6),
+    pytest.param({"checkpointing": "blocks", "checkpoint_every": 2}, 12, marks=pytest.mark.slow),
+]
 
 
-@pytest.mark.parametrize(
-    "case",
-    [("qwen_image", "lora", "blocks", "256"), *(pytest.param(case, marks=pytest.mark.slow) for case in OTHER_CASES)],
-)
+@pytest.mark.parametrize("recipe, blocks", MANY_BLOCKS)
+def test_few_blocks_tell_what_all_of_them_take(benchmark, monkeypatch, recipe, blocks):
+    monkeypatch.setitem(benchmark.CONFIGS, "qwen_image", {**SMALL_QWEN, "num_layers": blocks})
+    module = benchmark.module_of("qwen_image", "lora", "none")
+    recipe = MemoryRecipe(**recipe)
+    module = read(PipelineTrainingModule(module.pipe, module.task, module.lora, memory=recipe), cached=True)
+    few, whole = FewBlocks(module, recipe), Rehearsal(copied(module, recipe))
+    rows = [benchmark.row_of("qwen_image", 256)]
+    told, taken = few.train(rows, accumulates=False), whole.train(rows, accumulates=False)
+    assert not few.is_whole and few.at_rest == whole.at_rest and len(few.unreached) == len(whole.unreached) > 0
+    for figure in ("peak", "activations", "host"):
+        assert getattr(told, figure) == pytest.approx(getattr(taken, figure), rel=0.02)
+
+
+REAL_WIDTHS = [
+    ("qwen_image", "lora", "blocks", "256"),
+    ("flux2_klein_4b", "lora", "none", "256"),
+    ("flux2_klein_4b", "lora", "blocks", "512"),
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", REAL_WIDTHS)
 def test_a_plan_of_real_width_is_within_the_bounds_of_a_real_process(benchmark, case):
     """benchmarks/plan.py has the other cases, with weights trained in full and larger pictures."""
     figures = benchmark.figures(case)
@@ -221,35 +247,44 @@ def test_a_training_from_a_cache_is_planned_before_there_is_one(tmp_path):
     assert cached["peak"] < own["peak"]
 
 
-def run_of(tmp_path, *overrides: str) -> Run:
-    parts = tiny.build(
-        tiny.compose("train", *tiny.merged(tiny.train_overrides(tmp_path), ["batch_size=1", *overrides]))
-    )
+def planner_of(tmp_path, cached: bool = False) -> Planner:
+    parts = tiny.build(tiny.compose("train", *tiny.merged(tiny.train_overrides(tmp_path), ["batch_size=1"])))
     parts["dataset"].scan(required=())
     names = Run.__dataclass_fields__.keys() & parts.keys()
-    return Run(**{name: parts[name] for name in names}, on_cuda=False)
+    return Planner(Run(**{name: parts[name] for name in names}, cached=cached, on_cuda=False))
 
 
 def test_a_budget_takes_the_fastest_that_fits_and_says_why(tmp_path):
-    run = run_of(tmp_path)
-    whole = run.plan(caching=False).worst.peak
-    assert Budget(run, whole).choose().option.slowdown == 1
-    choice = Budget(run_of(tmp_path), whole - 1).choose()
+    planner = planner_of(tmp_path, cached=True)
+    whole = planner.plan(largest_only=True).worst.peak
+    budget = Budget(planner, whole)
+    assert budget.choose().option.slowdown == 1
+    choice = replace(budget, device=whole - 1).choose()
     assert choice.option.slowdown > 1 and choice.need.device < whole
     assert f"{choice.option.slowdown:.2f} times as long" in choice.why and "would need" in choice.why
-    chosen = run.variant(choice.option.recipe, choice.option.micro_batch_size)
-    assert chosen.plan(caching=False).worst.peak == choice.need.device
+    chosen = planner.variant(choice.option.recipe, choice.option.micro_batch_size)
+    assert chosen.plan(largest_only=True).worst.peak == choice.need.device
+
+
+def test_what_streaming_spares_is_known_without_streaming(tmp_path):
+    budget = Budget(planner_of(tmp_path, cached=True), device=0)
+    recipe = replace(budget.run.memory, checkpointing="blocks", stream_blocks=4, stream_buffers=1)
+    streamed = Option(recipe, micro_batch_size=1, slowdown=1)
+    reckoned, rehearsed = budget.about(streamed), budget.need(budget.plan(streamed))
+    assert reckoned.device == pytest.approx(rehearsed.device, rel=0.005)
+    assert reckoned.host == pytest.approx(rehearsed.host, rel=0.005)
+    assert reckoned.device < budget.about(replace(streamed, recipe=replace(recipe, stream_blocks=0))).device
 
 
 def test_a_budget_that_nothing_fits_says_what_is_missing_and_what_would_help(tmp_path):
     with pytest.raises(
         ValueError, match=r"(?s)Nothing fits memory.budget=0 MiB; the least is .*- memory.budget=.*cache"
     ):
-        Budget(run_of(tmp_path), 1000).choose()
+        Budget(planner_of(tmp_path), 1000).choose()
 
 
 def test_what_was_chosen_is_written_into_the_run_and_trained_with(tmp_path):
-    whole = run_of(tmp_path).plan(caching=False).worst.peak
+    whole = planner_of(tmp_path).plan(largest_only=True).worst.peak
     run_dir = tiny.train(tmp_path, f"memory.budget={whole - 1}", "memory.check=false", "batch_size=1")
     chosen = json.loads((run_dir / "memory.json").read_text())
     assert chosen["device_bytes"] < whole and chosen["recipe"]["budget"] == whole - 1

@@ -65,21 +65,13 @@ def stored_models(module) -> list[str]:
     return names
 
 
-def predicting(module) -> list[nn.Module]:
-    """The networks of a loaded module that predict: the pipeline's, and further roles' own."""
-    own = module.role_networks.values() if module.roles else ()
-    networks = [*(getattr(module.pipe, name) for name in module.pipe.in_iteration_models), *own]
-    return list(dict.fromkeys(network for network in networks if network is not None))
-
-
 def lay_out(module) -> None:
     """Let activations and frozen weights go where the recipe says; networks are neither moved nor copied after it."""
-    recipe, pipe = module.memory, module.pipe
-    own = list(module.role_networks.values()) if module.roles else []
-    trained = [getattr(pipe, name) for name in module.trained_roots]
-    for network in dict.fromkeys(m for m in (*predicting(module), *trained) if m is not None):
+    recipe, pipe, own = module.memory, module.pipe, role_networks(module)
+    predicting = predicting_networks(module)
+    for network in laid_out_networks(module):
         if recipe.checkpointing in honoured_policies(network):
-            itself = network in predicting(module)
+            itself = network in predicting
             follow(network, recipe.checkpointing, recipe.checkpoint_every, recipe.offload_activations, itself)
     if recipe.stream_blocks:
         stream = stream_blocks(pipe.network, recipe.stream_blocks, recipe.stream_buffers, pipe.device)
@@ -89,6 +81,23 @@ def lay_out(module) -> None:
         module._ddp_params_and_buffers_to_ignore = names_of(module, stream.tensors)
     if recipe.compile == "blocks":
         compile_blocks(pipe.network)
+
+
+def role_networks(module) -> list[nn.Module]:
+    """Those that are not the pipeline's."""
+    return list(module.role_networks.values()) if module.roles else []
+
+
+def predicting_networks(module) -> list[nn.Module]:
+    """What `model_fn` calls, and what roles have of their own."""
+    of_pipe = [getattr(module.pipe, name) for name in module.pipe.in_iteration_models]
+    return [network for network in (*of_pipe, *role_networks(module)) if network is not None]
+
+
+def laid_out_networks(module) -> list[nn.Module]:
+    """Those that follow the recipe: which predict, and of which something is trained."""
+    trained = [getattr(module.pipe, name) for name in module.trained_roots]
+    return list(dict.fromkeys(m for m in (*predicting_networks(module), *trained) if m is not None))
 
 
 def names_of(module: nn.Module, tensors: Iterable[Tensor]) -> list[str]:

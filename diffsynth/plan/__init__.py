@@ -1,8 +1,9 @@
 """What a run will take, before it runs: every stage rehearsed on tensors without values."""
 
 from .budget import Budget
-from .plan import Plan, Run, Stage
+from .plan import Plan, Planner, Stage
 from .preflight import preflight
+from .run import Run
 from .show import chart, table
 
-__all__ = ["Budget", "Plan", "Run", "Stage", "chart", "preflight", "table"]
+__all__ = ["Budget", "Plan", "Planner", "Run", "Stage", "chart", "preflight", "table"]

@@ -2,12 +2,13 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 
 from ..core.memory.sizes import shown_size
 from .engines import shares
-from .held import Held
-from .options import Option, Options
-from .plan import Plan, Run
+from .options import NOTHING_STREAMED, Option, Options, Streamed
+from .plan import Plan, Planner
+from .run import Run
 
 DEVICES = (2, 4, 8, 16, 32, 64)
 
@@ -22,10 +23,11 @@ class Need:
 
 @dataclass(frozen=True)
 class Choice:
-    """The option that was chosen, what it needs, and why it was chosen."""
+    """The option that was chosen, what it needs, whose rehearsal decided, and why it was chosen."""
 
     option: Option
     need: Need
+    planner: Planner
     why: str
 
 
@@ -33,15 +35,16 @@ class Choice:
 class Budget:
     """The search for a recipe within `device` bytes on the device and `host` bytes of host memory, if that is limited.
 
-    Options are looked at in the order of their predicted slowdown. A sum of what was rehearsed of others tells whether
-    one is worth being rehearsed as a whole, which decides.
+    Options are looked at in the order of their predicted slowdown. What each needs is reckoned from rehearsals with few
+    blocks; if that would fit, it is rehearsed as a whole, which decides.
     """
 
-    run: Run
+    planner: Planner
     device: int
     host: int | None = None
-    at_rest: dict[str, Held] = field(default_factory=dict)
-    plans: dict[tuple, Plan] = field(default_factory=dict)
+    at_rest: dict[str, int] = field(default_factory=dict)
+    reckoned: dict[tuple, Plan] = field(default_factory=dict)
+    planners: dict[tuple, Planner] = field(default_factory=dict)
     passed_over: list[tuple[Option, Need]] = field(default_factory=list)
 
     def choose(self) -> Choice:
@@ -50,49 +53,60 @@ class Budget:
         Raises:
             ValueError: None does; names what is missing and the smallest changes that would do.
         """
-        self.run = replace(self.run, sizes=self.run.largest and [self.run.largest])
-        self.options = Options(self.run)
         for option in self.options.all():
             need = self.at_least(option)
             if self.fits(need):
-                need = self.need(self.plan(option))
+                need = self.about(option)
             if self.fits(need):
-                return Choice(option, need, self.why(option, need))
+                need = self.need(self.plan(option))
+                if self.fits(need):
+                    return Choice(option, need, self.planner_of(option), self.why(option, need))
             self.passed_over.append((option, need))
         raise ValueError(self.missing())
+
+    @cached_property
+    def options(self) -> Options:
+        return Options(self.run, self.planner.drafts)
+
+    @property
+    def run(self) -> Run:
+        return self.planner.run
 
     def fits(self, need: Need) -> bool:
         return need.device <= self.device and (self.host is None or need.host <= self.host)
 
-    def need(self, plan: Plan) -> Need:
-        return Need(self.run.estimated(plan.worst.peak), plan.host)
-
-    # What is known without rehearsing the option itself
+    def need(self, plan: Plan, streamed: Streamed = NOTHING_STREAMED) -> Need:
+        training = plan.stages[0].host + streamed.host
+        return Need(self.run.estimated(plan.worst.peak - streamed.spared), max(plan.host, training))
 
     def at_least(self, option: Option) -> Need:
-        """Weights and optimizer; and the passes, where an option with the same ones was rehearsed."""
-        recipe = option.recipe
-        streamed, count = self.options.streamed_bytes(recipe), recipe.stream_blocks
-        saved = streamed * (count - recipe.stream_buffers) // count if count else 0
-        kept, passes = self.kept(recipe.storage), self.passes(option)
-        held = replace(kept, frozen=kept.frozen - saved, working=passes.working if passes else 0)
-        return Need(self.run.estimated(held.peak), streamed)
-
-    def kept(self, storage: str) -> Held:
-        """What is held whatever the passes take."""
+        """For what is held between two steps."""
+        storage, streamed = option.recipe.storage, self.options.streamed(option.recipe)
         if storage not in self.at_rest:
-            plain = replace(self.run.memory, storage=storage, stream_blocks=0)
-            self.at_rest[storage] = self.run.variant(plain).kept
-        return self.at_rest[storage]
+            plain = replace(option.recipe, stream_blocks=0)
+            self.at_rest[storage] = self.planner.variant(plain, few_blocks=True).kept.between_steps
+        return Need(self.run.estimated(self.at_rest[storage] - streamed.spared), streamed.host)
 
-    def passes(self, option: Option) -> Held | None:
-        plan = self.plans.get(_passing(option))
-        return plan and plan.held
+    def about(self, option: Option) -> Need:
+        """As few blocks tell."""
+        recipe, key = option.recipe, _passing(option)
+        if key not in self.reckoned:
+            plain = replace(recipe, stream_blocks=0)
+            planner = self.planner.variant(plain, option.micro_batch_size, few_blocks=True)
+            self.reckoned[key] = planner.plan(largest_only=True)
+            if planner.rehearsal.is_whole:
+                self.planners[*key, 0] = planner
+        return self.need(self.reckoned[key], self.options.streamed(recipe))
 
     def plan(self, option: Option) -> Plan:
-        plan = self.run.variant(option.recipe, option.micro_batch_size).plan(caching=False)
-        self.plans.setdefault(_passing(option), plan)
-        return plan
+        """As a rehearsal of the whole tells."""
+        return self.planner_of(option).plan(largest_only=True)
+
+    def planner_of(self, option: Option) -> Planner:
+        key = *_passing(option), option.recipe.stream_blocks
+        if key not in self.planners:
+            self.planners[key] = self.planner.variant(option.recipe, option.micro_batch_size)
+        return self.planners[key]
 
     # What is said
 
@@ -103,7 +117,7 @@ class Budget:
             f"in host memory; a step is predicted to take {option.slowdown:.2f} times as long as with memory to spare."
         ]
         for other, missed in _nearest(faster):
-            lines.append(f"{other} ({other.slowdown:.2f} times) would need {shown_size(missed.device)}.")
+            lines.append(f"{other} ({other.slowdown:.2f} times) would need at least {shown_size(missed.device)}.")
         return "\n  ".join(lines)
 
     def missing(self) -> str:
@@ -133,15 +147,15 @@ class Budget:
 
 
 def _thrift(passed: tuple[Option, Need]) -> tuple:
-    """The smaller, the less memory; what was not rehearsed is known by its weights and optimizer alone."""
+    """The smaller, the less memory; what even its weights do not fit is known by these alone."""
     option, need = passed
     return need.device, option.micro_batch_size, not option.recipe.offload_activations
 
 
 def _passing(option: Option) -> tuple:
     """What the two passes' memory depends on."""
-    recipe = option.recipe
-    return recipe.checkpointing, recipe.checkpoint_every, recipe.offload_activations, option.micro_batch_size
+    recipe, size = option.recipe, option.micro_batch_size
+    return recipe.storage, recipe.checkpointing, recipe.checkpoint_every, recipe.offload_activations, size
 
 
 def _nearest(passed: Sequence[tuple[Option, Need]], count: int = 3) -> list[tuple[Option, Need]]:

@@ -1,14 +1,16 @@
 """What a training holds from step to step, and what of it comes and goes within one."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 from torch import nn
 
 from ..core.memory.live import bytes_of
+from ..diffusion.base_pipeline import BasePipeline
+from ..diffusion.training_module import PipelineTrainingModule
 from .optimizers import optimizer_cost
-from .rehearsal import Rehearsal, tensors_of
+from .rehearsal import tensors_of
 
 
 @dataclass(frozen=True)
@@ -58,30 +60,44 @@ class Held:
         return self.between_steps + self.passing
 
 
-def kept(rehearsal: Rehearsal, optimizer: Callable, ema, on_cuda: bool) -> Held:
+def kept(
+    module: PipelineTrainingModule,
+    at_rest: int,
+    unreached: Sequence[nn.Parameter],
+    optimizer: Callable,
+    ema=None,
+    on_cuda: bool = False,
+) -> Held:
     """What does not depend on what is trained on.
 
-    Weights that no gradient reaches, as those of the text after the last attention to it, have no optimizer's state;
-    which they are is known when the passes have been rehearsed.
+    Args:
+        at_rest: Bytes of weights on the device.
+        unreached: Weights that no gradient reaches, as those of the text after the last attention to it, have no
+            optimizer's state; which they are is known when the passes have been rehearsed.
     """
-    module = rehearsal.module
-    reached = rehearsal.reached or module.trainable_parameters()
     parts = [list(part.values()) for part in module.trained_parts().values()]
     weights = bytes_of(parameter for part in parts for parameter in part)
-    numbers = [parameter.numel() for parameter in reached]
-    cost = optimizer_cost(optimizer, next(iter(reached)).dtype, on_cuda)
+    trained = module.trainable_parameters()
+    numbers = [parameter.numel() for parameter in trained]
+    reached = sum(numbers) - sum(parameter.numel() for parameter in unreached)
+    cost = optimizer_cost(optimizer, trained[0].dtype, on_cuda)
     averaged = ema is not None and ema.device is None
     return Held(
-        frozen=rehearsal.at_rest - weights,
+        frozen=at_rest - weights,
         trained=weights,
-        gradients=bytes_of(reached),
-        optimizer=math.ceil(cost.state * sum(numbers)),
+        gradients=bytes_of(trained) - bytes_of(unreached),
+        optimizer=math.ceil(cost.state * reached),
         average=4 * sum(parameter.numel() for parameter in parts[0]) if averaged else 0,
-        update=cost.update(sum(numbers), max(numbers)),
+        update=cost.update(reached, max(numbers)),
         block=largest_block(module.pipe.network),
         masters=4 * sum(parameter.numel() for part in parts for parameter in part),
-        encoders=rehearsal.weights(encoders_of(module)),
+        encoders=weights_of(module.pipe, encoders_of(module)),
     )
+
+
+def weights_of(pipe: BasePipeline, names: Iterable[str]) -> int:
+    """Bytes of the parameters and buffers of some of the pipeline's models."""
+    return sum(bytes_of(tensors_of(getattr(pipe, name))) for name in names)
 
 
 def encoders_of(module) -> set[str]:

@@ -5,11 +5,16 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import product
 
+from torch import nn
+
 from ..core.gradient import honoured_policies, repeated_blocks
 from ..core.memory import MemoryRecipe
 from ..core.memory.live import bytes_of
-from .plan import Run
+from ..core.memory.streaming import spread
+from ..diffusion.training_module import PipelineTrainingModule
+from .drafts import Drafts
 from .rehearsal import tensors_of
+from .run import Run
 
 # Only the order of options hangs on these. A step that trades nothing is three passes: one forward, two backward.
 PASSES = 3.0
@@ -37,11 +42,27 @@ class Option:
         return " ".join([*chosen, f"micro_batch_size={self.micro_batch_size}"])
 
 
+@dataclass(frozen=True)
+class Streamed:
+    """Bytes of frozen weights that wait in host memory, and of these what the device is spared."""
+
+    host: int = 0
+    spared: int = 0
+
+
+NOTHING_STREAMED = Streamed()
+
+
 @dataclass
 class Options:
     """What a run's recipe could become; what it trades already, it goes on trading."""
 
     run: Run
+    drafts: Drafts
+
+    @property
+    def module(self) -> PipelineTrainingModule:
+        return self.drafts.of(self.run)
 
     def all(self) -> list[Option]:
         """The fastest first."""
@@ -49,7 +70,7 @@ class Options:
 
     def _each(self) -> Iterator[Option]:
         for policy, storage, size in product(self.policies, self.storages, self.sizes):
-            for offload, streamed in product(self.offloads(policy), self.streamed(policy)):
+            for offload, streamed in product(self.offloads(policy), self.streamed_numbers(policy)):
                 recipe = replace(
                     self.run.memory,
                     checkpointing=policy,
@@ -62,13 +83,13 @@ class Options:
 
     @property
     def policies(self) -> Sequence[str]:
-        return honoured_policies(self.run.module.pipe.network) if self.run.task.calls_model_fn else ["none"]
+        return honoured_policies(self.module.pipe.network) if self.run.task.calls_model_fn else ["none"]
 
     @property
     def storages(self) -> Sequence[str]:
         run, given = self.run, self.run.memory.storage
         merged = run.lora is not None and run.lora.preset is not None
-        fixed = given != "none" or run.module.trainable_models or merged or run.engine != "ddp"
+        fixed = given != "none" or self.module.trainable_models or merged or run.engine != "ddp"
         return [given] if fixed else list(DECODING)
 
     def offloads(self, policy: str) -> Sequence[bool]:
@@ -81,7 +102,7 @@ class Options:
         whole = self.run.batches.micro_batch_size
         return [whole // 2**n for n in range(whole.bit_length()) if whole % 2**n == 0]
 
-    def streamed(self, policy: str) -> Sequence[int]:
+    def streamed_numbers(self, policy: str) -> Sequence[int]:
         """Numbers of blocks to stream: none, or more than there are buffers for."""
         recipe, count = self.run.memory, len(self.blocks)
         if policy != "blocks" or recipe.checkpoint_every > 1 or recipe.compile != "none" or self.run.engine != "ddp":
@@ -90,29 +111,43 @@ class Options:
         return [*([] if recipe.stream_blocks else [0]), *sorted(n for n in tried if n > recipe.stream_buffers)]
 
     @cached_property
-    def blocks(self) -> list[int]:
-        """Bytes of each block that could be streamed, not stored in fewer bits."""
-        frozen = self.run.task.calls_model_fn and not self.run.module.trainable_models
-        return (
-            [bytes_of(tensors_of(block)) for block in repeated_blocks(self.run.module.pipe.network)] if frozen else []
-        )
+    def blocks(self) -> list[nn.Module]:
+        """Those that could be streamed."""
+        frozen = self.run.task.calls_model_fn and not self.module.trainable_models
+        return repeated_blocks(self.module.pipe.network) if frozen else []
 
     def slowdown(self, recipe: MemoryRecipe, size: int) -> float:
         passes = PASSES + RECOMPUTING[recipe.checkpointing] / recipe.checkpoint_every
         passes += OFFLOADING[recipe.checkpointing] * recipe.offload_activations
         alone = PASSES * self.forward_seconds * size
         computing = passes / PASSES * alone * DECODING.get(recipe.storage, 1.25)
-        moving = 2 * self.streamed_bytes(recipe) / HOST_BYTES
+        stored = STORED.get(recipe.storage, 0.5) * self.module.pipe.torch_dtype.itemsize
+        moving = 2 * recipe.stream_blocks * self.block_numbers * stored / HOST_BYTES if recipe.stream_blocks else 0
         return max(computing, moving) / alone * HALF_A_BATCH ** self.sizes.index(size) + 0.02 * (moving > 0)
 
     @cached_property
     def forward_seconds(self) -> float:
         """Of one sample of the largest size."""
-        defaults = self.run.module.pipe.call_defaults
-        width, height = self.run.largest or (defaults["width"], defaults["height"])
+        defaults = self.module.pipe.call_defaults
+        width, height = self.run.sizes[0] or (defaults["width"], defaults["height"])
         tokens = self.run.tokens + width * height / PIXELS_A_TOKEN
-        numbers = sum(parameter.numel() for parameter in self.run.module.pipe.network.parameters())
+        numbers = sum(parameter.numel() for parameter in self.module.pipe.network.parameters())
         return 2 * numbers * tokens / DEVICE_FLOPS
 
-    def streamed_bytes(self, recipe: MemoryRecipe) -> int:
-        return round(recipe.stream_blocks * max(self.blocks, default=0) * STORED.get(recipe.storage, 0.5))
+    @cached_property
+    def block_numbers(self) -> int:
+        """Weights of the largest block, in whatever bits they are."""
+        network = self.drafts.sketch.network
+        return max(sum(p.numel() for p in block.parameters()) for block in repeated_blocks(network))
+
+    def streamed(self, recipe: MemoryRecipe) -> Streamed:
+        """What streaming moves, and leaves to the device."""
+        if not recipe.stream_blocks:
+            return NOTHING_STREAMED
+        blocks = repeated_blocks(self.drafts.of(self.run.variant(recipe)).pipe.network)
+        sizes = [_frozen_bytes(block) for block in spread(blocks, recipe.stream_blocks)]
+        return Streamed(sum(sizes), sum(sizes) - recipe.stream_buffers * max(sizes))
+
+
+def _frozen_bytes(block: nn.Module) -> int:
+    return bytes_of(tensor for tensor in tensors_of(block) if not tensor.requires_grad)

@@ -1,8 +1,6 @@
 """What a run will take, stage by stage, before any weight is read."""
 
-import copy
-import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -10,18 +8,16 @@ from typing import Any
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from ..core.data import BatchPlan, CachedDataset, CachedRow
+from ..core.memory import MemoryRecipe
 from ..core.memory.live import bytes_of
 from ..diffusion.checkpoint import FILE_BYTES
-from ..diffusion.training_module import PipelineTrainingModule
+from .drafts import Drafts, copied
 from .engines import Share, shares
+from .few_blocks import FewBlocks
 from .held import Held, kept
-from .rehearsal import Rehearsal
-from .sketch import download_bytes, sketched
+from .rehearsal import Rehearsal, Working
+from .run import Run, Size
 
-# An estimate: what CUDA's allocator loses between tensors, and its context with the libraries' workspaces.
-CUDA_WASTE, CUDA_CONTEXT = 0.05, 7 * 2**30 // 10
-ROWS_SEEN = 200  # of pictures that keep their own sizes
 STAGES = ("train", "draw", "save", "cache")
 
 
@@ -37,7 +33,7 @@ class Stage:
     """
 
     name: str
-    size: tuple[int, int] | None = None
+    size: Size | None = None
     weights: int = 0
     gradients: int = 0
     optimizer: int = 0
@@ -69,165 +65,101 @@ class Plan:
         return {"peak": self.worst.peak, "host": self.host, **asdict(self)}
 
 
-@dataclass(frozen=True, kw_only=True)
-class Run:
-    """The parts of a run, as its configuration built them; see train.py.
+class Planner:
+    """The rehearsals of a run; those of its variants share what is built for them.
 
     Args:
-        tokens: Of each prompt, where it is not padded to a length of its own.
-        cache_batch_size: Samples that go through an encoder together when a cache is made.
-        on_cuda: Whether the run is to be there.
-        processes, engine: How many devices it is spread over, and by which engine (`shares`).
-        cached: As if the data set were cached already.
-        sizes: Of the pictures to be looked at, (width, height); None is all.
+        few_blocks: Rehearse with few blocks of each kind and reckon what all of them take.
     """
 
-    model: Any
-    dataset: Any
-    task: Any
-    memory: Any
-    optimizer: Any
-    checkpoint: Any
-    export: Any
-    lora: Any = None
-    template: Any = None
-    ema: Any = None
-    validation: Any = None
-    seed: int = 0
-    max_steps: int | None = None
-    num_epochs: float = 1
-    batch_size: int = 1
-    micro_batch_size: int | None = None
-    tokens: int = 256
-    cache_batch_size: int = 8
-    on_cuda: bool = True
-    processes: int = 1
-    engine: str = "ddp"
-    cached: bool = False
-    sizes: Sequence[tuple[int, int]] | None = None
+    def __init__(self, run: Run, drafts: Drafts | None = None, few_blocks: bool = False):
+        self.run, self.drafts, self.few_blocks = run, drafts or Drafts(run), few_blocks
+        self.trained: dict[Size | None, Working] = {}
+        self.drawn: dict[str, Working] = self.drafts.drawn if few_blocks else {}
 
-    def plan(self, devices: Iterable[int] = (1,), caching: bool = True) -> Plan:
+    def variant(self, memory: MemoryRecipe, micro_batch_size: int | None = None, few_blocks: bool = False) -> "Planner":
+        """Of the same run with another recipe."""
+        return Planner(self.run.variant(memory, micro_batch_size), self.drafts, few_blocks)
+
+    def plan(self, devices: Iterable[int] = (1,), largest_only: bool = False) -> Plan:
         """Rehearse every stage, with every size of picture that there is.
 
         Args:
             devices: Numbers of devices whose shares are told.
-            caching: Also what make_cache.py would take.
+            largest_only: Of pictures the largest alone, and not what make_cache.py would take.
         """
-        download = download_bytes(self.module.pipe, self.model)  # before a recipe changes how weights are kept
-        parts = {size: part for size, part in self.dataset.parts().items() if self.sizes is None or size in self.sizes}
-        rows = {size: self.row(part.rows, size) for size, part in parts.items()}
-        encoded = {size: self.encoded(size, row) for size, row in rows.items()} if self.encodes(caching) else {}
-        if self.cached and not isinstance(self.dataset, CachedDataset):
-            rows = {size: row for size, (_, row) in encoded.items()}
-        held = {size: self.held(row) for size, row in rows.items()}
+        sizes = self.run.sizes[:1] if largest_only else self.run.sizes
+        held = {size: self.held(size) for size in sizes}
         stages = [self.training(size, own) for size, own in held.items()] + [*self.drawing(), self.saving()]
-        stages += [stage for stage, _ in encoded.values()] if caching else []
+        if not (largest_only or self.run.has_cache):
+            stages += [self.caching(size) for size in sizes]
         stages.sort(key=lambda stage: (STAGES.index(stage.name), -stage.peak))
         worst = max(held.values(), key=lambda own: own.peak)
         told = [share for count in devices for share in shares(worst, count)]
-        if self.memory.stream_blocks:  # which other engines refuse
+        if self.run.memory.stream_blocks:  # which other engines refuse
             told = [share for share in told if share.engine == "ddp"]
-        return Plan(stages, worst, told, download)
-
-    def variant(self, memory, micro_batch_size: int | None = None) -> "Run":
-        """The same with another recipe."""
-        return replace(self, memory=memory, micro_batch_size=micro_batch_size or self.micro_batch_size)
-
-    def estimated(self, size: int) -> int:
-        """What a device has to have free for so many bytes of tensors."""
-        return round(size * (1 + CUDA_WASTE)) + CUDA_CONTEXT if self.on_cuda else size
-
-    @property
-    def largest(self) -> tuple[int, int] | None:
-        """The size of pictures with the most pixels."""
-        sizes = [size for size in self.dataset.parts() if size is not None]
-        return max(sizes, key=lambda size: size[0] * size[1], default=None)
-
-    @property
-    def batches(self) -> BatchPlan:
-        return BatchPlan(self.batch_size, self.micro_batch_size, self.processes)
+        return Plan(stages, worst, told, self.drafts.download)
 
     # What there is
 
     @cached_property
-    def module(self) -> PipelineTrainingModule:
-        pipe, template = sketched(self.model, self.tokens), copy.deepcopy(self.template)  # which loses its values
-        return PipelineTrainingModule(pipe, self.task, self.lora, self.seed, template, self.memory)
-
-    @cached_property
-    def rehearsal(self) -> Rehearsal:
-        also = self.validation.models(self.module) if self.validation else ()
-        return Rehearsal(self.module, also, self.is_cached)
+    def rehearsal(self) -> Rehearsal | FewBlocks:
+        draft, recipe = self.drafts.of(self.run), self.run.memory
+        return FewBlocks(draft, recipe) if self.few_blocks else Rehearsal(copied(draft, recipe))
 
     @property
-    def is_cached(self) -> bool:
-        return self.cached or isinstance(self.dataset, CachedDataset)
-
-    def encodes(self, caching: bool) -> bool:
-        """Whether frozen units are to be rehearsed by themselves."""
-        return (caching or self.cached) and not isinstance(self.dataset, CachedDataset)
-
-    @cached_property
-    def uncached(self) -> "Run":
-        return replace(self, cached=False) if self.cached else self
-
-    @cached_property
     def kept(self) -> Held:
-        return kept(self.rehearsal, self.optimizer, self.ema, self.on_cuda)
+        """What is held whatever is trained on."""
+        at_rest, unreached = self.rehearsal.at_rest, self.rehearsal.unreached
+        return kept(self.rehearsal.module, at_rest, unreached, self.run.optimizer, self.run.ema, self.run.on_cuda)
 
-    def held(self, row) -> Held:
-        """What a training on rows like this one holds."""
-        size, accumulates = self.batches.micro_batch_size, self.batches.accumulation > 1
-        passes = self.rehearsal.train([row] * size, accumulates)
+    def held(self, size: Size | None) -> Held:
+        """What a training on pictures of this size holds."""
+        if size not in self.trained:
+            row = self.drafts.encoded(size)[1] if self.run.is_to_be_cached else self.run.row(size)
+            batches = self.run.batches
+            rows, accumulates = [row] * batches.micro_batch_size, batches.accumulation > 1
+            self.trained[size] = self.rehearsal.train(rows, accumulates)
+        passes = self.trained[size]
         return replace(self.kept, working=passes.peak, activations=passes.activations, host=passes.host)
-
-    def row(self, numbers: Sequence[int], size: tuple[int, int] | None):
-        """One of these rows of the data set; of those that each have a size of their own, the largest that is seen."""
-        if size is not None or isinstance(self.dataset, CachedDataset):
-            return self.dataset[int(numbers[0])]
-        rows = (self.dataset[int(number)] for number in numbers[:: max(1, len(numbers) // ROWS_SEEN)])
-        return max(rows, key=lambda row: row["image"].width * row["image"].height)
 
     # Stages
 
-    def training(self, size, held: Held) -> Stage:
-        optimizer, remembered = held.optimizer + held.average, 0 if self.is_cached else self.memory.remember * 2**30
-        host = held.host + round(remembered)
+    def training(self, size: Size | None, held: Held) -> Stage:
+        optimizer = held.optimizer + held.average
+        host = held.host + (0 if self.run.is_cached else round(self.run.memory.remember * 2**30))
         return Stage("train", size, held.weights, held.gradients, optimizer, held.activations, held.peak, host)
 
     def drawing(self) -> list[Stage]:
         """The validation's prompts, drawn beside what training holds between two steps."""
-        if not (self.validation and self.validation.prompts):
+        validation, pipe = self.run.validation, self.rehearsal.module.pipe
+        if not (validation and validation.prompts):
             return []
-        request = {"prompt": self.validation.prompts[0], **self.validation.options}
-        whole, kept = self.module.pipe.complete(request), self.kept
-        peak = kept.between_steps + self.rehearsal.draw(request).peak
+        request = {"prompt": validation.prompts[0], **validation.options}
+        whole, kept = pipe.complete(request), self.kept
+        peak = kept.between_steps + self.draw(request).peak
         size = whole["width"], whole["height"]
         return [Stage("draw", size, kept.weights, optimizer=kept.optimizer + kept.average, peak=peak)]
 
+    def draw(self, request: Mapping) -> Working:
+        """What drawing takes; it keeps nothing, so that few blocks tell it once for all policies."""
+        storage = self.run.memory.storage
+        if storage not in self.drawn:
+            self.drawn[storage] = self.rehearsal.draw(request)
+        return self.drawn[storage]
+
     def saving(self) -> Stage:
         """Checkpoints, one more than are kept while it is written, and the weights of every export."""
-        kept = self.kept
-        state, exports = kept.trained + kept.optimizer + kept.average, self.exports * len(self.export.formats)
-        disk = (self.checkpoint.keep_last + 1) * state + exports * kept.trained
-        optimizer = kept.optimizer + kept.average
-        return Stage(
-            "save", None, kept.weights, 0, optimizer, 0, kept.between_steps, host=min(state, FILE_BYTES), disk=disk
-        )
+        kept, run = self.kept, self.run
+        state, optimizer = kept.trained + kept.optimizer + kept.average, kept.optimizer + kept.average
+        disk = (run.checkpoint.keep_last + 1) * state + run.exports * len(run.export.formats) * kept.trained
+        host = min(state, FILE_BYTES)
+        return Stage("save", None, kept.weights, 0, optimizer, 0, kept.between_steps, host=host, disk=disk)
 
-    @property
-    def exports(self) -> int:
-        """How often weights are saved."""
-        epochs, every = self.num_epochs, self.export.save_steps
-        if self.max_steps is None or every is None:
-            return math.ceil(epochs if self.max_steps is None else self.max_steps * self.batch_size / len(self.dataset))
-        return math.ceil(self.max_steps / every)
-
-    def encoded(self, size, row) -> tuple[Stage, CachedRow]:
-        """What make_cache.py takes, which reads the models of the frozen units alone, and what it leaves of a row."""
-        module, rehearsal = self.uncached.module, self.uncached.rehearsal
-        working, made = rehearsal.encode([row] * self.cache_batch_size)
-        weights = rehearsal.weights(module.pipe.models_of(module.frozen_units, model_fn=False))
+    def caching(self, size: Size | None) -> Stage:
+        """What make_cache.py takes."""
+        working, made = self.drafts.encoded(size)
         tensors = [leaf for leaf in tree_leaves(made.made) if isinstance(leaf, Tensor)]
-        disk = len(self.dataset.parts()[size].rows) * bytes_of(tensors)
-        return Stage("cache", size, weights, peak=weights + working.peak, disk=disk), made
+        disk = len(self.run.dataset.parts()[size].rows) * bytes_of(tensors)
+        weights = self.drafts.encoding.at_rest
+        return Stage("cache", size, weights, peak=weights + working.peak, disk=disk)

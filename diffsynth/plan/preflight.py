@@ -15,7 +15,9 @@ from ..core.loader import ModelConfig
 from ..core.memory import MemoryRecipe
 from ..core.memory.sizes import shown_size
 from .budget import Budget, Choice
-from .plan import Run
+from .engines import shares
+from .plan import Plan, Planner
+from .run import Run
 from .sketch import file_bytes
 
 logger = logging.getLogger(__name__)
@@ -40,9 +42,7 @@ def preflight(run: Run, accelerator, run_dir: str | Path) -> tuple[MemoryRecipe,
     found = [None]
     if accelerator.is_main_process:
         try:
-            found = [settle(run, Path(run_dir) / "memory.json")]
-            if recipe.check:
-                check(run.variant(*found[0]), device)
+            found = [settle(Planner(run), Path(run_dir) / "memory.json", device)]
         except ValueError as error:  # told by all, or the others would wait
             found = [str(error)]
     (settled,) = broadcast_object_list(found)
@@ -51,17 +51,22 @@ def preflight(run: Run, accelerator, run_dir: str | Path) -> tuple[MemoryRecipe,
     return settled
 
 
-def settle(run: Run, record: Path) -> tuple[MemoryRecipe, int | None]:
-    """Recipe and micro-batch size: those of the configuration, or what was chosen for its budget."""
-    if run.memory.budget is None:
-        return run.memory, run.micro_batch_size
-    if record.exists():
+def settle(planner: Planner, record: Path, device: torch.device) -> tuple[MemoryRecipe, int | None]:
+    """Recipe and micro-batch size: those of the configuration, or what was chosen for its budget; checked."""
+    run = planner.run
+    settled = run.memory, run.micro_batch_size
+    if run.memory.budget is not None and record.exists():
         kept = json.loads(record.read_text())
-        return replace(run.memory, **kept["recipe"]), kept["micro_batch_size"]
-    choice = Budget(run, *run.memory.budgets).choose()
-    logger.info("memory.budget=%s: %s", run.memory.budget, choice.why)
-    write_text(record, json.dumps(as_record(choice), indent=1))
-    return choice.option.recipe, choice.option.micro_batch_size
+        settled = replace(run.memory, **kept["recipe"]), kept["micro_batch_size"]
+        planner = planner.variant(*settled)
+    elif run.memory.budget is not None:
+        choice = Budget(planner, *run.memory.budgets).choose()
+        logger.info("memory.budget=%s: %s", run.memory.budget, choice.why)
+        write_text(record, json.dumps(as_record(choice), indent=1))
+        settled, planner = (choice.option.recipe, choice.option.micro_batch_size), choice.planner
+    if run.memory.check:
+        check(run, planner.plan(largest_only=True), device)
+    return settled
 
 
 def as_record(choice: Choice) -> dict:
@@ -81,16 +86,14 @@ def is_small(model: Callable, free: int) -> bool:
     return None not in sizes and MOST_BYTES * sum(sizes) < SMALL * free
 
 
-def check(run: Run, device: torch.device) -> None:
+def check(run: Run, plan: Plan, device: torch.device) -> None:
     """Refuse a run that needs more than the device has free.
 
     Raises:
         ValueError: Names both amounts and what to do.
     """
     free = free_bytes(device)
-    run = replace(run, sizes=run.largest and [run.largest])
-    plan = run.plan([run.processes], caching=False)
-    share = next(share for share in plan.shares if share.engine == run.engine)
+    share = next(share for share in shares(plan.held, run.processes) if share.engine == run.engine)
     needed = run.estimated(share.device + plan.worst.peak - plan.held.peak)
     logger.info("Planned: %s of %s free on %s.", shown_size(needed), shown_size(free), device)
     if needed > free:

@@ -1,9 +1,9 @@
 """One step of a run on tensors that have shapes and no values: everything happens but the arithmetic."""
 
 import gc
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
@@ -11,11 +11,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_map
 
 from ..core.data import CachedRow, Sample
-from ..core.memory.live import LiveBytes, bytes_of
+from ..core.memory.live import LiveBytes
 from ..diffusion.loss.base import Moment
-from ..diffusion.memory_layout import lay_out
+from ..diffusion.memory_layout import lay_out, predicting_networks
 from ..diffusion.training_module import PipelineTrainingModule
-from ..diffusion.unit_memory import UnitMemory
 from ..diffusion.units import run_units_together
 
 LOOKED_AHEAD = 16  # steps in which an objective with several roles has trained each of them
@@ -26,36 +25,41 @@ class Working:
     """Bytes that a stage needs beside the weights.
 
     Args:
-        activations: What the forward pass leaves for the backward pass.
-        peak: The most at any moment.
+        peaks: The most at any moment of each of its phases.
         host: What waits in host memory at most, weights among it.
+        activations: What the forward pass leaves for the backward pass.
     """
 
-    peak: int
+    peaks: tuple[int, ...]
     host: int = 0
     activations: int = 0
+
+    @property
+    def peak(self) -> int:
+        return max(self.peaks)
+
+    def plus(self, times: float, more: "Working", few: "Working") -> "Working":
+        """This, and so many times the difference between two others of as many phases."""
+        grow = lambda own, high, low: own + round(times * (high - low))  # noqa: E731
+        peaks = tuple(map(grow, self.peaks, more.peaks, few.peaks))
+        activations = grow(self.activations, more.activations, few.activations)
+        return Working(peaks, grow(self.host, more.host, few.host), activations)
 
 
 class Rehearsal:
     """A training module as it stands in memory, and what the stages of a run add to that.
 
     Args:
-        module: Built on a pipeline of sketches (`sketched`).
-        also: Models beside those that are trained with, such as those of the validation.
-        cached: What frozen units make is read from a cache.
+        module: Read without values (`drafts.read`), not yet laid out.
     """
 
-    def __init__(self, module: PipelineTrainingModule, also: Iterable[str] = (), cached: bool = False):
+    def __init__(self, module: PipelineTrainingModule):
         self.module, self.mode, self.live = module, FakeTensorMode(allow_non_fake_inputs=True), LiveBytes()
         self.reached: set[nn.Parameter] = set()  # by gradients, in what was rehearsed so far
-        module.remembered = UnitMemory(0)
-        with torch.device("meta"):
-            module.read(also, cached)
         module.pipe.device = torch.device("cpu")
-        with self.mode, self.live:
+        with self._measured():
             fill(module)
             lay_out(module)
-        gc.collect()
         self.at_rest = self.live.device.now  # bytes on the device
 
     def train(self, rows: Sequence, accumulates: bool) -> Working:
@@ -67,26 +71,42 @@ class Rehearsal:
         samples = [Sample(row, 0, number) for number, row in enumerate(rows)]
         steps = {tuple(self.module.trained_at(step)): step for step in reversed(range(LOOKED_AHEAD))}.values()
         stages = [self._train(samples, Moment(step, LOOKED_AHEAD), accumulates) for step in steps]
-        return max(stages, key=lambda stage: stage.peak)
+        peaks = tuple(peak for stage in stages for peak in stage.peaks)
+        return replace(max(stages, key=lambda stage: stage.peak), peaks=peaks)
 
     def _train(self, samples: Sequence[Sample], moment: Moment, accumulates: bool) -> Working:
         self.module.train(True)
         self.module.moment = moment
         trained = self.module.trainable_parameters()
+        peaks: list[int] = []
         hooks = [parameter.register_post_accumulate_grad_hook(self.reached.add) for parameter in trained]
         with self._measured() as before:
+
+            def end_phase(*_) -> None:
+                peaks.append(self.live.device.peak - before)
+                self.live.device.restart()
+
+            hooks += [network.register_forward_pre_hook(end_phase) for network in predicting_networks(self.module)]
             for parameter in trained if accumulates else ():
                 parameter.grad = torch.empty_like(parameter)
             with self.autocast():
                 losses = self.module(samples)
             activations = self.live.device.now - before
+            end_phase()
             losses.mean().backward()
             del losses
+            end_phase()
             for parameter in trained:
                 parameter.grad = None
         for hook in hooks:
             hook.remove()
-        return self._since(before, activations=activations)
+        return Working(tuple(peaks), self.live.host.peak, activations)
+
+    @property
+    def unreached(self) -> list[nn.Parameter]:
+        """What gradients should have reached and did not; nothing before the first step."""
+        trained = self.module.trainable_parameters() if self.reached else []
+        return [parameter for parameter in trained if parameter not in self.reached]
 
     @torch.no_grad()
     def encode(self, rows: Sequence) -> tuple[Working, CachedRow]:
@@ -94,9 +114,10 @@ class Rehearsal:
         module = self.module
         with self._measured() as before, self.autocast():
             inputs = [module.get_pipeline_inputs(row) for row in rows]
+            given = [{**side} for side in inputs[0]]
             made = run_units_together(module.frozen_units, module.pipe, inputs)
-            kept = [{n: v for n, v in side.items() if n in module.kept_inputs} for side in made[0]]
-            del inputs, made
+            kept = [made_anew(*sides, module.kept_inputs) for sides in zip(given, made[0], strict=True)]
+            del inputs, given, made
         working = self._since(before)
         sides = tree_map(lambda value: zeros_like(value) if isinstance(value, torch.Tensor) else value, kept)
         return working, CachedRow(rows[0], dict(zip(("shared", "posi", "nega"), sides, strict=True)))
@@ -113,10 +134,6 @@ class Rehearsal:
             del shared, posi, nega, velocity
         return self._since(before)
 
-    def weights(self, names: Iterable[str]) -> int:
-        """Bytes of the parameters and buffers of some of the pipeline's models."""
-        return sum(bytes_of(tensors_of(getattr(self.module.pipe, name))) for name in names)
-
     def autocast(self):
         """As the training's accelerator has it."""
         dtype = self.module.pipe.torch_dtype
@@ -124,14 +141,20 @@ class Rehearsal:
 
     @contextmanager
     def _measured(self) -> Iterator[int]:
-        gc.collect()
+        gc.freeze()  # collect what is made here alone, of which cycles would seem to be held; the rest takes a second
         with self.mode, self.live:
             self.live.restart()
             yield self.live.device.now
         gc.collect()
+        gc.unfreeze()
 
-    def _since(self, before: int, **more: int) -> Working:
-        return Working(self.live.device.peak - before, self.live.host.peak, **more)
+    def _since(self, before: int) -> Working:
+        return Working((self.live.device.peak - before,), self.live.host.peak)
+
+
+def made_anew(before: Mapping, after: Mapping, wanted: Collection[str]) -> dict:
+    """What of the wanted inputs units have made; a row's own are not the cache's."""
+    return {n: v for n, v in after.items() if n in wanted and (n not in before or v is not before[n])}
 
 
 def zeros_like(tensor: torch.Tensor) -> torch.Tensor:

@@ -1,7 +1,7 @@
 """Trading compute for memory in the backward pass."""
 
 from .checkpoint import checkpoint_blocks, gradient_checkpoint_forward, is_checkpointed, recomputing_in
-from .policies import check_policy, follow, honoured_policies, repeated_blocks
+from .policies import check_policy, follow, honoured_policies, repeated_blocks, repeated_lists
 
 __all__ = [
     "check_policy",
@@ -12,4 +12,5 @@ __all__ = [
     "is_checkpointed",
     "recomputing_in",
     "repeated_blocks",
+    "repeated_lists",
 ]

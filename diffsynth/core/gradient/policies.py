@@ -22,14 +22,19 @@ PARTS = {
 
 def repeated_blocks(network: nn.Module) -> list[nn.Module]:
     """The blocks that a diffusers or transformers network says it repeats, in the order in which they stand in it."""
+    return [block for blocks in repeated_lists(network).values() for block in blocks]
+
+
+def repeated_lists(network: nn.Module) -> dict[str, nn.ModuleList]:
+    """The lists that these blocks stand in, by name."""
     kinds = {
         kind
         for module in network.modules()
         for name in ("_repeated_blocks", "_no_split_modules")
         for kind in getattr(module, name, None) or ()
     }
-    lists = [module for module in network.modules() if isinstance(module, nn.ModuleList)]
-    return [block for blocks in lists for block in blocks if type(block).__name__ in kinds]
+    lists = {name: module for name, module in network.named_modules() if isinstance(module, nn.ModuleList)}
+    return {n: blocks for n, blocks in lists.items() if blocks and {type(block).__name__ for block in blocks} <= kinds}
 
 
 def parts_of(block: nn.Module, policy: str) -> list[nn.Module]:

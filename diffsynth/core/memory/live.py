@@ -34,6 +34,10 @@ class Level:
         self.now += size
         self.peak = max(self.peak, self.now)
 
+    def restart(self) -> None:
+        """Forget the peak so far."""
+        self.peak = self.now
+
 
 class LiveBytes(TorchDispatchMode):
     """Counts the bytes of storages that operations make while it is entered, until nobody holds them any more.
@@ -61,8 +65,8 @@ class LiveBytes(TorchDispatchMode):
 
     def restart(self) -> None:
         """Forget the peaks so far."""
-        for level in (self.device, self.host):
-            level.peak = level.now
+        self.device.restart()
+        self.host.restart()
 
     def _watch(self, storage) -> None:
         key, size = id(storage), storage.nbytes()

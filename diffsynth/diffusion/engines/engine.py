@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ...core.context_parallel import Devices, check_splittable, split_tokens
-from ..memory_layout import predicting
+from ..memory_layout import predicting_networks
 from ..sharing import together
 
 
@@ -78,7 +78,7 @@ class Engine:
         if self.cp_size > 1:
             shape = (self.replicas, self.cp_size)
             mesh = torch.distributed.init_device_mesh(self.accelerator.device.type, shape, mesh_dim_names=("dp", "cp"))
-            for network in predicting(module):
+            for network in predicting_networks(module):
                 split_tokens(network, Devices(mesh["cp"].get_group()))
 
     def prepare(self, module, parts: Mapping[str, Any]) -> nn.Module:
