@@ -1,6 +1,7 @@
 """What is kept for the backward pass, what is computed again, and where the kept part waits."""
 
 import sys
+from contextlib import nullcontext
 from itertools import product
 
 import pytest
@@ -171,18 +172,46 @@ class Configured:
     @classmethod
     def checkpoint(cls, function, *values):
         cls.calls += 1
-        return torch.utils.checkpoint.checkpoint(function, *values, use_reentrant=True)
+        return torch.utils.checkpoint.checkpoint(cls._forgetful(function), *values, use_reentrant=True)
+
+    @staticmethod
+    def _forgetful(function):
+        """Unlike torch's, it runs again without the precision in which it ran at first, without gradients."""
+
+        def run(*values):
+            with torch.autocast("cpu", enabled=False) if torch.is_grad_enabled() else nullcontext():
+                return function(*values)
+
+        return run
 
 
-def test_a_configured_deepspeed_saves_what_inputs_lead_to(monkeypatch):
-    monkeypatch.setitem(sys.modules, "deepspeed", type("deepspeed", (), {"checkpointing": Configured}))
+@pytest.fixture
+def configured(monkeypatch):
+    counted = type("Counted", (Configured,), {"calls": 0})
+    monkeypatch.setitem(sys.modules, "deepspeed", type("deepspeed", (), {"checkpointing": counted}))
+    return counted
+
+
+def test_what_a_configured_deepspeed_runs_again_is_in_the_precision_of_the_first_time(configured):
+    layer, x = torch.nn.Linear(3, 3), torch.randn(2, 3, dtype=torch.bfloat16, requires_grad=True)
+    gradients = []
+    for enabled in (False, True):
+        with torch.autocast("cpu", torch.bfloat16):
+            made = gradient_checkpoint_forward(layer, enabled, False, x)
+        x.grad = None
+        made.sum().backward()
+        gradients.append(x.grad)
+    assert torch.equal(*gradients)
+
+
+def test_a_configured_deepspeed_saves_what_inputs_lead_to(configured):
     layer, x = torch.nn.Bilinear(3, 3, 3), torch.randn(2, 3, requires_grad=True)
     plain = torch.autograd.grad(layer(x, x).sum(), x)[0]
     gradient_checkpoint_forward(layer, True, False, x, input2=x).sum().backward()
-    assert torch.equal(x.grad, plain) and Configured.calls == 1
+    assert torch.equal(x.grad, plain) and configured.calls == 1
     layer.zero_grad()
     gradient_checkpoint_forward(layer, True, False, x.detach(), input2=x.detach()).sum().backward()
-    assert Configured.calls == 1 and layer.weight.grad.any()  # which a re-entrant checkpoint would not have reached
+    assert configured.calls == 1 and layer.weight.grad.any()  # which a re-entrant checkpoint would not have reached
 
 
 # What cannot be -------------------------------------------------------------------------------------------------------

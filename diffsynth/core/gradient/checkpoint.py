@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from contextvars import ContextVar
 
+import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -53,13 +54,22 @@ class _Recomputed:
 
 def _checkpoint(model: Callable, *args, **kwargs):
     # By position, named inputs are saved as the others are: where hooks see them.
-    run, values = _Recomputed(model, len(args), tuple(kwargs)), (*args, *kwargs.values())
+    names, values = tuple(kwargs), (*args, *kwargs.values())
     deepspeed = sys.modules.get("deepspeed")
     if deepspeed is None or not deepspeed.checkpointing.is_configured():
-        return checkpoint(run, *values, use_reentrant=False)
-    if not any(isinstance(value, Tensor) and value.requires_grad for value in values):
+        return checkpoint(_Recomputed(model, len(args), names), *values, use_reentrant=False)
+    tensors = [value for value in values if isinstance(value, Tensor)]
+    if not any(tensor.requires_grad for tensor in tensors):
         return model(*args, **kwargs)  # a re-entrant checkpoint gives gradients only to what its inputs lead to
+    with recomputing_in(_autocast_on(tensors[0].device.type)):  # which torch's checkpoint does by itself
+        run = _Recomputed(model, len(args), names)
     return deepspeed.checkpointing.checkpoint(run, *values)
+
+
+def _autocast_on(device: str) -> Context:
+    """The precision that is computed in now."""
+    dtype, enabled = torch.get_autocast_dtype(device), torch.is_autocast_enabled(device)
+    return lambda module: torch.autocast(device, dtype, enabled)
 
 
 def gradient_checkpoint_forward(
