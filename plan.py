@@ -15,7 +15,9 @@ from train import train
 
 
 @with_arguments_of(train)
-def plan(devices: Sequence[int], tokens: int, cached: bool, cache_batch_size: int, path: str, **training):
+def plan(
+    devices: Sequence[int], cp_size: int, tokens: int, cached: bool, cache_batch_size: int, path: str, **training
+) -> str:
     """The plan of one training; writes it down and returns its table.
 
     Its signature is the schema of conf/plan.yaml's top level.
@@ -29,8 +31,9 @@ def plan(devices: Sequence[int], tokens: int, cached: bool, cache_batch_size: in
     parts = {name: training[name] for name in inspect.signature(Run).parameters if name in training}
     parts["template"] = parts.get("template") and parts["template"].load_one(training.get("seed", 0))
     training["dataset"].scan(required=required_columns(training["dataset"], training["task"], parts["template"]))
+    parts |= {"tokens": tokens, "cached": cached, "cache_batch_size": cache_batch_size}
     on_cuda = training.get("device", "auto") in ("auto", "cuda")  # whatever this machine has
-    run = Run(**parts, tokens=tokens, cached=cached, cache_batch_size=cache_batch_size, on_cuda=on_cuda)
+    run = Run(**parts, processes=cp_size, cp_size=cp_size, on_cuda=on_cuda)
     planner, budgets, why = Planner(run), (None, None), ""
     if run.memory.budget is not None:
         budgets = run.memory.budgets

@@ -78,6 +78,7 @@ def train(
         micro_batch_size=micro_batch_size,
         processes=accelerator.num_processes,
         engine=engine.file,
+        cp_size=engine.cp_size,
     )
     memory, micro_batch_size = preflight(run, accelerator, run_dir)
     plan = BatchPlan(batch_size, micro_batch_size, engine.replicas)

@@ -247,6 +247,15 @@ def test_a_training_from_a_cache_is_planned_before_there_is_one(tmp_path):
     assert cached["peak"] < own["peak"]
 
 
+def test_devices_that_have_a_samples_tokens_together_keep_their_part_of_the_activations(tmp_path):
+    alone, together = (plan(tmp_path, *("memory=none", f"cp_size={n}", "devices=[1,2,3,4]")) for n in (1, 2))
+    activations = [next(stage["activations"] for stage in p["stages"]) for p in (alone, together)]
+    assert 0.5 <= activations[1] / activations[0] < 0.6  # what is known of the time and the places is on both
+    assert {share["devices"] for share in together["shares"]} == {2, 4}
+    with pytest.raises(ValueError, match="4 heads, which cp_size=3 does not divide"):
+        plan(tmp_path, "cp_size=3")
+
+
 def planner_of(tmp_path, cached: bool = False) -> Planner:
     parts = tiny.build(tiny.compose("train", *tiny.merged(tiny.train_overrides(tmp_path), ["batch_size=1"])))
     parts["dataset"].scan(required=())

@@ -24,8 +24,8 @@ class FewBlocks:
     that changes between few blocks and all, this is a little too low; a rehearsal of the whole decides.
     """
 
-    def __init__(self, module: PipelineTrainingModule, recipe: MemoryRecipe):
-        self.module, self.recipe = module, recipe
+    def __init__(self, module: PipelineTrainingModule, recipe: MemoryRecipe, cp_size: int = 1):
+        self.module, self.recipe, self.cp_size = module, recipe, cp_size
         self.at_rest = bytes_of(tensors_of(module))
         self.lists = {name: blocks for name, blocks in lists_of(module).items() if self.has_many(blocks)}
 
@@ -54,7 +54,7 @@ class FewBlocks:
 
     def _rehearsal(self, longer: str | None = None) -> Rehearsal:
         counts = {n: self.count(MORE if n == longer else FEW, blocks) for n, blocks in self.lists.items()}
-        return Rehearsal(copied(self.module, self.recipe, counts))
+        return Rehearsal(copied(self.module, self.recipe, counts), self.cp_size)
 
     @property
     def unreached(self) -> Sequence[nn.Parameter]:

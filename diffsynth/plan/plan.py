@@ -95,7 +95,7 @@ class Planner:
             stages += [self.caching(size) for size in sizes]
         stages.sort(key=lambda stage: (STAGES.index(stage.name), -stage.peak))
         worst = max(held.values(), key=lambda own: own.peak)
-        told = [share for count in devices for share in shares(worst, count)]
+        told = [share for count in devices if count % self.run.cp_size == 0 for share in shares(worst, count)]
         if self.run.memory.stream_blocks:  # which other engines refuse
             told = [share for share in told if share.engine == "ddp"]
         return Plan(stages, worst, told, self.drafts.download)
@@ -104,8 +104,8 @@ class Planner:
 
     @cached_property
     def rehearsal(self) -> Rehearsal | FewBlocks:
-        draft, recipe = self.drafts.of(self.run), self.run.memory
-        return FewBlocks(draft, recipe) if self.few_blocks else Rehearsal(copied(draft, recipe))
+        draft, recipe, cp_size = self.drafts.of(self.run), self.run.memory, self.run.cp_size
+        return FewBlocks(draft, recipe, cp_size) if self.few_blocks else Rehearsal(copied(draft, recipe), cp_size)
 
     @property
     def kept(self) -> Held:

@@ -10,12 +10,14 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_map
 
+from ..core.context_parallel import check_splittable, split_tokens
 from ..core.data import CachedRow, Sample
 from ..core.memory.live import LiveBytes
 from ..diffusion.loss.base import Moment
 from ..diffusion.memory_layout import lay_out, predicting_networks
 from ..diffusion.training_module import PipelineTrainingModule
 from ..diffusion.units import run_units_together
+from .devices import FirstOf
 
 LOOKED_AHEAD = 16  # steps in which an objective with several roles has trained each of them
 
@@ -51,15 +53,19 @@ class Rehearsal:
 
     Args:
         module: Read without values (`drafts.read`), not yet laid out.
+        cp_size: Devices that have a sample's tokens together, of which this is the first.
     """
 
-    def __init__(self, module: PipelineTrainingModule):
+    def __init__(self, module: PipelineTrainingModule, cp_size: int = 1):
         self.module, self.mode, self.live = module, FakeTensorMode(allow_non_fake_inputs=True), LiveBytes()
         self.reached: set[nn.Parameter] = set()  # by gradients, in what was rehearsed so far
         module.pipe.device = torch.device("cpu")
         with self._measured():
             fill(module)
             lay_out(module)
+        for network in predicting_networks(module) if cp_size > 1 else ():
+            check_splittable(network, cp_size)
+            split_tokens(network, FirstOf(cp_size))
         self.at_rest = self.live.device.now  # bytes on the device
 
     def train(self, rows: Sequence, accumulates: bool) -> Working:

@@ -24,6 +24,7 @@ class Run:
         cache_batch_size: Samples that go through an encoder together when a cache is made.
         on_cuda: Whether the run is to be there.
         processes, engine: How many devices it is spread over, and by which engine (`shares`).
+        cp_size: How many of them have the tokens of a sample together.
         cached: As if the data set were cached already.
     """
 
@@ -48,6 +49,7 @@ class Run:
     on_cuda: bool = True
     processes: int = 1
     engine: str = "ddp"
+    cp_size: int = 1
     cached: bool = False
 
     def variant(self, memory: MemoryRecipe, micro_batch_size: int | None = None) -> "Run":
@@ -60,7 +62,7 @@ class Run:
 
     @property
     def batches(self) -> BatchPlan:
-        return BatchPlan(self.batch_size, self.micro_batch_size, self.processes)
+        return BatchPlan(self.batch_size, self.micro_batch_size, self.processes // self.cp_size)
 
     @property
     def has_cache(self) -> bool:
