@@ -43,7 +43,7 @@ def train(
     from diffsynth.diffusion.runner import launch_training_task, make_accelerator, order_of, record_data
     from diffsynth.diffusion.template.rows import required_columns
     from diffsynth.diffusion.training_module import PipelineTrainingModule
-    from diffsynth.plan import Run, preflight
+    from diffsynth.plan import Run, needs_download, preflight
 
     # Mistakes first: nothing heavy is read until all of these have found none.
     accelerator = make_accelerator(device, model.keywords["torch_dtype"])
@@ -58,7 +58,7 @@ def train(
     fingerprint = dataset.fingerprint()
     record_data(accelerator, dataset, fingerprint, run_dir)
     checkpoint.identity = {"data set": fingerprint, **({"template": template.code.digest} if template else {})}
-    pipe = model(device=accelerator.device)
+    pipe = None if needs_download(model) else model(device=accelerator.device)
     run = Run(
         model=model,
         dataset=dataset,
@@ -81,6 +81,7 @@ def train(
         cp_size=engine.cp_size,
     )
     memory, micro_batch_size = preflight(run, accelerator, run_dir)
+    pipe = pipe or model(device=accelerator.device)  # what is to be downloaded is known to fit
     plan = BatchPlan(batch_size, micro_batch_size, engine.replicas)
     module = PipelineTrainingModule(pipe, task, lora, seed, template, memory)
     engine.check(module, optimizer, plan.accumulation, max_grad_norm)

@@ -14,7 +14,7 @@ from conftest import import_file
 from PIL import Image
 from torch.utils._pytree import tree_leaves
 
-from diffsynth.core.loader import build_module
+from diffsynth.core.loader import ModelConfig, build_module
 from diffsynth.core.memory import MemoryRecipe
 from diffsynth.core.memory.live import LiveBytes, in_host_memory
 from diffsynth.diffusion import models
@@ -247,20 +247,23 @@ def test_a_training_from_a_cache_is_planned_before_there_is_one(tmp_path):
     assert cached["peak"] < own["peak"]
 
 
-def test_devices_that_have_a_samples_tokens_together_keep_their_part_of_the_activations(tmp_path):
-    alone, together = (plan(tmp_path, *("memory=none", f"cp_size={n}", "devices=[1,2,3,4]")) for n in (1, 2))
-    activations = [next(stage["activations"] for stage in p["stages"]) for p in (alone, together)]
-    assert 0.5 <= activations[1] / activations[0] < 0.6  # what is known of the time and the places is on both
-    assert {share["devices"] for share in together["shares"]} == {2, 4}
-    with pytest.raises(ValueError, match="4 heads, which cp_size=3 does not divide"):
-        plan(tmp_path, "cp_size=3")
-
-
 def planner_of(tmp_path, cached: bool = False) -> Planner:
     parts = tiny.build(tiny.compose("train", *tiny.merged(tiny.train_overrides(tmp_path), ["batch_size=1"])))
     parts["dataset"].scan(required=())
     names = Run.__dataclass_fields__.keys() & parts.keys()
     return Planner(Run(**{name: parts[name] for name in names}, cached=cached, on_cuda=False))
+
+
+def test_devices_that_have_a_samples_tokens_together_keep_their_part_of_the_activations(tmp_path):
+    alone = planner_of(tmp_path, cached=True)
+    spread = [replace(alone.run, processes=count, cp_size=count) for count in (2, 3)]
+    together, apart = (Planner(run, alone.drafts) for run in spread)
+    (size,) = alone.run.sizes
+    part = together.held(size).activations / alone.held(size).activations
+    assert 0.5 <= part < 0.6  # what is known of the time and the places is on both
+    assert {share.devices for share in together.plan([1, 2, 3, 4], largest_only=True).shares} == {2, 4}
+    with pytest.raises(ValueError, match="4 heads, which cp_size=3 does not divide"):
+        apart.held(size)
 
 
 def test_a_budget_takes_the_fastest_that_fits_and_says_why(tmp_path):
@@ -275,6 +278,7 @@ def test_a_budget_takes_the_fastest_that_fits_and_says_why(tmp_path):
     assert chosen.plan(largest_only=True).worst.peak == choice.need.device
 
 
+@pytest.mark.slow
 def test_what_streaming_spares_is_known_without_streaming(tmp_path):
     budget = Budget(planner_of(tmp_path, cached=True), device=0)
     recipe = replace(budget.run.memory, checkpointing="blocks", stream_blocks=4, stream_buffers=1)
@@ -300,10 +304,12 @@ def test_what_was_chosen_is_written_into_the_run_and_trained_with(tmp_path):
     assert (run_dir / "finished.json").exists()
 
 
-def test_a_run_that_cannot_fit_is_refused_before_weights_load(tmp_path, monkeypatch):
+def test_a_run_that_cannot_fit_is_refused_before_weights_are_downloaded_or_load(tmp_path, monkeypatch):
     monkeypatch.setattr(preflight, "free_bytes", lambda device: 1 << 20)
     read = mock.Mock(wraps=models.load_weights)
     monkeypatch.setattr(models, "load_weights", read)
+    monkeypatch.setattr(ModelConfig, "is_to_be_downloaded", True)
+    monkeypatch.setattr(ModelConfig, "resolve", lambda part: pytest.fail("downloads"))
     with pytest.raises(ValueError, match=r"needs .* on cpu, which has 1 MiB free: set memory.budget"):
         tiny.train(tmp_path)
     assert all(call.args[1] is None for call in read.call_args_list)  # sketches alone, which have no files

@@ -87,7 +87,7 @@ def assert_same_run(found: Path, expected: Path) -> None:
         (2, DROPOUT),  # when a checkpoint was written; the others one step later
         (3, ACCUMULATION),
         (3, ["lora=none", "ema=power"]),
-        (3, ["optimizer=schedule_free", "ema=constant", "ema.decay=0.9"]),
+        pytest.param(3, ["optimizer=schedule_free", "ema=constant", "ema.decay=0.9"], marks=pytest.mark.slow),
     ],
     ids=["dropout", "accumulation and prodigy", "full and ema=power", "schedule_free and ema=constant"],
 )
@@ -214,7 +214,10 @@ def test_a_process_whose_whole_group_is_asked_to_stop_saves_and_says_that_it_wan
     assert_same_run(tiny.train(tmp_path / "runs", *STEPS, *ACCUMULATION), uninterrupted(*ACCUMULATION))
 
 
-@pytest.mark.parametrize("number, saved", [("SIGUSR1", [2, 3]), ("SIGKILL", [2])])
+STOPPED = pytest.param("SIGUSR1", [2, 3], marks=pytest.mark.slow)
+
+
+@pytest.mark.parametrize("number, saved", [STOPPED, ("SIGKILL", [2])])
 def test_one_process_goes_on_where_two_were_stopped_or_killed(number, saved, tmp_path):
     script = signalled(f"os.environ['RANK'] == '1' and os.kill(os.getpid(), signal.{number})", tmp_path)
     overrides = tiny.merged(tiny.train_overrides(tmp_path / "runs"), [*STEPS, "logger.every=2"])

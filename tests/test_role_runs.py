@@ -55,6 +55,7 @@ def test_the_average_is_of_the_student_alone_and_moves_when_it_does():
     assert max(moved) > 0
 
 
+@pytest.mark.slow
 def test_two_processes_train_the_roles_that_one_does(tmp_path):
     plain = uninterrupted(*ROLES["adapters and discriminator"], "checkpoint.every=1")
     overrides = tiny.merged(tiny.train_overrides(tmp_path), [*ROLES["adapters and discriminator"], "max_steps=5"])

@@ -5,5 +5,6 @@ from .plan import Plan, Planner, Stage
 from .preflight import preflight
 from .run import Run
 from .show import chart, table
+from .sketch import needs_download
 
-__all__ = ["Budget", "Plan", "Planner", "Run", "Stage", "chart", "preflight", "table"]
+__all__ = ["Budget", "Plan", "Planner", "Run", "Stage", "chart", "needs_download", "preflight", "table"]

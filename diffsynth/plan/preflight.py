@@ -43,7 +43,7 @@ def preflight(run: Run, accelerator, run_dir: str | Path) -> tuple[MemoryRecipe,
     if accelerator.is_main_process:
         try:
             found = [settle(Planner(run), Path(run_dir) / "memory.json", device)]
-        except ValueError as error:  # told by all, or the others would wait
+        except (ValueError, OSError) as error:  # told by all, or the others would wait
             found = [str(error)]
     (settled,) = broadcast_object_list(found)
     if isinstance(settled, str):

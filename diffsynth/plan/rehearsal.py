@@ -148,11 +148,13 @@ class Rehearsal:
     @contextmanager
     def _measured(self) -> Iterator[int]:
         gc.freeze()  # collect what is made here alone, of which cycles would seem to be held; the rest takes a second
-        with self.mode, self.live:
-            self.live.restart()
-            yield self.live.device.now
-        gc.collect()
-        gc.unfreeze()
+        try:
+            with self.mode, self.live:
+                self.live.restart()
+                yield self.live.device.now
+        finally:
+            gc.collect()
+            gc.unfreeze()
 
     def _since(self, before: int) -> Working:
         return Working((self.live.device.peak - before,), self.live.host.peak)

@@ -87,6 +87,11 @@ def architectures() -> dict[str, dict[str, Mapping]]:
     return {repository: family["components"] for family in families for repository in family["repositories"]}
 
 
+def needs_download(model: Callable[..., BasePipeline]) -> bool:
+    """Whether weights of `model` come from a hub first."""
+    return any(part.is_to_be_downloaded for part in model.keywords.values() if isinstance(part, ModelConfig))
+
+
 def download_bytes(pipe: BasePipeline, model: Callable[..., BasePipeline]) -> int:
     """What of the weights has still to be fetched; released ones have two bytes a number."""
     parts = {name: part for name, part in model.keywords.items() if isinstance(part, ModelConfig)}

@@ -72,6 +72,12 @@ class ModelConfig:
             return self.skip_download
         return os.environ.get("DIFFSYNTH_SKIP_DOWNLOAD", "").lower() in ("1", "true")
 
+    @property
+    def is_to_be_downloaded(self) -> bool:
+        """Whether files are absent that `resolve` may ask a hub for."""
+        patterns = _as_list(self.origin_file_pattern) or [""]
+        return self.path is None and not self.skips_download and any(map(self._absent, patterns))
+
     def resolve(self) -> list[Path]:
         """Local paths of the files, downloaded first where they are absent.
 
