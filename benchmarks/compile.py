@@ -18,7 +18,7 @@ from diffusers import QwenImageTransformer2DModel
 from diffsynth.core.memory import compile_blocks
 from diffsynth.diffusion.lora import LoRA
 from diffsynth.diffusion.training_module import prepare_training
-from diffsynth.pipelines.qwen_image import QwenImagePipeline, let_blocks_read_kv_caches
+from diffsynth.pipelines.qwen_image import QwenImagePipeline, use_joint_attention
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -28,7 +28,7 @@ def build(blocks: int, dtype: torch.dtype) -> QwenImagePipeline:
     torch.manual_seed(0)
     pipe = QwenImagePipeline(torch_dtype=dtype)
     pipe.dit = QwenImageTransformer2DModel(num_layers=blocks).to(DEVICE, dtype)
-    let_blocks_read_kv_caches(pipe.dit)
+    use_joint_attention(pipe.dit)
     prepare_training(pipe, [], LoRA(target_modules=["to_q", "to_k", "to_v", "to_out.0"]), seed=0)
     torch.manual_seed(1)
     for parameter in pipe.dit.parameters():

@@ -19,7 +19,7 @@ from torch.multiprocessing import spawn
 
 from diffsynth.core.context_parallel import Devices, split_tokens
 from diffsynth.core.memory.live import LiveBytes
-from diffsynth.pipelines.qwen_image import let_blocks_read_kv_caches
+from diffsynth.pipelines.qwen_image import use_joint_attention
 
 OPTIONS = {"none": {}, "blocks": {"checkpointing": "blocks"}}
 
@@ -43,7 +43,7 @@ def work(rank: int, meeting: str, arguments: argparse.Namespace) -> None:
             shapes = QwenImageTransformer2DModel(num_layers=arguments.blocks).state_dict()
         base = {key: torch.randn(t.shape, dtype=torch.bfloat16) * 0.02 for key, t in shapes.items()}
         trained = Trained(options, base, arguments.blocks, arguments.rank)
-        let_blocks_read_kv_caches(trained.network)
+        use_joint_attention(trained.network)
         whole, expected = measured(trained, inputs) if rank == 0 else (0, None)
         split_tokens(trained.network, Devices(torch.distributed.group.WORLD))
         part, gradients = measured(trained, inputs)

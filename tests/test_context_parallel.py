@@ -6,7 +6,9 @@ import pytest
 import tiny
 from hypothesis import given
 from hypothesis import strategies as st
+from test_kv_cache import Base, load
 
+from diffsynth.core.context_parallel import check_splittable
 from diffsynth.plan.devices import FirstOf
 
 CASES = ["alone", "padded", "checkpointed", "kv_cache", "further text"]
@@ -31,6 +33,14 @@ def test_predictions_and_gradients_are_those_of_a_whole_network(found, family, c
 def test_what_a_device_holds_is_planned_without_the_others(found, family):
     real, planned = found["taken"][family]
     assert planned == pytest.approx(real, rel=0.02)
+
+
+def test_attention_that_would_see_one_devices_tokens_alone_is_refused():
+    network = load(Base, tiny.model()).dit
+    check_splittable(network, 2)
+    network.transformer_blocks[1].attn.set_processor(Base.stock["block"]())
+    with pytest.raises(ValueError, match="QwenDoubleStreamAttnProcessor2_0 does not exchange split tokens"):
+        check_splittable(network, 2)
 
 
 @given(tokens=st.integers(0, 10_000), devices=st.integers(1, 64))

@@ -26,7 +26,7 @@ from diffsynth.diffusion.template.model import Template, load_template
 from diffsynth.diffusion.template.rows import required_columns
 from diffsynth.diffusion.template.units import FEATURES
 from diffsynth.diffusion.training_module import PipelineTrainingModule
-from diffsynth.pipelines.flux2_image import Flux2ImagePipeline, let_blocks_read_kv_caches
+from diffsynth.pipelines.flux2_image import Flux2ImagePipeline, use_joint_attention
 
 EDITING = FlowMatchSFT(trainable_models=["template_model"], extra_inputs=["edit_image"])
 DRAWING = FlowMatchSFT(trainable_models=["template_model"])
@@ -194,7 +194,7 @@ def test_a_template_as_its_users_write_it_trains_klein_4b_without_a_change(tmp_p
         code = read_code(templates.write(tmp_path / "template", templates.KLEIN))
         pipe.dit = Flux2Transformer2DModel(**KLEIN_4B).to(torch.bfloat16)
         template = Template(code, code.model())
-    let_blocks_read_kv_caches(pipe.dit)
+    use_joint_attention(pipe.dit)
     options = {"trained_dtype": "bfloat16", "checkpointing": "blocks"}  # there is no autocast of no values
     module = PipelineTrainingModule(pipe, DRAWING, template=template, memory=MemoryRecipe(**options)).load(cached=True)
     optimizer = torch.optim.AdamW(module.trainable_parameters())
@@ -216,7 +216,7 @@ def test_the_documented_template_is_one(tmp_path):
     template = load_template(code)
     with torch.device("meta"):
         dit = Flux2Transformer2DModel(**KLEIN_4B)
-    let_blocks_read_kv_caches(dit)
+    use_joint_attention(dit)
     features = template.process_inputs(template.process_data({"scale": 0.5}), Flux2ImagePipeline("cpu", torch.float32))
     kv_cache.check(template.forward(features, None)["kv_cache"], dit, "docs")
 

@@ -108,7 +108,8 @@ def check_splittable(network: nn.Module, devices: int) -> None:
     """Refuse a network whose sequences cannot be split; works on the meta device.
 
     Raises:
-        ValueError: It does not say where its tokens come in and go out, or has another number of heads.
+        ValueError: It does not say where its tokens come in and go out, has another number of heads, or attention that
+            would look at one device's tokens alone.
     """
     name = type(network).__name__
     if not getattr(network, "_cp_plan", None):
@@ -116,6 +117,9 @@ def check_splittable(network: nn.Module, devices: int) -> None:
     if (heads := network.config.num_attention_heads) % devices:
         fits = [count for count in range(2, heads + 1) if heads % count == 0]
         raise ValueError(f"{name} has {heads} heads, which cp_size={devices} does not divide; choose one of {fits}.")
+    for processor in (layer.processor for layer in network.modules() if hasattr(layer, "processor")):
+        if "split" not in inspect.signature(processor.__call__).parameters:
+            raise ValueError(f"{name}: {type(processor).__name__} does not exchange split tokens; take cp_size out.")
 
 
 def split_tokens(network: nn.Module, devices: Devices) -> None:

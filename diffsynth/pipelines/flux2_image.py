@@ -180,7 +180,7 @@ class Flux2SingleAttnProcessor(JointAttention, Flux2ParallelSelfAttnProcessor):
         return attn.to_out(torch.cat([tokens, attn.mlp_act_fn(mlp)], dim=-1))
 
 
-def let_blocks_read_kv_caches(dit: Flux2Transformer2DModel) -> None:
+def use_joint_attention(dit: Flux2Transformer2DModel) -> None:
     for number, block in enumerate(dit.transformer_blocks):
         block.attn.set_processor(Flux2DoubleAttnProcessor(f"double_{number}"))
     for number, block in enumerate(dit.single_transformer_blocks):
@@ -386,7 +386,7 @@ class Flux2ImagePipeline(BasePipeline):
     def build_models(self, model_configs: Iterable[ModelConfig]) -> None:
         super().build_models(model_configs)
         if self.dit is not None:
-            let_blocks_read_kv_caches(self.dit)
+            use_joint_attention(self.dit)
         if self.dit is None or self.text_encoder is None:
             return
         wanted, width = self.dit.config.joint_attention_dim, self.text_encoder.get_decoder().config.hidden_size

@@ -167,7 +167,7 @@ class QwenImageAttnProcessor(JointAttention, QwenDoubleStreamAttnProcessor2_0):
         return attn.to_out[1](attn.to_out[0](image.contiguous())), attn.to_add_out(text.contiguous())
 
 
-def let_blocks_read_kv_caches(dit: QwenImageTransformer2DModel) -> None:
+def use_joint_attention(dit: QwenImageTransformer2DModel) -> None:
     for number, block in enumerate(dit.transformer_blocks):
         block.attn.set_processor(QwenImageAttnProcessor(f"block_{number}"))
 
@@ -416,7 +416,7 @@ class QwenImagePipeline(BasePipeline):
         if self.vae is not None:
             self.vae.use_single_frame_convolutions()
         if self.dit is not None:
-            let_blocks_read_kv_caches(self.dit)
+            use_joint_attention(self.dit)
 
     def build_tokenizer(self, tokenizer_config: ModelConfig | None) -> None:
         """Read the tokenizer and see that it cuts the prompt template where the pipeline does."""

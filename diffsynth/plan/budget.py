@@ -5,7 +5,6 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 from ..core.memory.sizes import shown_size
-from .engines import shares
 from .options import NOTHING_STREAMED, Option, Options, Streamed
 from .plan import Plan, Planner
 from .run import Run
@@ -134,7 +133,8 @@ class Budget:
         return "\n  ".join([*lines, "What would help:", *self.remedies(plan, need)])
 
     def remedies(self, plan: Plan, need: Need) -> Sequence[str]:
-        spread = [s for n in (1, *DEVICES) for s in shares(plan.held, n) if self.run.estimated(s.device) <= self.device]
+        told = self.planner.shares(plan.held, (1, *DEVICES))
+        spread = [share for share in told if self.run.estimated(share.device) <= self.device]
         first = {share.engine: share for share in reversed(spread)}
         on = [
             f"- {share.devices} device(s) under {name}: {shown_size(self.run.estimated(share.device))} on each, "

@@ -95,10 +95,14 @@ class Planner:
             stages += [self.caching(size) for size in sizes]
         stages.sort(key=lambda stage: (STAGES.index(stage.name), -stage.peak))
         worst = max(held.values(), key=lambda own: own.peak)
-        told = [share for count in devices if count % self.run.cp_size == 0 for share in shares(worst, count)]
+        return Plan(stages, worst, self.shares(worst, devices), self.drafts.download)
+
+    def shares(self, held: Held, devices: Iterable[int]) -> list[Share]:
+        """What is held on each of several devices, by every engine that could."""
+        told = [share for count in devices if count % self.run.cp_size == 0 for share in shares(held, count)]
         if self.run.memory.stream_blocks:  # which other engines refuse
-            told = [share for share in told if share.engine == "ddp"]
-        return Plan(stages, worst, told, self.drafts.download)
+            return [share for share in told if share.engine == "ddp"]
+        return told
 
     # What there is
 

@@ -10,11 +10,11 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_map
 
-from ..core.context_parallel import check_splittable, split_tokens
 from ..core.data import CachedRow, Sample
 from ..core.memory.live import LiveBytes
 from ..diffusion.loss.base import Moment
 from ..diffusion.memory_layout import lay_out, predicting_networks
+from ..diffusion.token_split import check_split, split_predicting
 from ..diffusion.training_module import PipelineTrainingModule
 from ..diffusion.units import run_units_together
 from .devices import FirstOf
@@ -42,7 +42,10 @@ class Working:
 
     def plus(self, times: float, more: "Working", few: "Working") -> "Working":
         """This, and so many times the difference between two others of as many phases."""
-        grow = lambda own, high, low: own + round(times * (high - low))  # noqa: E731
+
+        def grow(own: int, high: int, low: int) -> int:
+            return own + round(times * (high - low))
+
         peaks = tuple(map(grow, self.peaks, more.peaks, few.peaks))
         activations = grow(self.activations, more.activations, few.activations)
         return Working(peaks, grow(self.host, more.host, few.host), activations)
@@ -63,9 +66,9 @@ class Rehearsal:
         with self._measured():
             fill(module)
             lay_out(module)
-        for network in predicting_networks(module) if cp_size > 1 else ():
-            check_splittable(network, cp_size)
-            split_tokens(network, FirstOf(cp_size))
+        if cp_size > 1:
+            check_split(module, cp_size)
+            split_predicting(module, FirstOf(cp_size))
         self.at_rest = self.live.device.now  # bytes on the device
 
     def train(self, rows: Sequence, accumulates: bool) -> Working:

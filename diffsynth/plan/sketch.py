@@ -95,7 +95,7 @@ def needs_download(model: Callable[..., BasePipeline]) -> bool:
 def download_bytes(pipe: BasePipeline, model: Callable[..., BasePipeline]) -> int:
     """What of the weights has still to be fetched; released ones have two bytes a number."""
     parts = {name: part for name, part in model.keywords.items() if isinstance(part, ModelConfig)}
-    absent = [getattr(pipe, name) for name, part in parts.items() if not (is_folder(part) or is_here(part))]
+    absent = [getattr(pipe, name) for name, part in parts.items() if part.is_absent and not is_folder(part)]
     stored = [p for model in absent for name, p in model.named_parameters() if name not in tied(model)]
     return sum(2 * parameter.numel() for parameter in stored)
 
@@ -105,13 +105,9 @@ def tied(model) -> Collection[str]:
     return getattr(model, "all_tied_weights_keys", {})
 
 
-def is_here(part: ModelConfig) -> bool:
-    return part.path is not None or any(part.folder.glob(str(part.origin_file_pattern)))
-
-
 def file_bytes(part: ModelConfig) -> int | None:
     """Bytes of a model's files; None where they are still to be fetched."""
-    if not is_here(part):
+    if part.is_absent:
         return None
     named = part.path if isinstance(part.path, list) else [part.path or part.folder / str(part.origin_file_pattern)]
     files = [file for path in map(Path, named) for file in (path.glob("*") if path.is_dir() else [path])]

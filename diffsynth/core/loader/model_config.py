@@ -73,10 +73,14 @@ class ModelConfig:
         return os.environ.get("DIFFSYNTH_SKIP_DOWNLOAD", "").lower() in ("1", "true")
 
     @property
+    def is_absent(self) -> bool:
+        """Whether a hub would have to be asked for some of the files."""
+        return self.path is None and any(map(self._absent, _as_list(self.origin_file_pattern) or [""]))
+
+    @property
     def is_to_be_downloaded(self) -> bool:
-        """Whether files are absent that `resolve` may ask a hub for."""
-        patterns = _as_list(self.origin_file_pattern) or [""]
-        return self.path is None and not self.skips_download and any(map(self._absent, patterns))
+        """Whether `resolve` is going to ask a hub for files."""
+        return self.is_absent and not self.skips_download
 
     def resolve(self) -> list[Path]:
         """Local paths of the files, downloaded first where they are absent.

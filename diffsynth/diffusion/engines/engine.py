@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...core.context_parallel import Devices, check_splittable, split_tokens
-from ..memory_layout import predicting_networks
+from ...core.context_parallel import Devices
 from ..sharing import together
+from ..token_split import check_split, split_predicting
 
 
 class Engine:
@@ -55,17 +55,7 @@ class Engine:
             ValueError: Names the setting and what would go.
         """
         if self.cp_size > 1:
-            self._check_split(module)
-
-    def _check_split(self, module) -> None:
-        if not module.task.calls_model_fn:
-            raise ValueError(f"{type(module.task).__name__} calls no network whose tokens cp_size could split.")
-        if getattr(module.task, "discriminator", None) is not None:
-            raise ValueError("A discriminator looks at the tokens within a network, which cp_size splits; set it to 1.")
-        if module.memory.compile != "none":
-            raise ValueError("memory.compile=blocks: tokens are split by hooks, which cannot be compiled; set none.")
-        for name in module.pipe.in_iteration_models:
-            check_splittable(getattr(module.pipe, name), self.cp_size)
+            check_split(module, self.cp_size)
 
     def in_host_memory(self, module) -> Collection[str]:
         """Names of the models that are read into host memory, as no device is to hold all of them."""
@@ -78,8 +68,7 @@ class Engine:
         if self.cp_size > 1:
             shape = (self.replicas, self.cp_size)
             mesh = torch.distributed.init_device_mesh(self.accelerator.device.type, shape, mesh_dim_names=("dp", "cp"))
-            for network in predicting_networks(module):
-                split_tokens(network, Devices(mesh["cp"].get_group()))
+            split_predicting(module, Devices(mesh["cp"].get_group()))
 
     def prepare(self, module, parts: Mapping[str, Any]) -> nn.Module:
         """What is called in the place of `module`, whose trained `parts` have their optimizers."""

@@ -39,6 +39,10 @@ class AdversarialDistillation(RoleDistillation):
     timesteps: UniformTimesteps | LogitNormalTimesteps = field(default_factory=UniformTimesteps)
     renoising: UniformTimesteps | LogitNormalTimesteps = field(default_factory=LogitNormalTimesteps)
 
+    @property
+    def looks_within(self) -> bool:
+        return True
+
     def check(self, pipe, lora, cached: bool) -> None:
         super().check(pipe, lora, cached)
         self.discriminator.heads(pipe.network, 0)

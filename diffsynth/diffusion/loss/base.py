@@ -54,6 +54,11 @@ class Objective:
         return False
 
     @property
+    def looks_within(self) -> bool:
+        """Whether it reads what a network's own layers make of their tokens."""
+        return False
+
+    @property
     def sampling(self) -> Mapping[str, Any] | None:
         """Arguments of the pipeline that what it trains is to be drawn with; None leaves them as they are."""
         return None

@@ -51,6 +51,10 @@ class DMD2(RoleDistillation):
                 f"task.min_sigma={self.min_sigma} and task.max_sigma={self.max_sigma}; expected 0 < min < max <= 1."
             )
 
+    @property
+    def looks_within(self) -> bool:
+        return self.discriminator is not None
+
     def cast(self, pipe, lora, seed: int) -> Roles:
         heads = self.discriminator and self.discriminator.heads(pipe.network, seed)
         return Roles(pipe, lora, self.fake_score, heads, seed)
