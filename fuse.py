@@ -13,7 +13,7 @@ def fuse(model, lora_path: str | Sequence[str], lora_scale: float = 1.0, output:
     import torch
 
     from diffsynth.core.files import replacing_folder
-    from diffsynth.diffusion import sampling_settings
+    from diffsynth.diffusion.pipeline import sampling_settings
 
     pipe = model(device="cpu")
     pipe.check_adapters(paths := [lora_path] if isinstance(lora_path, str) else lora_path)

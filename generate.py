@@ -27,8 +27,8 @@ def generate(
     device: str = "auto",
 ) -> list[Path]:
     """Draw every prompt with every seed and return the files: one image each, and a grid of them all."""
-    from diffsynth.diffusion.drawing import draw, load_images, open_files, read_prompts
-    from diffsynth.diffusion.runner import choose_device
+    from diffsynth.core.devices import choose_device
+    from diffsynth.diffusion.pipeline.generation import draw, load_images, open_files, read_prompts
 
     pipe = model(device=choose_device(device))
     requests = [

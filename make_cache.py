@@ -32,11 +32,11 @@ def make_cache(
 
     Its signature is the schema of conf/make_cache.yaml's top level.
     """
-    from diffsynth.diffusion.cache_check import collect_garbage, stats, verify
-    from diffsynth.diffusion.caching import launch_data_process_task
-    from diffsynth.diffusion.runner import make_accelerator
+    from diffsynth.cache.make import launch_data_process_task
+    from diffsynth.cache.verify import collect_garbage, stats, verify
     from diffsynth.diffusion.template.rows import required_columns
     from diffsynth.diffusion.training_module import PipelineTrainingModule
+    from diffsynth.training.accelerator import make_accelerator
 
     if command in ("stats", "gc"):
         return {"stats": stats, "gc": collect_garbage}[command](path)

@@ -36,14 +36,15 @@ def train(
 
     Its signature is the schema of conf/training.yaml's top level.
     """
+    from diffsynth.cache.keys import CachePlan
     from diffsynth.core.data import BatchPlan, CachedDataset
-    from diffsynth.diffusion.bad_steps import BadSteps
-    from diffsynth.diffusion.cache_plan import CachePlan
-    from diffsynth.diffusion.engines import choose_engine
-    from diffsynth.diffusion.runner import launch_training_task, make_accelerator, order_of, record_data
     from diffsynth.diffusion.template.rows import required_columns
     from diffsynth.diffusion.training_module import PipelineTrainingModule
     from diffsynth.plan import Run, needs_download, preflight
+    from diffsynth.training.accelerator import make_accelerator
+    from diffsynth.training.bad_steps import BadSteps
+    from diffsynth.training.engines import choose_engine
+    from diffsynth.training.loop import launch_training_task, order_of, record_data
 
     # Mistakes first: nothing heavy is read until all of these have found none.
     accelerator = make_accelerator(device, model.keywords["torch_dtype"])

@@ -84,14 +84,14 @@ def write_autoencoder(folder: Path) -> None:
 
 def make_ours(folder: str, out: str, vae: str) -> dict[str, float]:
     """Seconds of making a cache, its networks read from disk within, and bytes a sample, tensors and all."""
+    from diffsynth.cache.make import launch_data_process_task
     from diffsynth.core.data import UnifiedDataset
     from diffsynth.core.loader import ModelConfig
-    from diffsynth.diffusion.caching import launch_data_process_task
-    from diffsynth.diffusion.lora import LoRA
+    from diffsynth.diffusion.adapters.lora import LoRA
     from diffsynth.diffusion.loss import FlowMatchSFT
-    from diffsynth.diffusion.runner import make_accelerator
     from diffsynth.diffusion.training_module import PipelineTrainingModule
     from diffsynth.pipelines.qwen_image import QwenImagePipeline
+    from diffsynth.training.accelerator import make_accelerator
 
     accelerator = make_accelerator("cpu", "bfloat16")
     parts = {"dit": "transformer", "text_encoder": "text_encoder", "tokenizer": "tokenizer"}

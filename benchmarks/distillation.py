@@ -48,7 +48,7 @@ def picture(found: dict[str, dict], path: str) -> None:
     """The teacher, the base and every student, a row each."""
     from PIL import Image
 
-    from diffsynth.diffusion.drawing import stack
+    from diffsynth.core.pictures import stack
 
     folders = [run["folder"] / "samples" for run in found.values()]
     looks = [Image.open(max(folder.glob("few_steps_step-*.png"))) for folder in folders]

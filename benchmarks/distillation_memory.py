@@ -27,15 +27,15 @@ def measure(kind: str, pixels: int, rank: int) -> dict:
     from diffusers import QwenImageTransformer2DModel
 
     from diffsynth.core.data import SampleAddress
-    from diffsynth.diffusion.lora import LoRA
+    from diffsynth.diffusion.adapters.lora import LoRA
+    from diffsynth.diffusion.distillation.roles import FakeScore
     from diffsynth.diffusion.loss import DMD2, FlowMatchSFT
     from diffsynth.diffusion.loss.base import MODEL
     from diffsynth.diffusion.randomness import Draw
-    from diffsynth.diffusion.roles import FakeScore
-    from diffsynth.diffusion.runner import make_accelerator
     from diffsynth.diffusion.training_module import DiffusionTrainingModule, prepare_training
-    from diffsynth.diffusion.training_state import TrainingState
     from diffsynth.pipelines.qwen_image import QwenImagePipeline
+    from diffsynth.training.accelerator import make_accelerator
+    from diffsynth.training.state import TrainingState
 
     task = FlowMatchSFT() if kind == "sft" else DMD2(fake_score=FakeScore(full="full" in kind), student_every=2)
     lora = LoRA(rank=rank, target_modules=["to_q", "to_k", "to_v", "to_out.0", "img_mlp.net.2", "txt_mlp.net.2"])

@@ -15,13 +15,15 @@ from pathlib import Path
 import torch
 from diffusers import QwenImageTransformer2DModel
 
+from diffsynth.diffusion.adapters.lora import LoRA
 from diffsynth.diffusion.flow_match import interpolate
-from diffsynth.diffusion.logger import LocalLogger, ModelLogger
-from diffsynth.diffusion.lora import LoRA
+from diffsynth.diffusion.logger import ModelLogger
 from diffsynth.diffusion.loss import FlowMatchSFT
-from diffsynth.diffusion.runner import launch_training_task, make_accelerator
 from diffsynth.diffusion.training_module import DiffusionTrainingModule, prepare_training
 from diffsynth.pipelines.qwen_image import QwenImagePipeline, pack_latents
+from diffsynth.training.accelerator import make_accelerator
+from diffsynth.training.loop import launch_training_task
+from diffsynth.training.record.numbers import LocalLogger
 
 STEPS = 12
 SIDE = 32  # latent pixels, 256 image pixels

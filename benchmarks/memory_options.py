@@ -18,7 +18,7 @@ from diffsynth.core.gradient import checkpoint_blocks, follow
 from diffsynth.core.memory import MemoryRecipe
 from diffsynth.core.memory.live import LiveBytes
 from diffsynth.core.memory.streaming import stream_blocks
-from diffsynth.diffusion.lora import LoRA
+from diffsynth.diffusion.adapters.lora import LoRA
 
 TARGETS = [
     "to_q",

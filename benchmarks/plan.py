@@ -22,15 +22,15 @@ from torch.utils._pytree import tree_leaves
 from diffsynth.core.data import CachedRow, Sample
 from diffsynth.core.memory import MemoryRecipe
 from diffsynth.core.memory.live import LiveBytes
-from diffsynth.diffusion.lora import LoRA
+from diffsynth.diffusion.adapters.lora import LoRA
 from diffsynth.diffusion.loss import FlowMatchSFT
 from diffsynth.diffusion.training_module import PipelineTrainingModule
 from diffsynth.pipelines.flux2_image import Flux2ImagePipeline
 from diffsynth.pipelines.qwen_image import QwenImagePipeline
-from diffsynth.plan.drafts import read
-from diffsynth.plan.held import kept
+from diffsynth.plan.footprint import kept
+from diffsynth.plan.meta_module import read
+from diffsynth.plan.meta_pipeline import Sketch
 from diffsynth.plan.rehearsal import Rehearsal
-from diffsynth.plan.sketch import Sketch
 
 CONFIGS = {
     "qwen_image": {"_class_name": "QwenImageTransformer2DModel", "num_layers": 2},

@@ -19,10 +19,11 @@ import hydra
 from loop_overhead import Prepared, build
 
 from diffsynth.config import build as build_nodes
-from diffsynth.diffusion.logger import Meter
 from diffsynth.diffusion.loss import FlowMatchSFT
-from diffsynth.diffusion.runner import launch_training_task, make_accelerator
 from diffsynth.diffusion.training_module import DiffusionTrainingModule
+from diffsynth.training.accelerator import make_accelerator
+from diffsynth.training.loop import launch_training_task
+from diffsynth.training.meter import Meter
 
 ROOT = Path(__file__).parents[1]
 PARTS = ("checkpoint", "logger", "export", "validation")

@@ -30,7 +30,7 @@ class Side:
 
     def __init__(self, dit: torch.nn.Module, storage: str):
         from diffsynth.core.memory.storage import store
-        from diffsynth.diffusion.lora import LoRA
+        from diffsynth.diffusion.adapters.lora import LoRA
         from diffsynth.diffusion.training_module import prepare_training
         from diffsynth.pipelines.qwen_image import QwenImagePipeline
 

@@ -19,7 +19,7 @@ import torch
 from PIL import Image, ImageOps
 
 from diffsynth.core.loader import ModelConfig
-from diffsynth.diffusion.drawing import row, save_png, stack
+from diffsynth.core.pictures import row, save_png, stack
 from diffsynth.diffusion.template import TemplatePipeline
 from diffsynth.pipelines.qwen_image import QwenImagePipeline
 

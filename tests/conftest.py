@@ -79,7 +79,7 @@ def training_module(tiny):
     from diffsynth.core.loader import ModelConfig
     from diffsynth.core.memory import MemoryRecipe
     from diffsynth.diffusion.loss import FlowMatchSFT
-    from diffsynth.diffusion.models import TrainingDefaults
+    from diffsynth.diffusion.pipeline.networks import TrainingDefaults
     from diffsynth.diffusion.training_module import PipelineTrainingModule
     from diffsynth.pipelines.qwen_image import QwenImagePipeline
 

@@ -169,7 +169,7 @@ def command_line(monkeypatch, script: str, *arguments: str) -> None:
 @contextmanager
 def in_step(number: int, act: Callable[[], None]) -> Iterator[None]:
     """Call `act` in the middle of optimizer step `number`, counted from 1, of runs in this block."""
-    from diffsynth.diffusion.training_state import TrainingState
+    from diffsynth.training.state import TrainingState
 
     backward = TrainingState.backward
 

@@ -76,7 +76,7 @@ def claim(cfg: DictConfig) -> Path | None:
 
 def finish(run_dir: Path, artefacts: Sequence[Path]) -> None:
     """Mark the run as finished, write its report, and name what it left."""
-    from ..report import write_report  # on demand: the help needs no pictures
+    from ..report import write_report
 
     if RANK == 0:
         paths = [str(path) for path in [*artefacts, run_dir / "report.html"]]

@@ -39,7 +39,7 @@ class SweepRecord(Callback):
             record(self.folder, config.hydra.job.num, Path(config.run_dir), config.hydra.overrides.task)
 
     def on_job_end(self, config: DictConfig, job_return: JobReturn, **_) -> None:
-        from ..report.sweep import write_sweep  # on demand: the help needs no pictures
+        from ..report.sweep import write_sweep
 
         if self.folder is not None:
             print(write_sweep(self.folder))

@@ -14,11 +14,11 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from ..core.data import collate, generator
-from . import sampling_settings
 from .flow_match import FlowMatchScheduler
-from .models import PipelineModels
+from .pipeline import sampling_settings
+from .pipeline.networks import PipelineModels
+from .pipeline.units import PipelineUnit, PipelineUnitRunner, required_units, run_units
 from .template.cache import as_inputs, media_of
-from .units import PipelineUnit, PipelineUnitRunner, required_units, run_units
 
 __all__ = ["BasePipeline", "PipelineUnit", "PipelineUnitRunner"]
 

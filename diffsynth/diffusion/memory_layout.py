@@ -9,7 +9,7 @@ from ..core.gradient import check_policy, follow, honoured_policies
 from ..core.memory.compile import check_compilable, compile_blocks
 from ..core.memory.storage import choose_stored
 from ..core.memory.streaming import check_streaming, stream_blocks
-from . import lora_files
+from .adapters import files as lora_files
 from .template.model import is_below
 
 

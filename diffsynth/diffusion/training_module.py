@@ -8,18 +8,18 @@ from torch import Tensor, nn
 
 from ..core.data import CachedRow, Sample, SampleAddress, collate
 from ..core.memory import MemoryRecipe
-from . import lora_files
+from .adapters import files as lora_files
+from .adapters.lora import Adapter, LoRA
 from .base_pipeline import BasePipeline
 from .flow_match import TRAINING_STEPS
-from .lora import Adapter, LoRA
 from .loss import Objective
 from .loss.base import MODEL, Moment
 from .memory_layout import check_memory, lay_out, stored_models
+from .pipeline.remembered import UnitMemory, to_device
+from .pipeline.units import optional_inputs, run_units, run_units_together, split_units
 from .randomness import Draw
 from .template.model import Template
 from .template.units import attach, rehearse
-from .unit_memory import UnitMemory, to_device
-from .units import optional_inputs, run_units, run_units_together, split_units
 
 DEFAULT_RECIPE = MemoryRecipe()
 

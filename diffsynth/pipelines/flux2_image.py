@@ -20,10 +20,10 @@ from tqdm import tqdm
 from ..core.context_parallel import TokenSplit
 from ..core.gradient import checkpoint_blocks
 from ..core.loader import ModelConfig
-from ..diffusion.attention import JointAttention
 from ..diffusion.base_pipeline import BasePipeline, PipelineUnit
 from ..diffusion.flow_match import FlowMatchScheduler, exponential_shift
-from ..diffusion.image_units import (
+from ..diffusion.pipeline.attention import JointAttention
+from ..diffusion.pipeline.image_units import (
     EditImageEmbedder,
     Inpaint,
     InputImageEmbedder,
@@ -31,11 +31,11 @@ from ..diffusion.image_units import (
     NoiseInitializer,
     ShapeChecker,
 )
-from ..diffusion.kv_cache import KVCache
-from ..diffusion.models import TrainingDefaults
+from ..diffusion.pipeline.kv_cache import KVCache
+from ..diffusion.pipeline.networks import TrainingDefaults
+from ..diffusion.pipeline.units import in_groups
 from ..diffusion.template.cache import append_text
 from ..diffusion.template.lora import InputLoRA, added
-from ..diffusion.units import in_groups
 
 __all__ = ["Flux2ImagePipeline", "ModelConfig"]
 

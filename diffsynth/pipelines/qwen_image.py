@@ -19,15 +19,15 @@ from tqdm import tqdm
 from ..core.context_parallel import TokenSplit
 from ..core.gradient import checkpoint_blocks
 from ..core.loader import ModelConfig
-from ..diffusion import image_units
-from ..diffusion.attention import JointAttention
 from ..diffusion.base_pipeline import BasePipeline, PipelineUnit
 from ..diffusion.flow_match import FlowMatchScheduler, exponential_shift, stretch_to_terminal
-from ..diffusion.kv_cache import KVCache
-from ..diffusion.models import TrainingDefaults
+from ..diffusion.pipeline import image_units
+from ..diffusion.pipeline.attention import JointAttention
+from ..diffusion.pipeline.kv_cache import KVCache
+from ..diffusion.pipeline.networks import TrainingDefaults
+from ..diffusion.pipeline.units import in_groups
 from ..diffusion.template.cache import append_text
 from ..diffusion.template.lora import InputLoRA, added
-from ..diffusion.units import in_groups
 
 __all__ = ["ModelConfig", "QwenImagePipeline"]
 

@@ -5,9 +5,9 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 from ..core.memory.sizes import shown_size
+from ..training.run import Run
 from .options import NOTHING_STREAMED, Option, Options, Streamed
 from .plan import Plan, Planner
-from .run import Run
 
 DEVICES = (2, 4, 8, 16, 32, 64)
 

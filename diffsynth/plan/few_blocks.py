@@ -10,7 +10,7 @@ from ..core.memory import MemoryRecipe
 from ..core.memory.live import bytes_of
 from ..diffusion.memory_layout import laid_out_networks
 from ..diffusion.training_module import PipelineTrainingModule
-from .drafts import copied
+from .meta_module import copied
 from .rehearsal import Rehearsal, Working, tensors_of
 
 # Blocks of each list, or so many times as many as of which one is checkpointed; the first and the last may be special.

@@ -12,9 +12,9 @@ from ..core.memory import MemoryRecipe
 from ..core.memory.live import bytes_of
 from ..core.memory.streaming import spread
 from ..diffusion.training_module import PipelineTrainingModule
-from .drafts import Drafts
+from ..training.run import Run
+from .meta_module import Drafts
 from .rehearsal import tensors_of
-from .run import Run
 
 # Only the order of options hangs on these. A step that trades nothing is three passes: one forward, two backward.
 PASSES = 3.0

@@ -10,13 +10,13 @@ from torch.utils._pytree import tree_leaves
 
 from ..core.memory import MemoryRecipe
 from ..core.memory.live import bytes_of
-from ..diffusion.checkpoint import FILE_BYTES
-from .drafts import Drafts, copied
-from .engines import Share, shares
+from ..training.checkpoint import FILE_BYTES
+from ..training.run import Run, Size
 from .few_blocks import FewBlocks
-from .held import Held, kept
+from .footprint import Held, kept
+from .meta_module import Drafts, copied
 from .rehearsal import Rehearsal, Working
-from .run import Run, Size
+from .shares import Share, shares
 
 STAGES = ("train", "draw", "save", "cache")
 

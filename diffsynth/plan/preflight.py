@@ -14,11 +14,11 @@ from ..core.files import write_text
 from ..core.loader import ModelConfig
 from ..core.memory import MemoryRecipe
 from ..core.memory.sizes import shown_size
+from ..training.run import Run
 from .budget import Budget, Choice
-from .engines import shares
+from .meta_pipeline import file_bytes
 from .plan import Plan, Planner
-from .run import Run
-from .sketch import file_bytes
+from .shares import shares
 
 logger = logging.getLogger(__name__)
 

@@ -14,10 +14,10 @@ from ..core.data import CachedRow, Sample
 from ..core.memory.live import LiveBytes
 from ..diffusion.loss.base import Moment
 from ..diffusion.memory_layout import lay_out, predicting_networks
+from ..diffusion.pipeline.units import run_units_together
 from ..diffusion.token_split import check_split, split_predicting
 from ..diffusion.training_module import PipelineTrainingModule
-from ..diffusion.units import run_units_together
-from .devices import FirstOf
+from .first_device import FirstOf
 
 LOOKED_AHEAD = 16  # steps in which an objective with several roles has trained each of them
 

@@ -1,15 +1,8 @@
-from .augmentation import Augmentation, Choice
-from .buckets import AspectBuckets
 from .cached_dataset import CachedDataset, CachedRow
 from .collate import collate
-from .hub_rows import HubRows
-from .metadata import read_metadata
 from .mixed_dataset import MixedDataset
-from .mixing import MixedOrder, Part
-from .operators import (
-    ImageCropAndResize,
-    LoadImage,
-    Operator,
+from .operators.augmentation import Augmentation, Choice
+from .operators.base import (
     RouteByExtensionName,
     RouteByType,
     SequentialProcess,
@@ -19,7 +12,9 @@ from .operators import (
     ToList,
     ToStr,
 )
-from .order import (
+from .operators.images import ImageCropAndResize, LoadImage, Operator
+from .operators.video import LoadGIF, LoadVideo
+from .order.addresses import (
     AddressedDataset,
     BatchPlan,
     BatchSampler,
@@ -30,13 +25,16 @@ from .order import (
     permutation,
     sample_seed,
 )
-from .prompts import prompt_dataset
+from .order.buckets import AspectBuckets
+from .order.mixing import MixedOrder, Part
 from .scan import SkippedRow
-from .storage import EmbeddedFile, open_file
-from .table import Rows, Table
-from .tar_shards import read_shards
+from .sources.hub_rows import HubRows
+from .sources.metadata import read_metadata
+from .sources.prompts import prompt_dataset
+from .sources.storage import EmbeddedFile, open_file
+from .sources.table import Rows, Table
+from .sources.tar_shards import read_shards
 from .unified_dataset import UnifiedDataset
-from .video import LoadGIF, LoadVideo
 
 __all__ = [
     "AddressedDataset",

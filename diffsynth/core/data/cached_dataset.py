@@ -10,11 +10,11 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from .augmentation import Augmentation, Choice
 from .cache import FORMAT, CacheIndex, DamagedCache
-from .mixing import MixedOrder, Part, exact, joined
-from .order import SampleAddress
-from .unread import Unread
+from .operators.augmentation import Augmentation, Choice
+from .operators.unread import Unread
+from .order.addresses import SampleAddress
+from .order.mixing import MixedOrder, Part, exact, joined
 
 
 @dataclass

@@ -11,12 +11,12 @@ from pathlib import Path
 import torch
 from torch.utils.data import Dataset
 
-from .buckets import Size
-from .mixing import MixedOrder, Part, exact, joined
-from .order import SampleAddress
+from .operators.unread import Variants
+from .order.addresses import SampleAddress
+from .order.buckets import Size
+from .order.mixing import MixedOrder, Part, exact, joined
 from .scan import SkippedRow, write_skipped
 from .unified_dataset import UnifiedDataset
-from .unread import Variants
 
 
 class MixedDataset(Dataset):

@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 
 from ..files import write_text
-from .buckets import AspectBuckets, Size
-from .operators import check, unread
+from .operators.base import check, unread
+from .order.buckets import AspectBuckets, Size
 
 logger = logging.getLogger(__name__)
 

@@ -12,27 +12,19 @@ import torch
 from PIL import ImageOps
 from torch.utils.data import Dataset
 
-from .augmentation import Augmentation, Choice
-from .buckets import AspectBuckets, Size
-from .captions import read_captions
-from .metadata import READERS, read_metadata
-from .mixing import MixedOrder, Part
-from .operators import (
-    ImageCropAndResize,
-    LoadImage,
-    RouteByExtensionName,
-    RouteByType,
-    SequentialProcess,
-    ToAbsolutePath,
-    ToList,
-    unread,
-)
-from .order import SampleAddress
+from .operators.augmentation import Augmentation, Choice
+from .operators.base import RouteByExtensionName, RouteByType, SequentialProcess, ToAbsolutePath, ToList, unread
+from .operators.images import ImageCropAndResize, LoadImage
+from .operators.unread import Unread, Variants
+from .operators.video import LoadGIF, LoadVideo
+from .order.addresses import SampleAddress
+from .order.buckets import AspectBuckets, Size
+from .order.mixing import MixedOrder, Part
 from .scan import AllBut, SkippedRow, SortedRows, known_size, look_at_rows, write_skipped
-from .storage import EmbeddedFile, is_file, size_on_disk
-from .table import Rows
-from .unread import Unread, Variants
-from .video import LoadGIF, LoadVideo
+from .sources.captions import read_captions
+from .sources.metadata import READERS, read_metadata
+from .sources.storage import EmbeddedFile, is_file, size_on_disk
+from .sources.table import Rows
 
 logger = logging.getLogger(__name__)
 

@@ -10,13 +10,13 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from ..discriminator import Discriminator, generator_hinge, hinge_loss
+from ..distillation.context import Scene
+from ..distillation.discriminator import Discriminator, generator_hinge, hinge_loss
+from ..distillation.roles import DISCRIMINATOR, STUDENT, TEACHER, Roles
 from ..flow_match import clean_estimate, interpolate
-from ..roles import DISCRIMINATOR, STUDENT, TEACHER, Roles
 from ..timesteps import LogitNormalTimesteps, UniformTimesteps
 from .base import MODEL
 from .distillation import RoleDistillation
-from .scene import Scene
 
 
 @dataclass(frozen=True, kw_only=True)

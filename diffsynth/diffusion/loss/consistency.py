@@ -10,10 +10,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..distillation.context import Scene
+from ..distillation.roles import STUDENT, TEACHER
 from ..flow_match import interpolate, per_sample
-from ..roles import STUDENT, TEACHER
 from .distillation import RoleDistillation
-from .scene import Scene
 
 
 @dataclass(frozen=True, kw_only=True)

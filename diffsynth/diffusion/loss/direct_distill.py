@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from ...core.gradient import gradient_checkpoint_forward
-from ..teacher import Student
+from ..distillation.teacher import Student
 from .distillation import Distillation
 
 

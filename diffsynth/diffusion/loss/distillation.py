@@ -7,12 +7,12 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
+from ..distillation.context import Scene
+from ..distillation.roles import Roles
+from ..distillation.teacher import Student, Teacher, TeacherDraw
+from ..pipeline.units import required_units
 from ..randomness import GlobalDraw
-from ..roles import Roles
-from ..teacher import Student, Teacher, TeacherDraw
-from ..units import required_units
 from .base import MODEL, Moment, Objective
-from .scene import Scene
 
 
 @dataclass(frozen=True, kw_only=True)

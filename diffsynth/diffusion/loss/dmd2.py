@@ -10,12 +10,12 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from ..discriminator import Discriminator, generator_softplus, softplus_loss
+from ..distillation.context import Scene
+from ..distillation.discriminator import Discriminator, generator_softplus, softplus_loss
+from ..distillation.roles import DISCRIMINATOR, FAKE_SCORE, STUDENT, TEACHER, FakeScore, Roles
 from ..flow_match import clean_estimate, interpolate, per_sample
-from ..roles import DISCRIMINATOR, FAKE_SCORE, STUDENT, TEACHER, FakeScore, Roles
 from .base import MODEL
 from .distillation import RoleDistillation
-from .scene import Scene
 
 
 @dataclass(frozen=True, kw_only=True)

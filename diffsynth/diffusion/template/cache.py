@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import kv_cache
+from ..pipeline import kv_cache
 from . import lora
 
 MEDIA = ("kv_cache", "lora", "extra_text_embedding")

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ...core.gradient import recomputing_in
-from .. import lora_files
+from ..adapters import files as lora_files
 
 InputLoRA = Mapping[str, tuple[Tensor, Tensor]]  # layer → A (B, r, in), B (B, out, r), scaled
 

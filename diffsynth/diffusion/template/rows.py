@@ -8,8 +8,8 @@ from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
-from ...core.data.operators import Operator
-from ...core.data.unread import Unread
+from ...core.data.operators.images import Operator
+from ...core.data.operators.unread import Unread
 from .model import Template
 
 

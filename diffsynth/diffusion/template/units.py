@@ -10,16 +10,10 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
-from ..code_version import code_version
-from ..units import PipelineUnit, run_units
+from ...core.code_version import code_version
+from ..pipeline.units import PipelineUnit, run_units
 from .cache import as_inputs, check_names
-from .model import (
-    CHECKPOINTING,
-    Template,
-    cast_frozen,
-    refuse_running_statistics,
-    weights_digest,
-)
+from .model import CHECKPOINTING, Template, cast_frozen, refuse_running_statistics, weights_digest
 from .rows import as_dict
 
 FEATURES = "template_features"  # what process_inputs made, as [[name, value], …]

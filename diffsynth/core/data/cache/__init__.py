@@ -1,8 +1,8 @@
 """What frozen networks made of a data set, on disk: entries by content, safetensors shards, an index."""
 
 from .index import FORMAT, CacheIndex, DamagedCache, keys_of
+from .requests import Wish, Wishes
 from .shards import DamagedShard, Entry, Shard, ShardWriter, rewrite
-from .wishes import Wish, Wishes
 
 __all__ = [
     "FORMAT",

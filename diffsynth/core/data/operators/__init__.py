@@ -1,0 +1,1 @@
+"""From a cell of a table to what is trained on."""

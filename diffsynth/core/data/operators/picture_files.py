@@ -1,0 +1,86 @@
+"""Picture files and URLs, opened as a viewer shows them."""
+
+import os
+import time
+from hashlib import blake2b
+from http.client import HTTPException
+from io import BytesIO
+from typing import BinaryIO
+from urllib.request import urlopen
+
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
+
+from ..sources.storage import EmbeddedFile, is_path, open_file
+
+
+def is_url(path: str | EmbeddedFile) -> bool:
+    return isinstance(path, str) and path.startswith(("http://", "https://"))
+
+
+def read_url(url: str) -> BytesIO:
+    """Contents of a URL: 3 tries of 30 s, after waits of 1 s and 2 s."""
+    for wait in (1, 2, None):
+        try:
+            with urlopen(url, timeout=30) as response:
+                return BytesIO(response.read())
+        except (OSError, HTTPException) as error:
+            if wait is None:
+                raise ValueError(f"could not be fetched in 3 tries: {error}") from error
+            time.sleep(wait)
+
+
+def open_image(file: str | EmbeddedFile | BytesIO) -> Image.Image:
+    """Opens an image without decoding it."""
+    try:
+        source = file if isinstance(file, BytesIO) or is_path(file) else open_file(file)
+        image = Image.open(source)  # which closes what it opened itself: paths are left to it
+    except FileNotFoundError:
+        raise not_found(file) from None
+    except UnidentifiedImageError:
+        raise ValueError(f"is not an image that Pillow can read; {beginning(source)}") from None
+    except Image.DecompressionBombError as error:
+        raise ValueError(f"{error} Save it with fewer pixels") from None
+    if image.format == "EPS":
+        image.close()
+        # Pillow would have Ghostscript run it.
+        raise ValueError("is PostScript, which is a program; save it as PNG")
+    if image.mode.startswith(("I", "F")):
+        image.close()
+        # Image.convert clips instead of scaling: a 16-bit depth map would turn white.
+        raise ValueError(f"has mode {image.mode}, more than 8 bits a channel; save it with 8 bits")
+    return image
+
+
+def not_found(file: str) -> ValueError:
+    folder, name = os.path.split(file)
+    return ValueError(f"not found (looked in {folder or '.'} for {name})")
+
+
+def beginning(file: str | BinaryIO) -> str:
+    """What a file that cannot be read holds instead, such as a web page or a pointer of Git LFS; closes it."""
+    with open(file, "rb") if isinstance(file, str) else file as stream:
+        stream.seek(0)
+        start = stream.read(20)
+    return f"it begins with {start!r}" if start else "it is empty"
+
+
+def as_shown(image: Image.Image, mode: str) -> Image.Image:
+    """An image upright as `mode`, on white where `mode` cannot show that it is transparent."""
+    image = ImageOps.exif_transpose(image)
+    if image.has_transparency_data and mode not in ("LA", "RGBA"):
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert(mode)
+
+
+def upright_size(image: Image.Image) -> tuple[int, int]:
+    """(width, height) of an image as it is shown, its EXIF orientation applied; reads no pixel."""
+    exif = Image.Image.getexif(image)  # a PNG's own method would decode the image first
+    turned = exif.get(ExifTags.Base.Orientation) in (5, 6, 7, 8)
+    return image.size[::-1] if turned else image.size
+
+
+def describe_file(file: str | EmbeddedFile, description: list) -> list:
+    """A digest of a file's bytes, and a description of what is done to them."""
+    with read_url(file) if is_url(file) else open_file(file) as stream:
+        return [blake2b(stream.read(), digest_size=16).hexdigest(), *description]

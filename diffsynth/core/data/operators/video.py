@@ -1,0 +1,192 @@
+"""Videos and animations as lists of frames, of a length that a video autoencoder takes."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from fractions import Fraction
+from functools import partial
+from itertools import chain, islice, pairwise
+from typing import BinaryIO, NamedTuple
+
+from PIL import Image, ImageSequence
+
+from ..sources.storage import EmbeddedFile, open_file
+from .base import Operator, check, unread
+from .picture_files import as_shown, beginning, describe_file, is_url, not_found, open_image, read_url
+from .unread import Unread
+
+# Matroska stores times in whole milliseconds: a frame may be a little late for its own tick.
+ROUNDING = Fraction(1, 1000)
+
+
+class Frame(NamedTuple):
+    """A picture, and the seconds from which and until which it is shown."""
+
+    start: Fraction
+    end: Fraction
+    image: Image.Image
+
+
+@dataclass(frozen=True)
+class LoadFrames(Operator):
+    """The first frames of a file.
+
+    Args:
+        num_frames: The most frames to take; taken are the most there are, n of them, that fulfil
+            n % time_division_factor == time_division_remainder.
+        frame_processor: Applied to each frame, such as `ImageCropAndResize`.
+        frame_rate: Frames a second to resample to; by default frames are taken as they are stored.
+
+    Raises:
+        ValueError: There are too few frames for any n, or the file cannot be read.
+    """
+
+    num_frames: int = 81
+    time_division_factor: int = 4
+    time_division_remainder: int = 1
+    frame_processor: Callable | None = None
+    frame_rate: float | None = None
+
+    def __post_init__(self):
+        self.divisible(self.num_frames)
+        if self.frame_rate is not None and self.frame_rate <= 0:
+            raise ValueError(f"frame_rate={self.frame_rate}, expected frames a second, or None to take them as stored")
+
+    def __call__(self, data: str | EmbeddedFile) -> list[Image.Image]:
+        with self.open(data) as file:
+            frames = self.frames(file)
+            if self.frame_rate is not None:
+                frames = resample(frames, self.frame_rate)
+            images = [self.process(frame.image) for frame in islice(frames, self.divisible(self.num_frames))]
+        return images[: self.divisible(len(images))]
+
+    def check(self, data: str | EmbeddedFile) -> list[tuple[int, int]] | None:
+        """A list of one (width, height), since a header does not tell how many frames there are; None for a URL."""
+        if is_url(data):
+            return None
+        with self.open(data) as file:
+            size = self.size(file)
+        known = size if self.frame_processor is None else check(self.frame_processor, size)
+        return None if known is None else [known]
+
+    def unread(self, data: str | EmbeddedFile) -> Unread:
+        """The list of frames before it is decoded, of the size that each will have."""
+        with self.open(data) as file:
+            frame = Unread(self.size(file), tuple, tuple)  # to be asked, not loaded
+        if self.frame_processor is not None:
+            frame = unread(self.frame_processor, frame)
+        number = [self.num_frames, self.time_division_factor, self.time_division_remainder, self.frame_rate]
+        description = [type(self).__name__, number, frame.describe()]
+        return Unread(frame.size, partial(self, data), partial(describe_file, data, description))
+
+    def process(self, image: Image.Image):
+        return image if self.frame_processor is None else self.frame_processor(image)
+
+    def divisible(self, count: int) -> int:
+        """The most frames, `count` or fewer, that an autoencoder takes."""
+        factor, remainder = self.time_division_factor, self.time_division_remainder
+        number = count - (count - remainder) % factor
+        if number < 1:
+            raise ValueError(
+                f"{count} frames are too few: divided by {factor} their number has to leave {remainder}, "
+                f"so take {number + factor} or more"
+            )
+        return number
+
+    def open(self, data: str | EmbeddedFile):
+        """Context of an open file, of which only the header is read."""
+        raise NotImplementedError
+
+    def size(self, file) -> tuple[int, int]:
+        """(width, height) as stored."""
+        raise NotImplementedError
+
+    def frames(self, file) -> Iterator[Frame]:
+        raise NotImplementedError
+
+
+class LoadVideo(LoadFrames):
+    """The first frames of a video, upright, as RGB; see `LoadFrames`.
+
+    Raises:
+        ImportError: PyAV is not installed.
+    """
+
+    def __post_init__(self):
+        super().__post_init__()
+        try:
+            import av  # noqa: F401
+        except ImportError as error:
+            raise ImportError(f'LoadVideo needs PyAV: pip install "diffsynth-hydra[data]" ({error})') from error
+
+    @contextmanager
+    def open(self, data: str | EmbeddedFile) -> Iterator:
+        import av
+
+        with open_bytes(data) as file:
+            try:
+                # A playlist is a video too. Its entries may be any file or address, and are not to be opened.
+                container = av.open(file, options={"protocol_whitelist": "none"})
+            except (av.error.FFmpegError, OSError):
+                raise ValueError(f"is not a video that FFmpeg can read; {beginning(file)}") from None
+            with container:
+                if not any(stream.width for stream in container.streams.video[:1]):
+                    raise ValueError("holds no video that FFmpeg can read")
+                yield container
+
+    def size(self, file) -> tuple[int, int]:
+        stream = file.streams.video[0]
+        return stream.width, stream.height
+
+    def frames(self, file) -> Iterator[Frame]:
+        stream = file.streams.video[0]
+        for number, frame in enumerate(file.decode(stream)):
+            # AVI stores when frames are decoded, raw streams not even that: neither tells when they are shown.
+            untimed = frame.pts is None or file.format.name == "avi"
+            start = number / stream.guessed_rate if untimed else frame.pts * frame.time_base
+            image = Image.fromarray(frame.to_ndarray(format="rgb24")).rotate(frame.rotation, expand=True)
+            yield Frame(start, start + frame.duration * frame.time_base, image)
+
+
+class LoadGIF(LoadFrames):
+    """The first frames of an animated GIF, WebP, PNG or AVIF, as RGB; see `LoadFrames`, and `LoadImage` for alpha.
+
+    A still image is one frame.
+    """
+
+    def open(self, data: str | EmbeddedFile) -> Image.Image:
+        return open_image(read_url(data) if is_url(data) else data)
+
+    def size(self, file: Image.Image) -> tuple[int, int]:
+        return file.size
+
+    def frames(self, file: Image.Image) -> Iterator[Frame]:
+        start = Fraction(0)
+        for frame in ImageSequence.Iterator(file):
+            image = as_shown(frame, "RGB")
+            # Known once a frame is decoded. Browsers show a frame that names no duration for 100 ms.
+            milliseconds = frame.info.get("duration") or (100 if getattr(file, "is_animated", False) else 0)
+            end = start + Fraction(milliseconds) / 1000
+            yield Frame(start, end, image)
+            start = end
+
+
+def open_bytes(data: str | EmbeddedFile) -> BinaryIO:
+    """What a path, URL or embedded file holds, for reading."""
+    try:
+        return read_url(data) if is_url(data) else open_file(data)
+    except FileNotFoundError:
+        raise not_found(data) from None
+
+
+def resample(frames: Iterator[Frame], rate: float) -> Iterator[Frame]:
+    """The frame on the screen at each tick of `rate` a second, beginning with the first."""
+    step, tick = 1 / Fraction(rate), None
+    for frame, following in pairwise(chain(frames, [None])):
+        if tick is None:
+            yield frame
+            tick = frame.start + step
+        until = frame.end if following is None else following.start
+        while tick + ROUNDING < until:
+            yield frame
+            tick += step

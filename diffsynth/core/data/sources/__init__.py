@@ -1,0 +1,1 @@
+"""Rows: from tables, captions beside images, tar shards, data sets on disk, prompts."""

@@ -1,0 +1,118 @@
+"""Prompts without pictures, each with seeds: what a teacher is to draw."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+from PIL import Image
+
+from ..operators.augmentation import Augmentation
+from ..operators.images import Operator
+from ..operators.unread import Unread, identity
+from ..unified_dataset import UnifiedDataset
+from .metadata import open_text, read_metadata
+from .table import Rows, Table, json_batches, make_table
+
+
+def prompt_dataset(
+    path: str,
+    height: int,
+    width: int,
+    seeds: int | Sequence[int] = 1,
+    first_seed: int = 0,
+    encoding: str = "utf-8",
+    num_workers: int = 0,
+    augmentation: Augmentation | None = None,
+) -> UnifiedDataset:
+    """A data set of prompts to draw at one size; its images are empty canvases.
+
+    Args:
+        path: A table with a column `prompt` (and any others), or a text file of one prompt a line.
+        seeds: What each prompt is drawn from, in the column `seed`: a list, the same for all prompts, or how many;
+            these are then counted from `first_seed` through the whole data set, so that no two rows share their noise.
+
+    Raises:
+        ValueError: There are no prompts, or no seeds, or chance would change pictures that are yet to be drawn.
+    """
+    if (seeds if isinstance(seeds, int) else len(seeds)) < 1:
+        raise ValueError(f"dataset.seeds is {seeds}; expected at least one.")
+    if augmentation and (augmentation.flip or augmentation.random_crop):
+        raise ValueError(
+            "dataset.augmentation.flip and random_crop change pictures, and prompts have none; leave both out."
+        )
+    seeds = (seeds, first_seed) if isinstance(seeds, int) else list(seeds)
+    read = partial(_read, path, encoding, seeds, (width, height))
+    options = {"main_data_operator": Canvas(), "augmentation": augmentation}
+    dataset = UnifiedDataset(str(Path(path).parent), read, **options)
+    dataset.num_workers, dataset.metadata_path = num_workers, path
+    return dataset
+
+
+def _read(path: str, encoding: str, seeds: tuple[int, int] | list[int], size: tuple[int, int], folder: str) -> Rows:
+    is_text = Path(path).suffix.lower() == ".txt"
+    prompts = read_lines(path, encoding) if is_text else read_metadata(path, encoding)
+    if not prompts:
+        raise ValueError(f"prompts {path}: there are none")
+    return SeededPrompts(prompts, seeds, size)
+
+
+def read_lines(path: str, encoding: str = "utf-8") -> Table:
+    """Rows of the lines of a text file, blank ones aside, as `prompt`.
+
+    Raises:
+        ValueError: The file is not there, or not in that encoding.
+    """
+    try:
+        with open_text(path, encoding) as file:
+            lines = [line.strip() for line in file]
+    except FileNotFoundError:
+        raise ValueError(f"prompts {path}: not found") from None
+    except UnicodeDecodeError as error:
+        raise ValueError(f"prompts {path}: {error}; save it as UTF-8, or set dataset.encoding=gbk") from error
+    texts = (json.dumps({"prompt": line}) for line in lines if line)
+    return make_table(path, json_batches(texts), 0)
+
+
+@dataclass(frozen=True)
+class SeededPrompts(Rows):
+    """The rows of a table, each once for each seed, their `image` a canvas of `size` (width, height).
+
+    Args:
+        seeds: A list, or (how many a row, the first of all).
+    """
+
+    prompts: Rows
+    seeds: tuple[int, int] | list[int]
+    size: tuple[int, int]
+
+    @property
+    def per_prompt(self) -> int:
+        return self.seeds[0] if isinstance(self.seeds, tuple) else len(self.seeds)
+
+    def __len__(self) -> int:
+        return len(self.prompts) * self.per_prompt
+
+    def __getitem__(self, index: int) -> dict:
+        if not 0 <= index < len(self):
+            raise IndexError(f"row {index} of {len(self)}")
+        number, which = divmod(index, self.per_prompt)
+        seed = self.seeds[1] + index if isinstance(self.seeds, tuple) else self.seeds[which]
+        return {**self.prompts[number], "image": list(self.size), "seed": seed}
+
+    def digest(self) -> str:
+        return identity([self.prompts.digest(), self.seeds, self.size])[:16]
+
+
+class Canvas(Operator):
+    """An empty image of a size (width, height)."""
+
+    def __call__(self, data: Sequence[int]) -> Image.Image:
+        return Image.new("RGB", tuple(data))
+
+    def check(self, data: Sequence[int]) -> tuple[int, int]:
+        return tuple(data)
+
+    def unread(self, data: Sequence[int]) -> Unread:
+        return Unread(tuple(data), partial(self, data), partial(list, ["canvas", *data]))

@@ -1,0 +1,137 @@
+"""Rows of any number: a table in Arrow's format, small ones in memory, large ones in a file that is mapped."""
+
+import json
+import logging
+import os
+from abc import abstractmethod
+from collections.abc import Iterable, Iterator, Sequence
+from hashlib import blake2b
+from itertools import chain, islice
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+
+from ...files import replacing
+from .storage import EmbeddedFile
+
+logger = logging.getLogger(__name__)
+
+IN_MEMORY = 16 << 20  # bytes of the source of a table up to which it is read anew each time
+BATCH = 1 << 14  # rows that are held at a time while a table is written
+FORMAT = 1  # of the files in the cache folder; another number leaves those of this one alone
+JSON_ROWS = pa.schema([("row", pa.large_string())], metadata={"rows": "json"})
+
+
+class Rows(Sequence[dict]):
+    """Rows of a data set, each a fresh dict; workers receive it by pickle, so that it should travel without them."""
+
+    @abstractmethod
+    def digest(self) -> str:
+        """16 hex digits that change with the rows, and not with where they are kept."""
+
+
+class Table(Rows):
+    """The rows of an Arrow IPC file, which is mapped, or of a buffer of that format."""
+
+    def __init__(self, source: str | pa.Buffer):
+        self.source = source
+        table = pa.ipc.open_file(pa.memory_map(source) if isinstance(source, str) else source).read_all()
+        self.columns = dict(zip(table.column_names, table.columns, strict=True))
+        self.count, self.is_json = len(table), table.schema.metadata == JSON_ROWS.metadata
+
+    def __reduce__(self):
+        return Table, (self.source,)  # of a file the name travels, and each process maps it
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, index: int) -> dict:
+        if not 0 <= index < self.count:
+            raise IndexError(f"row {index} of a table of {self.count}")
+        if self.is_json:
+            return json.loads(self.columns["row"][index].as_py())
+        return {name: read_cell(column, index) for name, column in self.columns.items()}
+
+    def digest(self) -> str:
+        digest = blake2b(repr(list(self.columns)).encode(), digest_size=8)
+        # Batch by batch instead of through the map, whose pages would count as memory of this process.
+        file = pa.ipc.open_file(pa.OSFile(self.source) if isinstance(self.source, str) else self.source)
+        for number in range(file.num_record_batches):
+            for column in file.get_batch(number).columns:
+                for buffer in filter(None, column.buffers()):
+                    digest.update(buffer)
+        return digest.hexdigest()
+
+
+def make_table(name: str, batches: Iterator[pa.RecordBatch], size: int, *identity) -> Table:
+    """The table of a source that has `size` bytes: in memory, or converted once for each `identity` and mapped.
+
+    Raises:
+        ValueError: It cannot be written to the cache folder.
+    """
+    if size <= IN_MEMORY:
+        sink = pa.BufferOutputStream()
+        _write(batches, sink)
+        return Table(sink.getvalue())
+    key = blake2b(json.dumps([FORMAT, *identity]).encode(), digest_size=16).hexdigest()
+    file = cache_folder() / f"{key}.arrow"
+    if not file.exists():
+        logger.info("%s is converted once, into %s.", name, file)
+        try:
+            with replacing(file) as partial, pa.OSFile(str(partial), "wb") as sink:
+                _write(batches, sink)
+        except OSError as error:
+            raise ValueError(f"the table of {name}: {error}; DIFFSYNTH_CACHE=… names a folder for it") from error
+    return Table(str(file))
+
+
+def cache_folder() -> Path:
+    """Where converted tables are kept; each can be deleted at any time between runs."""
+    return Path(os.environ.get("DIFFSYNTH_CACHE", "~/.cache/diffsynth")).expanduser() / "tables"
+
+
+def chunks(items: Iterable) -> Iterator[list]:
+    """Lists of BATCH items, the last of what is left; at least one, so that a table without rows has its columns."""
+    items = iter(items)
+    yield list(islice(items, BATCH))
+    while chunk := list(islice(items, BATCH)):
+        yield chunk
+
+
+def json_batches(texts: Iterable[str]) -> Iterator[pa.RecordBatch]:
+    """Batches of rows that keep their own keys and types: texts of one JSON object each."""
+    for chunk in chunks(texts):
+        yield pa.record_batch([pa.array(chunk, pa.large_string())], schema=JSON_ROWS)
+
+
+def read_cell(column: pa.ChunkedArray, index: int) -> Any:
+    """Value of a cell as Python's; a file, as binary or as `{bytes, path}`, stays in the table until it is opened."""
+    if _holds_files(column.type):
+        return _file(column.slice(index, 1).chunk(0))
+    if (pa.types.is_list(column.type) or pa.types.is_large_list(column.type)) and _holds_files(column.type.value_type):
+        files = column.slice(index, 1).chunk(0).flatten()
+        return [_file(files.slice(number, 1)) for number in range(len(files))]
+    return column[index].as_py()
+
+
+def _holds_files(kind: pa.DataType) -> bool:
+    if pa.types.is_struct(kind):
+        return {field.name for field in kind} == {"bytes", "path"}
+    return pa.types.is_binary(kind) or pa.types.is_large_binary(kind)
+
+
+def _file(cell: pa.Array) -> EmbeddedFile | str | None:
+    if cell.null_count:
+        return None
+    if not pa.types.is_struct(cell.type):
+        return EmbeddedFile(cell, "embedded file")
+    path, content = cell.field("path")[0].as_py(), cell.field("bytes")
+    return path if content.null_count else EmbeddedFile(content, path or "embedded file")
+
+
+def _write(batches: Iterator[pa.RecordBatch], sink: pa.NativeFile) -> None:
+    first = next(batches)
+    with pa.ipc.new_file(sink, first.schema) as writer:
+        for batch in chain([first], batches):
+            writer.write_batch(batch)

@@ -1,0 +1,59 @@
+"""Pictures on disk, each with the parameters that it was sampled with, and grids of them."""
+
+import json
+import textwrap
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from PIL import Image, ImageDraw
+from PIL.PngImagePlugin import PngInfo
+
+from .files import replacing
+
+LINE_HEIGHT, CAPTION_LINES, LETTER_WIDTH = 14, 2, 6
+GRID_COLUMNS = 8
+CELL_WIDTH = 128  # smaller images are enlarged in grids, to be seen and captioned
+
+
+def save_png(image: Image.Image, path: Path, parameters: Mapping | None = None) -> None:
+    """Save an image, with its parameters as JSON in the PNG text chunk `parameters`."""
+    info = PngInfo()
+    if parameters is not None:
+        info.add_itxt("parameters", json.dumps(dict(parameters), ensure_ascii=False))
+    with replacing(path) as partial:
+        image.save(partial, format="PNG", pnginfo=info)
+
+
+def row(images: Sequence[Image.Image], captions: Sequence[str]) -> Image.Image:
+    """Images side by side, each above its caption, which is cut at two lines."""
+    return beside([_captioned(image, caption) for image, caption in zip(images, captions, strict=True)])
+
+
+def _captioned(image: Image.Image, caption: str) -> Image.Image:
+    enlarged = max(1, CELL_WIDTH // image.width)
+    image = image.resize((image.width * enlarged, image.height * enlarged), Image.Resampling.BICUBIC)
+    lines = textwrap.wrap(caption, image.width // LETTER_WIDTH, max_lines=CAPTION_LINES, placeholder=" …")
+    cell = Image.new("RGB", (image.width, image.height + LINE_HEIGHT * len(lines)), "white")
+    cell.paste(image, (0, 0))
+    ImageDraw.Draw(cell).multiline_text((2, image.height + 1), "\n".join(lines), fill="black", spacing=2)
+    return cell
+
+
+def beside(pictures: Sequence[Image.Image]) -> Image.Image:
+    """Pictures next to one another."""
+    return _join(pictures, across=True)
+
+
+def stack(pictures: Sequence[Image.Image]) -> Image.Image:
+    """Pictures below one another."""
+    return _join(pictures, across=False)
+
+
+def _join(pictures: Sequence[Image.Image], across: bool) -> Image.Image:
+    widths, heights = [p.width for p in pictures], [p.height for p in pictures]
+    size = (sum(widths), max(heights)) if across else (max(widths), sum(heights))
+    joined, offset = Image.new("RGB", size, "white"), 0
+    for picture in pictures:
+        joined.paste(picture, (offset, 0) if across else (0, offset))
+        offset += picture.width if across else picture.height
+    return joined

@@ -1,0 +1,1 @@
+"""LoRA and its kin: which layers are adapted, and the files that hold the result."""

@@ -1,0 +1,181 @@
+"""LoRA and its kin, by peft: which layers are adapted, and how.
+
+Hu et al. 2021, "LoRA" (https://arxiv.org/abs/2106.09685): W x becomes W x + (α / r) B A x.
+"""
+
+import difflib
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from peft import LoHaConfig, LoKrConfig, LoraConfig, inject_adapter_in_model
+from torch import nn
+
+from .files import check_layers, fill, infer_config, load, read
+
+ADAPTABLE = (nn.Linear, nn.Conv2d)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Adapter:
+    """What every kind of adapter shares.
+
+    Args:
+        rank: Rank r of the update.
+        alpha: Its scale is alpha / rank; None takes alpha = rank.
+        models: Models of the pipeline that get an adapter.
+        target_modules: Ends of layer names, one regular expression over full names, or `all-linear`; by model where
+            these differ; None takes each model's own.
+        checkpoint: Adapter file to start from.
+        preset: Adapter file merged into the frozen weights first, so that the new one learns the difference.
+    """
+
+    rank: int = 32
+    alpha: float | None = None
+    models: Sequence[str] = ("dit",)
+    target_modules: Mapping[str, Sequence[str] | str] | Sequence[str] | str | None = None
+    checkpoint: str | None = None
+    preset: str | None = None
+
+    def __post_init__(self):
+        if not isinstance(self.rank, int) or self.rank < 1:
+            raise ValueError(f"lora.rank is {self.rank!r}; expected a whole number of at least 1.")
+
+    def targets(self, pipe, name: str) -> list[str]:
+        """Full names of the layers of model `name` that get an adapter."""
+        targets = self.target_modules or pipe.training_defaults.lora_target_modules
+        if isinstance(targets, Mapping):
+            targets = targets.get(name, ())
+        return find_layers(pipe.named_model(name), targets, name)
+
+    def check(self, pipe) -> None:
+        """Find every mistake that the model's structure alone can show; works on the meta device.
+
+        Raises:
+            ValueError: A target that matches no layer, a file of another model.
+        """
+        for name in self.models:
+            self.targets(pipe, name)
+            for path in filter(None, (self.preset, self.checkpoint)):
+                tensors, config = read(path, pipe.lora_prefixes.get(name, name))
+                check_layers(pipe.named_model(name), tensors, path)
+                if path == self.checkpoint:
+                    self.check_start(config or infer_config(tensors).to_dict(), path)
+
+    def check_start(self, config: Mapping, path: str | Path) -> None:
+        """Refuse to start from a file of another rank, or whose update counted for more or less when it was trained."""
+        ours = self.peft_config([]).to_dict()
+        for key, option in {"r": "rank", "lora_alpha": "alpha", "alpha": "alpha", "use_rslora": "use_rslora"}.items():
+            if key in ours and config.get(key, ours[key]) != ours[key]:
+                raise ValueError(
+                    f"{path} has lora.{option}={config[key]}, this run {ours[key]}; set lora.{option}={config[key]}."
+                )
+
+    def inject(self, pipe, seed: int) -> None:
+        """Add trainable fp32 adapters to the pipeline's models, the same for the same seed."""
+        for name in self.models:
+            module, prefix = pipe.named_model(name), pipe.lora_prefixes.get(name, name)
+            if self.preset:
+                load(module, self.preset, prefix, fuse=True)
+            self.add(module, self.targets(pipe, name), seed)
+            if self.checkpoint:
+                fill(module, read(self.checkpoint, prefix)[0], "default", self.checkpoint)
+
+    def add(self, module: nn.Module, targets: Sequence[str], seed: int, name: str = "default") -> None:
+        """Give a network a trainable fp32 adapter of that name, beside those it has; the new one is active."""
+        others = [parameter for parameter in module.parameters() if parameter.requires_grad]
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            inject_adapter_in_model(self.peft_config(targets), module, adapter_name=name)
+        for key, parameter in module.named_parameters():
+            if f".{name}" in key:  # small updates vanish in bf16
+                parameter.data = parameter.data.float()
+                parameter.requires_grad_(True)
+        for parameter in others:
+            parameter.requires_grad_(True)
+
+    def peft_config(self, targets: Sequence[str]):
+        raise NotImplementedError(f"{type(self).__name__} has no peft configuration.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoRA(Adapter):
+    """Low-rank adaptation; rank-stabilised (Kalajdzievski 2023) or weight-decomposed (Liu et al. 2024) by choice."""
+
+    dropout: float = 0.0
+    use_rslora: bool = False
+    use_dora: bool = False
+
+    def peft_config(self, targets: Sequence[str]) -> LoraConfig:
+        return LoraConfig(
+            r=self.rank,
+            lora_alpha=self.alpha or self.rank,
+            lora_dropout=self.dropout,
+            use_rslora=self.use_rslora,
+            use_dora=self.use_dora,
+            target_modules=list(targets),
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoHa(Adapter):
+    """Hadamard product of two low-rank updates; Hyeon-Woo et al. 2021 (https://arxiv.org/abs/2108.06098)."""
+
+    dropout: float = 0.0
+
+    def peft_config(self, targets: Sequence[str]) -> LoHaConfig:
+        return LoHaConfig(
+            r=self.rank, alpha=self.alpha or self.rank, rank_dropout=self.dropout, target_modules=list(targets)
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoKr(Adapter):
+    """Kronecker product of a small matrix and a low-rank one; Edalati et al. 2022 (https://arxiv.org/abs/2212.10650)."""
+
+    dropout: float = 0.0
+    decompose_factor: int = -1
+
+    def peft_config(self, targets: Sequence[str]) -> LoKrConfig:
+        return LoKrConfig(
+            r=self.rank,
+            alpha=self.alpha or self.rank,
+            rank_dropout=self.dropout,
+            decompose_factor=self.decompose_factor,
+            target_modules=list(targets),
+        )
+
+
+def find_layers(module: nn.Module, targets: Sequence[str] | str, model: str) -> list[str]:
+    """Full names of the linear and convolution layers that `targets` name.
+
+    Args:
+        targets: Ends of names (a list, or one string with commas), a regular expression over whole names, `all-linear`.
+
+    Raises:
+        ValueError: A target that matches nothing.
+    """
+    layers = [name for name, layer in module.named_modules() if isinstance(layer, ADAPTABLE)]
+    if targets == "all-linear":
+        return [name for name in layers if isinstance(module.get_submodule(name), nn.Linear)]
+    if isinstance(targets, str):
+        targets = targets.split(",") if "," in targets else [targets]
+    found = {target: [name for name in layers if _matches(target, name)] for target in targets}
+    missing = [target for target, names in found.items() if not names]
+    if missing or not found:
+        raise ValueError(_no_match(missing, layers, model))
+    return sorted(set().union(*found.values()), key=layers.index)
+
+
+def _matches(target: str, name: str) -> bool:
+    return name == target or name.endswith("." + target) or re.fullmatch(target, name) is not None
+
+
+def _no_match(missing: Sequence[str], layers: Sequence[str], model: str) -> str:
+    endings = sorted({re.sub(r"^.*\.\d+\.", "", name) for name in layers})
+    tails = [name.split(".", start)[-1] for name in endings for start in range(name.count(".") + 1)]
+    nearest = difflib.get_close_matches(missing[0], tails, 1) if missing else []
+    hint = f" Did you mean {nearest[0]!r}?" if nearest else ""
+    return f"lora.target_modules: {list(missing)} match no layer of {model}.{hint} Its layers end in {endings}."

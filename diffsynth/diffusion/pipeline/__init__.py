@@ -1,0 +1,1 @@
+"""What pipelines are made of: networks, units, samplers, and what attention reads."""

@@ -1,0 +1,178 @@
+"""Units that families of image models share; they differ in the pipeline's `latent_channels` and `latent_factor`."""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+
+import numpy as np
+import torch
+from PIL import Image, ImageFilter
+from torch import Tensor
+
+from ...core.data.operators.images import ImageCropAndResize
+from .units import PipelineUnit, in_groups
+
+EDIT_IMAGE_FACTOR = 32  # of both sides of an edit image that is resized
+
+
+class ShapeChecker(PipelineUnit):
+    def __init__(self):
+        super().__init__(output_params=("height", "width"))
+
+    def process(self, pipe, height, width):
+        height, width = pipe.check_resize_height_width(height, width)
+        return {"height": height, "width": width}
+
+
+class NoiseInitializer(PipelineUnit):
+    def __init__(self):
+        super().__init__(output_params=("noise",))
+
+    def process(self, pipe, height, width, seed, rand_device):
+        # Drawn in the pipeline's dtype, as the original does: the same seed must give the same picture.
+        shape = (1, pipe.latent_channels, height // pipe.latent_factor, width // pipe.latent_factor)
+        return {"noise": pipe.generate_noise(shape, seed, rand_device, pipe.torch_dtype)}
+
+
+class InputImageEmbedder(PipelineUnit):
+    def __init__(self):
+        super().__init__(output_params=("latents", "input_latents"), onload_model_names=("vae",))
+
+    def process(self, pipe, input_image, noise, tiled, tile_size, tile_stride):
+        if input_image is None:
+            return {"latents": noise, "input_latents": None}
+        (input_latents,) = encode_images(pipe, [input_image], tiled, tile_size, tile_stride)
+        if pipe.scheduler.training:
+            return {"latents": noise, "input_latents": input_latents}
+        latents = pipe.scheduler.add_noise(input_latents, noise, pipe.scheduler.timesteps[0])
+        return {"latents": latents, "input_latents": input_latents}
+
+    def process_batch(self, pipe, batch):
+        """Images of training data; those of one size go through the autoencoder together."""
+        latents = encode_images(pipe, [each["input_image"] for each in batch], *tiling(batch[0]))
+        return [{"latents": i["noise"], "input_latents": own} for i, own in zip(batch, latents, strict=True)]
+
+
+def encode_images(
+    pipe, images: Sequence[Image.Image], tiled: bool, tile_size: int, tile_stride: int
+) -> Sequence[Tensor]:
+    """Normalised latents (1, C, h, w) of each image; those of one size go through the autoencoder together."""
+    pipe.load_models_to_device(["vae"])
+
+    def encode(alike: Sequence[Image.Image]) -> Sequence[Tensor]:
+        pixels = torch.cat([pipe.preprocess_image(image) for image in alike])
+        return pipe.vae.encode(pixels, tiled, tile_size, tile_stride).split(1)
+
+    return in_groups(images, [image.size for image in images], encode)
+
+
+def tiling(inputs: Mapping) -> tuple[bool, int, int]:
+    return inputs["tiled"], inputs["tile_size"], inputs["tile_stride"]
+
+
+def crop_to_area(image: Image.Image, pixels: int) -> Image.Image:
+    """An image scaled to about `pixels` pixels in its own proportions, its sides cropped to multiples of 32."""
+    width, height = _size_at_area(image, pixels)
+    return ImageCropAndResize(height, width)(image)
+
+
+def stretch_to_area(image: Image.Image, pixels: int) -> Image.Image:
+    """An image scaled to about `pixels` pixels, its proportions nearly kept: sides are multiples of 32."""
+    return image.resize(_size_at_area(image, pixels), Image.Resampling.LANCZOS)
+
+
+def _size_at_area(image: Image.Image, pixels: int) -> tuple[int, int]:
+    scale = math.sqrt(pixels / (image.width * image.height))
+    width, height = (max(1, round(n * scale / EDIT_IMAGE_FACTOR)) * EDIT_IMAGE_FACTOR for n in image.size)
+    return width, height
+
+
+def edit_images(
+    edit_image: Image.Image | Sequence[Image.Image] | None,
+    auto_resize: bool,
+    pixels: int,
+    resize: Callable[[Image.Image, int], Image.Image] = crop_to_area,
+) -> list[Image.Image]:
+    """One image or several as a list in RGB, each of about `pixels` pixels in its own proportions with `auto_resize`.
+
+    Raises:
+        ValueError: It is something else, or has sides that the autoencoder cannot divide.
+    """
+    images = [] if edit_image is None else edit_image if isinstance(edit_image, list | tuple) else [edit_image]
+    strange = [image for image in images if not isinstance(image, Image.Image)]
+    if strange:
+        raise ValueError(
+            f"edit_image is or holds {strange[0]!r}, expected images; where it is a column of a data set, list it in "
+            "dataset.data_file_keys."
+        )
+    images = [image.convert("RGB") for image in images]
+    return [resize(image, pixels) if auto_resize else _checked_sides(image) for image in images]
+
+
+def _checked_sides(image: Image.Image) -> Image.Image:
+    if image.width % 16 or image.height % 16:
+        raise ValueError(
+            f"edit_image is {image.width} x {image.height} pixels, expected multiples of 16; crop it, or let it be "
+            "resized with edit_image_auto_resize=True."
+        )
+    return image
+
+
+class EditImageEmbedder(PipelineUnit):
+    """Images to be edited or drawn from, as a list of latents (1, C, h, w) in sizes of their own."""
+
+    resize = staticmethod(crop_to_area)  # what the family was trained with
+
+    def __init__(self):
+        super().__init__(output_params=("edit_latents",), onload_model_names=("vae",))
+
+    def process(self, pipe, edit_image, edit_image_auto_resize, edit_image_pixels, tiled, tile_size, tile_stride):
+        images = edit_images(edit_image, edit_image_auto_resize, edit_image_pixels, self.resize)
+        return {"edit_latents": encode_images(pipe, images, tiled, tile_size, tile_stride)} if images else {}
+
+    def process_batch(self, pipe, batch):
+        """Edit images of one size go through the autoencoder together, whichever sample they are of."""
+        names = ("edit_image", "edit_image_auto_resize", "edit_image_pixels")
+        images = [edit_images(*(each[name] for name in names), self.resize) for each in batch]
+        latents = iter(encode_images(pipe, [image for own in images for image in own], *tiling(batch[0])))
+        return [{"edit_latents": [next(latents) for _ in own]} if own else {} for own in images]
+
+
+class Inpaint(PipelineUnit):
+    """A mask image (white is redrawn) as latent weights (1, 1, h, w) in [0, 1]."""
+
+    def __init__(self):
+        super().__init__(output_params=("inpaint_mask",))
+
+    def process(self, pipe, inpaint_mask, inpaint_blur_sigma, height, width):
+        if inpaint_mask is None:
+            return {}
+        return {"inpaint_mask": latent_weights(pipe, inpaint_mask, height, width, inpaint_blur_sigma)}
+
+
+class LossMask(PipelineUnit):
+    """A mask image of training data (white counts) as latent weights (1, 1, h, w) in [0, 1] of the loss."""
+
+    def __init__(self):
+        super().__init__(output_params=("loss_mask",))
+
+    def process(self, pipe, height, width, loss_mask=None):
+        if loss_mask is None:
+            return {}
+        weights = latent_weights(pipe, loss_mask, height, width)
+        if not weights.any():
+            raise ValueError(
+                "loss_mask is black all over, so that nothing of the image would be trained; make white what counts, "
+                "or leave the row out. (What was white may also have been cropped off.)"
+            )
+        return {"loss_mask": weights}
+
+
+def latent_weights(pipe, mask: Image.Image, height: int, width: int, blur_sigma: float | None = None) -> Tensor:
+    """A mask image as weights (1, 1, h, w) in [0, 1], 1 where it is white; blurred by `blur_sigma` latent pixels."""
+    # The mean over each latent pixel: other filters reach beyond it, into what is to be kept.
+    size = (width // pipe.latent_factor, height // pipe.latent_factor)
+    mask = mask.convert("L").resize(size, Image.Resampling.BOX)
+    if blur_sigma:
+        mask = mask.filter(ImageFilter.GaussianBlur(blur_sigma))
+    weights = torch.from_numpy(np.array(mask, dtype=np.float32) / 255)
+    return weights[None, None].to(pipe.device, pipe.torch_dtype)

@@ -1,0 +1,1 @@
+"""One run: its loop, its state, its engines, what it evaluates and what it records."""

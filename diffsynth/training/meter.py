@@ -1,0 +1,104 @@
+"""What a training counts between two lines of its log."""
+
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..diffusion.loss.base import MODEL
+
+
+@dataclass
+class Count:
+    """What was counted of one kind of step; `loss` is a sum over samples, `grad_norm` one over steps."""
+
+    loss: Tensor
+    samples: int = 0
+    grad_norm: float = 0.0
+    steps: int = 0
+
+
+class Meter:
+    """Means of what happened since the last reading, over steps, micro-batches and processes.
+
+    Steps that train another part than the model count under its name, `fake_score_loss`.
+
+    Args:
+        cp_size: Processes that count the same samples.
+    """
+
+    def __init__(self, accelerator, cp_size: int = 1):
+        self.accelerator, self.device, self.cp_size = accelerator, accelerator.device, cp_size
+        self.losses: list[Tensor] = []  # of the step that is being taken
+        self._clear()
+
+    def _clear(self) -> None:
+        self.counts: dict[str, Count] = {}  # by the part that was trained
+        self.started, self.timed_samples = time.perf_counter(), 0
+
+    def _count(self, part: str) -> Count:
+        return self.counts.setdefault(part, Count(torch.zeros((), device=self.device)))
+
+    def add_losses(self, losses: Tensor) -> None:
+        """Count the losses (b,) of one micro-batch; nothing is read back from the device yet."""
+        self.losses.append(losses.detach().float().reshape(-1).to(self.device))
+
+    def end_step(self, grad_norm: float | None, part: str = MODEL) -> None:
+        """Count one optimizer step; one that was left out (None) counts for nothing but time."""
+        if grad_norm is not None:
+            count = self._count(part)
+            count.steps += 1
+            count.grad_norm += grad_norm
+            for losses in self.losses:
+                count.loss += losses.sum()
+                count.samples += losses.numel()
+                self.timed_samples += losses.numel()
+        self.losses = []
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Time spent in here, looking and saving, is not training time."""
+        paused = time.perf_counter()
+        yield
+        self.started += time.perf_counter() - paused
+
+    def read(self) -> dict[str, float]:
+        """The means since the last call, on every process; starts anew."""
+        counts = [(count.loss, count.samples) for count in self.counts.values()]
+        sums = [*(torch.stack([loss, loss.new_tensor(samples)]) for loss, samples in counts)]
+        sums.append(torch.tensor([self.timed_samples, 0], dtype=torch.float32, device=self.device))
+        *sums, (timed, _) = self.accelerator.reduce(torch.stack(sums), "sum").tolist()
+        seconds, counted = time.perf_counter() - self.started, self.counts
+        self._clear()
+        means = {}
+        for (part, count), (loss, samples) in zip(counted.items(), sums, strict=True):
+            prefix = "" if part == MODEL else f"{part}_"
+            means |= {f"{prefix}loss": loss / samples, f"{prefix}grad_norm": count.grad_norm / count.steps}
+        return {**means, "samples_per_second": timed / self.cp_size / seconds} if means else {}
+
+    def state(self) -> dict[str, dict]:
+        """What was counted since the last reading, process by process; all processes call it."""
+        return {part: self._state(count) for part, count in self.counts.items()}
+
+    def _state(self, count: Count) -> dict:
+        losses = self.accelerator.gather(count.loss.reshape(1)).tolist()
+        return {"loss": losses, "samples": count.samples, "grad_norm": count.grad_norm, "steps": count.steps}
+
+    def restore(self, state: Mapping[str, Mapping]) -> None:
+        """Go on counting from `state`; with another number of processes, the first takes over what all had."""
+        self._clear()
+        for part, counted in state.items():
+            self._restore(self._count(part), counted)
+
+    def _restore(self, count: Count, counted: Mapping) -> None:
+        losses, rank = counted["loss"], self.accelerator.process_index
+        if len(losses) == self.accelerator.num_processes:
+            count.loss += losses[rank]
+            count.samples = counted["samples"]
+        elif rank == 0:
+            count.loss += sum(losses)
+            count.samples = counted["samples"] * len(losses)
+        count.grad_norm, count.steps = counted["grad_norm"], counted["steps"]

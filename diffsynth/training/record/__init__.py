@@ -1,0 +1,1 @@
+"""What a run writes down: numbers, trackers, a report of its data."""

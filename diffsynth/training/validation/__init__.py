@@ -1,0 +1,1 @@
+"""Evaluation during a run: held-out losses, sampled pictures, metrics, students beside their teacher."""

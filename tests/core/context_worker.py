@@ -1,0 +1,88 @@
+"""Predictions and gradients of networks whose tokens lie on all processes, against those of whole networks.
+
+`torchrun tests/context_worker.py result.json` writes how far the two are apart at most, next to the largest number,
+and the most bytes that tensors take in the first process: as they are, and as they are planned without the others.
+"""
+
+import copy
+import json
+import sys
+from pathlib import Path
+
+import tiny
+import tiny_flux2
+import torch
+from test_kv_cache import Base, Flux2Base, load, some
+from torch import Tensor
+
+from diffsynth.core.context_parallel import Devices, split_tokens
+from diffsynth.core.memory.live import LiveBytes
+from diffsynth.plan.first_device import FirstOf
+
+BASES = {"qwen": (Base, tiny.model), "flux2": (Flux2Base, tiny_flux2.klein)}
+
+
+def cases(base: Base) -> dict[str, tuple[slice, dict]]:
+    """The rows of the batch and further inputs; the picture's 15 tokens and the text's 9 do not come out even."""
+    one, all_ = slice(1), slice(None)
+    return {
+        "alone": (one, {}),
+        "padded": (all_, {}),
+        "checkpointed": (all_, {"use_gradient_checkpointing": True}),
+        "kv_cache": (all_, {"kv_cache": base.cache()}),
+        "further text": (all_, {"extra_text_embedding": some(1, 4, base.batch["prompt_emb"].shape[2], seed=7)}),
+    }
+
+
+def result(base: Base, rows: slice, inputs: dict) -> dict[str, Tensor]:
+    """The prediction, and gradients of weights and latents."""
+    base.batch["latents"].requires_grad_(True).grad = None
+    base.dit.zero_grad()
+    predicted = base(rows, **inputs)
+    predicted.mul(torch.linspace(-1, 1, predicted.numel()).view_as(predicted)).sum().backward()
+    gradients = {name: p.grad for name, p in base.dit.named_parameters() if p.grad is not None}
+    return {"prediction": predicted.detach().contiguous(), "latents": base.batch["latents"].grad, **gradients}
+
+
+def averaged(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Over processes, as DDP averages gradients."""
+    for tensor in tensors.values():
+        torch.distributed.all_reduce(tensor)
+    return {name: tensor / torch.distributed.get_world_size() for name, tensor in tensors.items()}
+
+
+def distance(found: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
+    assert found.keys() == expected.keys()
+    pairs = [(found[name], expected[name]) for name in expected]
+    return max(((a - b).abs().max() / b.abs().max().clamp(min=1e-3)).item() for a, b in pairs)
+
+
+def peak(base: Base, rows: slice, inputs: dict) -> int:
+    result(base, rows, inputs)  # the first makes tables of places
+    with LiveBytes() as live:
+        result(base, rows, inputs)
+    return live.device.peak
+
+
+def main(path: str) -> None:
+    torch.distributed.init_process_group("gloo")
+    apart, taken = {}, {}
+    for family, (kind, folder) in BASES.items():
+        kind.latents = (3, 16, 6, 10) if family == "qwen" else (3, 128, 3, 5)
+        whole = load(kind, folder())
+        whole.dit.requires_grad_(True)
+        split = kind(copy.deepcopy(whole.dit))
+        planned = kind(copy.deepcopy(whole.dit))
+        split_tokens(split.dit, Devices(torch.distributed.group.WORLD))
+        split_tokens(planned.dit, FirstOf(torch.distributed.get_world_size()))
+        for name, (rows, inputs) in cases(whole).items():
+            case = f"{family}, {name}"
+            apart[case] = distance(averaged(result(split, rows, inputs)), result(whole, rows, inputs))
+            if name == "padded":
+                taken[family] = [peak(base, rows, inputs) for base in (split, planned)]
+    if torch.distributed.get_rank() == 0:
+        Path(path).write_text(json.dumps({"apart": apart, "taken": taken}))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])

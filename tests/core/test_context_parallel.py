@@ -1,0 +1,50 @@
+"""Networks whose tokens lie on several devices predict, and learn, what they do whole."""
+
+import json
+
+import pytest
+import tiny
+from hypothesis import given
+from hypothesis import strategies as st
+from test_kv_cache import Base, load
+
+from diffsynth.core.context_parallel import check_splittable
+from diffsynth.plan.first_device import FirstOf
+
+CASES = ["alone", "padded", "checkpointed", "kv_cache", "further text"]
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory):
+    """What tests/context_worker.py tells of two processes, by family."""
+    path = tmp_path_factory.mktemp("apart") / "result.json"
+    torchrun = ["torchrun", "--standalone", "--nproc_per_node", "2"]
+    tiny.process(*torchrun, "tests/context_worker.py", str(path), PYTHONPATH=f"{tiny.ROOT}:{tiny.ROOT / 'tests'}")
+    return json.loads(path.read_text())
+
+
+@pytest.mark.parametrize("family", ["qwen", "flux2"])
+@pytest.mark.parametrize("case", CASES)
+def test_predictions_and_gradients_are_those_of_a_whole_network(found, family, case):
+    assert found["apart"][f"{family}, {case}"] < 1e-5
+
+
+@pytest.mark.parametrize("family", ["qwen", "flux2"])
+def test_what_a_device_holds_is_planned_without_the_others(found, family):
+    real, planned = found["taken"][family]
+    assert planned == pytest.approx(real, rel=0.02)
+
+
+def test_attention_that_would_see_one_devices_tokens_alone_is_refused():
+    network = load(Base, tiny.model()).dit
+    check_splittable(network, 2)
+    network.transformer_blocks[1].attn.set_processor(Base.stock["block"]())
+    with pytest.raises(ValueError, match="QwenDoubleStreamAttnProcessor2_0 does not exchange split tokens"):
+        check_splittable(network, 2)
+
+
+@given(tokens=st.integers(0, 10_000), devices=st.integers(1, 64))
+def test_every_token_is_on_one_device_and_devices_differ_by_one_token_at_most(tokens, devices):
+    shares = FirstOf(devices).shares(tokens)
+    assert len(shares) == devices and sum(shares) == tokens
+    assert shares[0] == max(shares) and max(shares) - min(shares) <= 1

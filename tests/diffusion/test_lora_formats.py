@@ -1,0 +1,148 @@
+"""Adapter files under the names of other programs."""
+
+import json
+import logging
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from diffsynth.diffusion.adapters.formats import FORMATS
+from diffsynth.diffusion.adapters.lora import LoHa, LoRA
+from diffsynth.diffusion.logger import ModelLogger
+from diffsynth.training.accelerator import make_accelerator
+
+TARGETS = ["to_q", "img_mlp.net.2"]
+LAYER = "transformer_blocks.0.attn.to_q"
+
+
+@pytest.fixture
+def trained(training_module):
+    """A training module whose adapter does something."""
+
+    def make(**options):
+        module = training_module(lora=LoRA(rank=4, alpha=8, target_modules=TARGETS, **options))
+        generator = torch.Generator().manual_seed(0)
+        for name, parameter in module.named_parameters():
+            if parameter.requires_grad and "lora_" in name:
+                parameter.data += 0.1 * torch.randn(parameter.shape, generator=generator)
+        return module
+
+    return make
+
+
+def save(module, folder, *formats, **options):
+    logger = ModelLogger(folder / "weights", formats=formats, **options)
+    logger.save(make_accelerator("cpu", "float32"), module, "step-1")
+    return logger.saved
+
+
+def answers(module, samples):
+    with torch.no_grad():
+        return module(samples)
+
+
+@pytest.mark.parametrize("names", FORMATS)
+@pytest.mark.parametrize("options", [{}, {"use_rslora": True}], ids=["lora", "rslora"])
+def test_a_file_of_any_format_gives_a_fresh_model_what_was_trained(
+    names, options, trained, training_module, samples, tmp_path
+):
+    module = trained(**options)
+    (path,) = save(module, tmp_path, names)
+    fresh = training_module(lora=LoRA(rank=1, target_modules=["to_out.0"]))  # an adapter that is zero
+    fresh.pipe.load_lora("dit", path)
+    torch.testing.assert_close(answers(fresh, samples), answers(module, samples), atol=1e-5, rtol=1e-5)
+
+
+def test_dora_goes_through_comfyui_names(trained, training_module, samples, tmp_path):
+    module = trained(use_dora=True)
+    (path,) = save(module, tmp_path, "comfyui")
+    fresh = training_module(lora=LoRA(rank=1, target_modules=["to_out.0"]))
+    fresh.pipe.load_lora("dit", path)
+    torch.testing.assert_close(answers(fresh, samples), answers(module, samples), atol=1e-5, rtol=1e-5)
+
+
+def test_each_format_has_its_names(trained, tmp_path):
+    paths = {path.name.split(".")[1]: path for path in save(trained(), tmp_path, *FORMATS)}
+    keys = {names: set(load_file(path)) for names, path in paths.items()}
+    assert f"transformer.{LAYER}.lora_A.weight" in keys["diffusers"]
+    assert f"{LAYER}.lora_A.default.weight" in keys["diffsynth"]
+    assert {f"diffusion_model.{LAYER}.{part}" for part in ("lora_down.weight", "lora_up.weight", "alpha")} <= keys[
+        "comfyui"
+    ]
+    assert load_file(paths["comfyui"])[f"diffusion_model.{LAYER}.alpha"].item() == 8
+
+
+def test_a_file_says_where_it_comes_from(trained, tmp_path):
+    (path,) = save(trained(), tmp_path, "diffusers", trigger_prompts=["a line emoji"])
+    with safe_open(path, "pt") as file:
+        about = json.loads(file.metadata()["diffsynth"])
+    assert about["trigger_prompts"] == ["a line emoji"] and about["dit"] == {"kind": "LORA", "rank": 4, "alpha": 8}
+    assert len(about["base_model"]["dit"]["fingerprint"]) == 16
+
+
+def test_what_a_format_has_no_names_for_is_refused(training_module):
+    module = training_module(lora=LoHa(rank=2, target_modules=TARGETS))
+    for names in ("diffsynth", "comfyui"):
+        with pytest.raises(ValueError, match=f"{names} has no names for LOHA"):
+            module.export_weights(names)
+
+
+def test_an_unknown_format_is_refused_with_those_there_are(tmp_path):
+    with pytest.raises(ValueError, match="diffusers.*diffsynth.*comfyui"):
+        ModelLogger(tmp_path, formats=["kohya"])
+
+
+@pytest.mark.parametrize("change", [lambda t: t * 1.01, lambda t: t.flip(0)], ids=["scaled", "turned"])
+def test_a_file_that_does_not_hold_what_was_trained_is_found_out(change, trained, tmp_path):
+    module = trained()
+    (path,) = save(module, tmp_path, "diffusers")
+    tensors = load_file(path)
+    key = f"transformer.{LAYER}.lora_B.weight"
+    with safe_open(path, "pt") as file:
+        metadata = file.metadata()
+    save_file({**tensors, key: change(tensors[key])}, path, metadata)
+    with pytest.raises(ValueError, match=f"{LAYER} differs"):
+        module.check_export(path)
+
+
+def test_a_file_with_a_key_too_few_is_found_out(trained, tmp_path):
+    module = trained()
+    (path,) = save(module, tmp_path, "diffsynth")
+    tensors = load_file(path)
+    del tensors[f"{LAYER}.lora_A.default.weight"], tensors[f"{LAYER}.lora_B.default.weight"]
+    save_file(tensors, path)
+    with pytest.raises(ValueError, match=f"{LAYER} differs"):
+        module.check_export(path)
+
+
+def test_dropout_is_no_difference(trained, tmp_path, caplog):
+    save(trained(dropout=0.5), tmp_path, *FORMATS)
+    assert caplog.text == ""
+
+
+def test_a_wrong_export_is_named_loudly_and_kept(trained, tmp_path, monkeypatch, caplog):
+    monkeypatch.setitem(FORMATS, "diffsynth", without_scale)
+    with caplog.at_level(logging.ERROR):
+        (path,) = save(trained(), tmp_path, "diffsynth")
+    assert "THIS EXPORT IS WRONG" in caplog.text and path.exists()
+
+
+def without_scale(tensors, config, prefix):
+    return {key.replace(".weight", ".default.weight"): tensor for key, tensor in tensors.items()}
+
+
+def test_reading_a_file_back_leaves_the_training_as_it_was(trained, samples, tmp_path):
+    module = trained(dropout=0.5)
+    modes = [part.training for part in module.modules()]
+    before = {name: (p.clone(), p.requires_grad) for name, p in module.named_parameters()}
+    torch.manual_seed(0)
+    expected = answers(module, samples)
+    save(module, tmp_path, *FORMATS)
+    assert modes == [part.training for part in module.modules()] and any(modes)
+    after = dict(module.named_parameters())
+    assert before.keys() == after.keys()
+    assert all(torch.equal(p, after[name]) and grad == after[name].requires_grad for name, (p, grad) in before.items())
+    torch.manual_seed(0)
+    assert torch.equal(answers(module, samples), expected)

@@ -1,0 +1,200 @@
+"""Drawing from the command line."""
+
+import json
+
+import numpy as np
+import pytest
+import tiny
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+
+from diffsynth.config import build, check
+from diffsynth.core.pictures import LINE_HEIGHT, row
+from diffsynth.diffusion.pipeline import networks as models
+
+SMALL = ["options.num_inference_steps=2", "options.height=32", "options.width=48", "device=cpu"]
+APPLE, ROCKET = "a red apple", "a rocket, flying"
+
+
+@pytest.fixture
+def generate(tmp_path):
+    """Draws with these overrides and returns the pixels of each file by its name."""
+
+    def draw(*overrides: str) -> dict[str, np.ndarray]:
+        output = tmp_path / str(len(list(tmp_path.iterdir())))
+        cfg = tiny.compose("generate", *tiny.model_overrides(), *SMALL, f"output={output}", *overrides)
+        check(cfg, function := tiny.entry_function("generate"))
+        return {path.name: np.array(Image.open(path), dtype=int) for path in function(**build(cfg))}
+
+    return draw
+
+
+@pytest.fixture
+def adapter(tmp_path):
+    """A LoRA file that changes much."""
+    generator = torch.Generator().manual_seed(0)
+    layers = [f"transformer.transformer_blocks.{block}.attn.to_v" for block in range(4)]
+    shapes = {"lora_A": (4, 128), "lora_B": (128, 4)}
+    path = tmp_path / "style.safetensors"
+    pairs = [(f"{layer}.{part}.weight", shape) for layer in layers for part, shape in shapes.items()]
+    save_file({key: torch.randn(shape, generator=generator) for key, shape in pairs}, path)
+    return path
+
+
+def differs(image: np.ndarray, other: np.ndarray) -> bool:
+    return np.abs(image - other).max() > 1
+
+
+# What is drawn --------------------------------------------------------------------------------------------------------
+
+
+def test_one_prompt_makes_one_picture_of_the_size_asked_for(generate):
+    drawn = generate(f"prompt={APPLE}")
+    assert {name: pixels.shape for name, pixels in drawn.items()} == {"0000.png": (32, 48, 3)}
+
+
+def test_every_prompt_is_drawn_with_every_seed_and_all_in_a_grid(generate):
+    drawn = generate(f"prompt=['{APPLE}','{ROCKET}']", "seed=[0,1,2]")
+    assert list(drawn) == [*(f"000{number}.png" for number in range(6)), "grid.png"]
+    assert drawn["grid.png"].shape[1] >= 6 * 48
+    pictures = [drawn[f"000{number}.png"] for number in range(6)]
+    assert all(differs(a, b) for i, a in enumerate(pictures) for b in pictures[:i])
+
+
+def test_prompts_come_from_a_text_file(generate, tmp_path):
+    (tmp_path / "prompts.txt").write_text(f"{APPLE}\n\n  {ROCKET} \n", encoding="utf-8")
+    assert list(generate(f"prompt={tmp_path}/prompts.txt")) == ["0000.png", "0001.png", "grid.png"]
+    assert parameters(tmp_path / "1" / "0001.png")["prompt"] == ROCKET
+
+
+def test_a_picture_names_the_adapters_that_drew_it(generate, adapter, tmp_path):
+    generate(f"prompt={APPLE}", f"lora_path={adapter}", "lora_scale=0.5")
+    (path,) = tmp_path.glob("*/0000.png")
+    assert parameters(path)["lora_path"] == [str(adapter)] and parameters(path)["lora_scale"] == 0.5
+
+
+@pytest.mark.parametrize("words, lines", [(3, 1), (9, 2), (40, 2)])
+def test_a_caption_stands_under_its_picture_in_at_most_two_lines(words, lines):
+    white = Image.new("RGB", (128, 128), "white")
+    cell = np.array(row([white], [" ".join(["rocket"] * words)]))
+    assert cell.shape == (128 + LINE_HEIGHT * lines, 128, 3)
+    assert all((cell[128 + LINE_HEIGHT * n :][:LINE_HEIGHT] < 128).any() for n in range(lines))
+
+
+def parameters(path) -> dict:
+    return json.loads(Image.open(path).text["parameters"])
+
+
+def test_a_picture_carries_the_parameters_that_draw_it_again(generate, tmp_path):
+    drawn = generate("prompt='„Ein roter Apfel“, 红苹果'", "seed=3", "negative_prompt=blurry")
+    kept = parameters(tmp_path / "0" / "0000.png")
+    assert kept["prompt"] == "„Ein roter Apfel“, 红苹果" and kept["negative_prompt"] == "blurry" and kept["seed"] == 3
+    options = [f"options.{name}={kept[name]}" for name in ("cfg_scale", "num_inference_steps", "height", "width")]
+    again = generate(f"prompt='{kept['prompt']}'", f"seed={kept['seed']}", "negative_prompt=blurry", *options)
+    assert np.array_equal(again["0000.png"], drawn["0000.png"])
+
+
+def test_a_picture_does_not_depend_on_its_company(generate):
+    alone = generate(f"prompt='{ROCKET}'", "seed=1")["0000.png"]
+    for batch_size in (2, 4):  # a long and a short prompt in one batch, and all four at once
+        drawn = generate(f"prompt=['{APPLE}','{ROCKET}']", "seed=[0,1]", f"batch_size={batch_size}")
+        assert np.abs(drawn["0003.png"] - alone).max() <= 1
+
+
+# What changes it ------------------------------------------------------------------------------------------------------
+
+
+def test_a_lora_changes_the_picture_as_much_as_its_scale_says(generate, adapter):
+    plain, off, on = (
+        generate(f"prompt={APPLE}", *overrides)["0000.png"]
+        for overrides in ([], [f"lora_path={adapter}", "lora_scale=0.0"], [f"lora_path={adapter}"])
+    )
+    assert np.array_equal(plain, off)
+    assert differs(plain, on)
+
+
+def test_several_loras_add_up(generate, adapter):
+    twice = generate(f"prompt={APPLE}", f"lora_path=[{adapter},{adapter}]")["0000.png"]
+    doubled = generate(f"prompt={APPLE}", f"lora_path={adapter}", "lora_scale=2.0")["0000.png"]
+    assert np.abs(twice - doubled).max() <= 1
+
+
+def test_a_trained_adapter_is_taken_as_the_run_left_it(generate, tmp_path_factory):
+    run_dir = tiny.train(tmp_path_factory.mktemp("run"), "optimizer.eps=1e-8", "optimizer.lr=0.1")
+    trained = generate(f"prompt={APPLE}", f"lora_path={run_dir}/weights/epoch-0.safetensors")["0000.png"]
+    assert differs(trained, generate(f"prompt={APPLE}")["0000.png"])
+
+
+def test_an_input_image_is_kept_as_far_as_its_strength_says(generate):
+    given = f"input_image={tiny.dataset()}/0.png"
+    kept, redrawn = (generate(given, f"denoising_strength={strength}")["0000.png"] for strength in (0.1, 1.0))
+    assert differs(kept, redrawn)
+
+
+def test_a_fused_model_draws_what_the_adapter_draws(generate, adapter, tmp_path):
+    cfg = tiny.compose("fuse", *tiny.model_overrides(), f"lora_path={adapter}", f"output={tmp_path / 'fused'}")
+    check(cfg, fuse := tiny.entry_function("fuse"))
+    (folder,) = fuse(**build(cfg))
+    fused, adapted = (
+        generate(f"prompt={APPLE}", f"model.dit.path={folder}"),
+        generate(f"prompt={APPLE}", f"lora_path={adapter}"),
+    )
+    assert not differs(fused["0000.png"], adapted["0000.png"])
+    assert differs(fused["0000.png"], generate(f"prompt={APPLE}")["0000.png"])
+
+
+# Mistakes -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def refusal(generate, monkeypatch):
+    """Says what a command is refused with; fails if it reads weights first."""
+    reads = []
+    monkeypatch.setattr(models, "load_weights", lambda *_, **__: reads.append("weights"))
+
+    def message(*overrides: str) -> str:
+        with pytest.raises((ValueError, OSError)) as refused:
+            generate(*overrides)
+        assert reads == []
+        return str(refused.value)
+
+    return message
+
+
+def test_an_unknown_option_is_answered_with_the_nearest(refusal):
+    message = refusal("+options.cfg_scal=3")
+    assert "QwenImagePipeline" in message and "'cfg_scal'" in message and "'cfg_scale'" in message
+
+
+def test_a_lora_of_another_model_is_named(refusal, tmp_path):
+    path = tmp_path / "other.safetensors"
+    save_file({"transformer.single_blocks.0.to_q.lora_A.weight": torch.zeros(4, 128)}, path)
+    message = refusal(f"lora_path={path}")
+    assert str(path) in message and "single_blocks.0.to_q" in message
+
+
+@pytest.mark.parametrize("name", ["lora_path", "input_image", "prompt"])
+def test_a_file_that_is_not_there_is_named(name, refusal, tmp_path):
+    assert f"{tmp_path}/gone.txt" in refusal(f"{name}={tmp_path}/gone.txt")
+
+
+@pytest.mark.parametrize("name", ["lora_path", "input_image"])
+def test_a_file_of_another_kind_is_named(name, refusal, tmp_path):
+    (tmp_path / "text.txt").write_text("neither an image nor weights")
+    assert f"{tmp_path}/text.txt" in refusal(f"{name}={tmp_path}/text.txt")
+
+
+def test_a_text_file_without_prompts_is_named(refusal, tmp_path):
+    (tmp_path / "empty.txt").write_text("\n\n")
+    assert f"{tmp_path}/empty.txt holds no prompt" in refusal(f"prompt={tmp_path}/empty.txt")
+
+
+def test_a_device_that_is_not_there_is_named(refusal):
+    assert "device=tpu" in refusal("device=tpu")
+
+
+def test_the_command_line_names_what_it_drew(monkeypatch, capsys, tmp_path):
+    overrides = tiny.merged(tiny.model_overrides(), [*SMALL, f"output={tmp_path}/drawn", f"prompt={APPLE}"])
+    tiny.command_line(monkeypatch, "generate.py", *overrides)
+    assert f"{tmp_path}/drawn/0000.png" in capsys.readouterr().out

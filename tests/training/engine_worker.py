@@ -1,0 +1,79 @@
+"""Runs of train.py one after another in processes that torchrun started, each under the engine that its job names.
+
+`torchrun tests/engine_worker.py jobs.json`; a job is `{engine, overrides}`, and says with `cut_off` after which step
+its power is cut, with `poisoned` in which step its losses are NaN, with `split` that processes share a sample's tokens.
+"""
+
+import json
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from unittest import mock
+
+import tiny
+from deepspeed.runtime.activation_checkpointing import checkpointing
+
+from diffsynth.config import build, check, claim, finish
+
+FSDP2 = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_RESHARD_AFTER_FORWARD": "true"}
+TOKENS_SPLIT = {"ACCELERATE_USE_PARALLELISM_CONFIG": "true", "PARALLELISM_CONFIG_CP_SIZE": "2"}
+ENGINES = {  # what `accelerate launch` makes of the files in conf/accelerate
+    "ddp": {},
+    **{
+        name: {
+            "ACCELERATE_USE_DEEPSPEED": "true",
+            "ACCELERATE_DEEPSPEED_CONFIG_FILE": f"{tiny.ROOT}/conf/accelerate/{name}.json",
+        }
+        for name in ("zero2", "zero2_offload", "zero3_offload")
+    },
+    "fsdp2": FSDP2,
+    "context_parallel": FSDP2 | TOKENS_SPLIT,
+}
+
+
+def run(
+    engine: str, overrides: list[str], cut_off: int | None = None, poisoned: int | None = None, split: bool = False
+) -> None:
+    cfg = tiny.compose("train", *overrides)
+    function = tiny.entry_function("train")
+    checkpointing.deepspeed_checkpointing_enabled = False  # for good once configured: runs have processes of their own
+    environment = ENGINES[engine] | (TOKENS_SPLIT if split else {})
+    with mock.patch.dict(os.environ, environment), poison(poisoned), power(cut_off):
+        check(cfg, function)
+        run_dir = claim(cfg)
+        finish(run_dir, function(**build(cfg)))
+
+
+@contextmanager
+def power(cut_off: int | None) -> Iterator[None]:
+    """Until it is cut in the middle of the step after `cut_off`."""
+
+    def cut():
+        raise tiny.PowerCut
+
+    try:
+        with tiny.in_step(cut_off + 1, cut) if cut_off else nullcontext():
+            yield
+    except tiny.PowerCut:
+        return
+
+
+@contextmanager
+def poison(step: int | None) -> Iterator[None]:
+    """The losses of one step, counted from 1, are NaN."""
+    from diffsynth.training.state import TrainingState
+
+    backward = TrainingState.backward
+
+    def poisoned(state, losses):
+        backward(state, losses * float("nan") if state.step + 1 == step else losses)
+
+    with mock.patch.object(TrainingState, "backward", poisoned):
+        yield
+
+
+if __name__ == "__main__":
+    for job in json.loads(Path(sys.argv[1]).read_text()):
+        run(**job)

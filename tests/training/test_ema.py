@@ -1,0 +1,85 @@
+"""The average of the weights over the steps."""
+
+import pytest
+import torch
+from torch import nn
+
+from diffsynth.training.ema import EMA
+
+START, STEPS = [1.0, -2.0], [[3.0, 1.0], [5.0, 0.5], [-4.0, 2.0]]
+
+
+def parameter(values) -> nn.Parameter:
+    return nn.Parameter(torch.tensor(values))
+
+
+def averaged(ema: EMA) -> torch.Tensor:
+    """The average after the steps."""
+    trained = parameter(START)
+    ema.start([trained])
+    for number, values in enumerate(STEPS):
+        trained.data.copy_(torch.tensor(values))
+        ema.update([trained], number + 1)
+    return ema.average[0]
+
+
+def written_out(*betas: float) -> torch.Tensor:
+    """ā ← β ā + (1 - β) θ"""
+    average = torch.tensor(START)
+    for beta, values in zip(betas, STEPS, strict=True):
+        average = beta * average + (1 - beta) * torch.tensor(values)
+    return average
+
+
+def test_a_constant_average_is_its_formula():
+    torch.testing.assert_close(averaged(EMA(decay=0.9)), written_out(0.9, 0.9, 0.9))
+
+
+def test_a_power_average_forgets_the_start_and_stops_at_its_limit():
+    betas = [1 - 2**-0.75, 1 - 3**-0.75, 0.6]  # the third would be 1 - 4^-0.75 = 0.65
+    torch.testing.assert_close(averaged(EMA(decay=0.6, power=0.75)), written_out(*betas))
+
+
+def test_without_decay_the_average_is_the_last_step():
+    assert torch.equal(averaged(EMA(decay=0.0)), torch.tensor(STEPS[-1]))
+
+
+def test_the_average_starts_as_a_copy():
+    trained, ema = parameter(START), EMA()
+    ema.start([trained])
+    trained.data.zero_()
+    assert torch.equal(ema.average[0], torch.tensor(START))
+
+
+def test_the_average_of_rounded_weights_is_not_rounded():
+    trained, ema = nn.Parameter(torch.ones(3, dtype=torch.bfloat16)), EMA(decay=0.999)
+    ema.start([trained])
+    trained.data.fill_(2)
+    ema.update([trained], 1)
+    torch.testing.assert_close(ema.average[0], torch.full((3,), 1.001))
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_the_average_takes_the_place_of_the_weights_and_they_come_back_exactly(fails):
+    trained, ema = [parameter([0.1, 0.2]), parameter(START)], EMA()
+    ema.average = [torch.tensor([7.0, 8.0]), torch.zeros(2)]
+    with pytest.raises(KeyError) if fails else torch.no_grad(), ema.in_place(trained):
+        assert all(map(torch.equal, trained, ema.average))
+        if fails:
+            raise KeyError
+    assert torch.equal(trained[0], torch.tensor([0.1, 0.2])) and torch.equal(trained[1], torch.tensor(START))
+    assert torch.equal(ema.average[0], torch.tensor([7.0, 8.0]))
+
+
+@pytest.mark.parametrize("device, expected", [(None, "cpu"), ("cpu", "cpu"), ("meta", "meta")])
+def test_the_average_is_kept_beside_the_weights_or_where_it_is_asked_to_be(device, expected):
+    average = averaged(EMA(device=device))
+    assert average.device.type == expected
+    if expected == "cpu":
+        assert torch.equal(average, averaged(EMA()))
+
+
+@pytest.mark.parametrize("decay", [-0.1, 1.0, 1.5, float("nan")])
+def test_a_decay_that_is_none_is_refused(decay):
+    with pytest.raises(ValueError, match=r"ema\.decay is .*expected a number in \[0, 1\)"):
+        EMA(decay=decay)

@@ -1,0 +1,111 @@
+"""What drawings are measured by, on random networks of the real classes."""
+
+import logging
+import string
+
+import numpy as np
+import pytest
+import tiny
+import torch
+from PIL import Image
+
+from diffsynth.core.loader import ModelConfig
+from diffsynth.training.validation.metrics import ClipScore, FrechetDistance, Lpips, Retrieval
+
+CPU = torch.device("cpu")
+TINY = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+
+
+@pytest.fixture(scope="module")
+def clip(tmp_path_factory) -> ModelConfig:
+    """A CLIP with its processor, laid out as on the hubs."""
+    from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel, CLIPProcessor, CLIPTokenizer
+
+    folder = tmp_path_factory.mktemp("clip")
+    letters = [f"{letter}{end}" for letter in string.ascii_lowercase for end in ("", "</w>")]
+    vocab = {token: number for number, token in enumerate([*letters, "<|startoftext|>", "<|endoftext|>"])}
+    special = {"bos_token_id": vocab["<|startoftext|>"], "eos_token_id": vocab["<|endoftext|>"]}
+    text, vision = TINY | special | {"vocab_size": len(vocab)}, TINY | {"image_size": 32, "patch_size": 8}
+    torch.manual_seed(0)
+    CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=8)).save_pretrained(folder)
+    small = {"size": {"shortest_edge": 32}, "crop_size": {"height": 32, "width": 32}}
+    tokenizer = CLIPTokenizer(vocab=vocab, merges=[], model_max_length=77)
+    CLIPProcessor(CLIPImageProcessorPil(**small), tokenizer).save_pretrained(folder)
+    return ModelConfig(path=str(folder))
+
+
+@pytest.fixture(scope="module")
+def dino(tmp_path_factory) -> ModelConfig:
+    """A DINOv2 with its processor."""
+    from transformers import BitImageProcessorPil, Dinov2Config, Dinov2Model
+
+    folder = tmp_path_factory.mktemp("dino")
+    torch.manual_seed(0)
+    config = Dinov2Config(hidden_size=8, num_hidden_layers=1, num_attention_heads=2, image_size=32, patch_size=8)
+    Dinov2Model(config).save_pretrained(folder)
+    BitImageProcessorPil(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32}).save_pretrained(folder)
+    return ModelConfig(path=str(folder))
+
+
+@pytest.fixture(scope="module")
+def images() -> list[Image.Image]:
+    pixels = np.random.default_rng(0).integers(0, 256, (6, 32, 32, 3), dtype=np.uint8)
+    return [Image.fromarray(p) for p in pixels]
+
+
+def measured(metric, drawn, prompts, targets) -> float:
+    metric.find()
+    return metric.measure(drawn, prompts, targets, CPU)
+
+
+def test_every_drawing_finds_its_own_target_or_another(images):
+    assert measured(Retrieval(), images, [], images) == 1
+    assert measured(Retrieval(), images[1:] + images[:1], [], images) == 0
+
+
+def test_the_clip_score_is_the_mean_of_the_networks_own_similarities(clip, images):
+    prompts = ["a red apple", "", "a bear " * 99, "a dog", "an owl", "a cat"]
+    metric = ClipScore(clip, batch_size=4)
+    found = measured(metric, images, prompts, images)
+    logits = []
+    for image, prompt in zip(images, prompts, strict=True):
+        inputs = metric.processor(text=[prompt], images=[image], truncation=True, return_tensors="pt")
+        logits.append(metric.network(**inputs).logits_per_image.item() / metric.network.logit_scale.exp().item())
+    assert found == pytest.approx(100 * sum(max(logit, 0) for logit in logits) / 6, rel=1e-4)
+
+
+def test_the_frechet_distance_is_nothing_between_the_same_and_follows_its_formula(dino, images):
+    metric = FrechetDistance(dino, batch_size=4)
+    brighter = [image.point(lambda value: value // 4 + 190) for image in images]
+    features = [
+        metric.network(**metric.processor(images=side, return_tensors="pt")).pooler_output.double()
+        for side in (metric.find() or images, brighter)
+    ]
+    means, covariances = [f.mean(0) for f in features], [torch.cov(f.T) for f in features]
+    crossed = torch.linalg.eigvals(covariances[0] @ covariances[1]).sqrt().real.sum()
+    expected = (means[0] - means[1]).square().sum() + sum(c.trace() for c in covariances) - 2 * crossed
+    assert measured(metric, brighter, [], images) == pytest.approx(expected.item(), rel=1e-3)
+    assert measured(metric, images, [], images) == pytest.approx(0, abs=1e-3 * expected.item())
+
+
+def test_equal_pictures_have_no_perceptual_distance(images):
+    pytest.importorskip("torchvision")
+    assert measured(Lpips(), images, [], images) == 0 < measured(Lpips(), images[1:] + images[:1], [], images)
+
+
+def test_a_metric_without_weights_is_left_out_with_a_clear_line(clip, tmp_path, caplog):
+    looks = [
+        "validation=[image_folder,clip_score,frechet_distance]",
+        "validation.metric_samples=2",
+        "validation.options={num_inference_steps: 1, height: 32, width: 32}",
+        f"validation.metrics.clip_score.model.path={clip.path}",
+        "validation.metrics.frechet_distance.model.path=nowhere",
+        "+validation.datasets.held_out._target_=diffsynth.core.data.UnifiedDataset",
+        f"+validation.datasets.held_out.base_path={tiny.dataset()}",
+    ]
+    with caplog.at_level(logging.WARNING):
+        run_dir = tiny.train(tmp_path, *looks)
+    assert "validation.metrics.frechet_distance is left out" in caplog.text and "nowhere does not exist" in caplog.text
+    assert [name for name in tiny.metrics(run_dir)[0] if name.endswith(("score", "distance"))] == [
+        "held_out_clip_score"
+    ]

@@ -1,0 +1,229 @@
+"""A run that was cut off, or asked to stop, goes on as if nothing had been."""
+
+import json
+import os
+import shutil
+import signal
+from functools import cache
+from pathlib import Path
+
+import pytest
+import tiny
+from safetensors.torch import load_file
+from torch.testing import assert_close
+
+from diffsynth.core.data import UnifiedDataset
+from diffsynth.training.checkpoint import Checkpoints, read_checkpoint
+from diffsynth.training.stopping import Stopped, stop_on_signals
+
+EXACT = {"rtol": 0, "atol": 0}
+CLOSE = {"rtol": 1e-5, "atol": 1e-5}
+STEPS = ["max_steps=5", "checkpoint.every=2"]
+DROPOUT = ["lora.dropout=0.5", "lr_scheduler=cosine", "lr_scheduler.num_warmup_steps=2"]
+ACCUMULATION = ["micro_batch_size=2", "logger.every=3", "optimizer=prodigy"]
+LOOKING = [
+    "validation=image_folder",
+    "validation.every=2",
+    "validation.prompts=[a red emoji]",
+    "validation.options={num_inference_steps: 1, height: 32, width: 32}",
+    "validation.loss_samples=1",
+    "+validation.datasets.held_out={_target_: diffsynth.core.data.UnifiedDataset.from_folder, height: 32, width: 32}",
+    f"+validation.datasets.held_out.path={tiny.dataset()}",
+]
+
+
+@cache
+def uninterrupted(*overrides: str) -> Path:
+    """The folder of a run that nothing happened to; made once."""
+    return tiny.train(tiny.kept_folder(), *STEPS, *overrides)
+
+
+def metrics(run_dir: Path) -> list[dict]:
+    """The logged lines, less what depends on the machine."""
+    machine = ("samples_per_second", "memory_gb")
+    return [{name: n for name, n in line.items() if name not in machine} for line in tiny.metrics(run_dir)]
+
+
+def losses(run_dir: Path) -> list[float]:
+    return [line["loss"] for line in tiny.metrics(run_dir)]
+
+
+def final_weights(run_dir: Path) -> dict:
+    return load_file(run_dir / "weights" / tiny.weights(run_dir)[-1])
+
+
+def kept(run_dir: Path) -> list[int]:
+    return sorted(Checkpoints(run_dir / "checkpoints").steps())
+
+
+def final_state(run_dir: Path) -> dict:
+    """All that the last checkpoint holds; tensors, such as the optimizer's and the average, by their checksum."""
+    return read_checkpoint(run_dir / "checkpoints" / "step-000005")
+
+
+def pictures(run_dir: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in (run_dir / "samples").iterdir()}
+
+
+def artefacts(run_dir: Path) -> list[str]:
+    return [Path(path).name for path in json.loads((run_dir / "finished.json").read_text())["artefacts"]]
+
+
+def assert_same_run(found: Path, expected: Path) -> None:
+    assert found.name == expected.name
+    assert metrics(found) == metrics(expected)
+    assert tiny.weights(found) == tiny.weights(expected)
+    assert_close(final_weights(found), final_weights(expected), **EXACT)
+    assert final_state(found) == final_state(expected)
+    assert artefacts(found) == artefacts(expected)
+
+
+# Cut off --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "after, overrides",
+    [
+        (2, DROPOUT),  # when a checkpoint was written; the others one step later
+        (3, ACCUMULATION),
+        (3, ["lora=none", "ema=power"]),
+        pytest.param(3, ["optimizer=schedule_free", "ema=constant", "ema.decay=0.9"], marks=pytest.mark.slow),
+    ],
+    ids=["dropout", "accumulation and prodigy", "full and ema=power", "schedule_free and ema=constant"],
+)
+def test_a_run_that_was_cut_off_goes_on_as_if_nothing_had_been(overrides, after, tmp_path):
+    tiny.cut_off(after, tmp_path, *STEPS, *overrides)
+    assert_same_run(tiny.train(tmp_path, *STEPS, *overrides), uninterrupted(*overrides))
+
+
+@pytest.mark.parametrize("after", [1, 3])
+def test_a_run_that_is_looked_at_goes_on_with_its_pictures(after, tmp_path):
+    tiny.cut_off(after, tmp_path, *STEPS, *DROPOUT, *LOOKING)
+    run_dir, looked = tiny.train(tmp_path, *STEPS, *DROPOUT, *LOOKING), uninterrupted(*DROPOUT, *LOOKING)
+    assert_same_run(run_dir, looked)
+    assert [line["step"] for line in tiny.metrics(run_dir) if "held_out_loss" in line] == [0, 2, 4, 5]
+    assert pictures(run_dir) == pictures(looked) and len(pictures(run_dir)) == 5
+
+
+def test_looking_at_a_run_with_dropout_changes_nothing():
+    looked = uninterrupted(*DROPOUT, *LOOKING)
+    assert_close(final_weights(looked), final_weights(uninterrupted(*DROPOUT)), **EXACT)
+
+
+@pytest.fixture
+def cut_off_at_the_end(tmp_path):
+    """The folder of a run that did all of its steps, but was cut off before it said so."""
+    finished = uninterrupted(*DROPOUT)
+    run_dir = shutil.copytree(finished, tmp_path / finished.name)
+    (run_dir / "finished.json").unlink()
+    return run_dir
+
+
+def test_a_run_that_was_cut_off_at_its_very_end_only_finishes(cut_off_at_the_end, tmp_path):
+    for name in ("mine.safetensors", ".partial-7-step-5.safetensors"):  # no artefacts of the run
+        (cut_off_at_the_end / "weights" / name).touch()
+    with tiny.in_step(5, lambda: pytest.fail("trains again")):
+        assert tiny.train(tmp_path, *STEPS, *DROPOUT) == cut_off_at_the_end
+    assert metrics(cut_off_at_the_end) == metrics(uninterrupted(*DROPOUT))
+    assert artefacts(cut_off_at_the_end) == artefacts(uninterrupted(*DROPOUT))
+
+
+def test_a_run_goes_on_from_the_checkpoint_before_a_damaged_one(cut_off_at_the_end, tmp_path):
+    damaged = cut_off_at_the_end / "checkpoints" / "step-000005" / "weights-00000.safetensors"
+    damaged.write_bytes(damaged.read_bytes()[:-1])
+    assert_same_run(tiny.train(tmp_path, *STEPS, *DROPOUT), uninterrupted(*DROPOUT))
+
+
+def test_a_run_does_not_go_on_with_another_data_set(cut_off_at_the_end, tmp_path, monkeypatch):
+    monkeypatch.setattr(UnifiedDataset, "fingerprint", lambda dataset: "another")
+    with pytest.raises(ValueError, match="was made with another data set"):
+        tiny.train(tmp_path, *STEPS, *DROPOUT)
+
+
+def test_a_data_set_is_another_one_with_other_rows_or_files_but_not_in_another_place(tmp_path):
+    def fingerprint(place: str, count: int = 8, size: int = 32, **rows) -> str:
+        folder = tiny.write_dataset(tmp_path / place, count, size)
+        if rows:
+            tiny.write_rows(folder, [{"image": f"{number}.png", **rows} for number in range(count)])
+        return UnifiedDataset(str(folder)).fingerprint()
+
+    assert fingerprint("here") == fingerprint("there")
+    others = [fingerprint("fewer", count=7), fingerprint("larger", size=33), fingerprint("said", prompt="otherwise")]
+    assert len({fingerprint("again"), *others}) == 4
+
+
+def test_a_run_may_go_on_with_other_micro_batches(tmp_path):
+    tiny.cut_off(3, tmp_path, *STEPS, "logger.every=2", "micro_batch_size=1")
+    run_dir = tiny.train(tmp_path, *STEPS, "logger.every=2", "micro_batch_size=2")
+    assert_close(losses(run_dir), losses(uninterrupted("logger.every=2")), **CLOSE)
+    assert_close(final_weights(run_dir), final_weights(uninterrupted("logger.every=2")), **CLOSE)
+
+
+# Asked to stop --------------------------------------------------------------------------------------------------------
+
+TRAIN_AND_SIGNAL = """
+import os, runpy, signal, sys
+
+if __name__ == "__main__":
+    sys.path.append("tests")
+    import tiny
+
+    with tiny.in_step(3, lambda: {signal}):
+        runpy.run_path("train.py", run_name="__main__")
+"""
+
+
+def signalled(signal: str, folder: Path) -> str:
+    """A script that is train.py, but that calls `signal` in its third step."""
+    script = folder / "train_and_signal.py"
+    script.write_text(TRAIN_AND_SIGNAL.format(signal=signal))
+    return str(script)
+
+
+def test_a_run_that_is_asked_to_stop_finishes_its_step_and_saves(tmp_path, caplog):
+    with tiny.in_step(3, lambda: os.kill(os.getpid(), signal.SIGUSR1)), pytest.raises(Stopped) as stop:
+        tiny.train(tmp_path, *STEPS, *DROPOUT)
+    (run_dir,) = tmp_path.iterdir()
+    assert stop.value.code == 75 and "Stopped after step 3; the same command goes on" in caplog.text
+    assert kept(run_dir) == [2, 3] and [line["step"] for line in tiny.metrics(run_dir)] == [1, 2, 3]
+    assert not (run_dir / "finished.json").exists()
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGUSR1"])
+def test_signals_are_heard_while_a_run_goes_on_and_left_alone_afterwards(name):
+    number = getattr(signal, name)
+    before = signal.getsignal(number)
+    with stop_on_signals() as request:
+        os.kill(os.getpid(), number)
+        assert request.received == name
+    assert signal.getsignal(number) == before
+
+
+def test_a_second_interrupt_stops_at_once():
+    with stop_on_signals() as request, pytest.raises(KeyboardInterrupt):
+        os.kill(os.getpid(), signal.SIGINT)
+        assert request.received == "SIGINT"
+        os.kill(os.getpid(), signal.SIGINT)
+
+
+def test_a_process_whose_whole_group_is_asked_to_stop_saves_and_says_that_it_wants_to_go_on(tmp_path):
+    script = signalled("os.system(f'kill -TERM -{os.getpgrp()}')", tmp_path)  # as Slurm does, its workers too
+    overrides = tiny.merged(tiny.train_overrides(tmp_path / "runs"), [*STEPS, *ACCUMULATION])
+    said = tiny.process("python", script, *overrides, "dataset.num_workers=1", status=75)
+    assert "Stopped after step 3; the same command goes on from here." in said and "Traceback" not in said
+    assert_same_run(tiny.train(tmp_path / "runs", *STEPS, *ACCUMULATION), uninterrupted(*ACCUMULATION))
+
+
+STOPPED = pytest.param("SIGUSR1", [2, 3], marks=pytest.mark.slow)
+
+
+@pytest.mark.parametrize("number, saved", [STOPPED, ("SIGKILL", [2])])
+def test_one_process_goes_on_where_two_were_stopped_or_killed(number, saved, tmp_path):
+    script = signalled(f"os.environ['RANK'] == '1' and os.kill(os.getpid(), signal.{number})", tmp_path)
+    overrides = tiny.merged(tiny.train_overrides(tmp_path / "runs"), [*STEPS, "logger.every=2"])
+    tiny.process("torchrun", "--standalone", "--nproc_per_node", "2", script, *overrides, status=1)
+    (run_dir,) = (tmp_path / "runs").iterdir()
+    assert kept(run_dir) == saved
+    assert tiny.train(tmp_path / "runs", *STEPS, "logger.every=2") == run_dir
+    assert_close(losses(run_dir), losses(uninterrupted("logger.every=2")), **CLOSE)
+    assert_close(final_weights(run_dir), final_weights(uninterrupted("logger.every=2")), **CLOSE)

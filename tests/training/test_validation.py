@@ -1,0 +1,72 @@
+"""Looking at a run: what is measured, and what is kept for it."""
+
+import json
+from types import SimpleNamespace
+
+import pytest
+import tiny
+from safetensors.torch import load_file
+
+from diffsynth.core import sharing
+from diffsynth.training.ema import EMA
+
+HELD_OUT = [
+    "+validation.datasets.held_out={_target_: diffsynth.core.data.UnifiedDataset.from_folder, height: 32, width: 32}",
+    f"+validation.datasets.held_out.path={tiny.dataset()}",
+]
+LOOKS = ["validation=image_folder", "validation.every=1", "validation.loss_samples=3", *HELD_OUT]
+
+
+def looks(run_dir) -> list[dict]:
+    return [line for line in tiny.metrics(run_dir) if "held_out_loss" in line]
+
+
+def test_the_loss_is_the_mean_of_its_bands_and_has_an_error(tmp_path):
+    for look in looks(tiny.train(tmp_path, *LOOKS)):
+        bands = [look[f"held_out_loss_band{number}"] for number in (1, 2, 3, 4)]
+        assert look["held_out_loss"] == pytest.approx(sum(bands) / 4)
+        assert len(set(bands)) == 4 and 0 < look["held_out_loss_error"] < look["held_out_loss"]
+
+
+def test_the_average_is_looked_at_and_exported_beside_the_raw_weights(tmp_path):
+    average = ["ema=constant", "ema.decay=0.9", "validation.weights=[raw,ema]", "optimizer.lr=0.1"]
+    run_dir = tiny.train(tmp_path, *LOOKS, *average)
+    first, *_, last = looks(run_dir)
+    assert first["ema_held_out_loss"] == first["held_out_loss"] and last["ema_held_out_loss"] != last["held_out_loss"]
+    raw, averaged = (load_file(run_dir / "weights" / f"epoch-0{mark}.safetensors") for mark in ("", ".ema"))
+    assert raw.keys() == averaged.keys() and any((raw[key] != averaged[key]).any() for key in raw)
+
+
+def test_the_average_is_put_in_place_only_where_something_is_saved(tmp_path, monkeypatch):
+    placed, in_place = [], EMA.in_place
+    monkeypatch.setattr(EMA, "in_place", lambda self, parameters: placed.append(1) or in_place(self, parameters))
+    tiny.train(tmp_path, "max_steps=4", "export.save_steps=2", "ema=constant")
+    assert len(placed) == 2
+
+
+def test_a_process_without_an_item_gets_what_the_others_made(monkeypatch):
+    last_of_four = SimpleNamespace(process_index=3, num_processes=4)
+    monkeypatch.setattr(sharing, "PartialState", lambda: last_of_four)
+    monkeypatch.setattr(sharing, "gather_object", lambda mine: [*mine, (1, "b"), (0, "a")])
+    assert sharing.share(["x", "y"], lambda mine: [mine[0]]) == ["a", "b"]
+
+
+def test_the_best_weights_are_those_of_the_lowest_loss(tmp_path):
+    steps = ["max_steps=3", "export.save_steps=1", "optimizer.lr=0.3", "export.keep_best=held_out_loss"]
+    run_dir = tiny.train(tmp_path, *LOOKS, *steps)
+    best = json.loads((run_dir / "weights" / "best.json").read_text())
+    lowest = min(looks(run_dir)[1:] + looks(run_dir)[:1], key=lambda look: look["held_out_loss"])
+    assert (best["step"], best["value"]) == (lowest["step"], lowest["held_out_loss"])
+
+
+@pytest.mark.parametrize(
+    "overrides, answer",
+    [
+        (["export.keep_best=held_out_los"], "validation measures \\['held_out_loss'\\]"),
+        (["validation.weights=[ema]"], "ema where ema=… is chosen"),
+    ],
+)
+def test_what_is_not_measured_is_refused_before_weights_are_read(overrides, answer, tmp_path, monkeypatch):
+    monkeypatch.setattr("diffsynth.diffusion.pipeline.networks.load_weights", None)
+    with pytest.raises(ValueError, match=answer):
+        tiny.train(tmp_path, *LOOKS, *overrides)
