@@ -5,7 +5,7 @@ from pathlib import Path
 
 import hydra
 
-from diffsynth.config import build, check, explained, run
+from diffsynth.config import build, check, explained, run_main
 
 
 def fuse(model, lora_path: str | Sequence[str], lora_scale: float = 1.0, output: str = "outputs/fused") -> list[Path]:
@@ -18,7 +18,7 @@ def fuse(model, lora_path: str | Sequence[str], lora_scale: float = 1.0, output:
     pipe = model(device="cpu")
     pipe.check_adapters(paths := [lora_path] if isinstance(lora_path, str) else lora_path)
     for path in paths:
-        pipe.heed_adapter(path)
+        pipe.use_sampling_settings_of(path)
     settings = pipe.settings_for({})
     adapted = sorted({name for path in paths for name in pipe.adapted_by(path)})
     pipe.load_models(adapted, dtypes=dict.fromkeys(adapted, torch.float32))
@@ -43,4 +43,4 @@ def main(cfg) -> None:
 
 
 if __name__ == "__main__":
-    run(main)
+    run_main(main)

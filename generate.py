@@ -5,7 +5,7 @@ from pathlib import Path
 
 import hydra
 
-from diffsynth.config import build, check, explained, run
+from diffsynth.config import build, check, explained, run_main
 
 
 def generate(
@@ -28,7 +28,7 @@ def generate(
 ) -> list[Path]:
     """Draw every prompt with every seed and return the files: one image each, and a grid of them all."""
     from diffsynth.core.devices import choose_device
-    from diffsynth.diffusion.pipeline.generation import draw, load_images, open_files, read_prompts
+    from diffsynth.diffusion.pipeline.generation import load_images, open_files, read_prompts, sample_to_files
 
     pipe = model(device=choose_device(device))
     requests = [
@@ -45,7 +45,7 @@ def generate(
     images = load_images(input_image=input_image, inpaint_mask=inpaint_mask)
     pipe.check_adapters(paths := [lora_path] if isinstance(lora_path, str) else lora_path or [])
     for path in paths:
-        pipe.heed_adapter(path)
+        pipe.use_sampling_settings_of(path)
     completed = [pipe.complete({**images, **request}) for request in requests]  # refuses before any weight is read
     templates = template.load_all(pipe)
     templates.check(template_inputs, negative_template_inputs)
@@ -60,7 +60,7 @@ def generate(
         source |= {"negative_template_inputs": negative_template_inputs}
     sampling = [{name: whole[name] for name in pipe.sampling_arguments} for whole in completed]
     requests = [{**request, **own} for request, own in zip(requests, sampling, strict=True)]
-    return draw(pipe, requests, images, batch_size, Path(output), source)
+    return sample_to_files(pipe, requests, images, batch_size, Path(output), source)
 
 
 @hydra.main(version_base="1.3", config_path="conf", config_name="generate")
@@ -72,4 +72,4 @@ def main(cfg) -> None:
 
 
 if __name__ == "__main__":
-    run(main)
+    run_main(main)

@@ -31,7 +31,7 @@ def measure(kind: str, pixels: int, rank: int) -> dict:
     from diffsynth.diffusion.distillation.roles import FakeScore
     from diffsynth.diffusion.loss import DMD2, FlowMatchSFT
     from diffsynth.diffusion.loss.base import MODEL
-    from diffsynth.diffusion.randomness import Draw
+    from diffsynth.diffusion.randomness import SampleRNG
     from diffsynth.diffusion.training_module import DiffusionTrainingModule, prepare_training
     from diffsynth.pipelines.qwen_image import QwenImagePipeline
     from diffsynth.training.accelerator import make_accelerator
@@ -50,7 +50,7 @@ def measure(kind: str, pixels: int, rank: int) -> dict:
             for parameter in self.pipe.dit.parameters():
                 torch.nn.init.normal_(parameter.data, std=0.02)
             prepare_training(self.pipe, [], lora, seed=0)
-            self.roles = task.cast(self.pipe, lora, 0)
+            self.roles = task.build_roles(self.pipe, lora, 0)
             self.networks = self.roles and self.roles.networks
 
         def trained_parts(self):
@@ -67,11 +67,11 @@ def measure(kind: str, pixels: int, rank: int) -> dict:
             text = torch.randn(1, 60, 3584, dtype=torch.bfloat16)
             inputs = {"input_latents": torch.randn(1, 16, side, side), "prompt_emb": text}
             inputs |= {"prompt_emb_mask": torch.ones(1, 60, dtype=torch.bool), "use_gradient_checkpointing": True}
-            draw = Draw(0, [SampleAddress(step, 0)])
+            rng = SampleRNG(0, [SampleAddress(step, 0)])
             if self.roles is None:
-                return task(self.pipe, draw=draw, **inputs)
-            sides = {"roles": self.roles, "negative": {"prompt_emb": text.flip(1)}, "moment": self.moment}
-            return task(self.pipe, draw=draw, height=pixels, width=pixels, **inputs, **sides)
+                return task(self.pipe, rng=rng, **inputs)
+            sides = {"roles": self.roles, "negative": {"prompt_emb": text.flip(1)}, "progress": self.progress}
+            return task(self.pipe, rng=rng, height=pixels, width=pixels, **inputs, **sides)
 
     imported = peak_bytes()
     state = TrainingState(make_accelerator("cpu", "bfloat16"), Training(), torch.optim.AdamW, None, 5, None)

@@ -86,10 +86,10 @@ class Trained:
 
 
 def sample(pixels: int) -> dict:
-    side, draw = pixels // 16, torch.Generator().manual_seed(0)
+    side, rng = pixels // 16, torch.Generator().manual_seed(0)
     return {
-        "hidden_states": torch.randn(1, side * side, 64, generator=draw).bfloat16(),
-        "encoder_hidden_states": torch.randn(1, 60, 3584, generator=draw).bfloat16(),
+        "hidden_states": torch.randn(1, side * side, 64, generator=rng).bfloat16(),
+        "encoder_hidden_states": torch.randn(1, 60, 3584, generator=rng).bfloat16(),
         "timestep": torch.tensor([0.5]).bfloat16(),
         "img_shapes": [[(1, side, side)]],
     }

@@ -29,7 +29,7 @@ from diffsynth.pipelines.flux2_image import Flux2ImagePipeline
 from diffsynth.pipelines.qwen_image import QwenImagePipeline
 from diffsynth.plan.footprint import kept
 from diffsynth.plan.meta_module import read
-from diffsynth.plan.meta_pipeline import Sketch
+from diffsynth.plan.meta_pipeline import Architecture
 from diffsynth.plan.rehearsal import Rehearsal
 
 CONFIGS = {
@@ -51,7 +51,7 @@ OPTIMIZER = partial(torch.optim.AdamW, lr=1e-4)
 
 def module_of(family: str, training: str, checkpointing: str) -> PipelineTrainingModule:
     kind = QwenImagePipeline if family == "qwen_image" else Flux2ImagePipeline
-    pipe = kind.from_components(Sketch(CONFIGS[family]), None, None, None)
+    pipe = kind.from_components(Architecture(CONFIGS[family]), None, None, None)
     lora = LoRA(rank=32, target_modules=TARGETS) if training == "lora" else None
     return PipelineTrainingModule(pipe, FlowMatchSFT(), lora, memory=MemoryRecipe(checkpointing=checkpointing))
 
@@ -72,8 +72,8 @@ def predicted(family: str, training: str, checkpointing: str, size: int) -> int:
     """Bytes at the peak of a step."""
     rehearsal = Rehearsal(read(module_of(family, training, checkpointing), cached=True))
     passes = rehearsal.train([row_of(family, size)], accumulates=False)
-    held = kept(rehearsal.module, rehearsal.at_rest, rehearsal.unreached, OPTIMIZER)
-    return replace(held, working=passes.peak).peak
+    footprint = kept(rehearsal.module, rehearsal.at_rest, rehearsal.unreached, OPTIMIZER)
+    return replace(footprint, working=passes.peak).peak
 
 
 def measured(family: str, training: str, checkpointing: str, size: int) -> dict[str, int]:

@@ -53,7 +53,7 @@ def load(template: str) -> TemplatePipeline:
     return TemplatePipeline(torch.float32, model_configs=[ModelConfig(path=str(TEMPLATES / template))])
 
 
-def draw(prompts: Sequence[str], template: str | None = None, inputs: Sequence[Mapping] = ()) -> list[Image.Image]:
+def rng(prompts: Sequence[str], template: str | None = None, inputs: Sequence[Mapping] = ()) -> list[Image.Image]:
     """A drawing for each prompt, all from one seed; a template's inputs go to both sides of guidance."""
     made = [load(template).arguments(base(), [own], [own]) if template else {} for own in inputs or prompts]
     requests = [{**OPTIONS, "seed": 0, "prompt": p, **more} for p, more in zip(prompts, made, strict=True)]
@@ -116,7 +116,7 @@ def grid(rows: Mapping[str, Drawn]) -> Image.Image:
 def brightness(split: str, count: int = 8) -> tuple[dict, Image.Image]:
     """Rank correlation of the scale that was asked for with the mean of what was drawn."""
     prompts = [prompt for _, prompt in concepts(split, count)]
-    drawn = [draw(prompts, "brightness", [{"scale": scale}] * count) for scale in SCALES]
+    drawn = [rng(prompts, "brightness", [{"scale": scale}] * count) for scale in SCALES]
     means = np.array([pixels(images).mean((1, 2, 3)) for images in drawn])  # (scales, prompts)
     figures = {
         "rank_correlation": np.mean([rank_correlation(SCALES, own) for own in means.T]),
@@ -125,13 +125,13 @@ def brightness(split: str, count: int = 8) -> tuple[dict, Image.Image]:
         **{f"mean_at_{scale}": own.mean() for scale, own in zip(SCALES, means, strict=True)},
     }
     rows = {f"scale {scale}": images for scale, images in zip(SCALES, drawn, strict=True)}
-    return figures, grid({"no template": draw(prompts), **rows})
+    return figures, grid({"no template": rng(prompts), **rows})
 
 
 def soft_rgb(split: str, count: int = 8) -> tuple[dict, Image.Image]:
     """Correlation, of every channel and within a prompt, of the mean that was asked for with that of what was drawn."""
     prompts, asked = [prompt for _, prompt in concepts(split, count)], np.array(list(product(CHANNEL, repeat=3)))
-    drawn = [draw(prompts, "soft_rgb", [dict(zip("rgb", colour, strict=True))] * count) for colour in asked.tolist()]
+    drawn = [rng(prompts, "soft_rgb", [dict(zip("rgb", colour, strict=True))] * count) for colour in asked.tolist()]
     means = np.stack([pixels(images).mean((1, 2)) for images in drawn])  # (colours, prompts, 3)
     moves = means - means.mean(0)
     figures = {
@@ -139,7 +139,7 @@ def soft_rgb(split: str, count: int = 8) -> tuple[dict, Image.Image]:
         for i, name in enumerate("rgb")
     }
     captions = ["r {} g {} b {}".format(*own) for own in asked]
-    return figures, grid({"no template": draw(prompts), **dict(zip(captions, drawn, strict=True))})
+    return figures, grid({"no template": rng(prompts), **dict(zip(captions, drawn, strict=True))})
 
 
 def structure(split: str, count: int = 30) -> tuple[dict, Image.Image]:
@@ -169,9 +169,9 @@ def edit(split: str, count: int = 30) -> tuple[dict, Image.Image]:
 def by_image(template: str, prompts: Sequence[str], given: Drawn, targets: Drawn) -> tuple[dict, dict[str, Drawn]]:
     """How near to their targets come drawings that are given the right picture, that of another concept, or none."""
     drawn = {
-        "right": draw(prompts, template, [{"image": image} for image in given]),
-        "wrong": draw(prompts, template, [{"image": image} for image in [*given[1:], given[0]]]),
-        "none": draw(prompts),
+        "right": rng(prompts, template, [{"image": image} for image in given]),
+        "wrong": rng(prompts, template, [{"image": image} for image in [*given[1:], given[0]]]),
+        "none": rng(prompts),
     }
     measures = {"overlap": overlap, "distance": distance, "retrieval": retrieval}
     return {f"{m}_{n}": of(images, targets) for m, of in measures.items() for n, images in drawn.items()}, drawn

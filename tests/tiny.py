@@ -114,9 +114,22 @@ def compose(entry: str, *overrides: str):
         return hydra.compose(entry, overrides=list(overrides))
 
 
-def entry_function(entry: str):
-    """The function whose signature is the schema of an entry script's configuration."""
-    return getattr(import_module(entry), entry)
+def schema(entry: str) -> Callable:
+    """What an entry script's configuration is checked against."""
+    from diffsynth.cache.run import CacheRun
+    from diffsynth.plan.run import PlanRun
+    from diffsynth.training.run import DistillRun, Run
+
+    runs = {"train": Run, "distill": DistillRun, "plan": PlanRun, "make_cache": CacheRun}
+    return runs.get(entry) or getattr(import_module(entry), entry)
+
+
+def call(entry: str, cfg):
+    """Check a configuration, build it, and call the entry script's function."""
+    target, function = schema(entry), getattr(import_module(entry), entry)
+    check(cfg, target)
+    built = build(cfg)
+    return function(**built) if target is function else function(target(**built))
 
 
 # Runs -----------------------------------------------------------------------------------------------------------------
@@ -125,10 +138,8 @@ def entry_function(entry: str):
 def train(output_root: Path, *overrides: str) -> Path:
     """Train in this process, as `python train.py` does, and return the run's folder."""
     cfg = compose("train", *merged(train_overrides(output_root), overrides))
-    function = entry_function("train")
-    check(cfg, function)
     run_dir = claim(cfg)
-    finish(run_dir, function(**build(cfg)))
+    finish(run_dir, call("train", cfg))
     return run_dir
 
 
@@ -140,10 +151,7 @@ def cache_overrides(folder: Path) -> list[str]:
 
 def make_cache(folder: Path, *overrides: str):
     """What `python make_cache.py` does, in this process."""
-    cfg = compose("make_cache", *merged(cache_overrides(folder), overrides))
-    function = entry_function("make_cache")
-    check(cfg, function)
-    return function(**build(cfg))
+    return call("make_cache", compose("make_cache", *merged(cache_overrides(folder), overrides)))
 
 
 def merged(overrides: list[str], others) -> list[str]:

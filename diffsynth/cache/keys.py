@@ -7,36 +7,20 @@ keys of what has to be made again.
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 
 from ..core.code_version import code_version, forwards, plain_text
+from ..core.data.cache import UnitJob
 from ..core.data.operators.unread import Unread, Variants, identity, is_unread
 from ..diffusion.pipeline.units import PipelineUnit, check_outputs, read_inputs, required_units
 
 Sides = dict[str, dict]  # "shared" and "posi", and "nega" where a training reads that → inputs by name
 
 
-@dataclass(frozen=True)
-class Run:
-    """A unit over one sample.
-
-    Args:
-        unit: Its number among the frozen units; -1 for an input of the pipeline that is kept as it is.
-        side: Where its outputs belong, `shared`, `posi` or `nega`.
-        name: Of that input.
-    """
-
-    key: str
-    unit: int
-    side: str
-    name: str = ""
-
-
-class CachePlan:
+class CacheKeys:
     """The frozen units of a training module whose outputs something after them reads."""
 
     def __init__(self, module):
@@ -71,19 +55,19 @@ class CachePlan:
         negative = [f"negative {name}" for name in sorted(names & self.kept)]
         return {"pipeline": type(self.pipe).__name__, "units": units, "inputs": sorted(self.kept) + negative}
 
-    def runs(self, inputs: Sides) -> list[Run]:
+    def jobs(self, inputs: Sides) -> list[UnitJob]:
         """What is kept of one sample, from the pipeline's inputs, whose files need not be read but for their bytes."""
         known = {side: {name: value for name, value in names.items()} for side, names in inputs.items()}
-        runs = []
+        jobs = []
         for number, unit in enumerate(self.units):
             for side in self.sides_of(unit):
                 key = identity([self._seeds[number], self._given(unit, known, side)])
                 known[side] |= {name: f"{key}/{name}" for name in unit.output_params}
                 if number in self.stored_units:
-                    runs.append(Run(key, number, side))
+                    jobs.append(UnitJob(key, number, side))
         leaves = [(side, name) for side in inputs for name in inputs[side] if known[side][name] is inputs[side][name]]
         files = [(side, name) for side, name in leaves if name in self.kept and is_unread(inputs[side][name])]
-        return runs + [Run(identity(inputs[side][name]), -1, side, name) for side, name in files]
+        return jobs + [UnitJob(identity(inputs[side][name]), -1, side, name) for side, name in files]
 
     def sides_of(self, unit: PipelineUnit) -> tuple[str, ...]:
         """Where the outputs of a unit belong."""
@@ -104,23 +88,23 @@ class CachePlan:
         unit = self.units[number]
         return [*required_units(self.units[:number], unit.fetch_input_params()), unit]
 
-    def shape(self, run: Run, inputs: Sides) -> list:
+    def shape(self, job: UnitJob, inputs: Sides) -> list:
         """Sorts runs so that those whose networks see equal shapes stand side by side."""
-        names = {name for unit in self.needed_units(run.unit) for name in unit.fetch_input_params()}
+        names = {name for unit in self.needed_units(job.unit) for name in unit.fetch_input_params()}
         values = [inputs[side][name] for side in sorted(inputs) for name in sorted(names & set(inputs[side]))]
         return [list(value.size) if isinstance(value, Unread) else len(value) for value in values if _has_shape(value)]
 
-    def make(self, runs: Sequence[Run], inputs: Sequence[Sides]) -> list[dict]:
+    def make(self, jobs: Sequence[UnitJob], inputs: Sequence[Sides]) -> list[dict]:
         """Run the same unit over several samples, and return what is kept of its outputs.
 
         Raises:
             ValueError: The unit draws random numbers.
         """
         inputs = [{side: dict(names) for side, names in sides.items()} for sides in inputs]
-        outputs = [{run.name: sides[run.side].get(run.name)} for run, sides in zip(runs, inputs, strict=True)]
-        for unit in self.needed_units(runs[0].unit):
-            conditional = ["nega" if run.side == "nega" else "posi" for run in runs]
-            targets = conditional if unit.separate_cfg else ["shared"] * len(runs)
+        outputs = [{job.name: sides[job.side].get(job.name)} for job, sides in zip(jobs, inputs, strict=True)]
+        for unit in self.needed_units(jobs[0].unit):
+            conditional = ["nega" if job.side == "nega" else "posi" for job in jobs]
+            targets = conditional if unit.separate_cfg else ["shared"] * len(jobs)
             given = [self._given(unit, sides, side) for sides, side in zip(inputs, targets, strict=True)]
             before = _random_states(self.pipe.device)
             outputs = unit.process_batch(self.pipe, given)
@@ -128,7 +112,7 @@ class CachePlan:
             for sides, side, made in zip(inputs, targets, outputs, strict=True):
                 check_outputs(unit, made)
                 sides[side] |= made
-        if runs[0].unit >= 0 and drew:  # those before it may: nothing of that is kept
+        if jobs[0].unit >= 0 and drew:  # those before it may: nothing of that is kept
             raise ValueError(
                 f"{type(unit).__name__} draws random numbers, which would be the same for ever from a cache. If they "
                 "come from a seed, give each row its own: task.extra_inputs=[seed]."
@@ -136,14 +120,14 @@ class CachePlan:
         return [{name: value for name, value in made.items() if name in self.kept} for made in outputs]
 
 
-def describe(module, plan: CachePlan, variants: Variants) -> tuple[dict, list[tuple[Run, str, str]]]:
+def describe(module, keys: CacheKeys, variants: Variants) -> tuple[dict, list[tuple[UnitJob, str, str]]]:
     """What is written down of a sample, and all runs that it needs, each with its shape and its variant."""
     record, wanted = {"weights": variants.weights, "variants": {}}, []
     for name, row in variants.rows.items():
         inputs = pipeline_inputs(module, row)
-        runs = plan.runs(inputs)
-        record["variants"][name] = {"row": _plain(row), "runs": [(run.key, run.side) for run in runs]}
-        wanted += [(run, json.dumps(plan.shape(run, inputs)), name) for run in runs]
+        jobs = keys.jobs(inputs)
+        record["variants"][name] = {"row": _plain(row), "runs": [(job.key, job.side) for job in jobs]}
+        wanted += [(job, json.dumps(keys.shape(job, inputs)), name) for job in jobs]
     return record, wanted
 
 
@@ -170,9 +154,9 @@ def _plain_value(value: Any) -> Any:
 def unit_identity(unit: PipelineUnit, pipe) -> dict[str, Any]:
     """What a unit's results depend on besides its inputs: code, settings, networks and tokenizers, dtype."""
     in_batches = type(unit).process_batch is not PipelineUnit.process_batch
-    run = type(unit).process_batch if in_batches else type(unit).process
+    process = type(unit).process_batch if in_batches else type(unit).process
     models = [cls for _, cls in pipe.model_classes.values() if cls is not None]
-    code, attributes = code_version([run], [type(unit), type(pipe), *models])
+    code, attributes = code_version([process], [type(unit), type(pipe), *models])
     settings = {name: plain_text(value) for name, value in vars(unit).items() if name not in vars(PipelineUnit())}
     names = {*unit.onload_model_names, *attributes.intersection(pipe.tokenizer_folders)}
     return {

@@ -19,16 +19,15 @@ import torch
 from accelerate.utils import gather_object
 from torch.utils.data import DataLoader, Dataset
 
-from ..core.data.cache import FORMAT, CacheIndex, Shard, ShardWriter, Wish, Wishes
+from ..core.data.cache import FORMAT, CacheIndex, CacheRequest, CacheRequests, Shard, ShardWriter
 from ..core.data.cached_dataset import captions_of
 from ..core.data.operators.unread import Unread, Variants, read, unread_in
 from ..core.files import remove_leftovers
-from ..core.progress import Progress
+from ..core.progress import ProgressBar
 from ..core.signals import leave_to_parent
 from ..diffusion.flow_match import TRAINING_STEPS
 from ..diffusion.training_module import PipelineTrainingModule
-from ..training.loop import order_of
-from .keys import CachePlan, Run, Sides, describe, pipeline_inputs
+from .keys import CacheKeys, Sides, describe, pipeline_inputs
 from .verify import damaged_shards, mend
 
 logger = logging.getLogger(__name__)
@@ -85,7 +84,7 @@ def launch_data_process_task(
     """
     folder, is_main = Path(path), accelerator.is_main_process
     index, lost = CacheIndex(folder, writable=is_main), []
-    stage = DataProcessStage(accelerator, dataset, module, index, batch_size, num_workers)
+    stage = CacheMaker(accelerator, dataset, module, index, batch_size, num_workers)
     if is_main:
         remove_leftovers(folder)
         lost = index.match_shards()
@@ -94,14 +93,14 @@ def launch_data_process_task(
     if is_main:
         lost += mend(index, damaged.values())
     accelerator.wait_for_everyone()
-    wishes = stage.gather_wishes()
-    made = stage.make(wishes, shard_bytes)
+    requests = stage.gather_requests()
+    made = stage.make(requests, shard_bytes)
     if is_main:
         index.match_shards()
-        index.put(wishes.samples(), stage.about(wishes))
+        index.put(requests.samples(), stage.about(requests))
     accelerator.wait_for_everyone()
-    report = CacheReport(len(index), len(wishes), made, lost, stage.left_out)
-    wishes.close()
+    report = CacheReport(len(index), len(requests), made, lost, stage.left_out)
+    requests.close()
     index.close()
     accelerator.wait_for_everyone()
     if is_main:
@@ -109,29 +108,28 @@ def launch_data_process_task(
     return report
 
 
-class DataProcessStage:
+class CacheMaker:
     """One process's part in making a cache; see `launch_data_process_task`."""
 
     def __init__(self, accelerator, dataset, module, index: CacheIndex, batch_size: int, num_workers: int):
         self.accelerator, self.dataset, self.module, self.index = accelerator, dataset, module, index
         self.batch_size, self.num_workers = batch_size, num_workers
         self.rank, self.world = accelerator.process_index, accelerator.num_processes
-        self.plan, self.left_out = CachePlan(module), []
-        self.plan.check()
-        self.is_mixture = hasattr(dataset, "datasets")
-        self.datasets = [*dataset.datasets.values()] if self.is_mixture else [dataset]
+        self.keys, self.left_out = CacheKeys(module), []
+        self.keys.check()
+        self.datasets = [*dataset.datasets.values()]
         self.augmentations = [own.augmentation for own in self.datasets]
         for augmentation in self.augmentations:
             augmentation.choices([1.0])  # refuses what has no end
 
-    def about(self, wishes: Wishes) -> dict[str, Any]:
+    def about(self, requests: CacheRequests) -> dict[str, Any]:
         """What the cache is made of, and how."""
         return {
             "format": FORMAT,
-            "made_of": self.plan.about(),
+            "made_of": self.keys.about(),
             "captions": [captions_of(augmentation) for augmentation in self.augmentations],
-            "variants": wishes.variants(),
-            "by_size": len(order_of(self.dataset, batch_size=1, seed=0).buckets) > 1,
+            "variants": requests.variants(),
+            "by_size": len(self.dataset.order(batch_size=1, seed=0).buckets) > 1,
             "parts": self._parts(),
             "left_out": self.left_out,
         }
@@ -139,7 +137,7 @@ class DataProcessStage:
     def _parts(self) -> list[tuple[int, str]]:
         """How many samples are from each data set, and how often a pass shows each of them."""
         parts, start = [], 0
-        shares = self.dataset.shares() if self.is_mixture else {"": 1}
+        shares = self.dataset.passes()
         for dataset, share in zip(self.datasets, shares.values(), strict=True):
             lacking = sum(start <= number < start + dataset.size for number in self.left_out)
             parts.append((dataset.size - lacking, str(share)))
@@ -156,10 +154,10 @@ class DataProcessStage:
 
     # What is needed
 
-    def gather_wishes(self) -> Wishes:
+    def gather_requests(self) -> CacheRequests:
         """What all samples need."""
-        paths = [self.index.folder / f".partial-wishes-{rank}.sqlite" for rank in range(self.world)]
-        own = Wishes(paths[self.rank])
+        paths = [self.index.folder / f".partial-requests-{rank}.sqlite" for rank in range(self.world)]
+        own = CacheRequests(paths[self.rank])
         numbers = range(self.rank, self.dataset.size, self.world)
         progress = self._progress(len(numbers), "sample planned")
         for count, (number, variants) in enumerate(self._load(_Identified(self.dataset), numbers), 1):
@@ -167,8 +165,8 @@ class DataProcessStage:
                 logger.warning("Sample %d is left out: %s", number, variants)
                 self.left_out.append(number)
             else:
-                record, wanted = describe(self.module, self.plan, variants)
-                wanted = [Wish(run.key, run.unit, run.side, run.name, shape, number, v) for run, shape, v in wanted]
+                record, wanted = describe(self.module, self.keys, variants)
+                wanted = [CacheRequest(job, shape, number, name) for job, shape, name in wanted]
                 own.add(number, variants.size, record, wanted)
             progress.advance(count)
         progress.close()
@@ -176,64 +174,66 @@ class DataProcessStage:
         self.left_out = sorted(gather_object(self.left_out))
         self.accelerator.wait_for_everyone()
         if self.rank == 0:
-            merged = Wishes(paths[0], new=False)
+            merged = CacheRequests(paths[0], new=False)
             merged.merge(paths[1:])
             merged.close()
         self.accelerator.wait_for_everyone()
-        return Wishes(paths[0], new=False)
+        return CacheRequests(paths[0], new=False)
 
     # Making it
 
-    def make(self, wishes: Wishes, shard_bytes: int) -> dict[str, int]:
+    def make(self, requests: CacheRequests, shard_bytes: int) -> dict[str, int]:
         """Make this process's part of what is not there; how many entries all made, by unit."""
         made = Counter()
-        missing = sum(1 for _ in self._missing(wishes))
+        missing = sum(1 for _ in self._missing(requests))
         progress = self._progress(len(range(self.rank, missing, self.world)), "batch made")
-        own = islice(self._missing(wishes), self.rank, None, self.world)
+        own = islice(self._missing(requests), self.rank, None, self.world)
         self.module.pipe.scheduler.set_timesteps(TRAINING_STEPS, training=True)
         self.module.pipe.eval().requires_grad_(False)
         with ShardWriter(self.index.shard_folder, shard_bytes) as writer:
-            for unit, batches in groupby(own, key=lambda batch: batch[0].unit):
+            for unit, batches in groupby(own, key=lambda batch: batch[0].job.unit):
                 for batch, entries in self._run_all(unit, batches):
-                    for wish, entry in zip(batch, entries, strict=True):
-                        if wish.key not in self.index:
-                            writer.add(wish.key, entry)
-                            made["images" if unit < 0 else type(self.plan.units[unit]).__name__] += 1
+                    for request, entry in zip(batch, entries, strict=True):
+                        if request.job.key not in self.index:
+                            writer.add(request.job.key, entry)
+                            made["images" if unit < 0 else type(self.keys.units[unit]).__name__] += 1
                     progress.advance(progress.done + 1)
         progress.close()
         self.accelerator.wait_for_everyone()
         return dict(sum(map(Counter, gather_object([dict(made)])), Counter()))
 
-    def _missing(self, wishes: Wishes) -> Iterator[list[Wish]]:
-        batches = wishes.batches(self.batch_size)
-        return (batch for batch in batches if any(wish.key not in self.index for wish in batch))
+    def _missing(self, requests: CacheRequests) -> Iterator[list[CacheRequest]]:
+        batches = requests.batches(self.batch_size)
+        return (batch for batch in batches if any(request.job.key not in self.index for request in batch))
 
-    def _run_all(self, unit: int, batches: Iterable[list[Wish]]) -> Iterator[tuple[list[Wish], list[dict]]]:
+    def _run_all(
+        self, unit: int, batches: Iterable[list[CacheRequest]]
+    ) -> Iterator[tuple[list[CacheRequest], list[dict]]]:
         """What one unit makes of batches, its networks in memory meanwhile."""
-        networks = self.module.pipe.models_of(self.plan.needed_units(unit), model_fn=False)
+        networks = self.module.pipe.models_of(self.keys.needed_units(unit), model_fn=False)
         with self.module.pipe.loaded(networks):
             for batch, inputs in self._load(_Read(self.dataset), map(self._inputs, batches)):
                 yield batch, self._run(batch, inputs)
 
-    def _run(self, batch: Sequence[Wish], inputs: Sequence[Sides]) -> list[dict]:
+    def _run(self, batch: Sequence[CacheRequest], inputs: Sequence[Sides]) -> list[dict]:
         device = self.module.pipe.device
         forked = torch.random.fork_rng([device] if device.type == "cuda" else [])
         with torch.no_grad(), self.accelerator.autocast(), forked:
             torch.manual_seed(0)  # units may draw
-            return self.plan.make([Run(w.key, w.unit, w.side, w.name) for w in batch], inputs)
+            return self.keys.make([request.job for request in batch], inputs)
 
-    def _inputs(self, batch: list[Wish]) -> tuple[list[Wish], list[Sides]]:
+    def _inputs(self, batch: list[CacheRequest]) -> tuple[list[CacheRequest], list[Sides]]:
         """A batch with the inputs that its unit reads, files unread."""
-        names = {name for unit in self.plan.needed_units(batch[0].unit) for name in unit.fetch_input_params()}
+        names = {name for unit in self.keys.needed_units(batch[0].job.unit) for name in unit.fetch_input_params()}
         inputs = []
-        for wish in batch:
-            sides = pipeline_inputs(self.module, self.dataset.variants(wish.number).rows[wish.variant])
-            wanted = names | {wish.name}
+        for request in batch:
+            sides = pipeline_inputs(self.module, self.dataset.variants(request.number).rows[request.variant])
+            wanted = names | {request.job.name}
             inputs.append({side: {n: v for n, v in given.items() if n in wanted} for side, given in sides.items()})
         return batch, inputs
 
-    def _progress(self, steps: int, unit: str) -> Progress:
-        return Progress(steps, visible=self.accelerator.is_main_process, unit=unit)
+    def _progress(self, steps: int, unit: str) -> ProgressBar:
+        return ProgressBar(steps, visible=self.accelerator.is_main_process, unit=unit)
 
     def _load(self, dataset: Dataset, items: Iterable) -> DataLoader:
         """`dataset[item]` of all items in order, ahead of time where there are workers."""
@@ -282,15 +282,15 @@ class _Read(Dataset):
     def __init__(self, dataset):
         self.dataset = dataset
 
-    def __getitem__(self, payload: tuple[list[Wish], list[Sides]]) -> tuple[list[Wish], list[Sides]]:
+    def __getitem__(self, payload: tuple[list[CacheRequest], list[Sides]]) -> tuple[list[CacheRequest], list[Sides]]:
         batch, inputs = payload
-        return batch, [self._decoded(wish, sides) for wish, sides in zip(batch, inputs, strict=True)]
+        return batch, [self._decoded(request, sides) for request, sides in zip(batch, inputs, strict=True)]
 
-    def _decoded(self, wish: Wish, sides: Sides) -> Sides:
+    def _decoded(self, request: CacheRequest, sides: Sides) -> Sides:
         try:
             return {side: {name: read(value) for name, value in given.items()} for side, given in sides.items()}
         except Exception:  # Pillow's decoders raise nearly anything
-            _ = self.dataset[wish.number]  # raises the same, and says in which row
+            _ = self.dataset[request.number]  # raises the same, and says in which row
             raise
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from ..core.data.cache import CacheIndex, Shard, keys_of, rewrite
 from ..core.data.cached_dataset import differences
-from .keys import CachePlan, describe
+from .keys import CacheKeys, describe
 
 logger = logging.getLogger(__name__)
 
@@ -89,26 +89,26 @@ def verify(dataset, module, path: str | Path) -> list[str]:
     """Everything in which a cache is not what was written, or not what `dataset` and `module` would give now."""
     index = CacheIndex(path)
     index.require_finished()
-    plan, shards, entries = CachePlan(module), index.shards, index.keys_by_shard()
+    keys, shards, entries = CacheKeys(module), index.shards, index.keys_by_shard()
     gone = {number: shard for number, shard in shards.items() if not shard.path.is_file()}
     lines = [f"{shard.path} is missing: {len(entries.get(number, ()))} entries" for number, shard in gone.items()]
     for number, shard in damaged_shards(shards).items():
         own = entries.get(number, set())
         lines.append(f"{shard.path} is damaged: {len(own - shard.whole_entries())} of {len(own)} entries")
-    lines += differences(index.about["made_of"], plan.about())
-    lines += _changed_samples(dataset, module, plan, index)
+    lines += differences(index.about["made_of"], keys.about())
+    lines += _changed_samples(dataset, module, keys, index)
     index.close()
     return lines
 
 
-def _changed_samples(dataset, module, plan: CachePlan, index: CacheIndex) -> Iterator[str]:
+def _changed_samples(dataset, module, keys: CacheKeys, index: CacheIndex) -> Iterator[str]:
     """What differs between the samples there are and those in the cache."""
     entries, left_out = index.keys(), set(index.about["left_out"])
     numbers = [number for number in range(dataset.size) if number not in left_out]
     if len(numbers) != len(index):
         yield f"there are {len(numbers)} samples, the cache holds {len(index)}"
     for number, record in zip(numbers, index.records(), strict=False):
-        now = describe(module, plan, dataset.variants(number))[0]["variants"]
+        now = describe(module, keys, dataset.variants(number))[0]["variants"]
         for name, variant in now.items():
             changes = _changes(variant["row"], record["variants"].get(name, {"row": {}, "runs": []}), entries)
             yield from (f"sample {number}{f' ({name})' if name else ''}: {change}" for change in changes)

@@ -1,7 +1,7 @@
 """The only package that knows Hydra."""
 
-from .command_line import explained, run
-from .nodes import ConfigError, build, check, with_arguments_of
+from .command_line import explained, run_main
+from .nodes import ConfigError, build, check
 from .run_folder import RankZeroFilter, claim, finish, signature
 
 __all__ = [
@@ -12,7 +12,6 @@ __all__ = [
     "claim",
     "explained",
     "finish",
-    "run",
+    "run_main",
     "signature",
-    "with_arguments_of",
 ]

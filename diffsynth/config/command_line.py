@@ -18,7 +18,7 @@ from .nodes import ConfigError
 HELP = ({"-h"}, {"--help"})
 
 
-def run(main: Callable[[], None]) -> None:
+def run_main(main: Callable[[], None]) -> None:
     """Call a Hydra main; a configuration that cannot be composed ends in one clear line."""
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # Hydra then raises what it would otherwise print and swallow
     try:

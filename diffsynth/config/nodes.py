@@ -15,21 +15,6 @@ class ConfigError(ValueError):
     """A configuration that cannot run; the message is meant for the person who wrote it."""
 
 
-def with_arguments_of(inner: Callable) -> Callable[[Callable], Callable]:
-    """Decorate an entry that hands its `**arguments` on to another: `inner`'s stand in their place in its signature.
-
-    So `check` knows them by name, type and default.
-    """
-
-    def decorate(entry: Callable) -> Callable:
-        own = [p for p in inspect.signature(entry).parameters.values() if p.kind is not p.VAR_KEYWORD]
-        entry.__signature__ = inspect.Signature([*own, *inspect.signature(inner).parameters.values()])
-        entry.__annotations__ = inner.__annotations__ | entry.__annotations__
-        return entry
-
-    return decorate
-
-
 def check(cfg: DictConfig, entry: Callable) -> None:
     """Bind every node of a configuration to the signature of its `_target_`, the top level to `entry`'s.
 
@@ -40,7 +25,7 @@ def check(cfg: DictConfig, entry: Callable) -> None:
     if missing:
         raise ConfigError(f"{missing[0]} has no value: set {missing[0]}=… on the command line.")
     _check_node(cfg, entry, "")
-    for name in inspect.signature(entry).parameters.keys() - _type_hints(entry).keys():  # these are objects
+    for name in [name for name, hint in _type_hints(entry).items() if hint is Any]:  # these are objects
         if isinstance(cfg.get(name), DictConfig) and cfg[name] and "_target_" not in cfg[name]:
             raise ConfigError(
                 f"{name} has no _target_: what is chosen only adds to another option, {name}=[other,this]."

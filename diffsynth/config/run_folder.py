@@ -23,7 +23,7 @@ NOT_SEMANTIC = (
     "name",
     "output_root",
     "run_dir",
-    "receipt",
+    "data_report",
     "device",
     "logger",
     "export",

@@ -26,7 +26,7 @@ class Reference(NamedTuple):
     is_attribute: bool
 
 
-class Part(NamedTuple):
+class Definition(NamedTuple):
     """A definition's text, without what does not run, and the names it uses."""
 
     text: str
@@ -43,8 +43,12 @@ def code_version(functions: Iterable[Callable], classes: Iterable[type]) -> tupl
     """
     modules = _modules(classes)
     packages = {_package(module.__name__) for module in modules}
-    parts = [_part_of(function) for function in functions]
-    texts, seen, left = {part.text for part in parts}, set(), [used for part in parts for used in part.uses]
+    definitions = [_definition_of(function) for function in functions]
+    texts, seen, left = (
+        {definition.text for definition in definitions},
+        set(),
+        [used for definition in definitions for used in definition.uses],
+    )
     while left:
         reference = left.pop()
         if reference in seen:
@@ -55,9 +59,9 @@ def code_version(functions: Iterable[Callable], classes: Iterable[type]) -> tupl
             modules += sorted(new, key=lambda module: module.__name__)
             left, seen = [*seen, *left], set()  # what was looked for may be there too
             continue
-        found = [part for module in modules for part in _find(module, reference)]
-        texts |= {part.text for part in found}
-        left += [used for part in found for used in part.uses]
+        found = [definition for module in modules for definition in _find(module, reference)]
+        texts |= {definition.text for definition in found}
+        left += [used for definition in found for used in definition.uses]
     version = blake2b("\n".join(sorted(texts)).encode(), digest_size=8).hexdigest()
     return version, {name for name, is_attribute in seen if is_attribute}
 
@@ -92,7 +96,7 @@ def _home(module: ModuleType, reference: Reference, packages: set[str]) -> Modul
     return sys.modules.get(name) if isinstance(name, str) and _package(name) in packages else None
 
 
-def _find(module: ModuleType, reference: Reference) -> Iterator[Part]:
+def _find(module: ModuleType, reference: Reference) -> Iterator[Definition]:
     """What a module defines under a name, or under the one that it imported as this."""
     definitions, plain_name = _definitions(module), Reference(reference.name, False)
     if reference.is_attribute:
@@ -102,30 +106,30 @@ def _find(module: ModuleType, reference: Reference) -> Iterator[Part]:
         return
     value = getattr(module, reference.name, None)
     if value is not None and (text := plain_text(value)) is not None:
-        yield Part(f"{reference.name} = {text}", frozenset())
+        yield Definition(f"{reference.name} = {text}", frozenset())
         return
     yield from definitions.get(reference, ())
     original = getattr(value, "__name__", None)
     original = original.rpartition(".")[2] if isinstance(original, str) else reference.name
     if original != reference.name:
-        yield Part(f"{reference.name} = {original}", frozenset([Reference(original, False)]))
+        yield Definition(f"{reference.name} = {original}", frozenset([Reference(original, False)]))
 
 
 @cache
-def _definitions(module: ModuleType) -> dict[Reference, list[Part]]:
-    found: dict[Reference, list[Part]] = {}
+def _definitions(module: ModuleType) -> dict[Reference, list[Definition]]:
+    found: dict[Reference, list[Definition]] = {}
     for node in _statements(ast.parse(_source(module))):
         named = _defined(node, in_class=False)
         if isinstance(node, ast.ClassDef):
             named += [pair for inner in _statements(node) for pair in _defined(inner, in_class=True)]
         for reference, definition in named:
-            found.setdefault(reference, []).append(_part(definition))
+            found.setdefault(reference, []).append(_definition(definition))
     return found
 
 
 @cache
-def _part_of(function: Callable) -> Part:
-    return _part(ast.parse(textwrap.dedent(inspect.getsource(function))))
+def _definition_of(function: Callable) -> Definition:
+    return _definition(ast.parse(textwrap.dedent(inspect.getsource(function))))
 
 
 def _source(module: ModuleType) -> str:
@@ -150,9 +154,9 @@ def _defined(node: ast.AST, in_class: bool) -> list[tuple[Reference, ast.AST]]:
         return [(Reference(name.id, in_class), node) for name in _targets(node) if isinstance(name, ast.Name)]
     if not isinstance(node, (*FUNCTIONS, ast.ClassDef)):
         return []
-    inner = [part for part in ast.walk(node) if in_class and isinstance(part, ASSIGNMENTS)]
-    own = [(t.attr, part) for part in inner for t in _targets(part) if isinstance(t, ast.Attribute)]
-    return [(Reference(node.name, in_class), node), *((Reference(name, True), part) for name, part in own)]
+    inner = [definition for definition in ast.walk(node) if in_class and isinstance(definition, ASSIGNMENTS)]
+    own = [(t.attr, definition) for definition in inner for t in _targets(definition) if isinstance(t, ast.Attribute)]
+    return [(Reference(node.name, in_class), node), *((Reference(name, True), definition) for name, definition in own)]
 
 
 def _targets(node: ast.Assign | ast.AnnAssign | ast.AugAssign) -> Iterator[ast.AST]:
@@ -176,10 +180,10 @@ class _OnlyWhatRuns(ast.NodeTransformer):
         return node
 
 
-def _part(node: ast.AST) -> Part:
+def _definition(node: ast.AST) -> Definition:
     node = _OnlyWhatRuns().visit(copy.deepcopy(node))
     names = {Reference(inner.id, False) for inner in ast.walk(node) if isinstance(inner, ast.Name)}
     attributes = {Reference(inner.attr, True) for inner in ast.walk(node) if isinstance(inner, ast.Attribute)}
     if isinstance(node, ASSIGNMENTS):  # what makes a value is followed by name only: `from_pretrained` is many things
         attributes = set()
-    return Part(ast.unparse(node), frozenset(names | attributes))
+    return Definition(ast.unparse(node), frozenset(names | attributes))

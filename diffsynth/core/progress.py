@@ -9,7 +9,7 @@ from tqdm import tqdm
 LINE_SECONDS = 30  # between two plain lines
 
 
-class Progress:
+class ProgressBar:
     """Shows optimizer steps, the latest numbers and the time that is left.
 
     Args:

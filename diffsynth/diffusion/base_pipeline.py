@@ -43,7 +43,7 @@ class BasePipeline(PipelineModels):
         self.unit_runner = PipelineUnitRunner()
         self.scheduler = None
         self.template = self.template_model = None  # one that is part of this pipeline, as in its training
-        self.stand_ins: dict[str, nn.Module] = {}  # what predicts in place of a model while another role is played
+        self.replacements: dict[str, nn.Module] = {}  # what predicts in place of a model while another role is played
         self.progress_bar = tqdm
         self.call_defaults = {
             name: parameter.default
@@ -76,7 +76,7 @@ class BasePipeline(PipelineModels):
 
     def predict(self, timestep: Tensor, **inputs) -> Tensor:
         """Velocity (B, …) that `model_fn` predicts at timesteps (B,) from those of the inputs that it takes."""
-        models = {name: getattr(self, name) for name in self.in_iteration_models} | self.stand_ins
+        models = {name: getattr(self, name) for name in self.in_iteration_models} | self.replacements
         accepted = inspect.signature(self.model_fn).parameters
         given = {name: value for name, value in inputs.items() if name in accepted}
         return self.model_fn(**models, timestep=timestep, **given)
@@ -154,7 +154,7 @@ class BasePipeline(PipelineModels):
                 module.training = training[name]
 
     def settings_for(self, request: Mapping) -> dict[str, Any]:
-        """The `sampling_arguments` that its weights were trained for (see `draws_by`) and that a request leaves open.
+        """The `sampling_arguments` that its weights were trained for (see `use_sampling_settings`) and that a request leaves open.
 
         Raises:
             ValueError: Two adapters differ in them; names both.
@@ -162,9 +162,9 @@ class BasePipeline(PipelineModels):
         steps = {"num_inference_steps", "sigmas"}  # of which one takes the place of the other
         said = {name for name in self.sampling_arguments if request.get(name) is not None}
         said |= steps if said & steps else set()
-        adapters = {file: settings for file, settings in self.trained_for.items() if file is not None}
+        adapters = {file: settings for file, settings in self.sampling_settings.items() if file is not None}
         names = [name for name in self.sampling_arguments if name not in said]
-        return sampling_settings.agreed(adapters or self.trained_for, names)
+        return sampling_settings.agreed(adapters or self.sampling_settings, names)
 
     @contextmanager
     def sampling_steps(self, request: Mapping) -> Iterator[FlowMatchScheduler]:

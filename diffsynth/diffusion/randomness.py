@@ -13,7 +13,7 @@ from ..core.data import SampleAddress, generator
 
 
 @dataclass(frozen=True)
-class Draw:
+class SampleRNG:
     """Random numbers for the samples of one batch, each from its own address."""
 
     seed: int
@@ -33,7 +33,7 @@ class Draw:
 
 
 @dataclass(frozen=True)
-class StratifiedDraw(Draw):
+class StratifiedRNG(SampleRNG):
     """Draws whose timestep lies in that one of `bands` equal parts of its distribution which the epoch counts."""
 
     bands: int
@@ -46,7 +46,7 @@ class StratifiedDraw(Draw):
 
 
 @dataclass(frozen=True)
-class GlobalDraw:
+class GlobalRNG:
     """The same from torch's global generator, for code that does not address its samples."""
 
     batch_size: int

@@ -12,7 +12,7 @@ def check_split(module, cp_size: int) -> None:
     """
     if not module.task.calls_model_fn:
         raise ValueError(f"{type(module.task).__name__} calls no network whose tokens cp_size could split.")
-    if module.task.looks_within:
+    if module.task.reads_features:
         raise ValueError("A discriminator looks at the tokens within a network, which cp_size splits; set it to 1.")
     if module.memory.compile != "none":
         raise ValueError("memory.compile=blocks: tokens are split by hooks, which cannot be compiled; set none.")

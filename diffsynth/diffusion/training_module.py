@@ -6,20 +6,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..core.data import CachedRow, Sample, SampleAddress, collate
+from ..core.data import Sample, SampleAddress, collate
 from ..core.memory import MemoryRecipe
 from .adapters import files as lora_files
 from .adapters.lora import Adapter, LoRA
 from .base_pipeline import BasePipeline
-from .flow_match import TRAINING_STEPS
 from .loss import Objective
-from .loss.base import MODEL, Moment
 from .memory_layout import check_memory, lay_out, stored_models
 from .pipeline.remembered import UnitMemory, to_device
 from .pipeline.units import optional_inputs, run_units, run_units_together, split_units
-from .randomness import Draw
+from .randomness import SampleRNG
 from .template.model import Template
 from .template.units import attach, rehearse
+from .trained import MODEL, TrainProgress, prepare_training
 
 DEFAULT_RECIPE = MemoryRecipe()
 
@@ -38,7 +37,6 @@ class DiffusionTrainingModule(nn.Module):
 
     pipe: BasePipeline
     collate_fn = staticmethod(single_sample)
-    moment: Moment | None = None  # of the training, which its loop sets
     is_whole = True  # whether this process has all of the weights, as engines may leave it a part of them
     sampling: Mapping[str, Any] | None = None  # arguments of the pipeline that what is trained is to be drawn with
 
@@ -123,25 +121,6 @@ class DiffusionTrainingModule(nn.Module):
                 lora_files.check_export(model, path, self.pipe.lora_prefixes.get(name, name))
 
 
-def prepare_training(
-    pipe: BasePipeline,
-    trainable_models: Iterable[str],
-    adapter: Adapter | None,
-    seed: int,
-    trained_dtype: torch.dtype = torch.float32,
-) -> None:
-    """Set the training noise levels, freeze everything else, inject the adapter: in this order, on loaded weights.
-
-    What is trained becomes `trained_dtype`, adapters always fp32.
-    """
-    pipe.scheduler.set_timesteps(TRAINING_STEPS, training=True)
-    pipe.freeze_except(trainable_models := list(trainable_models))
-    for name in trainable_models:
-        pipe.named_model(name).to(trained_dtype)
-    if adapter is not None:
-        adapter.inject(pipe, seed)
-
-
 class PipelineTrainingModule(DiffusionTrainingModule):
     """Any pipeline with any objective, as the configuration composes them.
 
@@ -171,7 +150,7 @@ class PipelineTrainingModule(DiffusionTrainingModule):
         super().__init__()
         self.pipe, self.task, self.lora, self.seed, self.memory = pipe, task, lora, seed, memory
         self.trainable_models = list(self._trainable_models())
-        self.extra_inputs, self.moment, self.roles = task.columns, None, None
+        self.extra_inputs, self.roles = task.columns, None
         if template is not None:
             attach(pipe, template, (*self.trainable_models, *(lora.models if lora else ())))
             self.extra_inputs = tuple(dict.fromkeys((*task.columns, "template_inputs")))
@@ -210,21 +189,25 @@ class PipelineTrainingModule(DiffusionTrainingModule):
         kept_off = {*in_host_memory, *streamed}
         self.pipe.load_models(users, dtypes=full, in_host_memory=kept_off, storages=self.storages)
         prepare_training(self.pipe, self.trainable_models, self.lora, self.seed, self.trained_dtype)
-        self.roles = self.task.cast(self.pipe, self.lora, self.seed)
+        self.roles = self.task.build_roles(self.pipe, self.lora, self.seed)
         self.role_networks = self.roles and self.roles.networks
 
-    def forward(self, samples: Sequence[Sample]) -> Tensor:
-        """Loss per sample (B,)."""
+    def forward(self, samples: Sequence[Sample], progress: TrainProgress | None = None) -> Tensor:
+        """Loss per sample (B,); see `loss`."""
         addresses = [SampleAddress(sample.epoch, sample.index) for sample in samples]
-        return self.loss(samples, Draw(self.seed, addresses), self.remembered, self.moment)
+        return self.loss(samples, SampleRNG(self.seed, addresses), self.remembered, progress)
 
     def loss(
-        self, samples: Sequence[Sample], draw: Draw, memory: UnitMemory | None = None, moment: Moment | None = None
+        self,
+        samples: Sequence[Sample],
+        rng: SampleRNG,
+        memory: UnitMemory | None = None,
+        progress: TrainProgress | None = None,
     ) -> Tensor:
-        """Loss per sample (B,), its random numbers from `draw`; `memory` is that of the samples' data set.
+        """Loss per sample (B,), its random numbers from `rng`; `memory` is that of the samples' data set.
 
         Args:
-            moment: Of the training, which may change what is trained; None where it is only looked at.
+            progress: How far the training is, which may decide what is trained; None evaluates the student.
         """
         memory = memory or UnitMemory(0)
         frozen = [self._frozen_inputs(sample, memory) for sample in samples]
@@ -232,15 +215,13 @@ class PipelineTrainingModule(DiffusionTrainingModule):
         shared, posi, nega = (collate(list(side)) for side in zip(*prepared, strict=True))
         inputs = {**shared, **posi}
         if self.roles is not None:
-            inputs |= {"roles": self.roles, "negative": nega, "moment": moment}
-        return self.task(self.pipe, draw=draw, **inputs)
+            inputs |= {"roles": self.roles, "negative": nega, "progress": progress}
+        return self.task(self.pipe, rng=rng, **inputs)
 
     def trained_parts(self) -> dict[str, dict[str, nn.Parameter]]:
         """The model's own trained parameters first, then those of each further role."""
-        (named,) = super().trained_parts().values()
-        others = self.roles.trained(named) if self.roles else {}
-        apart = {name for part in others.values() for name in part}
-        return {MODEL: {name: p for name, p in named.items() if name not in apart}, **others}
+        parts = super().trained_parts()
+        return self.roles.partition(parts[MODEL]) if self.roles else parts
 
     def trained_at(self, step: int) -> Sequence[str]:
         return self.task.trained_at(step)
@@ -255,33 +236,33 @@ class PipelineTrainingModule(DiffusionTrainingModule):
     @torch.no_grad()
     def _frozen_inputs(self, sample: Sample, memory: UnitMemory) -> tuple[dict, dict, dict]:
         """What the frozen units make of a sample, less what nothing after them reads."""
-        if isinstance(sample.data, CachedRow):
-            return self._cached_inputs(sample.data)
+        row = sample.data
+        units = () if row.made else self.frozen_units
 
         def make():
-            inputs = self.get_pipeline_inputs(sample.data)
+            shared, posi, nega = self.get_pipeline_inputs(row)
+            made = {side: to_device(inputs, self.pipe.device) for side, inputs in row.made.items()}
+            inputs = (
+                {**shared, **made.get("shared", {})},
+                {**posi, **made.get("posi", {})},
+                {**nega, **made.get("nega", {})},
+            )
             devices = [self.pipe.device] if self.pipe.device.type == "cuda" else []
             try:
                 with torch.random.fork_rng(devices):  # remembered or not, the networks draw the same dropout
-                    made = run_units(self.frozen_units, self.pipe, *inputs)
+                    sides = run_units(units, self.pipe, *inputs)
             except ValueError as error:
-                raise ValueError(f"sample {sample.index} ({sample.data['prompt']!r}): {error}") from error
-            return tuple({name: value for name, value in side.items() if name in self.kept_inputs} for side in made)
+                raise ValueError(f"sample {sample.index} ({row['prompt']!r}): {error}") from error
+            return tuple({name: value for name, value in side.items() if name in self.kept_inputs} for side in sides)
 
-        if sample.variant is None:
-            return make()  # there will never be the same again
+        if row.made or sample.variant is None:
+            return make()  # nothing to spare, or there will never be the same again
         return memory.get((sample.index, sample.variant), make, self.pipe.device)
-
-    def _cached_inputs(self, cached: CachedRow) -> tuple[dict, dict, dict]:
-        shared, posi, nega = self.get_pipeline_inputs(cached.row)
-        made = {side: to_device(inputs, self.pipe.device) for side, inputs in cached.made.items()}
-        sides = {**shared, **made["shared"]}, {**posi, **made["posi"]}, {**nega, **made["nega"]}
-        return tuple({name: value for name, value in side.items() if name in self.kept_inputs} for side in sides)
 
     def get_pipeline_inputs(self, data: dict) -> tuple[dict, dict, dict]:
         """The pipeline's inputs for one row, as if it were called to draw this picture."""
         self.task.check_row(data)
-        names = [*self.extra_inputs, *(name for name in self.task.heeded if name in data)]
+        names = [*self.extra_inputs, *(name for name in self.task.optional_columns if name in data)]
         image, extra = data["image"], {name: self.pipe.typed(name, data[name]) for name in names}
         posi = {name: extra.pop(name) for name in self.pipe.one_sided_arguments if name in extra}
         shared = {
@@ -290,7 +271,7 @@ class PipelineTrainingModule(DiffusionTrainingModule):
             "width": image.width,
             "cfg_scale": self.task.guidance if self.task.reads_negative else 1,
             **self.memory.inputs,
-            **self.task.drawn_inputs(self.pipe),
+            **self.task.sampling_inputs(self.pipe),
             **extra,
         }
         return shared, {"prompt": data["prompt"], **posi}, {"negative_prompt": self.task.negative_prompt}
@@ -303,9 +284,12 @@ class PipelineTrainingModule(DiffusionTrainingModule):
             ValueError: What it returns is not for this pipeline.
         """
         if self.pipe.template is not None:
-            sample = dataset[0]
-            cached = isinstance(sample, CachedRow)
-            rehearse(self.pipe, self._cached_inputs(sample) if cached else self.get_pipeline_inputs(sample))
+            row = dataset[0]
+            inputs = self.get_pipeline_inputs(row)
+            sides = [
+                {**own, **row.made.get(side, {})} for side, own in zip(("shared", "posi", "nega"), inputs, strict=True)
+            ]
+            rehearse(self.pipe, tuple(sides))
 
     def _trainable_models(self) -> Sequence[str]:
         if self.task.trainable_models is not None:

@@ -486,7 +486,7 @@ class Flux2ImagePipeline(BasePipeline):
         Args:
             cfg_scale: Classifier-free guidance against `negative_prompt`; 1 is none and half the time, as the
                 distilled models (dev, klein) are made for. Of this, `num_inference_steps`, `sigmas` and `renoise` None
-                is what the weights were trained to be drawn with (`draws_by`), else what `from_components` was told (1
+                is what the weights were trained to be drawn with (`use_sampling_settings`), else what `from_components` was told (1
                 and 30), the family's own and False.
             embedded_guidance: Guidance scale that dev was distilled to follow; klein ignores it.
             input_image: Start from this image, noised by `denoising_strength` in (0, 1], instead of pure noise.

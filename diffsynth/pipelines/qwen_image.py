@@ -542,7 +542,7 @@ class QwenImagePipeline(BasePipeline):
         Args:
             cfg_scale: Classifier-free guidance against `negative_prompt`; 1 is none and half the time. Of this,
                 `num_inference_steps`, `sigmas` and `renoise` None is what the weights were trained to be drawn with
-                (`draws_by`), else 4, 30, the family's own and False.
+                (`use_sampling_settings`), else 4, 30, the family's own and False.
             cfg_rescale: Keep the norm of the conditional velocity under guidance, as the released model samples.
             input_image: Start from this image, noised by `denoising_strength` in (0, 1], instead of pure noise.
             inpaint_mask: White is redrawn, black keeps `input_image`; its edge softened by `inpaint_blur_sigma`

@@ -5,9 +5,9 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 from ..core.memory.sizes import shown_size
-from ..training.run import Run
 from .options import NOTHING_STREAMED, Option, Options, Streamed
 from .plan import Plan, Planner
+from .run import PlanRun
 
 DEVICES = (2, 4, 8, 16, 32, 64)
 
@@ -21,7 +21,7 @@ class Need:
 
 
 @dataclass(frozen=True)
-class Choice:
+class BudgetChoice:
     """The option that was chosen, what it needs, whose rehearsal decided, and why it was chosen."""
 
     option: Option
@@ -46,7 +46,7 @@ class Budget:
     planners: dict[tuple, Planner] = field(default_factory=dict)
     passed_over: list[tuple[Option, Need]] = field(default_factory=list)
 
-    def choose(self) -> Choice:
+    def choose(self) -> BudgetChoice:
         """The fastest option that fits.
 
         Raises:
@@ -59,16 +59,16 @@ class Budget:
             if self.fits(need):
                 need = self.need(self.plan(option))
                 if self.fits(need):
-                    return Choice(option, need, self.planner_of(option), self.why(option, need))
+                    return BudgetChoice(option, need, self.planner_of(option), self.why(option, need))
             self.passed_over.append((option, need))
         raise ValueError(self.missing())
 
     @cached_property
     def options(self) -> Options:
-        return Options(self.run, self.planner.drafts)
+        return Options(self.run, self.planner.meta_modules)
 
     @property
-    def run(self) -> Run:
+    def run(self) -> PlanRun:
         return self.planner.run
 
     def fits(self, need: Need) -> bool:
@@ -133,7 +133,7 @@ class Budget:
         return "\n  ".join([*lines, "What would help:", *self.remedies(plan, need)])
 
     def remedies(self, plan: Plan, need: Need) -> Sequence[str]:
-        told = self.planner.shares(plan.held, (1, *DEVICES))
+        told = self.planner.shares(plan.footprint, (1, *DEVICES))
         spread = [share for share in told if self.run.estimated(share.device) <= self.device]
         first = {share.engine: share for share in reversed(spread)}
         on = [
@@ -143,7 +143,7 @@ class Budget:
         ]
         cache = f"- a cache (make_cache.py, then dataset=cache): {shown_size(plan.held.encoders)} of encoders less"
         larger = f"- memory.budget={shown_size(need.device).replace(' ', '')}"
-        return [larger, *([cache] if plan.held.encoders else []), *on]
+        return [larger, *([cache] if plan.footprint.encoders else []), *on]
 
 
 def _thrift(passed: tuple[Option, Need]) -> tuple:

@@ -64,9 +64,9 @@ class FewBlocks:
         """See `Rehearsal.train`."""
         return self._reckoned(lambda rehearsal: rehearsal.train(rows, accumulates))
 
-    def draw(self, request: Mapping) -> Working:
-        """See `Rehearsal.draw`."""
-        return self._reckoned(lambda rehearsal: rehearsal.draw(request))
+    def sample(self, request: Mapping) -> Working:
+        """See `Rehearsal.sample`."""
+        return self._reckoned(lambda rehearsal: rehearsal.sample(request))
 
     def _reckoned(self, rehearse: Callable[[Rehearsal], Working]) -> Working:
         few = rehearse(self.few)

@@ -14,7 +14,7 @@ from .rehearsal import tensors_of
 
 
 @dataclass(frozen=True)
-class Held:
+class MemoryFootprint:
     """Bytes of a training on one device.
 
     Args:
@@ -36,7 +36,7 @@ class Held:
     average: int
     update: int
     block: int
-    masters: int
+    master_weights: int
     encoders: int
     working: int = 0
     activations: int = 0
@@ -67,7 +67,7 @@ def kept(
     optimizer: Callable,
     ema=None,
     on_cuda: bool = False,
-) -> Held:
+) -> MemoryFootprint:
     """What does not depend on what is trained on.
 
     Args:
@@ -82,7 +82,7 @@ def kept(
     reached = sum(numbers) - sum(parameter.numel() for parameter in unreached)
     cost = optimizer_cost(optimizer, trained[0].dtype, on_cuda)
     averaged = ema is not None and ema.device is None
-    return Held(
+    return MemoryFootprint(
         frozen=at_rest - weights,
         trained=weights,
         gradients=bytes_of(trained) - bytes_of(unreached),
@@ -90,7 +90,7 @@ def kept(
         average=4 * sum(parameter.numel() for parameter in parts[0]) if averaged else 0,
         update=cost.update(reached, max(numbers)),
         block=largest_block(module.pipe.network),
-        masters=4 * sum(parameter.numel() for part in parts for parameter in part),
+        master_weights=4 * sum(parameter.numel() for part in parts for parameter in part),
         encoders=weights_of(module.pipe, encoders_of(module)),
     )
 

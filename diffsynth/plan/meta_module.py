@@ -9,45 +9,46 @@ from functools import cached_property
 import torch
 from torch import nn
 
-from ..core.data import CachedRow
+from ..core.data import Row
+from ..core.data.order.buckets import Size
 from ..core.memory import MemoryRecipe
 from ..diffusion.pipeline.remembered import UnitMemory
 from ..diffusion.training_module import PipelineTrainingModule
-from ..training.run import Run, Size
-from .meta_pipeline import download_bytes, sketched
+from .meta_pipeline import download_bytes, meta_pipeline
 from .rehearsal import Rehearsal, Working
+from .run import PlanRun
 
 Counts = Mapping[str, int]  # blocks that are kept, by the name of the list that they stand in
 
 
-class Drafts:
+class MetaModules:
     """A run's training module on the meta device, for each way in which its frozen weights are stored."""
 
-    def __init__(self, run: Run):
-        self.sketch = sketched(run.model, run.tokens)
-        self.download = download_bytes(self.sketch, run.model)
+    def __init__(self, run: PlanRun):
+        self.meta_pipe = meta_pipeline(run.model, run.tokens)
+        self.download = download_bytes(self.meta_pipe, run.model)
         self.modules: dict[tuple[str, bool], PipelineTrainingModule] = {}
         plain = replace(run.memory, storage="none", stored=None, stream_blocks=0)
         self.caching = replace(run, cached=False, memory=plain)  # make_cache.py trades nothing
-        self.rows: dict[Size | None, tuple[Working, CachedRow]] = {}
-        self.drawn: dict[str, Working] = {}
+        self.rows: dict[Size | None, tuple[Working, Row]] = {}
+        self.sampled: dict[str, Working] = {}
 
-    def of(self, run: Run) -> PipelineTrainingModule:
+    def of(self, run: PlanRun) -> PipelineTrainingModule:
         """The run's module with its adapters, not laid out; not to be changed."""
         key = run.memory.storage, run.is_cached
         if key not in self.modules:
             self.modules[key] = self._build(run)
         return self.modules[key]
 
-    def _build(self, run: Run) -> PipelineTrainingModule:
+    def _build(self, run: PlanRun) -> PipelineTrainingModule:
         module = self._unread(run)
         return read(module, run.validation.models(module) if run.validation else (), run.is_cached)
 
-    def _unread(self, run: Run) -> PipelineTrainingModule:
-        pipe, template = copy.deepcopy(self.sketch), copy.deepcopy(run.template)  # which loses its values
+    def _unread(self, run: PlanRun) -> PipelineTrainingModule:
+        pipe, template = copy.deepcopy(self.meta_pipe), copy.deepcopy(run.template)  # which loses its values
         return PipelineTrainingModule(pipe, run.task, run.lora, run.seed, template, run.memory)
 
-    def encoded(self, size: Size | None) -> tuple[Working, CachedRow]:
+    def encoded(self, size: Size | None) -> tuple[Working, Row]:
         """What the frozen units take when a cache is made, and what it keeps of a row of this size."""
         if size not in self.rows:
             self.rows[size] = self.encoding.encode([self.caching.row(size)] * self.caching.cache_batch_size)
@@ -63,7 +64,7 @@ class Drafts:
 
 
 def read(module: PipelineTrainingModule, also=(), cached: bool = False) -> PipelineTrainingModule:
-    """Read a module's weights, none of which has values; its pipeline is one of sketches (`sketched`).
+    """Read a module's weights, none of which has values; its pipeline is one of sketches (`meta_pipeline`).
 
     Args:
         also: Models beside those that are trained with, such as those of the validation.

@@ -15,7 +15,7 @@ ARCHITECTURES = Path(__file__).parent / "architectures"  # of released models, s
 
 
 @dataclass(frozen=True)
-class Sketch:
+class Architecture:
     """Stands where a `ModelConfig` does: a config.json, or its content, and no files."""
 
     config: Path | Mapping
@@ -39,7 +39,7 @@ class BlankTokenizer:
         return ""
 
 
-def sketched(model: Callable[..., BasePipeline], tokens: int) -> BasePipeline:
+def meta_pipeline(model: Callable[..., BasePipeline], tokens: int) -> BasePipeline:
     """The pipeline that `model` would build, no weight and no tokenizer read, whose prompts are `tokens` long.
 
     Args:
@@ -49,10 +49,10 @@ def sketched(model: Callable[..., BasePipeline], tokens: int) -> BasePipeline:
         FileNotFoundError: The architecture of a model is neither here nor known.
     """
     parts = {name: part for name, part in model.keywords.items() if isinstance(part, ModelConfig)}
-    sketches = {name: Sketch(find_config(part)) for name, part in parts.items() if not is_folder(part)}
-    text_encoder = sketches.pop("text_encoder", None)
-    left_out = dict.fromkeys(parts.keys() - sketches.keys())
-    pipe = model.func(**{**model.keywords, **left_out, **sketches}, device="meta")
+    architectures_of = {name: Architecture(find_config(part)) for name, part in parts.items() if not is_folder(part)}
+    text_encoder = architectures_of.pop("text_encoder", None)
+    left_out = dict.fromkeys(parts.keys() - architectures_of.keys())
+    pipe = model.func(**{**model.keywords, **left_out, **architectures_of}, device="meta")
     if text_encoder is not None:  # apart, since it has no tokenizer
         pipe.build_models([text_encoder])
         pipe.tokenizer = BlankTokenizer(tokens)

@@ -38,7 +38,7 @@ def optimizer_cost(optimizer: Callable, dtype: torch.dtype, on_cuda: bool) -> Op
     weight = nn.Parameter(torch.zeros(NUMBERS, dtype=dtype))
     weight.grad = torch.zeros_like(weight)
     rounding = StochasticRounding([weight]) if dtype == torch.bfloat16 else None
-    built = optimizer(rounding.stand_ins if rounding else [weight])
+    built = optimizer(rounding.fp32_copies if rounding else [weight])
     together = on_cuda and rounding is None and takes_all_together(built)
     for group in built.param_groups:
         if together:

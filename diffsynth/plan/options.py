@@ -12,9 +12,9 @@ from ..core.memory import MemoryRecipe
 from ..core.memory.live import bytes_of
 from ..core.memory.streaming import spread
 from ..diffusion.training_module import PipelineTrainingModule
-from ..training.run import Run
-from .meta_module import Drafts
+from .meta_module import MetaModules
 from .rehearsal import tensors_of
+from .run import PlanRun
 
 # Only the order of options hangs on these. A step that trades nothing is three passes: one forward, two backward.
 PASSES = 3.0
@@ -57,12 +57,12 @@ NOTHING_STREAMED = Streamed()
 class Options:
     """What a run's recipe could become; what it trades already, it goes on trading."""
 
-    run: Run
-    drafts: Drafts
+    run: PlanRun
+    meta_modules: MetaModules
 
     @property
     def module(self) -> PipelineTrainingModule:
-        return self.drafts.of(self.run)
+        return self.meta_modules.of(self.run)
 
     def all(self) -> list[Option]:
         """The fastest first."""
@@ -137,14 +137,14 @@ class Options:
     @cached_property
     def block_numbers(self) -> int:
         """Weights of the largest block, in whatever bits they are."""
-        network = self.drafts.sketch.network
+        network = self.meta_modules.meta_pipe.network
         return max(sum(p.numel() for p in block.parameters()) for block in repeated_blocks(network))
 
     def streamed(self, recipe: MemoryRecipe) -> Streamed:
         """What streaming moves, and leaves to the device."""
         if not recipe.stream_blocks:
             return NOTHING_STREAMED
-        blocks = repeated_blocks(self.drafts.of(self.run.variant(recipe)).pipe.network)
+        blocks = repeated_blocks(self.meta_modules.of(self.run.variant(recipe)).pipe.network)
         sizes = [_frozen_bytes(block) for block in spread(blocks, recipe.stream_blocks)]
         return Streamed(sum(sizes), sum(sizes) - recipe.stream_buffers * max(sizes))
 

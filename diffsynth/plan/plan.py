@@ -8,21 +8,22 @@ from typing import Any
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
+from ..core.data.order.buckets import Size
 from ..core.memory import MemoryRecipe
 from ..core.memory.live import bytes_of
 from ..training.checkpoint import FILE_BYTES
-from ..training.run import Run, Size
 from .few_blocks import FewBlocks
-from .footprint import Held, kept
-from .meta_module import Drafts, copied
+from .footprint import MemoryFootprint, kept
+from .meta_module import MetaModules, copied
 from .rehearsal import Rehearsal, Working
+from .run import PlanRun
 from .shares import Share, shares
 
 STAGES = ("train", "draw", "save", "cache")
 
 
 @dataclass(frozen=True)
-class Stage:
+class StageMemory:
     """Bytes of one stage on one device, in the host's memory and on disk.
 
     Args:
@@ -47,13 +48,13 @@ class Stage:
 class Plan:
     """Stages of a run, of each kind the largest first, and what each of several devices would hold in training."""
 
-    stages: Sequence[Stage]
-    held: Held
+    stages: Sequence[StageMemory]
+    footprint: MemoryFootprint
     shares: Sequence[Share]
     download: int
 
     @property
-    def worst(self) -> Stage:
+    def worst(self) -> StageMemory:
         """Of the training; a cache is made by another command."""
         return max((stage for stage in self.stages if stage.name != "cache"), key=lambda stage: stage.peak)
 
@@ -72,14 +73,14 @@ class Planner:
         few_blocks: Rehearse with few blocks of each kind and reckon what all of them take.
     """
 
-    def __init__(self, run: Run, drafts: Drafts | None = None, few_blocks: bool = False):
-        self.run, self.drafts, self.few_blocks = run, drafts or Drafts(run), few_blocks
+    def __init__(self, run: PlanRun, meta_modules: MetaModules | None = None, few_blocks: bool = False):
+        self.run, self.meta_modules, self.few_blocks = run, meta_modules or MetaModules(run), few_blocks
         self.trained: dict[Size | None, Working] = {}
-        self.drawn: dict[str, Working] = self.drafts.drawn if few_blocks else {}
+        self.sampled: dict[str, Working] = self.meta_modules.sampled if few_blocks else {}
 
     def variant(self, memory: MemoryRecipe, micro_batch_size: int | None = None, few_blocks: bool = False) -> "Planner":
         """Of the same run with another recipe."""
-        return Planner(self.run.variant(memory, micro_batch_size), self.drafts, few_blocks)
+        return Planner(self.run.variant(memory, micro_batch_size), self.meta_modules, few_blocks)
 
     def plan(self, devices: Iterable[int] = (1,), largest_only: bool = False) -> Plan:
         """Rehearse every stage, with every size of picture that there is.
@@ -89,17 +90,17 @@ class Planner:
             largest_only: Of pictures the largest alone, and not what make_cache.py would take.
         """
         sizes = self.run.sizes[:1] if largest_only else self.run.sizes
-        held = {size: self.held(size) for size in sizes}
-        stages = [self.training(size, own) for size, own in held.items()] + [*self.drawing(), self.saving()]
-        if not (largest_only or self.run.has_cache):
+        footprint = {size: self.footprint(size) for size in sizes}
+        stages = [self.training(size, own) for size, own in footprint.items()] + [*self.sampling(), self.saving()]
+        if not largest_only and self.run.dataset.needs_encoders:
             stages += [self.caching(size) for size in sizes]
         stages.sort(key=lambda stage: (STAGES.index(stage.name), -stage.peak))
-        worst = max(held.values(), key=lambda own: own.peak)
-        return Plan(stages, worst, self.shares(worst, devices), self.drafts.download)
+        worst = max(footprint.values(), key=lambda own: own.peak)
+        return Plan(stages, worst, self.shares(worst, devices), self.meta_modules.download)
 
-    def shares(self, held: Held, devices: Iterable[int]) -> list[Share]:
+    def shares(self, footprint: MemoryFootprint, devices: Iterable[int]) -> list[Share]:
         """What is held on each of several devices, by every engine that could."""
-        told = [share for count in devices if count % self.run.cp_size == 0 for share in shares(held, count)]
+        told = [share for count in devices if count % self.run.cp_size == 0 for share in shares(footprint, count)]
         if self.run.memory.stream_blocks:  # which other engines refuse
             return [share for share in told if share.engine == "ddp"]
         return told
@@ -108,19 +109,23 @@ class Planner:
 
     @cached_property
     def rehearsal(self) -> Rehearsal | FewBlocks:
-        draft, recipe, cp_size = self.drafts.of(self.run), self.run.memory, self.run.cp_size
-        return FewBlocks(draft, recipe, cp_size) if self.few_blocks else Rehearsal(copied(draft, recipe), cp_size)
+        meta_module, recipe, cp_size = self.meta_modules.of(self.run), self.run.memory, self.run.cp_size
+        return (
+            FewBlocks(meta_module, recipe, cp_size)
+            if self.few_blocks
+            else Rehearsal(copied(meta_module, recipe), cp_size)
+        )
 
     @property
-    def kept(self) -> Held:
+    def kept(self) -> MemoryFootprint:
         """What is held whatever is trained on."""
         at_rest, unreached = self.rehearsal.at_rest, self.rehearsal.unreached
         return kept(self.rehearsal.module, at_rest, unreached, self.run.optimizer, self.run.ema, self.run.on_cuda)
 
-    def held(self, size: Size | None) -> Held:
+    def footprint(self, size: Size | None) -> MemoryFootprint:
         """What a training on pictures of this size holds."""
         if size not in self.trained:
-            row = self.drafts.encoded(size)[1] if self.run.is_to_be_cached else self.run.row(size)
+            row = self.meta_modules.encoded(size)[1] if self.run.is_to_be_cached else self.run.row(size)
             batches = self.run.batches
             rows, accumulates = [row] * batches.micro_batch_size, batches.accumulation > 1
             self.trained[size] = self.rehearsal.train(rows, accumulates)
@@ -129,41 +134,50 @@ class Planner:
 
     # Stages
 
-    def training(self, size: Size | None, held: Held) -> Stage:
-        optimizer = held.optimizer + held.average
-        host = held.host + (0 if self.run.is_cached else round(self.run.memory.remember * 2**30))
-        return Stage("train", size, held.weights, held.gradients, optimizer, held.activations, held.peak, host)
+    def training(self, size: Size | None, footprint: MemoryFootprint) -> StageMemory:
+        optimizer = footprint.optimizer + footprint.average
+        host = footprint.host + (0 if self.run.is_cached else round(self.run.memory.remember * 2**30))
+        return StageMemory(
+            "train",
+            size,
+            footprint.weights,
+            footprint.gradients,
+            optimizer,
+            footprint.activations,
+            footprint.peak,
+            host,
+        )
 
-    def drawing(self) -> list[Stage]:
+    def sampling(self) -> list[StageMemory]:
         """The validation's prompts, drawn beside what training holds between two steps."""
         validation, pipe = self.run.validation, self.rehearsal.module.pipe
         if not (validation and validation.prompts):
             return []
         request = {"prompt": validation.prompts[0], **validation.options}
         whole, kept = pipe.complete(request), self.kept
-        peak = kept.between_steps + self.draw(request).peak
+        peak = kept.between_steps + self.sample(request).peak
         size = whole["width"], whole["height"]
-        return [Stage("draw", size, kept.weights, optimizer=kept.optimizer + kept.average, peak=peak)]
+        return [StageMemory("draw", size, kept.weights, optimizer=kept.optimizer + kept.average, peak=peak)]
 
-    def draw(self, request: Mapping) -> Working:
+    def sample(self, request: Mapping) -> Working:
         """What drawing takes; it keeps nothing, so that few blocks tell it once for all policies."""
         storage = self.run.memory.storage
-        if storage not in self.drawn:
-            self.drawn[storage] = self.rehearsal.draw(request)
-        return self.drawn[storage]
+        if storage not in self.sampled:
+            self.sampled[storage] = self.rehearsal.sample(request)
+        return self.sampled[storage]
 
-    def saving(self) -> Stage:
+    def saving(self) -> StageMemory:
         """Checkpoints, one more than are kept while it is written, and the weights of every export."""
         kept, run = self.kept, self.run
         state, optimizer = kept.trained + kept.optimizer + kept.average, kept.optimizer + kept.average
         disk = (run.checkpoint.keep_last + 1) * state + run.exports * len(run.export.formats) * kept.trained
         host = min(state, FILE_BYTES)
-        return Stage("save", None, kept.weights, 0, optimizer, 0, kept.between_steps, host=host, disk=disk)
+        return StageMemory("save", None, kept.weights, 0, optimizer, 0, kept.between_steps, host=host, disk=disk)
 
-    def caching(self, size: Size | None) -> Stage:
+    def caching(self, size: Size | None) -> StageMemory:
         """What make_cache.py takes."""
-        working, made = self.drafts.encoded(size)
+        working, made = self.meta_modules.encoded(size)
         tensors = [leaf for leaf in tree_leaves(made.made) if isinstance(leaf, Tensor)]
-        disk = len(self.run.dataset.parts()[size].rows) * bytes_of(tensors)
-        weights = self.drafts.encoding.at_rest
-        return Stage("cache", size, weights, peak=weights + working.peak, disk=disk)
+        disk = len(self.run.dataset.rows_by_size()[size].rows) * bytes_of(tensors)
+        weights = self.meta_modules.encoding.at_rest
+        return StageMemory("cache", size, weights, peak=weights + working.peak, disk=disk)

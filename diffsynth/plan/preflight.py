@@ -5,6 +5,7 @@ import logging
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import psutil
 import torch
@@ -14,11 +15,16 @@ from ..core.files import write_text
 from ..core.loader import ModelConfig
 from ..core.memory import MemoryRecipe
 from ..core.memory.sizes import shown_size
+from ..training.engines import Engine
 from ..training.run import Run
-from .budget import Budget, Choice
+from .budget import Budget, BudgetChoice
 from .meta_pipeline import file_bytes
 from .plan import Plan, Planner
+from .run import PlanRun
 from .shares import shares
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
 
 logger = logging.getLogger(__name__)
 
@@ -26,29 +32,30 @@ MOST_BYTES = 12  # in training, for each byte of a file: fp32 weights, gradients
 SMALL = 0.1  # of a device: up to there a run is not rehearsed, which would take longer than many of its steps
 
 
-def preflight(run: Run, accelerator, run_dir: str | Path) -> tuple[MemoryRecipe, int | None]:
-    """Recipe and micro-batch size that the run is to be trained with; all processes call it.
+def preflight(run: Run, accelerator: "Accelerator", engine: Engine) -> Run:
+    """The run with the recipe and the micro-batch size that it is to be trained with; all processes call it.
 
-    Args:
-        run_dir: Where the recipe that was chosen for a budget is written, and read from when the run goes on.
+    What was chosen for a budget is written into the run's folder, and read from there when the run is resumed.
 
     Raises:
         ValueError: It does not fit the device, or nothing fits the budget.
     """
     device, recipe = accelerator.device, run.memory
     if recipe.budget is None and (not recipe.check or is_small(run.model, free_bytes(device))):
-        return recipe, run.micro_batch_size
-    run = replace(run, on_cuda=device.type == "cuda")
+        return run
+    placement = {"processes": accelerator.num_processes, "engine": engine.file, "cp_size": engine.cp_size}
+    planned = PlanRun.of(run, **placement, on_cuda=device.type == "cuda")
     found = [None]
     if accelerator.is_main_process:
         try:
-            found = [settle(Planner(run), Path(run_dir) / "memory.json", device)]
+            found = [settle(Planner(planned), Path(run.run_dir) / "memory.json", device)]
         except (ValueError, OSError) as error:  # told by all, or the others would wait
             found = [str(error)]
     (settled,) = broadcast_object_list(found)
     if isinstance(settled, str):
         raise ValueError(settled)
-    return settled
+    memory, micro_batch_size = settled
+    return replace(run, memory=memory, micro_batch_size=micro_batch_size)
 
 
 def settle(planner: Planner, record: Path, device: torch.device) -> tuple[MemoryRecipe, int | None]:
@@ -69,7 +76,7 @@ def settle(planner: Planner, record: Path, device: torch.device) -> tuple[Memory
     return settled
 
 
-def as_record(choice: Choice) -> dict:
+def as_record(choice: BudgetChoice) -> dict:
     return {
         "recipe": asdict(choice.option.recipe),
         "micro_batch_size": choice.option.micro_batch_size,
@@ -86,15 +93,15 @@ def is_small(model: Callable, free: int) -> bool:
     return None not in sizes and MOST_BYTES * sum(sizes) < SMALL * free
 
 
-def check(run: Run, plan: Plan, device: torch.device) -> None:
+def check(run: PlanRun, plan: Plan, device: torch.device) -> None:
     """Refuse a run that needs more than the device has free.
 
     Raises:
         ValueError: Names both amounts and what to do.
     """
     free = free_bytes(device)
-    share = next(share for share in shares(plan.held, run.processes) if share.engine == run.engine)
-    needed = run.estimated(share.device + plan.worst.peak - plan.held.peak)
+    share = next(share for share in shares(plan.footprint, run.processes) if share.engine == run.engine)
+    needed = run.estimated(share.device + plan.worst.peak - plan.footprint.peak)
     logger.info("Planned: %s of %s free on %s.", shown_size(needed), shown_size(free), device)
     if needed > free:
         raise ValueError(

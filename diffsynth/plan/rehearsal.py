@@ -10,16 +10,16 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_map
 
-from ..core.data import CachedRow, Sample
+from ..core.data import Row, Sample
 from ..core.memory.live import LiveBytes
-from ..diffusion.loss.base import Moment
 from ..diffusion.memory_layout import lay_out, predicting_networks
 from ..diffusion.pipeline.units import run_units_together
 from ..diffusion.token_split import check_split, split_predicting
+from ..diffusion.trained import TrainProgress
 from ..diffusion.training_module import PipelineTrainingModule
 from .first_device import FirstOf
 
-LOOKED_AHEAD = 16  # steps in which an objective with several roles has trained each of them
+STEPS_AHEAD = 16  # steps in which an objective with several roles has trained each of them
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ class Rehearsal:
     """A training module as it stands in memory, and what the stages of a run add to that.
 
     Args:
-        module: Read without values (`drafts.read`), not yet laid out.
+        module: Read without values (`meta_modules.read`), not yet laid out.
         cp_size: Devices that have a sample's tokens together, of which this is the first.
     """
 
@@ -78,14 +78,13 @@ class Rehearsal:
             accumulates: It is not the step's only one, so that there are gradients already.
         """
         samples = [Sample(row, 0, number) for number, row in enumerate(rows)]
-        steps = {tuple(self.module.trained_at(step)): step for step in reversed(range(LOOKED_AHEAD))}.values()
-        stages = [self._train(samples, Moment(step, LOOKED_AHEAD), accumulates) for step in steps]
+        steps = {tuple(self.module.trained_at(step)): step for step in reversed(range(STEPS_AHEAD))}.values()
+        stages = [self._train(samples, TrainProgress(step, STEPS_AHEAD), accumulates) for step in steps]
         peaks = tuple(peak for stage in stages for peak in stage.peaks)
         return replace(max(stages, key=lambda stage: stage.peak), peaks=peaks)
 
-    def _train(self, samples: Sequence[Sample], moment: Moment, accumulates: bool) -> Working:
+    def _train(self, samples: Sequence[Sample], progress: TrainProgress, accumulates: bool) -> Working:
         self.module.train(True)
-        self.module.moment = moment
         trained = self.module.trainable_parameters()
         peaks: list[int] = []
         hooks = [parameter.register_post_accumulate_grad_hook(self.reached.add) for parameter in trained]
@@ -99,7 +98,7 @@ class Rehearsal:
             for parameter in trained if accumulates else ():
                 parameter.grad = torch.empty_like(parameter)
             with self.autocast():
-                losses = self.module(samples)
+                losses = self.module(samples, progress)
             activations = self.live.device.now - before
             end_phase()
             losses.mean().backward()
@@ -118,7 +117,7 @@ class Rehearsal:
         return [parameter for parameter in trained if parameter not in self.reached]
 
     @torch.no_grad()
-    def encode(self, rows: Sequence) -> tuple[Working, CachedRow]:
+    def encode(self, rows: Sequence) -> tuple[Working, Row]:
         """The frozen units on rows, as when a cache is made, and what it would keep of the first."""
         module = self.module
         with self._measured() as before, self.autocast():
@@ -129,10 +128,10 @@ class Rehearsal:
             del inputs, given, made
         working = self._since(before)
         sides = tree_map(lambda value: zeros_like(value) if isinstance(value, torch.Tensor) else value, kept)
-        return working, CachedRow(rows[0], dict(zip(("shared", "posi", "nega"), sides, strict=True)))
+        return working, Row(rows[0], dict(zip(("shared", "posi", "nega"), sides, strict=True)))
 
     @torch.no_grad()
-    def draw(self, request: Mapping) -> Working:
+    def sample(self, request: Mapping) -> Working:
         """One of a drawing's steps, and its picture."""
         with self._measured() as before, self.autocast(), self.module.pipe.sampling() as pipe:
             whole = pipe.complete(request)

@@ -6,7 +6,7 @@ ZeRO: Rajbhandari et al. 2020 (https://arxiv.org/abs/1910.02054, Fig. 1); offloa
 
 from dataclasses import dataclass
 
-from .footprint import Held
+from .footprint import MemoryFootprint
 
 GATHERED_BLOCKS = 2  # one is computed with while the next is gathered
 
@@ -25,16 +25,21 @@ class Share:
     host: int = 0
 
 
-def shares(held: Held, devices: int) -> list[Share]:
+def shares(footprint: MemoryFootprint, devices: int) -> list[Share]:
     """Every engine's share for so many devices."""
-    own = held.gradients + held.optimizer
-    state, masters, weights = (-(-whole // devices) for whole in (own, held.masters, held.weights - held.encoders))
-    gathered, passing = held.encoders + GATHERED_BLOCKS * held.block, held.passing - held.gradients + held.average
-    buckets = held.gradients if devices > 1 else 0  # in which DDP reduces, apart from the gradients themselves
+    own = footprint.gradients + footprint.optimizer
+    state, master_weights, weights = (
+        -(-whole // devices) for whole in (own, footprint.master_weights, footprint.weights - footprint.encoders)
+    )
+    gathered, passing = (
+        footprint.encoders + GATHERED_BLOCKS * footprint.block,
+        footprint.passing - footprint.gradients + footprint.average,
+    )
+    buckets = footprint.gradients if devices > 1 else 0  # in which DDP reduces, apart from the gradients themselves
     return [
-        Share("ddp", devices, held.peak + buckets),
-        Share("zero2", devices, held.weights + state + masters + passing),
+        Share("ddp", devices, footprint.peak + buckets),
+        Share("zero2", devices, footprint.weights + state + master_weights + passing),
         Share("fsdp2", devices, weights + state + gathered + passing),
-        Share("zero2_offload", devices, held.weights + passing, state + masters),
-        Share("zero3_offload", devices, gathered + passing, weights + state + masters),
+        Share("zero2_offload", devices, footprint.weights + passing, state + master_weights),
+        Share("zero3_offload", devices, gathered + passing, weights + state + master_weights),
     ]

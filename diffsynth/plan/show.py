@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Sequence
 from html import escape
 
-from .plan import Plan, Stage
+from .plan import Plan, StageMemory
 
 GIB = 2**30
 COLUMNS = ("weights", "gradients", "optimizer", "activations", "peak", "host", "disk")
@@ -44,7 +44,7 @@ def chart(plan: Plan, budget: int | None = None) -> str:
     return f'<svg xmlns="http://www.w3.org/2000/svg" {size} style="{style}">{"".join([*drawn, *legend])}</svg>\n'
 
 
-def filling(stage: Stage) -> dict[str, int]:
+def filling(stage: StageMemory) -> dict[str, int]:
     """What a stage's peak is made of; `passing` is what comes and goes within a step."""
     kept = stage.weights + stage.optimizer
     gradients = min(stage.gradients, stage.peak - kept)
@@ -52,7 +52,7 @@ def filling(stage: Stage) -> dict[str, int]:
     return {**parts, "passing": stage.peak - kept - gradients}
 
 
-def _bar(stage: Stage, top: float, scale: float) -> str:
+def _bar(stage: StageMemory, top: float, scale: float) -> str:
     drawn, left = [_text(8, top + 15, f"{stage.name} {_size(stage)}", "#222")], LEFT
     for name, size in filling(stage).items():
         width = size * scale
@@ -77,5 +77,5 @@ def _gib(size: int) -> str:
     return f"{size / GIB:.2f}" if size else ""
 
 
-def _size(stage: Stage) -> str:
+def _size(stage: StageMemory) -> str:
     return "x".join(map(str, stage.size)) if stage.size else ""

@@ -45,7 +45,7 @@ def write_report(run_dir: str | Path) -> Path:
         "title": escape(run_dir.name),
         "facts": _table(facts(run_dir, yaml.safe_load(config))),
         "warnings": "".join(f"<li>{escape(line)}</li>" for line in warnings(run_dir)),
-        "receipt": contact_sheet(run_dir),
+        "data_report": contact_sheet(run_dir),
         "config": escape(config),
         "data": json.dumps(data).replace("</", "<\\/"),
     }
@@ -78,7 +78,7 @@ def pictures(run_dir: Path) -> list[dict]:
 
 def contact_sheet(run_dir: Path) -> str:
     """The receipt's picture, if there is one."""
-    path = run_dir / "receipt.png"
+    path = run_dir / "data_report.png"
     return f'<img src="{embed(path)}" alt="the first samples">' if path.exists() else ""
 
 
@@ -92,7 +92,7 @@ def facts(run_dir: Path, config: dict) -> dict[str, str]:
         "command": " ".join(read_json(run_dir / "command.json") or []),
         "model": (config.get("model") or {}).get("_target_", ""),
         "data set": (config.get("dataset") or {}).get("path", ""),
-        "samples": receipt_lines(read_json(run_dir / "receipt.json")),
+        "samples": data_report_lines(read_json(run_dir / "data_report.json")),
         "rows left out": str(skipped),
         "steps left out": str(bad),
         "commit": environment.get("commit") or "unknown",
@@ -101,13 +101,13 @@ def facts(run_dir: Path, config: dict) -> dict[str, str]:
     }
 
 
-def receipt_lines(receipt: dict) -> str:
-    """What a run's data receipt counts, in one line."""
-    if not receipt:
+def data_report_lines(data_report: dict) -> str:
+    """What a run's data report counts, in one line."""
+    if not data_report:
         return ""
-    sizes = ", ".join(f"{count} of {size}" for size, count in receipt["sizes"].items())
-    counts = {"enlarged": receipt["enlarged"], "captions cut off": receipt["caption_cut_off"]}
-    counts |= {f"also in {name}": pairs for name, pairs in receipt["also_in_validation"].items()}
+    sizes = ", ".join(f"{count} of {size}" for size, count in data_report["sizes"].items())
+    counts = {"enlarged": data_report["enlarged"], "captions cut off": data_report["caption_cut_off"]}
+    counts |= {f"also in {name}": pairs for name, pairs in data_report["also_in_validation"].items()}
     return "; ".join([sizes, *(f"{len(found)} {name}" for name, found in counts.items() if found)])
 
 

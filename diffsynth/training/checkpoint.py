@@ -6,10 +6,10 @@ import logging
 import re
 import shutil
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from accelerate.utils import broadcast_object_list
 from safetensors.torch import load_file
@@ -45,7 +45,7 @@ class Checkpoints:
     every: int | None = None
     keep_last: int = 2
     keep_every: int | None = None
-    identity: dict[str, Any] = field(default_factory=dict, init=False)  # what must not change under a run
+    saves: ClassVar[bool] = True
 
     def __post_init__(self):
         self.path = Path(self.path)
@@ -57,8 +57,11 @@ class Checkpoints:
     def due(self, step: int) -> bool:
         return step > 0 and self.every is not None and step % self.every == 0
 
-    def resume(self, accelerator, state) -> bool:
+    def resume(self, accelerator, state, identity: Mapping[str, Any]) -> bool:
         """Restore `state` from the newest whole checkpoint; whether there was one. All processes call it.
+
+        Args:
+            identity: What must be as it was when the checkpoint was saved, by name.
 
         Raises:
             ValueError: The run has other data, or another model, than when it was saved.
@@ -71,12 +74,17 @@ class Checkpoints:
         if newest is None:
             return False
         folder, content = newest
-        self._check_identity(folder, content["identity"])
+        _check_identity(folder, content["identity"], identity)
         state.restore(partial(load_part, folder, content))
         logger.info("Going on from step %d, which %s holds.", state.step, folder)
         return True
 
-    def keep(self, accelerator, state, last: bool) -> None:
+    def keep_if_due(self, accelerator, state, identity: Mapping[str, Any], last: bool) -> None:
+        """Save `state` after the `last` step, and after steps that `every` divides; all processes call it."""
+        if last or self.due(state.step):
+            self.keep(accelerator, state, identity, last)
+
+    def keep(self, accelerator, state, identity: Mapping[str, Any], last: bool) -> None:
         """Save `state`; all processes call it.
 
         A disk without room costs a warning, as somebody may make room before the next one; the `last` has no next one.
@@ -85,14 +93,14 @@ class Checkpoints:
         accelerator.wait_for_everyone()
         if accelerator.is_main_process:
             try:
-                self.save(state.step, parts)
+                self.save(state.step, parts, identity)
             except OSError as error:
                 if last:
                     raise
                 logger.warning("Step %d is not kept: %s", state.step, error)
         accelerator.wait_for_everyone()
 
-    def save(self, step: int, parts: Mapping[str, Any]) -> Path:
+    def save(self, step: int, parts: Mapping[str, Any], identity: Mapping[str, Any] | None = None) -> Path:
         """Write the trees of `parts` as the checkpoint of this step, then delete those that are not kept.
 
         Raises:
@@ -108,7 +116,7 @@ class Checkpoints:
                     save_safetensors(shard, unfinished / f"{name}-{number:05d}.safetensors")
             files = {file.name: _digest(file) for file in sorted(unfinished.iterdir())}
             plain = {name: plain for name, (plain, _) in split.items()}
-            content = {"step": step, "identity": self.identity, "parts": plain, "files": files}
+            content = {"step": step, "identity": dict(identity or {}), "parts": plain, "files": files}
             write_text(unfinished / INDEX, json.dumps({"digest": _digest_of(content), "content": content}))
         self._prune(step)
         return folder
@@ -145,19 +153,20 @@ class Checkpoints:
         names = [re.fullmatch(r"step-(\d+)", folder.name) for folder in self.path.glob("step-*")]
         return [int(name[1]) for name in names if name]
 
-    def _check_identity(self, folder: Path, saved: Mapping) -> None:
-        for name, now in self.identity.items():
-            if saved.get(name) != now:
-                raise ValueError(
-                    f"{folder} was made with another {name} ({saved.get(name)}, now {now}): bring the old one back, or "
-                    f"set name=… to start a new run."
-                )
-
     def _prune(self, newest: int) -> None:
         steps = sorted(step for step in self.steps() if step <= newest)  # later ones were passed over
         for step in steps[: -self.keep_last]:
             if self.keep_every is None or step % self.keep_every:
                 shutil.rmtree(self.path / f"step-{step:06d}")
+
+
+def _check_identity(folder: Path, saved: Mapping[str, Any], identity: Mapping[str, Any]) -> None:
+    for name, now in identity.items():
+        if saved.get(name) != now:
+            raise ValueError(
+                f"{folder} was made with another {name} ({saved.get(name)}, now {now}): bring the old one back, or "
+                f"set name=… to start a new run."
+            )
 
 
 def read_checkpoint(folder: Path) -> dict:

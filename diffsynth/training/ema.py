@@ -19,6 +19,8 @@ class EMA:
         device: Where the average is kept; None beside the parameters, `cpu` to spare a GPU's memory.
     """
 
+    weights = ("raw", "ema")  # what there is to evaluate and export
+
     def __init__(self, decay: float = 0.999, power: float | None = None, device: str | None = None):
         if not 0 <= decay < 1:
             raise ValueError(f"ema.decay is {decay}; expected a number in [0, 1).")

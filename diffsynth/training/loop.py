@@ -1,36 +1,201 @@
 """The one loop."""
 
-import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
 from functools import partial
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
 
-from ..core.data import AddressedDataset, BatchPlan, BatchSampler, MixedOrder
-from ..core.data.order.mixing import order_of
+from ..core.data import AddressedDataset, BatchLayout, BatchSampler, MixedOrder, PlainData, TrainingData
 from ..core.devices import peak_memory
-from ..core.files import write_text
-from ..core.progress import Progress
+from ..core.progress import ProgressBar
 from ..core.signals import leave_to_parent
 from ..diffusion.logger import ModelLogger
 from ..diffusion.training_module import DiffusionTrainingModule
+from .absent import NoCheckpoints, NoEMA, NoLogger, NoValidation
 from .bad_steps import BadSteps
 from .checkpoint import Checkpoints
 from .ema import EMA
 from .engines import Engine, choose_engine
 from .record.numbers import LocalLogger
 from .state import TrainingState
-from .stopping import Stopped, stop_on_signals
-from .validation.validation import BANDS
+from .stopping import Stopped, StopRequest, stop_on_signals
+from .validation import BANDS, Validation
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+    from .run import Run
 
 DETAILS = ("_error", *(f"_band{number}" for number in range(1, BANDS + 1)))  # logged, but not shown on the console
 
 
+@dataclass(kw_only=True)
+class Trainer:
+    """A training whose parts are built and whose weights are loaded; what is absent is None.
+
+    Args:
+        accelerator, engine: Its device and precision, and how it is spread over processes.
+        module: What is trained, from samples to a loss.
+        export: Weights to use.
+        identity: What must be the same when the run is resumed, by name.
+        bad_steps: What is done about steps whose gradient is not finite.
+        optimizer, lr_scheduler: See `TrainingState`.
+
+    The others are those of `training.run.Run`.
+    """
+
+    accelerator: "Accelerator"
+    engine: Engine
+    module: DiffusionTrainingModule
+    dataset: TrainingData
+    optimizer: Callable
+    export: ModelLogger
+    lr_scheduler: Callable | None = None
+    max_steps: int | None = None
+    num_epochs: float = 1
+    batch_size: int = 1
+    micro_batch_size: int | None = None
+    max_grad_norm: float | None = None
+    seed: int = 0
+    ema: EMA | NoEMA | None = None
+    checkpoint: Checkpoints | NoCheckpoints | None = None
+    identity: Mapping[str, Any] = field(default_factory=dict)
+    logger: LocalLogger | NoLogger | None = None
+    validation: Validation | NoValidation | None = None
+    bad_steps: BadSteps = field(default_factory=BadSteps)
+
+    def __post_init__(self):
+        self.ema = self.ema or NoEMA()
+        self.checkpoint = self.checkpoint or NoCheckpoints()
+        self.logger = self.logger or NoLogger()
+        self.validation = self.validation or NoValidation()
+        self.layout = BatchLayout(self.batch_size, self.micro_batch_size, self.engine.replicas)
+        self.order = self.dataset.order(self.batch_size, self.seed)
+        self.steps = self.max_steps or self.order.steps_of(self.num_epochs)
+
+    @classmethod
+    def of(cls, run: "Run", accelerator: "Accelerator", engine: Engine, module, identity: Mapping) -> "Trainer":
+        """The trainer of a configured run, whose `module` is loaded."""
+        shared = {name: value for name, value in vars(run).items() if name in cls.__dataclass_fields__}
+        bad_steps = BadSteps(f"{run.run_dir}/bad_steps.jsonl", run.max_bad_steps)
+        own = {"accelerator": accelerator, "engine": engine, "module": module, "identity": identity}
+        return cls(**shared, **own, bad_steps=bad_steps)
+
+    def fit(self) -> int:
+        """Train and return the number of optimizer steps taken.
+
+        Raises:
+            Stopped: A signal asked for it; the state is saved.
+            FloatingPointError: Too many steps in a row had a gradient that is not finite.
+        """
+        state = self._build_state()
+        resumed = self._begin(state)
+        sampler = BatchSampler(self.order, self.layout, self.engine.replica, state.step, self.steps - state.step)
+        bar = ProgressBar(self.steps, state.step, self.accelerator.is_main_process)
+
+        with stop_on_signals() as stop, self._batches(sampler) as batches:
+            while True:
+                done, last = self._ends(state, stop)
+
+                # Evaluate and keep what the last step left; a run that resumes has done so before it stopped.
+                state.set_mode("eval")
+                if not resumed:
+                    with state.meter.paused():
+                        self._record(state, bar, done)
+                        self.checkpoint.keep_if_due(self.accelerator, state, self.identity, last)
+                if last:
+                    break
+                resumed = False
+
+                # Accumulate the gradient of one batch.
+                state.set_mode("train")
+                for number in range(self.layout.accumulation):
+                    with state.accumulating(last=number == self.layout.accumulation - 1):
+                        torch.manual_seed(sampler.seed(state.step, number))  # of the networks' own, such as dropout
+                        state.backward(state.losses(next(batches)))
+
+                # Update the weights.
+                if not state.update(self.max_grad_norm):
+                    self.bad_steps.note(self.accelerator, state, sampler.step(state.step - 1))
+                bar.advance(state.step)
+
+        bar.close()
+        if self.accelerator.is_main_process:
+            self.logger.finish()
+        if not done:
+            raise Stopped(state.step, saved=self.checkpoint.saves)
+        return state.step
+
+    def _build_state(self) -> TrainingState:
+        self.accelerator.gradient_accumulation_steps = self.layout.accumulation
+        return TrainingState(
+            self.accelerator, self.module, self.optimizer, self.lr_scheduler, self.steps, self.ema, self.engine
+        )
+
+    def _begin(self, state: TrainingState) -> bool:
+        """Resume from the newest checkpoint, and open what is written; whether there was a checkpoint."""
+        resumed = self.checkpoint.resume(self.accelerator, state, self.identity)
+        if self.accelerator.is_main_process:
+            self.bad_steps.start(state.step)
+            self.checkpoint.check_room_for_run(state.expected_bytes)
+            self.logger.start(state.step, resumed)
+        return resumed
+
+    def _ends(self, state: TrainingState, stop: StopRequest) -> tuple[bool, bool]:
+        """Whether all steps are taken, and whether that or a signal ends the loop."""
+        done = state.step == self.steps
+        return done, stop.agreed(self.accelerator) or done
+
+    @contextmanager
+    def _batches(self, sampler: BatchSampler) -> Iterator[Iterator]:
+        """An iterator over this process's micro-batches."""
+        workers = self.dataset.num_workers
+        loader = DataLoader(
+            AddressedDataset(self.dataset, sampler.order.seed),
+            batch_sampler=sampler,
+            collate_fn=self.module.collate_fn,
+            num_workers=workers,
+            multiprocessing_context="spawn" if workers else None,
+            worker_init_fn=leave_to_parent,
+        )
+        batches = iter(loader)
+        try:
+            yield batches
+        finally:
+            if workers:
+                batches._shutdown_workers()  # after an error they would wait for a signal that they ignore
+
+    def _record(self, state: TrainingState, bar: ProgressBar, done: bool) -> None:
+        """Numbers, pictures and weights of the step that was taken last, each when it is due."""
+        values, pictures = {}, {}
+        if self.logger.due(state.step, done):
+            values = {**state.numbers(), "memory_gb": peak_memory(self.accelerator.device)}
+        if self.validation.due(state.step, done):
+            measured, pictures = self.validation.run(self.accelerator, state)
+            values |= measured
+        if values:
+            bar.show({name: value for name, value in values.items() if not name.endswith(DETAILS)})
+        if self.accelerator.is_main_process:
+            self.logger.log(state.step, values, pictures)
+        self._export(state, done, values)
+
+    def _export(self, state: TrainingState, done: bool, values: Mapping[str, float]) -> None:
+        step, epoch = state.step, _ended_epoch(self.order, state.step)
+        if not self.export.due(step, epoch, done, values):
+            return
+        for weights in self.ema.weights:
+            # Gathering weights copies them, as putting the average in place does.
+            with state.using(weights) if weights != "raw" else nullcontext(), state.exporting():
+                self.export.on_step_end(self.accelerator, state.model, step, epoch, done, values, weights)
+
+
 def launch_training_task(
-    accelerator,
-    dataset,
+    accelerator: "Accelerator",
+    dataset: Dataset,
     model: DiffusionTrainingModule,
     model_logger: ModelLogger,
     learning_rate: float = 1e-4,
@@ -43,141 +208,46 @@ def launch_training_task(
     lr_scheduler: Callable | None = None,
     max_grad_norm: float | None = None,
     seed: int = 0,
-    num_workers: int = 0,
-    ema: EMA | None = None,
-    checkpoints: Checkpoints | None = None,
-    logger: LocalLogger | None = None,
-    validation=None,
-    bad_steps: BadSteps | None = None,
-    engine: Engine | None = None,
+    num_workers: int | None = None,
+    **parts,
 ) -> int:
     """Train `model` on `dataset` and return the number of optimizer steps taken.
 
     Args:
+        dataset: A `TrainingData`, or any map-style data set.
         learning_rate, weight_decay: Of AdamW, when no `optimizer` is given.
         num_epochs, max_steps: Passes over the data set, or optimizer steps, which win.
         batch_size: Samples an optimizer step, over all devices; None takes one micro-batch a device.
         micro_batch_size: Samples a forward on one device.
         optimizer, lr_scheduler: See `TrainingState`.
         max_grad_norm: Clip the gradient's norm to this.
-        checkpoints: Where to go on from, if a run was here before.
-        engine: How it is spread over processes; None is the one that the launcher's file asks for.
+        num_workers: Processes that load the data; None takes the data set's own number.
+        parts: Further fields of `Trainer`: `engine`, `ema`, `checkpoint`, `logger`, `validation`, `bad_steps`.
 
     Raises:
         Stopped: A signal asked for it; the state is saved.
         FloatingPointError: Too many steps in a row had a gradient that is not finite.
     """
-    engine = engine or choose_engine(accelerator)
-    batch_size = batch_size or (micro_batch_size or 1) * engine.replicas
-    plan = BatchPlan(batch_size, micro_batch_size, engine.replicas)
-    order = order_of(dataset, batch_size, seed)
-    steps = max_steps or order.steps_of(num_epochs)
-    optimizer = optimizer or partial(torch.optim.AdamW, lr=learning_rate, weight_decay=weight_decay)
-    accelerator.gradient_accumulation_steps = plan.accumulation
-    state = TrainingState(accelerator, model, optimizer, lr_scheduler, steps, ema, engine)
-    resumed = checkpoints is not None and checkpoints.resume(accelerator, state)
-    bad_steps = bad_steps or BadSteps()
-    if accelerator.is_main_process:
-        bad_steps.start(state.step)
-        if checkpoints is not None:
-            checkpoints.check_room_for_run(state.expected_bytes)
-        if logger is not None:
-            logger.start(state.step, resumed)
-    sampler = BatchSampler(order, plan, engine.replica, state.step, steps - state.step)
-    progress = Progress(steps, state.step, accelerator.is_main_process)
-    look = partial(_look, accelerator, state, model_logger, logger, validation, progress)
-
-    with stop_on_signals() as stop, _batches(dataset, model, sampler, num_workers) as batches:
-        while True:
-            done, asked = state.step == steps, stop.agreed(accelerator)
-
-            # Look at what the last step left, and keep it; a run that was taken up again has already done so.
-            state.set_mode("eval")
-            with state.meter.paused():
-                if not resumed:
-                    look(epoch=_ended_epoch(order, state.step), done=done)
-                    if checkpoints is not None and (done or asked or checkpoints.due(state.step)):
-                        checkpoints.keep(accelerator, state, last=done or asked)
-            if done or asked:
-                break
-            resumed = False
-
-            # Accumulate the gradient of one batch.
-            state.start_step()
-            for number in range(plan.accumulation):
-                with state.accumulating(last=number == plan.accumulation - 1):
-                    torch.manual_seed(sampler.seed(state.step, number))  # for what the networks draw, such as dropout
-                    state.backward(state.model(next(batches)))
-
-            # Update.
-            if not state.update(max_grad_norm):
-                bad_steps.note(accelerator, state, sampler.step(state.step - 1))
-            progress.advance(state.step)
-
-    progress.close()
-    if logger is not None and accelerator.is_main_process:
-        logger.finish()
-    if not done:
-        raise Stopped(state.step, saved=checkpoints is not None)
-    return state.step
-
-
-def _look(accelerator, state, model_logger, logger, validation, progress, epoch: int | None, done: bool) -> None:
-    """Numbers, pictures and weights of the step that was taken last, each when it is due."""
-    values, pictures = {}, {}
-    if logger is not None and state.step > 0 and (done or state.step % logger.every == 0):
-        values = {**state.meter.read(), "lr": state.learning_rate, "memory_gb": peak_memory(accelerator.device)}
-        if state.skipped_steps:
-            values["skipped_steps"] = state.skipped_steps
-    if validation is not None and validation.due(state.step, done):
-        measured, pictures = validation.run(accelerator, state)
-        values |= measured
-    if values:
-        progress.show({name: value for name, value in values.items() if not name.endswith(DETAILS)})
-    if logger is not None and accelerator.is_main_process:
-        if values:
-            logger.log(state.step, values)
-        for name, path in pictures.items():
-            logger.picture(state.step, name, path)
-    due = model_logger.due(state.step, epoch, done, values)
-    with state.exporting() if due else nullcontext():  # gathering weights copies them, as putting them in place does
-        model_logger.on_step_end(accelerator, state.model, state.step, epoch, done, values)
-    if state.ema and due:
-        with state.using("ema"), state.exporting():
-            model_logger.on_step_end(accelerator, state.model, state.step, epoch, done, values, "ema")
-
-
-def record_data(accelerator, dataset, fingerprint: str, run_dir: str) -> None:
-    """Write what is trained on to `data.json`, and the rows that any process left out to `skipped.jsonl`.
-
-    All processes call it.
-    """
-    from accelerate.utils import gather_object
-
-    dataset.undecodable |= torch.stack(gather_object([dataset.undecodable])).any(0)
-    if accelerator.is_main_process:
-        about = {"path": dataset.metadata_path, "rows": len(dataset), "fingerprint": fingerprint}
-        write_text(f"{run_dir}/data.json", json.dumps(about, indent=1))
-        dataset.write_skipped(f"{run_dir}/skipped.jsonl")
-
-
-@contextmanager
-def _batches(dataset, model, sampler: BatchSampler, num_workers: int) -> Iterator[Iterator]:
-    """An iterator over this process's micro-batches."""
-    loader = DataLoader(
-        AddressedDataset(dataset, sampler.order.seed),
-        batch_sampler=sampler,
-        collate_fn=model.collate_fn,
-        num_workers=num_workers,
-        multiprocessing_context="spawn" if num_workers else None,
-        worker_init_fn=leave_to_parent,
+    data = dataset if isinstance(dataset, TrainingData) else PlainData(dataset)
+    data.num_workers = data.num_workers if num_workers is None else num_workers
+    engine = parts.pop("engine", None) or choose_engine(accelerator)
+    trainer = Trainer(
+        accelerator=accelerator,
+        engine=engine,
+        module=model,
+        dataset=data,
+        optimizer=optimizer or partial(torch.optim.AdamW, lr=learning_rate, weight_decay=weight_decay),
+        export=model_logger,
+        lr_scheduler=lr_scheduler,
+        max_steps=max_steps,
+        num_epochs=num_epochs,
+        batch_size=batch_size or (micro_batch_size or 1) * engine.replicas,
+        micro_batch_size=micro_batch_size,
+        max_grad_norm=max_grad_norm,
+        seed=seed,
+        **parts,
     )
-    batches = iter(loader)
-    try:
-        yield batches
-    finally:
-        if num_workers:
-            batches._shutdown_workers()  # after an error they would wait for a signal that they ignore
+    return trainer.fit()
 
 
 def _ended_epoch(order: MixedOrder, step: int) -> int | None:

@@ -1,99 +1,77 @@
-"""What a run is made of."""
+"""What a training is made of: the top level of its configuration."""
 
-import math
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
-from ..core.data import BatchPlan, CachedDataset
-from ..core.memory import MemoryRecipe
 
-# An estimate: what CUDA's allocator loses between tensors, and its context with the libraries' workspaces.
-CUDA_WASTE, CUDA_CONTEXT = 0.05, 7 * 2**30 // 10
-ROWS_SEEN = 200  # of pictures that keep their own sizes
-
-Size = tuple[int, int]
-
-
-@dataclass(frozen=True, kw_only=True)
+@dataclass(kw_only=True)
 class Run:
-    """The parts of a run, as its configuration built them; see train.py.
+    """One training, as its configuration built it; the fields are the top level of conf/training.yaml.
 
     Args:
-        tokens: Of each prompt, where it is not padded to a length of its own.
-        cache_batch_size: Samples that go through an encoder together when a cache is made.
-        on_cuda: Whether the run is to be there.
-        processes, engine: How many devices it is spread over, and by which engine (`shares`).
-        cp_size: How many of them have the tokens of a sample together.
-        cached: As if the data set were cached already.
+        name: What the run is called.
+        output_root, run_dir: Folder of all runs, and the folder of this one in it.
+        device: `auto`, `cpu`, `cuda` or `mps`.
+        seed: Of everything that is random.
+        model: Builds the pipeline: `from_components` of a family, with its arguments but the device.
+        dataset: What is trained on (`core.data.TrainingData`).
+        task: The objective (`diffusion.loss.Objective`).
+        lora: The adapter (`diffusion.adapters.lora.Adapter`); None trains `task.trainable_models` in full.
+        template: The template that is trained (`diffusion.template.Templates`); None for none.
+        memory: What is traded for memory (`core.memory.MemoryRecipe`).
+        optimizer: `optimizer(parameters)`.
+        lr_scheduler: `lr_scheduler(optimizer)`, stepped once an optimizer step.
+        ema: Average of the weights (`training.ema.EMA`); None for none.
+        max_steps: Optimizer steps; None counts `num_epochs` instead.
+        num_epochs: Passes over the data set, times its `repeat`.
+        batch_size: Samples an optimizer step, over all devices.
+        micro_batch_size: Samples a forward on one device; None takes all at once.
+        max_grad_norm: Limit of the gradient's norm; None does not clip.
+        max_bad_steps: So many steps in a row with a gradient that is not finite end the run.
+        validation: What is evaluated, and when (`training.validation.Validation`); None evaluates nothing.
+        logger: Where numbers go (`training.record.numbers.LocalLogger`).
+        export: Weights to use (`diffusion.logger.ModelLogger`).
+        checkpoint: State to resume from (`training.checkpoint.Checkpoints`).
+        data_report: What is written down about the data before the first step (`training.record.data_report`).
     """
 
+    name: str
+    output_root: str
+    run_dir: str
     model: Any
     dataset: Any
     task: Any
-    memory: MemoryRecipe
+    memory: Any
     optimizer: Any
-    checkpoint: Any
+    lr_scheduler: Any
+    logger: Any
     export: Any
+    checkpoint: Any
+    data_report: Any
     lora: Any = None
     template: Any = None
     ema: Any = None
     validation: Any = None
+    device: str = "auto"
     seed: int = 0
     max_steps: int | None = None
     num_epochs: float = 1
     batch_size: int = 1
     micro_batch_size: int | None = None
-    tokens: int = 256
-    cache_batch_size: int = 8
-    on_cuda: bool = True
-    processes: int = 1
-    engine: str = "ddp"
-    cp_size: int = 1
-    cached: bool = False
+    max_grad_norm: float | None = None
+    max_bad_steps: int = 10
 
-    def variant(self, memory: MemoryRecipe, micro_batch_size: int | None = None) -> "Run":
-        """The same with another recipe."""
-        return replace(self, memory=memory, micro_batch_size=micro_batch_size or self.micro_batch_size)
 
-    def estimated(self, size: int) -> int:
-        """What a device has to have free for so many bytes of tensors."""
-        return round(size * (1 + CUDA_WASTE)) + CUDA_CONTEXT if self.on_cuda else size
+@dataclass(kw_only=True)
+class DistillRun(Run):
+    """A distillation in two stages; the fields are the top level of conf/distill.yaml.
 
-    @property
-    def batches(self) -> BatchPlan:
-        return BatchPlan(self.batch_size, self.micro_batch_size, self.processes // self.cp_size)
+    Args:
+        prompts, held_out: Data sets of prompts, for the training and for the validation; None samples nothing.
+        teacher_path: Folder of the teacher's pictures, in the caches `train` and `held_out`.
+        dataset: Opens what is trained on; called when the pictures are there.
+    """
 
-    @property
-    def has_cache(self) -> bool:
-        return isinstance(self.dataset, CachedDataset)
-
-    @property
-    def is_cached(self) -> bool:
-        return self.cached or self.has_cache
-
-    @property
-    def is_to_be_cached(self) -> bool:
-        """Rows are as a cache would have them, which there is not yet."""
-        return self.cached and not self.has_cache
-
-    @property
-    def sizes(self) -> list[Size | None]:
-        """Of pictures, (width, height) in pixels, the largest first; None where each has its own."""
-        return sorted(self.dataset.parts(), key=lambda size: -math.prod(size or ()))
-
-    @property
-    def exports(self) -> int:
-        """How often weights are saved."""
-        epochs, every = self.num_epochs, self.export.save_steps
-        if self.max_steps is None or every is None:
-            return math.ceil(epochs if self.max_steps is None else self.max_steps * self.batch_size / len(self.dataset))
-        return math.ceil(self.max_steps / every)
-
-    def row(self, size: Size | None):
-        """A row of the data set of this size; of those that each have their own, the largest that is seen."""
-        numbers: Sequence[int] = self.dataset.parts()[size].rows
-        if size is not None or self.has_cache:
-            return self.dataset[int(numbers[0])]
-        rows = (self.dataset[int(number)] for number in numbers[:: max(1, len(numbers) // ROWS_SEEN)])
-        return max(rows, key=lambda row: row["image"].width * row["image"].height)
+    prompts: Any
+    held_out: Any
+    teacher_path: str

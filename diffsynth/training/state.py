@@ -11,7 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..diffusion.loss.base import MODEL, Moment
+from ..diffusion.loss.base import MODEL
+from ..diffusion.trained import TrainProgress
+from .absent import NoEMA
 from .ema import EMA
 from .engines import Engine, choose_engine
 from .meter import Meter
@@ -33,13 +35,13 @@ class TrainedPart:
         optimizer: Callable,
         lr_scheduler: Callable | None,
         steps: int,
-        has_masters: bool = False,
+        has_master_weights: bool = False,
     ):
         self.parameters = parameters
         self.shapes = {name: tuple(parameter.shape) for name, parameter in parameters.items()}
         in_bf16 = any(parameter.dtype == torch.bfloat16 for parameter in parameters.values())
-        self.rounding = StochasticRounding(self.all) if in_bf16 and not has_masters else None
-        self.optimizer = optimizer(self.rounding.stand_ins if self.rounding else self.all)
+        self.rounding = StochasticRounding(self.all) if in_bf16 and not has_master_weights else None
+        self.optimizer = optimizer(self.rounding.fp32_copies if self.rounding else self.all)
         self.schedule = _schedule(lr_scheduler, self.optimizer, steps)
 
     @property
@@ -54,7 +56,7 @@ class TrainedPart:
             self.optimizer.step()
 
     @property
-    def numbers(self) -> int:
+    def numel(self) -> int:
         return sum(map(math.prod, self.shapes.values()))
 
     @property
@@ -96,10 +98,11 @@ class TrainingState:
         optimizer: Callable,
         lr_scheduler: Callable | None,
         steps: int,
-        ema: EMA | None,
+        ema: EMA | NoEMA,
         engine: Engine | None = None,
     ):
         self.module, self.steps = model, steps
+        self.tells_progress = "progress" in inspect.signature(model.forward).parameters
         self.engine = engine or choose_engine(accelerator)
         self.engine.shard(model)
         trained = Counter(part for step in range(steps) for part in model.trained_at(step))
@@ -109,15 +112,14 @@ class TrainingState:
                 _with_rate(optimizer, model.learning_rate(name)),
                 lr_scheduler,
                 trained[name],
-                self.engine.has_masters,
+                self.engine.has_master_weights,
             )
             for name, named in model.trained_parts().items()
         }
         self.accelerator, self.meter, self.ema = accelerator, Meter(accelerator, self.engine.cp_size), ema
         self.model = self.engine.prepare(model, self.parts)
         self.step = self.skipped_steps = self.skipped_in_a_row = 0
-        if ema is not None:
-            ema.start(self.engine.local(self.main.all))
+        ema.start(self.engine.local(self.main.all))
 
     @property
     def main(self) -> TrainedPart:
@@ -128,10 +130,15 @@ class TrainingState:
     def learning_rate(self) -> float:
         return self.main.optimizer.param_groups[0]["lr"]
 
-    def start_step(self) -> None:
-        """Before the micro-batches of the next optimizer step."""
-        self.set_mode("train")
-        self.module.moment = Moment(self.step, self.steps)
+    def numbers(self) -> dict[str, float]:
+        """What the meter counted since its last reading, and what the next step is taken with."""
+        skipped = {"skipped_steps": self.skipped_steps} if self.skipped_steps else {}
+        return {**self.meter.read(), "lr": self.learning_rate, **skipped}
+
+    def losses(self, batch: Any) -> Tensor:
+        """The losses (b,) of a micro-batch."""
+        progress = {"progress": TrainProgress(self.step, self.steps)} if self.tells_progress else {}
+        return self.model(batch, **progress)
 
     def backward(self, losses: Tensor) -> None:
         """Add the gradient of a micro-batch's losses (b,)."""
@@ -155,7 +162,7 @@ class TrainingState:
         self.skipped_steps += not finite
         self.left_out = () if finite else self.meter.losses
         self.meter.end_step(norms[0] if finite else None, names[0])
-        if self.ema is not None and self.main in trained:
+        if self.main in trained:
             self.ema.update(self.engine.local(self.main.all), self.step)
         return finite
 
@@ -189,15 +196,15 @@ class TrainingState:
     def expected_bytes(self) -> int:
         """What all of it takes after a step, if the optimizers keep two fp32 numbers a weight, as Adam does."""
         weights = sum(part.nbytes for part in self.parts.values())
-        numbers = 2 * sum(part.numbers for part in self.parts.values())
-        return weights + 4 * (numbers + (self.main.numbers if self.ema else 0))
+        numel = 2 * sum(part.numel for part in self.parts.values())
+        return weights + 4 * (numel + (self.main.numel if self.ema.average else 0))
 
     def trees(self) -> dict[str, Any]:
         """All of it as trees of tensors and numbers; all processes call it."""
         parts = {name: part.trees(self.engine) for name, part in self.parts.items()}
         trees = {_prefixed(name, key): tree for name, part in parts.items() for key, tree in part.items()}
         return trees | {
-            "ema": None if self.ema is None else self._whole_average(),
+            "ema": self._whole_average(),
             "counters": {
                 "step": self.step,
                 "skipped_steps": self.skipped_steps,
@@ -207,7 +214,7 @@ class TrainingState:
         }
 
     def _whole_average(self) -> list[Tensor]:
-        pairs = zip(self.main.all, self.ema.average, strict=True)
+        pairs = zip(self.main.all, self.ema.average, strict=False)  # there may be no average
         return [self.engine.keep(self.engine.whole(parameter, average)) for parameter, average in pairs]
 
     @torch.no_grad()
@@ -219,9 +226,8 @@ class TrainingState:
         """
         for name, part in self.parts.items():
             part.restore(self.engine, lambda key, name=name: tree(_prefixed(name, key)))
-        if self.ema is not None:
-            for parameter, average, kept in zip(self.main.all, self.ema.average, tree("ema"), strict=True):
-                average.copy_(self.engine.part_of(parameter, kept))
+        for parameter, average, kept in zip(self.main.all, self.ema.average, tree("ema") or (), strict=False):
+            average.copy_(self.engine.part_of(parameter, kept))
         counters = tree("counters")
         self.step, self.skipped_steps = counters["step"], counters["skipped_steps"]
         self.skipped_in_a_row = counters["skipped_in_a_row"]

@@ -15,13 +15,13 @@ class StochasticRounding:
     (https://arxiv.org/abs/2010.06192, §3).
 
     Args:
-        parameters: The weights. The optimizer is built on `stand_ins`, which are fp32, so that its state is too; they
+        parameters: The weights. The optimizer is built on `fp32_copies`, which are fp32, so that its state is too; they
             hold a value only while their own tensor takes its step.
     """
 
     def __init__(self, parameters: Sequence[nn.Parameter]):
-        self.stand_ins = [nn.Parameter(p.new_empty(0, dtype=torch.float32)) for p in parameters]
-        self.weights = dict(zip(self.stand_ins, parameters, strict=True))
+        self.fp32_copies = [nn.Parameter(p.new_empty(0, dtype=torch.float32)) for p in parameters]
+        self.weights = dict(zip(self.fp32_copies, parameters, strict=True))
 
     @torch.no_grad()
     def step(self, optimizer: Optimizer, seed: int) -> None:
@@ -30,29 +30,29 @@ class StochasticRounding:
         Raises:
             ValueError: The optimizer counts something over all its parameters, so that they cannot go one by one.
         """
-        generators = {p.device: torch.Generator(p.device).manual_seed(seed) for p in self.stand_ins}
+        generators = {p.device: torch.Generator(p.device).manual_seed(seed) for p in self.fp32_copies}
         groups = [(group, group["params"], _options(group)) for group in optimizer.param_groups]
         for group, _, _ in groups:
             group["params"] = []
-        for group, stand_ins, options in groups:
-            for stand_in in stand_ins:
-                if self.weights[stand_in].grad is not None:
-                    group["params"] = [stand_in]
-                    self._step_of(stand_in, optimizer, generators[stand_in.device])
+        for group, fp32_copies, options in groups:
+            for fp32_copy in fp32_copies:
+                if self.weights[fp32_copy].grad is not None:
+                    group["params"] = [fp32_copy]
+                    self._step_of(fp32_copy, optimizer, generators[fp32_copy.device])
             group["params"] = []
             if _options(group) != options:
                 name = type(optimizer).__name__
                 raise ValueError(f"{name} counts over all weights at once, so it needs memory.trained_dtype=float32.")
-        for group, stand_ins, _ in groups:
-            group["params"] = stand_ins
+        for group, fp32_copies, _ in groups:
+            group["params"] = fp32_copies
 
-    def _step_of(self, stand_in: nn.Parameter, optimizer: Optimizer, generator: torch.Generator) -> None:
-        weight = self.weights[stand_in]
-        stand_in.data, stand_in.grad = weight.float(), weight.grad.float()
+    def _step_of(self, fp32_copy: nn.Parameter, optimizer: Optimizer, generator: torch.Generator) -> None:
+        weight = self.weights[fp32_copy]
+        fp32_copy.data, fp32_copy.grad = weight.float(), weight.grad.float()
         optimizer.step()
         is_rounded = weight.dtype == torch.bfloat16
-        weight.copy_(round_stochastically(stand_in.data, generator) if is_rounded else stand_in)
-        stand_in.data, stand_in.grad = stand_in.new_empty(0), None
+        weight.copy_(round_stochastically(fp32_copy.data, generator) if is_rounded else fp32_copy)
+        fp32_copy.data, fp32_copy.grad = fp32_copy.new_empty(0), None
 
 
 def round_stochastically(values: Tensor, generator: torch.Generator) -> Tensor:

@@ -26,7 +26,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from diffsynth.cache.keys import CachePlan
+from diffsynth.cache.keys import CacheKeys
 from diffsynth.cache.make import CacheReport, launch_data_process_task
 from diffsynth.cache.verify import collect_garbage, stats, verify
 from diffsynth.core.data import AddressedDataset, Augmentation, CachedDataset, MixedDataset, Sample, UnifiedDataset
@@ -219,7 +219,7 @@ def test_samples_of_several_data_sets_are_shown_as_often_and_in_the_same_order(t
 
 def test_a_sample_that_is_left_out_leaves_the_others_as_often(tmp_path):
     make(tmp_path / "cache", mixture(tmp_path, truncated(tmp_path / "data")))
-    parts = CachedDataset(str(tmp_path / "cache")).buckets()
+    parts = CachedDataset(str(tmp_path / "cache")).rows_in_buckets()
     assert parts[(32, 32)][0].rate == 7 * 2
     assert sum(part.rate for own in parts.values() for part in own) == 7 * 2 + 8 * 2.5
 
@@ -487,7 +487,7 @@ def refused(cache: Path, message: str, module=None, **options) -> None:
     with pytest.raises(ValueError, match=message):
         rows = CachedDataset(str(cache), **options)
         rows.scan(required=("image", "prompt", *module.task.extra_inputs))
-        rows.check_made_for(CachePlan(module).about())
+        rows.check_made_for(CacheKeys(module).about())
 
 
 def unfinished(cache: Path) -> None:

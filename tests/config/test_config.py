@@ -68,7 +68,7 @@ def test_every_option_of_every_group_composes_and_passes_the_check(entry, choice
     for key in OmegaConf.missing_keys(cfg):  # what only the user knows, such as dataset.path
         OmegaConf.update(cfg, key, "given")
     try:
-        check(cfg, tiny.entry_function(entry))
+        check(cfg, tiny.schema(entry))
     except ConfigError as error:
         assert_names_the_extra(str(error))
 
@@ -145,7 +145,7 @@ def jobs(line: str) -> list[tuple[str, list[str]]]:
 @pytest.mark.parametrize("file, line", documented(commands_in))
 def test_every_documented_command_composes_and_passes_the_check(file, line):
     for entry, overrides in jobs(line):
-        check(tiny.compose(entry, *overrides), tiny.entry_function(entry))
+        check(tiny.compose(entry, *overrides), tiny.schema(entry))
 
 
 @pytest.mark.parametrize("file, shown", documented(errors_in))

@@ -17,13 +17,13 @@ from torch.utils.data import DataLoader
 from diffsynth.core.data import (
     AddressedDataset,
     Augmentation,
-    BatchPlan,
+    BatchLayout,
     BatchSampler,
     ImageCropAndResize,
     SampleAddress,
     UnifiedDataset,
 )
-from diffsynth.core.data.operators.augmentation import Choice
+from diffsynth.core.data.operators.augmentation import AugmentationChoice
 
 SEEDS = st.integers(0, 2**63)
 ADDRESSES = st.builds(SampleAddress, st.integers(0, 10**6), st.integers(0, 10**9))
@@ -33,9 +33,9 @@ TAGS = st.lists(st.text("abc", min_size=1, max_size=3), max_size=6)
 EVERYTHING = {"caption_dropout": 0.25, "flip": 0.5, "shuffle_tags": True, "random_crop": True}
 
 
-def drawn(count: int, weights=(1.0,), **options) -> list[Choice]:
+def drawn(count: int, weights=(1.0,), **options) -> list[AugmentationChoice]:
     augmentation = Augmentation(**options)
-    return [augmentation.draw(weights, 0, SampleAddress(n // 1000, n % 1000)) for n in range(count)]
+    return [augmentation.choose(weights, 0, SampleAddress(n // 1000, n % 1000)) for n in range(count)]
 
 
 # Addresses ------------------------------------------------------------------------------------------------------------
@@ -43,7 +43,7 @@ def drawn(count: int, weights=(1.0,), **options) -> list[Choice]:
 
 @given(WEIGHTS, SEEDS, ADDRESSES)
 def test_the_same_address_is_the_same_choice(weights, seed, address):
-    assert Augmentation(**EVERYTHING).draw(weights, seed, address) == Augmentation(**EVERYTHING).draw(
+    assert Augmentation(**EVERYTHING).choose(weights, seed, address) == Augmentation(**EVERYTHING).choose(
         weights, seed, SampleAddress(*address)
     )
 
@@ -52,20 +52,20 @@ def test_the_same_address_is_the_same_choice(weights, seed, address):
 def test_another_seed_epoch_or_index_is_another_choice(seed, address):
     moved = [(0, 0, 0), (1, 0, 0), (0, 1, 0), (0, 0, 1)]
     others = [(seed + s, SampleAddress(address.epoch + e, address.index + i)) for s, e, i in moved]
-    assert len({Augmentation(**EVERYTHING).draw([1], *other).position for other in others}) == 4
+    assert len({Augmentation(**EVERYTHING).choose([1], *other).position for other in others}) == 4
 
 
 @given(SHARES, SHARES, st.booleans(), st.booleans(), WEIGHTS, SEEDS, ADDRESSES)
 def test_options_do_not_move_one_another(dropout, flip, tags, crop, weights, seed, address):
-    def draw(**options):
-        return Augmentation(**options).draw(weights, seed, address)
+    def choose(**options):
+        return Augmentation(**options).choose(weights, seed, address)
 
-    together = draw(caption_dropout=dropout, flip=flip, shuffle_tags=tags, random_crop=crop)
-    dropped = draw(caption_dropout=dropout).caption is None
-    assert together.caption == (None if dropped else draw().caption)
-    assert together.mirrored == draw(flip=flip).mirrored
-    assert together.tags == draw(shuffle_tags=tags).tags
-    assert together.position == draw(random_crop=crop).position
+    together = choose(caption_dropout=dropout, flip=flip, shuffle_tags=tags, random_crop=crop)
+    dropped = choose(caption_dropout=dropout).caption is None
+    assert together.caption == (None if dropped else choose().caption)
+    assert together.mirrored == choose(flip=flip).mirrored
+    assert together.tags == choose(shuffle_tags=tags).tags
+    assert together.position == choose(random_crop=crop).position
 
 
 # Shares ---------------------------------------------------------------------------------------------------------------
@@ -83,7 +83,7 @@ def test_captions_are_chosen_by_the_weights_of_their_columns_and_evenly_from_a_l
     augmentation = Augmentation({"prompt": 3, "short": 1, "old": 0})
     row = {"prompt": ["a", "b"], "short": "c", "old": "never"}
     weights = [weight for _, weight in augmentation.texts(row)]
-    choices = [augmentation.draw(weights, 0, SampleAddress(0, n)) for n in range(20_000)]
+    choices = [augmentation.choose(weights, 0, SampleAddress(0, n)) for n in range(20_000)]
     counts = Counter(augmentation.prompt(row, choice) for choice in choices)
     assert {text: count / 20_000 for text, count in counts.items()} == {
         "a": pytest.approx(0.375, abs=0.01),
@@ -123,14 +123,16 @@ def test_options_without_a_meaning_are_refused(options, message):
 @given(st.text(), st.text(), st.text("abc ,"))
 def test_prefix_and_suffix_stand_around_every_caption_but_the_empty_one(prefix, suffix, text):
     augmentation = Augmentation(prefix=prefix, suffix=suffix)
-    assert augmentation.prompt({"prompt": text}, Choice()) == (f"{prefix}{text}{suffix}" if text.strip() else "")
-    assert augmentation.prompt({"prompt": text}, Choice(caption=None)) == ""
+    assert augmentation.prompt({"prompt": text}, AugmentationChoice()) == (
+        f"{prefix}{text}{suffix}" if text.strip() else ""
+    )
+    assert augmentation.prompt({"prompt": text}, AugmentationChoice(caption=None)) == ""
 
 
 @given(TAGS, st.integers(0, 7), st.sampled_from([",", ";", "\n", " "]), st.integers(0, 2**32 - 1))
 def test_shuffled_tags_are_all_there_behind_those_that_are_kept(tags, keep, separator, seed):
     augmentation = Augmentation(shuffle_tags=True, keep_tags=keep, tag_separator=separator)
-    shuffled = augmentation.prompt({"prompt": separator.join(tags)}, Choice(tags=seed))
+    shuffled = augmentation.prompt({"prompt": separator.join(tags)}, AugmentationChoice(tags=seed))
     found = [tag.strip() for tag in shuffled.split(separator)] if shuffled else []
     assert found[:keep] == tags[:keep]
     assert sorted(found) == sorted(tags)
@@ -151,7 +153,7 @@ def test_all_that_may_be_drawn_is_among_the_choices_each_by_a_name_of_its_own(dr
     choices = augmentation.choices(weights)
     names = [choice.variant for choice in choices]
     assert len(set(names)) == len(names) and "" in names and None not in names
-    assert {augmentation.draw(weights, seed, address) for address in addresses} <= set(choices)
+    assert {augmentation.choose(weights, seed, address) for address in addresses} <= set(choices)
 
 
 @pytest.mark.parametrize("option", ["shuffle_tags", "random_crop"])
@@ -273,7 +275,7 @@ def test_a_column_of_captions_that_no_row_has_is_named_with_those_there_are(tmp_
 @pytest.mark.parametrize("world, micro, workers", [(1, 4, 0), (1, 2, 2), (2, 1, 0), (4, 1, 0)])
 def test_any_number_of_processes_and_workers_chooses_alike(folder, world, micro, workers):
     made = dataset(folder, **EVERYTHING)
-    plan, order = BatchPlan(4, micro, world), made.order(4, seed=3)
+    plan, order = BatchLayout(4, micro, world), made.order(4, seed=3)
     found = []
     for rank in range(world):
         sampler = BatchSampler(order, plan, rank, start_step=0, num_steps=2)

@@ -13,7 +13,7 @@ from diffsynth.core.memory import compile as compiling
 from diffsynth.core.memory.compile import check_compilable, compile_blocks
 from diffsynth.diffusion.adapters.lora import LoRA
 from diffsynth.diffusion.loss import DMD2, AutoencoderLoss
-from diffsynth.diffusion.loss.base import Moment
+from diffsynth.diffusion.trained import TrainProgress
 
 LORA = LoRA(rank=4)
 
@@ -117,7 +117,7 @@ def distilled(training_module, samples, compile: str) -> list:
     module = shaken(training_module(DMD2(), LORA, compile=compile, checkpointing="blocks"))
     found = []
     for step in (0, 1):
-        module.moment = Moment(step, 10)
+        module.progress = TrainProgress(step, 10)
         found.append(gradients(module, samples))
     return found
 

@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader
 
 from diffsynth.core.data import (
     AddressedDataset,
-    BatchPlan,
+    BatchLayout,
     BatchSampler,
     LoadImage,
     Operator,
@@ -241,7 +241,7 @@ def test_workers_give_the_same_samples_and_report_what_they_skip(folder, start_m
     save_truncated(folder / "b.png")
     dataset = UnifiedDataset(folder, on_error="skip")
     dataset.scan()
-    sampler = BatchSampler(SampleOrder(len(dataset), seed=0), BatchPlan(2, 1), rank=0, start_step=0, num_steps=3)
+    sampler = BatchSampler(SampleOrder(len(dataset), seed=0), BatchLayout(2, 1), rank=0, start_step=0, num_steps=3)
     loader = DataLoader(
         AddressedDataset(dataset),
         batch_sampler=sampler,

@@ -13,7 +13,6 @@ from hypothesis import strategies as st
 from PIL import Image, ImageOps
 from torch.utils.data import DataLoader
 
-from diffsynth.config import build
 from diffsynth.core.data import (
     AddressedDataset,
     Augmentation,
@@ -167,14 +166,14 @@ def test_data_sets_share_the_buckets_of_the_sizes_that_they_share(folders, photo
 
 
 def test_parts_are_the_samples_of_each_size_and_as_often_as_they_are_shown_on_average(folders):
-    parts = mixed(folders, {"icons": 2}, photos=BUCKETS, icons=BUCKETS).parts()
+    parts = mixed(folders, {"icons": 2}, photos=BUCKETS, icons=BUCKETS).rows_by_size()
     assert {size: len(part.rows) for size, part in parts.items()} == {(64, 32): 4, (32, 64): 3, (32, 32): 9}
     assert parts[32, 32].weight == Fraction(3 * 1 + 6 * 2, 9)
     assert sorted(n for part in parts.values() for n in part.rows) == list(range(16))
 
 
 def test_a_data_set_of_any_length_takes_no_memory():
-    part = UnifiedDataset(str(tiny.dataset()), repeat=10**9).parts()[None].moved(10**12, 0.5)
+    part = UnifiedDataset(str(tiny.dataset()), repeat=10**9).rows_by_size()[None].moved(10**12, 0.5)
     assert part.rows == range(10**12, 10**12 + 8) and part.rate == 4 * 10**9
 
 
@@ -280,7 +279,7 @@ def test_a_mixture_trains_and_says_what_it_was(folders, tmp_path):
 
 def test_a_mixture_can_be_cached(folders, tmp_path):
     options = [*overrides(folders), *tiny.model_overrides(), f"path={tmp_path}/cache", "device=cpu"]
-    tiny.entry_function("make_cache")(**build(tiny.compose("make_cache", *options)))
+    tiny.call("make_cache", tiny.compose("make_cache", *options))
     cached, made = CachedDataset(f"{tmp_path}/cache"), mixed(folders, photos=BUCKETS)
-    assert [cached[n].row["prompt"] for n in range(16)] == [made[n]["prompt"] for n in range(16)]
-    assert [cached[n].row["image"].size for n in range(16)] == [made[n]["image"].size for n in range(16)]
+    assert [cached[n]["prompt"] for n in range(16)] == [made[n]["prompt"] for n in range(16)]
+    assert [cached[n]["image"].size for n in range(16)] == [made[n]["image"].size for n in range(16)]

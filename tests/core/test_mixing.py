@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from diffsynth.core.data import BatchPlan, BatchSampler
-from diffsynth.core.data.order.mixing import MixedOrder, Part, exact
+from diffsynth.core.data import BatchLayout, BatchSampler
+from diffsynth.core.data.order.mixing import MixedOrder, WeightedRows, exact
 
 SHARES = st.sampled_from([0.1, 0.3, 0.5, 1.7, 2.5, Fraction(1, 3)])
 WEIGHTS = SHARES | st.integers(1, 3)
@@ -24,7 +24,7 @@ def tables(draw, weights=WEIGHTS):
     indices = count()
     parts = st.lists(st.tuples(st.integers(1, 8), weights), min_size=1, max_size=3)
     table = draw(st.lists(parts, min_size=1, max_size=3))
-    return [[Part(list(islice(indices, size)), weight) for size, weight in parts] for parts in table]
+    return [[WeightedRows(list(islice(indices, size)), weight) for size, weight in parts] for parts in table]
 
 
 def batches_of(order, start, stop):
@@ -88,7 +88,7 @@ def test_addresses_never_repeat(buckets, batch_size, seed):
 
 @given(st.integers(1, 60), st.integers(1, 8), SEEDS, st.integers(0, 10**6))
 def test_one_bucket_of_one_data_set_is_shuffled_pass_by_pass(size, batch_size, seed, passes):
-    order = MixedOrder([[Part(range(size))]], batch_size, seed)
+    order = MixedOrder([[WeightedRows(range(size))]], batch_size, seed)
     assert order.steps_of(passes) == ceil(passes * size / batch_size)
     first = [a for batch in batches_of(order, 0, order.steps_of(1)) for a in batch]
     assert sorted(a.index for a in first if a.epoch == 0) == list(range(size))
@@ -96,7 +96,7 @@ def test_one_bucket_of_one_data_set_is_shuffled_pass_by_pass(size, batch_size, s
 
 
 def test_weight_of_two_and_a_half_shows_each_sample_twice_or_thrice():
-    order = MixedOrder([[Part(range(10), 2.5), Part(range(10, 40))]], 1, seed=0)
+    order = MixedOrder([[WeightedRows(range(10), 2.5), WeightedRows(range(10, 40))]], 1, seed=0)
     for number in range(4):
         counts = Counter(order.sample(position).index for position in range(55 * number, 55 * (number + 1)))
         assert Counter(counts[index] for index in range(10)) == {2: 5, 3: 5}
@@ -104,7 +104,7 @@ def test_weight_of_two_and_a_half_shows_each_sample_twice_or_thrice():
 
 
 def test_weight_of_a_tenth_shows_another_tenth_in_each_pass():
-    order = MixedOrder([[Part(range(100), 0.1), Part(range(100, 110))]], 4, seed=0)
+    order = MixedOrder([[WeightedRows(range(100), 0.1), WeightedRows(range(100, 110))]], 4, seed=0)
     passes = [{order.sample(position).index for position in range(20 * n, 20 * (n + 1))} for n in range(10)]
     assert all(len(shown) == 20 for shown in passes)
     assert set.union(*passes) == set(range(110))
@@ -118,13 +118,13 @@ def test_step_is_in_the_pass_whose_steps_enclose_it(buckets, batch_size, seed, s
 
 
 def test_passes_may_be_broken_and_count_as_they_are_written():
-    order = MixedOrder([[Part(range(10))]], 1, seed=0)
+    order = MixedOrder([[WeightedRows(range(10))]], 1, seed=0)
     assert [order.steps_of(passes) for passes in (0, 0.1, 0.3, 1.5, 7)] == [0, 1, 3, 15, 70]
-    assert MixedOrder([[Part(range(10), 0.3)]], 1, seed=0).steps_of(10) == 30
+    assert MixedOrder([[WeightedRows(range(10), 0.3)]], 1, seed=0).steps_of(10) == 30
 
 
 def test_passes_and_seeds_have_orders_of_their_own_in_which_buckets_take_turns():
-    buckets = [[Part(range(50))], [Part(range(50, 75)), Part(range(75, 100))]]
+    buckets = [[WeightedRows(range(50))], [WeightedRows(range(50, 75)), WeightedRows(range(75, 100))]]
     passes = [
         tuple(order.sample(position).index for position in range(start, start + 100))
         for order in (MixedOrder(buckets, 5, seed=0), MixedOrder(buckets, 5, seed=1))
@@ -141,7 +141,7 @@ def test_passes_and_seeds_have_orders_of_their_own_in_which_buckets_take_turns()
 @given(tables(), st.integers(1, 3), st.integers(1, 2), SEEDS, st.integers(0, 10**12))
 def test_any_number_of_processes_trains_on_the_same_batches(buckets, world_size, accumulation, seed, start):
     order = MixedOrder(buckets, 2 * world_size * accumulation, seed)
-    plan = BatchPlan(order.batch_size, 2, world_size)
+    plan = BatchLayout(order.batch_size, 2, world_size)
     ranks = [BatchSampler(order, plan, rank, start, 2).step(start) for rank in range(world_size)]
     assert sorted(a for batches in ranks for batch in batches for a in batch) == sorted(
         batches_of(order, start, start + 1)[0]
@@ -152,7 +152,8 @@ def test_seeking_in_ten_billion_samples_takes_no_time_and_no_memory():
     sizes = [10**10, 3, 10**9, 1]
     starts = [sum(sizes[:number]) for number in range(4)]
     parts = [
-        Part(range(start, start + size), w) for start, size, w in zip(starts, sizes, (1, 2.5, 0.1, 7), strict=True)
+        WeightedRows(range(start, start + size), w)
+        for start, size, w in zip(starts, sizes, (1, 2.5, 0.1, 7), strict=True)
     ]
     order = MixedOrder([parts[:2], parts[2:]], 64, seed=0)
     tracemalloc.start()
@@ -165,14 +166,16 @@ def test_seeking_in_ten_billion_samples_takes_no_time_and_no_memory():
 
 
 def test_rows_may_be_an_array():
-    order = MixedOrder([[Part(np.array([7, 3, 5]))]], 3, seed=0)
+    order = MixedOrder([[WeightedRows(np.array([7, 3, 5]))]], 3, seed=0)
     indices = [order.sample(position).index for position in range(3)]
     assert sorted(indices) == [3, 5, 7]
     assert all(type(index) is int for index in indices)
 
 
 def test_mixed_order_never_changes_between_releases():
-    order = MixedOrder([[Part(range(3)), Part(range(3, 5), 0.5)], [Part(range(5, 9))]], 2, seed=0)
+    order = MixedOrder(
+        [[WeightedRows(range(3)), WeightedRows(range(3, 5), 0.5)], [WeightedRows(range(5, 9))]], 2, seed=0
+    )
     assert [order.sample(position) for position in range(8)] == [
         (0, 7),
         (0, 5),
@@ -188,10 +191,10 @@ def test_mixed_order_never_changes_between_releases():
 @pytest.mark.parametrize(("rows", "weight"), [([], 1), ([1], 0), ([1], -2)])
 def test_data_set_with_nothing_to_show_is_refused(rows, weight):
     with pytest.raises(ValueError, match=f"weight={weight} of {len(rows)} rows: .* leave a data set out"):
-        Part(rows, weight)
+        WeightedRows(rows, weight)
 
 
-@pytest.mark.parametrize("buckets", [[], [[]], [[Part([1])], []]])
+@pytest.mark.parametrize("buckets", [[], [[]], [[WeightedRows([1])], []]])
 def test_empty_bucket_is_refused(buckets):
     with pytest.raises(ValueError, match="leave out buckets that no image is in"):
         MixedOrder(buckets, 1, seed=0)

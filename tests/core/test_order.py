@@ -3,7 +3,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from diffsynth.core.data import BatchPlan, BatchSampler, SampleOrder, generator, permutation, sample_seed
+from diffsynth.core.data import BatchLayout, BatchSampler, SampleOrder, generator, permutation, sample_seed
 
 SIZES = st.integers(1, 2000)
 KEYS = st.tuples(st.integers(0, 2**63), st.integers(0, 10**6))
@@ -67,7 +67,7 @@ def test_order_of_nothing_is_refused():
 )
 def test_any_layout_trains_on_the_same_global_batches(world_size, micro_batch_size, accumulation, size, start_step):
     batch_size, num_steps = world_size * micro_batch_size * accumulation, 3
-    order, plan = SampleOrder(size, seed=3), BatchPlan(batch_size, micro_batch_size, world_size)
+    order, plan = SampleOrder(size, seed=3), BatchLayout(batch_size, micro_batch_size, world_size)
     ranks = [list(BatchSampler(order, plan, rank, start_step, num_steps)) for rank in range(world_size)]
     for step in range(num_steps):
         micro_steps = slice(step * accumulation, (step + 1) * accumulation)
@@ -79,7 +79,7 @@ def test_any_layout_trains_on_the_same_global_batches(world_size, micro_batch_si
 
 @given(start_step=st.integers(0, 9), rank=st.integers(0, 1))
 def test_seeking_equals_skipping(start_step, rank):
-    order, plan = SampleOrder(17, seed=0), BatchPlan(12, 2, world_size=2)
+    order, plan = SampleOrder(17, seed=0), BatchLayout(12, 2, world_size=2)
     whole = list(BatchSampler(order, plan, rank, start_step=0, num_steps=10))
     rest = BatchSampler(order, plan, rank, start_step, num_steps=10 - start_step)
     assert list(rest) == whole[start_step * plan.accumulation :]
@@ -88,13 +88,13 @@ def test_seeking_equals_skipping(start_step, rank):
 
 def test_rank_beyond_the_world_is_refused():
     with pytest.raises(ValueError, match="rank=2 is not one of the 2 devices"):
-        BatchSampler(SampleOrder(5, seed=0), BatchPlan(4, 1, world_size=2), 2, 0, 1)
+        BatchSampler(SampleOrder(5, seed=0), BatchLayout(4, 1, world_size=2), 2, 0, 1)
 
 
 def test_micro_batch_is_by_default_all_that_a_device_has():
-    plan = BatchPlan(12, world_size=3)
+    plan = BatchLayout(12, world_size=3)
     assert (plan.micro_batch_size, plan.accumulation) == (4, 1)
-    assert BatchPlan(12, 2, 3).accumulation == 2
+    assert BatchLayout(12, 2, 3).accumulation == 2
 
 
 @pytest.mark.parametrize(
@@ -110,7 +110,7 @@ def test_micro_batch_is_by_default_all_that_a_device_has():
 )
 def test_plan_that_is_not_whole_names_the_numbers_that_fit(numbers, remedy):
     with pytest.raises(ValueError, match=remedy) as error:
-        BatchPlan(*numbers)
+        BatchLayout(*numbers)
     assert f"batch_size={numbers[0]}, micro_batch_size={numbers[1]}, world_size={numbers[2]}" in str(error.value)
 
 

@@ -22,8 +22,8 @@ from diffsynth.diffusion.adapters import files as lora_files
 from diffsynth.diffusion.adapters.lora import LoHa, LoKr, LoRA
 from diffsynth.diffusion.distillation.roles import FakeScore
 from diffsynth.diffusion.loss import DMD2, FlowMatchSFT
-from diffsynth.diffusion.loss.base import Moment
 from diffsynth.diffusion.pipeline.networks import TrainingDefaults
+from diffsynth.diffusion.trained import TrainProgress
 from diffsynth.diffusion.training_module import PipelineTrainingModule
 from diffsynth.pipelines.qwen_image import QwenImagePipeline
 
@@ -135,13 +135,13 @@ def test_the_size_of_a_large_model_is_known_before_it_is_read():
 @pytest.mark.usefixtures("nf4")
 def test_a_cast_of_the_model_changes_only_what_weights_are_decoded_to(storage):
     stored, plain = store(blocks(), storage), blocks()
-    cast = copy.deepcopy(stored).to(torch.bfloat16)
-    for name, layer in stored_layers(cast).items():
+    build_roles = copy.deepcopy(stored).to(torch.bfloat16)
+    for name, layer in stored_layers(build_roles).items():
         original = stored.get_submodule(name)
         assert all(torch.equal(getattr(layer, part), getattr(original, part)) for part in original.encode(layer.weight))
         assert (original.weight.dtype, layer.weight.dtype) == (torch.float32, torch.bfloat16)
         assert layer.weight.shape == plain.get_submodule(name).weight.shape
-    assert cast(torch.ones(2, 64, dtype=torch.bfloat16)).dtype == torch.bfloat16
+    assert build_roles(torch.ones(2, 64, dtype=torch.bfloat16)).dtype == torch.bfloat16
 
 
 def test_a_scale_for_each_channel_is_nearer_than_none_where_channels_differ():
@@ -277,7 +277,7 @@ def test_roles_share_a_stored_base(training_module, samples, full):
     assert bool(len(copies)) == full and not any(stored_layers(network) for network in copies.values())
     for step in range(2):  # the student's turn, then the fake score's
         module.zero_grad()
-        module.moment = Moment(step, 2)
+        module.progress = TrainProgress(step, 2)
         module(samples).sum().backward()
         gradients = [p.grad for p in module.trainable_parameters() if p.grad is not None]
         assert gradients and all(gradient.isfinite().all() for gradient in gradients)

@@ -10,7 +10,7 @@ from hypothesis.extra import numpy as npst
 from PIL import Image
 from torch.testing import assert_close
 
-from diffsynth.config import build, claim
+from diffsynth.config import claim
 from diffsynth.core.data import Augmentation, Sample, SampleAddress, UnifiedDataset
 from diffsynth.diffusion.loss import AutoencoderLoss, FlowMatchSFT
 from diffsynth.diffusion.loss.flow_match_sft import mean_where
@@ -148,11 +148,11 @@ def test_a_masked_run_trains_alike_from_a_cache(folder, tmp_path):
     given = runs.merged(runs.train_overrides(tmp_path), [f"dataset.path={folder}", *OVERRIDES, "batch_size=2"])
     run_dir = runs.train(tmp_path, *given)
     own = [override for override in given if override.startswith(("dataset.", "model.", "task."))]
-    runs.entry_function("make_cache")(**build(runs.compose("make_cache", *own, f"path={tmp_path}/cache", "device=cpu")))
+    runs.call("make_cache", runs.compose("make_cache", *own, f"path={tmp_path}/cache", "device=cpu"))
     others = [override for override in given if not override.startswith("dataset.")]
     cached = runs.compose("train", "dataset=cache", f"dataset.path={tmp_path}/cache", FLIP, *others)
     cached_dir = claim(cached)
-    runs.entry_function("train")(**build(cached))
+    runs.call("train", cached)
     assert_close(losses_of(cached_dir), losses_of(run_dir), rtol=1e-6, atol=1e-6)
 
 

@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from diffsynth.config import build, check
+from diffsynth.config import build
 from diffsynth.core.data import generator
 from diffsynth.core.loader import ModelConfig
 from diffsynth.diffusion.adapters.formats import FORMATS
@@ -150,7 +150,7 @@ def says(pipe, **request) -> dict:
 def test_a_students_adapter_brings_its_settings_under_any_names(options):
     pipe = untrained()
     assert says(pipe) == MODEL
-    pipe.heed_adapter(exported(student(), **options))
+    pipe.use_sampling_settings_of(exported(student(), **options))
     assert says(pipe) == STUDENT
 
 
@@ -166,11 +166,11 @@ def test_a_call_that_says_nothing_draws_as_the_student_does():
 
 def test_what_a_request_says_itself_counts():
     pipe = untrained()
-    pipe.heed_adapter(exported(student(sigmas=(1.0, 0.7, 0.4))))
+    pipe.use_sampling_settings_of(exported(student(sigmas=(1.0, 0.7, 0.4))))
     assert says(pipe) == {**STUDENT, "sigmas": [1.0, 0.7, 0.4]}
     assert says(pipe, num_inference_steps=8) == {**STUDENT, "num_inference_steps": 8}  # not at levels for 3 steps
     assert says(pipe, sigmas=[1.0, 0.5])["sigmas"] == [1.0, 0.5]
-    pipe.draws_by({**STUDENT, "renoise": True})
+    pipe.use_sampling_settings({**STUDENT, "renoise": True})
     assert says(pipe, cfg_scale=2) == {**STUDENT, "sigmas": [1.0, 0.7, 0.4], "cfg_scale": 2}  # the adapter's before
 
 
@@ -178,7 +178,7 @@ def test_an_adapter_that_says_nothing_changes_nothing(tmp_path):
     pipe = untrained()
     save_file(load_file(exported()), tmp_path / "foreign.safetensors")
     for file in (exported(), tmp_path / "foreign.safetensors"):
-        pipe.heed_adapter(file)
+        pipe.use_sampling_settings_of(file)
     assert says(pipe) == MODEL
 
 
@@ -200,9 +200,9 @@ def test_a_students_adapter_and_a_style_add_up_and_the_student_says_how_to_draw(
 def test_students_that_draw_alike_go_together_and_others_are_named_unless_the_request_decides():
     pipe, file, other = untrained(), exported(student()), exported(student(num_inference_steps=5))
     for path in (file, exported(student(), seed=1)):
-        pipe.heed_adapter(path)
+        pipe.use_sampling_settings_of(path)
     assert says(pipe) == STUDENT
-    pipe.heed_adapter(other)
+    pipe.use_sampling_settings_of(other)
     message = f"{file} is .* num_inference_steps=3, {other} with num_inference_steps=5; .*options.num_inference_steps"
     with pytest.raises(ValueError, match=message):
         pipe.generate([{"prompt": "a", **SIZE}])
@@ -215,8 +215,7 @@ def test_students_that_draw_alike_go_together_and_others_are_named_unless_the_re
 def script(entry: str, *overrides: str) -> list[Path]:
     """What a script does, in this process."""
     cfg = tiny.compose(entry, *tiny.merged(tiny.model_overrides(), overrides))
-    check(cfg, function := tiny.entry_function(entry))
-    return function(**build(cfg))
+    return tiny.call(entry, cfg)
 
 
 @pytest.fixture
@@ -273,7 +272,7 @@ def test_a_merged_student_stays_one_and_an_adapter_of_its_own_comes_first(tmp_pa
     (both,) = script("fuse", f"model.dit.path={merged}", f"lora_path={exported()}", f"output={tmp_path}/both")
     pipe = build(tiny.compose("generate", *tiny.model_overrides(), f"model.dit.path={both}"))["model"]()
     assert says(pipe) == STUDENT
-    pipe.heed_adapter(exported(student(num_inference_steps=2)))
+    pipe.use_sampling_settings_of(exported(student(num_inference_steps=2)))
     assert says(pipe) == {**STUDENT, "num_inference_steps": 2}
 
 

@@ -13,7 +13,7 @@ from diffsynth.diffusion.flow_match import FlowMatchScheduler
 from diffsynth.diffusion.logger import ModelLogger
 from diffsynth.diffusion.loss import AutoencoderLoss, FlowMatchSFT, FlowMatchSFTLoss
 from diffsynth.diffusion.pipeline.units import run_units
-from diffsynth.diffusion.randomness import Draw
+from diffsynth.diffusion.randomness import SampleRNG
 from diffsynth.diffusion.timesteps import UniformWeighting
 from diffsynth.pipelines.qwen_image import pack_latents, qwen_image_sigmas, unpack_latents
 from diffsynth.training.accelerator import make_accelerator
@@ -108,15 +108,15 @@ def test_noise_and_level_follow_from_the_address(training_module, rows):
     module = training_module()
     with torch.no_grad():
         losses = [module([Sample(rows[1], *address)]).item() for address in ((0, 1), (0, 1), (0, 2), (1, 1))]
-        other_seed = module.loss([Sample(rows[1], 0, 1)], Draw(1, [SampleAddress(0, 1)])).item()
+        other_seed = module.loss([Sample(rows[1], 0, 1)], SampleRNG(1, [SampleAddress(0, 1)])).item()
     assert losses[0] == losses[1]
     assert len({*losses, other_seed}) == 4
 
 
 def test_the_task_chooses_what_a_level_counts(training_module, samples):
     weighted, uniform = training_module(), training_module(FlowMatchSFT(weighting=UniformWeighting()))
-    draw = Draw(0, [SampleAddress(sample.epoch, sample.index) for sample in samples])
-    timesteps, _ = weighted.task.sample_timesteps(weighted.pipe.scheduler, draw)
+    rng = SampleRNG(0, [SampleAddress(sample.epoch, sample.index) for sample in samples])
+    timesteps, _ = weighted.task.sample_timesteps(weighted.pipe.scheduler, rng)
     with torch.no_grad():
         ratio = weighted(samples) / uniform(samples)
     torch.testing.assert_close(ratio, weighted.pipe.scheduler.training_weight(timesteps))

@@ -21,13 +21,13 @@ from diffsynth.diffusion.distillation.discriminator import (
 from diffsynth.diffusion.distillation.roles import DISCRIMINATOR, STUDENT, TEACHER, Roles
 from diffsynth.diffusion.flow_match import FlowMatchScheduler
 from diffsynth.diffusion.logger import ModelLogger
-from diffsynth.diffusion.loss import Moment
+from diffsynth.diffusion.loss import TrainProgress
 from diffsynth.diffusion.loss.add import AdversarialDistillation
 from diffsynth.training.accelerator import make_accelerator
 from diffsynth.training.loop import launch_training_task
 
 LORA = LoRA(rank=2, target_modules=["to_q", "to_k"])
-OF_DISCRIMINATOR, OF_STUDENT = Moment(0, 2), Moment(1, 2)  # whose step it is
+OF_DISCRIMINATOR, OF_STUDENT = TrainProgress(0, 2), TrainProgress(1, 2)  # whose step it is
 
 
 # The loss by hand -----------------------------------------------------------------------------------------------------
@@ -77,7 +77,7 @@ class Given:
         return torch.tensor(self.given[purpose]).view_as(like)
 
 
-def by_hand(moment):
+def by_hand(progress):
     """The loss of the picture (1, 1) at s = 1/2, and its gradient by the student's θ = 1.
 
     The teacher's θ is 3, of guidance 2 away from a push of 1; a logit is half the mean of the latents.
@@ -90,28 +90,28 @@ def by_hand(moment):
         renoising=lambda scheduler, u: u,
     )
     pipe = ScalingPipeline()
-    roles = task.cast(pipe, None, seed=0)
+    roles = task.build_roles(pipe, None, seed=0)
     roles.networks[TEACHER].theta.fill_(3.0)
     roles.heads[0] = nn.Linear(1, 1)
     roles.heads[0].load_state_dict({"weight": torch.tensor([[0.5]]), "bias": torch.zeros(1)})
-    draw = Given(
+    rng = Given(
         student_step=0.7, student_noise=[2.0, -2.0],
         renoising=0.25, renoising_noise=[1.0, 1.0],
         timestep=0.5, noise=[0.0, 2.0],
     )  # fmt: skip
     inputs = {"height": 1, "width": 2, "push": 0.0, "input_latents": torch.ones(1, 1, 1, 2)}
-    loss = task(pipe, draw=draw, roles=roles, negative={"push": 1.0}, moment=moment, **inputs)
+    loss = task(pipe, rng=rng, roles=roles, negative={"push": 1.0}, progress=progress, **inputs)
     loss.sum().backward()
     return loss.item(), pipe.dit.theta.grad, roles.heads[0].weight.grad
 
 
-@pytest.mark.parametrize("moment", [OF_STUDENT, None])
-def test_the_students_loss_is_that_of_the_paper(moment):
+@pytest.mark.parametrize("progress", [OF_STUDENT, None])
+def test_the_students_loss_is_that_of_the_paper(progress):
     # x_s = 1/2 (1, 1) + 1/2 (2, -2) = (3/2, -1/2), x̂_θ = x_s - 1/2 x_s = (3/4, -1/4).
     # Renoised, 3/4 x̂_θ + 1/4 (1, 1) = (13/16, 1/16): D = 1/2 · 7/16.
     # x_t = 1/2 x̂_θ + 1/2 (0, 2) = (3/8, 7/8), v_ψ = 3 x_t + 1 + 2 (0 - 1): x̂_ψ = x_t - 1/2 v_ψ = (5/16, 1/16).
     # λ c(t) mean ‖x̂_θ - x̂_ψ‖² = 4 · 1/2 · (49/256 + 25/256) / 2.
-    loss, student, heads = by_hand(moment)
+    loss, student, heads = by_hand(progress)
     assert loss == pytest.approx(-7 / 32 + 37 / 128)
     # d x̂_θ / dθ = -1/2 x_s; d loss / d x̂_θ = -1/2 · 3/4 / 2 + 4 · 1/2 · (x̂_θ - x̂_ψ) = (11/16, -13/16).
     assert student == pytest.approx(-3 / 4 * 11 / 16 + 1 / 4 * -13 / 16)
@@ -140,12 +140,12 @@ def test_losses_of_logits_are_means_over_heads():
 
 @pytest.fixture
 def build(training_module):
-    """`build(moment, lora)`: a training whose networks are not what they were, in the middle of it."""
+    """`build(progress, lora)`: a training whose networks are not what they were, in the middle of it."""
 
-    def build(moment=OF_STUDENT, lora=LORA, **options):
+    def build(progress=OF_STUDENT, lora=LORA, **options):
         task = AdversarialDistillation(discriminator=Discriminator(hidden=8), **({} if lora else FULL))
         module = training_module(task, lora, **options)
-        module.moment = moment
+        module.progress = progress
         generator = torch.Generator().manual_seed(1)
         for name, parameter in module.named_parameters():
             if "lora_B" in name:
@@ -171,7 +171,7 @@ def test_each_step_reaches_its_own_part_alone(build, samples, lora):
     module = build(OF_DISCRIMINATOR, lora)
     student, heads = (set(named) for named in module.trained_parts().values())
     assert set(gradients(module, samples)) == heads
-    module.moment = OF_STUDENT
+    module.progress = OF_STUDENT
     reached = set(gradients(module, samples))
     assert reached <= student and (len(reached) == len(student) or lora is None)
     assert len(reached) > 0.8 * len(student)
@@ -185,18 +185,18 @@ def test_the_teacher_of_a_student_in_full_gets_no_gradient(build, samples):
     assert all(p.grad is None for p in module.roles.networks[TEACHER].parameters())
 
 
-@pytest.mark.parametrize("moment", [OF_DISCRIMINATOR, OF_STUDENT])
-def test_a_batch_is_what_its_samples_are_alone(build, samples, moment):
-    module = build(moment)
+@pytest.mark.parametrize("progress", [OF_DISCRIMINATOR, OF_STUDENT])
+def test_a_batch_is_what_its_samples_are_alone(build, samples, progress):
+    module = build(progress)
     alone = [[sample] for sample in samples]
     with torch.no_grad():
         torch.testing.assert_close(module(samples), torch.cat([module(one) for one in alone]), atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(gradients(module, samples), gradients(module, *alone), atol=1e-5, rtol=1e-3)
 
 
-@pytest.mark.parametrize("moment", [OF_DISCRIMINATOR, OF_STUDENT])
-def test_checkpointing_changes_no_gradient(build, samples, moment):
-    plain, recomputed = (gradients(build(moment, checkpointing=policy), samples) for policy in ("none", "blocks"))
+@pytest.mark.parametrize("progress", [OF_DISCRIMINATOR, OF_STUDENT])
+def test_checkpointing_changes_no_gradient(build, samples, progress):
+    plain, recomputed = (gradients(build(progress, checkpointing=policy), samples) for policy in ("none", "blocks"))
     torch.testing.assert_close(recomputed, plain, atol=1e-7, rtol=1e-4)
 
 

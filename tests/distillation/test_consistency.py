@@ -10,13 +10,13 @@ from hypothesis import strategies as st
 from peft.tuners.tuners_utils import BaseTunerLayer
 
 from diffsynth.diffusion.adapters.lora import LoRA
-from diffsynth.diffusion.distillation.context import Scene
+from diffsynth.diffusion.distillation.context import LossContext
 from diffsynth.diffusion.distillation.roles import STUDENT, TEACHER
 from diffsynth.diffusion.distillation.teacher import Student
-from diffsynth.diffusion.loss.base import Moment
 from diffsynth.diffusion.loss.consistency import Consistency, spans_at
 from diffsynth.diffusion.loss.hyper_sd import HyperSD
 from diffsynth.diffusion.loss.lcm import LatentConsistency
+from diffsynth.diffusion.trained import TrainProgress
 from diffsynth.pipelines.qwen_image import pack_latents, qwen_image_sigmas, unpack_latents
 
 SIZE = {"height": 16, "width": 16}
@@ -59,11 +59,11 @@ class FixedDraw:
         return torch.full_like(like, 3.0)
 
 
-def losses(task, *uniform: float, roles=None, moment=None) -> torch.Tensor:
+def losses(task, *uniform: float, roles=None, progress=None) -> torch.Tensor:
     """Of pictures x₀ = 1, one for each of the uniform numbers."""
     clean = torch.ones(len(uniform), 1, 2, 2)
     sides = {"negative": {"prompt_emb": "of nothing"}, "prompt_emb": "of a cat", "input_latents": clean}
-    return task(LinearPipe(), FixedDraw(*uniform), roles or LinearRoles(), moment=moment, **sides, **SIZE)
+    return task(LinearPipe(), FixedDraw(*uniform), roles or LinearRoles(), progress=progress, **sides, **SIZE)
 
 
 TWO_SEGMENTS = HyperSD(student=Student(num_inference_steps=2), segments=[4, 2], grid_steps=4, guidance=2)
@@ -116,22 +116,22 @@ def test_each_sample_of_a_batch_has_its_own_noise_level(task):
 
 def test_segments_shrink_with_the_run():
     task = HyperSD(student=Student(num_inference_steps=2), segments=[8, 4, 2])
-    assert [task.segments_at(Moment(step, 9)) for step in range(9)] == [8, 8, 8, 4, 4, 4, 2, 2, 2]
-    assert [task.segments_at(Moment(step, 2)) for step in (0, 1, 2)] == [8, 4, 2]
+    assert [task.segments_at(TrainProgress(step, 9)) for step in range(9)] == [8, 8, 8, 4, 4, 4, 2, 2, 2]
+    assert [task.segments_at(TrainProgress(step, 2)) for step in (0, 1, 2)] == [8, 4, 2]
     assert task.segments_at(None) == 2
 
 
 def test_where_segments_are_shorter_jumps_are_too():
     # Of four segments the first ends at 0.75: the target is the teacher's 1.5, the student's 3 - 0.25 · (3 + 1).
-    assert losses(TWO_SEGMENTS, AT_1, moment=Moment(4, 10)).item() == pytest.approx((2 - 1.5) ** 2 / 0.25**2)
-    assert losses(TWO_SEGMENTS, AT_1, moment=Moment(5, 10)).item() == losses(TWO_SEGMENTS, AT_1).item()
+    assert losses(TWO_SEGMENTS, AT_1, progress=TrainProgress(4, 10)).item() == pytest.approx((2 - 1.5) ** 2 / 0.25**2)
+    assert losses(TWO_SEGMENTS, AT_1, progress=TrainProgress(5, 10)).item() == losses(TWO_SEGMENTS, AT_1).item()
 
 
 def test_the_students_own_noise_levels_are_the_last_edges():
     student = Student(num_inference_steps=2, sigmas=[1, 0.875])
     task = HyperSD(student=student, segments=[4, 2])
     assert task.edges(LinearPipe(), SIZE, None).tolist() == [1, 0.875, 0]
-    assert task.edges(LinearPipe(), SIZE, Moment(0, 9)).tolist() == [1, 0.75, 0.5, 0.25, 0]
+    assert task.edges(LinearPipe(), SIZE, TrainProgress(0, 9)).tolist() == [1, 0.75, 0.5, 0.25, 0]
 
 
 LEVELS = st.floats(2**-10, 1, width=32)
@@ -201,26 +201,26 @@ def predict(module, latents, sigma, inputs, adapted: bool) -> torch.Tensor:
 
 
 @torch.no_grad()
-def jumps(module, edges, scene: Scene) -> tuple[torch.Tensor, torch.Tensor]:
+def jumps(module, edges, context: LossContext) -> tuple[torch.Tensor, torch.Tensor]:
     """The student's jump from where the teacher's step leads, and from x_t, of one sample; both over t - s."""
     levels = torch.cat([qwen_image_sigmas(module.task.grid_steps, dynamic_shift_len=6), *edges]).unique().tolist()
-    index = 1 + int(scene.draw.uniform("timestep") * (len(levels) - 1))
+    index = 1 + int(context.rng.uniform("timestep") * (len(levels) - 1))
     t, after = torch.tensor([levels[index]]), torch.tensor([levels[index - 1]])
     s = max(edge for edge in torch.cat(edges) if edge < t)
-    x = (1 - t) * scene.clean + t * scene.draw.normal("noise", scene.clean)
-    posi = predict(module, x, t, scene.inputs, adapted=False)
-    nega = predict(module, x, t, {**scene.inputs, **scene.negative}, adapted=False)
+    x = (1 - t) * context.clean + t * context.rng.normal("noise", context.clean)
+    posi = predict(module, x, t, context.inputs, adapted=False)
+    nega = predict(module, x, t, {**context.inputs, **context.negative}, adapted=False)
     guided = pack_latents(nega + module.task.guidance * (posi - nega))
     guided = guided * pack_latents(posi).norm(dim=-1, keepdim=True) / guided.norm(dim=-1, keepdim=True)
     point = x + (after - t) * unpack_latents(guided, *x.shape[-2:])
-    target = point + (s - after) * predict(module, point, after, scene.inputs, adapted=True)
-    return target / (t - s), (x + (s - t) * predict(module, x, t, scene.inputs, adapted=True)) / (t - s)
+    target = point + (s - after) * predict(module, point, after, context.inputs, adapted=True)
+    return target / (t - s), (x + (s - t) * predict(module, x, t, context.inputs, adapted=True)) / (t - s)
 
 
 @pytest.mark.parametrize("epoch", range(3))  # each at another noise level
 def test_with_a_network_it_is_what_is_written_out(module, samples, epoch, monkeypatch):
     loss, seen = Consistency.loss, []
-    monkeypatch.setattr(Consistency, "loss", lambda task, scene: seen.append(scene) or loss(task, scene))
+    monkeypatch.setattr(Consistency, "loss", lambda task, context: seen.append(context) or loss(task, context))
     (found,) = module([samples[1]._replace(epoch=epoch)])
     edges = [] if isinstance(module.task, LatentConsistency) else [qwen_image_sigmas(4, dynamic_shift_len=6)]
     error = torch.sub(*jumps(module, [*edges, torch.zeros(1)], *seen))

@@ -12,7 +12,7 @@ from PIL import Image
 from diffsynth.core.data import CachedRow, Sample
 from diffsynth.core.loader import ModelConfig
 from diffsynth.diffusion.adapters.lora import LoRA
-from diffsynth.diffusion.loss import DirectDistill, Moment
+from diffsynth.diffusion.loss import DirectDistill, TrainProgress
 from diffsynth.diffusion.pipeline.networks import TrainingDefaults
 from diffsynth.diffusion.pipeline.units import run_units
 from diffsynth.diffusion.training_module import PipelineTrainingModule
@@ -75,7 +75,7 @@ def test_a_step_of_each_part_reaches_that_part(method, kind):
             continue
         seen.add(names)
         module.zero_grad()
-        module.moment = Moment(step, 6)
+        module.progress = TrainProgress(step, 6)
         losses = module(samples)
         assert losses.shape == (2,) and losses.isfinite().all()
         losses.mean().backward()

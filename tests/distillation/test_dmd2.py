@@ -9,20 +9,21 @@ import toy
 from torch import Tensor
 
 from diffsynth.core.data import SampleAddress
-from diffsynth.diffusion.distillation.context import Scene
+from diffsynth.diffusion.distillation.context import LossContext
 from diffsynth.diffusion.distillation.roles import FAKE_SCORE, FakeScore
 from diffsynth.diffusion.distillation.teacher import Student
 from diffsynth.diffusion.logger import ModelLogger
 from diffsynth.diffusion.loss import DMD2
-from diffsynth.diffusion.loss.base import MODEL, Moment
+from diffsynth.diffusion.loss.base import MODEL
 from diffsynth.diffusion.loss.dmd2 import matching_gradient
-from diffsynth.diffusion.randomness import Draw, GlobalDraw
+from diffsynth.diffusion.randomness import GlobalRNG, SampleRNG
+from diffsynth.diffusion.trained import TrainProgress
 from diffsynth.diffusion.training_module import DiffusionTrainingModule
 from diffsynth.training.accelerator import make_accelerator
 from diffsynth.training.loop import launch_training_task
 
 TOY = DMD2(guidance=1, fake_score=FakeScore(full=True), student=Student(num_inference_steps=2, renoise=True))
-STUDENT_STEP, FAKE_STEP = Moment(0, 10), Moment(1, 10)
+STUDENT_STEP, FAKE_STEP = TrainProgress(0, 10), TrainProgress(1, 10)
 
 
 class ToyTraining(DiffusionTrainingModule):
@@ -31,14 +32,11 @@ class ToyTraining(DiffusionTrainingModule):
     def __init__(self, task: DMD2):
         super().__init__()
         self.pipe, self.task = toy.ToyPipeline(), task
-        self.roles = task.cast(self.pipe, None, seed=0)
+        self.roles = task.build_roles(self.pipe, None, seed=0)
         self.role_networks = self.roles.networks
 
     def trained_parts(self):
-        named = {name: p for name, p in self.named_parameters() if p.requires_grad}
-        others = self.roles.trained(named)
-        apart = {name for part in others.values() for name in part}
-        return {MODEL: {name: p for name, p in named.items() if name not in apart}, **others}
+        return self.roles.partition(super().trained_parts()[MODEL])
 
     def trained_at(self, step):
         return self.task.trained_at(step)
@@ -46,24 +44,24 @@ class ToyTraining(DiffusionTrainingModule):
     def learning_rate(self, part):
         return self.task.learning_rate(part)
 
-    def forward(self, data, count: int = 1) -> Tensor:
-        draw = Draw(0, [SampleAddress(self.moment.step, 1000 * data + n) for n in range(count)])
-        return self.loss(draw, count, self.moment)
+    def forward(self, data, progress: TrainProgress, count: int = 1) -> Tensor:
+        rng = SampleRNG(0, [SampleAddress(progress.step, 1000 * data + n) for n in range(count)])
+        return self.loss(rng, count, progress)
 
-    def loss(self, draw, count: int, moment) -> Tensor:
-        sides = {"roles": self.roles, "negative": {}, "moment": moment}
-        return self.task(self.pipe, draw=draw, input_latents=torch.zeros(count, 2, 1, 1), height=1, width=1, **sides)
-
-
-def a_draw(count: int = 4) -> Draw:
-    return Draw(3, [SampleAddress(0, n) for n in range(count)])
+    def loss(self, rng, count: int, progress) -> Tensor:
+        sides = {"roles": self.roles, "negative": {}, "progress": progress}
+        return self.task(self.pipe, rng=rng, input_latents=torch.zeros(count, 2, 1, 1), height=1, width=1, **sides)
 
 
-def drawn_by(module: ToyTraining, draw: Draw, count: int = 4) -> Tensor:
+def a_draw(count: int = 4) -> SampleRNG:
+    return SampleRNG(3, [SampleAddress(0, n) for n in range(count)])
+
+
+def drawn_by(module: ToyTraining, rng: SampleRNG, count: int = 4) -> Tensor:
     """Points (count, 2) that the student is trained on."""
-    about = {"roles": module.roles, "moment": None, "size": {"height": 1, "width": 1}, "inputs": {}, "negative": {}}
-    scene = Scene(pipe=module.pipe, draw=draw, clean=torch.zeros(count, 2, 1, 1), **about)
-    return module.task.draw_as_student(scene)[..., 0, 0]
+    about = {"roles": module.roles, "progress": None, "size": {"height": 1, "width": 1}, "inputs": {}, "negative": {}}
+    context = LossContext(pipe=module.pipe, rng=rng, clean=torch.zeros(count, 2, 1, 1), **about)
+    return module.task.sample_as_student(context)[..., 0, 0]
 
 
 def shaken(task: DMD2 = TOY) -> ToyTraining:
@@ -87,7 +85,7 @@ def test_the_gradient_is_the_papers():
 
 def test_the_loss_hands_that_gradient_to_what_the_student_draws(monkeypatch):
     module, seen = shaken(), {}
-    own = DMD2.draw_as_student
+    own = DMD2.sample_as_student
 
     def drawn(*args):
         seen["drawn"] = own(*args)
@@ -123,36 +121,36 @@ def test_the_fake_score_learns_what_the_student_draws_by_flow_matching():
 def test_the_student_is_trained_on_points_that_it_comes_to_by_itself(renoise, steps):
     """Backward simulation of both kinds: the steps before the trained one are the sampler's own."""
     task = replace(TOY, student=Student(num_inference_steps=steps, renoise=renoise))
-    module, draw, like = shaken(task), a_draw(16), torch.zeros(16, 2, 1, 1)
+    module, rng, like = shaken(task), a_draw(16), torch.zeros(16, 2, 1, 1)
     sigmas = torch.linspace(1, 0, steps + 1)[:-1]
-    found = drawn_by(module, draw, 16)
-    last = (draw.uniform("student step") * steps).long()
+    found = drawn_by(module, rng, 16)
+    last = (rng.uniform("student step") * steps).long()
     assert set(last.tolist()) == set(range(steps))
-    x = draw.normal("noise", like)[..., 0, 0]
+    x = rng.normal("noise", like)[..., 0, 0]
     clean = torch.zeros_like(x)
     for step, sigma in enumerate(sigmas):
         estimate = x - sigma * module.pipe.dit(x, sigma.expand(16))
         clean = torch.where((last == step)[:, None], estimate, clean)
         if step + 1 < steps:
             following = sigmas[step + 1]
-            noise = draw.normal(f"renoise {step}", like)[..., 0, 0] if renoise else (x - (1 - sigma) * estimate) / sigma
+            noise = rng.normal(f"renoise {step}", like)[..., 0, 0] if renoise else (x - (1 - sigma) * estimate) / sigma
             x = (1 - following) * estimate + following * noise
     torch.testing.assert_close(found, clean, atol=1e-5, rtol=1e-4)
 
 
-@pytest.mark.parametrize("moment", [STUDENT_STEP, FAKE_STEP, None])
-def test_a_batch_has_the_losses_of_its_samples(moment):
+@pytest.mark.parametrize("progress", [STUDENT_STEP, FAKE_STEP, None])
+def test_a_batch_has_the_losses_of_its_samples(progress):
     module = shaken()
-    together = module.loss(a_draw(), 4, moment)
-    alone = [module.loss(Draw(3, [SampleAddress(0, n)]), 1, moment) for n in range(4)]
+    together = module.loss(a_draw(), 4, progress)
+    alone = [module.loss(SampleRNG(3, [SampleAddress(0, n)]), 1, progress) for n in range(4)]
     torch.testing.assert_close(together, torch.cat(alone), atol=1e-5, rtol=1e-4)
 
 
 def test_each_step_reaches_its_own_part_and_nothing_else():
     module = shaken()
-    for moment, trained in ((STUDENT_STEP, MODEL), (FAKE_STEP, FAKE_SCORE)):
+    for progress, trained in ((STUDENT_STEP, MODEL), (FAKE_STEP, FAKE_SCORE)):
         module.zero_grad()
-        module.loss(a_draw(), 4, moment).mean().backward()
+        module.loss(a_draw(), 4, progress).mean().backward()
         reached = {name for name, p in module.named_parameters() if p.grad is not None and p.grad.abs().sum() > 0}
         assert reached == set(module.trained_parts()[trained])
 
@@ -166,7 +164,7 @@ def test_the_student_steps_as_often_as_configured_however_many_micro_batches_a_s
         def step(self, closure=None):
             own = {id(p) for group in self.param_groups for p in group["params"]}
             parts = {name: {id(p) for p in part.values()} for name, part in module.trained_parts().items()}
-            stepped[next(name for name, part in parts.items() if part == own)].append(module.moment.step)
+            stepped[next(name for name, part in parts.items() if part == own)].append(module.progress.step)
             return super().step(closure)
 
     launch_training_task(
@@ -194,7 +192,7 @@ def test_two_gaussians_keep_both_modes():
     for step in range(800):
         (part,) = task.trained_at(step)
         adams[part].zero_grad()
-        module.loss(GlobalDraw(128), 128, Moment(step, 800)).mean().backward()
+        module.loss(GlobalRNG(128), 128, TrainProgress(step, 800)).mean().backward()
         adams[part].step()
     after = module.pipe.points(1000, task.student.settings)
     off, share = spread(after)

@@ -95,9 +95,9 @@ def test_outside_of_roles_the_pipeline_draws_as_the_student(training_module):
     shake(part(module, roles, FAKE_SCORE))
     student = module.pipe.predict(asked[1] * 1000, latents=asked[0], **asked[2])
     torch.testing.assert_close(roles.velocity(STUDENT, *asked), student)
-    with roles.playing(TEACHER), roles.playing(FAKE_SCORE):
+    with roles.active(TEACHER), roles.active(FAKE_SCORE):
         pass
-    with pytest.raises(RuntimeError), roles.playing(TEACHER):
+    with pytest.raises(RuntimeError), roles.active(TEACHER):
         raise RuntimeError
     torch.testing.assert_close(module.pipe.predict(asked[1] * 1000, latents=asked[0], **asked[2]), student)
     (tensors, _) = module.export_weights()["lora"]

@@ -19,13 +19,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from diffsynth.cache import keys as cache_plan
-from diffsynth.cache.keys import CachePlan
+from diffsynth.cache.keys import CacheKeys
 from diffsynth.cache.make import CacheReport, launch_data_process_task
 from diffsynth.core.data import Augmentation, CachedDataset, CachedRow, Sample, UnifiedDataset, prompt_dataset
 from diffsynth.core.data.cache import CacheIndex, keys_of
 from diffsynth.core.loader import ModelConfig
 from diffsynth.diffusion.adapters.lora import LoRA
-from diffsynth.diffusion.distillation.teacher import Student, Teacher, TeacherDraw, points_on_path
+from diffsynth.diffusion.distillation.teacher import Student, Teacher, TeacherSampler, points_on_path
 from diffsynth.diffusion.loss import DirectDistill, FlowMatchSFT, RoleDistillation, TrajectoryImitation
 from diffsynth.diffusion.pipeline.units import run_units
 from diffsynth.diffusion.template.rows import required_columns
@@ -57,7 +57,7 @@ def untrained(**models) -> QwenImagePipeline:
 
 
 def drawn(pipe, teacher=TEACHER, student=None, batch=BATCH) -> list[dict]:
-    return TeacherDraw(pipe, teacher, student).process_batch(pipe, batch)
+    return TeacherSampler(pipe, teacher, student).process_batch(pipe, batch)
 
 
 def test_its_pictures_are_those_that_the_pipeline_draws_from_the_noise_of_their_seeds(pipe):
@@ -82,7 +82,7 @@ def test_a_picture_does_not_depend_on_its_company(pipe):
     other = {**BATCH[0], "height": 48, "width": 32, "seed": 5}
     together = drawn(pipe, student=STUDENT, batch=[BATCH[0], other, BATCH[1]])
     for own, request in zip(together, [BATCH[0], other, BATCH[1]], strict=True):
-        alone = TeacherDraw(pipe, TEACHER, STUDENT).process(pipe, **request)
+        alone = TeacherSampler(pipe, TEACHER, STUDENT).process(pipe, **request)
         torch.testing.assert_close(own, alone, **ALIKE)
     assert together[1]["input_latents"].shape == (1, 16, 6, 4)
 
@@ -232,8 +232,8 @@ DIRECT, IMITATION = DirectDistill(**LEARNED), TrajectoryImitation(**LEARNED)
 class Guided(RoleDistillation):
     """The least that reads a guided teacher."""
 
-    def loss(self, scene) -> Tensor:
-        velocity = scene.velocity("teacher", scene.clean, scene.draw.uniform("sigma"), self.guidance)
+    def loss(self, context) -> Tensor:
+        velocity = context.velocity("teacher", context.clean, context.draw.uniform("sigma"), self.guidance)
         return velocity.flatten(1).sum(1)
 
 
@@ -325,7 +325,7 @@ def test_the_cache_holds_the_side_that_guidance_leads_away_from(cache):
 
 
 def test_a_making_that_is_cut_off_goes_on_with_what_lacks(cache, tmp_path):
-    draw, left = TeacherDraw._draw, iter([True, True, False])
+    draw, left = TeacherSampler._draw, iter([True, True, False])
 
     def cut_off(unit, pipe, alike):
         if not next(left):
@@ -333,7 +333,7 @@ def test_a_making_that_is_cut_off_goes_on_with_what_lacks(cache, tmp_path):
         return draw(unit, pipe, alike)
 
     one_by_one = {"batch_size": 1, "shard_bytes": 1}
-    with pytest.raises(tiny.PowerCut), mock.patch.object(TeacherDraw, "_draw", cut_off):
+    with pytest.raises(tiny.PowerCut), mock.patch.object(TeacherSampler, "_draw", cut_off):
         make(tmp_path, **one_by_one)
     with pytest.raises(ValueError, match="is not finished; python make_cache.py"):
         CachedDataset(str(tmp_path))
@@ -403,7 +403,7 @@ def refused(cache: Path, message: str, task=DIRECT, **options) -> None:
     with pytest.raises(ValueError, match=message):
         rows = CachedDataset(str(cache), **options)
         rows.scan(required=("image", "prompt", *task.columns))
-        rows.check_made_for(CachePlan(training(task)).about())
+        rows.check_made_for(CacheKeys(training(task)).about())
 
 
 def with_teacher(**changes):
@@ -438,7 +438,7 @@ def test_guidance_without_the_negative_side_in_the_cache_is_named(tmp_path):
     make(tmp_path, dataclasses.replace(DIRECT, teacher=teacher), rows_of(seeds=1))
     refused(tmp_path, "it holds no negative prompt_emb", dataclasses.replace(GUIDED, teacher=teacher))
     unguided = training(dataclasses.replace(GUIDED, teacher=teacher, guidance=1.0))
-    CachedDataset(str(tmp_path)).check_made_for(CachePlan(unguided).about())
+    CachedDataset(str(tmp_path)).check_made_for(CacheKeys(unguided).about())
 
 
 def test_the_command_line_names_another_base_and_other_steps(cache, tmp_path, no_weights_are_read):

@@ -25,7 +25,7 @@ from diffsynth.diffusion.adapters.lora import LoRA, find_layers
 from diffsynth.diffusion.loss import AutoencoderLoss, FlowMatchSFT
 from diffsynth.diffusion.pipeline.image_units import edit_images
 from diffsynth.diffusion.pipeline.units import run_units
-from diffsynth.diffusion.randomness import Draw
+from diffsynth.diffusion.randomness import SampleRNG
 from diffsynth.diffusion.training_module import PipelineTrainingModule, prepare_training
 from diffsynth.pipelines.flux2_image import Flux2ImagePipeline, Flux2VAE, ModelConfig, text_depths, text_embeddings
 from diffsynth.training.accelerator import make_accelerator
@@ -414,8 +414,8 @@ def test_the_experiments_of_the_embedded_model_run(name, tmp_path):
     cfg = tiny.compose(
         "train", experiment, *tiny_flux2.overrides()[1:], *short, f"output_root={tmp_path}", "device=cpu"
     )
-    tiny.check(cfg, tiny.entry_function("train"))
-    files = tiny.entry_function("train")(**tiny.build(cfg))
+    tiny.check(cfg, tiny.schema("train"))
+    files = tiny.call("train", cfg)
     assert any(str(file).endswith(".safetensors") for file in files)
 
 
@@ -472,8 +472,8 @@ def test_a_released_model_takes_a_lora_step_of_two_edited_megapixels(name, tmp_p
         latents, *edits = (torch.empty(2, 128, 64, width, dtype=torch.bfloat16) for width in (64, 64, 48))
         inputs = {"input_latents": latents, "edit_latents": edits}
         inputs["prompt_emb"] = torch.empty(2, 512, 3 * decoder.config.hidden_size, dtype=torch.bfloat16)
-    draw = Draw(0, [SampleAddress(0, 0), SampleAddress(0, 1)])
-    losses = FlowMatchSFT()(pipe, draw=draw, use_gradient_checkpointing=True, **inputs)
+    rng = SampleRNG(0, [SampleAddress(0, 0), SampleAddress(0, 1)])
+    losses = FlowMatchSFT()(pipe, rng=rng, use_gradient_checkpointing=True, **inputs)
     losses.mean().backward()
     trained = {name: p for name, p in pipe.dit.named_parameters() if p.requires_grad}
     assert losses.shape == (2,) and all(p.grad is not None for p in trained.values())

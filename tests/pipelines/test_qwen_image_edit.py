@@ -25,7 +25,7 @@ from diffsynth.core.memory import MemoryRecipe
 from diffsynth.diffusion.adapters.lora import LoRA
 from diffsynth.diffusion.loss import FlowMatchSFT
 from diffsynth.diffusion.pipeline.image_units import stretch_to_area
-from diffsynth.diffusion.randomness import Draw
+from diffsynth.diffusion.randomness import SampleRNG
 from diffsynth.diffusion.template.code import read_code
 from diffsynth.diffusion.template.model import load_template
 from diffsynth.diffusion.template.rows import required_columns
@@ -331,7 +331,7 @@ RELEASED = ["qwen_image_edit", "qwen_image_edit_2509", "qwen_image_edit_2511"]
 @pytest.mark.parametrize("name", RELEASED)
 def test_a_configuration_is_complete(name):
     cfg = tiny.compose("train", f"model={name}", "dataset=image_folder", "dataset.path=.", *ROWS[1:])
-    tiny.check(cfg, tiny.entry_function("train"))
+    tiny.check(cfg, tiny.schema("train"))
     folders = {cfg.model[part].model_id for part in tiny_qwen_edit.PARTS}
     assert {folder.lower().replace("-", "_") for folder in folders} == {f"qwen/{name}"}
     assert cfg.model.edit_image_numbered == (name != "qwen_image_edit")
@@ -349,8 +349,8 @@ def test_all_blocks_take_a_lora_step_of_two_edited_megapixels(zero_cond_t):
         inputs = {"input_latents": latents, "edit_latents": edits}
         inputs["prompt_emb"] = torch.empty(2, 700, 3584, dtype=torch.bfloat16)
         inputs["prompt_emb_mask"] = torch.empty(2, 700, dtype=torch.bool)
-    draw = Draw(0, [SampleAddress(0, 0), SampleAddress(0, 1)])
-    losses = FlowMatchSFT()(pipe, draw=draw, use_gradient_checkpointing=True, **inputs)
+    rng = SampleRNG(0, [SampleAddress(0, 0), SampleAddress(0, 1)])
+    losses = FlowMatchSFT()(pipe, rng=rng, use_gradient_checkpointing=True, **inputs)
     losses.mean().backward()
     trained = {name: p for name, p in pipe.dit.named_parameters() if p.requires_grad}
     without = {name.split(".lora_")[0] for name, p in trained.items() if p.grad is None}

@@ -7,8 +7,8 @@ from diffusers import QwenImageTransformer2DModel
 from diffsynth.core.data import SampleAddress
 from diffsynth.diffusion.adapters.lora import LoRA
 from diffsynth.diffusion.distillation.discriminator import Discriminator
-from diffsynth.diffusion.loss import DMD2, FlowMatchSFT, Moment
-from diffsynth.diffusion.randomness import Draw
+from diffsynth.diffusion.loss import DMD2, FlowMatchSFT, TrainProgress
+from diffsynth.diffusion.randomness import SampleRNG
 from diffsynth.diffusion.training_module import prepare_training
 from diffsynth.pipelines.qwen_image import QwenImagePipeline
 
@@ -26,8 +26,8 @@ def pipe_and_losses():
             "prompt_emb": torch.empty(2, 60, 3584, dtype=torch.bfloat16),
             "prompt_emb_mask": torch.empty(2, 60, dtype=torch.bool),
         }
-    draw = Draw(0, [SampleAddress(0, 0), SampleAddress(0, 1)])
-    losses = FlowMatchSFT()(pipe, draw=draw, use_gradient_checkpointing=True, **inputs)
+    rng = SampleRNG(0, [SampleAddress(0, 0), SampleAddress(0, 1)])
+    losses = FlowMatchSFT()(pipe, rng=rng, use_gradient_checkpointing=True, **inputs)
     losses.mean().backward()
     return pipe, losses
 
@@ -47,20 +47,20 @@ def test_frozen_weights_are_bf16_and_the_adapter_fp32_with_gradients(pipe_and_lo
     assert without == {"transformer_blocks.59.attn.to_add_out"}  # the last block's text goes nowhere
 
 
-@pytest.mark.parametrize("moment", [Moment(0, 10), Moment(1, 10)], ids=["student", "fake score"])
-def test_roles_of_the_real_width_share_one_base(moment):
+@pytest.mark.parametrize("progress", [TrainProgress(0, 10), TrainProgress(1, 10)], ids=["student", "fake score"])
+def test_roles_of_the_real_width_share_one_base(progress):
     pipe, lora = QwenImagePipeline(device="meta", torch_dtype=torch.bfloat16), LoRA(rank=32, target_modules=TARGETS)
     task = DMD2(discriminator=Discriminator(layers=["transformer_blocks.0"]))
     with torch.device("meta"):
         pipe.dit = QwenImageTransformer2DModel(num_layers=2).to(torch.bfloat16)
         prepare_training(pipe, [], lora, seed=0)
-        roles = task.cast(pipe, lora, seed=0)
+        roles = task.build_roles(pipe, lora, seed=0)
         text = {"prompt_emb": torch.empty(1, 60, 3584), "prompt_emb_mask": torch.empty(1, 60, dtype=torch.bool)}
         inputs = {"input_latents": torch.empty(1, 16, 166, 166), "height": 1328, "width": 1328, **text}
-    sides = {"roles": roles, "negative": text, "moment": moment, "use_gradient_checkpointing": True}
-    task(pipe, draw=Draw(0, [SampleAddress(0, 0)]), **inputs, **sides).mean().backward()
+    sides = {"roles": roles, "negative": text, "progress": progress, "use_gradient_checkpointing": True}
+    task(pipe, rng=SampleRNG(0, [SampleAddress(0, 0)]), **inputs, **sides).mean().backward()
     adapters = {name: p for name, p in pipe.dit.named_parameters() if p.requires_grad}
-    role = "default" if moment.step == 0 else "fake_score"
+    role = "default" if progress.step == 0 else "fake_score"
     reached = {name for name, p in adapters.items() if p.grad is not None}
     assert reached and all(f".{role}." in name for name in reached)
     assert [p.dtype for p in adapters.values()] == [torch.float32] * len(adapters)

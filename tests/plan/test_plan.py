@@ -19,15 +19,18 @@ from diffsynth.core.memory import MemoryRecipe
 from diffsynth.core.memory.live import LiveBytes, in_host_memory
 from diffsynth.diffusion.pipeline import networks as models
 from diffsynth.diffusion.training_module import PipelineTrainingModule
-from diffsynth.plan import Budget, Planner, Run
+from diffsynth.plan.budget import Budget
 from diffsynth.plan.few_blocks import FewBlocks
-from diffsynth.plan.footprint import Held, kept
+from diffsynth.plan.footprint import MemoryFootprint, kept
 from diffsynth.plan.meta_module import copied, read
 from diffsynth.plan.meta_pipeline import architectures
 from diffsynth.plan.optimizer_cost import optimizer_cost
 from diffsynth.plan.options import Option
+from diffsynth.plan.plan import Planner
 from diffsynth.plan.rehearsal import Rehearsal
+from diffsynth.plan.run import PlanRun
 from diffsynth.plan.shares import shares
+from diffsynth.training.run import Run
 
 preflight = import_module("diffsynth.plan.preflight")  # its function has its name
 BENCHMARK = tiny.ROOT / "benchmarks" / "plan.py"
@@ -87,14 +90,14 @@ def test_a_plan_is_within_five_per_cent_of_a_real_steps_live_tensors(benchmark, 
     assert abs(planned / real - 1) < 0.05
 
 
-def rehearsed(benchmark, monkeypatch, **recipe) -> tuple[Held, Rehearsal]:
+def rehearsed(benchmark, monkeypatch, **recipe) -> tuple[MemoryFootprint, Rehearsal]:
     monkeypatch.setitem(benchmark.CONFIGS, "qwen_image", SMALL_QWEN)
     module = benchmark.module_of("qwen_image", "lora", "none")
     module = PipelineTrainingModule(module.pipe, module.task, module.lora, memory=MemoryRecipe(**recipe))
     rehearsal = Rehearsal(read(module, cached=True))
     passes = rehearsal.train([benchmark.row_of("qwen_image", 256)], accumulates=False)
-    held = kept(rehearsal.module, rehearsal.at_rest, rehearsal.unreached, benchmark.OPTIMIZER)
-    return replace(held, working=passes.peak, activations=passes.activations, host=passes.host), rehearsal
+    footprint = kept(rehearsal.module, rehearsal.at_rest, rehearsal.unreached, benchmark.OPTIMIZER)
+    return replace(footprint, working=passes.peak, activations=passes.activations, host=passes.host), rehearsal
 
 
 def test_each_option_takes_from_the_device_what_it_says(benchmark, monkeypatch):
@@ -177,7 +180,7 @@ def test_on_cuda_all_tensors_are_stepped_together():
     assert not single.together
 
 
-HELD = Held(1000, 100, 100, 200, 0, 0, block=50, masters=100, encoders=300, working=150)
+HELD = MemoryFootprint(1000, 100, 100, 200, 0, 0, block=50, master_weights=100, encoders=300, working=150)
 
 
 def test_one_device_holds_everything_and_sharding_engines_less_the_more_there_are():
@@ -205,9 +208,7 @@ def plan(tmp_path, *overrides: str) -> dict:
     """What `python plan.py` writes."""
     given = [*tiny.train_overrides(tmp_path), f"path={tmp_path / 'plan'}", "batch_size=1", "cache_batch_size=1"]
     cfg = tiny.compose("plan", *tiny.merged(given, overrides))
-    function = tiny.entry_function("plan")
-    tiny.check(cfg, function)
-    table = function(**tiny.build(cfg))
+    table = tiny.call("plan", cfg)
     assert "| train |" in table
     assert (tmp_path / "plan" / "plan.svg").read_text().startswith("<svg")
     return json.loads((tmp_path / "plan" / "plan.json").read_text())
@@ -251,19 +252,19 @@ def planner_of(tmp_path, cached: bool = False) -> Planner:
     parts = tiny.build(tiny.compose("train", *tiny.merged(tiny.train_overrides(tmp_path), ["batch_size=1"])))
     parts["dataset"].scan(required=())
     names = Run.__dataclass_fields__.keys() & parts.keys()
-    return Planner(Run(**{name: parts[name] for name in names}, cached=cached, on_cuda=False))
+    return Planner(PlanRun(**{name: parts[name] for name in names}, cached=cached, on_cuda=False))
 
 
 def test_devices_that_have_a_samples_tokens_together_keep_their_part_of_the_activations(tmp_path):
     alone = planner_of(tmp_path, cached=True)
     spread = [replace(alone.run, processes=count, cp_size=count) for count in (2, 3)]
-    together, apart = (Planner(run, alone.drafts) for run in spread)
+    together, apart = (Planner(run, alone.meta_modules) for run in spread)
     (size,) = alone.run.sizes
-    part = together.held(size).activations / alone.held(size).activations
+    part = together.footprint(size).activations / alone.footprint(size).activations
     assert 0.5 <= part < 0.6  # what is known of the time and the places is on both
     assert {share.devices for share in together.plan([1, 2, 3, 4], largest_only=True).shares} == {2, 4}
     with pytest.raises(ValueError, match="4 heads, which cp_size=3 does not divide"):
-        apart.held(size)
+        apart.footprint(size)
 
 
 def test_a_budget_takes_the_fastest_that_fits_and_says_why(tmp_path):

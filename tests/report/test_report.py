@@ -40,7 +40,7 @@ def test_the_page_holds_every_number_and_picture_of_the_run(run_dir):
     for name in ("loss", "lr", "grad_norm", "samples_per_second", "memory_gb"):
         assert charts[name] == [[line["step"], line[name]] for line in lines if name in line] != []
     assert [picture["step"] for picture in page_data(page)["pictures"]] == [0, 1, 2]
-    assert '<img src="data:image/webp;base64,' in page and (run_dir / "receipt.png").exists()
+    assert '<img src="data:image/webp;base64,' in page and (run_dir / "data_report.png").exists()
 
 
 def test_the_page_says_what_ran_and_what_was_wrong(run_dir):

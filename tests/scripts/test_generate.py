@@ -9,7 +9,6 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from diffsynth.config import build, check
 from diffsynth.core.pictures import LINE_HEIGHT, row
 from diffsynth.diffusion.pipeline import networks as models
 
@@ -24,8 +23,7 @@ def generate(tmp_path):
     def draw(*overrides: str) -> dict[str, np.ndarray]:
         output = tmp_path / str(len(list(tmp_path.iterdir())))
         cfg = tiny.compose("generate", *tiny.model_overrides(), *SMALL, f"output={output}", *overrides)
-        check(cfg, function := tiny.entry_function("generate"))
-        return {path.name: np.array(Image.open(path), dtype=int) for path in function(**build(cfg))}
+        return {path.name: np.array(Image.open(path), dtype=int) for path in tiny.call("generate", cfg)}
 
     return draw
 
@@ -134,8 +132,7 @@ def test_an_input_image_is_kept_as_far_as_its_strength_says(generate):
 
 def test_a_fused_model_draws_what_the_adapter_draws(generate, adapter, tmp_path):
     cfg = tiny.compose("fuse", *tiny.model_overrides(), f"lora_path={adapter}", f"output={tmp_path / 'fused'}")
-    check(cfg, fuse := tiny.entry_function("fuse"))
-    (folder,) = fuse(**build(cfg))
+    (folder,) = tiny.call("fuse", cfg)
     fused, adapted = (
         generate(f"prompt={APPLE}", f"model.dit.path={folder}"),
         generate(f"prompt={APPLE}", f"lora_path={adapter}"),

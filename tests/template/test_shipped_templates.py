@@ -105,7 +105,7 @@ def test_its_rows_are_of_the_concepts_of_their_split(name, split):
 @pytest.mark.parametrize("name", INPUTS)
 def test_its_experiment_trains_it_from_its_rows(name):
     cfg = tiny.compose("train", f"experiment=emoji_template/{name}")
-    check(cfg, tiny.entry_function("train"))
+    check(cfg, tiny.schema("train"))
     assert cfg.template.path == f"models/templates/{name}" and cfg.dataset.metadata == f"{name}_train.jsonl"
 
 

@@ -13,7 +13,7 @@ from diffusers import Flux2Transformer2DModel
 from PIL import Image
 from torch import Tensor
 
-from diffsynth.cache.keys import CachePlan
+from diffsynth.cache.keys import CacheKeys
 from diffsynth.cache.make import launch_data_process_task
 from diffsynth.core.data import AddressedDataset, CachedDataset, CachedRow, Sample, UnifiedDataset
 from diffsynth.core.data.operators.unread import Unread
@@ -98,7 +98,7 @@ def test_two_stages_are_the_same_training_as_one(task, folder, data, tmp_path):
     made = launch_data_process_task(make_accelerator("cpu", "float32"), rows, module, tmp_path / "cache").made
     assert made["TemplateProcessInputs"] == 8
     cached, stage_two = CachedDataset(str(tmp_path / "cache")), training(folder, task)
-    cached.check_made_for(CachePlan(stage_two).about())
+    cached.check_made_for(CacheKeys(stage_two).about())
     assert losses(cached, stage_two) == pytest.approx(losses(rows, module), rel=1e-6)
     assert stage_two.pipe.text_encoder is None
 

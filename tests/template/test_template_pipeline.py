@@ -12,7 +12,6 @@ import tiny
 import torch
 from PIL import Image
 
-from diffsynth.config import build, check
 from diffsynth.core.loader import ModelConfig
 from diffsynth.diffusion.pipeline.units import run_units
 from diffsynth.diffusion.template import TemplatePipeline
@@ -274,8 +273,7 @@ def generate(tmp_path):
             f"prompt={PROMPT}",
         ]
         cfg = tiny.compose("generate", *tiny.model_overrides(), *small, f"output={output}", *overrides)
-        check(cfg, function := tiny.entry_function("generate"))
-        (path, *_) = function(**build(cfg))
+        (path, *_) = tiny.call("generate", cfg)
         return np.array(Image.open(path), dtype=int), json.loads(Image.open(path).text["parameters"])
 
     return draw

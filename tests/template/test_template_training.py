@@ -13,7 +13,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from diffsynth.cache.keys import CachePlan
+from diffsynth.cache.keys import CacheKeys
 from diffsynth.cache.make import launch_data_process_task
 from diffsynth.cache.verify import verify
 from diffsynth.core.data import AddressedDataset, CachedDataset, Sample, UnifiedDataset
@@ -239,7 +239,7 @@ def test_two_stages_are_the_same_training_as_one(kind, of_kind, rows_of, tmp_pat
     rows, module = rows_of(kind), of_kind(kind)
     assert make(tmp_path / "cache", rows, module) == {IMAGES: 8, PROMPTS: 8, INPUTS: 8}
     cached, stage_two = CachedDataset(str(tmp_path / "cache")), of_kind(kind)
-    cached.check_made_for(CachePlan(stage_two).about())
+    cached.check_made_for(CacheKeys(stage_two).about())
     assert losses(cached, stage_two) == pytest.approx(losses(rows, module), **CLOSE)
     assert stage_two.pipe.vae is None and stage_two.pipe.text_encoder is None
 
@@ -287,7 +287,7 @@ def test_any_change_of_the_code_makes_its_part_anew(of_kind, rows_of, tmp_path):
     change = lambda: of_kind("part", ("import torch", "import torch  # a remark"))  # noqa: E731
     assert entries_made_after(change, of_kind, "part", rows_of, tmp_path) == {INPUTS: 8}
     with pytest.raises(ValueError, match=f"{INPUTS}: another template"):
-        CachedDataset(str(tmp_path / "cache")).check_made_for(CachePlan(of_kind("part")).about())
+        CachedDataset(str(tmp_path / "cache")).check_made_for(CacheKeys(of_kind("part")).about())
 
 
 @pytest.mark.parametrize("key, made", [("encoder.bias", {INPUTS: 8}), ("mlp.bias", {})])
@@ -342,7 +342,7 @@ def test_files_are_named_from_the_data_set_or_by_their_absolute_path(of_kind, ro
 def test_a_cache_without_the_template_is_refused(of_kind, rows_of, tmp_path):
     make(tmp_path / "cache", rows_of("kv_cache"), without_template())
     with pytest.raises(ValueError, match=f"it holds nothing of {INPUTS}"):
-        CachedDataset(str(tmp_path / "cache")).check_made_for(CachePlan(of_kind("kv_cache")).about())
+        CachedDataset(str(tmp_path / "cache")).check_made_for(CacheKeys(of_kind("kv_cache")).about())
 
 
 def test_what_process_inputs_makes_comes_back_from_a_cache_as_it_was(of_kind, rows_of, tmp_path):

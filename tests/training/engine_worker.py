@@ -15,7 +15,7 @@ from unittest import mock
 import tiny
 from deepspeed.runtime.activation_checkpointing import checkpointing
 
-from diffsynth.config import build, check, claim, finish
+from diffsynth.config import claim, finish
 
 FSDP2 = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_RESHARD_AFTER_FORWARD": "true"}
 TOKENS_SPLIT = {"ACCELERATE_USE_PARALLELISM_CONFIG": "true", "PARALLELISM_CONFIG_CP_SIZE": "2"}
@@ -37,13 +37,11 @@ def run(
     engine: str, overrides: list[str], cut_off: int | None = None, poisoned: int | None = None, split: bool = False
 ) -> None:
     cfg = tiny.compose("train", *overrides)
-    function = tiny.entry_function("train")
     checkpointing.deepspeed_checkpointing_enabled = False  # for good once configured: runs have processes of their own
     environment = ENGINES[engine] | (TOKENS_SPLIT if split else {})
     with mock.patch.dict(os.environ, environment), poison(poisoned), power(cut_off):
-        check(cfg, function)
         run_dir = claim(cfg)
-        finish(run_dir, function(**build(cfg)))
+        finish(run_dir, tiny.call("train", cfg))
 
 
 @contextmanager

@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from PIL import Image
 from torch.testing import assert_close
 
-from diffsynth.config import build, claim
-from diffsynth.core.data import AspectBuckets, BatchPlan, BatchSampler, UnifiedDataset
+from diffsynth.config import claim
+from diffsynth.core.data import AspectBuckets, BatchLayout, BatchSampler, UnifiedDataset
 
 CLOSE = {"rtol": 1e-6, "atol": 1e-6}
 SIZES = [(64, 32)] * 4 + [(32, 64)] * 3 + [(36, 34), (100, 50), (40, 100)]
@@ -85,7 +85,7 @@ def test_batches_of_one_show_every_picture_once_a_pass(seed):
 @pytest.mark.parametrize("world, micro", [(1, 4), (1, 1), (2, 2), (2, 1), (4, 1)])
 def test_the_batches_of_a_step_are_the_same_for_any_number_of_processes_and_micro_batches(world, micro):
     order = dataset().order(4, seed=1)
-    ranks = [BatchSampler(order, BatchPlan(4, micro, world), rank, 0, 6) for rank in range(world)]
+    ranks = [BatchSampler(order, BatchLayout(4, micro, world), rank, 0, 6) for rank in range(world)]
     found = [sorted(a.index for rank in ranks for batch in rank.step(step) for a in batch) for step in range(6)]
     assert found == [sorted(batch) for batch in batches(order, 6)]
 
@@ -233,9 +233,9 @@ def test_training_from_a_cache_of_several_sizes_is_training_from_the_pictures(bu
     given = tiny.merged(tiny.train_overrides(tmp_path), overrides("micro_batch_size=null"))
     own = [override for override in given if override.startswith(("dataset.", "model."))]
     cache = tiny.compose("make_cache", *own, f"path={tmp_path}/cache", "device=cpu", "lora.rank=4")
-    tiny.entry_function("make_cache")(**build(cache))
+    tiny.call("make_cache", cache)
     others = [override for override in given if not override.startswith("dataset.")]
     cached = tiny.compose("train", "dataset=cache", f"dataset.path={tmp_path}/cache", *CHANCE, *others)
     run_dir = claim(cached)
-    tiny.entry_function("train")(**build(cached))
+    tiny.call("train", cached)
     assert_close(losses(run_dir), losses(bucketed), **CLOSE)

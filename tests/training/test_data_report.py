@@ -11,9 +11,9 @@ import torch
 from PIL import Image
 
 from diffsynth.core.data import CachedRow
-from diffsynth.training.record import data_report as receipts
+from diffsynth.training.record import data_report as reports
 
-ONE_STEP = ["max_steps=1", "receipt.pictures=4"]
+ONE_STEP = ["max_steps=1", "data_report.pictures=4"]
 
 
 def picture(number: int, size: tuple[int, int] = (32, 32)) -> Image.Image:
@@ -34,23 +34,23 @@ def folder(tmp_path):
 
 def colours(run_dir) -> int:
     """How many colours there are in a receipt's picture, roughly."""
-    sheet = Image.open(run_dir / "receipt.png").convert("RGB").resize((64, 16))
+    sheet = Image.open(run_dir / "data_report.png").convert("RGB").resize((64, 16))
     return len(np.unique(np.asarray(sheet).reshape(-1, 3), axis=0))
 
 
-def receipt(run_dir) -> dict:
-    return json.loads((run_dir / "receipt.json").read_text())
+def data_report(run_dir) -> dict:
+    return json.loads((run_dir / "data_report.json").read_text())
 
 
 def test_a_run_counts_its_samples_and_names_what_is_enlarged_or_cut_off(folder, tmp_path):
-    content = receipt(tiny.train(tmp_path / "runs", *ONE_STEP, f"dataset.path={folder}", "dataset.repeat=3"))
+    content = data_report(tiny.train(tmp_path / "runs", *ONE_STEP, f"dataset.path={folder}", "dataset.repeat=3"))
     assert (content["samples"], content["an_epoch"], content["sizes"]) == (4, 12, {"32x32": 4})
     assert (content["enlarged"], content["caption_cut_off"], content["left_out"]) == ([1], [3], [])
 
 
 def test_rows_that_are_left_out_are_listed_with_the_reason(folder, tmp_path):
     (folder / "2.png").write_bytes(b"<html>")
-    content = receipt(tiny.train(tmp_path / "runs", *ONE_STEP, f"dataset.path={folder}", "dataset.on_error=skip"))
+    content = data_report(tiny.train(tmp_path / "runs", *ONE_STEP, f"dataset.path={folder}", "dataset.on_error=skip"))
     (left_out,) = content["left_out"]
     assert left_out["row"] == 3 and "begins with b'<html>'" in left_out["reason"] and content["samples"] == 3
 
@@ -68,14 +68,14 @@ def test_images_that_are_validated_on_as_well_are_found_though_they_were_saved_a
         f"+validation.datasets.held_out.base_path={held_out}",
     ]
     with caplog.at_level("INFO"):
-        content = receipt(tiny.train(tmp_path / "runs", *ONE_STEP, f"dataset.path={folder}", *looks))
+        content = data_report(tiny.train(tmp_path / "runs", *ONE_STEP, f"dataset.path={folder}", *looks))
     assert content["also_in_validation"] == {"held_out": [[3, 1]]}
     assert "1 nearly equal to one of validation.datasets.held_out" in caplog.text
 
 
 def test_the_first_samples_are_shown_as_they_are_trained_on(folder, tmp_path):
     run_dir = tiny.train(tmp_path / "runs", *ONE_STEP, f"dataset.path={folder}", "dataset.augmentation.flip=1")
-    sheet = np.asarray(Image.open(run_dir / "receipt.png").convert("RGB"))
+    sheet = np.asarray(Image.open(run_dir / "data_report.png").convert("RGB"))
     mirrored = [np.asarray(picture(n).transpose(Image.Transpose.FLIP_LEFT_RIGHT).resize((128, 128))) for n in (0, 3)]
     cells = [sheet[:128, x : x + 128] for x in range(0, 512, 128)]
     assert all(any(np.abs(cell.astype(int) - image).mean() < 20 for cell in cells) for image in mirrored)
@@ -86,7 +86,7 @@ def test_samples_of_a_cache_are_decoded_where_there_is_a_decoder(folder, tmp_pat
     tiny.command_line(monkeypatch, "make_cache.py", *tiny.model_overrides(), *data, f"path={tmp_path / 'cache'}")
     cached = ["dataset=cache", f"dataset.path={tmp_path / 'cache'}"]
     run_dir = tiny.train(tmp_path / "runs", *ONE_STEP, *cached)
-    assert receipt(run_dir)["sizes"] == {"32x32": 4}
+    assert data_report(run_dir)["sizes"] == {"32x32": 4}
     assert colours(run_dir) > 100
     without = tiny.train(tmp_path / "runs", *ONE_STEP, *cached, "model.vae=null", "model.text_encoder=null")
     assert colours(without) < 100
@@ -100,6 +100,6 @@ def test_masks_and_images_of_a_cache_are_shown_under_its_samples():
     mask = torch.tensor([[0.0, 1.0], [1.0, 0.0]])[None, None]
     latents = {"input_latents": torch.full((1, 16, 4, 4), 50.0), "edit_latents": [torch.full((1, 16, 4, 4), 90.0)]}
     kept = {"loss_mask": mask, "input_image": Image.new("RGB", (8, 8), "blue"), "prompt_emb": torch.zeros(1, 3, 8)}
-    (row,) = receipts._decoded(pipe, [CachedRow({"prompt": "a"}, {"shared": latents | kept})])
-    shown = [image.convert("RGB").getpixel((0, 0)) for image in receipts._images(row)]
+    (row,) = reports._decoded(pipe, [CachedRow({"prompt": "a"}, {"shared": latents | kept})])
+    shown = [image.convert("RGB").getpixel((0, 0)) for image in reports._images(row)]
     assert shown == [(50, 0, 0), (90, 0, 0), (0, 0, 0), (0, 0, 255)] and row["prompt"] == "a"

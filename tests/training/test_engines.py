@@ -310,5 +310,5 @@ def test_the_launchers_files_are_those_that_engines_are_tested_with():
 
 def test_the_recipe_for_little_memory_composes():
     cfg = tiny.compose("train", "experiment=qwen_image/low_vram")
-    check(cfg, tiny.entry_function("train"))
+    check(cfg, tiny.schema("train"))
     assert cfg.memory.checkpointing == "blocks" and cfg.model.text_encoder is None

@@ -45,7 +45,7 @@ def draw(folder: Path, *overrides: str) -> None:
     tiny.make_cache(folder, *HOW, "dataset=prompts", f"dataset.path={prompts}", *size, *overrides)
 
 
-def looking(teacher: Path, *overrides: str) -> list[str]:
+def evaluating(teacher: Path, *overrides: str) -> list[str]:
     """A training that looks at three rows, and shows two of them."""
     small = ["validation=few_steps", "validation.few_steps.pictures=2", "validation.few_steps.batch_size=2"]
     data = [f"dataset.path={teacher}/train", f"validation.few_steps.dataset.path={teacher}/held_out"]
@@ -55,7 +55,7 @@ def looking(teacher: Path, *overrides: str) -> list[str]:
 @pytest.fixture(scope="module")
 def run_dir(teacher, tmp_path_factory) -> Path:
     """Two steps, looked at before each and after the last."""
-    return tiny.train(tmp_path_factory.mktemp("run"), *looking(teacher, *BOTH))
+    return tiny.train(tmp_path_factory.mktemp("run"), *evaluating(teacher, *BOTH))
 
 
 @pytest.fixture
@@ -136,7 +136,7 @@ def test_the_student_is_drawn_with_its_own_settings_and_the_base_as_ever(compare
 def test_a_student_that_draws_fresh_noise_draws_it_from_the_rows_seeds(compared, load_pipe):
     settings = Student(num_inference_steps=3, renoise=True).settings
     module, few_steps = compared()
-    torch.testing.assert_close(few_steps.draw(module, settings), drawn(load_pipe(tiny.model()), settings), **CLOSE)
+    torch.testing.assert_close(few_steps.sample(module, settings), drawn(load_pipe(tiny.model()), settings), **CLOSE)
 
 
 def test_rows_of_several_sizes_are_drawn_in_batches_of_one(tmp_path, compared):
@@ -145,7 +145,7 @@ def test_rows_of_several_sizes_are_drawn_in_batches_of_one(tmp_path, compared):
     parts = [f"+dataset.datasets.{name}={{{node}, width: {width}}}" for name, width in {"a": 32, "b": 48}.items()]
     tiny.make_cache(tmp_path / "held_out", *HOW, "dataset=mixed", *parts)
     module, few_steps = compared(tmp_path / "held_out", {"batch_size": 2})
-    together = few_steps.draw(module, TEACHER)
+    together = few_steps.sample(module, TEACHER)
     assert [tuple(latents.shape) for latents in together] == [(1, 16, 4, 4)] * 3 + [(1, 16, 4, 6)] * 3
     made = [few_steps.rows[number].made["shared"]["input_latents"] for number in range(6)]
     torch.testing.assert_close(together, made, **CLOSE)
@@ -159,7 +159,7 @@ def test_metrics_compare_with_the_teachers_pictures_and_those_that_lack_weights_
         validation.check(None)
     assert "validation.few_steps.metrics.clip_score is left out" in caplog.text
     assert validation.numbers == ["student_distance", "student_retrieval"]
-    exact, shifted = few_steps.draw(module, TEACHER), few_steps.draw(module, TEACHER)
+    exact, shifted = few_steps.sample(module, TEACHER), few_steps.sample(module, TEACHER)
     shifted.append(shifted.pop(0))
     assert few_steps.measure(module.pipe, "student", exact)["student_retrieval"] == 1
     assert few_steps.measure(module.pipe, "student", shifted)["student_retrieval"] == 0
@@ -199,8 +199,8 @@ def pictures(run_dir: Path) -> dict[str, bytes]:
 
 
 def test_a_run_that_was_cut_off_measures_and_shows_the_same(teacher, run_dir, tmp_path):
-    tiny.cut_off(1, tmp_path, *looking(teacher, *BOTH))
-    resumed = tiny.train(tmp_path, *looking(teacher, *BOTH))
+    tiny.cut_off(1, tmp_path, *evaluating(teacher, *BOTH))
+    resumed = tiny.train(tmp_path, *evaluating(teacher, *BOTH))
     assert resumed.name == run_dir.name
     assert steady(resumed) == steady(run_dir) and pictures(resumed) == pictures(run_dir)
 
@@ -232,7 +232,7 @@ def test_what_cannot_be_compared_is_refused_before_weights_are_read(overrides, m
     monkeypatch.setattr("diffsynth.diffusion.pipeline.networks.load_weights", None)
     own = [override.replace("{tmp}", str(tmp_path)) for override in overrides]
     with pytest.raises(ValueError, match=message):
-        tiny.train(tmp_path, *tiny.merged(looking(teacher, "receipt.pictures=0"), own))
+        tiny.train(tmp_path, *tiny.merged(evaluating(teacher, "data_report.pictures=0"), own))
 
 
 def test_pictures_of_another_teacher_are_refused(compared, monkeypatch):

@@ -37,14 +37,14 @@ def test_many_small_steps_go_as_far_as_in_fp32(optimizer):
     start = torch.randn(4096)
     exact, kept = nn.Parameter(start.clone()), nn.Parameter(start.bfloat16())
     rounding = StochasticRounding([kept])
-    optimizers = optimizer([exact], lr=1e-5), optimizer(rounding.stand_ins, lr=1e-5)
+    optimizers = optimizer([exact], lr=1e-5), optimizer(rounding.fp32_copies, lr=1e-5)
     for step in range(100):
         exact.grad, kept.grad = torch.ones(4096), torch.ones(4096, dtype=torch.bfloat16)
         optimizers[0].step()
         rounding.step(optimizers[1], seed=step)
     moved = [(p.detach().float() - q).mean().item() for p, q in ((exact, start), (kept, start.bfloat16().float()))]
     assert moved[1] == pytest.approx(moved[0], rel=0.2)
-    assert all(p.numel() == 0 for p in rounding.stand_ins)
+    assert all(p.numel() == 0 for p in rounding.fp32_copies)
     assert all(t.dtype == torch.float32 for s in optimizers[1].state.values() for t in s.values())
 
 
@@ -55,7 +55,7 @@ def test_an_optimizer_that_counts_over_all_weights_is_refused():
     for weight in weights:
         weight.grad = torch.ones_like(weight)
     with pytest.raises(ValueError, match="Prodigy counts over all weights at once.*trained_dtype=float32"):
-        rounding.step(prodigy(rounding.stand_ins), seed=0)
+        rounding.step(prodigy(rounding.fp32_copies), seed=0)
 
 
 def test_a_run_in_bf16_goes_on_bit_for_bit(tmp_path):

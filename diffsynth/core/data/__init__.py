@@ -1,7 +1,8 @@
-from .cached_dataset import CachedDataset, CachedRow
+from .cached_dataset import CachedDataset
 from .collate import collate
+from .dataset import PlainData, Row, TrainingData
 from .mixed_dataset import MixedDataset
-from .operators.augmentation import Augmentation, Choice
+from .operators.augmentation import Augmentation
 from .operators.base import (
     RouteByExtensionName,
     RouteByType,
@@ -16,7 +17,7 @@ from .operators.images import ImageCropAndResize, LoadImage, Operator
 from .operators.video import LoadGIF, LoadVideo
 from .order.addresses import (
     AddressedDataset,
-    BatchPlan,
+    BatchLayout,
     BatchSampler,
     Sample,
     SampleAddress,
@@ -26,7 +27,7 @@ from .order.addresses import (
     sample_seed,
 )
 from .order.buckets import AspectBuckets
-from .order.mixing import MixedOrder, Part
+from .order.mixing import MixedOrder, WeightedRows
 from .scan import SkippedRow
 from .sources.hub_rows import HubRows
 from .sources.metadata import read_metadata
@@ -40,13 +41,11 @@ __all__ = [
     "AddressedDataset",
     "AspectBuckets",
     "Augmentation",
-    "BatchPlan",
+    "BatchLayout",
     "BatchSampler",
     "CachedDataset",
-    "CachedRow",
     "EmbeddedFile",
     "HubRows",
-    "Choice",
     "ImageCropAndResize",
     "LoadGIF",
     "LoadImage",
@@ -54,9 +53,11 @@ __all__ = [
     "MixedDataset",
     "MixedOrder",
     "Operator",
-    "Part",
+    "PlainData",
+    "WeightedRows",
     "RouteByExtensionName",
     "RouteByType",
+    "Row",
     "Rows",
     "Sample",
     "SampleAddress",
@@ -65,6 +66,7 @@ __all__ = [
     "SkippedRow",
     "Table",
     "ToAbsolutePath",
+    "TrainingData",
     "ToFloat",
     "ToInt",
     "ToList",

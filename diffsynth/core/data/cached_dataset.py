@@ -2,48 +2,34 @@
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
-from torch.utils.data import Dataset
 
 from .cache import FORMAT, CacheIndex, DamagedCache
-from .operators.augmentation import Augmentation, Choice
+from .dataset import Row, TrainingData
+from .operators.augmentation import Augmentation, AugmentationChoice
 from .operators.unread import Unread
 from .order.addresses import SampleAddress
-from .order.mixing import MixedOrder, Part, exact, joined
+from .order.mixing import WeightedRows, exact
 
 
-@dataclass
-class CachedRow:
-    """A sample whose frozen part has been done.
-
-    Args:
-        row: Its row; images in it are not there, but have a size.
-        made: Inputs of the pipeline, by side (`shared`, `posi`, `nega`) and name.
-    """
-
-    row: dict[str, Any]
-    made: dict[str, dict[str, Any]]
-
-
-class CachedDataset(Dataset):
+class CachedDataset(TrainingData):
     """The samples of a cache, `repeat` times over, in batches of one size.
 
     Args:
         path: The cache's folder.
         height, width: What all samples must have, in pixels; None takes what there is.
         repeat: Passes over the samples that make one epoch.
-        num_workers: How many processes should load it; the data set only carries the wish.
+        num_workers: Processes that should load it.
         augmentation: What is left to chance; the cache must hold every variant of it.
 
     Raises:
         DamagedCache: There is no finished cache.
         ValueError: Samples have another size, captions other words, or variants are missing.
     """
+
+    needs_encoders = False
 
     def __init__(
         self,
@@ -64,24 +50,20 @@ class CachedDataset(Dataset):
             self._check_sizes(height, width)
         self._check_captions()
         self._check_variants()
-        self.undecodable = torch.zeros(0, dtype=torch.bool)
         self.index.close()  # a connection may not be handed on to other processes
 
-    def __len__(self) -> int:
-        return self.size * self.repeat
-
-    def __getitem__(self, index: int) -> CachedRow:
+    def __getitem__(self, index: int) -> Row:
         if not 0 <= index < len(self):
             raise IndexError(f"index {index} of a data set of {len(self)}")
-        return self._load(self.index.record(index % self.size), Choice())
+        return self._load(self.index.record(index % self.size), AugmentationChoice())
 
-    def sample(self, address: SampleAddress, seed: int) -> tuple[CachedRow, str | None]:
+    def sample(self, address: SampleAddress, seed: int) -> tuple[Row, str | None]:
         """The sample at an address of a run, in the variant that chance gives it there, and its name."""
         record = self.index.record(address.index)
-        choice = self.augmentation.draw(record["weights"], seed, address)
+        choice = self.augmentation.choose(record["weights"], seed, address)
         return self._load(record, choice), choice.variant
 
-    def buckets(self) -> dict[tuple[int, int] | None, list[Part]]:
+    def rows_in_buckets(self) -> dict[tuple[int, int] | None, list[WeightedRows]]:
         """What each size has from each data set that was mixed; None where each sample has its own size, as there."""
         sizes = self.index.sizes()
         if len(sizes) > 1 and not self.about["by_size"]:
@@ -92,24 +74,16 @@ class CachedDataset(Dataset):
         for size, numbers in sizes.items():
             each = np.split(np.array(numbers), np.searchsorted(numbers, ends))
             own = [(rows, share) for rows, share in zip(each, shares, strict=True) if len(rows)]
-            buckets[size] = [Part(rows, exact(share) * self.repeat) for rows, share in own]
+            buckets[size] = [WeightedRows(rows, exact(share) * self.repeat) for rows, share in own]
         return buckets
 
-    def parts(self) -> dict[tuple[int, int] | None, Part]:
-        """The samples of each size; None where each has its own."""
-        return {size: joined(parts) for size, parts in self.buckets().items()}
-
-    def order(self, batch_size: int, seed: int) -> MixedOrder:
-        """An order of batches of one size each, if the data set had buckets."""
-        return MixedOrder(list(self.buckets().values()), batch_size, seed)
-
-    def _load(self, record: dict, choice: Choice) -> CachedRow:
+    def _load(self, record: dict, choice: AugmentationChoice) -> Row:
         variant = record["variants"][choice.variant]
         made: dict[str, dict] = {"shared": {}, "posi": {}, "nega": {}}
         keys, sides = zip(*variant["runs"], strict=True)
         for side, entry in zip(sides, self.index.entries(keys), strict=True):
             made[side] |= entry
-        return CachedRow({name: _restored(value) for name, value in variant["row"].items()}, made)
+        return Row({name: _restored(value) for name, value in variant["row"].items()}, made)
 
     def scan(self, required: Sequence[str] = ()) -> list:
         """Refuse a cache of which files are missing, or whose samples have not the `required` columns.
@@ -146,14 +120,6 @@ class CachedDataset(Dataset):
                 f"{self.metadata_path} was not made for this training:\n  " + "\n  ".join(lines) + "\n"
                 "Choose the model, task and lora that it was made with, or run make_cache.py again with these."
             )
-
-    @property
-    def skipped(self) -> list:
-        """No row is left out: those that could not be used are not in the cache."""
-        return []
-
-    def write_skipped(self, path: str | Path) -> None:
-        """No row is left out: those that could not be used are not in the cache."""
 
     def _check_sizes(self, height: int | None, width: int | None) -> None:
         for size in self.index.sizes():
@@ -201,7 +167,7 @@ def _absent() -> None:
 
 
 def differences(found: Mapping[str, Any], expected: Mapping[str, Any]) -> list[str]:
-    """What a cache was made of (`CachePlan.about`) and what a training would make it of, where they differ."""
+    """What a cache was made of (`CacheKeys.about`) and what a training would make it of, where they differ."""
     if found["pipeline"] != expected["pipeline"]:
         return [f"it is {found['pipeline']}'s, not {expected['pipeline']}'s"]
     lines = []

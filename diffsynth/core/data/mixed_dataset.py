@@ -9,17 +9,17 @@ from hashlib import blake2b
 from pathlib import Path
 
 import torch
-from torch.utils.data import Dataset
 
+from .dataset import TrainingData
 from .operators.unread import Variants
 from .order.addresses import SampleAddress
 from .order.buckets import Size
-from .order.mixing import MixedOrder, Part, exact, joined
+from .order.mixing import WeightedRows, exact
 from .scan import SkippedRow, write_skipped
 from .unified_dataset import UnifiedDataset
 
 
-class MixedDataset(Dataset):
+class MixedDataset(TrainingData):
     """The samples of several data sets, numbered through; those of one size share batches, whichever they are from.
 
     Each data set keeps its own options: its augmentation, its size or buckets, what it does with bad rows.
@@ -28,7 +28,7 @@ class MixedDataset(Dataset):
         datasets: By name.
         weights: How often a pass shows each sample of a data set, 1 unless said: 2.5 shows each 2 or 3 times, 0.1
             another tenth in every pass. They multiply with the data set's own `repeat`.
-        num_workers: How many processes should load it; the data set only carries the wish.
+        num_workers: Processes that should load it.
 
     Raises:
         ValueError: There is no data set, one cannot be mixed, or a weight is not positive or of none of them.
@@ -40,7 +40,7 @@ class MixedDataset(Dataset):
         weights: Mapping[str, float] | None = None,
         num_workers: int = 0,
     ):
-        self.datasets, self.num_workers = dict(datasets), num_workers
+        self._datasets, self.num_workers = dict(datasets), num_workers
         self.weights = dict.fromkeys(datasets, 1) | dict(weights or {})
         self._check()
         # One tensor of which each data set has its part: what is noted in one is noted in the other.
@@ -50,6 +50,10 @@ class MixedDataset(Dataset):
             dataset.undecodable = flags
 
     @property
+    def datasets(self) -> dict[str, UnifiedDataset]:
+        return self._datasets
+
+    @property
     def metadata_path(self) -> str:
         return ", ".join(dataset.metadata_path for dataset in self.datasets.values())
 
@@ -57,9 +61,6 @@ class MixedDataset(Dataset):
     def size(self) -> int:
         """How many samples there are."""
         return sum(dataset.size for dataset in self.datasets.values())
-
-    def __len__(self) -> int:
-        return self.size
 
     def __getitem__(self, index: int) -> dict:
         """Sample `index`, its files loaded, nothing left to chance."""
@@ -76,26 +77,18 @@ class MixedDataset(Dataset):
         with self._dataset_of(number) as (dataset, own_number):
             return dataset.original_size(own_number)
 
-    def buckets(self) -> dict[Size | None, list[Part]]:
+    def rows_in_buckets(self) -> dict[Size | None, list[WeightedRows]]:
         """What each size has from each data set; None where each sample has its own."""
         buckets, start = defaultdict(list), 0
         for name, dataset in self.datasets.items():
-            for size, part in dataset.parts().items():
+            for size, part in dataset.rows_by_size().items():
                 buckets[size].append(part.moved(start, self.weights[name]))
             start += dataset.size
         return {size: buckets[size] for size in sorted(buckets, key=lambda size: size or (0, 0))}
 
-    def shares(self) -> dict[str, Fraction]:
+    def passes(self) -> dict[str, Fraction]:
         """How often a pass shows each sample of each data set."""
         return {name: exact(self.weights[name]) * dataset.repeat for name, dataset in self.datasets.items()}
-
-    def parts(self) -> dict[Size | None, Part]:
-        """The samples of each size; None where each has its own."""
-        return {size: joined(parts) for size, parts in self.buckets().items()}
-
-    def order(self, batch_size: int, seed: int) -> MixedOrder:
-        """An order of batches of one size each."""
-        return MixedOrder(list(self.buckets().values()), batch_size, seed)
 
     def skips(self, number: int) -> bool:
         """Whether a sample is left out if it cannot be read."""
@@ -107,11 +100,11 @@ class MixedDataset(Dataset):
         with self._dataset_of(number) as (dataset, own_number):
             return dataset.variants(own_number)
 
-    def scan(self, prompt_key: str = "prompt", required: Sequence[str] = ()) -> list[SkippedRow]:
+    def scan(self, required: Sequence[str] = (), prompt_key: str = "prompt") -> list[SkippedRow]:
         """See `UnifiedDataset.scan`."""
         for name, dataset in self.datasets.items():
             with _named(name):
-                dataset.scan(prompt_key, required)
+                dataset.scan(required, prompt_key)
         return self.skipped
 
     def fingerprint(self) -> str:

@@ -81,7 +81,7 @@ class SortedRows:
         return {(int(w), int(h)): np.flatnonzero(which == number) for number, (w, h) in enumerate(sizes)}
 
 
-def look_at_rows(dataset, prompt_key: str, required: Sequence[str]) -> tuple[list[SkippedRow], list[tuple[int, Size]]]:
+def check_rows(dataset, prompt_key: str, required: Sequence[str]) -> tuple[list[SkippedRow], list[tuple[int, Size]]]:
     """The rows that cannot be used, and of the others, where there are buckets, the number and size as stored."""
     strides = [dataset.scanned[start::SCAN_THREADS] for start in range(SCAN_THREADS)]
     with ThreadPoolExecutor(SCAN_THREADS) as pool:
@@ -92,11 +92,11 @@ def look_at_rows(dataset, prompt_key: str, required: Sequence[str]) -> tuple[lis
 
 
 def _look(dataset, numbers: Sequence[int], prompt_key: str, required: Sequence[str]) -> list:
-    looks = (_look_at(dataset, number, prompt_key, required) for number in numbers)
+    looks = (_check_row(dataset, number, prompt_key, required) for number in numbers)
     return [look for look in looks if look is not None]
 
 
-def _look_at(dataset, number: int, prompt_key: str, required: Sequence[str]) -> SkippedRow | tuple[int, Size] | None:
+def _check_row(dataset, number: int, prompt_key: str, required: Sequence[str]) -> SkippedRow | tuple[int, Size] | None:
     """What is wrong with a row, or its size where there are buckets."""
     row, size = dataset.rows[number], None
     if fault := _fault_of_cells(dataset, row, prompt_key, required):

@@ -10,17 +10,17 @@ from typing import Any, Literal
 
 import torch
 from PIL import ImageOps
-from torch.utils.data import Dataset
 
-from .operators.augmentation import Augmentation, Choice
+from .dataset import Row, TrainingData
+from .operators.augmentation import Augmentation, AugmentationChoice
 from .operators.base import RouteByExtensionName, RouteByType, SequentialProcess, ToAbsolutePath, ToList, unread
 from .operators.images import ImageCropAndResize, LoadImage
 from .operators.unread import Unread, Variants
 from .operators.video import LoadGIF, LoadVideo
 from .order.addresses import SampleAddress
 from .order.buckets import AspectBuckets, Size
-from .order.mixing import MixedOrder, Part
-from .scan import AllBut, SkippedRow, SortedRows, known_size, look_at_rows, write_skipped
+from .order.mixing import WeightedRows
+from .scan import AllBut, SkippedRow, SortedRows, check_rows, known_size, write_skipped
 from .sources.captions import read_captions
 from .sources.metadata import READERS, read_metadata
 from .sources.storage import EmbeddedFile, is_file, size_on_disk
@@ -29,7 +29,7 @@ from .sources.table import Rows
 logger = logging.getLogger(__name__)
 
 
-class UnifiedDataset(Dataset):
+class UnifiedDataset(TrainingData):
     """The rows of a metadata table, `repeat` times over, with the files they name loaded.
 
     Args:
@@ -91,8 +91,6 @@ class UnifiedDataset(Dataset):
         # Shared memory, so that what a DataLoader worker finds is known to the process that reports it.
         self.undecodable = torch.zeros(len(self.rows), dtype=torch.bool).share_memory_()
 
-    num_workers = 0
-
     @classmethod
     def from_folder(
         cls,
@@ -116,7 +114,7 @@ class UnifiedDataset(Dataset):
         """Dataset of a folder of images; `metadata` is a file in it, a path of its own, or what reads its rows.
 
         `buckets`, `max_aspect`, `division_factor`, `upscale` are those of `AspectBuckets`; `num_workers` is how many
-        processes should load it; the data set only carries the wish.
+        processes should load it.
         """
         if buckets and (height, width) != (None, None):
             raise ValueError("dataset.height, dataset.width and dataset.buckets all say how large images are; use one.")
@@ -194,6 +192,9 @@ class UnifiedDataset(Dataset):
         if self.fit:
             self.fit.only_as_it_is = True
 
+    def read_column(self, name: str, reader: Callable[[str], Callable]) -> None:
+        self.operators.setdefault(name, reader(self.base_path))
+
     def __len__(self) -> int:
         return self._at_most(self.size * self.repeat)
 
@@ -220,7 +221,7 @@ class UnifiedDataset(Dataset):
         """
         if not 0 <= index < len(self):
             raise IndexError(f"index {index} of a dataset of {len(self)}")
-        return self._first_that_loads(index % self.size, lambda row: Choice())[0]
+        return self._first_that_loads(index % self.size, lambda row: AugmentationChoice())[0]
 
     def sample(self, address: SampleAddress, seed: int, number: int | None = None) -> tuple[dict, str | None]:
         """The sample at an address of a run, as chance makes it there, and the name of that variant.
@@ -229,28 +230,23 @@ class UnifiedDataset(Dataset):
             number: Which sample it is, where that is not the address's index.
         """
 
-        def draw(row: dict) -> Choice:
+        def choose(row: dict) -> AugmentationChoice:
             weights = [weight for _, weight in self.augmentation.texts(row)]
-            return self.augmentation.draw(weights, seed, address)
+            return self.augmentation.choose(weights, seed, address)
 
-        return self._first_that_loads(address.index if number is None else number, draw)
+        return self._first_that_loads(address.index if number is None else number, choose)
 
     def original_size(self, number: int) -> Size | None:
         """(width, height) of a sample's first image before it is fitted; None of one that is not on this machine."""
         row, key = self.rows[self._row_number(number)], self.data_file_keys[0]
         return known_size(self.operators[key], row[key]) if key in row else None
 
-    def parts(self) -> dict[Size | None, Part]:
-        """The samples of each size; None where each has its own."""
+    def rows_in_buckets(self) -> dict[Size | None, list[WeightedRows]]:
         numbers = {self._fixed_size(): range(self.size)} if self.sorted is None else self.sorted.by_size(self.size)
-        return {size: Part(own, Fraction(len(self), self.size)) for size, own in numbers.items()}
+        return {size: [WeightedRows(own, Fraction(len(self), self.size))] for size, own in numbers.items()}
 
     def _fixed_size(self) -> Size | None:
         return (self.fit.width, self.fit.height) if self.fit and self.fit.height else None
-
-    def order(self, batch_size: int, seed: int) -> MixedOrder:
-        """An order of batches of one size each."""
-        return MixedOrder([[part] for part in self.parts().values()], batch_size, seed)
 
     def skips(self, number: int) -> bool:
         """Whether a sample is left out if it cannot be read."""
@@ -269,7 +265,7 @@ class UnifiedDataset(Dataset):
         images = [value for value in flat(rows[""].get(self.data_file_keys[0])) if isinstance(value, Unread)]
         return Variants(images[0].size if images else (0, 0), weights, rows)
 
-    def _first_that_loads(self, number: int, choose: Callable[[dict], Choice]) -> tuple[dict, str | None]:
+    def _first_that_loads(self, number: int, choose: Callable[[dict], AugmentationChoice]) -> tuple[dict, str | None]:
         """Sample `number` or, with on_error="skip", the next one of its size that can be decoded."""
         size = self._size_of(number)
         others = range(number, number + self.size) if self.on_error == "skip" else [number]
@@ -290,7 +286,7 @@ class UnifiedDataset(Dataset):
         """The size of a sample; None where `fit` decides."""
         return None if self.sorted is None else self.sorted.size_of(number)
 
-    def scan(self, prompt_key: str = "prompt", required: Sequence[str] = ()) -> list[SkippedRow]:
+    def scan(self, required: Sequence[str] = (), prompt_key: str = "prompt") -> list[SkippedRow]:
         """Checks `scan_rows` rows, reading no more than the headers of their files, and returns those of no use.
 
         A row needs a caption, the `required` columns, and a file that opens for each of its `data_file_keys`; other
@@ -307,7 +303,7 @@ class UnifiedDataset(Dataset):
         unseen = len(self.rows) - len(self.scanned)
         if unseen and self.buckets:
             raise ValueError(f"dataset.buckets need the size of every row; set dataset.scan_rows={len(self.rows)}.")
-        faults, seen = look_at_rows(self, prompt_key, required)
+        faults, seen = check_rows(self, prompt_key, required)
         if faults and (self.on_error == "raise" or len(faults) == len(self.scanned)):
             raise ValueError(self._describe(faults))
         if unseen:
@@ -349,9 +345,9 @@ class UnifiedDataset(Dataset):
         """Writes `skipped` as JSON lines and says how many there are; the file appears whole or not at all."""
         write_skipped(path, self.skipped, len(self.rows), self.metadata_path)
 
-    def _chosen(self, row: dict, size: Size | None, choice: Choice, apply: Callable) -> dict:
+    def _chosen(self, row: dict, size: Size | None, choice: AugmentationChoice, apply: Callable) -> dict:
         """A row as it is chosen; `apply(operator, value)` calls operators, or asks them what they would return."""
-        row = dict(row)
+        row = Row(row)
         if any(column in row for column in self.augmentation.captions):
             row["prompt"] = self.augmentation.prompt(row, choice)
         for key in [key for key in self.operators if key in row]:
@@ -364,7 +360,7 @@ class UnifiedDataset(Dataset):
                 raise kind(f"{key} {row[key]!r}: {error}") from error
         return row
 
-    def _fitted(self, value: Any, size: Size | None, choice: Choice) -> Any:
+    def _fitted(self, value: Any, size: Size | None, choice: AugmentationChoice) -> Any:
         """An image at the size and in the part that it is trained at, or every image of a list."""
         if isinstance(value, list):
             return [self._fitted(element, size, choice) for element in value]

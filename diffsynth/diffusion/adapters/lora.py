@@ -83,18 +83,23 @@ class Adapter:
             if self.checkpoint:
                 fill(module, read(self.checkpoint, prefix)[0], "default", self.checkpoint)
 
-    def add(self, module: nn.Module, targets: Sequence[str], seed: int, name: str = "default") -> None:
-        """Give a network a trainable fp32 adapter of that name, beside those it has; the new one is active."""
-        others = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    def add(self, module: nn.Module, targets: Sequence[str], seed: int, name: str = "default") -> list[nn.Parameter]:
+        """Give a network a trainable fp32 adapter of that name, beside those it has, and return its parameters.
+
+        The new adapter is the active one.
+        """
+        before = list(module.parameters())
+        others = [parameter for parameter in before if parameter.requires_grad]
         with torch.random.fork_rng():
             torch.manual_seed(seed)
             inject_adapter_in_model(self.peft_config(targets), module, adapter_name=name)
-        for key, parameter in module.named_parameters():
-            if f".{name}" in key:  # small updates vanish in bf16
-                parameter.data = parameter.data.float()
-                parameter.requires_grad_(True)
-        for parameter in others:
+        there = set(map(id, before))
+        made = [parameter for parameter in module.parameters() if id(parameter) not in there]
+        for parameter in made:
+            parameter.data = parameter.data.float()  # small updates vanish in bf16
+        for parameter in (*made, *others):
             parameter.requires_grad_(True)
+        return made
 
     def peft_config(self, targets: Sequence[str]):
         raise NotImplementedError(f"{type(self).__name__} has no peft configuration.")

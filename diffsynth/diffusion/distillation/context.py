@@ -6,14 +6,14 @@ from typing import Any
 
 from torch import Tensor
 
-from ..loss.base import Moment
-from ..randomness import Draw, GlobalDraw
+from ..randomness import GlobalRNG, SampleRNG
+from ..trained import TrainProgress
 from . import discriminator
 from .roles import Roles
 
 
 @dataclass(frozen=True, kw_only=True)
-class Scene:
+class LossContext:
     """A batch, who predicts of it, and when.
 
     Args:
@@ -24,9 +24,9 @@ class Scene:
     """
 
     pipe: Any
-    draw: Draw | GlobalDraw
+    rng: SampleRNG | GlobalRNG
     roles: Roles
-    moment: Moment | None
+    progress: TrainProgress | None
     clean: Tensor
     size: Mapping[str, int]
     inputs: Mapping[str, Any]

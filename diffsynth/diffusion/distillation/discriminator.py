@@ -129,7 +129,7 @@ def logits(roles, role: str, latents: Tensor, sigma: Tensor, inputs: Mapping, tr
     heads = roles.heads
     with (
         torch.set_grad_enabled(torch.is_grad_enabled() and not trained),
-        roles.playing(role) as network,
+        roles.active(role) as network,
         features(network, heads.layers) as found,
     ):
         roles.pipe.predict(sigma * TRAINING_STEPS, **{**inputs, "latents": latents})

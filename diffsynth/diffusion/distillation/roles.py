@@ -18,10 +18,12 @@ from ...core.gradient import recomputing_in
 from ...core.memory.storage import restore
 from ..adapters import files as lora_files
 from ..adapters.lora import Adapter, LoRA
+from ..base_pipeline import BasePipeline
 from ..flow_match import TRAINING_STEPS
+from ..trained import MODEL
 
 STUDENT, TEACHER, FAKE_SCORE, DISCRIMINATOR = "student", "teacher", "fake_score", "discriminator"
-RANK_BESIDE_FULL = 64  # of a fake score whose student has no rank
+RANK_BESIDE_FULL = 64  # of a fake score whose student is trained in full; a guess
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,19 +41,19 @@ class FakeScore:
     learning_rate: float | None = None
 
 
-class Stage:
-    """A network with the adapters it has, one of which plays at a time; `parameters` are those trained at all."""
+class AdaptedNetwork:
+    """One network with several adapters, one active at a time; `parameters` are all its trainable parameters."""
 
-    def __init__(self, network: nn.Module, at_rest: str | None):
+    def __init__(self, network: nn.Module, adapter: str | None):
         self.network = network
         self.layers = [layer for layer in network.modules() if isinstance(layer, BaseTunerLayer)]
         self.parameters = [parameter for parameter in network.parameters() if parameter.requires_grad]
-        self.now = None
-        self.switch(at_rest, trained=True)
+        self.state: tuple[str | None, bool] | None = None  # which adapter is active, and whether gradients reach it
+        self.activate(adapter, trained=True)
 
-    def switch(self, adapter: str | None, trained: bool) -> None:
-        """Play `adapter`, or none; gradients reach what is trained of the network, or nothing of it."""
-        if (adapter, trained) == self.now:
+    def activate(self, adapter: str | None, trained: bool) -> None:
+        """Make `adapter` the active one, or none; gradients reach the trainable parameters if `trained`."""
+        if (adapter, trained) == self.state:
             return
         for layer in self.layers:
             layer.enable_adapters(adapter is not None)
@@ -59,27 +61,27 @@ class Stage:
                 layer.set_adapter(adapter)
         for parameter in self.parameters:  # peft's switches change these flags
             parameter.requires_grad_(trained)
-        self.now = adapter, trained
+        self.state = adapter, trained
 
     @contextmanager
-    def switched(self, adapter: str | None, trained: bool) -> Iterator[None]:
-        before = self.now
-        self.switch(adapter, trained)
+    def activated(self, adapter: str | None, trained: bool) -> Iterator[None]:
+        before = self.state
+        self.activate(adapter, trained)
         try:
             yield
         finally:
-            self.switch(*before)
+            self.activate(*before)
 
 
-class Place(NamedTuple):
-    """Where a role is: the adapter of that name on a stage, or the stage's network alone."""
+class Role(NamedTuple):
+    """The network that a role predicts with, and the adapter that is active meanwhile; None is the network alone."""
 
-    stage: Stage
+    network: AdaptedNetwork
     adapter: str | None
 
 
 class Roles:
-    """The roles of one training, on loaded weights; outside of `playing` the pipeline draws as the student.
+    """The roles of one training, on loaded weights; outside of `active` the pipeline samples as the student.
 
     Args:
         lora: The student's adapter, which the pipeline has; None for a student that is trained in full.
@@ -90,49 +92,51 @@ class Roles:
 
     def __init__(
         self,
-        pipe,
+        pipe: "BasePipeline",
         lora: Adapter | None = None,
         fake_score: FakeScore | None = None,
         heads: nn.Module | None = None,
         seed: int = 0,
     ):
-        self.pipe = pipe
+        self.pipe, self.heads = pipe, heads
         self.networks = nn.ModuleDict()  # those that are not the pipeline's
-        name, network = pipe.in_iteration_models[0], pipe.network
+        self.parameters: dict[str, list[nn.Parameter]] = {}  # of each role that is trained beside the student
+        network = pipe.network
         if lora is None:
             self.networks[TEACHER] = _frozen_copy(network, pipe.torch_dtype)
         base = network if lora else self.networks[TEACHER]
         shares_base = fake_score is not None and not fake_score.full
         if shares_base:
-            adapter = _adapter_of(fake_score, lora, name)
-            adapter.add(base, _targets(pipe, base, adapter), seed, FAKE_SCORE)
-        at_rest = "default" if lora else FAKE_SCORE if shares_base else None
-        stage = Stage(base, at_rest)
-        self.places = {TEACHER: Place(stage, None)}
-        self.places[STUDENT] = Place(stage, "default") if lora else Place(Stage(network, None), None)
-        if shares_base:
-            self.places[FAKE_SCORE] = Place(stage, FAKE_SCORE)
+            adapter = _adapter_of(fake_score, lora, pipe.in_iteration_models[0])
+            self.parameters[FAKE_SCORE] = adapter.add(base, _targets(pipe, base, adapter), seed, FAKE_SCORE)
         elif fake_score is not None:
             self.networks[FAKE_SCORE] = _frozen_copy(network, torch.float32).requires_grad_(True)
-            self.places[FAKE_SCORE] = Place(Stage(self.networks[FAKE_SCORE], None), None)
+            self.parameters[FAKE_SCORE] = list(self.networks[FAKE_SCORE].parameters())
         if heads is not None:
             self.networks[DISCRIMINATOR] = heads
-        self.heads = heads
+            self.parameters[DISCRIMINATOR] = list(heads.parameters())
+        adapted = AdaptedNetwork(base, "default" if lora else FAKE_SCORE if shares_base else None)
+        self.roles = {TEACHER: Role(adapted, None)}
+        self.roles[STUDENT] = Role(adapted, "default") if lora else Role(AdaptedNetwork(network, None), None)
+        if shares_base:
+            self.roles[FAKE_SCORE] = Role(adapted, FAKE_SCORE)
+        elif fake_score is not None:
+            self.roles[FAKE_SCORE] = Role(AdaptedNetwork(self.networks[FAKE_SCORE], None), None)
 
     @contextmanager
-    def playing(self, role: str, trained: bool = False) -> Iterator[nn.Module]:
+    def active(self, role: str, trained: bool = False) -> Iterator[nn.Module]:
         """The pipeline predicts as `role` inside; gradients reach its weights if `trained`, else only its inputs.
 
         What is checkpointed inside is recomputed as the same role, wherever the backward pass is called.
         """
-        stage, adapter = self.places[role]
-        before = self.pipe.stand_ins
-        self.pipe.stand_ins = {**before, self.pipe.in_iteration_models[0]: stage.network}
+        adapted, adapter = self.roles[role]
+        before = self.pipe.replacements
+        self.pipe.replacements = {**before, self.pipe.in_iteration_models[0]: adapted.network}
         try:
-            with stage.switched(adapter, trained), recomputing_in(lambda _: self.playing(role, trained)):
-                yield stage.network
+            with adapted.activated(adapter, trained), recomputing_in(lambda _: self.active(role, trained)):
+                yield adapted.network
         finally:
-            self.pipe.stand_ins = before
+            self.pipe.replacements = before
 
     def velocity(
         self,
@@ -154,16 +158,15 @@ class Roles:
         """
         posi = {**inputs, "latents": latents}
         nega = {**posi, **(negative or {})}
-        with self.playing(role, trained):
+        with self.active(role, trained):
             return self.pipe.guided_velocity(sigma * TRAINING_STEPS, guidance, {}, posi, nega).float()
 
-    def trained(self, named: Mapping[str, nn.Parameter]) -> dict[str, dict[str, nn.Parameter]]:
-        """The trained parameters among `named`, by name, of each role that is trained beside the student."""
-        parts = {role: {} for role in (FAKE_SCORE, DISCRIMINATOR) if role in self.places or role in self.networks}
+    def partition(self, named: Mapping[str, nn.Parameter]) -> dict[str, dict[str, nn.Parameter]]:
+        """The parameters `named`, by role: the student's first, as `MODEL`, then those of each role beside it."""
+        role_of = {id(parameter): role for role, own in self.parameters.items() for parameter in own}
+        parts: dict[str, dict[str, nn.Parameter]] = {MODEL: {}, **{role: {} for role in self.parameters}}
         for name, parameter in named.items():
-            for role in parts:
-                if f".{role}." in name:
-                    parts[role][name] = parameter
+            parts[role_of.get(id(parameter), MODEL)][name] = parameter
         return parts
 
 

@@ -67,7 +67,7 @@ class Teacher:
         return {**{name: getattr(self, name) for name in names}, "renoise": False}
 
 
-class TeacherDraw(PipelineUnit):
+class TeacherSampler(PipelineUnit):
     """The teacher's picture of a prompt and seed, as latents, and the noise that it was drawn from.
 
     It calls the base as it was released, so that what it makes can be kept although the base is being trained.

@@ -1,8 +1,9 @@
 """Objectives, one file each: `objective(pipe, **inputs)` returns a loss per sample (B,), un-averaged."""
 
+from ..trained import TrainProgress
 from .add import AdversarialDistillation
 from .autoencoder import AutoencoderLoss
-from .base import Moment, Objective
+from .base import Objective
 from .direct_distill import DirectDistill, DirectDistillLoss
 from .distillation import Distillation, RoleDistillation
 from .dmd2 import DMD2
@@ -22,7 +23,7 @@ __all__ = [
     "Distillation",
     "FlowMatchSFT",
     "FlowMatchSFTLoss",
-    "Moment",
+    "TrainProgress",
     "Objective",
     "RoleDistillation",
     "TrajectoryImitation",

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from ..distillation.context import Scene
+from ..distillation.context import LossContext
 from ..distillation.discriminator import Discriminator, generator_hinge, hinge_loss
 from ..distillation.roles import DISCRIMINATOR, STUDENT, TEACHER, Roles
 from ..flow_match import clean_estimate, interpolate
@@ -40,14 +40,14 @@ class AdversarialDistillation(RoleDistillation):
     renoising: UniformTimesteps | LogitNormalTimesteps = field(default_factory=LogitNormalTimesteps)
 
     @property
-    def looks_within(self) -> bool:
+    def reads_features(self) -> bool:
         return True
 
     def check(self, pipe, lora, cached: bool) -> None:
         super().check(pipe, lora, cached)
         self.discriminator.heads(pipe.network, 0)
 
-    def cast(self, pipe, lora, seed: int) -> Roles:
+    def build_roles(self, pipe, lora, seed: int) -> Roles:
         return Roles(pipe, lora, heads=self.discriminator.heads(pipe.network, seed), seed=seed)
 
     def trained_at(self, step: int) -> Sequence[str]:
@@ -56,28 +56,28 @@ class AdversarialDistillation(RoleDistillation):
     def learning_rate(self, role: str) -> float | None:
         return self.discriminator.learning_rate if role == DISCRIMINATOR else None
 
-    def loss(self, scene: Scene) -> Tensor:
-        sigma = self.renoising(scene.pipe.scheduler, scene.draw.uniform("renoising")).to(scene.clean.device)
-        noise = scene.draw.normal("renoising noise", scene.clean)
-        if self.trains_student(scene.moment):
-            fake = self._made_by_student(scene)
-            seen = scene.logits(TEACHER, interpolate(fake, noise, sigma), sigma)
-            return generator_hinge(seen) + self.distillation_weight * self._distillation(scene, fake)
+    def loss(self, context: LossContext) -> Tensor:
+        sigma = self.renoising(context.pipe.scheduler, context.rng.uniform("renoising")).to(context.clean.device)
+        noise = context.rng.normal("renoising noise", context.clean)
+        if self.trains_student(context.progress):
+            fake = self._made_by_student(context)
+            seen = context.logits(TEACHER, interpolate(fake, noise, sigma), sigma)
+            return generator_hinge(seen) + self.distillation_weight * self._distillation(context, fake)
         with torch.no_grad():
-            fake = self._made_by_student(scene)
-        noisy = [interpolate(clean, noise, sigma) for clean in (scene.clean, fake)]
-        return hinge_loss(*(scene.logits(TEACHER, each, sigma, trained=True) for each in noisy))
+            fake = self._made_by_student(context)
+        noisy = [interpolate(clean, noise, sigma) for clean in (context.clean, fake)]
+        return hinge_loss(*(context.logits(TEACHER, each, sigma, trained=True) for each in noisy))
 
-    def _made_by_student(self, scene: Scene) -> Tensor:
+    def _made_by_student(self, context: LossContext) -> Tensor:
         """x̂_θ (B, …) of the pictures, each noised to one of the student's noise levels."""
-        levels = scene.sigmas(self.student.settings)
-        sigma = levels[(scene.draw.uniform("student step") * len(levels)).long().to(levels.device)]
-        noisy = interpolate(scene.clean, scene.draw.normal("student noise", scene.clean), sigma)
-        return clean_estimate(noisy, scene.velocity(STUDENT, noisy, sigma, trained=True), sigma)
+        levels = context.sigmas(self.student.settings)
+        sigma = levels[(context.rng.uniform("student step") * len(levels)).long().to(levels.device)]
+        noisy = interpolate(context.clean, context.rng.normal("student noise", context.clean), sigma)
+        return clean_estimate(noisy, context.velocity(STUDENT, noisy, sigma, trained=True), sigma)
 
-    def _distillation(self, scene: Scene, fake: Tensor) -> Tensor:
-        sigma = self.timesteps(scene.pipe.scheduler, scene.draw.uniform("timestep")).to(fake.device)
+    def _distillation(self, context: LossContext, fake: Tensor) -> Tensor:
+        sigma = self.timesteps(context.pipe.scheduler, context.rng.uniform("timestep")).to(fake.device)
         with torch.no_grad():
-            noisy = interpolate(fake, scene.draw.normal("noise", fake), sigma)
-            velocity = scene.velocity(TEACHER, noisy, sigma, self.guidance)
+            noisy = interpolate(fake, context.rng.normal("noise", fake), sigma)
+            velocity = context.velocity(TEACHER, noisy, sigma, self.guidance)
         return (1 - sigma) * (fake - clean_estimate(noisy, velocity, sigma)).pow(2).flatten(1).mean(1)

@@ -26,7 +26,7 @@ class AutoencoderLoss(Objective):
     default_model = "vae"
     calls_model_fn = False
 
-    def __call__(self, pipe, draw=None, **inputs) -> Tensor:
+    def __call__(self, pipe, rng=None, **inputs) -> Tensor:
         """Loss per sample (B,) of `input_image`, B images of one size."""
         return self.loss(pipe, inputs["input_image"])
 

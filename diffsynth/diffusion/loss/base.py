@@ -3,19 +3,13 @@
 import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar
 
 from torch import Tensor
 
-MODEL = "model"  # what is trained, where there are no other roles; else the student
+from ..trained import MODEL
+
 GIVEN = {"pipe", "draw", "inputs", "scene"}  # parameters of losses that are no inputs
-
-
-class Moment(NamedTuple):
-    """Where a training stands: optimizer steps taken, of how many."""
-
-    step: int
-    steps: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,15 +30,15 @@ class Objective:
     provides: ClassVar[Sequence[str]] = ("latents", "timestep")  # inputs of `model_fn` that it makes itself
     reads_negative: ClassVar[bool] = False  # whether guidance in training leads away from `negative_prompt`
     negative_prompt: ClassVar[str] = ""
-    heeded: ClassVar[Sequence[str]] = ()  # columns that are extra inputs wherever a row has them
+    optional_columns: ClassVar[Sequence[str]] = ()  # columns that are extra inputs wherever a row has them
 
-    def __call__(self, pipe, draw=None, **inputs) -> Tensor:
+    def __call__(self, pipe, rng=None, **inputs) -> Tensor:
         """Loss per sample (B,).
 
         Args:
-            draw: Where random numbers come from (`randomness.Draw`); None takes torch's global generator.
+            draw: Where random numbers come from (`randomness.SampleRNG`); None takes torch's global generator.
             inputs: What the pipeline's units made of the samples, shared and positive, collated; of an objective with
-                roles, also `roles`, the `negative` inputs and the `moment`.
+                roles, also `roles`, the `negative` inputs and the `progress`.
         """
         raise NotImplementedError(f"{type(self).__name__} has no loss.")
 
@@ -54,7 +48,7 @@ class Objective:
         return False
 
     @property
-    def looks_within(self) -> bool:
+    def reads_features(self) -> bool:
         """Whether it reads what a network's own layers make of their tokens."""
         return False
 
@@ -77,7 +71,7 @@ class Objective:
 
         What its `loss` has a default for is wanted only where it is a column that it reads.
         """
-        parameters, read = inspect.signature(self.loss).parameters.items(), {*self.extra_inputs, *self.heeded}
+        parameters, read = inspect.signature(self.loss).parameters.items(), {*self.extra_inputs, *self.optional_columns}
         own = {name for name, p in parameters if p.default is p.empty or name in read} - GIVEN
         of_model_fn = set(inspect.signature(pipe.model_fn).parameters) - {*self.provides, *pipe.in_iteration_models}
         return own | (of_model_fn if self.calls_model_fn else set())
@@ -85,7 +79,7 @@ class Objective:
     def check(self, pipe, lora, cached: bool) -> None:
         """Refuse what it cannot train, or not on such data, before any weight is read."""
 
-    def drawn_inputs(self, pipe) -> dict[str, Any]:
+    def sampling_inputs(self, pipe) -> dict[str, Any]:
         """Arguments of the pipeline that training sets as drawing does."""
         return {}
 
@@ -97,9 +91,9 @@ class Objective:
     @property
     def has_roles(self) -> bool:
         """Whether others play beside the model."""
-        return type(self).cast is not Objective.cast
+        return type(self).build_roles is not Objective.build_roles
 
-    def cast(self, pipe, lora, seed: int):
+    def build_roles(self, pipe, lora, seed: int):
         """The `roles.Roles` of the training, None where there is but one; on loaded weights."""
 
     def trained_at(self, step: int) -> Sequence[str]:

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..distillation.context import Scene
+from ..distillation.context import LossContext
 from ..distillation.roles import STUDENT, TEACHER
 from ..flow_match import interpolate, per_sample
 from .distillation import RoleDistillation
@@ -50,20 +50,23 @@ class Consistency(RoleDistillation):
         """How many there are when there are most."""
         return 1
 
-    def edges(self, pipe, size: Mapping, moment) -> Tensor:
+    def edges(self, pipe, size: Mapping, progress) -> Tensor:
         """Lower edges (k,) of the segments at a moment of the training, for pictures of `height` and `width`."""
         raise NotImplementedError(f"{type(self).__name__} has no segments.")
 
-    def loss(self, scene: Scene) -> Tensor:
-        levels, edges = grid(scene.pipe, scene.size, self.grid_steps), self.edges(scene.pipe, scene.size, scene.moment)
-        spans = spans_at(scene.draw.uniform("timestep"), levels, edges)
-        start, following, end = (level.to(scene.clean.device) for level in spans)
-        latents = interpolate(scene.clean, scene.draw.normal("noise", scene.clean), start)
+    def loss(self, context: LossContext) -> Tensor:
+        levels, edges = (
+            grid(context.pipe, context.size, self.grid_steps),
+            self.edges(context.pipe, context.size, context.progress),
+        )
+        spans = spans_at(context.rng.uniform("timestep"), levels, edges)
+        start, following, end = (level.to(context.clean.device) for level in spans)
+        latents = interpolate(context.clean, context.rng.normal("noise", context.clean), start)
         with torch.no_grad():
-            velocity = scene.velocity(TEACHER, latents, start, self.guidance)
+            velocity = context.velocity(TEACHER, latents, start, self.guidance)
             point = jump(latents, velocity, start, following)
-            target = jump(point, scene.velocity(STUDENT, point, following), following, end)
-        velocity = scene.velocity(STUDENT, latents, start, trained=True)
+            target = jump(point, context.velocity(STUDENT, point, following), following, end)
+        velocity = context.velocity(STUDENT, latents, start, trained=True)
         error = (jump(latents, velocity, start, end) - target).pow(2).flatten(1).mean(1)
         return error / (start - end) ** 2
 

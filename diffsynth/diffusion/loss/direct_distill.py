@@ -31,7 +31,7 @@ class DirectDistill(Distillation):
         if self.student.renoise:
             raise ValueError("task.student.renoise=true forgets the noise that direct distillation starts from.")
 
-    def __call__(self, pipe, draw=None, **inputs) -> Tensor:
+    def __call__(self, pipe, rng=None, **inputs) -> Tensor:
         """Loss per sample (B,) of the teacher's `input_latents` (B, …), noise `latents` (B, …) and other inputs."""
         return self.loss(pipe, **inputs)
 

@@ -7,12 +7,13 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from ..distillation.context import Scene
+from ..distillation.context import LossContext
 from ..distillation.roles import Roles
-from ..distillation.teacher import Student, Teacher, TeacherDraw
+from ..distillation.teacher import Student, Teacher, TeacherSampler
 from ..pipeline.units import required_units
-from ..randomness import GlobalDraw
-from .base import MODEL, Moment, Objective
+from ..randomness import GlobalRNG
+from ..trained import TrainProgress
+from .base import MODEL, Objective
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,7 +28,7 @@ class Distillation(Objective):
     student: Student = field(default_factory=Student)
     teacher: Teacher | None = None
 
-    heeded: ClassVar[Sequence[str]] = ("rand_device",)
+    optional_columns: ClassVar[Sequence[str]] = ("rand_device",)
     keeps_trajectory: ClassVar[bool] = False  # whether it reads what the teacher passed on its way
 
     def __post_init__(self):
@@ -68,7 +69,7 @@ class Distillation(Objective):
         """The teacher's drawing takes the place of the unit that encodes pictures."""
         if self.teacher is None:
             return super().units(pipe)
-        drawing = TeacherDraw(pipe, self.teacher, self.student if self.keeps_trajectory else None)
+        drawing = TeacherSampler(pipe, self.teacher, self.student if self.keeps_trajectory else None)
         others = [unit for unit in pipe.units if not set(unit.output_params) & set(drawing.output_params)]
         return required_units([*others, drawing], self.wanted_inputs(pipe))
 
@@ -76,7 +77,7 @@ class Distillation(Objective):
         """The same for all methods, so that they share their teacher's pictures."""
         return super().wanted_inputs(pipe) | {"latents", "input_latents", "height", "width"}
 
-    def drawn_inputs(self, pipe) -> dict[str, Any]:
+    def sampling_inputs(self, pipe) -> dict[str, Any]:
         """What `model_fn` is told of itself, such as an embedded guidance scale."""
         named = inspect.signature(pipe.model_fn).parameters.keys() & pipe.call_defaults.keys()
         return {name: pipe.call_defaults[name] for name in sorted(named) if pipe.call_defaults[name] is not None}
@@ -129,36 +130,36 @@ class RoleDistillation(Distillation):
     def __call__(
         self,
         pipe,
-        draw=None,
+        rng=None,
         roles: Roles | None = None,
         negative: Mapping[str, Any] | None = None,
-        moment: Moment | None = None,
+        progress: TrainProgress | None = None,
         *,
         input_latents: Tensor,
         height: int,
         width: int,
         **inputs,
     ) -> Tensor:
-        """Loss per sample (B,) of clean `input_latents` (B, …) and the network's other inputs; see `Scene`."""
-        scene = Scene(
+        """Loss per sample (B,) of clean `input_latents` (B, …) and the network's other inputs; see `LossContext`."""
+        context = LossContext(
             pipe=pipe,
-            draw=draw or GlobalDraw(len(input_latents)),
+            rng=rng or GlobalRNG(len(input_latents)),
             roles=roles,
-            moment=moment,
+            progress=progress,
             clean=input_latents.float(),
             size={"height": height, "width": width},
             inputs=inputs,
             negative=negative,
         )
-        return self.loss(scene)
+        return self.loss(context)
 
-    def loss(self, scene: Scene) -> Tensor:
+    def loss(self, context: LossContext) -> Tensor:
         """Loss per sample (B,)."""
         raise NotImplementedError(f"{type(self).__name__} has no loss.")
 
-    def trains_student(self, moment: Moment | None) -> bool:
+    def trains_student(self, progress: TrainProgress | None) -> bool:
         """Whether it is the student that is trained, or measured, at a moment."""
-        return moment is None or MODEL in self.trained_at(moment.step)
+        return progress is None or MODEL in self.trained_at(progress.step)
 
-    def cast(self, pipe, lora, seed: int) -> Roles:
+    def build_roles(self, pipe, lora, seed: int) -> Roles:
         return Roles(pipe, lora, seed=seed)

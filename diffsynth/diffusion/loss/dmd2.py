@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from ..distillation.context import Scene
+from ..distillation.context import LossContext
 from ..distillation.discriminator import Discriminator, generator_softplus, softplus_loss
 from ..distillation.roles import DISCRIMINATOR, FAKE_SCORE, STUDENT, TEACHER, FakeScore, Roles
 from ..flow_match import clean_estimate, interpolate, per_sample
@@ -52,10 +52,10 @@ class DMD2(RoleDistillation):
             )
 
     @property
-    def looks_within(self) -> bool:
+    def reads_features(self) -> bool:
         return self.discriminator is not None
 
-    def cast(self, pipe, lora, seed: int) -> Roles:
+    def build_roles(self, pipe, lora, seed: int) -> Roles:
         heads = self.discriminator and self.discriminator.heads(pipe.network, seed)
         return Roles(pipe, lora, self.fake_score, heads, seed)
 
@@ -68,56 +68,56 @@ class DMD2(RoleDistillation):
         others = {FAKE_SCORE: self.fake_score, DISCRIMINATOR: self.discriminator}
         return others[role].learning_rate if role in others else None
 
-    def loss(self, scene: Scene) -> Tensor:
-        trains_student = self.trains_student(scene.moment)
+    def loss(self, context: LossContext) -> Tensor:
+        trains_student = self.trains_student(context.progress)
         with torch.set_grad_enabled(trains_student and torch.is_grad_enabled()):
-            drawn = self.draw_as_student(scene)
-        sigma = self.min_sigma + (self.max_sigma - self.min_sigma) * scene.draw.uniform("matching").to(drawn.device)
-        noise = scene.draw.normal("matching noise", drawn)
+            drawn = self.sample_as_student(context)
+        sigma = self.min_sigma + (self.max_sigma - self.min_sigma) * context.rng.uniform("matching").to(drawn.device)
+        noise = context.rng.normal("matching noise", drawn)
         if trains_student:
-            return self._student_loss(scene, drawn, sigma, noise)
-        return self._fake_score_loss(scene, drawn, sigma, noise)
+            return self._student_loss(context, drawn, sigma, noise)
+        return self._fake_score_loss(context, drawn, sigma, noise)
 
-    def draw_as_student(self, scene: Scene) -> Tensor:
+    def sample_as_student(self, context: LossContext) -> Tensor:
         """Clean x̂ (B, …) that the student sees at a random one of its steps, the steps before taken without gradient.
 
         Of the scene's pictures only the shape counts.
         """
-        sigmas, draw = scene.sigmas(self.student.settings), scene.draw
-        last = (draw.uniform("student step") * len(sigmas)).long()
-        latents, before = draw.normal("noise", scene.clean), int(last.max())
+        sigmas, rng = context.sigmas(self.student.settings), context.rng
+        last = (rng.uniform("student step") * len(sigmas)).long()
+        latents, before = rng.normal("noise", context.clean), int(last.max())
         last = last.to(latents.device)
         with torch.no_grad():
             for step in range(before):
                 sigma, following = sigmas[step].expand(len(latents)), sigmas[step + 1].expand(len(latents))
-                velocity = scene.velocity(STUDENT, latents, sigma)
+                velocity = context.velocity(STUDENT, latents, sigma)
                 moved = latents + per_sample(following - sigma, latents) * velocity
                 if self.student.renoise:
                     clean = clean_estimate(latents, velocity, sigma)
-                    moved = interpolate(clean, draw.normal(f"renoise {step}", latents), following)
+                    moved = interpolate(clean, rng.normal(f"renoise {step}", latents), following)
                 latents = torch.where(per_sample(step < last, latents), moved, latents)
-        velocity = scene.velocity(STUDENT, latents, sigmas[last], trained=True)
+        velocity = context.velocity(STUDENT, latents, sigmas[last], trained=True)
         return clean_estimate(latents, velocity, sigmas[last])
 
-    def _student_loss(self, scene: Scene, drawn: Tensor, sigma: Tensor, noise: Tensor) -> Tensor:
+    def _student_loss(self, context: LossContext, drawn: Tensor, sigma: Tensor, noise: Tensor) -> Tensor:
         noisy = interpolate(drawn, noise, sigma)
         with torch.no_grad():
-            real = scene.velocity(TEACHER, noisy, sigma, self.guidance)
-            fake = scene.velocity(FAKE_SCORE, noisy, sigma)
+            real = context.velocity(TEACHER, noisy, sigma, self.guidance)
+            fake = context.velocity(FAKE_SCORE, noisy, sigma)
             gradient = matching_gradient(drawn, clean_estimate(noisy, real, sigma), clean_estimate(noisy, fake, sigma))
         loss = 0.5 * (drawn - (drawn - gradient).detach()).pow(2).flatten(1).mean(1)
         if self.discriminator is None:
             return loss
-        return loss + self.adversarial_weight * generator_softplus(scene.logits(FAKE_SCORE, noisy, sigma))
+        return loss + self.adversarial_weight * generator_softplus(context.logits(FAKE_SCORE, noisy, sigma))
 
-    def _fake_score_loss(self, scene: Scene, drawn: Tensor, sigma: Tensor, noise: Tensor) -> Tensor:
+    def _fake_score_loss(self, context: LossContext, drawn: Tensor, sigma: Tensor, noise: Tensor) -> Tensor:
         noisy = interpolate(drawn, noise, sigma)
-        velocity = scene.velocity(FAKE_SCORE, noisy, sigma, trained=True)
+        velocity = context.velocity(FAKE_SCORE, noisy, sigma, trained=True)
         loss = (velocity - (noise - drawn)).pow(2).flatten(1).mean(1)
         if self.discriminator is None:
             return loss
-        sides = (interpolate(scene.clean, noise, sigma), noisy)
-        return loss + softplus_loss(*(scene.logits(FAKE_SCORE, side, sigma, trained=True) for side in sides))
+        sides = (interpolate(context.clean, noise, sigma), noisy)
+        return loss + softplus_loss(*(context.logits(FAKE_SCORE, side, sigma, trained=True) for side in sides))
 
 
 def matching_gradient(drawn: Tensor, real: Tensor, fake: Tensor) -> Tensor:

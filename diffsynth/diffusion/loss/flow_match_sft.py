@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..flow_match import TRAINING_STEPS, interpolate
-from ..randomness import GlobalDraw
+from ..randomness import GlobalRNG
 from ..timesteps import BellWeighting, UniformTimesteps
 from .base import Objective
 
@@ -32,24 +32,24 @@ class FlowMatchSFT(Objective):
     weighting: BellWeighting = field(default_factory=BellWeighting)
     exact_upstream: bool = False
 
-    def __call__(self, pipe, draw=None, **inputs) -> Tensor:
+    def __call__(self, pipe, rng=None, **inputs) -> Tensor:
         """Loss per sample (B,) of clean `input_latents` (B, …), unit variance, and the model's other inputs.
 
         A `loss_mask` (B, 1, h, w) in [0, 1] is how much each place counts.
         """
-        return self.loss(pipe, draw=draw or GlobalDraw(len(inputs["input_latents"])), **inputs)
+        return self.loss(pipe, rng=rng or GlobalRNG(len(inputs["input_latents"])), **inputs)
 
-    def loss(self, pipe, input_latents: Tensor, draw, loss_mask: Tensor | None = None, **inputs) -> Tensor:
+    def loss(self, pipe, input_latents: Tensor, rng, loss_mask: Tensor | None = None, **inputs) -> Tensor:
         clean = input_latents.float()
-        timestep, sigma = (t.to(clean.device) for t in self.sample_timesteps(pipe.scheduler, draw))
-        noise = draw.normal("noise", clean)
+        timestep, sigma = (t.to(clean.device) for t in self.sample_timesteps(pipe.scheduler, rng))
+        noise = rng.normal("noise", clean)
         velocity = pipe.predict(timestep, **{**inputs, "latents": interpolate(clean, noise, sigma)})
         error = mean_where((velocity.float() - (noise - clean)).pow(2), loss_mask)
         return error * self.weighting(pipe.scheduler, sigma)
 
-    def sample_timesteps(self, scheduler, draw) -> tuple[Tensor, Tensor]:
+    def sample_timesteps(self, scheduler, rng) -> tuple[Tensor, Tensor]:
         """Timesteps (B,) in [0, 1000] and their noise levels (B,) in [0, 1]."""
-        sigma = self.timesteps(scheduler, draw.uniform("timestep"))
+        sigma = self.timesteps(scheduler, rng.uniform("timestep"))
         timestep = sigma * TRAINING_STEPS
         if not self.exact_upstream:
             return timestep, sigma

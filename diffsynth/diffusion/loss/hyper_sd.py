@@ -41,12 +41,12 @@ class HyperSD(Consistency):
     def most_segments(self) -> int:
         return self.segments[0]
 
-    def segments_at(self, moment) -> int:
-        """How many there are at a `Moment`; None is the end."""
-        part = len(self.segments) - 1 if moment is None else moment.step * len(self.segments) // moment.steps
+    def segments_at(self, progress) -> int:
+        """How many there are at a `TrainProgress`; None is the end."""
+        part = len(self.segments) - 1 if progress is None else progress.step * len(self.segments) // progress.steps
         return self.segments[min(part, len(self.segments) - 1)]
 
-    def edges(self, pipe, size: Mapping, moment) -> Tensor:
-        count = self.segments_at(moment)
+    def edges(self, pipe, size: Mapping, progress) -> Tensor:
+        count = self.segments_at(progress)
         sigmas = self.student.settings["sigmas"] if count == self.student.num_inference_steps else None
         return torch.cat([grid(pipe, size, count, sigmas), torch.zeros(1)])

@@ -20,5 +20,5 @@ class LatentConsistency(Consistency):
     those of a coarse grid are what skipping k of N levels (§4.3) makes: 20 of 1000 there, 50 left.
     """
 
-    def edges(self, pipe, size: Mapping, moment) -> Tensor:
+    def edges(self, pipe, size: Mapping, progress) -> Tensor:
         return torch.zeros(1)

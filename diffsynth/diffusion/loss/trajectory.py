@@ -42,7 +42,7 @@ class TrajectoryImitation(Distillation):
                 "leave task.teacher as it is and make its data with make_cache.py."
             )
 
-    def __call__(self, pipe, draw=None, **inputs) -> Tensor:
+    def __call__(self, pipe, rng=None, **inputs) -> Tensor:
         """Loss per sample (B,) of a teacher's `trajectory` (B, K + 1, …) and the network's other inputs."""
         return self.loss(pipe, **inputs)
 

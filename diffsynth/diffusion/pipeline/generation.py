@@ -31,21 +31,23 @@ def open_files(inputs: Mapping[str, object]) -> dict[str, object]:
     return {name: Image.open(value).convert("RGB") if is_file[name] else value for name, value in inputs.items()}
 
 
-def draw(
+def sample_to_files(
     pipe, requests: Sequence[Mapping], images: Mapping, batch_size: int, folder: Path, source: Mapping
 ) -> list[Path]:
     """Draw requests in batches and save each image, and a grid where there are several.
 
     The request and the `source` of the weights are the image's metadata.
     """
-    drawn, paths = [], []
+    pictures, paths = [], []
     for start in range(0, len(requests), batch_size):
         batch = requests[start : start + batch_size]
         for image, request in zip(pipe.generate([{**images, **request} for request in batch]), batch, strict=True):
             paths.append(folder / f"{len(paths):04d}.png")
             save_png(image, paths[-1], {**request, **source})
-            drawn.append(row([image], [request["prompt"]]))
-    if len(drawn) > 1:
+            pictures.append(row([image], [request["prompt"]]))
+    if len(pictures) > 1:
         paths.append(folder / "grid.png")
-        save_png(stack([beside(drawn[i : i + GRID_COLUMNS]) for i in range(0, len(drawn), GRID_COLUMNS)]), paths[-1])
+        save_png(
+            stack([beside(pictures[i : i + GRID_COLUMNS]) for i in range(0, len(pictures), GRID_COLUMNS)]), paths[-1]
+        )
     return paths

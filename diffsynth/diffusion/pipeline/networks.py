@@ -60,14 +60,14 @@ class PipelineModels(nn.Module):
         self._configs: dict[str, str | None] = {}  # those of weights that have none beside them
         self.tokenizer_folders: dict[str, Path] = {}  # by attribute
         self._fingerprints: dict[str, str] = {}
-        self.trained_for: dict[str | None, Mapping[str, Any]] = {}  # by adapter file; None: the model itself
+        self.sampling_settings: dict[str | None, Mapping[str, Any]] = {}  # by adapter file; None: the model itself
         for name, _ in self.model_classes.values():
             setattr(self, name, None)
 
     def build_models(self, model_configs: Iterable[ModelConfig]) -> None:
         """Find the files of each model, build it on the meta device and compare it with its files' headers.
 
-        Weights that say how they are to be drawn, as those of a distilled student do, are drawn so: see `draws_by`.
+        Weights that say how they are to be drawn, as those of a distilled student do, are drawn so: see `use_sampling_settings`.
 
         Raises:
             FileNotFoundError: Files are neither here nor to be had.
@@ -85,7 +85,7 @@ class PipelineModels(nn.Module):
             setattr(self, name, module)
             self._files[name], self._configs[name] = files, model_config.config
             if name in self.in_iteration_models:
-                self.draws_by(sampling_settings.of_model(module, files or ()))
+                self.use_sampling_settings(sampling_settings.of_model(module, files or ()))
 
     def load_models(
         self,
@@ -202,7 +202,7 @@ class PipelineModels(nn.Module):
                 self._fingerprints[name] = fingerprint(self._files[name], self._configs[name])
         return self._fingerprints.get(name)
 
-    def draws_by(self, settings: Mapping[str, Any] | None, adapter: str | Path | None = None) -> None:
+    def use_sampling_settings(self, settings: Mapping[str, Any] | None, adapter: str | Path | None = None) -> None:
         """Draw as weights were trained to be drawn: with arguments that requests may still overrule.
 
         Args:
@@ -211,7 +211,7 @@ class PipelineModels(nn.Module):
             adapter: The file they are of, which comes before the model itself.
         """
         if settings is not None:
-            self.trained_for[adapter and str(adapter)] = settings
+            self.sampling_settings[adapter and str(adapter)] = settings
 
     def load_models_to_device(self, names: Iterable[str]) -> None:
         """Where a unit says which models it is about to call; memory recipes bring them in here."""
@@ -219,14 +219,14 @@ class PipelineModels(nn.Module):
     def load_lora(self, model: nn.Module | str, path: str | Path, alpha: float = 1.0, fuse: bool = False) -> None:
         """Add a LoRA file to a model (`pipe.load_lora(pipe.dit, "style.safetensors")`), scaled by `alpha`.
 
-        One that says how it is to be drawn, as that of a distilled student does, is drawn so: see `draws_by`.
+        One that says how it is to be drawn, as that of a distilled student does, is drawn so: see `use_sampling_settings`.
 
         Raises:
             ValueError: The file holds a key this model has no place for.
         """
         name = model if isinstance(model, str) else next(n for n, m in self.named_children() if m is model)
         lora_files.load(self.named_model(name), path, prefix=self.lora_prefixes.get(name, name), scale=alpha, fuse=fuse)
-        self.heed_adapter(path)
+        self.use_sampling_settings_of(path)
 
     def check_adapters(self, paths: Iterable[str | Path]) -> None:
         """Refuse adapter files that fit none of this pipeline's models; needs no weights."""
@@ -236,9 +236,9 @@ class PipelineModels(nn.Module):
                     self.named_model(name), lora_files.read(path, self.lora_prefixes[name])[0], path
                 )
 
-    def heed_adapter(self, path: str | Path) -> None:
-        """Draw as an adapter file says, if it says anything (see `draws_by`); needs no weights."""
-        self.draws_by(sampling_settings.of_file(path), path)
+    def use_sampling_settings_of(self, path: str | Path) -> None:
+        """Draw as an adapter file says, if it says anything (see `use_sampling_settings`); needs no weights."""
+        self.use_sampling_settings(sampling_settings.of_file(path), path)
 
     def load_adapter(self, path: str | Path, scale: float = 1.0, fuse: bool = False) -> None:
         """Add an adapter file to all the models that its keys name; see `load_lora`."""

@@ -8,8 +8,10 @@ from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
+from ...core.data.dataset import TrainingData
 from ...core.data.operators.images import Operator
 from ...core.data.operators.unread import Unread
+from ..loss.base import Objective
 from .model import Template
 
 
@@ -66,14 +68,19 @@ def _name_and_digest(path: str) -> list[str]:
     return [os.path.basename(path), blake2b(Path(path).read_bytes(), digest_size=16).hexdigest()]
 
 
-def required_columns(dataset, task, template: Template | None) -> tuple[str, ...]:
-    """The columns that a training reads; a data set that has files learns here how they are to be read."""
-    columns = ("image", "prompt", *task.columns)
-    parts = [rows for rows in getattr(dataset, "datasets", {"": dataset}).values() if hasattr(rows, "operators")]
-    for rows in parts if task.keeps_images else ():
-        rows.keep_images_as_they_are()
-    if template is None:
-        return columns
-    for rows in parts:
-        rows.operators.setdefault("template_inputs", ReadTemplateInputs(rows.base_path))
-    return (*columns, "template_inputs")
+def required_columns(task: "Objective", template: Template | None) -> tuple[str, ...]:
+    """The columns that a training reads."""
+    return ("image", "prompt", *task.columns, *(("template_inputs",) if template else ()))
+
+
+def prepare_data(dataset: TrainingData, task: "Objective", template: Template | None) -> None:
+    """Set a data set to what a training needs: images as they are in their files, and how template inputs are read.
+
+    Raises:
+        ValueError: Augmentation would change images that have to stay as they are.
+    """
+    for own in dataset.datasets.values():
+        if task.keeps_images:
+            own.keep_images_as_they_are()
+        if template is not None:
+            own.read_column("template_inputs", ReadTemplateInputs)

@@ -26,7 +26,7 @@ class Engine:
 
     name = "DDP"
     file = "ddp"  # conf/accelerate/<file>.yaml, by which a plan tells what a device holds
-    has_masters = False  # whether fp32 weights are kept beside those that the model computes with
+    has_master_weights = False  # whether fp32 weights are kept beside those that the model computes with
 
     def __init__(self, accelerator, cp_size: int = 1):
         self.accelerator, self.cp_size = accelerator, cp_size
@@ -99,7 +99,7 @@ class Engine:
     # Looking and keeping; all processes call these
 
     @contextmanager
-    def looking(self) -> Iterator[None]:
+    def evaluating(self) -> Iterator[None]:
         """Forwards without gradients, in the precision of training."""
         with self.accelerator.autocast(), together(self.cp_size):
             yield

@@ -57,7 +57,7 @@ class ShardedEngine(Engine):
         return torch.autocast(self.accelerator.device.type, torch.bfloat16, enabled=self.computes_in_bf16)
 
     @contextmanager
-    def looking(self) -> Iterator[None]:
+    def evaluating(self) -> Iterator[None]:
         alike = self.accelerator.num_processes if self.shards_weights else self.cp_size
         with self._autocast(), together(alike):
             yield

@@ -23,7 +23,7 @@ class ZeRO(ShardedEngine):
     DeepSpeed's own mixed precision stays off: parameters keep their dtypes, and the module computes as under DDP.
     """
 
-    has_masters = True
+    has_master_weights = True
 
     def __init__(self, accelerator, cp_size: int = 1):
         super().__init__(accelerator, cp_size)

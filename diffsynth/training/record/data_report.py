@@ -14,7 +14,6 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from ...core.data import CachedRow
 from ...core.data.order.buckets import is_upscaled
 from ...core.files import write_text
 from ...core.pictures import GRID_COLUMNS, beside, row, save_png, stack
@@ -27,8 +26,8 @@ NEAR = 3.0  # mean difference of two thumbnails' values in [0, 255]: what saving
 
 
 @dataclass
-class DataReceipt:
-    """Counts, warnings and a contact sheet of a run's data: `receipt.json` and `receipt.png`.
+class DataReport:
+    """Counts, warnings and a contact sheet of a run's data: `data_report.json` and `data_report.png`.
 
     Args:
         path: The run's folder.
@@ -44,16 +43,18 @@ class DataReceipt:
     def write(self, pipe, dataset, order, validation: Mapping, seed: int) -> dict:
         """Write the receipt of `dataset` in the order in which it will be trained on, and return its content."""
         content = {**self.counts(dataset), **self.look(pipe, dataset, validation)}
-        write_text(Path(self.path) / "receipt.json", json.dumps(content, indent=1, ensure_ascii=False))
+        write_text(Path(self.path) / "data_report.json", json.dumps(content, indent=1, ensure_ascii=False))
         if self.pictures:
-            save_png(self.sheet(pipe, dataset, order, seed), Path(self.path) / "receipt.png")
-        logger.info("Data: %s; %s/receipt.json and receipt.png have more.", _summary(content), self.path)
+            save_png(self.sheet(pipe, dataset, order, seed), Path(self.path) / "data_report.png")
+        logger.info("Data: %s; %s/data_report.json and data_report.png have more.", _summary(content), self.path)
         return content
 
     def counts(self, dataset) -> dict:
         """How many samples of which size, and how many rows are left out and why."""
         skipped = dataset.skipped
-        sizes = {"own" if size is None else f"{size[0]}x{size[1]}": len(p.rows) for size, p in dataset.parts().items()}
+        sizes = {
+            "own" if size is None else f"{size[0]}x{size[1]}": len(p.rows) for size, p in dataset.rows_by_size().items()
+        }
         reasons = [{"row": fault.row, "file": fault.file, "reason": fault.reason} for fault in skipped]
         return {"samples": dataset.size, "an_epoch": len(dataset), "sizes": sizes, "left_out": reasons}
 
@@ -108,17 +109,17 @@ def near_pairs(mine: Sequence[np.ndarray], theirs: Sequence[np.ndarray]) -> list
 
 def _look_at_all(pipe, dataset, numbers: Iterable[int]) -> list[Look | None]:
     with ThreadPoolExecutor(THREADS) as pool:
-        return list(pool.map(partial(_look_at, pipe, dataset), numbers))
+        return list(pool.map(partial(_check_row, pipe, dataset), numbers))
 
 
-def _look_at(pipe, dataset, number: int) -> Look | None:
+def _check_row(pipe, dataset, number: int) -> Look | None:
     """None where a sample is cached, or cannot be decoded: training says so when it comes to it."""
     try:
         sample = dataset[number]
-        original = None if isinstance(sample, CachedRow) else dataset.original_size(number)
+        original = dataset.original_size(number)
     except ValueError:
         return None
-    images = [] if isinstance(sample, CachedRow) else _images(sample)
+    images = _images(sample)
     if not images:
         return None
     thumbnail = np.asarray(images[0].convert("RGB").resize(THUMBNAIL, Image.Resampling.BOX))
@@ -141,9 +142,9 @@ def _cell(sample: Mapping) -> Image.Image:
 @torch.no_grad()
 def _decoded(pipe, samples: Sequence) -> list[Mapping]:
     """Rows as they are; of those from a cache the prompt and, where the run has a decoder, what their inputs show."""
-    if not any(isinstance(sample, CachedRow) for sample in samples):
+    if not any(sample.made for sample in samples):
         return samples
-    rows = [{"prompt": sample.row.get("prompt", "")} for sample in samples]
+    rows = [{"prompt": sample.get("prompt", "")} for sample in samples]
     if any(getattr(pipe, name) is None for name in pipe.decoding_models):
         return rows
     with pipe.loaded(pipe.decoding_models):

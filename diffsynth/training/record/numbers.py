@@ -30,16 +30,25 @@ class LocalLogger:
         if self.every < 1:
             raise ValueError(f"logger.every is {self.every}; expected at least 1.")
 
-    def log(self, step: int, values: Mapping[str, float]) -> None:
-        """Append one line of numbers as they are after `step` optimizer steps."""
+    def due(self, step: int, done: bool) -> bool:
+        """Whether the training's own numbers are written after `step` optimizer steps."""
+        return step > 0 and (done or step % self.every == 0)
+
+    def log(self, step: int, values: Mapping[str, float], pictures: Mapping[str, Path] | None = None) -> None:
+        """Append one line of numbers as they are after `step` optimizer steps, and hand on pictures by name."""
+        if values:
+            self._append(step, values)
+        for name, path in (pictures or {}).items():
+            self._hand_on(step, name, path)
+
+    def _append(self, step: int, values: Mapping[str, float]) -> None:
         self.file.parent.mkdir(parents=True, exist_ok=True)
         with self.file.open("a", encoding="utf-8") as file:
             file.write(json.dumps({"step": step, **values}) + "\n")
         for tracker in self.trackers.values():
             tracker.log(step, values)
 
-    def picture(self, step: int, name: str, path: Path) -> None:
-        """Hand on a picture that lies in the run's folder."""
+    def _hand_on(self, step: int, name: str, path: Path) -> None:
         for tracker in self.trackers.values():
             tracker.picture(step, name, Image.open(path).convert("RGB"))
 

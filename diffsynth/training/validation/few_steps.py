@@ -10,8 +10,8 @@ from accelerate.utils import broadcast_object_list
 from PIL import Image
 from torch import Tensor
 
-from ...cache.keys import CachePlan
-from ...core.data import CachedDataset, CachedRow, collate
+from ...cache.keys import CacheKeys
+from ...core.data import CachedDataset, Row, collate
 from ...core.loader import load_state_dict, save_safetensors
 from ...core.pictures import row, stack
 from ...core.sharing import share
@@ -51,7 +51,7 @@ class FewSteps:
             ValueError: It is none, it is not finished, or files of it are missing.
         """
         self.rows = self.dataset() if callable(self.dataset) else self.dataset
-        if not isinstance(self.rows, CachedDataset):
+        if self.rows.needs_encoders:
             raise ValueError(
                 f"validation.few_steps.dataset is a {type(self.rows).__name__}; expected a CachedDataset of pictures "
                 "that the teacher drew: make_cache.py with this task and held-out prompts makes one."
@@ -69,7 +69,7 @@ class FewSteps:
                 f"validation.few_steps compares a student with its teacher; {type(module.task).__name__} has neither. "
                 "Choose task=distill, or leave validation.few_steps out."
             )
-        self.rows.check_made_for(CachePlan(module).about())
+        self.rows.check_made_for(CacheKeys(module).about())
         decoding = module.pipe.decoding_models if self.pictures or self.metrics else ()
         return {*module.pipe.in_iteration_models, *decoding}
 
@@ -92,7 +92,7 @@ class FewSteps:
         guidance = teacher.cfg_scale if teacher else module.task.guidance
         scales = {"base": 1} | ({"base_guided": guidance} if module.task.reads_negative else {})
         for name, scale in scales.items():
-            drawn = self.draw(module, {**settings, "cfg_scale": scale})
+            drawn = self.sample(module, {**settings, "cfg_scale": scale})
             values |= self.measure(module.pipe, name, drawn)
         self.base = drawn[: self.pictures]
         if PartialState().is_main_process:
@@ -101,21 +101,21 @@ class FewSteps:
 
     def look(self, module, folder: str | Path, step: int) -> tuple[dict[str, float], Image.Image | None]:
         """Measure the student as it is now, and show it below its teacher and the base."""
-        drawn = self.draw(module, module.task.student.settings)
+        drawn = self.sample(module, module.task.student.settings)
         values = self.measure(module.pipe, "student", drawn)
         if self.base is None:
             self.base = broadcast_object_list([_read(_kept(folder))])[0]  # by the first process, for all
         return values, self._show(module, drawn, step) if self.pictures else None
 
-    def draw(self, module, settings: Mapping) -> list[Tensor]:
+    def sample(self, module, settings: Mapping) -> list[Tensor]:
         """Latents (1, C, h, w), on the host, of each row in turn, from the noise that its teacher started from."""
         module.pipe.progress_bar = iter
         return share(self.indices, lambda mine: self._draw(module, [self.rows[i] for i in mine], settings))
 
-    def _draw(self, module, rows: Sequence[CachedRow], settings: Mapping) -> list[Tensor]:
-        def in_batches(alike: Sequence[CachedRow]) -> list[Tensor]:
+    def _draw(self, module, rows: Sequence[Row], settings: Mapping) -> list[Tensor]:
+        def in_batches(alike: Sequence[Row]) -> list[Tensor]:
             starts = range(0, len(alike), self.batch_size)
-            batches = [draw_together(module, alike[start : start + self.batch_size], settings) for start in starts]
+            batches = [sample_together(module, alike[start : start + self.batch_size], settings) for start in starts]
             return list(torch.cat(batches).cpu().split(1))
 
         return in_groups(rows, [each.row["image"].size for each in rows], in_batches)
@@ -149,10 +149,10 @@ class FewSteps:
         return [self.rows[index].made["shared"]["input_latents"] for index in range(count)]
 
     def _prompts(self, count: int) -> list[str]:
-        return [self.rows[index].row["prompt"] for index in range(count)]
+        return [self.rows[index]["prompt"] for index in range(count)]
 
 
-def draw_together(module, rows: Sequence[CachedRow], settings: Mapping) -> Tensor:
+def sample_together(module, rows: Sequence[Row], settings: Mapping) -> Tensor:
     """Latents (B, C, h, w) of rows of one size, drawn with `settings` (`sampling_arguments` of the pipeline)."""
     pipe, sides = module.pipe, zip(*(_inputs_of(module, each) for each in rows), strict=True)
     shared, posi, nega = (to_device(collate(list(side)), pipe.device) for side in sides)
@@ -161,10 +161,10 @@ def draw_together(module, rows: Sequence[CachedRow], settings: Mapping) -> Tenso
         return pipe.denoise({**shared, **settings}, posi, nega)
 
 
-def _inputs_of(module, cached: CachedRow) -> list[dict]:
+def _inputs_of(module, row: Row) -> list[dict]:
     """The pipeline's inputs, shared, positive and negative, as a training reads them."""
-    given = module.get_pipeline_inputs(cached.row)
-    return [{**own, **cached.made[side]} for own, side in zip(given, ("shared", "posi", "nega"), strict=True)]
+    given = module.get_pipeline_inputs(row)
+    return [{**own, **row.made[side]} for own, side in zip(given, ("shared", "posi", "nega"), strict=True)]
 
 
 def decode(pipe, latents: Sequence[Tensor]) -> list[Image.Image]:

@@ -12,11 +12,11 @@ import torch
 from accelerate.utils import broadcast_object_list
 from PIL import Image
 
-from ...core.data import CachedDataset, Sample, SampleAddress, UnifiedDataset
+from ...core.data import Sample, SampleAddress, TrainingData
 from ...core.pictures import row, save_png, stack
 from ...core.sharing import share
 from ...diffusion.pipeline.remembered import UnitMemory
-from ...diffusion.randomness import StratifiedDraw
+from ...diffusion.randomness import StratifiedRNG
 from .few_steps import FewSteps
 from .metrics import Metric
 
@@ -49,7 +49,7 @@ class Validation:
     prompts: Sequence[str] = ()
     seed: int = 0
     options: Mapping[str, object] = field(default_factory=dict)
-    datasets: Mapping[str, UnifiedDataset] = field(default_factory=dict)
+    datasets: Mapping[str, TrainingData] = field(default_factory=dict)
     loss_samples: int = 64
     metrics: Mapping[str, Metric] = field(default_factory=dict)
     metric_samples: int = 64
@@ -73,7 +73,7 @@ class Validation:
         draws_rows = self.metrics or (self.template_samples and module.pipe.template is not None)
         if self.prompts or (draws_rows and self.datasets):
             return compared | module.pipe.models_of(module.pipe.units, model_fn=True)
-        encodes = any(not isinstance(dataset, CachedDataset) for dataset in self.datasets.values())
+        encodes = any(dataset.needs_encoders for dataset in self.datasets.values())
         return compared | (module.pipe.models_of(module.units, model_fn=True) if encodes else set())
 
     def due(self, step: int, done: bool) -> bool:
@@ -105,11 +105,11 @@ class Validation:
         values, pictures = {}, {}
         module = accelerator.unwrap_model(state.model)
         if self.few_steps and state.step == 0:
-            with state.engine.looking(), module.pipe.sampling():
+            with state.engine.evaluating(), module.pipe.sampling():
                 values |= self.few_steps.start(module, self.path)
         for weights in self.weights:
             prefix = "" if weights == "raw" else f"{weights}_"
-            with state.using(weights), state.engine.looking():
+            with state.using(weights), state.engine.evaluating():
                 measured, picture = self._look(accelerator, module, state.step, prefix)
             values |= {f"{prefix}{name}": value for name, value in measured.items()}
             pictures |= picture
@@ -141,7 +141,7 @@ class Validation:
         accelerator.wait_for_everyone()
         return values, pictures
 
-    def losses(self, module, dataset: UnifiedDataset) -> dict[str, float]:
+    def losses(self, module, dataset: TrainingData) -> dict[str, float]:
         """The first rows' mean loss, its standard error, and the mean in each quarter of the timesteps.
 
         Every row is measured once in each of `BANDS` equal parts of the timesteps' distribution, with fixed noise.
@@ -155,10 +155,10 @@ class Validation:
 
     def _row_losses(self, module, row: dict, index: int) -> list[float]:
         samples = [Sample(row, band, index) for band in range(BANDS)]
-        draw = StratifiedDraw(self.seed, [SampleAddress(band, index) for band in range(BANDS)], BANDS)
-        return module.loss(samples, draw, UnitMemory(1.0)).double().tolist()  # one encoding for all bands
+        rng = StratifiedRNG(self.seed, [SampleAddress(band, index) for band in range(BANDS)], BANDS)
+        return module.loss(samples, rng, UnitMemory(1.0)).double().tolist()  # one encoding for all bands
 
-    def measure(self, module, dataset: UnifiedDataset) -> dict[str, float]:
+    def measure(self, module, dataset: TrainingData) -> dict[str, float]:
         """Every metric of drawings of the first rows' prompts."""
         rows, device = first_rows(dataset, self.metric_samples), module.pipe.device
         prompts, targets = ([row[key] for row in rows] for key in ("prompt", "image"))
@@ -183,7 +183,7 @@ class Validation:
         return share(seeded, lambda mine: [pipe.generate([own])[0] for own in mine])  # inputs may differ in shape
 
 
-def first_rows(dataset: UnifiedDataset, count: int) -> list[dict]:
+def first_rows(dataset: TrainingData, count: int) -> list[dict]:
     return [dataset[index] for index in range(min(count, len(dataset)))]
 
 

@@ -1,7 +1,7 @@
 """What frozen networks made of a data set, on disk: entries by content, safetensors shards, an index."""
 
 from .index import FORMAT, CacheIndex, DamagedCache, keys_of
-from .requests import Wish, Wishes
+from .requests import CacheRequest, CacheRequests, UnitJob
 from .shards import DamagedShard, Entry, Shard, ShardWriter, rewrite
 
 __all__ = [
@@ -12,8 +12,9 @@ __all__ = [
     "Entry",
     "Shard",
     "ShardWriter",
-    "Wish",
-    "Wishes",
+    "CacheRequest",
+    "CacheRequests",
+    "UnitJob",
     "keys_of",
     "rewrite",
 ]

@@ -15,7 +15,7 @@ CENTRE = (0.5, 0.5)
 
 
 @dataclass(frozen=True)
-class Choice:
+class AugmentationChoice:
     """What was chosen for one sample.
 
     Args:
@@ -88,21 +88,21 @@ class Augmentation:
         lists = [(_texts(column, row.get(column)), weight) for column, weight in weights.items()]
         return [(text, weight / len(texts)) for texts, weight in lists for text in texts] or [("", 1.0)]
 
-    def draw(self, weights: Sequence[float], seed: int, address: SampleAddress) -> Choice:
+    def choose(self, weights: Sequence[float], seed: int, address: SampleAddress) -> AugmentationChoice:
         """The choice for a sample whose captions have these weights, at its address in a run."""
         if len(weights) == 1 and not any((self.caption_dropout, self.flip, self.shuffle_tags, self.random_crop)):
-            return Choice()
+            return AugmentationChoice()
         chance = random.Random(sample_seed(seed, "augmentation", *address))
         dropped, mirrored, *position = (chance.random() for _ in range(4))  # all, so that options do not move others
         caption = chance.choices(range(len(weights)), weights)[0]
-        return Choice(
+        return AugmentationChoice(
             None if dropped < self.caption_dropout else caption,
             chance.getrandbits(32) if self.shuffle_tags else None,
             mirrored < self.flip,
             tuple(position) if self.random_crop else CENTRE,
         )
 
-    def choices(self, weights: Sequence[float]) -> list[Choice]:
+    def choices(self, weights: Sequence[float]) -> list[AugmentationChoice]:
         """All that may be drawn, the plain one first.
 
         Raises:
@@ -114,10 +114,10 @@ class Augmentation:
         captions = [number for number, weight in enumerate(weights) if weight > 0]
         captions += [None] * (self.caption_dropout > 0)
         flips = [flip for flip in (False, True) if (self.flip if flip else 1 - self.flip) > 0]
-        drawn = [Choice(caption, mirrored=flip) for flip in flips for caption in captions]
-        return drawn if Choice() in drawn else [Choice(), *drawn]
+        drawn = [AugmentationChoice(caption, mirrored=flip) for flip in flips for caption in captions]
+        return drawn if AugmentationChoice() in drawn else [AugmentationChoice(), *drawn]
 
-    def prompt(self, row: Mapping, choice: Choice) -> str:
+    def prompt(self, row: Mapping, choice: AugmentationChoice) -> str:
         """The chosen caption."""
         if choice.caption is None:
             return ""

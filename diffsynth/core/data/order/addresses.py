@@ -19,7 +19,7 @@ class SampleAddress(NamedTuple):
 
 
 class Sample(NamedTuple):
-    """What stands at an address, and which of its finitely many variants it is; None if there is no end of them."""
+    """A sample and the name of its augmentation variant; None if the variants can't be listed."""
 
     data: Any
     epoch: int
@@ -86,7 +86,7 @@ class SampleOrder:
 
 
 @dataclass(frozen=True)
-class BatchPlan:
+class BatchLayout:
     """How the samples of an optimizer step are shared out.
 
     Args:
@@ -137,7 +137,7 @@ class BatchSampler:
     """
 
     order: SampleOrder
-    plan: BatchPlan
+    plan: BatchLayout
     rank: int
     start_step: int
     num_steps: int
@@ -169,20 +169,18 @@ class BatchSampler:
 
 
 class AddressedDataset(Dataset):
-    """A dataset whose samples come with their address, from which their randomness follows.
+    """A data set whose samples come with their address, from which their randomness follows.
 
-    Where it has a method `sample(address, seed)`, that makes the sample and names its variant; otherwise nothing is
-    left to chance.
+    Args:
+        dataset: A `TrainingData`.
     """
 
-    def __init__(self, dataset: Dataset, seed: int = 0):
+    def __init__(self, dataset, seed: int = 0):
         self.dataset, self.seed = dataset, seed
 
     def __len__(self) -> int:
         return len(self.dataset)
 
     def __getitem__(self, address: SampleAddress) -> Sample:
-        if hasattr(self.dataset, "sample"):
-            data, variant = self.dataset.sample(address, self.seed)
-            return Sample(data, *address, variant)
-        return Sample(self.dataset[address.index], *address)
+        data, variant = self.dataset.sample(address, self.seed)
+        return Sample(data, *address, variant)

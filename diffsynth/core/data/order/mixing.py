@@ -59,7 +59,7 @@ class Mixture:
 
 
 @dataclass(frozen=True)
-class Part:
+class WeightedRows:
     """The samples that a bucket has from one data set.
 
     Args:
@@ -88,25 +88,25 @@ class Part:
     def before(self, passes: int | Fraction) -> int:
         return passes * self.rate.numerator // self.rate.denominator
 
-    def moved(self, start: int, times: float | Fraction = 1) -> "Part":
+    def moved(self, start: int, times: float | Fraction = 1) -> "WeightedRows":
         """These samples among others, their indices raised by `start`, shown `times` as often."""
         own = self.rows
         rows = range(own.start + start, own.stop + start) if isinstance(own, range) else np.asarray(own) + start
-        return Part(rows, exact(self.weight) * exact(times))
+        return WeightedRows(rows, exact(self.weight) * exact(times))
 
 
-def joined(parts: Sequence[Part]) -> Part:
+def joined(parts: Sequence[WeightedRows]) -> WeightedRows:
     """The samples of several parts as one, shown as often as they are on average."""
     if len(parts) == 1:
         return parts[0]
     rows = np.concatenate([part.rows for part in parts])
-    return Part(rows, sum(part.rate for part in parts) / len(rows))
+    return WeightedRows(rows, sum(part.rate for part in parts) / len(rows))
 
 
 class Bucket:
     """The batches of one bucket, cut from the mixture of its parts; the next pass fills up the last one of a pass."""
 
-    def __init__(self, parts: Sequence[Part], batch_size: int, seed: int):
+    def __init__(self, parts: Sequence[WeightedRows], batch_size: int, seed: int):
         self.parts, self.samples = parts, Mixture(parts, seed)
         self.orders = [SampleOrder(len(part.rows), sample_seed(seed, "part", 0, n)) for n, part in enumerate(parts)]
         self.rate = self.samples.rate / batch_size
@@ -136,7 +136,7 @@ class MixedOrder:
         ValueError: There are no buckets, or one has no parts.
     """
 
-    def __init__(self, buckets: Sequence[Sequence[Part]], batch_size: int, seed: int):
+    def __init__(self, buckets: Sequence[Sequence[WeightedRows]], batch_size: int, seed: int):
         if not buckets or not all(buckets):
             raise ValueError("a bucket has no parts, or there is no bucket: leave out buckets that no image is in")
         self.batch_size, self.seed = batch_size, seed
@@ -161,10 +161,3 @@ class MixedOrder:
 def exact(number: float | Fraction) -> Fraction:
     """The number as it is written: 0.1 is a tenth, which the float is not."""
     return Fraction(str(number))
-
-
-def order_of(dataset, batch_size: int, seed: int) -> MixedOrder:
-    """The data set's own order, of batches of one size; any other data set is one bucket."""
-    if hasattr(dataset, "order"):
-        return dataset.order(batch_size, seed)
-    return MixedOrder([[Part(range(len(dataset)))]], batch_size, seed)

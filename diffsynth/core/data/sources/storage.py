@@ -43,10 +43,10 @@ class EmbeddedFile:
         _, offsets, content = self.cell.buffers()
         width = np.int64 if pa.types.is_large_binary(self.cell.type) else np.int32
         start, end = np.frombuffer(offsets, width)[self.cell.offset :][:2].tolist()
-        return io.BufferedReader(Part(pa.BufferReader(content), start, end - start))
+        return io.BufferedReader(FileSlice(pa.BufferReader(content), start, end - start))
 
 
-class Part(io.RawIOBase):
+class FileSlice(io.RawIOBase):
     """`size` bytes of an open file, from `offset` on; closing it closes the file."""
 
     def __init__(self, file: BinaryIO, offset: int, size: int):
@@ -85,7 +85,7 @@ def open_file(file: str | EmbeddedFile) -> BinaryIO:
     if isinstance(file, EmbeddedFile):
         return file.open()
     if part := PART.fullmatch(file):
-        return io.BufferedReader(Part(open_file(part[1]), int(part[2]), int(part[3])))
+        return io.BufferedReader(FileSlice(open_file(part[1]), int(part[2]), int(part[3])))
     return file_system(file).open(file, block_size=BLOCK) if is_remote(file) else open(file, "rb")
 
 
