@@ -25,7 +25,7 @@ def make_cache(run: CacheRun):
         return {"stats": stats, "gc": collect_garbage}[run.command](run.path)
     accelerator = make_accelerator(run.device, run.model.keywords["torch_dtype"])
     template = run.template and run.template.load_one(run.seed)
-    scan(run.dataset, run.task, template)
+    scan(run.dataset, run.model.func.__self__.media, run.task, template)
     module = PipelineTrainingModule(run.model(device=accelerator.device), run.task, run.lora, run.seed, template)
     if run.command == "verify":
         return verify(run.dataset, module, run.path)

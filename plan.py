@@ -25,7 +25,7 @@ def plan(run: PlanRun) -> str:
     on_cuda = run.device in ("auto", "cuda")  # whatever this machine has
     template = run.template and run.template.load_one(run.seed)
     run = replace(run, template=template, processes=run.cp_size, on_cuda=on_cuda)
-    scan(run.dataset, run.task, template)
+    scan(run.dataset, run.media, run.task, template)
     planner, budgets, why = Planner(run), (None, None), ""
     if run.memory.budget is not None:
         budgets = run.memory.budgets

@@ -19,7 +19,7 @@ from PIL import Image
 from torch import nn
 from torch.utils._pytree import tree_leaves
 
-from diffsynth.core.data import CachedRow, Sample
+from diffsynth.core.data import Row, Sample
 from diffsynth.core.memory import MemoryRecipe
 from diffsynth.core.memory.live import LiveBytes
 from diffsynth.diffusion.adapters.lora import LoRA
@@ -56,7 +56,7 @@ def module_of(family: str, training: str, checkpointing: str) -> PipelineTrainin
     return PipelineTrainingModule(pipe, FlowMatchSFT(), lora, memory=MemoryRecipe(checkpointing=checkpointing))
 
 
-def row_of(family: str, size: int) -> CachedRow:
+def row_of(family: str, size: int) -> Row:
     """What a cache holds of a picture and its prompt."""
     row = {"image": Image.new("RGB", (size, size)), "prompt": ""}
     if family == "qwen_image":
@@ -65,7 +65,7 @@ def row_of(family: str, size: int) -> CachedRow:
     else:
         posi = {"prompt_emb": torch.zeros(1, 512, 7680).bfloat16()}
         latents = torch.zeros(1, 128, size // 16, size // 16)
-    return CachedRow(row, {"shared": {"input_latents": latents.bfloat16()}, "posi": posi, "nega": {}})
+    return Row(row, {"shared": {"input_latents": latents.bfloat16()}, "posi": posi, "nega": {}})
 
 
 def predicted(family: str, training: str, checkpointing: str, size: int) -> int:
@@ -93,7 +93,7 @@ def measured(family: str, training: str, checkpointing: str, size: int) -> dict[
     return {"live": live.device.peak, "process": resident("VmHWM") - start}
 
 
-def step(module: PipelineTrainingModule, optimizer, row: CachedRow) -> None:
+def step(module: PipelineTrainingModule, optimizer, row: Row) -> None:
     with torch.autocast("cpu", torch.bfloat16):
         losses = module([Sample(row, 0, 0)])
     losses.mean().backward()

@@ -155,10 +155,10 @@ def unit_identity(unit: PipelineUnit, pipe) -> dict[str, Any]:
     """What a unit's results depend on besides its inputs: code, settings, networks and tokenizers, dtype."""
     in_batches = type(unit).process_batch is not PipelineUnit.process_batch
     process = type(unit).process_batch if in_batches else type(unit).process
-    models = [cls for _, cls in pipe.model_classes.values() if cls is not None]
+    models = [cls for network in pipe.networks().values() for cls in network.subclasses.values()]
     code, attributes = code_version([process], [type(unit), type(pipe), *models])
     settings = {name: plain_text(value) for name, value in vars(unit).items() if name not in vars(PipelineUnit())}
-    names = {*unit.onload_model_names, *attributes.intersection(pipe.tokenizer_folders)}
+    names = {*unit.onload_model_names, *attributes.intersection(pipe.folders)}
     return {
         "code": code,
         "settings": {name: text for name, text in settings.items() if text is not None},

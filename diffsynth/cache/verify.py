@@ -26,7 +26,7 @@ def stats(path: str | Path) -> str:
     size = sum(shard.path.stat().st_size for shard in shards if shard.path.is_file())
     made_of, sizes = index.about["made_of"], index.sizes()
     lines = [
-        f"samples   {len(index)}, of {', '.join(f'{width} x {height}' for width, height in sizes)} pixels",
+        f"samples   {len(index)}, of {', '.join(' x '.join(map(str, size)) for size in sizes)} pixels",
         f"entries   {len(entries)}, of which {len(entries - needed.keys())} are needed no more",
         f"shared    {sum(count > 1 for count in needed.values())} entries by several samples",
         f"files     {len(shards)}, {size / 1e6:.1f} MB, {size / len(index) / 1e3:.1f} kB a sample",

@@ -263,12 +263,10 @@ class PipelineTrainingModule(DiffusionTrainingModule):
         """The pipeline's inputs for one row, as if it were called to draw this picture."""
         self.task.check_row(data)
         names = [*self.extra_inputs, *(name for name in self.task.optional_columns if name in data)]
-        image, extra = data["image"], {name: self.pipe.typed(name, data[name]) for name in names}
+        extra = {name: self.pipe.typed(name, data[name]) for name in names}
         posi = {name: extra.pop(name) for name in self.pipe.one_sided_arguments if name in extra}
         shared = {
-            "input_image": image,
-            "height": image.height,
-            "width": image.width,
+            **self.pipe.media.inputs(data[self.pipe.media.column]),
             "cfg_scale": self.task.guidance if self.task.reads_negative else 1,
             **self.memory.inputs,
             **self.task.sampling_inputs(self.pipe),

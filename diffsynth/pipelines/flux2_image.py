@@ -5,7 +5,8 @@ Latents are (B, 128, H/16, W/16), each pixel one token of the transformer; edit 
 """
 
 import copy
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -13,16 +14,16 @@ from diffusers import AutoencoderKLFlux2, Flux2Transformer2DModel
 from diffusers.models.embeddings import apply_rotary_emb
 from diffusers.models.transformers.transformer_flux2 import Flux2AttnProcessor, Flux2ParallelSelfAttnProcessor
 from diffusers.pipelines.flux2.system_messages import SYSTEM_MESSAGE
-from PIL import Image
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from ..core.context_parallel import TokenSplit
 from ..core.gradient import checkpoint_blocks
 from ..core.loader import ModelConfig
-from ..diffusion.base_pipeline import BasePipeline, PipelineUnit
-from ..diffusion.flow_match import FlowMatchScheduler, exponential_shift
+from ..diffusion.base_pipeline import BasePipeline
+from ..diffusion.flow_match import exponential_shift
 from ..diffusion.pipeline.attention import JointAttention
+from ..diffusion.pipeline.components import Folder, Network
+from ..diffusion.pipeline.conditioning import PromptEmbedder
 from ..diffusion.pipeline.image_units import (
     EditImageEmbedder,
     Inpaint,
@@ -32,15 +33,14 @@ from ..diffusion.pipeline.image_units import (
     ShapeChecker,
 )
 from ..diffusion.pipeline.kv_cache import KVCache
-from ..diffusion.pipeline.networks import TrainingDefaults
-from ..diffusion.pipeline.units import in_groups
+from ..diffusion.pipeline.request import EditRequest, TemplateRequest
+from ..diffusion.pipeline.vae import Latents, NormalisedVAE
 from ..diffusion.template.cache import append_text
 from ..diffusion.template.lora import InputLoRA, added
 
 __all__ = ["Flux2ImagePipeline", "ModelConfig"]
 
 MAX_PROMPT_TOKENS = 512  # the chat template's among them
-EDIT_IMAGE_PIXELS = 1024 * 1024
 EDIT_IMAGE_TIME = 10  # between one edit image and the next, on the first axis of positions
 TRAINING_MU = 0.8  # shift of the training grid at every resolution
 MANY_TOKENS = 4300  # from here on the number of steps no longer matters
@@ -72,43 +72,18 @@ def _empirical_shift(tokens: int, steps: int) -> float:
 # Networks -------------------------------------------------------------------------------------------------------------
 
 
-class Flux2VAE(AutoencoderKLFlux2):
-    """The released autoencoder in latents of 2 × 2 pixels each, normalised by the statistics of its batch norm."""
+class Flux2VAE(NormalisedVAE, AutoencoderKLFlux2):
+    """The released autoencoder in latents of 2 × 2 of its own, normalised by the statistics of its batch norm."""
 
-    def encode(self, image: Tensor, tiled: bool = False, tile_size: int = 128, tile_stride: int = 64) -> Tensor:
-        """Mean latents (B, 128, H/16, W/16), zero mean and unit variance per channel, of RGB (B, 3, H, W) in [-1, 1].
+    def packed(self, latents: Tensor) -> Tensor:
+        return F.pixel_unshuffle(latents, 2)
 
-        Args:
-            tiled: Encode overlapping tiles of 8 × `tile_size` pixels, 8 × `tile_stride` apart: less memory, some seams.
-        """
-        latents = F.pixel_unshuffle(self.distribution(image, tiled, tile_size, tile_stride).mean, 2)
-        mean, std = self._statistics(latents)
-        return (latents - mean) / std
+    def unpacked(self, latents: Tensor) -> Tensor:
+        return F.pixel_shuffle(latents, 2)
 
-    def distribution(self, image: Tensor, tiled: bool = False, tile_size: int = 128, tile_stride: int = 64):
-        """The posterior N(μ, σ²) over unnormalised latents (B, 32, H/8, W/8)."""
-        self._tile(tiled, tile_size, tile_stride)
-        return super().encode(image).latent_dist
-
-    def decode(self, latents: Tensor, tiled: bool = False, tile_size: int = 128, tile_stride: int = 64) -> Tensor:
-        """RGB (B, 3, H, W) in [-1, 1] of normalised latents (B, 128, H/16, W/16)."""
-        mean, std = self._statistics(latents)
-        self._tile(tiled, tile_size, tile_stride)
-        return self.reconstruct(F.pixel_shuffle(latents * std + mean, 2).to(self.dtype))
-
-    def reconstruct(self, latents: Tensor) -> Tensor:
-        """RGB (B, 3, H, W) in [-1, 1] of unnormalised latents (B, 32, H/8, W/8)."""
-        return super().decode(latents).sample
-
-    def _statistics(self, like: Tensor) -> tuple[Tensor, Tensor]:
+    def statistics(self, like: Tensor) -> tuple[Tensor, Tensor]:
         std = (self.bn.running_var + self.config.batch_norm_eps).sqrt()
         return tuple(statistic.to(like).view(1, -1, 1, 1) for statistic in (self.bn.running_mean, std))
-
-    def _tile(self, tiled: bool, tile_size: int, tile_stride: int) -> None:
-        self.use_tiling = tiled
-        self.tile_latent_min_size = tile_size
-        self.tile_sample_min_size = tile_size * 2 ** (len(self.config.block_out_channels) - 1)
-        self.tile_overlap_factor = 1 - tile_stride / tile_size
 
 
 def text_embeddings(decoder: nn.Module, ids: Tensor, mask: Tensor) -> Tensor:
@@ -263,130 +238,67 @@ def unpack_latents(tokens: Tensor, height: int, width: int) -> Tensor:
 # Units ----------------------------------------------------------------------------------------------------------------
 
 
-class Flux2Unit_EditImageEmbedder(EditImageEmbedder):
-    pass
-
-
-class Flux2Unit_PromptEmbedder(PipelineUnit):
+class Flux2Unit_PromptEmbedder(PromptEmbedder):
     """Text embeddings (1, L, 3 D) of prompts in their chat template, padded to one length."""
 
-    def __init__(self):
-        super().__init__(
-            separate_cfg=True,
-            input_params_posi={"prompt": "prompt"},
-            input_params_nega={"prompt": "negative_prompt"},
-            output_params=("prompt_emb",),
-            onload_model_names=("text_encoder",),
-        )
+    def tokenize(self, pipe, prompt, max_sequence_length) -> dict[str, Tensor]:
+        return pipe.tokenize(prompt, max_sequence_length)
 
-    def process(self, pipe, prompt, max_sequence_length):
-        return self.process_batch(pipe, [{"prompt": prompt, "max_sequence_length": max_sequence_length}])[0]
-
-    def process_batch(self, pipe, batch):
-        """All prompts go through the text encoder together, as they are padded to the same length anyway."""
-        pipe.load_models_to_device(["text_encoder"])
+    def embed(self, pipe, tokens: Mapping[str, Tensor]) -> Tensor:
         decoder = pipe.text_encoder.get_decoder()  # the language head would only cost time and memory
-
-        def encode(alike: Sequence[Mapping]) -> Sequence[Tensor]:
-            tokens = pipe.tokenize([each["prompt"] for each in alike], alike[0]["max_sequence_length"])
-            ids, mask = (tokens[name].to(pipe.device) for name in ("input_ids", "attention_mask"))
-            return text_embeddings(decoder, ids, mask).split(1)
-
-        embeddings = in_groups(batch, [each["max_sequence_length"] for each in batch], encode)
-        return [{"prompt_emb": own} for own in embeddings]
+        return text_embeddings(decoder, tokens["input_ids"], tokens["attention_mask"])
 
 
 # Pipeline -------------------------------------------------------------------------------------------------------------
 
 
+def check_chat_template(pipe: "Flux2ImagePipeline") -> None:
+    """Refuse a tokenizer without the chat template that prompts are put into."""
+    if pipe.tokenizer.chat_template is None:
+        raise ValueError(
+            f"The tokenizer in {pipe.folders['tokenizer']} has no chat template, which prompts are put into; expected "
+            "one in its chat_template.jinja or tokenizer_config.json. Take the tokenizer released with the model."
+        )
+
+
+@dataclass(kw_only=True)
+class Flux2Request(EditRequest, TemplateRequest):
+    """Sample one image with FLUX.2.
+
+    Args:
+        embedded_guidance: Guidance scale that dev was distilled to follow; klein ignores it.
+        max_sequence_length: Tokens that the prompt is cut or padded to, those of the chat template included.
+    """
+
+    embedded_guidance: float = 4.0
+    max_sequence_length: int = MAX_PROMPT_TOKENS
+
+
 class Flux2ImagePipeline(BasePipeline):
     """FLUX.2 on diffusers' transformer and VAE and transformers' Qwen3 (klein) or Mistral 3 (dev)."""
 
-    model_classes = {
-        "Flux2Transformer2DModel": ("dit", None),
-        "Qwen3ForCausalLM": ("text_encoder", None),
-        "Mistral3ForConditionalGeneration": ("text_encoder", None),
-        "AutoencoderKLFlux2": ("vae", Flux2VAE),
+    request = Flux2Request
+    components = {
+        "dit": Network("Flux2Transformer2DModel", after=use_joint_attention, lora="transformer"),
+        "text_encoder": Network("Qwen3ForCausalLM", "Mistral3ForConditionalGeneration", lora="text_encoder"),
+        "vae": Network(Flux2VAE),
+        "tokenizer": Folder("AutoTokenizer", check=check_chat_template, needed_by="text_encoder"),
     }
-    lora_prefixes = {"dit": "transformer", "text_encoder": "text_encoder"}
-    per_image_arguments = (*BasePipeline.per_image_arguments, "edit_image")
-    latent_channels, latent_factor = 128, 16
+    latents = Latents(channels=128, factor=16)
     model_fn = staticmethod(model_fn_flux2)
+    sigma_grid = staticmethod(flux2_sigmas)
+    model_settings = ("max_sequence_length", "edit_image_pixels")
+    unit_classes = (
+        ShapeChecker,
+        NoiseInitializer,
+        InputImageEmbedder,
+        Inpaint,
+        LossMask,
+        EditImageEmbedder,
+        Flux2Unit_PromptEmbedder,
+    )
 
-    def __init__(self, device="cpu", torch_dtype=torch.bfloat16):
-        super().__init__(device, torch_dtype)
-        self.tokenizer = None
-        self.call_defaults.update(cfg_scale=1.0, num_inference_steps=30, renoise=False)
-        self.call_defaults.update(max_sequence_length=MAX_PROMPT_TOKENS, edit_image_pixels=EDIT_IMAGE_PIXELS)
-        self.scheduler = FlowMatchScheduler(flux2_sigmas)
-        self.units = [
-            ShapeChecker(),
-            NoiseInitializer(),
-            InputImageEmbedder(),
-            Inpaint(),
-            LossMask(),
-            Flux2Unit_EditImageEmbedder(),
-            Flux2Unit_PromptEmbedder(),
-        ]
-
-    @classmethod
-    def from_pretrained(
-        cls,
-        torch_dtype: torch.dtype = torch.bfloat16,
-        device="cpu",
-        model_configs: Sequence[ModelConfig] = (),
-        tokenizer_config: ModelConfig | None = None,
-    ) -> "Flux2ImagePipeline":
-        """Build the pipeline and read all its weights."""
-        pipe = cls(device, torch_dtype)
-        pipe.build_models(model_configs)
-        pipe.build_tokenizer(tokenizer_config)
-        pipe.load_models()
-        return pipe
-
-    @classmethod
-    def from_components(
-        cls,
-        dit: ModelConfig | None,
-        text_encoder: ModelConfig | None,
-        vae: ModelConfig | None,
-        tokenizer: ModelConfig | None,
-        torch_dtype: str = "bfloat16",
-        height: int = 1024,
-        width: int = 1024,
-        max_sequence_length: int = MAX_PROMPT_TOKENS,
-        edit_image_pixels: int = EDIT_IMAGE_PIXELS,
-        num_inference_steps: int = 30,
-        cfg_scale: float = 1.0,
-        training: TrainingDefaults | None = None,
-        device="cpu",
-    ) -> "Flux2ImagePipeline":
-        """Build the pipeline on the meta device; `load_models` then reads the weights a run needs.
-
-        Args:
-            dit, text_encoder, vae, tokenizer: None of what a run does not need, as where a cache holds what it made.
-            torch_dtype: What frozen weights and computation are in.
-            height, width: Size in pixels that this model draws by default.
-            max_sequence_length: Tokens that every prompt is cut or padded to, those of the chat template included.
-            edit_image_pixels: Area in pixels that edit images are resized to.
-            num_inference_steps, cfg_scale: How this model is drawn by default, see `__call__`.
-            training: What a training of this model starts from.
-        """
-        if tokenizer is None and text_encoder is not None:
-            raise ValueError("text_encoder needs a tokenizer, but model.tokenizer is null; say where it is.")
-        pipe = cls(device, getattr(torch, torch_dtype))
-        pipe.build_models(model for model in (dit, text_encoder, vae) if model is not None)
-        pipe.build_tokenizer(tokenizer)
-        pipe.call_defaults.update(height=height, width=width)
-        pipe.call_defaults.update(num_inference_steps=num_inference_steps, cfg_scale=cfg_scale)
-        pipe.call_defaults.update(max_sequence_length=max_sequence_length, edit_image_pixels=edit_image_pixels)
-        pipe.training_defaults = training or TrainingDefaults()
-        return pipe
-
-    def build_models(self, model_configs: Iterable[ModelConfig]) -> None:
-        super().build_models(model_configs)
-        if self.dit is not None:
-            use_joint_attention(self.dit)
+    def check_networks(self) -> None:
         if self.dit is None or self.text_encoder is None:
             return
         wanted, width = self.dit.config.joint_attention_dim, self.text_encoder.get_decoder().config.hidden_size
@@ -396,24 +308,10 @@ class Flux2ImagePipeline(BasePipeline):
                 "they are of different models; take the text encoder that was released with the transformer."
             )
 
-    def build_tokenizer(self, tokenizer_config: ModelConfig | None) -> None:
-        """Read the tokenizer and see that it has the chat template that prompts are put into."""
-        from transformers import AutoTokenizer
-
-        if tokenizer_config is None:
-            return
-        (folder,) = tokenizer_config.resolve()
-        self.tokenizer, self.tokenizer_folders["tokenizer"] = AutoTokenizer.from_pretrained(folder), folder
-        if self.tokenizer.chat_template is None:
-            raise ValueError(
-                f"The tokenizer in {folder} has no chat template, which prompts are put into; expected one in its "
-                "chat_template.jinja or tokenizer_config.json. Take the tokenizer released with the model."
-            )
-
-    def tokenize(self, prompts: Sequence[str], max_sequence_length: int):
-        """Token ids and mask (B, max_sequence_length) of prompts, each in its chat."""
+    def tokenize(self, prompt: str, max_sequence_length: int) -> Mapping[str, Tensor]:
+        """Token ids and mask (1, max_sequence_length) of a prompt in its chat."""
         return self.tokenizer(
-            [self.as_chat(prompt) for prompt in prompts],
+            [self.as_chat(prompt)],
             add_special_tokens=False,  # the template has written them
             padding="max_length",
             truncation=True,
@@ -439,74 +337,3 @@ class Flux2ImagePipeline(BasePipeline):
             return False
         tokens = self.tokenizer(self.as_chat(prompt), add_special_tokens=False).input_ids
         return len(tokens) > self.call_defaults["max_sequence_length"]
-
-    def set_timesteps(self, request: Mapping) -> None:
-        height, width = self.check_resize_height_width(request["height"], request["width"])
-        self.scheduler.set_timesteps(
-            request["num_inference_steps"],
-            denoising_strength=request["denoising_strength"],
-            sigmas=request["sigmas"],
-            dynamic_shift_len=(height // 16) * (width // 16),
-        )
-
-    def __call__(
-        self,
-        prompt: str,
-        negative_prompt: str = "",
-        cfg_scale: float | None = None,
-        embedded_guidance: float = 4.0,
-        input_image: Image.Image | None = None,
-        denoising_strength: float = 1.0,
-        inpaint_mask: Image.Image | None = None,
-        inpaint_blur_sigma: float | None = None,
-        edit_image: Image.Image | Sequence[Image.Image] | None = None,
-        edit_image_auto_resize: bool = True,
-        edit_image_pixels: int | None = None,
-        height: int = 1024,
-        width: int = 1024,
-        seed: int | None = None,
-        rand_device: str = "cpu",
-        num_inference_steps: int | None = None,
-        sigmas: Sequence[float] | None = None,
-        renoise: bool | None = None,
-        max_sequence_length: int | None = None,
-        tiled: bool = False,
-        tile_size: int = 128,
-        tile_stride: int = 64,
-        kv_cache: KVCache | None = None,
-        negative_kv_cache: KVCache | None = None,
-        lora: Mapping[str, Tensor] | None = None,
-        negative_lora: Mapping[str, Tensor] | None = None,
-        extra_text_embedding: Tensor | None = None,
-        negative_extra_text_embedding: Tensor | None = None,
-        progress_bar_cmd=tqdm,
-    ) -> Image.Image:
-        """Draw one image.
-
-        Args:
-            cfg_scale: Classifier-free guidance against `negative_prompt`; 1 is none and half the time, as the
-                distilled models (dev, klein) are made for. Of this, `num_inference_steps`, `sigmas` and `renoise` None
-                is what the weights were trained to be drawn with (`use_sampling_settings`), else what `from_components` was told (1
-                and 30), the family's own and False.
-            embedded_guidance: Guidance scale that dev was distilled to follow; klein ignores it.
-            input_image: Start from this image, noised by `denoising_strength` in (0, 1], instead of pure noise.
-            inpaint_mask: White is redrawn, black keeps `input_image`; its edge softened by `inpaint_blur_sigma`
-                latent pixels.
-            edit_image: Image that the prompt says how to change, or several that it refers to.
-            edit_image_auto_resize: Scale each to about `edit_image_pixels` (None is the model's own, 1024²) in its own
-                proportions and crop its sides to multiples of 32; otherwise they have to be multiples of 16.
-            height, width: In pixels, rounded up to a multiple of 16; `input_image` is resized to them.
-            sigmas: Noise levels to sample at, instead of `num_inference_steps` of the family's own.
-            renoise: Fresh noise at every step, as some few-step students draw, instead of following the path.
-            max_sequence_length: Tokens that the prompt is cut or padded to, those of the chat template included; None
-                is the model's own number, 512.
-            tiled: Run the VAE on tiles of 8 × `tile_size` pixels, 8 × `tile_stride` apart.
-            kv_cache: Keys and values (1, L, heads, head_dim) by block, `double_0`, `single_0` and so on, which are
-                attended to; of the conditional prediction, as `lora` and `extra_text_embedding`; `negative_…` of the
-                unconditional.
-            lora: State dict of a LoRA of the transformer, under diffusers' names.
-            extra_text_embedding: Text embeddings (1, L, D) that follow the prompt's.
-        """
-        request = {name: value for name, value in locals().items() if name not in ("self", "__class__")}
-        self.progress_bar = progress_bar_cmd
-        return self.generate([request])[0]

@@ -6,26 +6,29 @@ edit images are more tokens of the same kind, and the text encoder sees them too
 """
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKLQwenImage, QwenImageTransformer2DModel
 from diffusers.models.autoencoders.autoencoder_kl_qwenimage import QwenImageCausalConv3d
+from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from diffusers.models.transformers.transformer_qwenimage import QwenDoubleStreamAttnProcessor2_0, apply_rotary_emb_qwen
 from PIL import Image
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from ..core.context_parallel import TokenSplit
 from ..core.gradient import checkpoint_blocks
 from ..core.loader import ModelConfig
-from ..diffusion.base_pipeline import BasePipeline, PipelineUnit
-from ..diffusion.flow_match import FlowMatchScheduler, exponential_shift, stretch_to_terminal
+from ..diffusion.base_pipeline import BasePipeline
+from ..diffusion.flow_match import exponential_shift, stretch_to_terminal
 from ..diffusion.pipeline import image_units
 from ..diffusion.pipeline.attention import JointAttention
+from ..diffusion.pipeline.components import Folder, Network
+from ..diffusion.pipeline.conditioning import PromptEmbedder
 from ..diffusion.pipeline.kv_cache import KVCache
-from ..diffusion.pipeline.networks import TrainingDefaults
-from ..diffusion.pipeline.units import in_groups
+from ..diffusion.pipeline.request import EDIT_IMAGE_PIXELS, EditRequest, TemplateRequest
+from ..diffusion.pipeline.vae import Latents, NormalisedVAE
 from ..diffusion.template.cache import append_text
 from ..diffusion.template.lora import InputLoRA, added
 
@@ -45,7 +48,6 @@ EDIT_PROMPT_TEMPLATE = (
 )
 EDIT_PROMPT_TEMPLATE_TOKENS = 64
 IMAGE_TOKEN = "<|image_pad|>"  # one for each that the text encoder makes of an image
-EDIT_IMAGE_PIXELS = 1024 * 1024
 EDIT_VISION_PIXELS = 384 * 384
 TRAINING_MU = 0.8  # shift of the training grid at every resolution
 TERMINAL_SIGMA = 0.02
@@ -93,46 +95,33 @@ class SingleFrameConv3d(QwenImageCausalConv3d):
         return F.conv2d(frame, weight, self.bias, self.stride[1:], (top, left)).unsqueeze(2)
 
 
-class QwenImageVAE(AutoencoderKLQwenImage):
-    """The released autoencoder on single images, in normalised latents."""
+class QwenImageVAE(NormalisedVAE, AutoencoderKLQwenImage):
+    """The released autoencoder, which is one of videos, on single images."""
 
-    def use_single_frame_convolutions(self) -> "QwenImageVAE":
+    def use_single_frame_convolutions(self) -> None:
         for module in self.modules():
             if type(module) is QwenImageCausalConv3d:
                 module.__class__ = SingleFrameConv3d
-        return self
 
-    def encode(self, image: Tensor, tiled: bool = False, tile_size: int = 128, tile_stride: int = 64) -> Tensor:
-        """Mean latents (B, 16, H/8, W/8), zero mean and unit variance per channel, of RGB (B, 3, H, W) in [-1, 1].
-
-        Args:
-            tiled: Encode overlapping tiles of `tile_size` latent pixels, `tile_stride` apart: less memory, faint seams.
-        """
-        mean, std = self._statistics(image)
-        return (self.distribution(image, tiled, tile_size, tile_stride).mean[:, :, 0] - mean) / std
-
-    def distribution(self, image: Tensor, tiled: bool = False, tile_size: int = 128, tile_stride: int = 64):
-        """The posterior N(μ, σ²) over unnormalised latents (B, 16, 1, H/8, W/8)."""
-        self._tile(tiled, tile_size, tile_stride)
-        return super().encode(image.unsqueeze(2)).latent_dist
-
-    def decode(self, latents: Tensor, tiled: bool = False, tile_size: int = 128, tile_stride: int = 64) -> Tensor:
-        """RGB (B, 3, H, W) in [-1, 1] of normalised latents (B, 16, H/8, W/8)."""
-        mean, std = self._statistics(latents)
-        self._tile(tiled, tile_size, tile_stride)
-        return self.reconstruct((latents * std + mean).unsqueeze(2).to(self.dtype))
+    def distribution(self, image: Tensor, *tiling) -> DiagonalGaussianDistribution:
+        """The posterior N(μ, σ²) over latents (B, 16, 1, h, w) of RGB (B, 3, H, W) in [-1, 1]."""
+        return super().distribution(image.unsqueeze(2), *tiling)
 
     def reconstruct(self, latents: Tensor) -> Tensor:
-        """RGB (B, 3, H, W) in [-1, 1] of unnormalised latents (B, 16, 1, H/8, W/8)."""
-        return super().decode(latents).sample[:, :, 0]
+        """RGB (B, 3, H, W) in [-1, 1] of latents (B, 16, 1, h, w)."""
+        return super().reconstruct(latents)[:, :, 0]
 
-    def _statistics(self, like: Tensor) -> tuple[Tensor, Tensor]:
-        shape = (1, -1, 1, 1)
-        mean = torch.tensor(self.config.latents_mean, device=like.device, dtype=like.dtype).view(shape)
-        std = torch.tensor(self.config.latents_std, device=like.device, dtype=like.dtype).view(shape)
-        return mean, std
+    def packed(self, latents: Tensor) -> Tensor:
+        return latents[:, :, 0]
 
-    def _tile(self, tiled: bool, tile_size: int, tile_stride: int) -> None:
+    def unpacked(self, latents: Tensor) -> Tensor:
+        return latents.unsqueeze(2)
+
+    def statistics(self, like: Tensor) -> tuple[Tensor, Tensor]:
+        each = (self.config.latents_mean, self.config.latents_std)
+        return tuple(torch.tensor(values, device=like.device, dtype=like.dtype).view(1, -1, 1, 1) for values in each)
+
+    def tile(self, tiled: bool, tile_size: int, tile_stride: int) -> None:
         size, stride = (n * self.spatial_compression_ratio for n in (tile_size, tile_stride))
         self.enable_tiling(size, size, stride, stride)
         self.use_tiling = tiled
@@ -239,46 +228,26 @@ def unpack_latents(tokens: Tensor, height: int, width: int) -> Tensor:
 # Units ----------------------------------------------------------------------------------------------------------------
 
 
-# Those that other families share go by the names that the guides print.
-
-
-class QwenImageUnit_ShapeChecker(image_units.ShapeChecker):
-    pass
-
-
-class QwenImageUnit_NoiseInitializer(image_units.NoiseInitializer):
-    pass
-
-
-class QwenImageUnit_InputImageEmbedder(image_units.InputImageEmbedder):
-    pass
-
-
-class QwenImageUnit_Inpaint(image_units.Inpaint):
-    pass
-
-
-class QwenImageUnit_LossMask(image_units.LossMask):
-    pass
+# Those that other families share, by the names that the guides print.
+QwenImageUnit_ShapeChecker = image_units.ShapeChecker
+QwenImageUnit_NoiseInitializer = image_units.NoiseInitializer
+QwenImageUnit_InputImageEmbedder = image_units.InputImageEmbedder
+QwenImageUnit_Inpaint = image_units.Inpaint
+QwenImageUnit_LossMask = image_units.LossMask
 
 
 class QwenImageUnit_EditImageEmbedder(image_units.EditImageEmbedder):
     resize = staticmethod(image_units.stretch_to_area)
+    needs = "processor"
 
 
-class QwenImageUnit_PromptEmbedder(PipelineUnit):
+class QwenImageUnit_PromptEmbedder(PromptEmbedder):
     """Text embeddings (1, L, D) of a prompt and of the images that it says how to change, and their mask (1, L)."""
 
     def __init__(self):
-        super().__init__(
-            separate_cfg=True,
-            input_params_posi={"prompt": "prompt"},
-            input_params_nega={"prompt": "negative_prompt"},
-            output_params=("prompt_emb", "prompt_emb_mask"),
-            onload_model_names=("text_encoder",),
-        )
+        super().__init__(masked=True)
 
-    def process(
+    def tokenize(
         self,
         pipe,
         prompt,
@@ -287,166 +256,85 @@ class QwenImageUnit_PromptEmbedder(PipelineUnit):
         edit_image_pixels=EDIT_IMAGE_PIXELS,
         edit_image_numbered=False,
         edit_vision_pixels=EDIT_VISION_PIXELS,
-    ):
-        inputs = {name: value for name, value in locals().items() if name not in ("self", "pipe")}
-        return self.process_batch(pipe, [inputs])[0]
-
-    def process_batch(self, pipe, batch):
-        """Prompts of one length go through the text encoder together; padding would change what comes out."""
-        pipe.load_models_to_device(["text_encoder"])
-
-        def encode(alike: Sequence[Mapping[str, Tensor]]) -> Tensor:
-            inputs = {name: torch.cat([each[name] for each in alike]).to(pipe.device) for name in alike[0]}
-            template = EDIT_PROMPT_TEMPLATE_TOKENS if "pixel_values" in inputs else PROMPT_TEMPLATE_TOKENS
-            # The inner model: the language head would only cost time and memory.
-            return pipe.text_encoder.model(**inputs).last_hidden_state[:, template:]
-
-        read = [self.read(pipe, **inputs) for inputs in batch]
-        embeddings = in_groups(read, [(each["input_ids"].shape[1], "pixel_values" in each) for each in read], encode)
-        masks = [torch.ones(1, len(own), dtype=torch.bool, device=own.device) for own in embeddings]
-        return [{"prompt_emb": o[None], "prompt_emb_mask": m} for o, m in zip(embeddings, masks, strict=True)]
-
-    @staticmethod
-    def read(
-        pipe,
-        prompt: str,
-        edit_image: Image.Image | Sequence[Image.Image] | None,
-        edit_image_auto_resize: bool,
-        edit_image_pixels: int,
-        edit_image_numbered: bool,
-        edit_vision_pixels: int,
     ) -> dict[str, Tensor]:
-        """What the text encoder reads of a prompt and its images: numbered in a size of their own, else as encoded."""
+        """Tokens of a prompt and its images: numbered ones in a size of their own, else in the autoencoder's."""
         numbered = edit_image_numbered or (isinstance(edit_image, list | tuple) and len(edit_image) > 1)
         size = (True, edit_vision_pixels) if numbered else (edit_image_auto_resize, edit_image_pixels)
         images = image_units.edit_images(edit_image, *size, image_units.stretch_to_area)
         tokens = pipe.tokenize_with_images(prompt, images, numbered) if images else pipe.tokenize(prompt)
         return {**tokens, "attention_mask": torch.ones_like(tokens["input_ids"])}
 
+    def embed(self, pipe, tokens: Mapping[str, Tensor]) -> Tensor:
+        template = EDIT_PROMPT_TEMPLATE_TOKENS if "pixel_values" in tokens else PROMPT_TEMPLATE_TOKENS
+        # The inner model: the language head would only cost time and memory.
+        return pipe.text_encoder.model(**tokens).last_hidden_state[:, template:]
+
 
 # Pipeline -------------------------------------------------------------------------------------------------------------
+
+
+def check_templates(pipe: "QwenImagePipeline") -> None:
+    """Refuse a tokenizer that cuts the templates of prompts elsewhere than the released one does."""
+    templates = {"prompt template": (PROMPT_TEMPLATE, PROMPT_TEMPLATE_TOKENS)}
+    if pipe.processor is not None:
+        templates["template of edit prompts"] = (EDIT_PROMPT_TEMPLATE, EDIT_PROMPT_TEMPLATE_TOKENS)
+    for name, (template, tokens) in templates.items() if pipe.tokenizer is not None else ():
+        found = len(pipe.tokenizer(template.split("{}")[0]).input_ids)
+        if found != tokens:
+            raise ValueError(
+                f"The tokenizer in {pipe.folders['tokenizer']} makes {found} tokens of the {name}, expected {tokens}: "
+                "it is not Qwen-Image's tokenizer."
+            )
+
+
+@dataclass(kw_only=True)
+class QwenImageRequest(EditRequest, TemplateRequest):
+    """Sample one image with Qwen-Image.
+
+    Args:
+        cfg_rescale: Keep the norm of the conditional velocity under guidance, as the released model samples.
+        edit_image_numbered: Number a single edit image too, as Qwen-Image-Edit-2509 and later were trained; several
+            are always numbered, so that the prompt can speak of Picture 1, Picture 2.
+        edit_vision_pixels: Area at which the text encoder sees numbered images; it sees one without a number as the
+            autoencoder does.
+        exponential_shift_mu: Shift of the noise levels; None takes it from the number of tokens.
+    """
+
+    cfg_scale: float = 4.0
+    cfg_rescale: bool = True
+    height: int = 1328
+    width: int = 1328
+    edit_image_numbered: bool = False
+    edit_vision_pixels: int = EDIT_VISION_PIXELS
+    exponential_shift_mu: float | None = None
 
 
 class QwenImagePipeline(BasePipeline):
     """Qwen-Image on diffusers' transformer and VAE and transformers' Qwen2.5-VL."""
 
-    model_classes = {
-        "QwenImageTransformer2DModel": ("dit", None),
-        "Qwen2_5_VLForConditionalGeneration": ("text_encoder", None),
-        "AutoencoderKLQwenImage": ("vae", QwenImageVAE),
+    request = QwenImageRequest
+    components = {
+        "dit": Network("QwenImageTransformer2DModel", after=use_joint_attention, lora="transformer"),
+        "text_encoder": Network("Qwen2_5_VLForConditionalGeneration", lora="text_encoder"),
+        "vae": Network(QwenImageVAE, after=QwenImageVAE.use_single_frame_convolutions),
+        "tokenizer": Folder("Qwen2Tokenizer", check=check_templates, needed_by="text_encoder"),
+        "processor": Folder(
+            "Qwen2VLImageProcessorPil", check=check_templates
+        ),  # not torchvision's, which differs a little
     }
-    lora_prefixes = {"dit": "transformer", "text_encoder": "text_encoder"}
-    per_image_arguments = (*BasePipeline.per_image_arguments, "edit_image")
-    latent_channels, latent_factor = 16, 8
+    latents = Latents(channels=16, factor=8, patch=2)
     model_fn = staticmethod(model_fn_qwen_image)
-
-    def __init__(self, device="cpu", torch_dtype=torch.bfloat16):
-        super().__init__(device, torch_dtype)
-        self.tokenizer = self.processor = None
-        self.call_defaults.update(cfg_scale=4.0, num_inference_steps=30, renoise=False)
-        self.call_defaults.update(edit_image_pixels=EDIT_IMAGE_PIXELS)
-        self.call_defaults.update(edit_image_numbered=False, edit_vision_pixels=EDIT_VISION_PIXELS)
-        self.scheduler = FlowMatchScheduler(qwen_image_sigmas)
-        self.units = [
-            QwenImageUnit_ShapeChecker(),
-            QwenImageUnit_NoiseInitializer(),
-            QwenImageUnit_InputImageEmbedder(),
-            QwenImageUnit_Inpaint(),
-            QwenImageUnit_LossMask(),
-            QwenImageUnit_PromptEmbedder(),
-        ]
-
-    @classmethod
-    def from_pretrained(
-        cls,
-        torch_dtype: torch.dtype = torch.bfloat16,
-        device="cpu",
-        model_configs: Sequence[ModelConfig] = (),
-        tokenizer_config: ModelConfig | None = None,
-        processor_config: ModelConfig | None = None,
-    ) -> "QwenImagePipeline":
-        """Build the pipeline and read all its weights."""
-        pipe = cls(device, torch_dtype)
-        pipe.build_models(model_configs)
-        pipe.build_tokenizer(tokenizer_config)
-        pipe.build_processor(processor_config)
-        pipe.load_models()
-        return pipe
-
-    @classmethod
-    def from_components(
-        cls,
-        dit: ModelConfig | None,
-        text_encoder: ModelConfig | None,
-        vae: ModelConfig | None,
-        tokenizer: ModelConfig | None,
-        processor: ModelConfig | None = None,
-        torch_dtype: str = "bfloat16",
-        height: int = 1328,
-        width: int = 1328,
-        edit_image_pixels: int = EDIT_IMAGE_PIXELS,
-        edit_image_numbered: bool = False,
-        edit_vision_pixels: int = EDIT_VISION_PIXELS,
-        training: TrainingDefaults | None = None,
-        device="cpu",
-    ) -> "QwenImagePipeline":
-        """Build the pipeline on the meta device; `load_models` then reads the weights a run needs.
-
-        Args:
-            dit, text_encoder, vae, tokenizer: None of what a run does not need, as where a cache holds what it made.
-            processor: What cuts edit images up for the text encoder; None where nothing is edited.
-            torch_dtype: What frozen weights and computation are in.
-            height, width: Size in pixels that this model draws by default.
-            edit_image_pixels, edit_image_numbered, edit_vision_pixels: As this model was trained, see `__call__`.
-            training: What a training of this model starts from.
-        """
-        if tokenizer is None and text_encoder is not None:
-            raise ValueError("text_encoder needs a tokenizer, but model.tokenizer is null; say where it is.")
-        pipe = cls(device, getattr(torch, torch_dtype))
-        pipe.build_models(model for model in (dit, text_encoder, vae) if model is not None)
-        pipe.build_tokenizer(tokenizer)
-        pipe.build_processor(processor)
-        pipe.call_defaults.update(height=height, width=width, edit_image_pixels=edit_image_pixels)
-        pipe.call_defaults.update(edit_image_numbered=edit_image_numbered, edit_vision_pixels=edit_vision_pixels)
-        pipe.training_defaults = training or TrainingDefaults()
-        return pipe
-
-    def build_models(self, model_configs: Sequence[ModelConfig]) -> None:
-        super().build_models(model_configs)
-        if self.vae is not None:
-            self.vae.use_single_frame_convolutions()
-        if self.dit is not None:
-            use_joint_attention(self.dit)
-
-    def build_tokenizer(self, tokenizer_config: ModelConfig | None) -> None:
-        """Read the tokenizer and see that it cuts the prompt template where the pipeline does."""
-        from transformers import Qwen2Tokenizer
-
-        if tokenizer_config is None:
-            return
-        (folder,) = tokenizer_config.resolve()
-        self.tokenizer, self.tokenizer_folders["tokenizer"] = Qwen2Tokenizer.from_pretrained(folder), folder
-        self._check_template(PROMPT_TEMPLATE, PROMPT_TEMPLATE_TOKENS, "prompt template")
-
-    def build_processor(self, processor_config: ModelConfig | None) -> None:
-        """Read how edit images are cut up for the text encoder, and check the template of prompts about them."""
-        from transformers import Qwen2VLImageProcessorPil  # not torchvision's: what it makes differs a little
-
-        if processor_config is None:
-            return
-        (folder,) = processor_config.resolve()
-        self.processor, self.tokenizer_folders["processor"] = Qwen2VLImageProcessorPil.from_pretrained(folder), folder
-        self.units.append(QwenImageUnit_EditImageEmbedder())
-        if self.tokenizer is not None:
-            self._check_template(EDIT_PROMPT_TEMPLATE, EDIT_PROMPT_TEMPLATE_TOKENS, "template of edit prompts")
-
-    def _check_template(self, template: str, tokens: int, name: str) -> None:
-        found = len(self.tokenizer(template.split("{}")[0]).input_ids)
-        if found != tokens:
-            raise ValueError(
-                f"The tokenizer in {self.tokenizer_folders['tokenizer']} makes {found} tokens of the {name}, expected "
-                f"{tokens}: it is not Qwen-Image's tokenizer."
-            )
+    sigma_grid = staticmethod(qwen_image_sigmas)
+    model_settings = ("edit_image_pixels", "edit_image_numbered", "edit_vision_pixels")
+    unit_classes = (
+        QwenImageUnit_ShapeChecker,
+        QwenImageUnit_NoiseInitializer,
+        QwenImageUnit_InputImageEmbedder,
+        QwenImageUnit_Inpaint,
+        QwenImageUnit_LossMask,
+        QwenImageUnit_PromptEmbedder,
+        QwenImageUnit_EditImageEmbedder,
+    )
 
     def tokenize(self, prompt: str):
         """Token ids and mask (1, L) of the prompt inside its template."""
@@ -492,77 +380,3 @@ class QwenImagePipeline(BasePipeline):
         tokens, wanted = pack_latents(guided), pack_latents(positive).norm(dim=-1, keepdim=True)
         norm = tokens.norm(dim=-1, keepdim=True).clamp_min(1e-12)  # an untrained model predicts nothing
         return unpack_latents(tokens * (wanted / norm), *guided.shape[-2:])
-
-    def set_timesteps(self, request: Mapping) -> None:
-        height, width = self.check_resize_height_width(request["height"], request["width"])
-        self.scheduler.set_timesteps(
-            request["num_inference_steps"],
-            denoising_strength=request["denoising_strength"],
-            sigmas=request["sigmas"],
-            dynamic_shift_len=(height // 16) * (width // 16),
-            exponential_shift_mu=request["exponential_shift_mu"],
-        )
-
-    def __call__(
-        self,
-        prompt: str,
-        negative_prompt: str = "",
-        cfg_scale: float | None = None,
-        cfg_rescale: bool = True,
-        input_image: Image.Image | None = None,
-        denoising_strength: float = 1.0,
-        inpaint_mask: Image.Image | None = None,
-        inpaint_blur_sigma: float | None = None,
-        edit_image: Image.Image | Sequence[Image.Image] | None = None,
-        edit_image_auto_resize: bool = True,
-        edit_image_pixels: int | None = None,
-        edit_image_numbered: bool | None = None,
-        edit_vision_pixels: int | None = None,
-        height: int = 1328,
-        width: int = 1328,
-        seed: int | None = None,
-        rand_device: str = "cpu",
-        num_inference_steps: int | None = None,
-        sigmas: Sequence[float] | None = None,
-        renoise: bool | None = None,
-        exponential_shift_mu: float | None = None,
-        tiled: bool = False,
-        tile_size: int = 128,
-        tile_stride: int = 64,
-        kv_cache: KVCache | None = None,
-        negative_kv_cache: KVCache | None = None,
-        lora: Mapping[str, Tensor] | None = None,
-        negative_lora: Mapping[str, Tensor] | None = None,
-        extra_text_embedding: Tensor | None = None,
-        negative_extra_text_embedding: Tensor | None = None,
-        progress_bar_cmd=tqdm,
-    ) -> Image.Image:
-        """Draw one image.
-
-        Args:
-            cfg_scale: Classifier-free guidance against `negative_prompt`; 1 is none and half the time. Of this,
-                `num_inference_steps`, `sigmas` and `renoise` None is what the weights were trained to be drawn with
-                (`use_sampling_settings`), else 4, 30, the family's own and False.
-            cfg_rescale: Keep the norm of the conditional velocity under guidance, as the released model samples.
-            input_image: Start from this image, noised by `denoising_strength` in (0, 1], instead of pure noise.
-            inpaint_mask: White is redrawn, black keeps `input_image`; its edge softened by `inpaint_blur_sigma`
-                latent pixels.
-            edit_image: Image that the prompt says how to change, or several that it refers to as Picture 1, Picture 2.
-            edit_image_auto_resize: Scale each to about `edit_image_pixels` (None is the model's own, 1024²) in nearly
-                its own proportions, sides multiples of 32; otherwise they have to be multiples of 16.
-            edit_image_numbered: Number a single image too, as Qwen-Image-Edit-2509 and later were trained; None is the
-                model's own way.
-            edit_vision_pixels: Area at which the text encoder sees numbered images (None is the model's own, 384²); it
-                sees one without a number as the autoencoder does.
-            height, width: In pixels, rounded up to a multiple of 16; `input_image` is resized to them.
-            sigmas: Noise levels to sample at, instead of `num_inference_steps` of the family's own.
-            renoise: Fresh noise at every step, as some few-step students draw, instead of following the path.
-            tiled: Run the VAE on tiles of `tile_size` latent pixels, `tile_stride` apart.
-            kv_cache: Keys and values (1, L, heads, head_dim) by block, `block_0` and so on, which are attended to; of
-                the conditional prediction, as `lora` and `extra_text_embedding`; `negative_…` of the unconditional.
-            lora: State dict of a LoRA of the transformer, under diffusers' names.
-            extra_text_embedding: Text embeddings (1, L, D) that follow the prompt's.
-        """
-        request = {name: value for name, value in locals().items() if name not in ("self", "__class__")}
-        self.progress_bar = progress_bar_cmd
-        return self.generate([request])[0]

@@ -90,4 +90,4 @@ class PlanRun(Run):
         if size is not None or not self.dataset.needs_encoders:
             return self.dataset[int(numbers[0])]
         rows = (self.dataset[int(number)] for number in numbers[:: max(1, len(numbers) // ROWS_SEEN)])
-        return max(rows, key=lambda row: math.prod(row["image"].size))
+        return max(rows, key=lambda row: math.prod(self.media.size(row[self.media.column])))

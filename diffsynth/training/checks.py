@@ -8,6 +8,7 @@ from .engines import Engine
 
 if TYPE_CHECKING:
     from ..diffusion.loss import Objective
+    from ..diffusion.pipeline.media import Media
     from ..diffusion.template.model import Template
     from .run import Run
 
@@ -19,18 +20,18 @@ def check_run(run: "Run", engine: Engine) -> None:
         ValueError: Names what is wrong and what to set.
     """
     BatchLayout(run.batch_size, run.micro_batch_size, engine.replicas)
-    scan(run.dataset, run.task, run.template)
+    scan(run.dataset, run.media, run.task, run.template)
     if run.validation:
         for dataset in run.validation.datasets.values():
-            scan(dataset, run.task, run.template)
+            scan(dataset, run.media, run.task, run.template)
         run.validation.check(run.ema)
     run.export.check(run.validation.numbers if run.validation else ())
 
 
-def scan(dataset: TrainingData, task: "Objective", template: "Template | None") -> None:
+def scan(dataset: TrainingData, media: "Media", task: "Objective", template: "Template | None") -> None:
     """Set a data set to what the task needs, and check its rows; see `TrainingData.scan`."""
     prepare_data(dataset, task, template)
-    dataset.scan(required=required_columns(task, template))
+    dataset.scan(required=required_columns(media, task, template))
 
 
 def identity_of(run: "Run") -> dict[str, Any]:

@@ -61,6 +61,11 @@ class Run:
     max_grad_norm: float | None = None
     max_bad_steps: int = 10
 
+    @property
+    def media(self) -> Any:
+        """What the model's family makes (`diffusion.pipeline.media.Media`)."""
+        return self.model.func.__self__.media
+
 
 @dataclass(kw_only=True)
 class DistillRun(Run):

@@ -12,7 +12,7 @@ from pathlib import Path
 import tiny
 import tiny_flux2
 import torch
-from test_kv_cache import Base, Flux2Base, load, some
+from bases import Base, Flux2Base, load, some
 from torch import Tensor
 
 from diffsynth.core.context_parallel import Devices, split_tokens

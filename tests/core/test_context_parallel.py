@@ -4,9 +4,9 @@ import json
 
 import pytest
 import tiny
+from bases import Base, load
 from hypothesis import given
 from hypothesis import strategies as st
-from test_kv_cache import Base, load
 
 from diffsynth.core.context_parallel import check_splittable
 from diffsynth.plan.first_device import FirstOf

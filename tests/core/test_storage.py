@@ -9,8 +9,8 @@ import tiny
 import torch
 from accelerate import init_empty_weights
 from diffusers import QwenImageTransformer2DModel
+from resumed import assert_same_run, final_weights, uninterrupted
 from safetensors import safe_open
-from test_resume import assert_same_run, final_weights, uninterrupted
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -135,13 +135,13 @@ def test_the_size_of_a_large_model_is_known_before_it_is_read():
 @pytest.mark.usefixtures("nf4")
 def test_a_cast_of_the_model_changes_only_what_weights_are_decoded_to(storage):
     stored, plain = store(blocks(), storage), blocks()
-    build_roles = copy.deepcopy(stored).to(torch.bfloat16)
-    for name, layer in stored_layers(build_roles).items():
+    cast = copy.deepcopy(stored).to(torch.bfloat16)
+    for name, layer in stored_layers(cast).items():
         original = stored.get_submodule(name)
         assert all(torch.equal(getattr(layer, part), getattr(original, part)) for part in original.encode(layer.weight))
         assert (original.weight.dtype, layer.weight.dtype) == (torch.float32, torch.bfloat16)
         assert layer.weight.shape == plain.get_submodule(name).weight.shape
-    assert build_roles(torch.ones(2, 64, dtype=torch.bfloat16)).dtype == torch.bfloat16
+    assert cast(torch.ones(2, 64, dtype=torch.bfloat16)).dtype == torch.bfloat16
 
 
 def test_a_scale_for_each_channel_is_nearer_than_none_where_channels_differ():

@@ -2,87 +2,20 @@
 
 import copy
 import pickle
-from pathlib import Path
 
 import pytest
 import tiny_flux2
 import torch
+from bases import Base, Flux2Base, load, some
 from torch import Tensor, nn
 
 from diffsynth.core.data import collate
-from diffsynth.core.loader import ModelConfig
 from diffsynth.diffusion.pipeline import attention, kv_cache
 from diffsynth.diffusion.template import lora
 from diffsynth.diffusion.template.cache import append_text
-from diffsynth.pipelines import flux2_image, qwen_image
-from diffsynth.pipelines.flux2_image import Flux2ImagePipeline
-from diffsynth.pipelines.qwen_image import QwenImagePipeline
 
 LENGTH = 5  # of the further keys
 CHECKPOINTING = [{}, {"use_gradient_checkpointing": True}, {"use_gradient_checkpointing_offload": True}]
-
-
-def some(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
-
-
-class Base:
-    """A transformer of a pipeline with random weights, and its prediction for a batch of three."""
-
-    module, latents = qwen_image, (3, 16, 4, 8)
-    stock = {"block": qwen_image.QwenDoubleStreamAttnProcessor2_0}
-    padded = [[9], [2], [5]]  # lengths of the prompts
-    unread = ("attn.add_q_proj", "attn.to_add_out", "txt_mlp.net.0.proj", "txt_mlp.net.2")  # in the last block
-
-    def __init__(self, dit):
-        self.dit = dit
-        self.batch = {
-            "latents": some(*self.latents),
-            "timestep": torch.tensor([100.0, 400.0, 800.0]),
-            "prompt_emb": some(3, 9, self.dit.config.joint_attention_dim, seed=1),
-            "prompt_emb_mask": torch.arange(9) < torch.tensor(self.padded),
-        }
-
-    def __call__(self, rows=slice(None), **inputs) -> Tensor:
-        given = {name: tensor[rows] for name, tensor in self.batch.items()}
-        if len(given["latents"]) == 1:  # a single sample has no padding
-            given["prompt_emb"] = given["prompt_emb"][:, given["prompt_emb_mask"][0]]
-            given["prompt_emb_mask"] = given["prompt_emb_mask"][:, given["prompt_emb_mask"][0]]
-        return self.predict(**given, **inputs)
-
-    def predict(self, **inputs) -> Tensor:
-        return qwen_image.model_fn_qwen_image(self.dit, **inputs)
-
-    def blocks(self) -> dict[str, nn.Module]:
-        return {f"block_{number}": block for number, block in enumerate(self.dit.transformer_blocks)}
-
-    def cache(self, batch: int = 3, length: int = LENGTH) -> dict[str, tuple[Tensor, Tensor]]:
-        shapes = {block: (batch, length, *heads) for block, heads in kv_cache.blocks_of(self.dit).items()}
-        return {block: (some(*shape, seed=2), some(*shape, seed=3)) for block, shape in shapes.items()}
-
-
-class Flux2Base(Base):
-    """The same of a model whose prompts all have one length, and which is editing a picture."""
-
-    module, latents = flux2_image, (3, 128, 2, 4)
-    stock = {"double": flux2_image.Flux2AttnProcessor, "single": flux2_image.Flux2ParallelSelfAttnProcessor}
-    padded, unread = [[9], [9], [9]], ()
-
-    def predict(self, prompt_emb_mask, **inputs) -> Tensor:
-        edit = some(1, *self.latents[1:], seed=5).expand_as(inputs["latents"])
-        return flux2_image.model_fn_flux2(self.dit, edit_latents=[edit], **inputs)
-
-    def blocks(self) -> dict[str, nn.Module]:
-        kinds = {"double": self.dit.transformer_blocks, "single": self.dit.single_transformer_blocks}
-        return {f"{kind}_{number}": block for kind, blocks in kinds.items() for number, block in enumerate(blocks)}
-
-
-def load(kind: type[Base], folder: Path) -> Base:
-    """A base whose weights are those of a released folder."""
-    pipe = (QwenImagePipeline if kind is Base else Flux2ImagePipeline)("cpu", torch.float32)
-    pipe.build_models([ModelConfig(path=str(folder / "transformer"))])
-    pipe.load_models()
-    return kind(pipe.dit)
 
 
 @pytest.fixture(params=[Base, Flux2Base])

@@ -9,7 +9,7 @@ import torch
 from hydra.utils import instantiate
 from PIL import Image
 
-from diffsynth.core.data import CachedRow, Sample
+from diffsynth.core.data import Row, Sample
 from diffsynth.core.loader import ModelConfig
 from diffsynth.diffusion.adapters.lora import LoRA
 from diffsynth.diffusion.loss import DirectDistill, TrainProgress
@@ -50,7 +50,7 @@ def trained(family: str, method: str, lora: LoRA | None) -> tuple[PipelineTraini
             row = {**ROW, "seed": number}
             sides = run_units(module.frozen_units, pipe, *module.get_pipeline_inputs(row))
             made = [{name: value for name, value in side.items() if name in module.kept_inputs} for side in sides]
-            cached = CachedRow(row, dict(zip(("shared", "posi", "nega"), made, strict=True)))
+            cached = Row(row, dict(zip(("shared", "posi", "nega"), made, strict=True)))
             samples.append(Sample(cached, epoch=0, index=number))
     return module.load(cached=True), samples
 

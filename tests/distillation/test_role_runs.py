@@ -4,7 +4,7 @@ import math
 
 import pytest
 import tiny
-from test_resume import assert_same_run, final_weights, metrics, uninterrupted
+from resumed import assert_same_run, final_weights, metrics, uninterrupted
 from torch.testing import assert_close
 
 from diffsynth.training.checkpoint import load_part, read_checkpoint

@@ -21,7 +21,7 @@ from torch import Tensor
 from diffsynth.cache import keys as cache_plan
 from diffsynth.cache.keys import CacheKeys
 from diffsynth.cache.make import CacheReport, launch_data_process_task
-from diffsynth.core.data import Augmentation, CachedDataset, CachedRow, Sample, UnifiedDataset, prompt_dataset
+from diffsynth.core.data import Augmentation, CachedDataset, Row, Sample, UnifiedDataset, prompt_dataset
 from diffsynth.core.data.cache import CacheIndex, keys_of
 from diffsynth.core.loader import ModelConfig
 from diffsynth.diffusion.adapters.lora import LoRA
@@ -296,7 +296,7 @@ def directly(module, pipe) -> list[Sample]:
         row = rows_of()[number]
         sides = run_units(module.frozen_units, pipe, *module.get_pipeline_inputs(row))
         kept = [{name: own[name] for name in module.kept_inputs & own.keys()} for own in sides]
-        samples.append(Sample(CachedRow(row, dict(zip(("shared", "posi", "nega"), kept, strict=True))), 0, number))
+        samples.append(Sample(Row(row, dict(zip(("shared", "posi", "nega"), kept, strict=True))), 0, number))
     return samples
 
 

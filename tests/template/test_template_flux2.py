@@ -15,7 +15,7 @@ from torch import Tensor
 
 from diffsynth.cache.keys import CacheKeys
 from diffsynth.cache.make import launch_data_process_task
-from diffsynth.core.data import AddressedDataset, CachedDataset, CachedRow, Sample, UnifiedDataset
+from diffsynth.core.data import AddressedDataset, CachedDataset, Row, Sample, UnifiedDataset
 from diffsynth.core.data.operators.unread import Unread
 from diffsynth.core.memory import MemoryRecipe
 from diffsynth.diffusion.loss import FlowMatchSFT
@@ -221,11 +221,9 @@ def test_the_documented_template_is_one(tmp_path):
     kv_cache.check(template.forward(features, None)["kv_cache"], dit, "docs")
 
 
-def cached_row(size: int = 1024) -> CachedRow:
+def cached_row(size: int = 1024) -> Row:
     """What stage one leaves of a picture, a prompt and a number."""
     empty = partial(torch.empty, device="meta", dtype=torch.bfloat16)
     row = {"image": Unread((size, size), None, None), "prompt": "", "template_inputs": {}}
     posi = {"prompt_emb": empty(1, 512, 7680), FEATURES: [["value", empty(1)]]}
-    return CachedRow(
-        row, {"shared": {"input_latents": empty(1, 128, size // 16, size // 16)}, "posi": posi, "nega": {}}
-    )
+    return Row(row, {"shared": {"input_latents": empty(1, 128, size // 16, size // 16)}, "posi": posi, "nega": {}})

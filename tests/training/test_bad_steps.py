@@ -12,7 +12,7 @@ import tiny
 import torch
 from safetensors.torch import load_file
 
-from diffsynth.core.data import MixedOrder, Part
+from diffsynth.core.data import MixedOrder, WeightedRows
 from diffsynth.diffusion.training_module import PipelineTrainingModule
 
 OVERRIDES = ["max_steps=5", "micro_batch_size=2", "export.save_steps=1", "checkpoint.every=3", "max_bad_steps=2"]
@@ -21,7 +21,7 @@ OVERRIDES += ["seed=2"]  # with which a row is in steps 2 and 4 alone
 
 def addresses(step: int) -> list:
     """The four samples of an optimizer step, counted from 1, of a run over eight rows."""
-    order = MixedOrder([[Part(range(8))]], 4, seed=2)
+    order = MixedOrder([[WeightedRows(range(8))]], 4, seed=2)
     return [order.sample(position) for position in range(4 * step - 4, 4 * step)]
 
 

@@ -10,7 +10,7 @@ import tiny
 import torch
 from PIL import Image
 
-from diffsynth.core.data import CachedRow
+from diffsynth.core.data import Row
 from diffsynth.training.record import data_report as reports
 
 ONE_STEP = ["max_steps=1", "data_report.pictures=4"]
@@ -100,6 +100,6 @@ def test_masks_and_images_of_a_cache_are_shown_under_its_samples():
     mask = torch.tensor([[0.0, 1.0], [1.0, 0.0]])[None, None]
     latents = {"input_latents": torch.full((1, 16, 4, 4), 50.0), "edit_latents": [torch.full((1, 16, 4, 4), 90.0)]}
     kept = {"loss_mask": mask, "input_image": Image.new("RGB", (8, 8), "blue"), "prompt_emb": torch.zeros(1, 3, 8)}
-    (row,) = reports._decoded(pipe, [CachedRow({"prompt": "a"}, {"shared": latents | kept})])
+    (row,) = reports._decoded(pipe, [Row({"prompt": "a"}, {"shared": latents | kept})])
     shown = [image.convert("RGB").getpixel((0, 0)) for image in reports._images(row)]
     assert shown == [(50, 0, 0), (90, 0, 0), (0, 0, 0), (0, 0, 255)] and row["prompt"] == "a"

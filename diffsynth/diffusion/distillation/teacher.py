@@ -44,7 +44,7 @@ class Student:
             "num_inference_steps": self.num_inference_steps,
             "cfg_scale": 1,
             "sigmas": None if self.sigmas is None else list(self.sigmas),
-            "renoise": self.renoise,
+            "sampler": "renoise" if self.renoise else "euler",
         }
 
 
@@ -64,7 +64,7 @@ class Teacher:
     def settings(self) -> dict:
         """Arguments of the pipeline."""
         names = ("num_inference_steps", "cfg_scale", "negative_prompt")
-        return {**{name: getattr(self, name) for name in names}, "renoise": False}
+        return {**{name: getattr(self, name) for name in names}, "sampler": "euler"}
 
 
 class TeacherSampler(PipelineUnit):

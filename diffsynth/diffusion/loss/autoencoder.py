@@ -31,7 +31,9 @@ class AutoencoderLoss(Objective):
         return self.loss(pipe, inputs["input_image"])
 
     def loss(self, pipe, input_image: Sequence[Image]) -> Tensor:
-        pixels = torch.cat([pipe.preprocess_image(image) for image in input_image]).to(pipe.vae.dtype)
+        pixels = torch.cat([pipe.media.preprocess(image, pipe.device, pipe.torch_dtype) for image in input_image]).to(
+            pipe.vae.dtype
+        )
         posterior = pipe.vae.distribution(pixels)
         error = pixels - pipe.vae.reconstruct(posterior.mean)
         kl = 0.5 * (posterior.mean**2 + posterior.var - 1 - posterior.logvar)

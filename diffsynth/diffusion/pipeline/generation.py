@@ -42,9 +42,9 @@ def sample_to_files(
     for start in range(0, len(requests), batch_size):
         batch = requests[start : start + batch_size]
         for image, request in zip(pipe.generate([{**images, **request} for request in batch]), batch, strict=True):
-            paths.append(folder / f"{len(paths):04d}.png")
-            save_png(image, paths[-1], {**request, **source})
-            pictures.append(row([image], [request["prompt"]]))
+            paths.append(folder / f"{len(paths):04d}{pipe.media.suffix}")
+            pipe.media.write(image, paths[-1], {**request, **source})
+            pictures.append(row([pipe.media.thumbnail(image)], [request["prompt"]]))
     if len(pictures) > 1:
         paths.append(folder / "grid.png")
         save_png(

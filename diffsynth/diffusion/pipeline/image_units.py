@@ -1,4 +1,4 @@
-"""Units that families of image models share; they differ in the pipeline's `latent_channels` and `latent_factor`."""
+"""Units that families of image models share; what differs is said by the pipeline's `latents`."""
 
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -19,7 +19,7 @@ class ShapeChecker(PipelineUnit):
         super().__init__(output_params=("height", "width"))
 
     def process(self, pipe, height, width):
-        height, width = pipe.check_resize_height_width(height, width)
+        height, width = pipe.latents.fitted(height, width)
         return {"height": height, "width": width}
 
 
@@ -28,9 +28,9 @@ class NoiseInitializer(PipelineUnit):
         super().__init__(output_params=("noise",))
 
     def process(self, pipe, height, width, seed, rand_device):
-        # Drawn in the pipeline's dtype, as the original does: the same seed must give the same picture.
-        shape = (1, pipe.latent_channels, height // pipe.latent_factor, width // pipe.latent_factor)
-        return {"noise": pipe.generate_noise(shape, seed, rand_device, pipe.torch_dtype)}
+        # Made in the pipeline's dtype, as DiffSynth-Studio does: the same seed must give the same picture.
+        noise = pipe.generate_noise(pipe.latents.shape(height, width), seed, rand_device, pipe.torch_dtype)
+        return {"noise": noise}
 
 
 class InputImageEmbedder(PipelineUnit):
@@ -170,7 +170,7 @@ class LossMask(PipelineUnit):
 def latent_weights(pipe, mask: Image.Image, height: int, width: int, blur_sigma: float | None = None) -> Tensor:
     """A mask image as weights (1, 1, h, w) in [0, 1], 1 where it is white; blurred by `blur_sigma` latent pixels."""
     # The mean over each latent pixel: other filters reach beyond it, into what is to be kept.
-    size = (width // pipe.latent_factor, height // pipe.latent_factor)
+    size = (width // pipe.latents.factor, height // pipe.latents.factor)
     mask = mask.convert("L").resize(size, Image.Resampling.BOX)
     if blur_sigma:
         mask = mask.filter(ImageFilter.GaussianBlur(blur_sigma))

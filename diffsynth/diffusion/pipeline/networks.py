@@ -4,7 +4,7 @@ from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +21,7 @@ from ...core.loader import (
 )
 from ..adapters import files as lora_files
 from . import sampling_settings
+from .components import Folder, Network
 from .units import PipelineUnit
 
 
@@ -41,16 +42,16 @@ class TrainingDefaults:
     lora_target_modules: Mapping[str, Sequence[str] | str] = field(default_factory=dict)
 
 
-class PipelineModels(nn.Module):
-    """Networks as attributes, None until built.
+class PipelineNetworks(nn.Module):
+    """A family's networks as attributes, None until built.
 
-    A subclass sets `model_classes` (class name in a config.json → attribute, class to build), `in_iteration_models`
-    (what `model_fn` calls) and `lora_prefixes` (attribute → the name diffusers gives that network in a LoRA file).
+    Class attributes:
+        components: Networks, and folders of tokenizers and processors, by attribute.
+        in_iteration_models: What `model_fn` calls; by default the first network.
     """
 
-    model_classes: Mapping[str, tuple[str, type | None]] = {}
-    lora_prefixes: Mapping[str, str] = {}
-    in_iteration_models: tuple[str, ...] = ("dit",)
+    components: ClassVar[Mapping[str, Network | Folder]] = {}
+    in_iteration_models: ClassVar[Sequence[str]] = ()
 
     def __init__(self, device="cpu", torch_dtype: torch.dtype = torch.bfloat16):
         super().__init__()
@@ -58,16 +59,67 @@ class PipelineModels(nn.Module):
         self.training_defaults = TrainingDefaults()
         self._files: dict[str, list[Path] | None] = {}
         self._configs: dict[str, str | None] = {}  # those of weights that have none beside them
-        self.tokenizer_folders: dict[str, Path] = {}  # by attribute
+        self.folders: dict[str, Path] = {}  # of tokenizers and processors, by attribute
         self._fingerprints: dict[str, str] = {}
         self.sampling_settings: dict[str | None, Mapping[str, Any]] = {}  # by adapter file; None: the model itself
-        for name, _ in self.model_classes.values():
+        for name in self.components:
             setattr(self, name, None)
+
+    @classmethod
+    def networks(cls) -> dict[str, Network]:
+        """The networks among the components."""
+        return {name: part for name, part in cls.components.items() if isinstance(part, Network)}
+
+    @property
+    def lora_prefixes(self) -> dict[str, str]:
+        """What LoRA files call each network that has LoRAs."""
+        return {name: network.lora for name, network in self.networks().items() if network.lora is not None}
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        torch_dtype: torch.dtype = torch.bfloat16,
+        device="cpu",
+        model_configs: Sequence[ModelConfig] = (),
+        **folder_configs: ModelConfig | None,
+    ):
+        """Build the pipeline and read all its weights.
+
+        Args:
+            model_configs: Where its networks are, in any order.
+            folder_configs: Where its tokenizers and processors are, `tokenizer_config`, `processor_config`.
+
+        Raises:
+            TypeError: There is no folder of such a name.
+        """
+        folders = {f"{name}_config": name for name in cls.components if name not in cls.networks()}
+        if unknown := sorted(folder_configs.keys() - folders.keys()):
+            raise TypeError(f"{cls.__name__}.from_pretrained takes no {unknown[0]!r}; it takes {sorted(folders)}.")
+        pipe = cls(device, torch_dtype)
+        pipe.build_models(model_configs)
+        for name, config in folder_configs.items():
+            pipe.build_folder(folders[name], config)
+        pipe.load_models()
+        return pipe
+
+    @classmethod
+    def from_components(cls, torch_dtype: str = "bfloat16", training=None, device="cpu", **given):
+        parts = {name: given.pop(name, None) for name in cls.components}
+        for name, part in cls.components.items():
+            if isinstance(part, Folder) and part.needed_by and parts[part.needed_by] and not parts[name]:
+                raise ValueError(f"{part.needed_by} needs a {name}, but model.{name} is null; say where it is.")
+        pipe = cls(device, getattr(torch, torch_dtype))
+        pipe.build_models(parts[name] for name in cls.networks() if parts[name] is not None)
+        for name in [name for name in parts if name not in cls.networks()]:
+            pipe.build_folder(name, parts[name])
+        pipe.call_defaults.update(given)
+        pipe.training_defaults = training or TrainingDefaults()
+        return pipe
 
     def build_models(self, model_configs: Iterable[ModelConfig]) -> None:
         """Find the files of each model, build it on the meta device and compare it with its files' headers.
 
-        Weights that say how they are to be drawn, as those of a distilled student do, are drawn so: see `use_sampling_settings`.
+        Weights that were trained for certain sampling settings, such as a distilled student's, are sampled with them.
 
         Raises:
             FileNotFoundError: Files are neither here nor to be had.
@@ -76,7 +128,8 @@ class PipelineModels(nn.Module):
         """
         for model_config in model_configs:
             files = model_config.resolve()
-            module = build_module(files, model_config.config, {k: c for k, (_, c) in self.model_classes.items() if c})
+            subclasses = {kind: cls for network in self.networks().values() for kind, cls in network.subclasses.items()}
+            module = build_module(files, model_config.config, subclasses)
             if files is not None:  # of a sketch there are none
                 check_weights(module, files)
             name = self._attribute(module, files)
@@ -86,6 +139,27 @@ class PipelineModels(nn.Module):
             self._files[name], self._configs[name] = files, model_config.config
             if name in self.in_iteration_models:
                 self.use_sampling_settings(sampling_settings.of_model(module, files or ()))
+            if (after := self.networks()[name].after) is not None:
+                after(module)
+        self.check_networks()
+
+    def check_networks(self) -> None:
+        """Refuse networks that are not of one model; called when those that there are are built."""
+
+    def build_folder(self, name: str, config: ModelConfig | None) -> None:
+        """Read a tokenizer or processor and check that it is the family's; None reads nothing.
+
+        Raises:
+            ValueError: It is another one.
+        """
+        if config is None:
+            return
+        (folder,) = config.resolve()
+        setattr(self, name, self.components[name].read(folder))
+        self.folders[name] = folder
+        for part in self.components.values():
+            if isinstance(part, Folder) and part.check is not None:
+                part.check(self)
 
     def load_models(
         self,
@@ -133,13 +207,13 @@ class PipelineModels(nn.Module):
                 drop_weights(getattr(self, name))
 
     def _attribute(self, module: nn.Module, files: Sequence[Path]) -> str:
-        kinds = [kind for kind, (_, cls) in self.model_classes.items() if _is_kind(module, kind, cls)]
-        if not kinds:
+        names = [name for name, network in self.networks().items() if network.holds(module)]
+        if not names:
+            taken = sorted(kind for network in self.networks().values() for kind in network.names)
             raise ValueError(
-                f"{type(self).__name__} has no place for a {type(module).__name__} ({files[0]}); "
-                f"it takes {sorted(self.model_classes)}."
+                f"{type(self).__name__} has no place for a {type(module).__name__} ({files[0]}); it takes {taken}."
             )
-        return self.model_classes[kinds[0]][0]
+        return names[0]
 
     def models_of(self, units: Iterable[PipelineUnit], *, model_fn: bool) -> set[str]:
         """Names of the models that these units, and `model_fn` if it is called, need loaded."""
@@ -196,19 +270,18 @@ class PipelineModels(nn.Module):
     def fingerprint(self, name: str) -> str | None:
         """Of the files of a model or tokenizer, loaded or not; None if it has none."""
         if name not in self._fingerprints:
-            if name in self.tokenizer_folders:
-                self._fingerprints[name] = fingerprint_folder(self.tokenizer_folders[name])
+            if name in self.folders:
+                self._fingerprints[name] = fingerprint_folder(self.folders[name])
             elif name in self._files:
                 self._fingerprints[name] = fingerprint(self._files[name], self._configs[name])
         return self._fingerprints.get(name)
 
     def use_sampling_settings(self, settings: Mapping[str, Any] | None, adapter: str | Path | None = None) -> None:
-        """Draw as weights were trained to be drawn: with arguments that requests may still overrule.
+        """Sample with the settings that weights were trained for, unless a request says otherwise.
 
         Args:
-            settings: Such as a distilled student's number of steps; None of weights that say nothing, which changes
-                nothing.
-            adapter: The file they are of, which comes before the model itself.
+            settings: Such as a distilled student's number of steps; None changes nothing.
+            adapter: The file of the weights, whose settings come before the model's own.
         """
         if settings is not None:
             self.sampling_settings[adapter and str(adapter)] = settings
@@ -219,7 +292,7 @@ class PipelineModels(nn.Module):
     def load_lora(self, model: nn.Module | str, path: str | Path, alpha: float = 1.0, fuse: bool = False) -> None:
         """Add a LoRA file to a model (`pipe.load_lora(pipe.dit, "style.safetensors")`), scaled by `alpha`.
 
-        One that says how it is to be drawn, as that of a distilled student does, is drawn so: see `use_sampling_settings`.
+        A file that was trained for certain sampling settings, such as a distilled student's, is sampled with them.
 
         Raises:
             ValueError: The file holds a key this model has no place for.
@@ -237,7 +310,7 @@ class PipelineModels(nn.Module):
                 )
 
     def use_sampling_settings_of(self, path: str | Path) -> None:
-        """Draw as an adapter file says, if it says anything (see `use_sampling_settings`); needs no weights."""
+        """Sample with the settings that an adapter file names, if it names any; needs no weights."""
         self.use_sampling_settings(sampling_settings.of_file(path), path)
 
     def load_adapter(self, path: str | Path, scale: float = 1.0, fuse: bool = False) -> None:
@@ -249,7 +322,3 @@ class PipelineModels(nn.Module):
         """Names of the models that an adapter file is for."""
         named = lora_files.prefixes(path)
         return [name for name, prefix in self.lora_prefixes.items() if prefix in named] or [self.in_iteration_models[0]]
-
-
-def _is_kind(module: nn.Module, kind: str, cls: type | None) -> bool:
-    return type(module).__name__ == kind or (cls is not None and isinstance(module, cls))

@@ -19,13 +19,13 @@ def of_file(path: str | Path) -> dict[str, Any] | None:
     """What a safetensors file says; None if it says nothing."""
     with safe_open(path, "pt") as file:
         about = (file.metadata() or {}).get(METADATA_KEY)
-    return json.loads(about).get("sampling") if about else None
+    return _read(json.loads(about).get("sampling")) if about else None
 
 
 def of_model(network: nn.Module, files: Sequence[Path]) -> dict[str, Any] | None:
     """What the files of a network say, else its config.json."""
     said = next(filter(None, map(of_file, files)), None)
-    return said or getattr(network.config, CONFIG_KEY, None)
+    return said or _read(getattr(network.config, CONFIG_KEY, None))
 
 
 def keep(network: nn.Module, settings: Mapping[str, Any]) -> None:
@@ -51,3 +51,11 @@ def agreed(by_file: Mapping[str, Mapping[str, Any]], names: Sequence[str]) -> di
                 f"{' and '.join(f'options.{name}' for name in differing)}."
             )
     return {name: settings[name] for name in names if settings.get(name) is not None}
+
+
+def _read(settings: Mapping[str, Any] | None) -> dict[str, Any] | None:
+    """Settings as they are named now: `renoise` was a switch once, and is a sampler."""
+    if settings is None or "renoise" not in settings:
+        return None if settings is None else dict(settings)
+    others = {name: value for name, value in settings.items() if name != "renoise"}
+    return {"sampler": "renoise" if settings["renoise"] else "euler", **others}

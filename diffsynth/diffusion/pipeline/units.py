@@ -42,6 +42,7 @@ class PipelineUnit:
         self.onload_model_names = tuple(onload_model_names or ())
         self.input_params = self._input_params(input_params)
 
+    needs: str | None = None  # component of the pipeline without which the unit has no work
     calls_released_weights = False  # whether the models that it calls are as they were before any training
 
     def process(self, pipe, **inputs) -> dict:
@@ -59,10 +60,14 @@ class PipelineUnit:
         """Every key this unit may read, of any of the three dictionaries."""
         return sorted({*self.input_params, *self.input_params_posi.values(), *self.input_params_nega.values()})
 
+    def _parameters(self) -> dict[str, inspect.Parameter]:
+        """What it reads."""
+        return dict(inspect.signature(self.process).parameters)
+
     def _input_params(self, declared: Iterable[str] | None) -> tuple[str, ...]:
         if self.take_over:
             return tuple(declared or ())
-        self.parameters = dict(inspect.signature(self.process).parameters)
+        self.parameters = self._parameters()
         derived = tuple(name for name in self.parameters if name not in ("pipe", *self.input_params_posi))
         wrong = sorted(set(declared or derived) ^ set(derived))
         if wrong:

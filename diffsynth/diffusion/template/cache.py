@@ -11,12 +11,12 @@ from torch import Tensor
 from ..pipeline import kv_cache
 from . import lora
 
-MEDIA = ("kv_cache", "lora", "extra_text_embedding")
+TEMPLATE_OUTPUTS = ("kv_cache", "lora", "extra_text_embedding")
 
 
-def media_of(pipe) -> tuple[str, ...]:
-    """Those of `MEDIA` that a pipeline's `model_fn` takes."""
-    return tuple(name for name in MEDIA if name in inspect.signature(pipe.model_fn).parameters)
+def template_outputs_of(pipe) -> tuple[str, ...]:
+    """Those of `TEMPLATE_OUTPUTS` that a pipeline's `model_fn` takes."""
+    return tuple(name for name in TEMPLATE_OUTPUTS if name in inspect.signature(pipe.model_fn).parameters)
 
 
 def as_inputs(pipe, cache: Mapping[str, Any], source: str) -> dict[str, Any]:

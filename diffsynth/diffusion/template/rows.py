@@ -12,6 +12,7 @@ from ...core.data.dataset import TrainingData
 from ...core.data.operators.images import Operator
 from ...core.data.operators.unread import Unread
 from ..loss.base import Objective
+from ..pipeline.media import Media
 from .model import Template
 
 
@@ -68,9 +69,9 @@ def _name_and_digest(path: str) -> list[str]:
     return [os.path.basename(path), blake2b(Path(path).read_bytes(), digest_size=16).hexdigest()]
 
 
-def required_columns(task: "Objective", template: Template | None) -> tuple[str, ...]:
+def required_columns(media: Media, task: "Objective", template: Template | None) -> tuple[str, ...]:
     """The columns that a training reads."""
-    return ("image", "prompt", *task.columns, *(("template_inputs",) if template else ()))
+    return (media.column, "prompt", *task.columns, *(("template_inputs",) if template else ()))
 
 
 def prepare_data(dataset: TrainingData, task: "Objective", template: Template | None) -> None:

@@ -166,7 +166,7 @@ def _shown(pipe, value: Any, latents: Tensor) -> list[Image.Image]:
         return []
     if value.shape[1] == 1:
         return [Image.fromarray((value[0, 0].float() * 255).to(torch.uint8).cpu().numpy())]
-    return [pipe.decode_image(value.to(pipe.device), pipe.call_defaults)]
+    return [pipe.decode(value.to(pipe.device), pipe.call_defaults)]
 
 
 def _summary(content: Mapping) -> str:

@@ -118,7 +118,8 @@ class FewSteps:
             batches = [sample_together(module, alike[start : start + self.batch_size], settings) for start in starts]
             return list(torch.cat(batches).cpu().split(1))
 
-        return in_groups(rows, [each.row["image"].size for each in rows], in_batches)
+        media = module.pipe.media
+        return in_groups(rows, [media.size(each[media.column]) for each in rows], in_batches)
 
     def measure(self, pipe, name: str, drawn: Sequence[Tensor]) -> dict[str, float]:
         """mean ‖x - x_teacher‖² / n over rows of latents of n numbers, its standard error, and every metric."""
@@ -170,7 +171,7 @@ def _inputs_of(module, row: Row) -> list[dict]:
 def decode(pipe, latents: Sequence[Tensor]) -> list[Image.Image]:
     """Latents (1, C, h, w) each, as pictures."""
     request = pipe.call_defaults
-    return share(latents, lambda mine: [pipe.decode_image(each.to(pipe.device), request) for each in mine])
+    return share(latents, lambda mine: [pipe.decode(each.to(pipe.device), request) for each in mine])
 
 
 def _kept(folder: str | Path) -> Path:

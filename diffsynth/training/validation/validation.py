@@ -161,7 +161,7 @@ class Validation:
     def measure(self, module, dataset: TrainingData) -> dict[str, float]:
         """Every metric of drawings of the first rows' prompts."""
         rows, device = first_rows(dataset, self.metric_samples), module.pipe.device
-        prompts, targets = ([row[key] for row in rows] for key in ("prompt", "image"))
+        prompts, targets = ([row[key] for row in rows] for key in ("prompt", module.pipe.media.column))
         drawn = self._generate(module.pipe, requests_of(rows, module))
         values = {name: metric.measure(drawn, prompts, targets, device) for name, metric in self.metrics.items()}
         return broadcast_object_list([values])[0]  # rounding may differ between processes

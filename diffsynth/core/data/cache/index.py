@@ -19,11 +19,11 @@ from urllib.parse import quote
 
 from .shards import DamagedShard, Entry, Shard
 
-FORMAT = 2  # of shards and index
+FORMAT = 3  # of shards and index
 TABLES = """
 CREATE TABLE IF NOT EXISTS shards (number INTEGER PRIMARY KEY, name TEXT UNIQUE);
 CREATE TABLE IF NOT EXISTS entries (key TEXT PRIMARY KEY, shard INTEGER) WITHOUT ROWID;
-CREATE TABLE IF NOT EXISTS samples (number INTEGER PRIMARY KEY, width INTEGER, height INTEGER, record TEXT);
+CREATE TABLE IF NOT EXISTS samples (number INTEGER PRIMARY KEY, size TEXT, record TEXT);
 CREATE TABLE IF NOT EXISTS about (name TEXT PRIMARY KEY, value TEXT);
 """
 SHARD_NAMES = "[0-9a-f]" * 32 + ".safetensors"  # anything else in their folder is somebody else's
@@ -117,10 +117,11 @@ class CacheIndex:
         """All of them, in order."""
         return (json.loads(record) for (record,) in self._rows("SELECT record FROM samples ORDER BY number"))
 
-    def sizes(self) -> dict[tuple[int, int], list[int]]:
-        """The numbers of the samples of each (width, height)."""
-        rows = self._rows("SELECT width, height, number FROM samples ORDER BY width, height, number")
-        return {size: [number for *_, number in own] for size, own in groupby(rows, itemgetter(0, 1))}
+    def sizes(self) -> dict[tuple[int, ...], list[int]]:
+        """The numbers of the samples of each size, (width, height) in pixels."""
+        rows = self._rows("SELECT size, number FROM samples ORDER BY size, number")
+        numbers = {tuple(json.loads(size)): [n for _, n in own] for size, own in groupby(rows, itemgetter(0))}
+        return dict(sorted(numbers.items()))
 
     @property
     def about(self) -> dict[str, Any]:
@@ -178,20 +179,20 @@ class CacheIndex:
         self._open_shards = {}
         return gone
 
-    def put(self, samples: Iterable[tuple[int, int, Mapping]], about: Mapping[str, Any]) -> None:
-        """Say what the samples are now, all of them (width, height, record), and what they were made of."""
+    def put(self, samples: Iterable[tuple[Sequence[int], Mapping]], about: Mapping[str, Any]) -> None:
+        """Say what the samples are now, all of them (size, record), and what they were made of."""
         digest = blake2b(digest_size=8)
 
         def rows() -> Iterator[tuple]:
-            for number, (width, height, record) in enumerate(samples):
+            for number, (size, record) in enumerate(samples):
                 text = json.dumps(record, ensure_ascii=False)
                 digest.update(text.encode())
-                yield number, width, height, text
+                yield number, json.dumps(size), text
 
         with self._database as transaction:
             transaction.execute("DELETE FROM samples")
             transaction.execute("DELETE FROM about")
-            transaction.executemany("INSERT INTO samples VALUES (?, ?, ?, ?)", rows())
+            transaction.executemany("INSERT INTO samples VALUES (?, ?, ?)", rows())
             named = {**about, "samples": digest.hexdigest()}
             transaction.executemany("INSERT INTO about VALUES (?, ?)", [(k, json.dumps(v)) for k, v in named.items()])
 

@@ -2,13 +2,13 @@
 
 import json
 import sqlite3
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import groupby
 from pathlib import Path
 from typing import NamedTuple
 
 TABLES = """
-CREATE TABLE samples (number INTEGER PRIMARY KEY, width INTEGER, height INTEGER, record TEXT);
+CREATE TABLE samples (number INTEGER PRIMARY KEY, size TEXT, record TEXT);
 CREATE TABLE variants (kind TEXT PRIMARY KEY) WITHOUT ROWID;
 CREATE TABLE requests (
     key TEXT PRIMARY KEY, unit INTEGER, side TEXT, name TEXT, shape TEXT, number INTEGER, variant TEXT
@@ -58,11 +58,11 @@ class CacheRequests:
         if new:
             self.database.executescript(TABLES)
 
-    def add(self, number: int, size: tuple[int, int], record: dict, requests: Iterable[CacheRequest]) -> None:
-        """Take one sample of `size` (width, height) in pixels."""
-        row = (number, *size, json.dumps(record, ensure_ascii=False))
+    def add(self, number: int, size: Sequence[int], record: dict, requests: Iterable[CacheRequest]) -> None:
+        """Take one sample of `size`, (width, height) in pixels."""
+        row = (number, json.dumps(size), json.dumps(record, ensure_ascii=False))
         kind = json.dumps([record["weights"], list(record["variants"])])
-        self.database.execute("INSERT INTO samples VALUES (?, ?, ?, ?)", row)
+        self.database.execute("INSERT INTO samples VALUES (?, ?, ?)", row)
         self.database.execute("INSERT OR IGNORE INTO variants VALUES (?)", (kind,))
         rows = ((*request.job, *request[1:]) for request in requests)
         self.database.executemany("INSERT OR IGNORE INTO requests VALUES (?, ?, ?, ?, ?, ?, ?)", rows)
@@ -83,10 +83,10 @@ class CacheRequests:
         self.database.commit()
         self.database.close()
 
-    def samples(self) -> Iterator[tuple[int, int, dict]]:
-        """Width, height and record of all samples, in order."""
-        rows = self.database.execute("SELECT width, height, record FROM samples ORDER BY number")
-        return ((width, height, json.loads(record)) for width, height, record in rows)
+    def samples(self) -> Iterator[tuple[Sequence[int], dict]]:
+        """Size and record of all samples, in order."""
+        rows = self.database.execute("SELECT size, record FROM samples ORDER BY number")
+        return ((json.loads(size), json.loads(record)) for size, record in rows)
 
     def variants(self) -> list[tuple[list[float], list[str]]]:
         """The weights of captions and the names of variants that samples have: each combination once."""

@@ -121,7 +121,7 @@ def _parquet_batches(path: str, encoding: str) -> Iterator[pa.RecordBatch]:
         schema = pa.schema([field.with_type(_plain(field.type)) for field in file.schema_arrow])
         yield pa.RecordBatch.from_pylist([], schema)
         for batch in file.iter_batches(PARQUET_ROWS):
-            yield batch.build_roles(schema)
+            yield batch.cast(schema)
 
 
 def _plain(kind: pa.DataType) -> pa.DataType:

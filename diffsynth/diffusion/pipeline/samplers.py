@@ -1,0 +1,71 @@
+"""Samplers: from noise to latents along a velocity, each a generator of the latents at every noise level and at 0.
+
+x_σ = (1 - σ) x₀ + σ ε, dx/dσ = v; shapes: latents and velocities (B, C, h, w).
+"""
+
+from collections.abc import Callable, Iterator
+
+import torch
+from diffusers import DPMSolverMultistepScheduler
+from torch import Tensor
+
+from ..flow_match import TRAINING_STEPS, FlowMatchScheduler
+
+Velocity = Callable[[Tensor, Tensor], Tensor]  # of latents at a timestep () in [0, 1000]
+Noise = Callable[[int, Tensor], Tensor]  # of a step's number, like latents
+Sampler = Callable[[Velocity, Tensor, FlowMatchScheduler, Noise], Iterator[Tensor]]
+
+
+def euler(velocity: Velocity, latents: Tensor, scheduler: FlowMatchScheduler, noise: Noise) -> Iterator[Tensor]:
+    """x ← x + (σ' - σ) v(x, σ)."""
+    yield latents
+    for index, timestep in enumerate(scheduler.timesteps):
+        latents = scheduler.step(velocity(latents, timestep), index, latents)
+        yield latents
+
+
+def renoise(velocity: Velocity, latents: Tensor, scheduler: FlowMatchScheduler, noise: Noise) -> Iterator[Tensor]:
+    """x ← (1 - σ') x̂₀ + σ' ε with fresh noise ε and x̂₀ = x - σ v(x, σ): what some few-step students are trained for.
+
+    Song et al. 2023, "Consistency Models", Algorithm 1 (https://arxiv.org/abs/2303.01469).
+    """
+    yield latents
+    for index, timestep in enumerate(scheduler.timesteps):
+        latents = scheduler.renoise_step(velocity(latents, timestep), index, latents, noise(index, latents))
+        yield latents
+
+
+def heun(velocity: Velocity, latents: Tensor, scheduler: FlowMatchScheduler, noise: Noise) -> Iterator[Tensor]:
+    """x ← x + (σ' - σ) (v(x, σ) + v(x', σ')) / 2 with x' of an Euler step; two calls a step, one in the last.
+
+    Karras et al. 2022, Algorithm 1 (https://arxiv.org/abs/2206.00364).
+    """
+    yield latents
+    for index, timestep in enumerate(scheduler.timesteps):
+        first = velocity(latents, timestep)
+        moved = scheduler.step(first, index, latents)
+        if index + 1 < len(scheduler.timesteps):
+            second = velocity(moved, scheduler.timesteps[index + 1])
+            moved = scheduler.step((first + second) / 2, index, latents)
+        latents = moved
+        yield latents
+
+
+def dpmpp_2m(velocity: Velocity, latents: Tensor, scheduler: FlowMatchScheduler, noise: Noise) -> Iterator[Tensor]:
+    """The second-order multistep solver of x̂₀, by diffusers at the family's own noise levels; one call a step.
+
+    Lu et al. 2022, "DPM-Solver++", Algorithm 2 (https://arxiv.org/abs/2211.01095).
+    """
+    solver = DPMSolverMultistepScheduler(
+        prediction_type="flow_prediction", use_flow_sigmas=True, final_sigmas_type="zero", lower_order_final=True
+    )
+    solver.set_timesteps(len(scheduler.sigmas))
+    solver.sigmas = torch.cat([scheduler.sigmas, scheduler.sigmas.new_zeros(1)])
+    solver.timesteps = scheduler.sigmas * TRAINING_STEPS
+    yield latents
+    for timestep in scheduler.timesteps:
+        latents = solver.step(velocity(latents, timestep), timestep, latents, return_dict=False)[0]
+        yield latents
+
+
+SAMPLERS: dict[str, Sampler] = {"euler": euler, "heun": heun, "dpmpp_2m": dpmpp_2m, "renoise": renoise}
