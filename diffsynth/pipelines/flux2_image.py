@@ -92,15 +92,18 @@ def text_embeddings(decoder: nn.Module, ids: Tensor, mask: Tensor) -> Tensor:
     Args:
         ids, mask: Token ids and whether they are no padding (B, L).
     """
-    depths, whole = text_depths(decoder), decoder.config
+    depths, whole, states = text_depths(decoder), decoder.config, []
+    layers = [decoder.layers[depth - 1] for depth in depths]
+    hooks = [layer.register_forward_hook(lambda _, __, state: states.append(state)) for layer in layers]
     decoder.config = copy.copy(whole)
     decoder.config.num_hidden_layers = depths[-1]
-    decoder.config.tie_last_hidden_states = False  # else the last would be replaced by what the final norm makes of it
     try:
-        states = decoder(ids, mask, use_cache=False, output_hidden_states=depths).hidden_states
+        decoder(ids, mask, use_cache=False)
     finally:
         decoder.config = whole
-    return torch.cat([states[depth] for depth in depths], dim=2)
+        for hook in hooks:
+            hook.remove()
+    return torch.cat(states, dim=2)
 
 
 def text_depths(decoder: nn.Module) -> list[int]:
