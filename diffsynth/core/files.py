@@ -5,6 +5,7 @@ import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
+from hashlib import blake2b
 from pathlib import Path
 
 
@@ -51,6 +52,15 @@ def write_text(path: str | Path, text: str) -> None:
     """Write a text file, all of it or nothing."""
     with replacing(path) as partial:
         partial.write_text(text, encoding="utf-8")
+
+
+def digest_of(path: str | Path) -> str:
+    """32 hex digits of a file's bytes."""
+    digest = blake2b(digest_size=16)
+    with Path(path).open("rb") as file:
+        while piece := file.read(1 << 20):
+            digest.update(piece)
+    return digest.hexdigest()
 
 
 def forget_after(path: str | Path, step: int) -> None:

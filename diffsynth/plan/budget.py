@@ -94,7 +94,7 @@ class Budget:
             planner = self.planner.variant(plain, option.micro_batch_size, few_blocks=True)
             self.reckoned[key] = planner.plan(largest_only=True)
             if planner.rehearsal.is_whole:
-                self.planners[*key, 0] = planner
+                self.planners[(*key, 0)] = planner
         return self.need(self.reckoned[key], self.options.streamed(recipe))
 
     def plan(self, option: Option) -> Plan:

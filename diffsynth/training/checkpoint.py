@@ -15,7 +15,7 @@ from accelerate.utils import broadcast_object_list
 from safetensors.torch import load_file
 from torch import Tensor
 
-from ..core.files import remove_leftovers, replacing_folder, write_text
+from ..core.files import digest_of, remove_leftovers, replacing_folder, write_text
 from ..core.loader import save_safetensors
 from ..core.safe_tree import join_state, split_state
 
@@ -114,7 +114,7 @@ class Checkpoints:
             for name, (_, tensors) in split.items():
                 for number, shard in enumerate(_shards(tensors)):
                     save_safetensors(shard, unfinished / f"{name}-{number:05d}.safetensors")
-            files = {file.name: _digest(file) for file in sorted(unfinished.iterdir())}
+            files = {file.name: digest_of(file) for file in sorted(unfinished.iterdir())}
             plain = {name: plain for name, (plain, _) in split.items()}
             content = {"step": step, "identity": dict(identity or {}), "parts": plain, "files": files}
             write_text(unfinished / INDEX, json.dumps({"digest": _digest_of(content), "content": content}))
@@ -185,7 +185,7 @@ def read_checkpoint(folder: Path) -> dict:
     for name, expected in content["files"].items():
         if not (folder / name).is_file():
             raise DamagedCheckpoint(f"{folder / name} is missing.")
-        if _digest(folder / name) != expected:
+        if digest_of(folder / name) != expected:
             raise DamagedCheckpoint(f"{folder / name} is not what was written: its checksum differs.")
     return content
 
@@ -208,11 +208,6 @@ def _shards(tensors: Mapping[str, Tensor]) -> Iterator[dict[str, Tensor]]:
         size += tensor.nbytes
     if shard:
         yield shard
-
-
-def _digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
 
 
 def _digest_of(content: Any) -> str:

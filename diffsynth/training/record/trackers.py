@@ -122,7 +122,10 @@ class Trackio(Tracker):
     def open(self, step, config):
         return tracking.TrackioTracker(self.project, name=self.name, config=dict(config), resume="allow")
 
+    def log(self, step, values):
+        self.tracker.tracker.log(dict(values), step=step)  # accelerate's own `log` drops the step before 1.14
+
     def picture(self, step, name, picture):
         import trackio
 
-        self.tracker.log({name: trackio.Image(picture)}, step=step)
+        self.log(step, {name: trackio.Image(picture)})

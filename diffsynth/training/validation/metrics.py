@@ -104,7 +104,8 @@ class FrechetDistance(_OfNetwork):
 
     @cached_property
     def processor(self):
-        from transformers import AutoImageProcessor
+        # The name that the package exports needs torchvision in most releases; the class itself does not.
+        from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
         return AutoImageProcessor.from_pretrained(self.folder)
 

@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import cached_property
-from hashlib import blake2b, file_digest
+from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save
 from torch import Tensor
 
-from ...files import replacing
+from ...files import digest_of, replacing
 from .mapped import MappedTensors
 
 Entry = dict[str, Any]  # tensors, images, lists of them, and plain values, by name
@@ -83,8 +83,7 @@ class Shard:
 
     def is_whole(self) -> bool:
         """Whether the file's bytes are those that were written."""
-        with self.path.open("rb") as file:
-            return file_digest(file, _new_digest).hexdigest() == self.path.stem
+        return digest_of(self.path) == self.path.stem
 
     def whole_entries(self) -> set[str]:
         """Keys of the entries that are as they were written, in a file that may not be whole."""
