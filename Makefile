@@ -5,9 +5,10 @@ BIN := .venv/bin
 SITE := $(shell $(PYTHON) -c "import torch; v = torch.__version__.split('.'); print('--system-site-packages' * ((int(v[0]), int(v[1])) >= (2, 6)))" 2>/dev/null)
 
 # Networks this small gain nothing from a second thread, so that the second core takes tests of its own.
-PYTEST := OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -n 2 --dist loadfile
+ONE_THREAD := OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE
+PYTEST := $(ONE_THREAD) $(BIN)/python -m pytest -n 2 --dist loadfile
 
-.PHONY: demo test test-all faults format
+.PHONY: demo test test-all test-lowest faults format
 
 demo: .venv/.installed
 	$(BIN)/python train.py
@@ -19,6 +20,13 @@ test: .venv/.installed-test
 
 test-all: .venv/.installed-test
 	$(PYTEST) -m ""
+
+# The oldest release of each dependency that pyproject.toml admits, beside one torch: docs/versions.md keeps the results.
+TORCH ?= 2.13.0
+LOWEST := .venv-lowest/bin
+
+test-lowest: .venv-lowest/.installed
+	$(ONE_THREAD) $(LOWEST)/python -m pytest -n 2 --dist loadfile
 
 # Kills a training and the making of a cache 200 times each and compares what comes out with what was not killed.
 faults: .venv/.installed-test
@@ -37,4 +45,11 @@ $(BIN)/python:
 
 .venv/.installed-test: pyproject.toml | $(BIN)/python
 	$(BIN)/python -m pip install -e ".[test]"
+	touch $@
+
+# fsspec comes with torch, in its newest release.
+.venv-lowest/.installed: pyproject.toml
+	$(PYTHON) -m venv --clear .venv-lowest
+	$(LOWEST)/python -m pip install uv torch==$(TORCH)
+	$(LOWEST)/uv pip install --python $(LOWEST)/python --resolution lowest-direct --reinstall-package fsspec -e ".[test]"
 	touch $@

@@ -22,7 +22,7 @@ def serve(repository: Path, model_id: str):
             query = {key: values[0] for key, values in parse_qs(url.query).items()}
             if url.path == f"/api/models/{model_id}/revision/main":
                 self.answer({"id": model_id, "sha": COMMIT})
-            elif url.path == f"/api/models/{model_id}/tree/{COMMIT}":
+            elif url.path in {f"/api/models/{model_id}/tree/{revision}" for revision in ("main", COMMIT)}:
                 self.answer([{"type": "file", "path": f, "size": s, "oid": h} for f, s, h in files()])
             elif url.path.startswith(f"/{model_id}/resolve/"):
                 self.send(url.path.removeprefix(f"/{model_id}/resolve/{COMMIT}/"))

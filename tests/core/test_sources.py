@@ -106,7 +106,7 @@ def write_hub(folder, files, prompts):
 def save_to_disk(folder, **columns):
     features = datasets.Features({name: feature for name, (feature, _) in columns.items()})
     cells = {name: values for name, (_, values) in columns.items()}
-    datasets.Dataset.from_dict(cells, features).save_to_disk(folder)
+    datasets.Dataset.from_dict(cells, features).save_to_disk(str(folder))
     return str(folder)
 
 
@@ -315,7 +315,7 @@ def test_a_part_of_a_file_is_a_file(tmp_path_factory, content, before, moves):
 
 def test_columns_are_named_and_others_stay(tmp_path):
     images = [{"bytes": FILES["a.png"], "path": None}, {"bytes": None, "path": "b.png"}]
-    text, pictures = datasets.Value("string"), datasets.List(datasets.Image())
+    text, pictures = datasets.Value("string"), [datasets.Image()]
     columns = {"img": (datasets.Image(), images[:1]), "caption": (text, ["said"]), "prompt": (text, ["unsaid"])}
     path = save_to_disk(tmp_path / "train", more=(pictures, [images[:1]]), **columns)
     row = HubRows(path, "img", "caption")[0]
@@ -328,7 +328,7 @@ def test_columns_are_named_and_others_stay(tmp_path):
 
 def test_a_split_is_asked_for(tmp_path):
     split = datasets.Dataset.from_dict({"image": ["a.png"]})
-    datasets.DatasetDict({"train": split, "test": split}).save_to_disk(tmp_path)
+    datasets.DatasetDict({"train": split, "test": split}).save_to_disk(str(tmp_path))
     with pytest.raises(ValueError, match=f"holds the splits train, test; .*dataset.path={tmp_path}/t"):
         HubRows(str(tmp_path))
     with pytest.raises(ValueError, match="gone is not a folder that save_to_disk"):
