@@ -33,7 +33,8 @@ class _Activations:
         self.before, _Activations.latest = _Activations.latest, weakref.ref(self)
 
     def put_away(self, tensor: Tensor) -> Tensor | int:
-        if tensor.untyped_storage()._cdata in self.weights:
+        # The checkpoint of torch before 2.13 saves an empty tensor of its own.
+        if tensor.numel() == 0 or tensor.untyped_storage()._cdata in self.weights:
             return tensor
         self.device = tensor.device
         lane = host.lane(tensor.device)

@@ -129,5 +129,5 @@ class _Product(torch.autograd.Function):
 
 def _dtype_of_product(x: Tensor) -> torch.dtype:
     device = x.device.type
-    autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    autocast = device != "meta" and torch.is_autocast_enabled(device)  # torch knows no autocast of meta
     return torch.get_autocast_dtype(device) if autocast else x.dtype
