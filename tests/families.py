@@ -72,7 +72,7 @@ class Family:
 
 
 FAMILIES = [
-    Family("emoji", QwenImagePipeline, tiny.model, ("to_q", "to_k"), (("height", 32), ("width", 32))),
+    Family("emoji", QwenImagePipeline, tiny.model, ("to_q", "to_k", "to_out.0"), (("height", 32), ("width", 32))),
     Family(
         "emoji_flux2",
         Flux2ImagePipeline,

@@ -12,6 +12,7 @@ from torch.testing import assert_close
 
 from diffsynth.cache.make import launch_data_process_task
 from diffsynth.core.data import CachedDataset, Row, Sample, UnifiedDataset
+from diffsynth.core.loader import save_safetensors
 from diffsynth.core.memory.storage import stored_layers
 from diffsynth.diffusion.adapters.lora import LoRA
 from diffsynth.diffusion.base_pipeline import BasePipeline
@@ -40,12 +41,12 @@ def sampled(pipe: BasePipeline, *requests: dict) -> torch.Tensor:
         return pipe.denoise(*pipe.prepare(requests))
 
 
-def shaken(module):
+def shaken(module, strength: float = 0.05):
     """With weights that the training would have moved."""
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for parameter in module.trainable_parameters():
-            parameter += 0.05 * torch.randn(parameter.shape, generator=generator).to(parameter)
+            parameter += strength * torch.randn(parameter.shape, generator=generator).to(parameter)
     return module
 
 
@@ -107,14 +108,12 @@ def test_prompt_guidance_and_seed_decide_what_is_sampled(family: Family):
 
 
 @of_families
-def test_all_samplers_end_near_where_the_path_ends(family: Family):
+def test_samplers_that_follow_the_path_end_together(family: Family):
     pipe = family.load()
-    end = sampled(pipe, REQUEST | {"num_inference_steps": 64})
-    off = {}
-    for name in SAMPLERS:
-        off[name] = (sampled(pipe, REQUEST | {"sampler": name, "num_inference_steps": 8}) - end).norm() / end.norm()
-    assert off["heun"] < off["euler"] and off["dpmpp_2m"] < 1.5 * off["euler"] < 1
-    assert off["renoise"] > 1.5 * off["euler"]  # it leaves the path
+    ends = {name: sampled(pipe, REQUEST | {"sampler": name, "num_inference_steps": 32}) for name in SAMPLERS}
+    off = {name: (end - ends["heun"]).norm() / end.norm() for name, end in ends.items()}
+    assert off["euler"] < 0.1 and off["dpmpp_2m"] < 0.1
+    assert off["renoise"] > 0.3  # it leaves the path
 
 
 @of_families
@@ -195,10 +194,8 @@ def test_two_stages_have_the_losses_of_one(family: Family, tmp_path):
 
 @of_families
 def test_an_adapter_is_saved_and_loads_with_what_it_changes(family: Family, tmp_path):
-    module = shaken(family.module(lora=LORA).load())
+    module = shaken(family.module(lora=LORA).load(), strength=0.5)
     tensors, metadata = module.export_weights()["lora"]
-    from diffsynth.core.loader import save_safetensors
-
     save_safetensors(tensors, tmp_path / "lora.safetensors", metadata)
     pipe = family.load()
     before = sampled(pipe, REQUEST)
