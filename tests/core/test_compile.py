@@ -101,6 +101,12 @@ def test_a_network_that_repeats_no_block_is_refused():
         check_compilable(AutoencoderKL(block_out_channels=(32,)))
 
 
+def test_a_torch_that_cannot_compile_blocks_is_refused(monkeypatch):
+    monkeypatch.setattr(torch, "__version__", torch.torch_version.TorchVersion("2.6.0+cpu"))
+    with pytest.raises(ValueError, match="memory.compile=blocks needs torch 2.7 or newer, and this is 2.6.0"):
+        check_compilable(AutoencoderKL(block_out_channels=(32,)))
+
+
 def test_an_objective_that_calls_no_such_network_is_refused(training_module):
     with pytest.raises(ValueError, match="memory.compile=blocks: AutoencoderLoss calls no network"):
         training_module(AutoencoderLoss(), compile="blocks")

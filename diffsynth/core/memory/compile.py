@@ -13,6 +13,7 @@ from ..gradient import repeated_blocks
 logger = logging.getLogger(__name__)
 
 BACKEND = "inductor"
+OLDEST = (2, 7)  # before it, the number of graphs of a block could not be limited as here
 # Of one block: the first (no gradient reaches its inputs) and the others, in training and in validation, of one sample
 # and of several, of one size and of any. A graph each; past them torch runs the block uncompiled.
 VARIANTS = 16
@@ -25,11 +26,16 @@ def compilable_blocks(network: nn.Module) -> list[nn.Module]:
 
 
 def check_compilable(network: nn.Module) -> None:
-    """Refuse a network that names no blocks that it repeats.
+    """Refuse a network that names no blocks that it repeats, and a torch that cannot compile them.
 
     Raises:
-        ValueError: Names the network.
+        ValueError: Names the network, or the version.
     """
+    if torch.__version__ < OLDEST:
+        raise ValueError(
+            f"memory.compile=blocks needs torch {'.'.join(map(str, OLDEST))} or newer, and this is {torch.__version__}; "
+            "install a newer one, or set memory.compile=none."
+        )
     if not compilable_blocks(network):
         raise ValueError(
             f"{type(network).__name__} says of no block that it repeats it (_repeated_blocks), and only those are "
