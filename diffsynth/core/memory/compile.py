@@ -33,8 +33,8 @@ def check_compilable(network: nn.Module) -> None:
     """
     if torch.__version__ < OLDEST:
         raise ValueError(
-            f"memory.compile=blocks needs torch {'.'.join(map(str, OLDEST))} or newer, and this is {torch.__version__}; "
-            "install a newer one, or set memory.compile=none."
+            f"memory.compile=blocks needs torch {'.'.join(map(str, OLDEST))} or newer, and this is "
+            f"{torch.__version__}; install a newer one, or set memory.compile=none."
         )
     if not compilable_blocks(network):
         raise ValueError(
