@@ -26,7 +26,7 @@ def together(processes: int) -> Iterator[None]:
 def share(items: Sequence, make: Callable[[list], Sequence]) -> list:
     """The results of `make(items)`, one per item and in order; every group of processes makes a part of them.
 
-    A group is what `together` says: one process by default.
+    `together` sets the number of processes in a group, which is 1 by default.
     """
     state, size = PartialState(), _together.get()
     if size == state.num_processes:

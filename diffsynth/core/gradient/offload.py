@@ -48,7 +48,7 @@ class _Activations:
         return len(self.in_host_memory) - 1
 
     def unpack(self, saved: Tensor | int) -> Tensor:
-        """The tensor that `pack` got, on its device again."""
+        """The tensor, of any shape, that `pack` got, on its device again."""
         if isinstance(saved, Tensor):
             return saved
         self.fetch()

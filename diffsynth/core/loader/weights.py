@@ -234,8 +234,8 @@ def empty_weights(module: nn.Module, dtype: torch.dtype | None, device: str | to
     in_fp32 = _fp32_names(module, dtype)
     for path, part in module.named_modules():
         for name, tensor in part.named_parameters(recurse=False):
-            kept = torch.float32 if in_fp32 & {*path.split("."), name} else dtype
-            empty = torch.empty_like(_cast(tensor, kept), device=device)
+            wanted = torch.float32 if in_fp32 & {*path.split("."), name} else dtype
+            empty = torch.empty_like(_cast(tensor, wanted), device=device)
             setattr(part, name, nn.Parameter(empty, requires_grad=False))
         for name, tensor in part.named_buffers(recurse=False):
             part._buffers[name] = torch.empty_like(tensor, device=device)
