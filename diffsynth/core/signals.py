@@ -7,10 +7,10 @@ REQUEUE_STATUS = 75  # EX_TEMPFAIL of sysexits.h: run the same command again
 
 
 def leave_to_parent(worker: int = 0) -> None:
-    """Ignore stop signals in a DataLoader worker, as its `worker_init_fn`: the training process stops by itself.
+    """Ignore stop signals in a DataLoader worker; pass this function as the loader's `worker_init_fn`.
 
-    A terminal and a scheduler send the signal to all processes, and the training process still needs data to finish
-    its step.
+    A terminal or scheduler sends the signal to all processes. The main process decides when to stop, and still needs
+    data until then.
     """
     for name in STOP_SIGNALS:
         signal.signal(getattr(signal, name), signal.SIG_IGN)

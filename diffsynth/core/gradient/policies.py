@@ -5,11 +5,12 @@ The network's own code does not change. The policies are:
 
 - `none`: all activations are saved.
 - `blocks`: only each block's inputs are saved.
-- `attention`, `feed_forward`: only the inputs of these parts of each block are saved; the rest of the block is kept.
+- `attention`, `feed_forward`: only the inputs of these parts of each block are saved, and all activations of the rest.
 """
 
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import torch
 from torch import nn
@@ -108,12 +109,12 @@ def _run_through(function: Callable, module: nn.Module) -> None:
     module.forward = partial(function, module, module.forward)
 
 
-def _recompute(module: nn.Module, forward: Callable, *args, **kwargs):
+def _recompute(module: nn.Module, forward: Callable, *args: Any, **kwargs: Any) -> Any:
     if "past_key_values" in kwargs:  # transformers' cache: the second run would append to it again
         kwargs["past_key_values"] = None
     return gradient_checkpoint_forward(forward, torch.is_grad_enabled(), False, *args, **kwargs)
 
 
-def _offload(module: nn.Module, forward: Callable, *args, **kwargs):
+def _offload(module: nn.Module, forward: Callable, *args: Any, **kwargs: Any) -> Any:
     with offloaded(module):
         return forward(*args, **kwargs)

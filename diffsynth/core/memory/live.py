@@ -1,10 +1,11 @@
 """Count the bytes that tensors, real or fake, hold at each moment and at most."""
 
 import weakref
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor, UntypedStorage
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -53,7 +54,7 @@ class LiveBytes(TorchDispatchMode):
         self.device, self.host = Level(), Level()
         self._seen: dict[int, weakref.ref] = {}
 
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+    def __torch_dispatch__(self, func: Callable, types: tuple, args: tuple = (), kwargs: dict | None = None) -> Any:
         result = func(*args, **kwargs or {})
         leaves = [result] if isinstance(result, Tensor) else tree_leaves(result)
         self.watch(leaf for leaf in leaves if isinstance(leaf, Tensor))

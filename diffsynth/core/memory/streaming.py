@@ -120,7 +120,7 @@ class StreamedBlock:
         for tensor, view in zip(self.tensors, views, strict=True):
             tensor.data = view
 
-    def _apply_to_the_rest(self, fn: Callable, *args, **kwargs) -> nn.Module:
+    def _apply_to_the_rest(self, fn: Callable, *args: Any, **kwargs: Any) -> nn.Module:
         """`_apply` for all tensors but the streamed ones: `block.to(device)` calls it and must not move those."""
         streamed = {id(tensor) for tensor in self.tensors}
         dicts = [tensors for module in self.block.modules() for tensors in (module._parameters, module._buffers)]

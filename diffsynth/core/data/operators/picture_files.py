@@ -14,6 +14,7 @@ from ..sources.storage import EmbeddedFile, is_path, open_file
 
 
 def is_url(path: str | EmbeddedFile) -> bool:
+    """Whether a file name is an http(s) URL."""
     return isinstance(path, str) and path.startswith(("http://", "https://"))
 
 

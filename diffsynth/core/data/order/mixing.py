@@ -17,7 +17,7 @@ from .addresses import SampleAddress, SampleOrder, permutation, sample_seed
 
 
 class Stream(Protocol):
-    """An endless sequence of items, `rate` of them per pass."""
+    """An endless sequence of items, with `rate` items per pass."""
 
     rate: Fraction
 

@@ -36,7 +36,7 @@ class HubRows(Rows):
         others = [name for name in self.dataset.column_names if name not in renamed.values()]
         self.columns = dict(zip(others, others, strict=True)) | renamed
 
-    def __reduce__(self):
+    def __reduce__(self) -> tuple:
         return HubRows, self.arguments  # each process opens the files by itself
 
     def __len__(self) -> int:

@@ -28,7 +28,7 @@ class EmbeddedFile:
     cell: pa.Array
     name: str
 
-    def __reduce__(self):
+    def __reduce__(self) -> tuple:
         # Copied, because the cell is a view of its column and would be pickled with the whole column.
         return EmbeddedFile, (pa.array([self.open().read()], self.cell.type), self.name)
 

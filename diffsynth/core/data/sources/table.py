@@ -40,7 +40,7 @@ class Table(Rows):
         self.columns = dict(zip(table.column_names, table.columns, strict=True))
         self.count, self.is_json = len(table), table.schema.metadata == JSON_ROWS.metadata
 
-    def __reduce__(self):
+    def __reduce__(self) -> tuple:
         return Table, (self.source,)  # of a file only the name is pickled, and each process maps it
 
     def __len__(self) -> int:
