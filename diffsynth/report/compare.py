@@ -62,10 +62,10 @@ def _code(*runs: Path) -> Iterator[str]:
 
 
 def _curves(*runs: Path) -> Iterator[str]:
-    logs = [read_lines(run / "metrics.jsonl") for run in runs]
-    names = {name for lines in logs for line in lines for name in line} - {"step", *MACHINE}
+    by_step = [{line["step"]: line for line in read_lines(run / "metrics.jsonl")} for run in runs]
+    names = {name for lines in by_step for line in lines.values() for name in line} - {"step", *MACHINE}
     for name in sorted(names):
-        here, there = ({line["step"]: line[name] for line in lines if name in line} for lines in logs)
+        here, there = ({step: line[name] for step, line in lines.items() if name in line} for lines in by_step)
         differing = [step for step in here.keys() | there.keys() if not _equal(here.get(step), there.get(step))]
         if differing:
             yield f"curve    {name}: from step {min(differing)} on; at the end {_last(here)} | {_last(there)}"

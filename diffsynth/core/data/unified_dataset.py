@@ -261,8 +261,7 @@ class UnifiedDataset(TrainingData):
 
     def rows_in_buckets(self) -> dict[Size | None, list[WeightedRows]]:
         numbers = {self._fixed_size(): range(self.size)} if self.sorted is None else self.sorted.by_size(self.size)
-        weight = Fraction(len(self), self.size)
-        return {size: [WeightedRows(rows, weight)] for size, rows in numbers.items()}
+        return {size: [WeightedRows(rows, Fraction(len(self), self.size))] for size, rows in numbers.items()}
 
     def _fixed_size(self) -> Size | None:
         """The one size (width, height) of all images; None if there is none."""
