@@ -1,12 +1,13 @@
-"""Loading, data, gradients and memory: everything that knows nothing of diffusion."""
+"""Loading, data, gradient checkpointing, memory, devices and files: code that does not depend on diffusion."""
 
 from importlib import import_module
+from typing import Any
 
 HOMES = {"ModelConfig": ".loader", "UnifiedDataset": ".data", "gradient_checkpoint_forward": ".gradient"}
 
 
-def __getattr__(name: str):
-    # On demand: `config.py` writes files by `core.files` without importing torch.
+def __getattr__(name: str) -> Any:
+    # These are imported on first use, because `diffsynth.config` uses `core.files` and must not import torch.
     if name in HOMES:
         return getattr(import_module(HOMES[name], __name__), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,15 +1,17 @@
-"""Context parallelism: the tokens of one sample lie on several devices, which exchange them within attention.
+"""Context parallelism: the tokens of one sample are split across several devices, which exchange them in attention.
 
-Ulysses, Jacobs et al. 2023 (https://arxiv.org/abs/2309.14509): outside of attention a device has some of the tokens,
-within it all of them in some of the heads. Every exchange is differentiable, and its backward pass the exact adjoint:
-the gradient of the mean of all devices' losses is then the mean of their gradients, which is what DDP and FSDP2 take.
+Ulysses, Jacobs et al. 2023 (https://arxiv.org/abs/2309.14509). Outside of attention a device holds all heads of a part
+of the tokens; inside attention it holds all tokens of a part of the heads. Every exchange is differentiable, and its
+backward pass is its exact adjoint. The gradient of the mean of all devices' losses is therefore the mean of the
+devices' gradients, which is what DDP and FSDP2 compute.
+
+Shapes: B batch, L tokens, D width. "Own" tokens and heads are those of this device.
 """
 
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from itertools import chain
 from math import prod
 from typing import Any
 
@@ -17,34 +19,39 @@ import torch
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
-HEADS, TOKENS = 2, 1  # dimensions of queries, keys and values (B, L, heads, head_dim)
+TOKENS, HEADS = 1, 2  # dimensions of queries, keys and values (B, L, heads, head_dim)
 
 
 class Devices:
-    """The devices that have one sample's tokens together.
+    """The devices across which the tokens of one sample are split.
 
     Args:
-        group: Their processes.
+        group: The process group with one process per device.
     """
 
     def __init__(self, group: ProcessGroup):
         self.group, self.rank, self.count = group, group.rank(), group.size()
 
     def shares(self, count: int) -> list[int]:
-        """How many of so many tokens each has."""
+        """The number of tokens that each device gets of `count` tokens; the numbers differ by at most 1."""
         return [count // self.count + (rank < count % self.count) for rank in range(self.count)]
 
     def exchange(self, parts: Sequence[Tensor], shapes: Sequence[Sequence[int]]) -> list[Tensor]:
-        """Send each device its part; returns what comes from each, of these shapes."""
-        sent, counts = torch.cat([part.flatten() for part in parts]), list(map(prod, shapes))
-        received = self._exchange(sent, [part.numel() for part in parts], counts)
-        return [numbers.view(shape) for numbers, shape in zip(received.split(counts), shapes, strict=True)]
+        """Send each device one part, of any shape; return the tensors that arrive from each, in the given shapes."""
+        sent = torch.cat([part.flatten() for part in parts])
+        sizes = [part.numel() for part in parts]
+        counts = [prod(shape) for shape in shapes]
+        received = self._exchange(sent, sizes, counts).split(counts)
+        return [flat.view(shape) for flat, shape in zip(received, shapes, strict=True)]
 
     def _exchange(self, sent: Tensor, sizes: list[int], counts: list[int]) -> Tensor:
+        """Send `sizes` elements of a flat tensor to each device; return the `counts` elements from each, flat."""
         return _AllToAll.apply(sent, sizes, counts, self.group)
 
 
 class _AllToAll(torch.autograd.Function):
+    """`all_to_all_single` whose backward pass sends the gradients back by the same exchange in reverse."""
+
     @staticmethod
     def forward(ctx, sent: Tensor, sizes: list[int], counts: list[int], group: ProcessGroup) -> Tensor:
         ctx.back = counts, sizes, group
@@ -59,11 +66,11 @@ class _AllToAll(torch.autograd.Function):
 
 @dataclass(frozen=True)
 class TokenSplit:
-    """Where the tokens of one forward pass are: those of text and of image in equal parts, up to one token.
+    """How the text and image tokens of one forward pass are split across devices.
 
     Args:
-        devices: That share them.
-        text, image: How many of either each of these has.
+        devices: The devices that hold the tokens.
+        text, image: Numbers of text tokens and of image tokens on each device.
     """
 
     devices: Devices
@@ -72,7 +79,7 @@ class TokenSplit:
 
     @property
     def lengths(self) -> list[int]:
-        """Tokens on each device, text first, as they follow one another in its attention."""
+        """Number of tokens on each device; in attention a device's text tokens come before its image tokens."""
         return [sum(pair) for pair in zip(self.text, self.image, strict=True)]
 
     def to_heads(self, tokens: Tensor) -> Tensor:
@@ -89,106 +96,122 @@ class TokenSplit:
         return torch.cat(self.devices.exchange(parts, [own] * self.devices.count), dim=HEADS)
 
     def own_heads(self, keys: Tensor) -> Tensor:
-        """Of (B, L, heads, D) that all devices have."""
+        """This device's heads (B, L, own heads, D) of a tensor (B, L, heads, D) that every device has in full."""
         return keys.chunk(self.devices.count, dim=HEADS)[self.devices.rank]
 
     def mask(self, text: Tensor) -> Tensor:
-        """Where a mask (B, text tokens), which all devices have, lets attention look at all tokens (B, L)."""
-        parts = zip(text.split(list(self.text), dim=TOKENS), self.image, strict=True)
-        return torch.cat([*chain(*((part, part.new_ones(len(part), count)) for part, count in parts))], dim=TOKENS)
+        """The attention mask (B, L) of all tokens, from the mask (B, text tokens) of the text, which every device has.
+
+        The tokens are in the order in which `to_heads` puts them: text, then image, device by device.
+        """
+        masks = []
+        for part, image_tokens in zip(text.split(list(self.text), dim=TOKENS), self.image, strict=True):
+            masks += [part, part.new_ones(len(part), image_tokens)]
+        return torch.cat(masks, dim=TOKENS)
 
     def gathered(self, tokens: Tensor) -> Tensor:
-        """(B, own tokens of the image, D) → (B, all of them, D)."""
+        """(B, own image tokens, D) → (B, all image tokens, D)."""
         batch, _, width = tokens.shape
         shapes = [(batch, count, width) for count in self.image]
         return torch.cat(self.devices.exchange([tokens] * self.devices.count, shapes), dim=TOKENS)
 
 
 def check_splittable(network: nn.Module, devices: int) -> None:
-    """Refuse a network whose sequences cannot be split; works on the meta device.
+    """Check that a network can run under context parallelism; works on the meta device.
 
     Raises:
-        ValueError: It does not say where its tokens come in and go out, has another number of heads, or attention that
-            would look at one device's tokens alone.
+        ValueError: The network has no `_cp_plan`, its number of heads is not a multiple of `devices`, or an attention
+            processor takes no `split` and would therefore see one device's tokens only.
     """
     name = type(network).__name__
     if not getattr(network, "_cp_plan", None):
-        raise ValueError(f"{name} does not say where its tokens could be split (`_cp_plan`); take cp_size out.")
+        raise ValueError(
+            f"{name} has no _cp_plan, which says where its tokens are split; remove cp_size, which splits them."
+        )
     if (heads := network.config.num_attention_heads) % devices:
         fits = [count for count in range(2, heads + 1) if heads % count == 0]
-        raise ValueError(f"{name} has {heads} heads, which cp_size={devices} does not divide; choose one of {fits}.")
+        raise ValueError(
+            f"{name} has {heads} heads, which cp_size={devices} does not divide; set cp_size to one of {fits}."
+        )
     for processor in (layer.processor for layer in network.modules() if hasattr(layer, "processor")):
         if "split" not in inspect.signature(processor.__call__).parameters:
-            raise ValueError(f"{name}: {type(processor).__name__} does not exchange split tokens; take cp_size out.")
+            raise ValueError(
+                f"{name}: {type(processor).__name__} does not exchange split tokens, as it takes no argument `split`; "
+                "remove cp_size."
+            )
 
 
 def split_tokens(network: nn.Module, devices: Devices) -> None:
-    """Have a network take and return whole sequences, and compute on this device's part of them.
+    """Make a network compute on this device's part of the tokens; its inputs and outputs stay whole sequences.
 
-    Where tokens are split and gathered is what diffusers writes in its networks' `_cp_plan`. Attention is handed the
-    `TokenSplit` by which it has to exchange, as `split`.
+    The network's `_cp_plan`, which diffusers defines, says where tokens are split and gathered. Attention processors
+    receive the `TokenSplit` of the forward pass as their argument `split`.
     """
     hooks = _Hooks(devices)
-    network.register_forward_pre_hook(_named(hooks.start), with_kwargs=True)  # before its own tokens are split
+    network.register_forward_pre_hook(_named(hooks.begin), with_kwargs=True)  # before the hooks that split tokens
     network.register_forward_hook(lambda *_: hooks.end())
-    for place, plan in network._cp_plan.items():
-        for module in _at(network, place):
+    for path, plan in network._cp_plan.items():
+        for module in _modules_at(network, path):
             if not isinstance(plan, Mapping):
                 module.register_forward_hook(lambda _, __, tokens: hooks.gathered(tokens))
             elif all(isinstance(name, str) for name in plan):
-                module.register_forward_pre_hook(_named(partial(hooks.own, plan)), with_kwargs=True)
+                module.register_forward_pre_hook(_named(partial(hooks.own_inputs, plan)), with_kwargs=True)
             else:
-                module.register_forward_hook(lambda _, __, made, plan=plan: hooks.own_outputs(plan, made))
+                module.register_forward_hook(lambda _, __, outputs, plan=plan: hooks.own_outputs(plan, outputs))
 
 
 class _Hooks:
-    """What is done to a network's tokens; `split` is that of the forward pass under way, and None between two."""
+    """The hooks of one network. `split` belongs to the forward pass that is running; it is None outside of one."""
 
     def __init__(self, devices: Devices):
         self.devices = devices
         self.split: TokenSplit | None = None
 
-    def start(self, given: dict[str, Any]) -> dict[str, Any]:
-        text, image = (given[name].shape[TOKENS] for name in ("encoder_hidden_states", "hidden_states"))
+    def begin(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        """Set `split` and add it to the keyword arguments of attention."""
+        text, image = inputs["encoder_hidden_states"].shape[TOKENS], inputs["hidden_states"].shape[TOKENS]
         self.split = TokenSplit(self.devices, self.devices.shares(text), self.devices.shares(image))
-        (to_blocks,) = (name for name in given if name.endswith("attention_kwargs"))
-        return {**given, to_blocks: {**(given[to_blocks] or {}), "split": self.split}}
+        (kwargs,) = (name for name in inputs if name.endswith("attention_kwargs"))  # diffusers has two names for it
+        return {**inputs, kwargs: {**(inputs[kwargs] or {}), "split": self.split}}
 
     def end(self) -> None:
         self.split = None
 
     def gathered(self, tokens: Tensor) -> Tensor:
-        """As they are where a layer is called by itself."""
+        """All image tokens (B, L, D); outside of the network's forward the layer's tokens are whole already."""
         return self.split.gathered(tokens) if self.split else tokens
 
-    def own(self, plan: Mapping, given: Mapping[str, Any]) -> dict[str, Any]:
-        """This device's part of what is to be split; masks of the text stay whole, as attention looks at all of it."""
-        split = {name for name in plan if given[name] is not None and not name.endswith("_mask")}
-        return {name: self._part(plan[name], value) if name in split else value for name, value in given.items()}
+    def own_inputs(self, plan: Mapping, inputs: Mapping[str, Any]) -> dict[str, Any]:
+        """A module's inputs, of which those in its plan are cut to this device's tokens.
 
-    def own_outputs(self, plan: Mapping[int, Any], made: Sequence[Tensor]) -> tuple[Tensor, ...]:
-        return tuple(self._part(plan[number], tensor) for number, tensor in enumerate(made))
+        The mask of the text stays whole, because attention attends to all text tokens.
+        """
+        split = {name for name in plan if inputs[name] is not None and not name.endswith("_mask")}
+        return {name: self._part(plan[name], value) if name in split else value for name, value in inputs.items()}
+
+    def own_outputs(self, plan: Mapping[int, Any], outputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        return tuple(self._part(plan[number], tensor) for number, tensor in enumerate(outputs))
 
     def _part(self, plan: Any, tensor: Tensor) -> Tensor:
-        dim = plan.split_dim - plan.expected_dims  # from the end, as places may come without a batch
+        dim = plan.split_dim - plan.expected_dims  # counted from the end: RoPE tables may have no batch dimension
         shares = self.devices.shares(tensor.shape[dim])
         return tensor.split(shares, dim=dim)[self.devices.rank]
 
 
 def _named(change: Callable[[dict[str, Any]], dict[str, Any]]) -> Callable:
-    """A hook that changes a module's arguments, which come by their names with their defaults."""
+    """A forward pre-hook that passes a module's arguments, bound to their names, through `change`."""
 
     def hook(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
         bound = inspect.signature(type(module).forward).bind(module, *args, **kwargs)
         bound.apply_defaults()
-        (_, *given) = bound.arguments.items()
-        return (), change(dict(given))
+        (_, *arguments) = bound.arguments.items()  # the first one is self
+        return (), change(dict(arguments))
 
     return hook
 
 
-def _at(network: nn.Module, place: str) -> list[nn.Module]:
-    """The module at a place, or all in a list of them, `blocks.*`."""
-    if place.endswith(".*"):
-        return list(network.get_submodule(place.removesuffix(".*")))
-    return [network.get_submodule(place)]
+def _modules_at(network: nn.Module, path: str) -> list[nn.Module]:
+    """The submodule at a path, or for a path such as `blocks.*` all modules of that list."""
+    if path.endswith(".*"):
+        return list(network.get_submodule(path.removesuffix(".*")))
+    return [network.get_submodule(path)]

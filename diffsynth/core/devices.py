@@ -1,4 +1,4 @@
-"""Which device there is, and how much of its memory was used."""
+"""Choose the device to compute on, and measure the memory that was used."""
 
 import sys
 
@@ -6,7 +6,7 @@ import torch
 
 
 def peak_memory(device: torch.device) -> float:
-    """GB that this process has held at most: of the GPU's memory where it trains on one, else of the host's."""
+    """The most memory that this process has used, in GB: GPU memory on a GPU, else host memory."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e9
     import resource  # not on Windows
@@ -16,13 +16,13 @@ def peak_memory(device: torch.device) -> float:
 
 
 def choose_device(device: str) -> str:
-    """The name of a device that is there: `auto` takes the best.
+    """The name of an available device; `auto` takes the first available one of cuda, mps, cpu.
 
     Raises:
-        ValueError: The device is unknown or not there.
+        ValueError: The device is unknown or not available.
     """
     available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
-    there = [name for name, present in available.items() if present]
-    if device not in ("auto", *there):
-        raise ValueError(f"device={device} is not available here; choose one of {['auto', *there]}.")
-    return there[0] if device == "auto" else device
+    present = [name for name, is_available in available.items() if is_available]
+    if device not in ("auto", *present):
+        raise ValueError(f"device={device} is not available here; set device to one of {['auto', *present]}.")
+    return present[0] if device == "auto" else device

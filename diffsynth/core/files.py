@@ -1,4 +1,4 @@
-"""Files that are whole or not there."""
+"""Write files and folders atomically: after a crash they are complete or absent."""
 
 import json
 import os
@@ -11,7 +11,7 @@ from pathlib import Path
 
 @contextmanager
 def replacing(path: str | Path) -> Iterator[Path]:
-    """A temporary path beside `path` that takes its place, on disk, when the block ends without an error."""
+    """Yield a temporary path, and move it to `path`, on disk, when the block ends without an error."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = _partial(path)
@@ -26,7 +26,7 @@ def replacing(path: str | Path) -> Iterator[Path]:
 
 @contextmanager
 def replacing_folder(path: str | Path) -> Iterator[Path]:
-    """A temporary folder beside `path` that takes its place, with all it holds on disk, when the block ends well."""
+    """Yield a temporary folder, and move it to `path`, with its files on disk, when the block ends without an error."""
     path = Path(path)
     partial = _partial(path)
     partial.mkdir(parents=True)
@@ -43,13 +43,16 @@ def replacing_folder(path: str | Path) -> Iterator[Path]:
 
 
 def remove_leftovers(folder: str | Path) -> None:
-    """Delete what a process that was killed left half written in `folder` and below."""
+    """Delete the temporary files and folders that killed processes left in `folder` and below."""
     for partial in list(Path(folder).rglob(".partial-*")):
-        shutil.rmtree(partial) if partial.is_dir() else partial.unlink(missing_ok=True)  # it lay in one that is gone
+        if partial.is_dir():
+            shutil.rmtree(partial)
+        else:
+            partial.unlink(missing_ok=True)  # it may have been in a temporary folder that is deleted already
 
 
 def write_text(path: str | Path, text: str) -> None:
-    """Write a text file, all of it or nothing."""
+    """Write a text file atomically."""
     with replacing(path) as partial:
         partial.write_text(text, encoding="utf-8")
 
@@ -64,11 +67,12 @@ def digest_of(path: str | Path) -> str:
 
 
 def forget_after(path: str | Path, step: int) -> None:
-    """Cut a file of JSON lines, each with its `step`, back to what it held after this one."""
+    """Delete lines of later steps, and an incomplete last line, from a JSON lines file whose lines have a `step`."""
     path = Path(path)
     if path.exists():
         lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-        write_text(path, "".join(line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step))
+        complete = [line for line in lines if line.endswith("\n")]
+        write_text(path, "".join(line for line in complete if json.loads(line)["step"] <= step))
 
 
 def _partial(path: Path) -> Path:
@@ -76,7 +80,7 @@ def _partial(path: Path) -> Path:
 
 
 def _sync(path: Path) -> None:
-    """Put a file, or the names in a folder, on disk."""
+    """Sync a file, or the names in a folder, to disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -1,4 +1,4 @@
-"""Pictures on disk, each with the parameters that it was sampled with, and grids of them."""
+"""Save images with the parameters that they were sampled with, and arrange images in grids."""
 
 import json
 import textwrap
@@ -10,13 +10,14 @@ from PIL.PngImagePlugin import PngInfo
 
 from .files import replacing
 
+# Of captions. Height and width in pixels fit Pillow's built-in font.
 LINE_HEIGHT, CAPTION_LINES, LETTER_WIDTH = 14, 2, 6
 GRID_COLUMNS = 8
-CELL_WIDTH = 128  # smaller images are enlarged in grids, to be seen and captioned
+CELL_WIDTH = 128  # pixels; grids enlarge narrower images, so that captions fit below them
 
 
 def save_png(image: Image.Image, path: Path, parameters: Mapping | None = None) -> None:
-    """Save an image, with its parameters as JSON in the PNG text chunk `parameters`."""
+    """Save an image as PNG, with `parameters` as JSON in the text chunk of that name."""
     info = PngInfo()
     if parameters is not None:
         info.add_itxt("parameters", json.dumps(dict(parameters), ensure_ascii=False))
@@ -25,7 +26,7 @@ def save_png(image: Image.Image, path: Path, parameters: Mapping | None = None) 
 
 
 def row(images: Sequence[Image.Image], captions: Sequence[str]) -> Image.Image:
-    """Images side by side, each above its caption, which is cut at two lines."""
+    """One image of several side by side, each above its caption, which is cut after two lines."""
     return beside([_captioned(image, caption) for image, caption in zip(images, captions, strict=True)])
 
 
@@ -40,12 +41,12 @@ def _captioned(image: Image.Image, caption: str) -> Image.Image:
 
 
 def beside(pictures: Sequence[Image.Image]) -> Image.Image:
-    """Pictures next to one another."""
+    """One image of several side by side."""
     return _join(pictures, across=True)
 
 
 def stack(pictures: Sequence[Image.Image]) -> Image.Image:
-    """Pictures below one another."""
+    """One image of several below one another."""
     return _join(pictures, across=False)
 
 

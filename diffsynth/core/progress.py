@@ -1,4 +1,4 @@
-"""How far a run is: a bar on a terminal, plain lines elsewhere, nothing from any process but the first."""
+"""Show the progress of a run: a bar on a terminal, plain lines elsewhere."""
 
 import sys
 import time
@@ -6,17 +6,17 @@ from collections.abc import Mapping
 
 from tqdm import tqdm
 
-LINE_SECONDS = 30  # between two plain lines
+LINE_SECONDS = 30  # between two plain lines; a guess
 
 
 class ProgressBar:
-    """Shows optimizer steps, the latest numbers and the time that is left.
+    """Shows the number of steps done, the latest values and the estimated time left.
 
     Args:
-        steps: Length of the run.
-        start: Steps that lie behind already.
-        visible: Whether this process shows anything.
-        unit: What is counted.
+        steps: Number of steps of the run.
+        start: Number of steps that an earlier process did, where a run is resumed.
+        visible: Whether this process shows anything; only the first of several should.
+        unit: The word for a step.
     """
 
     def __init__(self, steps: int, start: int = 0, visible: bool = True, unit: str = "step"):
@@ -24,23 +24,27 @@ class ProgressBar:
         self.visible, self.unit, self.done = visible, unit, start
         hidden = not (visible and self.terminal)
         self.bar = tqdm(total=steps, initial=start, unit=unit, disable=hidden, dynamic_ncols=True)
-        self.steps, self.start, self.values = steps, start + 1, ""  # the first step also warms everything up
-        self.began = self.told = time.monotonic()
+        self.steps, self.start, self.values = (
+            steps,
+            start + 1,
+            "",
+        )  # the estimate leaves out the first step, which is slower
+        self.began = self.last_line = time.monotonic()
 
     def show(self, values: Mapping[str, float]) -> None:
-        """Show these numbers from now on."""
+        """Show these values from now on."""
         self.values = ", ".join(f"{name}={value:.3g}" for name, value in values.items())
         self.bar.set_postfix_str(self.values, refresh=False)
 
     def advance(self, step: int) -> None:
-        """Say that one more, `step` optimizer steps lie behind."""
+        """Count one more step; `step` are done now."""
         self.bar.update()
         self.done = step
         now = time.monotonic()
         if step == self.start:
-            self.began = self.told = now
-        if self.visible and not self.terminal and now - self.told >= LINE_SECONDS:
-            self.told = now
+            self.began = self.last_line = now
+        if self.visible and not self.terminal and now - self.last_line >= LINE_SECONDS:
+            self.last_line = now
             left = (now - self.began) / (step - self.start) * (self.steps - step)
             line = f"{self.unit} {step}/{self.steps}, {tqdm.format_interval(left)} left, {self.values}"
             print(line.rstrip(", "), file=sys.stderr, flush=True)

@@ -1,5 +1,6 @@
-"""Nested state, such as an optimizer's, as tensors and JSON: nothing in it can run code when it is read."""
+"""Convert nested state, such as an optimizer's, to JSON and tensors and back: reading it cannot run code."""
 
+from collections.abc import Iterable
 from typing import Any
 
 from torch import Tensor
@@ -8,10 +9,10 @@ TENSOR, ITEMS, TUPLE = "__tensor__", "__items__", "__tuple__"
 
 
 def split_state(tree: Any, path: str = "") -> tuple[Any, dict[str, Tensor]]:
-    """A tree of dicts, lists, numbers and tensors as what JSON can hold, and the tensors by their path in it.
+    """Split nested dicts, lists and tuples into a value that JSON can hold and a dict of their tensors by path.
 
     Raises:
-        TypeError: Something in it is neither; names where.
+        TypeError: A value is neither a tensor nor a JSON value, or two keys cannot be told apart; names the path.
     """
     if isinstance(tree, Tensor):
         return {TENSOR: path}, {path: tree}
@@ -25,23 +26,29 @@ def split_state(tree: Any, path: str = "") -> tuple[Any, dict[str, Tensor]]:
         return ({TUPLE: values} if isinstance(tree, tuple) else values), tensors
     if tree is None or isinstance(tree, (bool, int, float, str)):
         return tree, {}
-    raise TypeError(f"{path} is a {type(tree).__name__}, which is neither a tensor nor something JSON can hold.")
+    raise TypeError(
+        f"{path} is a {type(tree).__name__}, which cannot be saved; expected a tensor, number, string, None, list, "
+        "tuple or dict."
+    )
 
 
-def _split_all(items, path: str) -> tuple[list[tuple], dict[str, Tensor]]:
+def _split_all(items: Iterable[tuple[Any, Any]], path: str) -> tuple[list[tuple], dict[str, Tensor]]:
+    """The (key, JSON value) pairs of a container's (key, value) pairs, and all their tensors by path."""
     pairs, tensors = [], {}
     for key, value in items:
         where = f"{path}.{key}".lstrip(".")
         plain, found = split_state(value, where)
-        if not isinstance(key, (int, str)) or tensors.keys() & found:
-            raise TypeError(f"{where}: the key {key!r} cannot be told from others, or is neither a number nor a word.")
+        if not isinstance(key, (int, str)):
+            raise TypeError(f"{where}: the key {key!r} is a {type(key).__name__}; expected an int or a str.")
+        if tensors.keys() & found:
+            raise TypeError(f"{where}: the key {key!r} gives a tensor the same path as another key; rename it.")
         pairs.append((key, plain))
         tensors |= found
     return pairs, tensors
 
 
 def join_state(plain: Any, tensors: dict[str, Tensor]) -> Any:
-    """The tree that `split_state` took apart."""
+    """The nested state that `split_state` split."""
     if isinstance(plain, list):
         return [join_state(value, tensors) for value in plain]
     if not isinstance(plain, dict):

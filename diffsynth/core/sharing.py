@@ -1,4 +1,4 @@
-"""Work that processes share."""
+"""Split work on a list of items across processes."""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -12,7 +12,10 @@ _together: ContextVar[int] = ContextVar("together", default=1)
 
 @contextmanager
 def together(processes: int) -> Iterator[None]:
-    """Inside, so many processes do the same work: networks are called of which, or of whose tokens, each has a part."""
+    """Inside, groups of `processes` processes run every forward pass together.
+
+    They have to, because weights (FSDP2, ZeRO-3) or tokens (context parallelism) are split across them.
+    """
     token = _together.set(processes)
     try:
         yield
@@ -21,12 +24,15 @@ def together(processes: int) -> Iterator[None]:
 
 
 def share(items: Sequence, make: Callable[[list], Sequence]) -> list:
-    """What `make` makes of a list, one result an item, in order; every process works on a part of it."""
+    """The results of `make(items)`, one per item and in order; every group of processes makes a part of them.
+
+    `together` sets the number of processes in a group, which is 1 by default.
+    """
     state, size = PartialState(), _together.get()
     if size == state.num_processes:
         return list(make(list(items))) if items else []
     numbers = range(state.process_index // size, len(items), state.num_processes // size)
     mine = [items[number] for number in numbers]
-    made = make(mine) if mine else []  # there may be more processes than items
-    shared = dict(gather_object(list(zip(numbers, made, strict=True))))
-    return [shared[number] for number in range(len(items))]
+    results = make(mine) if mine else []  # there may be more processes than items
+    gathered = dict(gather_object(list(zip(numbers, results, strict=True))))
+    return [gathered[number] for number in range(len(items))]

@@ -1,4 +1,4 @@
-"""`python -m diffsynth.report outputs/<run>…` writes the page of each run."""
+"""Write the report of each run: `python -m diffsynth.report outputs/<run>…`."""
 
 import sys
 

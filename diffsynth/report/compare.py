@@ -1,37 +1,44 @@
-"""What differs between two runs: `python -m diffsynth.report.compare outputs/<run> outputs/<other>`."""
+"""List the differences between two runs: `python -m diffsynth.report.compare outputs/<run> outputs/<other>`."""
 
 import json
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import yaml
 
 from . import read_json, read_lines
 
-UNTOLD = ("run_dir",)  # follow from the rest
-TIMES = ("samples_per_second", "memory_gb")
+DERIVED = ("run_dir",)  # settings that follow from the others
+MACHINE = ("samples_per_second", "memory_gb")  # metrics that also differ between equal runs
 
 
 def compare(first: str | Path, second: str | Path) -> list[str]:
-    """One line for each difference in configuration, data, code and curves; none for two equal runs."""
+    """One line for each difference in configuration, data, code and curves; none for equal runs.
+
+    Raises:
+        ValueError: A folder is not the folder of a run.
+    """
     runs = [Path(first), Path(second)]
     for run in runs:
         if not (run / "resolved.yaml").exists():
-            raise ValueError(f"{run} is not the folder of a run: it has no resolved.yaml.")
+            raise ValueError(f"{run} is not the folder of a run: it has no resolved.yaml; expected outputs/<run>.")
     return [*_configs(*runs), *_data(*runs), *_code(*runs), *_curves(*runs)]
 
 
 def _configs(*runs: Path) -> Iterator[str]:
-    sides = [dict(_flat(yaml.safe_load((run / "resolved.yaml").read_text(encoding="utf-8")))) for run in runs]
-    folders = [str(side["run_dir"]) for side in sides]
-    for key in sorted(sides[0].keys() | sides[1].keys()):
-        here, there = (str(side.get(key, "absent")) for side in sides)
-        if key not in UNTOLD and here.replace(folders[0], "") != there.replace(folders[1], ""):
+    texts = [(run / "resolved.yaml").read_text(encoding="utf-8") for run in runs]
+    settings = [dict(_flat(yaml.safe_load(text))) for text in texts]
+    folders = [str(each["run_dir"]) for each in settings]
+    for key in sorted(settings[0].keys() | settings[1].keys()):
+        here, there = (str(each.get(key, "absent")) for each in settings)
+        if key not in DERIVED and here.replace(folders[0], "") != there.replace(folders[1], ""):
             yield f"config   {key}: {here} | {there}"
 
 
-def _flat(tree, path: str = "") -> Iterator[tuple[str, object]]:
+def _flat(tree: Any, path: str = "") -> Iterator[tuple[str, object]]:
+    """(dotted key, value) of all leaves of nested dicts and lists."""
     items = tree.items() if isinstance(tree, dict) else enumerate(tree) if isinstance(tree, list) else None
     if not items:
         yield path, tree
@@ -55,18 +62,21 @@ def _code(*runs: Path) -> Iterator[str]:
 
 
 def _curves(*runs: Path) -> Iterator[str]:
-    here, there = ({line["step"]: line for line in read_lines(run / "metrics.jsonl")} for run in runs)
-    names = {name for side in (here, there) for line in side.values() for name in line} - {"step", *TIMES}
+    by_step = [{line["step"]: line for line in read_lines(run / "metrics.jsonl")} for run in runs]
+    names = {name for lines in by_step for line in lines.values() for name in line} - {"step", *MACHINE}
     for name in sorted(names):
-        points = [{step: line[name] for step, line in side.items() if name in line} for side in (here, there)]
-        differing = [step for step in sorted(points[0].keys() | points[1].keys()) if not _same(points, step)]
+        here, there = ({step: line[name] for step, line in lines.items() if name in line} for lines in by_step)
+        differing = [step for step in here.keys() | there.keys() if not _equal(here.get(step), there.get(step))]
         if differing:
-            last = [f"{list(side.values())[-1]:.6g}" if side else "absent" for side in points]
-            yield f"curve    {name}: from step {differing[0]} on; at the end {last[0]} | {last[1]}"
+            yield f"curve    {name}: from step {min(differing)} on; at the end {_last(here)} | {_last(there)}"
 
 
-def _same(points: list[dict], step: int) -> bool:
-    return json.dumps(points[0].get(step)) == json.dumps(points[1].get(step))
+def _equal(first: Any, second: Any) -> bool:
+    return json.dumps(first) == json.dumps(second)  # as text, because NaN is not equal to itself
+
+
+def _last(curve: dict[int, float]) -> str:
+    return f"{list(curve.values())[-1]:.6g}" if curve else "absent"
 
 
 if __name__ == "__main__":

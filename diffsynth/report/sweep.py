@@ -1,6 +1,6 @@
-"""What the runs of a sweep came to, side by side: `python -m diffsynth.report.sweep outputs/<name>-sweep-<signature>`.
+"""Compare the runs of a sweep in one page: `python -m diffsynth.report.sweep outputs/<name>-sweep-<signature>`.
 
-Of any other folder, all the runs in it.
+For any other folder, the page compares all runs in it.
 """
 
 import json
@@ -14,28 +14,32 @@ from pathlib import Path
 from ..core.files import write_text
 from . import PAGE, embed, read_json, read_lines
 
-MEASURE = "held_out_loss"  # the run where it was lowest is the best
+MEASURE = "held_out_loss"  # the metric that decides: the run with its lowest value is the best
 NUMBERS = ("loss", MEASURE, "at step", "minutes", "memory_gb")
+# Time, level and message of an entry of the log.
 LOGGED = re.compile(r"^(\d{4}-\d\d-\d\d \d\d:\d\d:\d\d),\d+ (\w+) (.*)$", re.MULTILINE)
 BODY = """<body><h1>{title}</h1>
 <div class="wide"><table>{table}</table></div>
-<p>held_out_loss is the lowest, reached at that step; minutes from the first line of the log to the last.</p>
-<h2>What each drew last</h2>
-<p>The same prompts from the same noise.</p>
+<p>held_out_loss is the lowest value, reached at that step; minutes are from the first line of the log to the last.</p>
+<h2>Last validation images of each run</h2>
+<p>All runs sample the same prompts from the same noise.</p>
 <div class="wide"><table>{pictures}</table></div>
 </body></html>"""
 
 
 def write_sweep(folder: str | Path) -> Path:
-    """Write `sweep.html`, which needs no other file, and `sweep.json` with its numbers; return the page's path.
+    """Write `sweep.html`, as one file without dependencies, and its data, `sweep.json`; return the page's path.
 
     Raises:
-        ValueError: There are no runs.
+        ValueError: The folder contains no runs.
     """
     folder = Path(folder)
     runs = read_runs(folder)
     if not runs:
-        raise ValueError(f"{folder} is neither the folder of a sweep nor one of runs.")
+        raise ValueError(
+            f"{folder} contains no runs; expected the folder of a sweep, outputs/<name>-sweep-<signature>, or a folder "
+            "of runs."
+        )
     rows = [about(run, overrides) for run, overrides in runs.items()]
     mark_best(rows)
     write_text(folder / "sweep.json", json.dumps(rows, indent=1))
@@ -46,32 +50,30 @@ def write_sweep(folder: str | Path) -> Path:
 
 
 def read_runs(folder: Path) -> dict[Path, list[str]]:
-    """The folders of the runs, with what each was asked for."""
+    """The folders of the runs, each with its command line overrides."""
     records = sorted(folder.glob("[0-9]*.json"), key=lambda path: int(path.stem))
     if records:
-        noted = map(read_json, records)
-        return {(folder / each["run"]).resolve(): each["overrides"] for each in noted}
-    return {path.parent: read_json(path.parent / "command.json")[1:] for path in sorted(folder.glob("*/resolved.yaml"))}
+        jobs = map(read_json, records)
+        return {(folder / job["run"]).resolve(): job["overrides"] for job in jobs}
+    runs = [path.parent for path in sorted(folder.glob("*/resolved.yaml"))]
+    return {run: read_json(run / "command.json")[1:] for run in runs}
 
 
 def about(run: Path, overrides: Sequence[str]) -> dict:
-    """One run's row: what it was asked for, how far it is, and what it measured."""
+    """The row of a run: its overrides, its state and its `NUMBERS`."""
     lines = read_lines(run / "metrics.jsonl")
-    found = {name: [(line[name], line["step"]) for line in lines if name in line] for name in ("loss", MEASURE)}
-    lowest, step = min(found[MEASURE], default=(None, None))
-    values = (
-        found["loss"][-1][0] if found["loss"] else None,
-        lowest,
-        step,
-        minutes(run),
-        max((line["memory_gb"] for line in lines if "memory_gb" in line), default=None),
-    )
-    asked = dict(override.partition("=")[::2] for override in overrides if "=" in override)
-    return {"run": run.name, "asked": asked, "state": state(run, lines), **dict(zip(NUMBERS, values, strict=True))}
+    losses = [line["loss"] for line in lines if "loss" in line]
+    measured = [(line[MEASURE], line["step"]) for line in lines if MEASURE in line]
+    lowest, step = min(measured, default=(None, None))
+    memory = max((line["memory_gb"] for line in lines if "memory_gb" in line), default=None)
+    values = (losses[-1] if losses else None, lowest, step, minutes(run), memory)
+    settings = dict(override.partition("=")[::2] for override in overrides if "=" in override)
+    numbers = dict(zip(NUMBERS, values, strict=True))
+    return {"run": run.name, "overrides": settings, "state": state(run, lines), **numbers}
 
 
 def state(run: Path, lines: Sequence[Mapping]) -> str:
-    """`finished`, `failed: …`, or how far it is."""
+    """The state of a run: `finished`, `failed: …`, `not started`, or `not finished: … steps`."""
     if (run / "finished.json").exists():
         return "finished"
     if not (run / "resolved.yaml").exists():
@@ -83,53 +85,55 @@ def state(run: Path, lines: Sequence[Mapping]) -> str:
 
 
 def minutes(run: Path) -> float | None:
+    """The time in minutes from the first to the last entry of the run's log; None if there is no log."""
     logged = _log(run)
     if not logged:
         return None
-    first, last = (datetime.fromisoformat(logged[at][0]) for at in (0, -1))
+    first, last = (datetime.fromisoformat(time) for time, *_ in (logged[0], logged[-1]))
     return (last - first).total_seconds() / 60
 
 
 def _log(run: Path) -> list[tuple[str, str, str]]:
-    """Time, level and first line of every entry of the run's log."""
+    """Time, level and first line of the message of every entry of the run's log."""
     log = run / "train.log"
     return LOGGED.findall(log.read_text(encoding="utf-8")) if log.exists() else []
 
 
 def mark_best(rows: Sequence[dict]) -> None:
-    """Say of every row whether its held-out loss is the lowest."""
+    """Set `best` in every row: whether its held-out loss is the lowest."""
     measured = [row[MEASURE] for row in rows if row[MEASURE] is not None]
     for row in rows:
         row["best"] = bool(measured) and row[MEASURE] == min(measured)
 
 
 def table(rows: Sequence[Mapping]) -> str:
-    """A line a run, with only those of its settings in which they differ."""
-    settings = dict.fromkeys(name for row in rows for name in row["asked"])
-    differing = [name for name in settings if len({row["asked"].get(name) for row in rows}) > 1]
+    """An HTML table with a line per run, and a column for each setting in which the runs differ."""
+    settings = dict.fromkeys(name for row in rows for name in row["overrides"])
+    differing = [name for name in settings if len({row["overrides"].get(name) for row in rows}) > 1]
     lines = [["", "run", *differing, "state", *NUMBERS]]
     for row in rows:
-        asked = [row["asked"].get(name, "") for name in differing]
+        values = [row["overrides"].get(name, "") for name in differing]
         numbers = ["" if row[name] is None else f"{row[name]:.4g}" for name in NUMBERS]
-        lines.append(["★ best" if row["best"] else "", row["run"], *asked, row["state"], *numbers])
+        lines.append(["★ best" if row["best"] else "", row["run"], *values, row["state"], *numbers])
     head, *others = lines
     return _line("th", head) + "".join(_line("td", cells) for cells in others)
 
 
 def picture_row(run: Path, row: Mapping) -> str:
-    """The run's last look at its prompts."""
-    drawn = sorted((run / "samples").glob("step-*.png"))
-    if not drawn:
+    """An HTML table row with the last validation images of a run; empty text if it has none."""
+    files = sorted((run / "samples").glob("step-*.png"))
+    if not files:
         return ""
-    name, step = escape(row["run"]), int(drawn[-1].stem.rpartition("-")[2])
-    picture = f'<img src="{embed(drawn[-1])}" alt="{name} after {step} steps">'
+    name, step = escape(row["run"]), int(files[-1].stem.rpartition("-")[2])
+    picture = f'<img src="{embed(files[-1])}" alt="{name} after {step} steps">'
     return f"<tr><th>{name}<br>{'★ ' if row['best'] else ''}after {step} steps</th><td>{picture}</td></tr>"
 
 
 def _line(cell: str, texts: Sequence[str]) -> str:
-    return "<tr>" + "".join(f"<{cell}>{escape(text)}&emsp;</{cell}>" for text in texts) + "</tr>"
+    cells = [f"<{cell}>{escape(text)}&emsp;</{cell}>" for text in texts]
+    return f"<tr>{''.join(cells)}</tr>"
 
 
 if __name__ == "__main__":
-    for given in sys.argv[1:] or sys.exit(__doc__):
-        print(write_sweep(given))
+    for argument in sys.argv[1:] or sys.exit(__doc__):
+        print(write_sweep(argument))

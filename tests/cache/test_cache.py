@@ -291,7 +291,7 @@ def test_all_captions_of_a_row_are_cached_and_chosen_from(tmp_path):
 
 @pytest.mark.parametrize("option", ["shuffle_tags", "random_crop"])
 def test_what_has_no_end_is_refused_by_name(option, tmp_path):
-    with pytest.raises(ValueError, match=f"{option} makes every pass another one, which cannot be cached"):
+    with pytest.raises(ValueError, match=f"{option}=true makes new variants in every pass, which cannot be cached"):
         make(tmp_path, dataset(augmentation=Augmentation(**{option: True}), on_error="skip"))
 
 
@@ -498,7 +498,7 @@ def unfinished(cache: Path) -> None:
 @pytest.mark.parametrize(
     "damage, message",
     [
-        (unfinished, "is not finished; python make_cache.py with the same options goes on with it"),
+        (unfinished, "is not finished; python make_cache.py with the same options finishes it"),
         (lambda cache: first_shard(cache).unlink(), r"lacks 1 shards \(\w+.safetensors\); run make_cache.py again"),
         (lambda cache: (cache / "index.sqlite").unlink(), "is no cache: it has no index.sqlite"),
     ],
@@ -519,13 +519,13 @@ def test_a_cache_whose_samples_lost_entries_is_as_one_that_was_never_finished(ca
 @pytest.mark.parametrize(
     "options, message",
     [
-        ({"height": 64}, "samples of 32 x 32 pixels, dataset.height=64; leave that null"),
-        ({"width": 64}, "samples of 32 x 32 pixels, dataset.width=64; leave that null"),
-        ({"flip": 0.5}, "no variant 'mirrored'.*with the same augmentation"),
+        ({"height": 64}, "samples of 32 x 32 pixels, but dataset.height=64; set dataset.height=null"),
+        ({"width": 64}, "samples of 32 x 32 pixels, but dataset.width=64; set dataset.width=null"),
+        ({"flip": 0.5}, "no variant 'mirrored'.*run make_cache.py again with this dataset.augmentation"),
         ({"caption_dropout": 0.1}, "no variant 'no caption'"),
-        ({"prefix": "sks"}, "was made with dataset.augmentation.prefix='', not 'sks'; leave it out here"),
+        ({"prefix": "sks"}, "was made with dataset.augmentation.prefix='', not 'sks'; leave that option out"),
         ({"captions": {"tags": 1.0}}, "was made with dataset.augmentation.captions={'prompt': 1.0}, not {'tags': 1.0}"),
-        ({"shuffle_tags": True}, "shuffle_tags makes every pass another one"),
+        ({"shuffle_tags": True}, "shuffle_tags=true makes new variants in every pass"),
     ],
 )
 def test_a_cache_of_other_samples_is_refused(options, message, whole):
@@ -538,7 +538,10 @@ def test_a_cache_of_other_samples_is_refused(options, message, whole):
     [
         ({"dtype": "bfloat16"}, rf"{IMAGES}: another dtype \(torch.float32\)\n  {PROMPTS}: another dtype"),
         ({"lora": TEXT}, "it holds no prompt"),
-        ({"task": FlowMatchSFT(extra_inputs=["inpaint_mask"])}, "holds no inpaint_mask; make the cache of rows"),
+        (
+            {"task": FlowMatchSFT(extra_inputs=["inpaint_mask"])},
+            "holds no inpaint_mask, which this task needs; add the column",
+        ),
     ],
 )
 def test_a_cache_of_another_training_is_refused(options, message, whole):

@@ -67,5 +67,5 @@ def test_a_run_that_is_cut_off_says_how_far_it_is(tmp_path):
 
 
 def test_a_folder_without_runs_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="neither the folder of a sweep nor one of runs"):
+    with pytest.raises(ValueError, match="contains no runs; expected the folder of a sweep"):
         write_sweep(tmp_path)

@@ -103,13 +103,13 @@ def test_an_empty_caption_is_never_chosen_where_there_is_another(empty):
 @pytest.mark.parametrize(
     "options, message",
     [
-        ({"caption_dropout": 1.1}, "caption_dropout is 1.1; expected a share"),
-        ({"flip": -0.1}, "flip is -0.1; expected a share"),
+        ({"caption_dropout": 1.1}, "caption_dropout is 1.1; expected a probability"),
+        ({"flip": -0.1}, "flip is -0.1; expected a probability"),
         ({"captions": {}}, "captions are {}; expected columns with weights"),
-        ({"captions": {"prompt": 0}}, "captions are {'prompt': 0}; .* one above 0"),
+        ({"captions": {"prompt": 0}}, "captions are {'prompt': 0}; .* at least one above 0"),
         ({"captions": {"prompt": 2, "short": -1}}, "captions are .*-1"),
-        ({"tag_separator": ""}, "tag_separator is '' .* such as \",\""),
-        ({"keep_tags": -1}, "keep_tags -1; expected .* 0 or more"),
+        ({"tag_separator": ""}, 'tag_separator is empty; .* such as ","'),
+        ({"keep_tags": -1}, "keep_tags is -1; expected 0 or more"),
     ],
 )
 def test_options_without_a_meaning_are_refused(options, message):
@@ -159,7 +159,7 @@ def test_all_that_may_be_drawn_is_among_the_choices_each_by_a_name_of_its_own(dr
 @pytest.mark.parametrize("option", ["shuffle_tags", "random_crop"])
 def test_what_is_another_one_in_every_pass_has_no_name_and_is_not_listed(option):
     assert {choice.variant for choice in drawn(50, **{option: True})} == {None}
-    with pytest.raises(ValueError, match=f"{option} makes every pass another one, .* set it to false"):
+    with pytest.raises(ValueError, match=f"{option}=true makes new variants in every pass, .* set it to false"):
         Augmentation(**{option: True}).choices([1])
 
 

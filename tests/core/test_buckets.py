@@ -105,7 +105,7 @@ def test_every_image_is_shown_at_each_budget_that_it_fills_or_at_the_smallest(bu
     ("numbers", "message"),
     [
         ({"max_pixels": 255}, "max_pixels=255: .* at least 256 pixels, one patch of division_factor=16"),
-        ({"max_pixels": []}, "give one budget or several"),
+        ({"max_pixels": []}, "set one budget or several"),
         ({"max_pixels": [MEGAPIXEL, 100]}, "at least 256 pixels"),
         ({"max_aspect": 0.5}, "max_aspect=0.5 is long side over short side"),
     ],

@@ -357,7 +357,7 @@ def test_a_shard_that_is_gone_takes_its_entries_and_all_samples_along(tmp_path):
     lost.unlink()
     index = open_index(tmp_path)
     assert index.keys() == {"key0", "key1", "key3"}
-    with pytest.raises(DamagedCache, match="is not finished; python make_cache.py with the same options goes on"):
+    with pytest.raises(DamagedCache, match="is not finished; python make_cache.py with the same options finishes it"):
         index.require_finished()
 
 

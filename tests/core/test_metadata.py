@@ -77,7 +77,7 @@ def test_a_mapped_table_is_the_one_in_memory(tmp_path, name, content, request):
         ("m.json", b'[{"a": 1}', "row 1: is followed by 'the end of the file'"),
         ("m.json", b'[{"a": 1}] [', r"the list of rows is followed by '\['"),
         ("m.json", b"", "Expecting value"),
-        ("m.jsonl", b'{"a": 1}\n\n{"a": \n', "row 2: .*one JSON object a line"),
+        ("m.jsonl", b'{"a": 1}\n\n{"a": \n', "row 2: .*one JSON object per line"),
         ("m.parquet", b"PAR1, or not", "Parquet"),
     ],
 )

@@ -112,8 +112,8 @@ def test_weights_multiply_with_the_data_sets_own_repeat(folders):
 @pytest.mark.parametrize(
     "weights, message",
     [
-        ({"photo": 2}, "dataset.weights names 'photo'; the data sets are photos, icons"),
-        ({"photos": 0}, "dataset.weights.photos is 0; expected a number above 0, or .* left out of dataset.datasets"),
+        ({"photo": 2}, "dataset.weights names 'photo'; expected one of photos, icons"),
+        ({"photos": 0}, "dataset.weights.photos is 0; set it above 0, or remove photos from dataset.datasets"),
         ({"icons": -1.5}, "dataset.weights.icons is -1.5"),
     ],
 )
@@ -125,7 +125,7 @@ def test_weights_that_mean_nothing_are_refused(folders, weights, message):
 def test_something_must_be_mixed_and_be_a_data_set():
     with pytest.raises(ValueError, match="dataset.datasets is empty; name the data sets"):
         MixedDataset({})
-    with pytest.raises(ValueError, match="dataset.datasets.photos is a dict; expected data sets such as image_folder"):
+    with pytest.raises(ValueError, match="dataset.datasets.photos is a dict; expected a data set such as image_folder"):
         MixedDataset({"photos": {"path": "photos"}})
 
 

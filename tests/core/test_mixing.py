@@ -190,11 +190,11 @@ def test_mixed_order_never_changes_between_releases():
 
 @pytest.mark.parametrize(("rows", "weight"), [([], 1), ([1], 0), ([1], -2)])
 def test_data_set_with_nothing_to_show_is_refused(rows, weight):
-    with pytest.raises(ValueError, match=f"weight={weight} of {len(rows)} rows: .* leave a data set out"):
+    with pytest.raises(ValueError, match=f"weight={weight} of {len(rows)} rows: .* leave out a data set"):
         WeightedRows(rows, weight)
 
 
 @pytest.mark.parametrize("buckets", [[], [[]], [[WeightedRows([1])], []]])
 def test_empty_bucket_is_refused(buckets):
-    with pytest.raises(ValueError, match="leave out buckets that no image is in"):
+    with pytest.raises(ValueError, match="leave out buckets without images"):
         MixedOrder(buckets, 1, seed=0)

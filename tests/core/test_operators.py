@@ -183,8 +183,8 @@ def test_image_smaller_than_one_patch_is_refused():
 @pytest.mark.parametrize(
     ("sizes", "message"),
     [
-        ({"height": 512}, "height=512 and width=None: give both"),
-        ({"width": 512}, "height=None and width=512: give both"),
+        ({"height": 512}, "height=512 and width=None: set both"),
+        ({"width": 512}, "height=None and width=512: set both"),
         ({"height": 500, "width": 512}, "height=500 is not a multiple of height_division_factor=16: use 496"),
         ({"height": 512, "width": 8}, "width=8 is not a multiple of width_division_factor=16: use 16"),
     ],

@@ -260,9 +260,9 @@ def test_a_sample_has_a_column_for_each_of_its_images_and_its_caption_from_json(
 @pytest.mark.parametrize(
     ("content", "shards", "message"),
     [
-        (None, "*.tar", "nothing in .* is called \\*.tar; set dataset.path or dataset.metadata.shards"),
-        (b"", "s-{0..1}.tar", "not all are there: .*s-1.tar.*dataset.metadata.shards"),
-        (b"no tar" * 200, "s-0.tar", "shard s-0.tar: .*; it must be a whole tar file, not compressed"),
+        (None, "*.tar", "no file in .* matches \\*.tar; set dataset.path or dataset.metadata.shards"),
+        (b"", "s-{0..1}.tar", "one is missing: .*s-1.tar.*dataset.metadata.shards"),
+        (b"no tar" * 200, "s-0.tar", "shard s-0.tar: .*; expected a complete, uncompressed tar file"),
     ],
 )
 def test_shards_that_cannot_be_read_are_named(tmp_path, content, shards, message):
@@ -274,9 +274,9 @@ def test_shards_that_cannot_be_read_are_named(tmp_path, content, shards, message
 
 def test_a_caption_that_is_no_text_is_named(tmp_path):
     write_tar(tmp_path / "s.tar", {"1.txt": b"\xff", "2.json": "[]"})
-    with pytest.raises(ValueError, match="1.txt of .*it must be text in UTF-8"):
+    with pytest.raises(ValueError, match="1.txt of .*expected text in UTF-8"):
         read_shards(str(tmp_path))
-    with pytest.raises(ValueError, match="2.json of .*it must be one JSON object in UTF-8"):
+    with pytest.raises(ValueError, match="2.json of .*expected one JSON object in UTF-8"):
         read_shards(str(tmp_path), caption_key="caption")
 
 
@@ -414,6 +414,6 @@ def test_no_more_rows_are_looked_at_than_said(tmp_path, caplog):
     write_files(tmp_path, {"a.png": png(), "metadata.csv": "image,prompt\n" + "a.png,p\n" * 2 + "no.png,p\n" * 5})
     dataset = UnifiedDataset.from_folder(str(tmp_path), scan_rows=2)
     assert dataset.scan() == []
-    assert f"5 of 7 rows of {tmp_path}/metadata.csv were not looked at; dataset.scan_rows=2" in caplog.text
+    assert f"5 of 7 rows of {tmp_path}/metadata.csv were not checked; dataset.scan_rows=2" in caplog.text
     with pytest.raises(ValueError, match="1 of 3 rows .*cannot be used"):
         UnifiedDataset.from_folder(str(tmp_path), scan_rows=3).scan()

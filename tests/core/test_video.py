@@ -82,16 +82,16 @@ def test_other_autoencoders_divide_time_otherwise(tmp_path):
     path = write_video(tmp_path / "a.mkv")
     lengths = [len(LoadVideo(81, factor, remainder)(path)) for factor, remainder in [(8, 1), (8, 0), (1, 0), (4, 3)]]
     assert lengths == [9, 8, 10, 7]
-    with pytest.raises(ValueError, match="10 frames are too few: .* by 16 .* leave 0, so take 16 or more"):
+    with pytest.raises(ValueError, match="10 frames are too few: .* by 16 .* leave 0, so use 16 or more"):
         LoadVideo(81, 16, 0)(path)
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"num_frames": 0}, "0 frames are too few: .* by 4 .* leave 1, so take 1 or more"),
-        ({"num_frames": 3, "time_division_remainder": 0}, "so take 4 or more"),
-        ({"frame_rate": 0}, "frame_rate=0, expected frames a second"),
+        ({"num_frames": 0}, "0 frames are too few: .* by 4 .* leave 1, so use 1 or more"),
+        ({"num_frames": 3, "time_division_remainder": 0}, "so use 4 or more"),
+        ({"frame_rate": 0}, "frame_rate=0, expected frames per second"),
     ],
 )
 def test_impossible_length_is_refused(options, message):

@@ -18,7 +18,8 @@ TEXT_TOO = FlowMatchSFT(trainable_models=["dit", "text_encoder"])
 def calls(monkeypatch):
     """Names of the units, once for each sample that they see."""
     seen = []
-    from diffsynth.pipelines.qwen_image import InputImageEmbedder, QwenImageUnit_PromptEmbedder
+    from diffsynth.diffusion.pipeline.image_units import InputImageEmbedder
+    from diffsynth.pipelines.qwen_image import QwenImageUnit_PromptEmbedder
 
     def encode_image(self, *args, original=InputImageEmbedder.process, **kwargs):
         seen.append("InputImageEmbedder")

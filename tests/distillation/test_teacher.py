@@ -193,11 +193,11 @@ def test_what_changes_the_pictures_changes_the_fingerprint(prompts):
         ({"content": "prompt\n", "name": "p.csv"}, r"prompts \S*p.csv: there are none"),
         ({"content": "text\na cat", "name": "p.csv"}, "row 1: has no prompt, but text, image, seed"),
         ({"content": "prompt,n\n,1", "name": "p.csv"}, "row 1: prompt is empty"),
-        ({"seeds": 0}, "dataset.seeds is 0; expected at least one"),
+        ({"seeds": 0}, "dataset.seeds is 0; expected at least one seed"),
         ({"seeds": -1}, "dataset.seeds is -1"),
         ({"seeds": []}, r"dataset.seeds is \[\]"),
-        ({"augmentation": Augmentation(flip=0.5)}, "flip and random_crop change pictures, and prompts have none"),
-        ({"augmentation": Augmentation(random_crop=True)}, "flip and random_crop change pictures"),
+        ({"augmentation": Augmentation(flip=0.5)}, "flip and random_crop change images, and prompts have none"),
+        ({"augmentation": Augmentation(random_crop=True)}, "flip and random_crop change images"),
     ],
 )
 def test_what_nothing_can_be_drawn_of_is_named(prompts, options, message):
@@ -428,7 +428,9 @@ def test_a_cache_of_another_teacher_is_named_with_what_differs(cache, task, mess
 
 
 def test_a_cache_of_another_size_or_another_way_of_the_student_is_named(cache):
-    refused(cache(DIRECT), "has samples of 32 x 32 pixels, dataset.height=64; leave that null, or make", height=64)
+    refused(
+        cache(DIRECT), "has samples of 32 x 32 pixels, but dataset.height=64; set dataset.height=null, or", height=64
+    )
     refused(cache(DIRECT), "holds no variant 'mirrored'", augmentation=Augmentation(flip=0.5))
     other = dataclasses.replace(IMITATION, student=Student(num_inference_steps=3))
     refused(cache(IMITATION), r"TeacherSampler: another settings \(student.num_inference_steps 2, here 3\)", other)
@@ -459,7 +461,10 @@ def test_a_cache_of_pictures_that_no_teacher_drew_is_named(tmp_path):
             str(tiny.write_rows(folder, [{"image": "0.png", "prompt": "a", **column}])), height=32, width=32
         )
         make(tmp_path / f"{name} cache", FlowMatchSFT(), rows)
-    refused(tmp_path / "plain cache", "holds no seed; make the cache of rows that have it, with this task")
+    refused(
+        tmp_path / "plain cache",
+        "holds no seed, which this task needs; add the column to the data set and run",
+    )
     refused(tmp_path / "seeded cache", "it holds nothing of TeacherSampler")
 
 
@@ -511,7 +516,9 @@ def test_a_picture_that_would_be_resized_is_named_with_its_row(tmp_path, options
 
 @pytest.mark.parametrize("chance", [{"flip": 0.5}, {"random_crop": True}])
 def test_a_picture_that_chance_would_change_is_refused(tmp_path, chance):
-    with pytest.raises(ValueError, match="make other pictures than their seeds draw; leave both out"):
+    with pytest.raises(
+        ValueError, match="no longer belong to the noise of their seeds; set flip=0 and random_crop=false"
+    ):
         drawn_before(tmp_path / "data", augmentation=Augmentation(**chance))
 
 

@@ -178,8 +178,11 @@ def test_a_picture_whose_size_cannot_be_fetched_is_a_bad_row(tmp_path, monkeypat
 @pytest.mark.parametrize(
     "options, message",
     [
-        ({"height": 32, "width": 32}, "dataset.height, dataset.width and dataset.buckets all say"),
-        ({"width": 32}, "dataset.height, dataset.width and dataset.buckets all say"),
+        (
+            {"height": 32, "width": 32},
+            "dataset.buckets=true chooses sizes, and dataset.height and dataset.width fix one; set",
+        ),
+        ({"width": 32}, "dataset.buckets=true chooses sizes, and dataset.height and dataset.width fix one; set"),
         ({"buckets": False, "max_pixels": [1024, 2048]}, r"dataset.max_pixels=\[1024, 2048\] .* dataset.buckets=true"),
         ({"max_pixels": 100}, "max_pixels=100: .* at least 256 pixels"),
     ],
@@ -190,7 +193,7 @@ def test_options_that_exclude_one_another_are_named(options, message):
 
 
 def test_buckets_need_something_that_fits_images_into_them():
-    with pytest.raises(ValueError, match="fit brings them to it; give both"):
+    with pytest.raises(ValueError, match="without fit images are not resized to them; pass fit as well"):
         UnifiedDataset(str(pictures()), buckets=AspectBuckets(2048))
 
 
@@ -198,7 +201,7 @@ def test_buckets_need_the_size_of_every_row():
     made = UnifiedDataset.from_folder(str(pictures()), scan_rows=3, **BUCKETS)
     with pytest.raises(ValueError, match="need the size of every row; set dataset.scan_rows=10"):
         made.scan()
-    with pytest.raises(ValueError, match="are in no buckets yet"):
+    with pytest.raises(ValueError, match="are not sorted into buckets yet"):
         made.order(1, seed=0)
 
 

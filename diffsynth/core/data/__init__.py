@@ -1,3 +1,5 @@
+"""Data sets: rows of tables, operators that load their files, the order of samples, batches and caches."""
+
 from .cached_dataset import CachedDataset
 from .collate import collate
 from .dataset import PlainData, Row, TrainingData

@@ -1,4 +1,4 @@
-"""A data set that was made by `make_cache.py`: what frozen networks made of every sample, read from disk."""
+"""The data set that `make_cache.py` writes: the outputs of frozen networks for every sample, read from disk."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -12,21 +12,22 @@ from .operators.augmentation import Augmentation, AugmentationChoice
 from .operators.unread import Unread
 from .order.addresses import SampleAddress
 from .order.mixing import WeightedRows, exact
+from .scan import SkippedRow
 
 
 class CachedDataset(TrainingData):
-    """The samples of a cache, `repeat` times over, in batches of one size.
+    """The samples of a cache, in batches of one size.
 
     Args:
-        path: The cache's folder.
-        height, width: What all samples must have, in pixels; None takes what there is.
-        repeat: Passes over the samples that make one epoch.
-        num_workers: Processes that should load it.
-        augmentation: What is left to chance; the cache must hold every variant of it.
+        path: Folder of the cache.
+        height, width: Size in pixels that all samples must have; None accepts any.
+        repeat: Number of passes over the samples in one epoch.
+        num_workers: Number of DataLoader processes that should load the data set.
+        augmentation: Random choices about each sample; the cache must hold all variants that they may select.
 
     Raises:
-        DamagedCache: There is no finished cache.
-        ValueError: Samples have another size, captions other words, or variants are missing.
+        DamagedCache: The folder holds no finished cache.
+        ValueError: Samples have another size, captions were cached with other options, or variants are missing.
     """
 
     needs_encoders = False
@@ -45,12 +46,15 @@ class CachedDataset(TrainingData):
         self.index.require_finished()
         self.size, self.about = len(self.index), self.index.about
         if self.about.get("format") != FORMAT:
-            raise DamagedCache(f"{path} is of another version of this program; delete it and make it again.")
+            raise DamagedCache(
+                f"{path} has format {self.about.get('format')}, but this version of the program reads format {FORMAT}; "
+                "delete the folder and run make_cache.py again."
+            )
         if (height, width) != (None, None):
             self._check_sizes(height, width)
         self._check_captions()
         self._check_variants()
-        self.index.close()  # a connection may not be handed on to other processes
+        self.index.close()  # SQLite connections must not be shared with other processes
 
     def __getitem__(self, index: int) -> Row:
         if not 0 <= index < len(self):
@@ -58,23 +62,23 @@ class CachedDataset(TrainingData):
         return self._load(self.index.record(index % self.size), AugmentationChoice())
 
     def sample(self, address: SampleAddress, seed: int) -> tuple[Row, str | None]:
-        """The sample at an address of a run, in the variant that chance gives it there, and its name."""
+        """The sample at an address of a run in a randomly chosen variant, and the variant's name."""
         record = self.index.record(address.index)
         choice = self.augmentation.choose(record["weights"], seed, address)
         return self._load(record, choice), choice.variant
 
     def rows_in_buckets(self) -> dict[tuple[int, int] | None, list[WeightedRows]]:
-        """What each size has from each data set that was mixed; None where each sample has its own size, as there."""
+        """The samples of each size from each mixed data set; the key None is for samples with sizes of their own."""
         sizes = self.index.sizes()
         if len(sizes) > 1 and not self.about["by_size"]:
             sizes = {None: range(self.size)}
-        counts, shares = zip(*self.about["parts"], strict=True)
+        counts, weights = zip(*self.about["parts"], strict=True)
         ends = np.cumsum(counts)[:-1]
         buckets = {}
         for size, numbers in sizes.items():
-            each = np.split(np.array(numbers), np.searchsorted(numbers, ends))
-            own = [(rows, share) for rows, share in zip(each, shares, strict=True) if len(rows)]
-            buckets[size] = [WeightedRows(rows, exact(share) * self.repeat) for rows, share in own]
+            parts = np.split(np.array(numbers), np.searchsorted(numbers, ends))
+            present = [(rows, weight) for rows, weight in zip(parts, weights, strict=True) if len(rows)]
+            buckets[size] = [WeightedRows(rows, exact(weight) * self.repeat) for rows, weight in present]
         return buckets
 
     def _load(self, record: dict, choice: AugmentationChoice) -> Row:
@@ -85,12 +89,12 @@ class CachedDataset(TrainingData):
             made[side] |= entry
         return Row({name: _restored(value) for name, value in variant["row"].items()}, made)
 
-    def scan(self, required: Sequence[str] = ()) -> list:
-        """Refuse a cache of which files are missing, or whose samples have not the `required` columns.
+    def scan(self, required: Sequence[str] = ()) -> list[SkippedRow]:
+        """Check that all files of the cache are there and that samples have the `required` columns; skips no row.
 
         Raises:
-            DamagedCache: Names the files, and what mends it.
-            ValueError: Names the column.
+            DamagedCache: Files are missing.
+            ValueError: A column is missing.
         """
         missing = [shard.path.name for shard in self.index.shards.values() if not shard.path.is_file()]
         if missing:
@@ -100,19 +104,20 @@ class CachedDataset(TrainingData):
         absent = sorted(set(required) - self.index.record(0)["variants"][""]["row"].keys())
         if absent:
             raise ValueError(
-                f"{self.metadata_path} holds no {absent[0]}; make the cache of rows that have it, with this task."
+                f"{self.metadata_path} holds no {absent[0]}, which this task needs; add the column to the data "
+                "set and run make_cache.py again with this task."
             )
         return []
 
     def fingerprint(self) -> str:
-        """16 hex digits that change with the samples, their order and what they were made of."""
+        """A hash (16 hex digits) of the samples, their order and the keys of their cache entries."""
         return self.about["samples"]
 
     def check_made_for(self, expected: Mapping[str, Any]) -> None:
-        """Refuse a cache that another pipeline, other weights or other code made.
+        """Check that the cache was made by the pipeline, weights and code `expected` (`cache.keys.CacheKeys.about`).
 
         Raises:
-            ValueError: Names every difference.
+            ValueError: It was not; names every difference.
         """
         lines = differences(self.about["made_of"], expected)
         if lines:
@@ -126,19 +131,19 @@ class CachedDataset(TrainingData):
             for name, found, wanted in zip(("width", "height"), size, (width, height), strict=True):
                 if wanted not in (None, found):
                     raise ValueError(
-                        f"{self.metadata_path} has samples of {size[0]} x {size[1]} pixels, dataset.{name}={wanted}; "
-                        "leave that null, or make the cache at that size."
+                        f"{self.metadata_path} has samples of {size[0]} x {size[1]} pixels, but "
+                        f"dataset.{name}={wanted}; set dataset.{name}=null, or run make_cache.py again at that size."
                     )
 
     def _check_captions(self) -> None:
-        """What is said here of captions must be so in all that was cached; what is not said is as it was there."""
-        wanted, unsaid = captions_of(self.augmentation), captions_of(Augmentation())
-        for name in [name for name in wanted if wanted[name] != unsaid[name]]:
-            others = [made[name] for made in self.about["captions"] if made[name] != wanted[name]]
+        """Check that caption options set here equal those of the cache; unset ones are taken from the cache."""
+        wanted, defaults = captions_of(self.augmentation), captions_of(Augmentation())
+        for name in [name for name in wanted if wanted[name] != defaults[name]]:
+            others = [cached[name] for cached in self.about["captions"] if cached[name] != wanted[name]]
             if others:
                 raise ValueError(
                     f"{self.metadata_path} was made with dataset.augmentation.{name}={others[0]!r}, not "
-                    f"{wanted[name]!r}; leave it out here, or make the cache with it."
+                    f"{wanted[name]!r}; leave that option out, or run make_cache.py again with it."
                 )
 
     def _check_variants(self) -> None:
@@ -147,27 +152,28 @@ class CachedDataset(TrainingData):
             if missing:
                 raise ValueError(
                     f"{self.metadata_path} holds no variant {missing[0]!r} of its samples, which dataset.augmentation "
-                    "may choose; run make_cache.py with the same augmentation."
+                    "may select; run make_cache.py again with this dataset.augmentation."
                 )
 
 
 def captions_of(augmentation: Augmentation) -> dict[str, Any]:
-    """What of an augmentation is in the texts themselves, so that a cache cannot take another."""
+    """The options of an augmentation that change the text of captions, which a cache holds only encoded."""
     return {"captions": dict(augmentation.captions), "prefix": augmentation.prefix, "suffix": augmentation.suffix}
 
 
 def _restored(value: Any) -> Any:
+    """A value of a cached row; an image, of which the cache knows the size only, becomes an `Unread`."""
     if isinstance(value, dict) and value.keys() == {"unread"}:
-        return Unread(tuple(value["unread"][:2]), _absent, _absent)
+        return Unread(tuple(value["unread"][:2]), _refuse, _refuse)
     return value
 
 
-def _absent() -> None:
-    raise ValueError("A cache does not hold the images themselves.")
+def _refuse() -> None:
+    raise ValueError("A cache does not hold the images themselves; use the data set that it was made of.")
 
 
 def differences(found: Mapping[str, Any], expected: Mapping[str, Any]) -> list[str]:
-    """What a cache was made of (`CacheKeys.about`) and what a training would make it of, where they differ."""
+    """The differences, one line each, between two results of `CacheKeys.about`: a cache's and the current run's."""
     if found["pipeline"] != expected["pipeline"]:
         return [f"it is {found['pipeline']}'s, not {expected['pipeline']}'s"]
     lines = []
@@ -178,24 +184,26 @@ def differences(found: Mapping[str, Any], expected: Mapping[str, Any]) -> list[s
             continue
         changed = [key for key in unit if key != "weights" and made_of.get(key) != unit[key]]
         lines += [f"{name}: another {key} ({_found(made_of.get(key), unit[key])})" for key in changed]
-        weights = [model for model, now in unit["weights"].items() if now not in (None, made_of["weights"].get(model))]
-        lines += [f"{name}: another {model} ({made_of['weights'].get(model)})" for model in weights]
+        cached = made_of["weights"]
+        others = [model for model, weights in unit["weights"].items() if weights not in (None, cached.get(model))]
+        lines += [f"{name}: another {model} ({cached.get(model)})" for model in others]
     absent = sorted(set(expected["inputs"]) - set(found["inputs"]))
     return lines + [f"it holds no {name}" for name in absent]
 
 
 def _found(found: Any, expected: Any) -> str:
-    """What was found instead; of settings, each of which is JSON, those that differ and what they are here."""
+    """The cache's value as text; for a dict of settings, which are JSON texts, the settings that differ."""
     if not isinstance(found, dict):
         return str(found)
-    then, now = (_by_name({name: json.loads(text) for name, text in each.items()}) for each in (found, expected))
-    differing = [name for name in sorted({*then, *now}) if then.get(name) != now.get(name)]
-    return "; ".join(f"{name} {then.get(name)!r}, here {now.get(name)!r}" for name in differing)
+    cached = _by_dotted_name({name: json.loads(text) for name, text in found.items()})
+    current = _by_dotted_name({name: json.loads(text) for name, text in expected.items()})
+    differing = [name for name in sorted({*cached, *current}) if cached.get(name) != current.get(name)]
+    return "; ".join(f"{name} {cached.get(name)!r}, here {current.get(name)!r}" for name in differing)
 
 
-def _by_name(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Settings within settings by their dotted names."""
+def _by_dotted_name(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested settings as one dict by dotted names."""
     values = {}
     for name, value in settings.items():
-        values |= _by_name(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
+        values |= _by_dotted_name(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
     return values

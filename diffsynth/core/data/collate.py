@@ -1,6 +1,10 @@
-"""Units see one sample, `model_fn` sees a batch: this is where samples become one."""
+"""Stack samples into a batch: the pipeline's units process one sample at a time, `model_fn` a batch.
+
+Shapes: B batch, L tokens, D width.
+"""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -8,42 +12,42 @@ from torch.nn.functional import pad
 
 
 def collate(samples: list[dict]) -> dict:
-    """Stacks what the units returned for each sample into one batch.
+    """Stack the units' outputs of several samples into one batch.
 
     - Tensors (1, ...) of one shape become (B, ...).
-    - Text `X` (1, L, D) with its `X_mask` (1, L) is padded with zeros on the right to the longest, (B, L, D), (B, L).
-    - Lists and tuples of tensors become a list of such batches, element by element; dicts become a dict, key by key.
-    - Numbers, strings, booleans and None that all samples share stay one value.
-    - Everything else becomes a list of B.
+    - Text `X` (1, L, D) with its `X_mask` (1, L) is padded with zeros on the right to the longest: (B, L, D), (B, L).
+    - Lists and tuples of tensors are stacked element by element, dicts key by key.
+    - A number, string, bool or None that is equal in all samples stays one value.
+    - All other values become a list of B values.
 
     Raises:
-        ValueError: Samples differ in their keys, or in tensors that cannot be stacked; names the key and the remedy.
+        ValueError: Samples have different keys, or tensors that cannot be stacked; names the key and the remedy.
     """
-    require_same_keys(samples)
+    _require_same_keys(samples)
     return {key: _collate_key(key, samples) for key in samples[0]}
 
 
-def require_same_keys(samples: list[dict]) -> None:
+def _require_same_keys(samples: list[dict]) -> None:
     for key in dict.fromkeys(key for sample in samples for key in sample):
         count = sum(key in sample for sample in samples)
         if count < len(samples):
             raise ValueError(f"{key} is in {count} of {len(samples)} samples of a batch; set micro_batch_size=1")
 
 
-def _collate_key(key: str, samples: list[dict]):
+def _collate_key(key: str, samples: list[dict]) -> Any:
     values = [sample[key] for sample in samples]
-    if is_shared_scalar(values):
+    if _is_shared_scalar(values):
         return values[0]
     if all(isinstance(value, dict) for value in values):
         return _collate_dicts(key, values)
-    stackable = [isinstance(value, Tensor) or is_tensor_list(value) for value in values]
+    stackable = [isinstance(value, Tensor) or _is_tensor_list(value) for value in values]
     if not any(stackable):
         return values
     if not all(stackable) or len({type(value) for value in values}) > 1:
         kinds = ", ".join(type(value).__name__ for value in values)
         raise ValueError(f"{key}: samples of a batch hold {kinds}, which do not stack; set micro_batch_size=1")
-    text = is_text(key, samples[0])
-    return _stack_lists(key, values, text) if is_tensor_list(values[0]) else _stack(key, values, text)
+    is_text = _is_text(key, samples[0])
+    return _stack_lists(key, values, is_text) if _is_tensor_list(values[0]) else _stack(key, values, is_text)
 
 
 def _collate_dicts(key: str, values: list[dict]) -> dict:
@@ -51,43 +55,45 @@ def _collate_dicts(key: str, values: list[dict]) -> dict:
     return dict(zip(values[0], collate(named).values(), strict=True))
 
 
-def is_shared_scalar(values: list) -> bool:
+def _is_shared_scalar(values: list) -> bool:
+    """Whether all values are one number, string, bool or None."""
     first = values[0]
     scalar = first is None or isinstance(first, bool | int | float | str)
     return scalar and all(type(value) is type(first) and value == first for value in values)
 
 
-def is_tensor_list(value) -> bool:
+def _is_tensor_list(value: Any) -> bool:
     return isinstance(value, list | tuple) and len(value) > 0 and all(isinstance(element, Tensor) for element in value)
 
 
-def is_text(key: str, sample: dict) -> bool:
-    """Whether `key` is one of a pair `X` (1, L, D), `X_mask` (1, L), or of lists of such pairs."""
+def _is_text(key: str, sample: dict) -> bool:
+    """Whether `key` belongs to a pair `X` (1, L, D), `X_mask` (1, L), or to a pair of lists of such tensors."""
     name = key.removesuffix("_mask")
-    texts, masks = as_list(sample.get(name)), as_list(sample.get(f"{name}_mask"))
-    return len(texts) == len(masks) and all(map(is_text_and_mask, texts, masks))
+    texts, masks = _as_list(sample.get(name)), _as_list(sample.get(f"{name}_mask"))
+    return len(texts) == len(masks) and all(map(_is_text_and_mask, texts, masks))
 
 
-def is_text_and_mask(text, mask) -> bool:
-    tensors = isinstance(text, Tensor) and isinstance(mask, Tensor)
-    return tensors and text.ndim == 3 and mask.shape == text.shape[:2]
+def _is_text_and_mask(text: Any, mask: Any) -> bool:
+    are_tensors = isinstance(text, Tensor) and isinstance(mask, Tensor)
+    return are_tensors and text.ndim == 3 and mask.shape == text.shape[:2]
 
 
-def as_list(value) -> list:
+def _as_list(value: Any) -> list:
     return value if isinstance(value, list) else [value]
 
 
-def _stack_lists(key: str, values: list[Sequence[Tensor]], text: bool) -> list[Tensor]:
+def _stack_lists(key: str, values: list[Sequence[Tensor]], is_text: bool) -> list[Tensor]:
     lengths = [len(value) for value in values]
     if len(set(lengths)) > 1:
         raise ValueError(f"{key}: samples of a batch hold {lengths} tensors; set micro_batch_size=1")
-    return [_stack(f"{key}[{n}]", list(tensors), text) for n, tensors in enumerate(zip(*values, strict=True))]
+    by_position = zip(*values, strict=True)
+    return [_stack(f"{key}[{n}]", list(tensors), is_text) for n, tensors in enumerate(by_position)]
 
 
-def _stack(key: str, tensors: list[Tensor], text: bool) -> Tensor:
+def _stack(key: str, tensors: list[Tensor], is_text: bool) -> Tensor:
     if len(tensors) == 1:
         return tensors[0]
-    if text:
+    if is_text:
         length = max(tensor.shape[1] for tensor in tensors)
         tensors = [_pad_length(tensor, length) for tensor in tensors]
     shapes = [tuple(tensor.shape) for tensor in tensors]
@@ -102,5 +108,5 @@ def _stack(key: str, tensors: list[Tensor], text: bool) -> Tensor:
 
 
 def _pad_length(tensor: Tensor, length: int) -> Tensor:
-    """Pads dimension 1 of (1, L) or (1, L, D) with zeros on the right."""
+    """Pad dimension 1 of a tensor (1, L) or (1, L, D) with zeros on the right."""
     return pad(tensor, (0, 0) * (tensor.ndim - 2) + (0, length - tensor.shape[1]))

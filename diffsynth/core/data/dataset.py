@@ -1,4 +1,4 @@
-"""What a run asks of any data set, and what a row of one is."""
+"""`TrainingData`, the base class of every data set, and `Row`, a sample before the pipeline's units process it."""
 
 from collections.abc import Callable, Mapping, Sequence
 from fractions import Fraction
@@ -17,11 +17,12 @@ from .scan import SkippedRow
 
 
 class Row(dict):
-    """The cells of a row by column, its files loaded; of a cached row also what frozen units made of it.
+    """The cells of a row by column, with files loaded; a cached row also has the outputs of frozen units.
 
     Args:
-        made: Inputs of the pipeline, by side (`shared`, `posi`, `nega`) and name; empty unless the row is cached, in
-            which case its images are not there, but have a size.
+        cells: Values by column. Images of a cached row have a size, but cannot be loaded.
+        made: Outputs of frozen units, which are inputs of the pipeline, by side (`shared`, `posi`, `nega`) and name;
+            empty unless the row is from a cache.
     """
 
     def __init__(self, cells: Mapping[str, Any] = (), made: Mapping[str, Mapping[str, Any]] | None = None):
@@ -30,26 +31,30 @@ class Row(dict):
 
 
 class TrainingData(Dataset):
-    """A data set that a run can train on or evaluate on.
+    """Base class of the data sets that a run can train on or evaluate on.
 
-    A subclass has a `size` and `__getitem__`, and overrides what is not as it is here: all samples have sizes of their
-    own, are shown once a pass, have one variant, and none is left out.
+    A subclass has a `size` and a `__getitem__`. It overrides the methods whose defaults are wrong for it. By default
+    each sample has an image size of its own, appears once in a pass and has one variant, and no row is left out.
 
-    Args:
-        metadata_path: Where its rows are from, for messages.
-        repeat: Passes over the samples that make one epoch.
-        num_workers: Processes that should load it.
+    A pass shows each sample as often as its weight says; an epoch is `repeat` passes.
+
+    Attributes:
+        size: Number of samples.
+        metadata_path: File or folder that the rows are from, for messages.
+        repeat: Number of passes over the samples in one epoch.
+        num_workers: Number of DataLoader processes that should load the data set.
+        needs_encoders: Whether the run has to load encoders; a cache has their outputs already.
     """
 
     size: int
     metadata_path: str = ""
     repeat: int = 1
     num_workers: int = 0
-    needs_encoders = True  # whether the run has to encode its rows, as no cache holds what encoders make
+    needs_encoders = True
 
     @property
     def undecodable(self) -> Tensor:
-        """Which rows could not be decoded, one flag a row (N,), bool."""
+        """Whether each row failed to decode (N,), bool."""
         return self.__dict__.setdefault("_undecodable", torch.zeros(0, dtype=torch.bool))
 
     @undecodable.setter
@@ -58,7 +63,7 @@ class TrainingData(Dataset):
 
     @property
     def datasets(self) -> Mapping[str, "TrainingData"]:
-        """The data sets that it is mixed from, by name."""
+        """The data sets that this one mixes, by name."""
         return {"": self}
 
     def __len__(self) -> int:
@@ -67,13 +72,16 @@ class TrainingData(Dataset):
     # Before training
 
     def keep_images_as_they_are(self) -> None:
-        """Refuse to resize, crop or mirror images, because each belongs to the noise it was sampled from."""
+        """Raise an error for images that would be resized, cropped or mirrored.
+
+        For images that a model sampled and that are trained with the noise they were sampled from.
+        """
 
     def read_column(self, name: str, reader: Callable[[str], Callable]) -> None:
-        """Read the column `name` by `reader(base_path)`, unless an operator for it is given already."""
+        """Read the column `name` by the operator `reader(base_path)`, unless it has an operator already."""
 
     def scan(self, required: Sequence[str] = ()) -> list[SkippedRow]:
-        """Check the rows, reading no more than headers of files, and return those that are left out.
+        """Check the rows, reading only headers of files, and return the rows that are left out.
 
         Raises:
             ValueError: Rows cannot be used, or lack one of the `required` columns.
@@ -81,61 +89,63 @@ class TrainingData(Dataset):
         return []
 
     def fingerprint(self) -> str:
-        """Hex digits that change with the samples."""
+        """A hash (hex digits) that changes with the samples."""
         return ""
 
     def check_made_for(self, expected: Mapping[str, Any]) -> None:
-        """Refuse a cache that other networks or other code made than those `expected` (`cache.keys.CacheKeys.about`).
+        """Check that a cache was made by the networks and code `expected` (`cache.keys.CacheKeys.about`).
 
         Raises:
-            ValueError: Names every difference.
+            ValueError: It was not; names every difference.
         """
 
     # While training
 
     def sample(self, address: SampleAddress, seed: int) -> tuple[Any, str | None]:
-        """The sample at an address of a run, as chance makes it there, and the name of its augmentation variant.
+        """The sample at an address of a run, randomly augmented, and the name of its augmentation variant.
 
-        The name is None if the variants can't be listed (random crop, shuffled tags).
+        The augmentation is a function of `seed` and `address`. The name is None if the variants can't be listed (random
+        crop, shuffled tags).
         """
         return self[address.index], ""
 
     def rows_by_size(self) -> dict[Size | None, WeightedRows]:
-        """The samples of each size (width, height) in pixels; None where each has its own."""
+        """The samples of each size (width, height) in pixels; the key None is for samples with sizes of their own."""
         return {size: joined(rows) for size, rows in self.rows_in_buckets().items()}
 
     def rows_in_buckets(self) -> dict[Size | None, list[WeightedRows]]:
-        """What each size has from each data set that is mixed; None where each sample has its own size."""
+        """The samples of each size from each mixed data set; the key None is for samples with sizes of their own."""
         return {None: [WeightedRows(range(self.size), self.repeat)]}
 
     def order(self, batch_size: int, seed: int) -> MixedOrder:
-        """An order of batches of one size each."""
+        """An endless order of samples in which all images of a batch have one size."""
         return MixedOrder(list(self.rows_in_buckets().values()), batch_size, seed)
 
     # Making a cache
 
     def passes(self) -> dict[str, Fraction | int]:
-        """How often a pass shows each sample of each data set, by name."""
+        """How often a pass shows each sample of each data set, by the data set's name."""
         return dict.fromkeys(self.datasets, 1)
 
     def variants(self, number: int) -> Variants:
-        """All that sample `number` may be, its files unread.
+        """All augmentation variants of sample `number`, with files not read yet.
 
         Raises:
-            TypeError: It can't be known without loading them.
+            TypeError: The data set can't describe its samples without loading them.
         """
         raise TypeError(
-            f"{type(self).__name__} cannot tell what its samples are without loading them; it has no cache."
+            f"{type(self).__name__} can't describe its samples without loading them, as a cache needs; use "
+            "dataset=image_folder, say."
         )
 
     def skips(self, number: int) -> bool:
-        """Whether sample `number` is left out if it cannot be read."""
+        """Whether sample `number` is left out, instead of an error, if it cannot be read."""
         return False
 
-    # What is reported
+    # Reports
 
     def original_size(self, number: int) -> Size | None:
-        """(width, height) of a sample's first image before it is fitted; None where that is not known."""
+        """(width, height) in pixels of a sample's first image before it is resized; None if unknown."""
         return None
 
     @property
@@ -144,14 +154,14 @@ class TrainingData(Dataset):
         return []
 
     def write_skipped(self, path: str | Path) -> None:
-        """Write `skipped` as JSON lines and say how many there are."""
+        """Write `skipped` as JSON lines and log how many rows there are."""
 
 
 class PlainData(TrainingData):
-    """Any map-style data set, with nothing left to chance: what `launch_training_task` takes from a script.
+    """Wraps any map-style data set, without augmentation; `launch_training_task` accepts such data sets.
 
     Args:
-        dataset: Has a length and gives a sample for an index.
+        dataset: A data set with `__len__` and `__getitem__`.
     """
 
     def __init__(self, dataset: Dataset):

@@ -1,4 +1,4 @@
-"""Several data sets trained together."""
+"""Train on several data sets together, each with a weight."""
 
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
@@ -20,18 +20,18 @@ from .unified_dataset import UnifiedDataset
 
 
 class MixedDataset(TrainingData):
-    """The samples of several data sets, numbered through; those of one size share batches, whichever they are from.
+    """The concatenation of several data sets; samples of one size share batches, whichever data set they are from.
 
-    Each data set keeps its own options: its augmentation, its size or buckets, what it does with bad rows.
+    Each data set keeps its own options: its augmentation, its size or buckets, and its handling of bad rows.
 
     Args:
-        datasets: By name.
-        weights: How often a pass shows each sample of a data set, 1 unless said: 2.5 shows each 2 or 3 times, 0.1
-            another tenth in every pass. They multiply with the data set's own `repeat`.
-        num_workers: Processes that should load it.
+        datasets: The data sets by name.
+        weights: How often a pass shows each sample of a data set, by name; 1 by default. 2.5 shows each sample 2 or 3
+            times, 0.1 shows a different tenth of the samples in each pass. A data set's own `repeat` multiplies this.
+        num_workers: Number of DataLoader processes that should load the data set.
 
     Raises:
-        ValueError: There is no data set, one cannot be mixed, or a weight is not positive or of none of them.
+        ValueError: There is no data set, one cannot be mixed, a weight is not positive, or its name is unknown.
     """
 
     def __init__(
@@ -43,7 +43,7 @@ class MixedDataset(TrainingData):
         self._datasets, self.num_workers = dict(datasets), num_workers
         self.weights = dict.fromkeys(datasets, 1) | dict(weights or {})
         self._check()
-        # One tensor of which each data set has its part: what is noted in one is noted in the other.
+        # The data sets' flags are views of one shared tensor, so that a change in a data set is also seen here.
         lengths = [len(dataset.undecodable) for dataset in self.datasets.values()]
         self.undecodable = torch.zeros(sum(lengths), dtype=torch.bool).share_memory_()
         for dataset, flags in zip(self.datasets.values(), self.undecodable.split(lengths), strict=True):
@@ -59,16 +59,16 @@ class MixedDataset(TrainingData):
 
     @property
     def size(self) -> int:
-        """How many samples there are."""
+        """Number of samples."""
         return sum(dataset.size for dataset in self.datasets.values())
 
     def __getitem__(self, index: int) -> dict:
-        """Sample `index`, its files loaded, nothing left to chance."""
+        """Sample `index` with its files loaded and without augmentation."""
         with self._dataset_of(index) as (dataset, number):
             return dataset[number]
 
     def sample(self, address: SampleAddress, seed: int) -> tuple[dict, str | None]:
-        """The sample at an address of a run, as chance makes it there, and the name of that variant."""
+        """The sample at an address of a run, randomly augmented, and the name of its augmentation variant."""
         with self._dataset_of(address.index) as (dataset, number):
             return dataset.sample(address, seed, number)
 
@@ -78,7 +78,7 @@ class MixedDataset(TrainingData):
             return dataset.original_size(own_number)
 
     def rows_in_buckets(self) -> dict[Size | None, list[WeightedRows]]:
-        """What each size has from each data set; None where each sample has its own."""
+        """The samples of each size from each data set; the key None is for samples with sizes of their own."""
         buckets, start = defaultdict(list), 0
         for name, dataset in self.datasets.items():
             for size, part in dataset.rows_by_size().items():
@@ -91,12 +91,12 @@ class MixedDataset(TrainingData):
         return {name: exact(self.weights[name]) * dataset.repeat for name, dataset in self.datasets.items()}
 
     def skips(self, number: int) -> bool:
-        """Whether a sample is left out if it cannot be read."""
+        """Whether a sample is left out, instead of an error, if it cannot be read."""
         with self._dataset_of(number) as (dataset, own_number):
             return dataset.skips(own_number)
 
     def variants(self, number: int) -> Variants:
-        """All that sample `number` may be, its files unread; see `UnifiedDataset.variants`."""
+        """All augmentation variants of sample `number`; see `UnifiedDataset.variants`."""
         with self._dataset_of(number) as (dataset, own_number):
             return dataset.variants(own_number)
 
@@ -108,23 +108,23 @@ class MixedDataset(TrainingData):
         return self.skipped
 
     def fingerprint(self) -> str:
-        """16 hex digits that change with those of the data sets, and with their names and order."""
-        each = [(name, dataset.fingerprint()) for name, dataset in self.datasets.items()]
-        return blake2b(repr(each).encode(), digest_size=8).hexdigest()
+        """A hash (16 hex digits) of the data sets' fingerprints, names and order."""
+        fingerprints = [(name, dataset.fingerprint()) for name, dataset in self.datasets.items()]
+        return blake2b(repr(fingerprints).encode(), digest_size=8).hexdigest()
 
     @property
     def skipped(self) -> list[SkippedRow]:
-        """The rows that each data set leaves out."""
-        each = [(name, row) for name, dataset in self.datasets.items() for row in dataset.skipped]
-        return [replace(row, reason=f"{name}: {row.reason}") for name, row in each]
+        """The rows that the data sets leave out."""
+        rows = [(name, row) for name, dataset in self.datasets.items() for row in dataset.skipped]
+        return [replace(row, reason=f"{name}: {row.reason}") for name, row in rows]
 
     def write_skipped(self, path: str | Path) -> None:
-        """Writes `skipped` as JSON lines and says how many there are."""
+        """Write `skipped` as JSON lines and log how many rows there are."""
         write_skipped(path, self.skipped, len(self.undecodable), self.metadata_path)
 
     @contextmanager
     def _dataset_of(self, number: int) -> Iterator[tuple[UnifiedDataset, int]]:
-        """The data set that a sample is from, and its number there; errors inside name the data set."""
+        """Yield the data set of a sample and the sample's number in it; errors inside name the data set."""
         own_number = number
         for name, dataset in self.datasets.items():
             if 0 <= own_number < dataset.size:
@@ -136,16 +136,21 @@ class MixedDataset(TrainingData):
 
     def _check(self) -> None:
         if not self.datasets:
-            raise ValueError("dataset.datasets is empty; name the data sets to be mixed")
+            raise ValueError(
+                "dataset.datasets is empty; name the data sets to mix, such as "
+                "+dataset@dataset.datasets.photos=image_folder dataset.datasets.photos.path=my_photos"
+            )
         for name, dataset in self.datasets.items():
             if not isinstance(dataset, UnifiedDataset):
                 kind = type(dataset).__name__
-                raise ValueError(f"dataset.datasets.{name} is a {kind}; expected data sets such as image_folder")
+                raise ValueError(f"dataset.datasets.{name} is a {kind}; expected a data set such as image_folder")
         if unknown := sorted(self.weights.keys() - self.datasets.keys()):
-            raise ValueError(f"dataset.weights names {unknown[0]!r}; the data sets are {', '.join(self.datasets)}")
+            raise ValueError(f"dataset.weights names {unknown[0]!r}; expected one of {', '.join(self.datasets)}")
         if unshown := [name for name, weight in self.weights.items() if weight <= 0]:
-            found = f"dataset.weights.{unshown[0]} is {self.weights[unshown[0]]}"
-            raise ValueError(f"{found}; expected a number above 0, or the data set left out of dataset.datasets")
+            raise ValueError(
+                f"dataset.weights.{unshown[0]} is {self.weights[unshown[0]]}; set it above 0, or remove {unshown[0]} "
+                "from dataset.datasets"
+            )
 
 
 @contextmanager

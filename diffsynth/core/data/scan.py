@@ -1,4 +1,4 @@
-"""Looking at the rows of a data set before it is trained on: what cannot be used, and how large images are."""
+"""Check the rows of a data set before training: find rows that cannot be used, and the sizes of images."""
 
 import json
 import logging
@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from itertools import chain, repeat
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -15,14 +15,25 @@ from ..files import write_text
 from .operators.base import check, unread
 from .order.buckets import AspectBuckets, Size
 
+if TYPE_CHECKING:
+    from .operators.augmentation import Augmentation
+    from .operators.images import ImageCropAndResize
+    from .unified_dataset import UnifiedDataset
+
 logger = logging.getLogger(__name__)
 
-SCAN_THREADS = 16
+SCAN_THREADS = 16  # opening a file is mostly waiting for the disk; a guess
 
 
 @dataclass(frozen=True)
 class SkippedRow:
-    """A row that cannot be used: its number in the metadata, counted from 1, the file at fault if any, and why."""
+    """A row that cannot be used.
+
+    Args:
+        row: Number of the row in the metadata, counted from 1.
+        file: The file at fault, if there is one.
+        reason: Why the row cannot be used.
+    """
 
     row: int
     file: str | None
@@ -33,10 +44,13 @@ class SkippedRow:
 
 
 class AllBut(Sequence[int]):
-    """range(size) without some of its numbers, sorted ones; memory and time are theirs, not the range's."""
+    """The numbers of range(size) except `left_out`, which is sorted.
+
+    Memory is proportional to the numbers left out, not to `size`.
+    """
 
     def __init__(self, size: int, left_out: Sequence[int]):
-        self.before = np.asarray(left_out, dtype=np.int64) - np.arange(len(left_out))  # how many remain before each
+        self.before = np.asarray(left_out, dtype=np.int64) - np.arange(len(left_out))  # numbers that remain before each
         self.size = size - len(left_out)
 
     def __len__(self) -> int:
@@ -50,11 +64,11 @@ class AllBut(Sequence[int]):
 
 @dataclass(frozen=True)
 class SortedRows:
-    """Samples sorted into buckets: a row stands once for each size that it is trained at.
+    """Samples sorted into buckets: one sample for each size that a row is trained at.
 
     Args:
-        rows: Row numbers (N,).
-        sizes: Width and height in pixels (N, 2).
+        rows: The row number of each sample (N,).
+        sizes: Width and height in pixels of each sample (N, 2).
     """
 
     rows: np.ndarray
@@ -62,7 +76,7 @@ class SortedRows:
 
     @classmethod
     def of(cls, buckets: AspectBuckets, sizes: Iterable[tuple[int, Size]]) -> "SortedRows":
-        """The samples of rows by number and size."""
+        """The samples of rows, which are given by number and stored size."""
         samples = [(row, *bucket) for row, size in sizes for bucket in buckets.assign(*size).values()]
         table = np.array(samples, dtype=np.int64).reshape(-1, 3)
         return cls(table[:, 0], table[:, 1:])
@@ -71,33 +85,38 @@ class SortedRows:
         return len(self.rows)
 
     def size_of(self, number: int) -> Size:
+        """(width, height) at which sample `number` is trained."""
         width, height = self.sizes[number].tolist()
         return width, height
 
     def by_size(self, count: int | None = None) -> dict[Size, np.ndarray]:
-        """The numbers of the samples of each size, of the first `count` samples."""
+        """The numbers of the samples of each size, counting only the first `count` samples."""
         sizes, which = np.unique(self.sizes[:count], axis=0, return_inverse=True)
         which = which.reshape(-1)
         return {(int(w), int(h)): np.flatnonzero(which == number) for number, (w, h) in enumerate(sizes)}
 
 
-def check_rows(dataset, prompt_key: str, required: Sequence[str]) -> tuple[list[SkippedRow], list[tuple[int, Size]]]:
-    """The rows that cannot be used, and of the others, where there are buckets, the number and size as stored."""
+def check_rows(
+    dataset: "UnifiedDataset", prompt_key: str, required: Sequence[str]
+) -> tuple[list[SkippedRow], list[tuple[int, Size]]]:
+    """The rows that cannot be used, and with buckets also the number and stored size of each other row."""
     strides = [dataset.scanned[start::SCAN_THREADS] for start in range(SCAN_THREADS)]
     with ThreadPoolExecutor(SCAN_THREADS) as pool:
-        looks = pool.map(_look, repeat(dataset), strides, repeat(prompt_key), repeat(required))
-        seen = list(chain.from_iterable(looks))
-    faults = sorted((fault for fault in seen if isinstance(fault, SkippedRow)), key=lambda fault: fault.row)
-    return faults, sorted(size for size in seen if not isinstance(size, SkippedRow))
+        found = pool.map(_check_some, repeat(dataset), strides, repeat(prompt_key), repeat(required))
+        results = list(chain.from_iterable(found))
+    faults = sorted((fault for fault in results if isinstance(fault, SkippedRow)), key=lambda fault: fault.row)
+    return faults, sorted(size for size in results if not isinstance(size, SkippedRow))
 
 
-def _look(dataset, numbers: Sequence[int], prompt_key: str, required: Sequence[str]) -> list:
-    looks = (_check_row(dataset, number, prompt_key, required) for number in numbers)
-    return [look for look in looks if look is not None]
+def _check_some(dataset: "UnifiedDataset", numbers: Sequence[int], prompt_key: str, required: Sequence[str]) -> list:
+    results = (_check_row(dataset, number, prompt_key, required) for number in numbers)
+    return [result for result in results if result is not None]
 
 
-def _check_row(dataset, number: int, prompt_key: str, required: Sequence[str]) -> SkippedRow | tuple[int, Size] | None:
-    """What is wrong with a row, or its size where there are buckets."""
+def _check_row(
+    dataset: "UnifiedDataset", number: int, prompt_key: str, required: Sequence[str]
+) -> SkippedRow | tuple[int, Size] | None:
+    """The fault of a row, or with buckets its number and stored size, or None."""
     row, size = dataset.rows[number], None
     if fault := _fault_of_cells(dataset, row, prompt_key, required):
         return SkippedRow(number + 1, None, fault)
@@ -110,12 +129,13 @@ def _check_row(dataset, number: int, prompt_key: str, required: Sequence[str]) -
                     dataset.fit.check(size, target)
             elif dataset.fit and key in dataset.data_file_keys and not dataset.buckets:
                 _check_fit(dataset.fit, known)
-        except Exception as error:  # Pillow's decoders raise nearly anything
+        except Exception as error:  # Pillow's decoders raise exceptions of many types
             return SkippedRow(number + 1, str(row[key]), f"{key} {row[key]!r}: {error}")
     return dataset.buckets and (number, size)
 
 
-def _fault_of_cells(dataset, row: dict, prompt_key: str, required: Sequence[str]) -> str | None:
+def _fault_of_cells(dataset: "UnifiedDataset", row: dict, prompt_key: str, required: Sequence[str]) -> str | None:
+    """Why a row's cells cannot be used, its files not considered; None if they can."""
     needed = [*required, *dataset.data_file_keys[:1]] if dataset.buckets else required
     given = {*row, "prompt"} if any(column in row for column in dataset.augmentation.captions) else row
     if absent := [key for key in needed if key not in given]:
@@ -127,8 +147,8 @@ def _fault_of_cells(dataset, row: dict, prompt_key: str, required: Sequence[str]
     return f"{prompt_key} is empty" if is_empty(row.get(prompt_key)) else None
 
 
-def _fault_of_captions(augmentation, row: dict) -> str | None:
-    """Why a row has no caption that may be chosen."""
+def _fault_of_captions(augmentation: "Augmentation", row: dict) -> str | None:
+    """Why a row has no caption to choose; None if it has one."""
     try:
         texts = [text for text, _ in augmentation.texts(row)]
     except ValueError as error:
@@ -137,14 +157,15 @@ def _fault_of_captions(augmentation, row: dict) -> str | None:
     return None if any(texts) else " and ".join(f"{column} is empty" for column in columns)
 
 
-def _check_fit(fit, known: Size | list[Size] | None) -> None:
+def _check_fit(fit: "ImageCropAndResize", known: Size | list[Size] | None) -> None:
+    """Raise if `fit` cannot bring images of the known sizes to the size that they are trained at."""
     for size in known if isinstance(known, list) else [known]:
         if size is not None:
             fit.check(size)
 
 
 def known_size(operator: Callable, cell: Any) -> Size | None:
-    """(width, height) of the image that a cell names, or of the first of several, if its header is at hand."""
+    """(width, height) of the image in a cell, or of the first of several; None if its header is not at hand."""
     return _first(check(operator, cell))
 
 
@@ -153,14 +174,14 @@ def _first(value: Any) -> Any:
 
 
 def write_skipped(path: str | Path, skipped: Sequence[SkippedRow], count: int, source: str) -> None:
-    """Writes down which of `count` rows are left out, as JSON lines, and says how many."""
+    """Write the rows that are left out as JSON lines, and log how many of the `count` rows of `source` they are."""
     write_text(path, "".join(json.dumps(asdict(row), ensure_ascii=False) + "\n" for row in skipped))
     if skipped:
         logger.warning("%d of %d rows of %s are left out; %s lists them.", len(skipped), count, source, path)
 
 
-def is_empty(value) -> bool:
-    """Whether a cell holds nothing: None, blank text, an empty list, or what other programs write for it, NaN."""
+def is_empty(value: Any) -> bool:
+    """Whether a cell is empty: None, blank text, an empty list, or NaN, which other programs write for empty cells."""
     if isinstance(value, str):
         return value.strip().lower() in ("", "nan")
     return value is None or value == [] or value != value

@@ -1,4 +1,4 @@
-"""A folder of files and a metadata table, as a dataset that says what is wrong with it before training starts."""
+"""A data set of a folder of files and a metadata table; `scan` reports unusable rows before training starts."""
 
 import logging
 import os
@@ -21,37 +21,36 @@ from .order.addresses import SampleAddress
 from .order.buckets import AspectBuckets, Size
 from .order.mixing import WeightedRows
 from .scan import AllBut, SkippedRow, SortedRows, check_rows, known_size, write_skipped
-from .sources.captions import read_captions
-from .sources.metadata import READERS, read_metadata
-from .sources.storage import EmbeddedFile, is_file, size_on_disk
-from .sources.table import Rows
+from .sources.find_rows import find_rows
+from .sources.storage import EmbeddedFile, size_on_disk
 
 logger = logging.getLogger(__name__)
 
 
 class UnifiedDataset(TrainingData):
-    """The rows of a metadata table, `repeat` times over, with the files they name loaded.
+    """The rows of a metadata table, with the files that they name loaded.
 
     Args:
-        base_path: Folder, or URL of one, that the file names in the metadata are relative to; the metadata's own by
-            default.
-        metadata_path: Table of `read_metadata`, or what reads the `Rows` of a folder, such as `read_shards`; by default
-            `metadata.csv`, `.json`, `.jsonl` or `.parquet` in `base_path`, else `read_captions`.
-        repeat: Passes over the rows that make one epoch.
-        data_file_keys: Columns, also as one comma-separated string, that `main_data_operator` is applied to.
-        main_data_operator: `default_image_operator(base_path)` by default.
-        special_operator_map: Operators of single columns; they need not be among `data_file_keys`.
-        on_error: "raise" names the rows that cannot be used, "skip" leaves them out.
+        base_path: Folder, or URL of one, that file names in the metadata are relative to; None takes the folder of the
+            metadata.
+        metadata_path: A table that `read_metadata` reads, or a function from a folder to its `Rows`, such as
+            `read_shards`. None looks for `metadata.csv`, `.json`, `.jsonl` or `.parquet` in `base_path`, then calls
+            `read_captions`.
+        repeat: Number of passes over the rows in one epoch.
+        data_file_keys: Columns that `main_data_operator` is applied to; also one comma-separated string.
+        main_data_operator: Loads the files of these columns; None takes `default_image_operator(base_path)`.
+        special_operator_map: Operators by column; the columns need not be among `data_file_keys`.
+        on_error: "raise" raises an error that names unusable rows, "skip" leaves them out.
         max_data_items: Upper limit of the length.
-        encoding: Of metadata and captions that are text.
-        scan_rows: How many rows, the first ones, are looked at before training.
-        fit: Brings images of `data_file_keys`, or lists of them, to the size they are trained at, after their operator.
-        buckets: Which size each row is trained at, one or several; `scan` sorts the rows, by the first of
-            `data_file_keys`. Without it `fit` decides, and all rows stand in one bucket.
-        augmentation: What is left to chance.
+        encoding: Text encoding of metadata and captions.
+        scan_rows: `scan` checks this number of rows, the first ones.
+        fit: Resizes and crops images of `data_file_keys`, or lists of them, after their operator has loaded them.
+        buckets: Chooses the size or sizes at which each row is trained, from the size of the image in the first of
+            `data_file_keys`; needs `scan`. None leaves the size to `fit`.
+        augmentation: Random choices about each sample.
 
     Raises:
-        ValueError: No metadata is found or it has no rows.
+        ValueError: There is no metadata, or it has no rows.
     """
 
     def __init__(
@@ -75,7 +74,7 @@ class UnifiedDataset(TrainingData):
         self.metadata_path, self.rows = find_rows(base_path, metadata_path, encoding)
         self.base_path = os.path.dirname(self.metadata_path) if base_path is None else str(base_path)
         if not self.rows:
-            raise ValueError(f"metadata {self.metadata_path}: has no rows")
+            raise ValueError(f"metadata {self.metadata_path}: has no rows; add some, or set dataset.metadata")
         self.repeat, self.max_data_items, self.on_error = repeat, max_data_items, on_error
         self.scanned = range(min(len(self.rows), scan_rows))
         keys = data_file_keys.split(",") if isinstance(data_file_keys, str) else data_file_keys
@@ -84,11 +83,11 @@ class UnifiedDataset(TrainingData):
         self.operators = dict.fromkeys(self.data_file_keys, main) | dict(special_operator_map or {})
         self.fit, self.buckets, self.augmentation = fit, buckets, augmentation or Augmentation()
         if buckets and not fit:
-            raise ValueError("buckets say at which size images are trained, fit brings them to it; give both")
+            raise ValueError("buckets choose sizes, and without fit images are not resized to them; pass fit as well")
         self.usable = AllBut(len(self.rows), [])
         self.sorted: SortedRows | None = None
         self.faults: list[SkippedRow] = []
-        # Shared memory, so that what a DataLoader worker finds is known to the process that reports it.
+        # In shared memory, so that the reporting process sees the flags that DataLoader workers set.
         self.undecodable = torch.zeros(len(self.rows), dtype=torch.bool).share_memory_()
 
     @classmethod
@@ -111,15 +110,32 @@ class UnifiedDataset(TrainingData):
         scan_rows: int = 1_000_000,
         augmentation: Augmentation | None = None,
     ) -> "UnifiedDataset":
-        """Dataset of a folder of images; `metadata` is a file in it, a path of its own, or what reads its rows.
+        """Make a data set of a folder of images.
 
-        `buckets`, `max_aspect`, `division_factor`, `upscale` are those of `AspectBuckets`; `num_workers` is how many
-        processes should load it.
+        Args:
+            path: The folder, or its URL.
+            metadata: Name of a file in the folder, another path, or a function from a folder to its `Rows`.
+            height, width: Fixed size in pixels of all images; None keeps each image's shape.
+            max_pixels: Most pixels of an image; with `buckets` also several budgets.
+            buckets: Crop images to the sizes of `AspectBuckets`.
+            max_aspect, division_factor, upscale: See `AspectBuckets`.
+            num_workers: Number of DataLoader processes that should load the data set.
+
+        All other arguments are those of the class.
+
+        Raises:
+            ValueError: Two arguments exclude each other.
         """
         if buckets and (height, width) != (None, None):
-            raise ValueError("dataset.height, dataset.width and dataset.buckets all say how large images are; use one.")
+            raise ValueError(
+                "dataset.buckets=true chooses sizes, and dataset.height and dataset.width fix one; set "
+                "dataset.buckets=false, or dataset.height=null dataset.width=null."
+            )
         if not buckets and not isinstance(max_pixels, int):
-            raise ValueError(f"dataset.max_pixels={max_pixels} are several sizes, which need dataset.buckets=true.")
+            raise ValueError(
+                f"dataset.max_pixels={max_pixels} lists several sizes, which need buckets; set dataset.buckets=true or "
+                "one number."
+            )
         sizes = AspectBuckets(max_pixels, division_factor, max_aspect, upscale) if buckets else None
         largest = max_pixels if isinstance(max_pixels, int) else max(max_pixels)
         fit = ImageCropAndResize(height, width, largest, division_factor, division_factor)
@@ -131,7 +147,7 @@ class UnifiedDataset(TrainingData):
 
     @staticmethod
     def image_loader(base_path: str = "") -> RouteByType:
-        """Operator that loads an image, or every image of a list, as it is."""
+        """Operator that loads an image, or every image of a list, at its own size."""
         image = ToAbsolutePath(base_path) >> LoadImage()
         return RouteByType([(str, image), (list, SequentialProcess(image)), (EmbeddedFile, image)])
 
@@ -144,7 +160,7 @@ class UnifiedDataset(TrainingData):
         height_division_factor: int = 16,
         width_division_factor: int = 16,
     ) -> RouteByType:
-        """Operator that loads an image, or every image of a list, at the size `ImageCropAndResize` gives it."""
+        """Operator that loads an image, or every image of a list, resized and cropped by `ImageCropAndResize`."""
         crop = ImageCropAndResize(height, width, max_pixels, height_division_factor, width_division_factor)
         image = ToAbsolutePath(base_path) >> LoadImage() >> crop
         return RouteByType([(str, image), (list, SequentialProcess(image)), (EmbeddedFile, image)])
@@ -162,7 +178,7 @@ class UnifiedDataset(TrainingData):
         time_division_remainder: int = 1,
         frame_rate: float | None = None,
     ) -> RouteByType:
-        """Operator that loads the frames of a video or animation as a list, a still image as a list of one.
+        """Operator that loads the frames of a video or animation as a list; a still image becomes a list of one.
 
         Raises:
             ImportError: PyAV is not installed.
@@ -178,16 +194,18 @@ class UnifiedDataset(TrainingData):
         return RouteByType([(str, video), (EmbeddedFile, video)])
 
     def keep_images_as_they_are(self) -> None:
-        """Refuse, image by image, what would be resized or cropped: each belongs to the noise it was drawn from.
+        """Raise an error for images that would be resized, cropped or mirrored.
+
+        For images that a model sampled: resized, an image would no longer belong to the noise of its seed.
 
         Raises:
-            ValueError: Chance would mirror or crop them.
+            ValueError: The augmentation mirrors or crops images.
         """
-        chance = self.augmentation
-        if chance.flip or chance.random_crop:
+        flip, random_crop = self.augmentation.flip, self.augmentation.random_crop
+        if flip or random_crop:
             raise ValueError(
-                f"dataset.augmentation.flip={chance.flip} and random_crop={chance.random_crop} make other pictures "
-                "than their seeds draw; leave both out."
+                f"dataset.augmentation.flip={flip} and random_crop={random_crop} change images, which then no longer "
+                "belong to the noise of their seeds; set flip=0 and random_crop=false."
             )
         if self.fit:
             self.fit.only_as_it_is = True
@@ -200,23 +218,23 @@ class UnifiedDataset(TrainingData):
 
     @property
     def size(self) -> int:
-        """How many samples there are: usable rows, each as often as it has sizes, or `max_data_items`.
+        """Number of samples: usable rows, one sample for each size of a row, and at most `max_data_items`.
 
         Raises:
-            ValueError: There are buckets, and no row was looked at.
+            ValueError: There are buckets, and `scan` has not sorted the rows into them.
         """
         if self.buckets and self.sorted is None:
-            raise ValueError(f"the rows of {self.metadata_path} are in no buckets yet; scan() sorts them")
+            raise ValueError(f"the rows of {self.metadata_path} are not sorted into buckets yet; call scan() first")
         return self._at_most(len(self.usable if self.sorted is None else self.sorted))
 
     def _at_most(self, length: int) -> int:
         return length if self.max_data_items is None else min(length, self.max_data_items)
 
     def __getitem__(self, index: int) -> dict:
-        """Sample `index` modulo their number, its files loaded, nothing left to chance.
+        """Sample `index` modulo the number of samples, with its files loaded and without augmentation.
 
         Raises:
-            ValueError: A file cannot be decoded. With on_error="skip" the next row that can takes its place, and
+            ValueError: A file cannot be decoded. With on_error="skip" the next row that can be decoded replaces it, and
                 the error is raised only if there is none.
         """
         if not 0 <= index < len(self):
@@ -224,10 +242,10 @@ class UnifiedDataset(TrainingData):
         return self._first_that_loads(index % self.size, lambda row: AugmentationChoice())[0]
 
     def sample(self, address: SampleAddress, seed: int, number: int | None = None) -> tuple[dict, str | None]:
-        """The sample at an address of a run, as chance makes it there, and the name of that variant.
+        """The sample at an address of a run, randomly augmented, and the name of its augmentation variant.
 
         Args:
-            number: Which sample it is, where that is not the address's index.
+            number: Number of the sample in this data set, if it differs from the address's index (in a mixed data set).
         """
 
         def choose(row: dict) -> AugmentationChoice:
@@ -237,36 +255,38 @@ class UnifiedDataset(TrainingData):
         return self._first_that_loads(address.index if number is None else number, choose)
 
     def original_size(self, number: int) -> Size | None:
-        """(width, height) of a sample's first image before it is fitted; None of one that is not on this machine."""
+        """(width, height) of a sample's first image before it is resized; None if it is not on this machine."""
         row, key = self.rows[self._row_number(number)], self.data_file_keys[0]
         return known_size(self.operators[key], row[key]) if key in row else None
 
     def rows_in_buckets(self) -> dict[Size | None, list[WeightedRows]]:
         numbers = {self._fixed_size(): range(self.size)} if self.sorted is None else self.sorted.by_size(self.size)
-        return {size: [WeightedRows(own, Fraction(len(self), self.size))] for size, own in numbers.items()}
+        return {size: [WeightedRows(rows, Fraction(len(self), self.size))] for size, rows in numbers.items()}
 
     def _fixed_size(self) -> Size | None:
+        """The one size (width, height) of all images; None if there is none."""
         return (self.fit.width, self.fit.height) if self.fit and self.fit.height else None
 
     def skips(self, number: int) -> bool:
-        """Whether a sample is left out if it cannot be read."""
+        """Whether a sample is left out, instead of an error, if it cannot be read."""
         return self.on_error == "skip"
 
     def variants(self, number: int) -> Variants:
-        """All that sample `number` may be, its files unread.
+        """All augmentation variants of sample `number`, with files not read yet.
 
         Raises:
-            TypeError: A file's operator cannot tell what it makes.
-            ValueError: There is no end of variants.
+            TypeError: A file's operator can't describe what it makes.
+            ValueError: The variants can't be listed.
         """
         row, size = self.rows[self._row_number(number)], self._size_of(number)
         weights = [weight for _, weight in self.augmentation.texts(row)]
-        rows = {c.variant: self._chosen(row, size, c, unread) for c in self.augmentation.choices(weights)}
+        choices = self.augmentation.choices(weights)
+        rows = {choice.variant: self._chosen(row, size, choice, unread) for choice in choices}
         images = [value for value in flat(rows[""].get(self.data_file_keys[0])) if isinstance(value, Unread)]
         return Variants(images[0].size if images else (0, 0), weights, rows)
 
     def _first_that_loads(self, number: int, choose: Callable[[dict], AugmentationChoice]) -> tuple[dict, str | None]:
-        """Sample `number` or, with on_error="skip", the next one of its size that can be decoded."""
+        """Sample `number` and its variant; with on_error="skip" the next one of its size if it cannot be decoded."""
         size = self._size_of(number)
         others = range(number, number + self.size) if self.on_error == "skip" else [number]
         for other in (n % self.size for n in others if self._size_of(n % self.size) == size):
@@ -276,46 +296,46 @@ class UnifiedDataset(TrainingData):
                 return self._chosen(row, size, choice, called), choice.variant
             except ValueError as error:
                 self._note_undecodable(self._row_number(other), error)
-        those = f"samples of {size[0]} x {size[1]} pixels" if size else f"{len(self.usable)} rows"
-        raise ValueError(f"none of the {those} of {self.metadata_path} can be loaded; correct them")
+        candidates = f"samples of {size[0]} x {size[1]} pixels" if size else f"{len(self.usable)} rows"
+        raise ValueError(f"none of the {candidates} of {self.metadata_path} can be loaded; correct them")
 
     def _row_number(self, number: int) -> int:
         return self.usable[number] if self.sorted is None else int(self.sorted.rows[number])
 
     def _size_of(self, number: int) -> Size | None:
-        """The size of a sample; None where `fit` decides."""
+        """The bucket (width, height) of a sample; None without buckets."""
         return None if self.sorted is None else self.sorted.size_of(number)
 
     def scan(self, required: Sequence[str] = (), prompt_key: str = "prompt") -> list[SkippedRow]:
-        """Checks `scan_rows` rows, reading no more than the headers of their files, and returns those of no use.
+        """Check the first `scan_rows` rows, reading only headers of files, and return the rows that are left out.
 
-        A row needs a caption, the `required` columns, and a file that opens for each of its `data_file_keys`; other
-        columns that a row lacks altogether are not missed. URLs are not fetched, unless for their size.
+        A row needs a caption and the `required` columns, and each file in its `data_file_keys` must open. URLs are not
+        fetched, except for the image sizes that buckets need.
 
         Args:
-            prompt_key: Where the caption is; `prompt` means the columns of `augmentation`.
+            prompt_key: Column of the caption; `prompt` stands for the caption columns of `augmentation`.
 
         Raises:
-            ValueError: Rows cannot be used and on_error="raise", or none is left; buckets need the size of rows that
-                are not looked at; or no row has a column that captions should be from.
+            ValueError: Rows cannot be used and on_error="raise", or none is left; buckets need the size of rows beyond
+                `scan_rows`; or no row has a caption column.
         """
         self._check_captions()
-        unseen = len(self.rows) - len(self.scanned)
-        if unseen and self.buckets:
+        unchecked = len(self.rows) - len(self.scanned)
+        if unchecked and self.buckets:
             raise ValueError(f"dataset.buckets need the size of every row; set dataset.scan_rows={len(self.rows)}.")
-        faults, seen = check_rows(self, prompt_key, required)
+        faults, sizes = check_rows(self, prompt_key, required)
         if faults and (self.on_error == "raise" or len(faults) == len(self.scanned)):
             raise ValueError(self._describe(faults))
-        if unseen:
-            about = unseen, len(self.rows), self.metadata_path, len(self.scanned)
-            logger.info("%d of %d rows of %s were not looked at; dataset.scan_rows=%d is how many are.", *about)
+        if unchecked:
+            counts = unchecked, len(self.rows), self.metadata_path, len(self.scanned)
+            logger.info("%d of %d rows of %s were not checked; dataset.scan_rows=%d sets how many are.", *counts)
         self.usable = AllBut(len(self.rows), [fault.row - 1 for fault in faults])
-        self.faults, self.sorted = faults, self.buckets and SortedRows.of(self.buckets, seen)
+        self.faults, self.sorted = faults, self.buckets and SortedRows.of(self.buckets, sizes)
         return faults
 
     def _check_captions(self) -> None:
         others = [column for column in self.augmentation.captions if column != "prompt"]
-        unknown = [c for c in others if not any(c in self.rows[number] for number in self.scanned)]
+        unknown = [column for column in others if not any(column in self.rows[number] for number in self.scanned)]
         if unknown:
             raise ValueError(
                 f"dataset.augmentation.captions names {unknown[0]!r}, which no row of {self.metadata_path} has; choose "
@@ -323,30 +343,35 @@ class UnifiedDataset(TrainingData):
             )
 
     def fingerprint(self) -> str:
-        """16 hex digits that change with the rows, with which are used, and with the sizes of files `scan` looks at."""
+        """A hash (16 hex digits) of the rows, of which rows are used, and of the sizes of the files of `scan`."""
         digest = blake2b(self.rows.digest().encode() + self.usable.before.tobytes(), digest_size=8)
         for number in self.scanned:
             row = self.rows[number]
-            sizes = [self._sizes(row[key]) for key in self.data_file_keys if key in row]
+            sizes = [self._bytes_of(row[key]) for key in self.data_file_keys if key in row]
             digest.update(repr(sizes).encode())
         return digest.hexdigest()
 
-    def _sizes(self, files: Any) -> list[int | None]:
-        names = [file for file in (files if isinstance(files, list) else [files]) if isinstance(file, str)]
+    def _bytes_of(self, cell: Any) -> list[int | None]:
+        """Sizes in bytes of the files that a cell names."""
+        names = [name for name in (cell if isinstance(cell, list) else [cell]) if isinstance(name, str)]
         return [size_on_disk(os.path.join(self.base_path, name)) for name in names]
 
     @property
     def skipped(self) -> list[SkippedRow]:
-        """Rows left out by `scan`, then those that could not be decoded when their turn came."""
+        """The rows that `scan` left out, then the rows that could not be decoded during training."""
         numbers = self.undecodable.nonzero().flatten().tolist()
         return self.faults + [SkippedRow(n + 1, self._files(n), "could not be decoded") for n in numbers]
 
     def write_skipped(self, path: str | Path) -> None:
-        """Writes `skipped` as JSON lines and says how many there are; the file appears whole or not at all."""
+        """Write `skipped` as JSON lines, atomically, and log how many rows there are."""
         write_skipped(path, self.skipped, len(self.rows), self.metadata_path)
 
     def _chosen(self, row: dict, size: Size | None, choice: AugmentationChoice, apply: Callable) -> dict:
-        """A row as it is chosen; `apply(operator, value)` calls operators, or asks them what they would return."""
+        """An augmented row.
+
+        Args:
+            apply: `called` to apply operators to cells, `unread` to describe what they would return.
+        """
         row = Row(row)
         if any(column in row for column in self.augmentation.captions):
             row["prompt"] = self.augmentation.prompt(row, choice)
@@ -354,14 +379,14 @@ class UnifiedDataset(TrainingData):
             try:
                 value = apply(self.operators[key], row[key])
                 row[key] = self._fitted(value, size, choice) if key in self.data_file_keys else value
-            # Pillow's decoders raise nearly anything: OSError, SyntaxError, struct.error, DecompressionBombError.
+            # Pillow's decoders raise OSError, SyntaxError, struct.error, DecompressionBombError and others.
             except Exception as error:
                 kind = TypeError if isinstance(error, TypeError) else ValueError
                 raise kind(f"{key} {row[key]!r}: {error}") from error
         return row
 
     def _fitted(self, value: Any, size: Size | None, choice: AugmentationChoice) -> Any:
-        """An image at the size and in the part that it is trained at, or every image of a list."""
+        """An image, or every image of a list, resized, cropped and mirrored for training."""
         if isinstance(value, list):
             return [self._fitted(element, size, choice) for element in value]
         if isinstance(value, Unread):
@@ -371,12 +396,13 @@ class UnifiedDataset(TrainingData):
         return ImageOps.mirror(value) if choice.mirrored else value
 
     def _note_undecodable(self, number: int, error: ValueError) -> None:
+        """Mark a row as not decodable, or raise with on_error="raise"."""
         message = f"row {number + 1}: {error}"
         if self.on_error == "raise":
             message += "; correct it, or leave such rows out with dataset.on_error=skip"
             raise ValueError(message) from error.__cause__
         if not self.undecodable[number]:
-            logger.warning("The next row takes the place of %s", message)
+            logger.warning("The next row replaces %s", message)
         self.undecodable[number] = True
 
     def _files(self, number: int) -> str:
@@ -393,27 +419,11 @@ class UnifiedDataset(TrainingData):
         )
 
 
-def find_rows(base_path: str | None, metadata: str | Callable | None, encoding: str) -> tuple[str, Rows]:
-    """Where rows are from, and the rows: `metadata` in `base_path` or by itself, a default name's, or captions."""
-    if callable(metadata):
-        return str(base_path), metadata(str(base_path))
-    if base_path is None and metadata is None:
-        raise ValueError("base_path and metadata_path are both None; give at least one")
-    if base_path is None:
-        return str(metadata), read_metadata(metadata, encoding)
-    names = [f"metadata{suffix}" for suffix in READERS] if metadata is None else [metadata]
-    candidates = [os.path.join(base_path, name) for name in names] + [str(metadata)] * (metadata is not None)
-    for candidate in filter(is_file, candidates):
-        return candidate, read_metadata(candidate, encoding)
-    if metadata is None and (rows := read_captions(str(base_path), encoding)):
-        return str(base_path), rows
-    looked_for = ", ".join(dict.fromkeys(candidates)) + ", images" * (metadata is None)
-    raise ValueError(f"no metadata: looked for {looked_for}; set dataset.path or dataset.metadata")
-
-
 def called(operator: Callable, value: Any) -> Any:
+    """The result of an operator; the counterpart of `unread`."""
     return operator(value)
 
 
 def flat(value: Any) -> list:
+    """The elements of nested lists as one list."""
     return [inner for element in value for inner in flat(element)] if isinstance(value, list) else [value]

@@ -1,4 +1,4 @@
-"""Trading compute for memory in the backward pass."""
+"""Gradient checkpointing and activation offloading: less memory for activations, more time for a step."""
 
 from .checkpoint import checkpoint_blocks, gradient_checkpoint_forward, is_checkpointed, recomputing_in
 from .policies import check_policy, follow, honoured_policies, repeated_blocks, repeated_lists

@@ -1,4 +1,4 @@
-"""Activations that wait for the backward pass in host memory."""
+"""Activation offloading: tensors that autograd saves for the backward pass are kept in host memory."""
 
 import weakref
 from collections.abc import Callable, Iterator
@@ -13,14 +13,18 @@ from ..memory import host
 
 @contextmanager
 def offloaded(model: Callable) -> Iterator[None]:
-    """What is saved inside for the backward pass waits in host memory, but for the weights of a module `model`."""
+    """Inside, keep tensors that autograd saves in host memory, except parameters and buffers of a module `model`."""
     activations = _Activations(model)
-    with saved_tensors_hooks(activations.put_away, activations.bring_back):
+    with saved_tensors_hooks(activations.pack, activations.unpack):
         yield
 
 
 class _Activations:
-    """What one module saved. When the first of it is wanted all of it comes back, and what was saved before follows."""
+    """The tensors that autograd saved of one module.
+
+    When the backward pass asks for the first of them, all are copied back to the device. The tensors of the module that
+    ran before, which the backward pass needs next, are then copied ahead of time.
+    """
 
     latest: "weakref.ref | None" = None
 
@@ -30,9 +34,10 @@ class _Activations:
         self.in_host_memory: list[Tensor] = []
         self.on_device: dict[int, Tensor] = {}
         self.device, self.arrival, self.is_fetched = None, None, False
-        self.before, _Activations.latest = _Activations.latest, weakref.ref(self)
+        self.previous, _Activations.latest = _Activations.latest, weakref.ref(self)
 
-    def put_away(self, tensor: Tensor) -> Tensor | int:
+    def pack(self, tensor: Tensor) -> Tensor | int:
+        """Copy a tensor, of any shape, to host memory; return its number, or a weight itself."""
         # The checkpoint of torch before 2.13 saves an empty tensor of its own.
         if tensor.numel() == 0 or tensor.untyped_storage()._cdata in self.weights:
             return tensor
@@ -43,19 +48,21 @@ class _Activations:
         lane.keep(tensor)
         return len(self.in_host_memory) - 1
 
-    def bring_back(self, saved: Tensor | int) -> Tensor:
+    def unpack(self, saved: Tensor | int) -> Tensor:
+        """The tensor, of any shape, that `pack` got, on its device again."""
         if isinstance(saved, Tensor):
             return saved
         self.fetch()
-        lane, before = host.lane(self.device), self.before and self.before()
+        lane, previous = host.lane(self.device), self.previous and self.previous()
         lane.wait(self.arrival)
-        if before is not None:
-            before.fetch()
-        if saved not in self.on_device:  # wanted again, as in a second backward pass through the same graph
+        if previous is not None:
+            previous.fetch()
+        if saved not in self.on_device:  # unpacked before: this is a second backward pass through the same graph
             return host.to_device(self.in_host_memory[saved], self.device)
         return lane.hand_over(self.on_device.pop(saved))
 
     def fetch(self) -> None:
+        """Begin to copy all tensors back to their device."""
         if self.is_fetched or self.device is None:
             return
         lane = host.lane(self.device)

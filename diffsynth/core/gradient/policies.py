@@ -1,11 +1,16 @@
-"""Which activations a network keeps for the backward pass, which it computes again, and where the kept ones wait.
+"""Checkpointing policies: which activations a network saves, which it recomputes, and where it keeps the saved ones.
 
-Policies are laid on a network from outside, on the blocks that it says it repeats and on their attention and
-feed-forward parts.
+A policy wraps the `forward` of a network's repeated blocks, or of their attention or feed-forward parts, from outside.
+The network's own code does not change. The policies are:
+
+- `none`: all activations are saved.
+- `blocks`: only each block's inputs are saved.
+- `attention`, `feed_forward`: only the inputs of these parts of each block are saved, and all activations of the rest.
 """
 
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import torch
 from torch import nn
@@ -13,7 +18,7 @@ from torch import nn
 from .checkpoint import gradient_checkpoint_forward
 from .offload import offloaded
 
-# Names that diffusers and transformers give to the parts of a block.
+# Names that diffusers and transformers give to the submodules of a block.
 PARTS = {
     "attention": ("attn", "self_attn", "attention"),
     "feed_forward": ("ff", "ff_context", "img_mlp", "txt_mlp", "mlp", "feed_forward"),
@@ -21,12 +26,15 @@ PARTS = {
 
 
 def repeated_blocks(network: nn.Module) -> list[nn.Module]:
-    """The blocks that a diffusers or transformers network says it repeats, in the order in which they stand in it."""
+    """The repeated blocks of a diffusers or transformers network, in order; see `repeated_lists`."""
     return [block for blocks in repeated_lists(network).values() for block in blocks]
 
 
 def repeated_lists(network: nn.Module) -> dict[str, nn.ModuleList]:
-    """The lists that these blocks stand in, by name."""
+    """The lists of repeated blocks of a network, by name.
+
+    A network names the classes of its repeated blocks in `_repeated_blocks` (diffusers) or `_no_split_modules` (both).
+    """
     kinds = {
         kind
         for module in network.modules()
@@ -34,46 +42,52 @@ def repeated_lists(network: nn.Module) -> dict[str, nn.ModuleList]:
         for kind in getattr(module, name, None) or ()
     }
     lists = {name: module for name, module in network.named_modules() if isinstance(module, nn.ModuleList)}
-    return {n: blocks for n, blocks in lists.items() if blocks and {type(block).__name__ for block in blocks} <= kinds}
+    return {name: blocks for name, blocks in lists.items() if blocks and _kinds(blocks) <= kinds}
+
+
+def _kinds(blocks: nn.ModuleList) -> set[str]:
+    return {type(block).__name__ for block in blocks}
 
 
 def parts_of(block: nn.Module, policy: str) -> list[nn.Module]:
-    """The attention, or the feed-forward parts, of a block."""
+    """The submodules of a block that the policy `attention` or `feed_forward` recomputes."""
     return [part for name, part in block.named_children() if name in PARTS[policy]]
 
 
 def honoured_policies(network: nn.Module) -> list[str]:
-    """The policies that a network can follow; attention and feed-forward must stand apart in all of its blocks."""
+    """The policies that a network can follow; a part can be recomputed only if every block has it as a submodule."""
     blocks = repeated_blocks(network)
     if not blocks:
         return ["none"]
-    apart = all(parts_of(block, policy) for block in blocks for policy in PARTS)
-    return ["none", "blocks", *(PARTS if apart else ())]
+    have_parts = all(parts_of(block, policy) for block in blocks for policy in PARTS)
+    return ["none", "blocks", *(PARTS if have_parts else ())]
 
 
 def check_policy(network: nn.Module, policy: str) -> None:
-    """Refuse a policy that a network cannot follow; works on the meta device.
+    """Raise if a network cannot follow a policy; works on the meta device.
 
     Raises:
-        ValueError: Names the network and the policies that it can follow.
+        ValueError: The network cannot follow the policy; names those that it can.
     """
     honoured = honoured_policies(network)
     if policy not in honoured:
         fused = [type(b).__name__ for b in repeated_blocks(network) if not all(parts_of(b, p) for p in PARTS)]
-        why = f"its {fused[0]} has no attention and feed-forward apart" if fused else "it names no repeated blocks"
+        no_parts = f"its {fused[0]} has no separate attention and feed-forward modules" if fused else ""
         raise ValueError(
-            f"memory.checkpointing={policy}: {type(network).__name__} cannot, as {why}; choose one of {honoured}."
+            f"memory.checkpointing={policy} does not work with {type(network).__name__}: "
+            f"{no_parts or 'it names no repeated blocks'}; set memory.checkpointing to one of {honoured}."
         )
 
 
 def follow(network: nn.Module, policy: str, every: int = 1, offload: bool = False, runs_itself: bool = True) -> None:
-    """Make a network follow a policy from now on.
+    """Apply a checkpointing policy to a network.
 
     Args:
         policy: One of `honoured_policies(network)`.
-        every: Under `blocks`, the first of so many blocks is checkpointed, the others keep their activations.
-        offload: What is kept waits in host memory.
-        runs_itself: Its `model_fn` says in each call whether its blocks are checkpointed (see `checkpoint_blocks`).
+        every: Under `blocks`, every Nth block, from the first on, is checkpointed; the others save their activations.
+        offload: Keep the saved activations in host memory.
+        runs_itself: Whether the network's `model_fn` turns the checkpointing of blocks on in each call (see
+            `checkpoint_blocks`); `blocks` then only marks the blocks.
     """
     blocks = repeated_blocks(network)
     for number, block in enumerate(blocks):
@@ -95,12 +109,12 @@ def _run_through(function: Callable, module: nn.Module) -> None:
     module.forward = partial(function, module, module.forward)
 
 
-def _recompute(module: nn.Module, forward: Callable, *args, **kwargs):
-    if "past_key_values" in kwargs:  # transformers' cache, which a second run would write to again
+def _recompute(module: nn.Module, forward: Callable, *args: Any, **kwargs: Any) -> Any:
+    if "past_key_values" in kwargs:  # transformers' cache: the second run would append to it again
         kwargs["past_key_values"] = None
     return gradient_checkpoint_forward(forward, torch.is_grad_enabled(), False, *args, **kwargs)
 
 
-def _offload(module: nn.Module, forward: Callable, *args, **kwargs):
+def _offload(module: nn.Module, forward: Callable, *args: Any, **kwargs: Any) -> Any:
     with offloaded(module):
         return forward(*args, **kwargs)

@@ -1,4 +1,4 @@
-"""Find a model's files, on this machine or on a hub, and turn them into a module."""
+"""Find a model's files, on this machine or on a hub, and load them into a module."""
 
 from .model_config import ModelConfig, refuse_pickle
 from .weights import (

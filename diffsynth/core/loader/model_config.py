@@ -1,13 +1,16 @@
+"""Find the files of a model's weights on this machine, and download them from a hub if they are absent."""
+
 import json
 import os
 import re
 import threading
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 SOURCES = ("modelscope", "huggingface")
-PROBE_SECONDS = 5
+PROBE_SECONDS = 5  # that a hub has to answer a first request; a guess
 PICKLE_SUFFIXES = {".bin", ".pt", ".pth", ".ckpt"}
 SHARD_NAME = re.compile(r"(?P<stem>.+)-\d{5}-of-(?P<count>\d{5})(?P<suffix>\..+)")
 
@@ -16,21 +19,22 @@ SHARD_NAME = re.compile(r"(?P<stem>.+)-\d{5}-of-(?P<count>\d{5})(?P<suffix>\..+)
 class ModelConfig:
     """Where the weights of one model are: local files, or a pattern of files in a hub's repository.
 
-    Local files win: the hub is asked only for what is absent under `<local_model_path>/<model_id>/`.
+    The hub is asked only for files that are absent in `<local_model_path>/<model_id>/`.
 
     Args:
-        path: A file, its shards, or a folder; wins over model_id.
+        path: A file, a list of shards, or a folder; if given, `model_id` is not used.
         model_id: The repository, "owner/name".
-        origin_file_pattern: Its files, "transformer/*.safetensors"; a folder ends in "/"; None is the whole repository.
-        download_source: "modelscope" or "huggingface"; by default DIFFSYNTH_DOWNLOAD_SOURCE, then modelscope.
-        local_model_path: By default DIFFSYNTH_MODEL_BASE_PATH, then ./models.
-        skip_download: By default DIFFSYNTH_SKIP_DOWNLOAD, then False.
+        origin_file_pattern: Files of the repository, such as "transformer/*.safetensors"; a folder ends in "/"; None is
+            the whole repository.
+        download_source: "modelscope" or "huggingface"; None takes DIFFSYNTH_DOWNLOAD_SOURCE, then modelscope.
+        local_model_path: Folder of downloaded models; None takes DIFFSYNTH_MODEL_BASE_PATH, then ./models.
+        skip_download: Never ask a hub; None takes DIFFSYNTH_SKIP_DOWNLOAD, then False.
         revision: Branch, tag or commit of the repository.
-        config: The config.json (or its folder) of weights that have none beside them.
-        trust_remote_code: Whether code that the repository brings may run; only that of templates ever does.
+        config: The config.json, or its folder, if there is none beside the weights.
+        trust_remote_code: Whether Python code from the repository may run; only templates have such code.
 
     Raises:
-        ValueError: Neither path nor model_id, an unknown source, or a pickled file.
+        ValueError: Neither path nor model_id is given, the source is unknown, or a file is a pickle.
     """
 
     path: str | list[str] | None = None
@@ -45,18 +49,20 @@ class ModelConfig:
 
     def __post_init__(self):
         if self.path is None and self.model_id is None:
-            raise ValueError("ModelConfig needs a path or a model_id; neither is set.")
+            raise ValueError(
+                'ModelConfig needs a path or a model_id, and neither is set; set model_id="owner/name", say.'
+            )
         if self.source not in SOURCES:
             raise ValueError(
-                f"Unknown download source {self.source!r}. Expected {' or '.join(SOURCES)}, "
-                "in download_source or DIFFSYNTH_DOWNLOAD_SOURCE."
+                f"Unknown download source {self.source!r}; set download_source or DIFFSYNTH_DOWNLOAD_SOURCE to "
+                f"{' or '.join(SOURCES)}."
             )
         for name in [*_as_list(self.path), *_as_list(self.origin_file_pattern)]:
             refuse_pickle(name)
 
     @property
     def source(self) -> str:
-        """The hub that absent files come from."""
+        """The name of the hub that absent files are downloaded from."""
         return self.download_source or os.environ.get("DIFFSYNTH_DOWNLOAD_SOURCE") or "modelscope"
 
     @property
@@ -67,35 +73,36 @@ class ModelConfig:
 
     @property
     def skips_download(self) -> bool:
-        """Whether hubs may not be asked."""
+        """Whether downloads are switched off."""
         if self.skip_download is not None:
             return self.skip_download
         return os.environ.get("DIFFSYNTH_SKIP_DOWNLOAD", "").lower() in ("1", "true")
 
     @property
     def is_absent(self) -> bool:
-        """Whether a hub would have to be asked for some of the files."""
+        """Whether some of the files are not on this machine."""
         return self.path is None and any(map(self._absent, _as_list(self.origin_file_pattern) or [""]))
 
     @property
     def is_to_be_downloaded(self) -> bool:
-        """Whether `resolve` is going to ask a hub for files."""
+        """Whether `resolve` will ask a hub for files."""
         return self.is_absent and not self.skips_download
 
     def resolve(self) -> list[Path]:
-        """Local paths of the files, downloaded first where they are absent.
+        """Local paths of the files; absent files are downloaded first.
 
         Returns:
-            The files in order of their names; for a pattern that is a folder, the folder.
+            The files sorted by name; for a pattern that is a folder, the folder.
 
         Raises:
-            FileNotFoundError: Files that are neither here nor to be had.
+            FileNotFoundError: Files are absent and could not be downloaded.
         """
         if self.path is not None:
             return [file for path in _as_list(self.path) for file in _files_at(Path(path))]
         return [file for pattern in _as_list(self.origin_file_pattern) or [""] for file in self._fetch(pattern)]
 
     def _fetch(self, pattern: str) -> list[Path]:
+        """The files of one pattern, downloaded if they are absent."""
         reason = ""
         if self._absent(pattern) or self._lacks_config(pattern):
             reason = self._download(pattern)
@@ -111,6 +118,7 @@ class ModelConfig:
         return [self.folder / pattern] if _is_folder(pattern) else sorted(self.folder.glob(pattern))
 
     def _absent(self, pattern: str) -> list[str]:
+        """Names of the files of a pattern that are not on this machine, as far as local files tell."""
         if _is_folder(pattern):
             folder = self.folder / pattern
             complete = folder.is_dir() and any(folder.iterdir()) and not _marker(folder).exists()
@@ -124,7 +132,7 @@ class ModelConfig:
         return not all((file.parent / "config.json").exists() for file in self._matches(pattern))
 
     def _download(self, pattern: str) -> str:
-        """Download what matches; returns why something may still be absent."""
+        """Download the files of a pattern; return the reason why files may still be absent."""
         if self.skips_download:
             return "downloads are switched off"
         endpoint, snapshot_download = _hub(self.source)
@@ -135,36 +143,35 @@ class ModelConfig:
                 snapshot_download(self.model_id, revision=self.revision, local_dir=self.folder, **_selection(pattern))
         except Exception as error:  # the clients' errors have no base class in common
             return f"{endpoint} answered: {type(error).__name__}: {error}"
-        return f"{endpoint} has none"
+        return f"{endpoint} has no such file"
 
 
 def missing_shards(files: list[Path]) -> list[Path]:
-    """Shards that are not in `files` but announced by a name there ("-00001-of-00009") or by an index beside them."""
-    announced = set()
+    """Shards that are not in `files`, although a name in it ("-00001-of-00009") or an index beside it names them."""
+    expected = set()
     for file in files:
         if name := SHARD_NAME.fullmatch(file.name):
-            numbers = range(1, int(name["count"]) + 1)
-            announced |= {
-                file.with_name(f"{name['stem']}-{number:05d}-of-{name['count']}{name['suffix']}") for number in numbers
-            }
+            stem, count, suffix = name["stem"], name["count"], name["suffix"]
+            numbers = range(1, int(count) + 1)
+            expected |= {file.with_name(f"{stem}-{number:05d}-of-{count}{suffix}") for number in numbers}
     for index in {index for file in files for index in file.parent.glob("*.index*.json")}:
         shards = {index.with_name(shard) for shard in json.loads(index.read_text())["weight_map"].values()}
         # A folder may hold several variants of the weights, each with its index.
         if shards & set(files):
-            announced |= shards
-    return sorted(announced - set(files))
+            expected |= shards
+    return sorted(expected - set(files))
 
 
-def refuse_pickle(name: str | Path):
-    """Raise ValueError for a file that can only be read by unpickling it, which runs its code."""
+def refuse_pickle(name: str | Path) -> None:
+    """Raise ValueError for a file that is a pickle by its suffix: unpickling runs code that the file contains."""
     if Path(name).suffix in PICKLE_SUFFIXES:
         raise ValueError(
-            f"{name} is a pickle, and pickles are never loaded. Convert it, where you trust it: "
+            f"{name} is a pickle, and pickles are never loaded, as they can run code. If you trust it, convert it: "
             "safetensors.torch.save_file(torch.load(file, weights_only=True), 'model.safetensors')"
         )
 
 
-def _as_list(value) -> list:
+def _as_list(value: str | os.PathLike | list | None) -> list:
     if value is None:
         return []
     return [value] if isinstance(value, str | os.PathLike) else list(value)
@@ -183,17 +190,19 @@ def _is_folder(pattern: str) -> bool:
 
 
 def _selection(pattern: str) -> dict[str, list[str]]:
+    """A pattern as arguments of the hubs' `snapshot_download`; config.json and the index come along with weights."""
     if _is_folder(pattern):
         return {"allow_patterns": [f"{pattern}*"], "ignore_patterns": []}
     folder = pattern[: pattern.rfind("/") + 1]
-    # The hubs' "*" crosses "/", ours does not.
+    # In the hubs' patterns "*" also matches "/"; here it does not.
     return {
         "allow_patterns": [pattern, f"{folder}config.json", f"{folder}*.index*.json"],
         "ignore_patterns": [f"{folder}*/*"],
     }
 
 
-def _hub(source: str):
+def _hub(source: str) -> tuple[str, Callable]:
+    """The address of a hub and its client's `snapshot_download`."""
     if source == "modelscope":
         from modelscope import snapshot_download
         from modelscope_hub.config import HubConfig
@@ -206,16 +215,16 @@ def _hub(source: str):
 
 
 def _answers(endpoint: str) -> bool:
-    """Whether the hub is reachable: asked first because its client would retry for minutes."""
+    """Whether a hub is reachable; checked first, because its client would retry for minutes."""
     import requests
 
     answers = []
 
-    def ask():
+    def ask() -> None:
         with suppress(requests.RequestException):
             answers.append(requests.head(endpoint, timeout=PROBE_SECONDS))
 
-    # In a thread because no timeout covers the lookup of the name.
+    # In a thread, because the timeout does not cover the DNS lookup.
     probe = threading.Thread(target=ask, daemon=True)
     probe.start()
     probe.join(PROBE_SECONDS)
@@ -223,8 +232,8 @@ def _answers(endpoint: str) -> bool:
 
 
 @contextmanager
-def _marked(folder: Path):
-    """Mark a folder while it is downloaded: afterwards nothing else in it tells that a file is still to come."""
+def _marked(folder: Path) -> Iterator[None]:
+    """Keep a marker file in a folder while it is downloaded; after an interruption only the marker tells that."""
     folder.mkdir(parents=True, exist_ok=True)
     _marker(folder).touch()
     yield

@@ -1,3 +1,5 @@
+"""Build a network from its config.json and load safetensors weights into it, checked before any tensor is read."""
+
 import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -15,11 +17,14 @@ from ..files import replacing
 from ..memory.storage import store, stored_layers
 from .model_config import ModelConfig, missing_shards, refuse_pickle
 
-FINGERPRINT_BLOCKS, FINGERPRINT_BYTES = 64, 4096
+FINGERPRINT_BLOCKS, FINGERPRINT_BYTES = (
+    64,
+    4096,
+)  # blocks that `fingerprint` reads of each file, and their size; a guess
 
 
 def load_model(model_config: ModelConfig, dtype: torch.dtype | None = None, device: str = "cpu") -> nn.Module:
-    """The model a config names, frozen and in eval mode, its weights checked before any is read."""
+    """Load the model that a config names, frozen and in eval mode; its files are checked before any tensor is read."""
     files = model_config.resolve()
     module = build_module(files, model_config.config)
     check_weights(module, files)
@@ -31,14 +36,14 @@ def build_module(
     config: str | Path | Mapping | None = None,
     classes: Mapping[str, type[nn.Module]] | None = None,
 ) -> nn.Module:
-    """An empty module of the class that config.json names, from diffusers or transformers.
+    """Build a module without weights, of the diffusers or transformers class that config.json names.
 
-    Parameters are on the meta device; buffers and plain tensors (RoPE tables) are computed by the constructor.
+    Parameters are on the meta device; the constructor computes buffers and plain tensors (RoPE tables).
 
     Args:
-        files: The weights; config.json is looked for beside the first.
-        config: Another config.json, or its folder, or its content.
-        classes: By the name in config.json, classes to build instead of the library's.
+        files: The weights; config.json is expected beside the first file.
+        config: Another config.json, its folder, or its content.
+        classes: Classes to build instead of the library's, by the class name in config.json.
     """
     from accelerate import init_empty_weights
 
@@ -55,7 +60,7 @@ def _find_config(path: Path) -> Path:
     file = path / "config.json" if path.is_dir() else path
     if not file.is_file():
         raise FileNotFoundError(
-            f"{file.absolute()} not found, and the weights' class stands in it. "
+            f"{file.absolute()} not found; it names the class of the weights. "
             "Put the released config.json beside the weights, or pass config= with its path."
         )
     return file
@@ -71,35 +76,38 @@ def _network_class(config: Mapping, config_file: Path | str) -> type[nn.Module]:
         library, name = transformers, config["architectures"][0]
     else:
         raise ValueError(
-            f"{config_file} names no class. Expected _class_name (diffusers) or architectures (transformers) in it."
+            f"{config_file} names no class. Expected _class_name (diffusers) or architectures (transformers) in it; "
+            "use the config.json that was released with the weights."
         )
     network = getattr(library, name, None)
     if not (isinstance(network, type) and issubclass(network, nn.Module)):
         nearest = get_close_matches(name, dir(library), 1)
         raise ValueError(
             f"{config_file} names {name!r}, which is no network of {library.__name__} {library.__version__}. "
-            f"Nearest: {', '.join(nearest) or 'none'}. A newer release may have it."
+            f"Nearest: {', '.join(nearest) or 'none'}. A newer release may have it: pip install -U {library.__name__}"
         )
     return network
 
 
 class StoredTensor(NamedTuple):
-    """A tensor as a file's header describes it."""
+    """Name, shape and file of a tensor, from the file's header."""
 
     key: str
     shape: tuple[int, ...]
     file: Path
 
 
-def check_weights(module: nn.Module, files: list[Path]):
-    """Compare the files' headers with the module; reads no tensor.
+def check_weights(module: nn.Module, files: list[Path]) -> None:
+    """Check that the names and shapes in the files' headers are those of the module; reads no tensor.
 
     Raises:
-        ValueError: A shard is missing, a file is cut off or no safetensors, or names or shapes differ.
+        ValueError: A shard is missing, a file is cut off or no safetensors file, or names or shapes differ.
     """
     shapes = {file: read_shapes(file) for file in files}
     if missing := missing_shards(files):
-        raise ValueError(f"Shards missing beside {files[0]}: {', '.join(file.name for file in missing)}. Fetch them.")
+        raise ValueError(
+            f"Shards missing beside {files[0]}: {', '.join(file.name for file in missing)}; download them."
+        )
 
     names = _module_keys(module, [key for header in shapes.values() for key in header])
     found = {
@@ -113,21 +121,21 @@ def check_weights(module: nn.Module, files: list[Path]):
         listed = "\n  ".join([*shown, f"and {hidden} more"] if hidden else shown)
         raise ValueError(
             f"The weights do not fit {type(module).__name__}:\n  {listed}\n"
-            "Are they of another architecture or size? Give the config.json released with them."
+            "Are they of another architecture or size? Use the config.json that was released with them."
         )
 
 
 def read_shapes(file: Path) -> dict[str, tuple[int, ...]]:
-    """Names and shapes in a safetensors file, from its header.
+    """Names and shapes of the tensors in a safetensors file, from its header.
 
     Raises:
-        ValueError: The file is no safetensors or not as long as its header says.
+        ValueError: The file is no safetensors file, or is not as long as its header says.
     """
     refuse_pickle(file)
     size = file.stat().st_size
     with file.open("rb") as stream:
         length = int.from_bytes(stream.read(8), "little")
-        # A cut or foreign file announces any length, up to 2^64.
+        # In a cut-off or other file these bytes may be any length up to 2^64.
         if not 2 <= length <= size - 8:
             raise ValueError(f"{file} ({size} bytes) is no safetensors file, or is cut off. {_FETCH_AGAIN}")
         try:
@@ -141,11 +149,11 @@ def read_shapes(file: Path) -> dict[str, tuple[int, ...]]:
     return {key: tuple(tensor["shape"]) for key, tensor in header.items()}
 
 
-_FETCH_AGAIN = "Delete it and fetch it again (a git clone without LFS leaves pointers instead of weights)."
+_FETCH_AGAIN = "Delete it and download it again (a git clone without LFS has pointers instead of weights)."
 
 
 def _missing(module: nn.Module, expected: Mapping, found: Mapping) -> list[str]:
-    # Of tied weights files hold one: {target: source} in transformers.
+    # Files contain one of several tied weights; transformers lists them as {target: source}.
     tied = getattr(module, "all_tied_weights_keys", {})
     present = {tied.get(name, name) for name in found}
     return [f"{name} is missing" for name in expected if tied.get(name, name) not in present]
@@ -175,15 +183,19 @@ def load_weights(
     device: str | torch.device = "cpu",
     storage: str = "none",
 ) -> nn.Module:
-    """Assign memory-mapped weights to a module, frozen and in eval mode.
+    """Load memory-mapped weights into a module, frozen and in eval mode.
 
-    Tensors are cast one at a time; where dtype and device agree nothing is copied. Peak memory is the model and one
-    tensor, besides the mapped pages of one shard, which the kernel drops when it needs to. Integers are not cast, and
-    what the library keeps in fp32 becomes fp32.
+    Tensors are cast one at a time, and not copied if dtype and device agree. Peak memory is the model and one tensor,
+    besides the mapped pages of one shard, which the kernel drops when it needs memory. Integer tensors are not cast.
+    Submodules that the library keeps in fp32 become fp32.
 
     Args:
-        files: None of a sketch, which has no values: its weights are left as `torch.empty` makes them.
-        storage: How the weights of linear layers in blocks are kept, see `core.memory.storage`; also one at a time.
+        files: The safetensors files; None for a plan's module, whose tensors have no values (see `empty_weights`).
+        dtype: Dtype of the weights; None is that of the files.
+        storage: Format of the weights of linear layers in blocks, see `core.memory.storage`.
+
+    Raises:
+        ValueError: A parameter is in no file.
     """
     in_fp32 = _fp32_names(module, dtype)
     if storage != "none":
@@ -210,17 +222,20 @@ def load_weights(
         module.tie_weights(missing_keys=absent)
     unloaded = [name for name, parameter in module.named_parameters() if parameter.is_meta]
     if unloaded:
-        raise ValueError(f"{len(unloaded)} parameters of {type(module).__name__} are in no file, as {unloaded[0]}.")
+        raise ValueError(
+            f"{len(unloaded)} parameters of {type(module).__name__} are in none of the files, such as {unloaded[0]}; "
+            "download the weights again, or use the config.json that was released with them."
+        )
     return module.to(device).requires_grad_(False).eval()
 
 
 def empty_weights(module: nn.Module, dtype: torch.dtype | None, device: str | torch.device) -> nn.Module:
-    """Weights and buffers of a module in their shapes and dtypes, without values."""
+    """Give a module weights and buffers of the right shapes and dtypes, but without values (`torch.empty`)."""
     in_fp32 = _fp32_names(module, dtype)
     for path, part in module.named_modules():
         for name, tensor in part.named_parameters(recurse=False):
-            kept = torch.float32 if in_fp32 & {*path.split("."), name} else dtype
-            empty = torch.empty_like(_cast(tensor, kept), device=device)
+            wanted = torch.float32 if in_fp32 & {*path.split("."), name} else dtype
+            empty = torch.empty_like(_cast(tensor, wanted), device=device)
             setattr(part, name, nn.Parameter(empty, requires_grad=False))
         for name, tensor in part.named_buffers(recurse=False):
             part._buffers[name] = torch.empty_like(tensor, device=device)
@@ -230,19 +245,20 @@ def empty_weights(module: nn.Module, dtype: torch.dtype | None, device: str | to
 
 
 def _encoded(layer: nn.Module, name: str, weight: Tensor) -> dict[str, Tensor]:
+    """The state of a stored layer, whose weight would be called `name`."""
     start = name.removesuffix("weight")
     return {f"{start}{part}": tensor for part, tensor in layer.encode(weight).items()}
 
 
 def drop_weights(module: nn.Module) -> None:
-    """Let go of a module's parameters, as before they were loaded; buffers, which its constructor computed, stay."""
+    """Free a module's parameters: they are meta tensors again. Buffers, which the constructor computed, stay."""
     for part in module.modules():
         for name, parameter in part.named_parameters(recurse=False):
             setattr(part, name, nn.Parameter(parameter.to("meta"), requires_grad=False))
 
 
 def _device_name(device: str | torch.device) -> str:
-    """What safetensors calls a device: it knows no `cpu:0`, which processes on one CPU are given."""
+    """The name of a device for safetensors, which does not know `cpu:0` (the CPU device of Accelerate's processes)."""
     return "cpu" if torch.device(device).type == "cpu" else str(device)
 
 
@@ -251,11 +267,11 @@ def _cast(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
 
 
 def _fp32_names(module: nn.Module, dtype: torch.dtype | None) -> set[str]:
-    """Names of submodules whose weights stay fp32 when the model is cast to `dtype`."""
+    """Names of the submodules that the library keeps in fp32 when the model is cast to `dtype`."""
     if dtype is None:
         return set()
     names = set(getattr(module, "_keep_in_fp32_modules_strict", None) or ())
-    # In transformers the other list guards against the range of fp16 only.
+    # In transformers the other list is for fp16 only, whose range is too small.
     if not _is_transformers(module) or dtype == torch.float16:
         names |= set(getattr(module, "_keep_in_fp32_modules", None) or ())
     return names
@@ -268,7 +284,7 @@ def _is_transformers(module: nn.Module) -> bool:
 
 
 def _module_keys(module: nn.Module, keys: Iterable[str]) -> dict[str, str]:
-    """Each released key and its name in the module: transformers renames modules, its checkpoints stay as released."""
+    """The name in the module of each key of the files; they differ where transformers has renamed modules since."""
     if not _is_transformers(module):
         return {key: key for key in keys}
     from transformers.conversion_mapping import get_model_conversion_mapping
@@ -277,13 +293,16 @@ def _module_keys(module: nn.Module, keys: Iterable[str]) -> dict[str, str]:
     rules = [rule for rule in get_model_conversion_mapping(module) if isinstance(rule, WeightRenaming)]
     expected = module.state_dict()
     names = {key: rename_source_key(key, rules, [], module.base_model_prefix, expected)[0] for key in keys}
-    # What to_released_keys reverts; from_pretrained leaves the same.
+    # to_released_keys reverts these; from_pretrained sets the same attribute.
     module._weight_conversions = [rule for rule in rules if rule.was_used()]
     return names
 
 
 def to_released_keys(module: nn.Module, state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
-    """A module's weights under the names of the checkpoint it was loaded from, or of the released ones if it is new."""
+    """Rename weights, of any shape, to the names of the checkpoint that the module was loaded from.
+
+    A module that was not loaded gets the names of its class's released checkpoints.
+    """
     if not _is_transformers(module):
         return state_dict
     from transformers.core_model_loading import revert_weight_conversion
@@ -294,7 +313,7 @@ def to_released_keys(module: nn.Module, state_dict: dict[str, Tensor]) -> dict[s
 def load_state_dict(
     path: str | Path | list[str | Path], dtype: torch.dtype | None = None, device: str | torch.device = "cpu"
 ) -> dict[str, Tensor]:
-    """The tensors of one safetensors file, or of several."""
+    """Load the tensors of one or several safetensors files; floating point tensors are cast to `dtype`."""
     tensors = {}
     for file in [path] if isinstance(path, str | Path) else path:
         keys = read_shapes(Path(file))
@@ -303,14 +322,14 @@ def load_state_dict(
     return tensors
 
 
-def save_safetensors(tensors: Mapping[str, Tensor], path: str | Path, metadata: dict[str, str] | None = None):
-    """Write a safetensors file, all of it or nothing."""
+def save_safetensors(tensors: Mapping[str, Tensor], path: str | Path, metadata: dict[str, str] | None = None) -> None:
+    """Write a safetensors file atomically."""
     with replacing(path) as partial:
         save_file(_without_overlap(tensors), partial, metadata)
 
 
 def _without_overlap(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Contiguous tensors of which no two share memory, as safetensors asks."""
+    """Contiguous tensors on the CPU that share no memory, as safetensors requires."""
     contiguous = {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
     end = 0
     for key, tensor in sorted(contiguous.items(), key=lambda item: item[1].data_ptr()):
@@ -321,9 +340,9 @@ def _without_overlap(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def fingerprint(files: Sequence[Path], config: str | Path | None = None) -> str:
-    """16 hex digits of weights: their config.json, their tensors' names and shapes, and a sample of their bytes.
+    """A hash (16 hex digits) of weights: of config.json, the tensors' names and shapes, and some of their bytes.
 
-    Reading all of a large model would take minutes; another training of it differs nearly everywhere.
+    Reading all of a large model would take minutes, and any further training changes nearly every weight.
     """
     digest = blake2b(_find_config(Path(config or files[0].parent)).read_bytes(), digest_size=8)
     for file in files:
@@ -338,7 +357,7 @@ def fingerprint(files: Sequence[Path], config: str | Path | None = None) -> str:
 
 
 def fingerprint_folder(folder: Path) -> str:
-    """16 hex digits of the small files in a folder, such as a tokenizer's."""
+    """A hash (16 hex digits) of the files in a folder, such as a tokenizer's."""
     digest = blake2b(digest_size=8)
     for file in sorted(path for path in folder.iterdir() if path.is_file()):
         digest.update(file.name.encode() + b"\0" + file.read_bytes())

@@ -1,4 +1,4 @@
-"""What a run may use: recipes that trade time for memory."""
+"""Save memory in training, for time: recipes, weights in fewer bits, streaming from host memory, compilation."""
 
 from .recipe import MemoryRecipe
 

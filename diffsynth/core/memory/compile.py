@@ -1,8 +1,8 @@
-"""Regional compilation: the blocks that a network repeats are compiled, once for all of them, not the network."""
+"""Regional compilation: torch.compile of a network's repeated blocks, which share the compiled graphs."""
 
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -14,22 +14,22 @@ logger = logging.getLogger(__name__)
 
 BACKEND = "inductor"
 OLDEST = (2, 7)  # before it, the number of graphs of a block could not be limited as here
-# Of one block: the first (no gradient reaches its inputs) and the others, in training and in validation, of one sample
-# and of several, of one size and of any. A graph each; past them torch runs the block uncompiled.
+# Most graphs of one class of blocks; beyond them torch runs the block uncompiled. 2⁴ cases need a graph each: the first
+# block, whose inputs need no gradient, or another one; training or validation; one sample or several; one size or any.
 VARIANTS = 16
 
 
 def compilable_blocks(network: nn.Module) -> list[nn.Module]:
-    """The blocks that a diffusers model names as those to be compiled (`_repeated_blocks`)."""
+    """The blocks of a diffusers network whose classes it names for regional compilation (`_repeated_blocks`)."""
     names = getattr(network, "_repeated_blocks", None) or ()
     return [block for block in repeated_blocks(network) if type(block).__name__ in names]
 
 
 def check_compilable(network: nn.Module) -> None:
-    """Refuse a network that names no blocks that it repeats, and a torch that cannot compile them.
+    """Check that a network has blocks to compile, and that this torch can compile them.
 
     Raises:
-        ValueError: Names the network, or the version.
+        ValueError: The network names no repeated blocks, or torch is too old.
     """
     if torch.__version__ < OLDEST:
         raise ValueError(
@@ -38,16 +38,16 @@ def check_compilable(network: nn.Module) -> None:
         )
     if not compilable_blocks(network):
         raise ValueError(
-            f"{type(network).__name__} says of no block that it repeats it (_repeated_blocks), and only those are "
-            "compiled; set memory.compile=none."
+            f"{type(network).__name__} names no repeated blocks (_repeated_blocks), and only those are compiled; set "
+            "memory.compile=none."
         )
 
 
 def compile_blocks(network: nn.Module) -> "CountedBackend | None":
-    """Compile a network's repeated blocks where they stand, which leaves all names of parameters as they are.
+    """Compile a network's repeated blocks in place; the names of parameters stay as they are.
 
-    Sizes that change become symbols of the graph, so that resolutions and lengths of prompts share one. It comes after
-    adapters are injected. Tensors without numbers, of which a plan is made, are left to run as they are: None.
+    Call it after adapters are injected. Sizes that change become symbols of the graph, so that all resolutions and
+    prompt lengths share one graph. Returns None, and compiles nothing, if parameters are meta or fake tensors (a plan).
     """
     if any(tensor.is_meta or isinstance(tensor, FakeTensor) for tensor in network.parameters()):
         return None
@@ -60,21 +60,21 @@ def compile_blocks(network: nn.Module) -> "CountedBackend | None":
 
 
 class CountedBackend:
-    """A compiler that says in the log how often it was called, and warns when that is too often."""
+    """A torch.compile backend that logs each compilation, and warns once when there are more than `limit`."""
 
     def __init__(self):
         self.count, self.limit = 0, VARIANTS
         self.compile = torch._dynamo.lookup_backend(BACKEND)
 
-    def __call__(self, graph: torch.fx.GraphModule, inputs: Sequence[Tensor]):
+    def __call__(self, graph: torch.fx.GraphModule, inputs: Sequence[Tensor]) -> Callable:
         began = time.perf_counter()
         compiled = self.compile(graph, inputs)
         self.count += 1
         logger.info("Compiled a block, graph %d, in %.0f s.", self.count, time.perf_counter() - began)
         if self.count == self.limit + 1:
             logger.warning(
-                "The blocks were compiled %d times and still meet inputs that no graph is for; memory.compile=none "
-                "may be faster here.",
+                "The blocks were compiled %d times, and still no graph fits some inputs; memory.compile=none may be "
+                "faster here.",
                 self.count,
             )
         return compiled

@@ -1,7 +1,7 @@
-"""Host memory: all that waits there for the device is put there, and brought back, by these functions.
+"""Copies between device and host memory: all offloading and streaming goes through these functions.
 
-On CUDA host memory is pinned and copies run in a stream of their own. Elsewhere host and device are one, and copies are
-made all the same.
+On CUDA, host memory is pinned and copies run in a CUDA stream of their own. On other devices host and device are the
+same memory; the copies are made all the same, so that the code can be tested there.
 """
 
 import math
@@ -15,9 +15,11 @@ from torch import Tensor
 
 from .live import in_host_memory
 
+ALIGNMENT = 256  # bytes; CUDA's own allocations have it (CUDA C++ Programming Guide, "Device Memory Accesses")
+
 
 def empty(size: int, device: torch.device) -> Tensor:
-    """A flat buffer of `size` bytes in host memory, for what is used on `device`."""
+    """An empty uint8 buffer of `size` bytes (size,) in host memory, pinned if `device` is a GPU."""
     with in_host_memory():
         buffer = torch.empty(size, dtype=torch.uint8, device="meta" if device.type == "meta" else "cpu")
     if device.type == "cuda":
@@ -26,7 +28,7 @@ def empty(size: int, device: torch.device) -> Tensor:
 
 
 def to_host(tensor: Tensor) -> Tensor:
-    """A copy in host memory; from CUDA made when the current stream gets there."""
+    """A copy of a tensor of any shape in host memory; from CUDA an asynchronous one, in the current stream."""
     device = "meta" if tensor.device.type == "meta" else "cpu"
     with in_host_memory():
         copy = torch.empty_like(tensor, device=device, pin_memory=tensor.is_cuda)
@@ -34,17 +36,17 @@ def to_host(tensor: Tensor) -> Tensor:
 
 
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:
-    """A copy on `device` of what is in host memory."""
+    """A copy on `device` of a tensor of any shape in host memory; to CUDA an asynchronous one."""
     return tensor.to(device, non_blocking=device.type == "cuda", copy=True)
 
 
 def fill(buffer: Tensor, tensor: Tensor) -> None:
-    """Overwrite a buffer on the device with what is in host memory."""
+    """Copy a tensor of any shape from host memory into a buffer of the same shape on the device."""
     buffer.copy_(tensor, non_blocking=buffer.is_cuda)
 
 
 def flat_views(buffer: Tensor, tensors: list[Tensor]) -> list[Tensor]:
-    """Of a buffer of `flat_size(tensors)` bytes, a part for each tensor, in its dtype and shape."""
+    """Views into a uint8 buffer (flat_size(tensors),), one with the dtype and shape of each tensor, of any shape."""
     views, start = [], 0
     for tensor in tensors:
         views.append(buffer[start : start + tensor.nbytes].view(tensor.dtype).view(tensor.shape))
@@ -53,23 +55,23 @@ def flat_views(buffer: Tensor, tensors: list[Tensor]) -> list[Tensor]:
 
 
 def flat_size(tensors: list[Tensor]) -> int:
-    """Bytes that tensors take one after the other, each at an address that kernels like."""
+    """Bytes that `flat_views` needs for the tensors, each at an aligned address."""
     return sum(_aligned(tensor.nbytes) for tensor in tensors)
 
 
-def _aligned(size: int, alignment: int = 256) -> int:
-    return math.ceil(size / alignment) * alignment
+def _aligned(size: int) -> int:
+    return math.ceil(size / ALIGNMENT) * ALIGNMENT
 
 
 def _pin(buffer: Tensor) -> None:
-    # torch's own pinned memory comes in powers of two: a block of 650 MB would take 1 GB.
+    # torch's own pinned memory is allocated in powers of two: a block of 650 MB would take 1 GB.
     runtime, address = torch.cuda.cudart(), buffer.data_ptr()
     torch.cuda.check_error(runtime.cudaHostRegister(address, buffer.nbytes, 0))
     weakref.finalize(buffer, runtime.cudaHostUnregister, address).atexit = False
 
 
 class Lane:
-    """Where copies run beside the computation: on CUDA a stream, elsewhere nowhere in particular."""
+    """Copies that run beside the computation: in a CUDA stream of their own on CUDA, else in program order."""
 
     def __init__(self, device: torch.device):
         self.device = device
@@ -77,7 +79,7 @@ class Lane:
 
     @contextmanager
     def after_computation(self) -> Iterator[None]:
-        """Copies inside wait for what the computation has been asked for so far, and for nothing later."""
+        """Inside, run copies in the copy stream, after everything that is queued in the compute stream now."""
         if self.stream is None:
             yield
             return
@@ -85,22 +87,22 @@ class Lane:
         with torch.cuda.stream(self.stream):
             yield
 
-    def mark(self):
-        """The moment when the copies so far are done."""
+    def mark(self) -> torch.cuda.Event | None:
+        """An event that is reached when the copies queued so far are done; None without CUDA."""
         return self.stream.record_event() if self.stream is not None else None
 
-    def wait(self, mark) -> None:
-        """Let the computation wait for that moment."""
+    def wait(self, mark: torch.cuda.Event | None) -> None:
+        """Let the compute stream wait for an event of `mark`."""
         if mark is not None:
             torch.cuda.current_stream(self.device).wait_event(mark)
 
     def keep(self, tensor: Tensor) -> None:
-        """Do not reuse the memory of the computation's tensor before the copies so far are done."""
+        """Keep the memory of a tensor of any shape until the copies queued so far are done."""
         if self.stream is not None:
             tensor.record_stream(self.stream)
 
     def hand_over(self, tensor: Tensor) -> Tensor:
-        """A tensor that was made here, as one of the computation's."""
+        """Keep the memory of a tensor of any shape, copied in this lane, until the compute stream is done with it."""
         if self.stream is not None:
             tensor.record_stream(torch.cuda.current_stream(self.device))
         return tensor
@@ -108,5 +110,5 @@ class Lane:
 
 @cache
 def lane(device: torch.device) -> Lane:
-    """The one lane of a device."""
+    """The lane of a device; there is one per device."""
     return Lane(device)

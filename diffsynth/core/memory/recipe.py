@@ -1,4 +1,4 @@
-"""A memory recipe: what is traded for what."""
+"""The settings that trade time or precision for memory: the `memory` group of the configuration."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,26 +12,27 @@ class MemoryRecipe:
     """How a training step saves memory.
 
     Args:
-        checkpointing: `none` keeps all activations; `blocks` keeps each block's inputs and computes the rest again in
+        checkpointing: `none` saves all activations; `blocks` saves each block's inputs and computes the rest again in
             the backward pass; `attention` and `feed_forward` compute these parts of each block again.
-        checkpoint_every: Under `blocks`, one of so many blocks is checkpointed, the others keep all.
-        offload_activations: What is kept for the backward pass waits in host memory.
-        stream_blocks: Blocks of the network whose frozen weights wait in host memory and pass through the device.
-        stream_buffers: Blocks that the device has room for meanwhile; with one, nothing computes while it is filled.
-        remember: GiB of host memory a process in which to keep what frozen encoders made of each sample, so that they
-            see it once; 0 runs them every time.
-        trained_dtype: What models trained in full are kept in. `bfloat16` takes 2 bytes for a weight and 2 for its
-            gradient instead of 4 and 4; its updates are rounded stochastically. Adapters are fp32 in any case.
-        storage: How weights of frozen models are kept; see `storage.py`. They are decoded for each product.
-        stored: Names of the models whose weights are; None takes every transformer.
-        budget: What the device may hold, such as `24GiB`: everything above is then chosen so that it fits, with the
-            least predicted slowdown; None takes it as it is given.
-        host_budget: What may wait in host memory.
-        check: Plan the run first, and refuse one that needs more memory than there is.
-        compile: `blocks` compiles the blocks that the network repeats, which pays where a run has thousands of steps.
+        checkpoint_every: With `checkpointing=blocks`, checkpoint every Nth block; the others save all activations.
+        offload_activations: Keep the saved activations in host memory until the backward pass.
+        stream_blocks: Number of blocks whose frozen weights stay in host memory and are copied in when a block runs.
+        stream_buffers: Number of streamed blocks that the device has room for; with 1, nothing computes during a copy.
+        remember: GiB of host memory per process that cache the outputs of frozen encoders by sample, so that they
+            encode each sample once; 0 encodes samples each time.
+        trained_dtype: Dtype of models that are trained in full. `bfloat16` takes 2 bytes per weight and 2 per gradient
+            instead of 4 and 4; its updates are rounded stochastically. Adapters are fp32 in any case.
+        storage: Format of the weights of frozen models, which are decoded for each product; see `storage.py`.
+        stored: Names of the models whose weights have this format; None selects every transformer.
+        budget: Most memory that the run may use on the device, such as `24GiB`. The settings above are then chosen so
+            that the run fits, with the least predicted slowdown. None leaves them as they are given.
+        host_budget: Most host memory that offloading and streaming may use, with `budget`.
+        check: Predict the run's memory before it starts, and refuse a run that needs more than there is.
+        compile: `blocks` compiles the network's repeated blocks; that takes minutes, and pays in runs of thousands of
+            steps.
 
     Raises:
-        ValueError: Numbers out of range, or choices that exclude each other.
+        ValueError: A number is out of range, or two settings exclude each other.
     """
 
     checkpointing: Literal["none", "blocks", "attention", "feed_forward"] = "none"
@@ -54,45 +55,49 @@ class MemoryRecipe:
             if getattr(self, name) < value:
                 raise ValueError(f"memory.{name} is {getattr(self, name)}; expected at least {value}.")
         if self.budget is not None:
-            _ = self.budgets  # refuses what is no amount
+            _ = self.budgets  # raises if one is no amount of memory
         if self.host_budget is not None and self.budget is None:
-            raise ValueError("memory.host_budget is what a recipe is chosen within; set memory.budget too.")
+            raise ValueError(
+                f"memory.host_budget={self.host_budget} limits what memory.budget chooses, which is not set; set "
+                "memory.budget as well."
+            )
         if self.checkpoint_every > 1 and self.checkpointing != "blocks":
             raise ValueError(
-                f"memory.checkpoint_every={self.checkpoint_every} counts checkpointed blocks, of which "
-                f"memory.checkpointing={self.checkpointing} has none; set memory.checkpointing=blocks."
+                f"memory.checkpoint_every={self.checkpoint_every} needs memory.checkpointing=blocks, but "
+                f"memory.checkpointing={self.checkpointing}; set memory.checkpointing=blocks."
             )
         if self.stream_blocks and (self.checkpointing, self.checkpoint_every) != ("blocks", 1):
             raise ValueError(
                 f"memory.stream_blocks={self.stream_blocks} with memory.checkpointing={self.checkpointing}, "
-                f"checkpoint_every={self.checkpoint_every}: a block that is not computed again would need its weights "
-                "in the backward pass, when others have taken their place; set memory.checkpointing=blocks and "
+                f"checkpoint_every={self.checkpoint_every}: a block that is not checkpointed needs its weights in the "
+                "backward pass, when another block's have replaced them; set memory.checkpointing=blocks and "
                 "memory.checkpoint_every=1."
             )
         if self.stored is not None and self.storage == "none":
             raise ValueError(
-                f"memory.stored names {list(self.stored)}, but memory.storage is none; set it to fp8, say."
+                f"memory.stored names {list(self.stored)}, but memory.storage is none; set memory.storage=fp8, say."
             )
         if self.stream_blocks and self.compile == "blocks":
             raise ValueError(
-                f"memory.stream_blocks={self.stream_blocks} with memory.compile=blocks: compiled blocks hold on to "
-                "where their weights lay; set one of them to 0 or none."
+                f"memory.stream_blocks={self.stream_blocks} with memory.compile=blocks: compiled blocks "
+                "keep the addresses of their weights, which streaming changes; set memory.stream_blocks=0 or "
+                "memory.compile=none."
             )
         if 0 < self.stream_blocks <= self.stream_buffers:
             raise ValueError(
-                f"memory.stream_blocks={self.stream_blocks} pass through memory.stream_buffers={self.stream_buffers}, "
-                "which saves nothing; stream more blocks than there are buffers, or none."
+                f"memory.stream_blocks={self.stream_blocks} with memory.stream_buffers={self.stream_buffers} saves "
+                "nothing; set memory.stream_blocks above memory.stream_buffers, or to 0."
             )
 
     @property
     def budgets(self) -> tuple[int, int | None]:
-        """Bytes of `budget` and of `host_budget`."""
+        """`budget` and `host_budget` in bytes; the latter None if it is not set."""
         host = None if self.host_budget is None else parse_size(self.host_budget, "memory.host_budget")
         return parse_size(self.budget, "memory.budget"), host
 
     @property
     def inputs(self) -> dict[str, bool]:
-        """The inputs of `model_fn` that say how it is checkpointed."""
+        """The arguments of `model_fn` that turn checkpointing of its blocks on."""
         blocks = self.checkpointing == "blocks"
         return {
             "use_gradient_checkpointing": blocks and not self.offload_activations,

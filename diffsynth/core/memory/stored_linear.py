@@ -1,44 +1,50 @@
-"""A linear layer whose weight is kept in fewer bits than it is computed in; how is described in `storage.py`."""
+"""A linear layer whose weight is stored in fewer bits than the computation uses; `storage.py` describes the formats.
 
+Weights are (out, in): output features, input features.
+"""
+
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-SMALLEST_SCALE = 1e-12  # of a channel that is zero throughout
-FP8_MAX, INT8_MAX = 448, 127
-ROWS = 256  # encoded at once: what lies between takes several times their memory
-NF4_BLOCK = 64  # weights that share a scale
+SMALLEST_SCALE = 1e-12  # avoids dividing by zero for an output channel whose weights are all zero
+FP8_MAX, INT8_MAX = 448, 127  # largest finite values of e4m3 and of int8
+ROWS = 256  # rows that are encoded at a time, as temporary fp32 copies take several times their memory; a guess
+NF4_BLOCK = 64  # weights that share a scale; Dettmers et al. 2023
 
 
 @dataclass(frozen=True)
 class Scaled:
-    """Numbers of 8 bits, each output channel (row) scaled so that its largest weight becomes `largest`."""
+    """8-bit values, with a scale per output channel (row) that maps its largest absolute weight to `largest`."""
 
     dtype: torch.dtype
     largest: int
 
     def encode(self, weight: Tensor) -> dict[str, Tensor]:
+        """`bits` (out, in) uint8 and `scale` (out, 1), fp32 viewed as int32."""
         parts = [self._encode(rows) for rows in weight.split(len(weight) if weight.is_meta else ROWS)]
         return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
     def _encode(self, weight: Tensor) -> dict[str, Tensor]:
         peak = torch.linalg.vector_norm(weight, torch.inf, dim=1, keepdim=True, dtype=torch.float32)
         scale = peak.clamp_(min=SMALLEST_SCALE) / self.largest
-        numbers = weight / scale
-        numbers = numbers if self.dtype.is_floating_point else numbers.round_()
-        return {"bits": numbers.to(self.dtype).view(torch.uint8), "scale": scale.view(torch.int32)}
+        scaled = weight / scale
+        scaled = scaled if self.dtype.is_floating_point else scaled.round_()
+        return {"bits": scaled.to(self.dtype).view(torch.uint8), "scale": scale.view(torch.int32)}
 
     def decode(self, layer: "StoredLinear", dtype: torch.dtype) -> Tensor:
         return layer.bits.view(self.dtype).to(dtype).mul_(layer.scale.view(torch.float32))
 
 
 class Cast:
-    """Numbers of 8 bits without any scale."""
+    """8-bit values without a scale."""
 
     def encode(self, weight: Tensor) -> dict[str, Tensor]:
-        # Beyond the largest the cast makes NaN.
+        """`bits` (out, in) uint8."""
+        # Clamped, because the cast turns larger values into NaN.
         return {"bits": weight.clamp(-FP8_MAX, FP8_MAX).to(torch.float8_e4m3fn).view(torch.uint8)}
 
     def decode(self, layer: "StoredLinear", dtype: torch.dtype) -> Tensor:
@@ -46,7 +52,7 @@ class Cast:
 
 
 class NormalFloat:
-    """Numbers of 4 bits, by bitsandbytes."""
+    """4-bit NormalFloat values, by bitsandbytes."""
 
     def encode(self, weight: Tensor) -> dict[str, Tensor]:
         from bitsandbytes.functional import quantize_4bit
@@ -71,15 +77,15 @@ METHODS = {
 
 
 class StoredLinear(nn.Linear):
-    """A frozen linear layer that decodes its weight for each product, in the dtype of the product.
+    """A frozen linear layer that stores its weight in fewer bits and decodes it for each product.
 
-    What it keeps are integers, which are the bits of other numbers: casts of the model leave them as they are, every
-    collective carries them, and no library takes their dtype for the model's.
+    The parameters are integer tensors that hold the bits of other dtypes. Casts of the model therefore leave them
+    alone, every collective can send them, and no library mistakes their dtype for the model's.
 
     Args:
-        linear: The layer it stands for; one on the meta device gets its weight by `encode`.
+        linear: The layer to replace; if it is on the meta device, loading fills the weight in by `encode`.
         storage: Key of METHODS.
-        dtype: What `weight` is decoded to; None is that of the layer.
+        dtype: Dtype of the property `weight`; None is that of the layer.
     """
 
     def __init__(self, linear: nn.Linear, storage: str, dtype: torch.dtype | None = None):
@@ -92,22 +98,22 @@ class StoredLinear(nn.Linear):
 
     @property
     def weight(self) -> Tensor:
-        """A decoded copy (out, in); what is written into it is lost."""
+        """The weight (out, in), a decoded copy; changes to it are lost."""
         return self.decode(self.dtype)
 
     def encode(self, weight: Tensor) -> dict[str, Tensor]:
-        """What to keep of a weight (out, in), by the name of the parameter."""
+        """The tensors that store a weight (out, in), by the names of the parameters that hold them."""
         return METHODS[self.storage].encode(weight)
 
     def decode(self, dtype: torch.dtype) -> Tensor:
-        """The weight (out, in)."""
+        """The weight (out, in) in `dtype`."""
         return METHODS[self.storage].decode(self, dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         return _Product.apply(x, self)
 
-    def _apply(self, fn, recurse=True):
-        self.dtype = fn(torch.empty(0, dtype=self.dtype, device=self.bits.device)).dtype  # as a plain weight's
+    def _apply(self, fn: Callable, recurse: bool = True) -> nn.Module:
+        self.dtype = fn(torch.empty(0, dtype=self.dtype, device=self.bits.device)).dtype  # as if it were the weight's
         return super()._apply(fn, recurse)
 
     def extra_repr(self) -> str:
@@ -115,7 +121,7 @@ class StoredLinear(nn.Linear):
 
 
 class _Product(torch.autograd.Function):
-    """x Wᵀ + b, of which nothing is saved but where W is kept: the backward pass decodes it again."""
+    """x Wᵀ + b; autograd saves neither x nor W, and the backward pass decodes W again."""
 
     @staticmethod
     def forward(ctx, x: Tensor, layer: StoredLinear) -> Tensor:
@@ -128,6 +134,7 @@ class _Product(torch.autograd.Function):
 
 
 def _dtype_of_product(x: Tensor) -> torch.dtype:
+    """The autocast dtype, or that of x without autocast."""
     device = x.device.type
     autocast = device != "meta" and torch.is_autocast_enabled(device)  # torch knows no autocast of meta
     return torch.get_autocast_dtype(device) if autocast else x.dtype

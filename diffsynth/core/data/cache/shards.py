@@ -1,8 +1,8 @@
-"""Entries packed into safetensors files, each named by the digest of its own bytes.
+"""Pack cache entries into safetensors files (shards), each named by the hash of its bytes.
 
-So a file proves itself without any index, and no two processes ever write the same name. A shard's metadata lists its
-entries: how each is put together from its tensors and plain values, and a digest of it, which tells the good ones of a
-damaged file.
+A file can therefore be verified without an index, and processes never write different files of one name. A shard's
+metadata lists its entries. For each it has the layout, which says how to build the entry from tensors and plain values,
+and a digest, which tells the intact entries of a damaged file.
 """
 
 import json
@@ -24,23 +24,23 @@ from torch import Tensor
 from ...files import digest_of, replacing
 from .mapped import MappedTensors
 
-Entry = dict[str, Any]  # tensors, images, lists of them, and plain values, by name
+Entry = dict[str, Any]  # tensors, images, lists of either, and JSON values, by name
 Tensors = dict[str, Tensor]
 
-LISTING = "entries"  # of a shard's metadata
-# What comes of a file that anyone may have written; a RecursionError of JSON that is nested without end.
+LISTING = "entries"  # key of a shard's metadata that lists the entries
+# Errors that reading a malformed file can raise; RecursionError is from JSON that is nested too deeply.
 MALFORMED = (KeyError, TypeError, ValueError, AttributeError, RecursionError, SafetensorError)
 
 
 class DamagedShard(ValueError):
-    """A shard that is not what was written; the message says in what, and how to mend it."""
+    """A shard is damaged; the message says how, and how to repair it."""
 
     def __init__(self, path: Path, fault: str):
-        super().__init__(f"{path} {fault}; python make_cache.py with the same options replaces what is damaged.")
+        super().__init__(f"{path} {fault}; python make_cache.py with the same options replaces damaged entries.")
 
 
 class Shard:
-    """One file of entries, memory-mapped."""
+    """One memory-mapped file of entries."""
 
     def __init__(self, path: Path):
         self.path = path
@@ -54,10 +54,10 @@ class Shard:
 
     @cached_property
     def contents(self) -> dict[str, dict]:
-        """What the file says of each entry, by key.
+        """The layout and digest of each entry, by key.
 
         Raises:
-            DamagedShard: The file cannot be read, or does not say.
+            DamagedShard: The file cannot be read, or lists no entries.
         """
         metadata = self._file.metadata
         try:
@@ -66,7 +66,7 @@ class Shard:
             raise DamagedShard(self.path, f"lists no entries: {error!r}") from error
 
     def read(self, key: str) -> Entry:
-        """One entry.
+        """The entry of a key.
 
         Raises:
             DamagedShard: The file cannot be read, or holds no such entry.
@@ -82,11 +82,11 @@ class Shard:
         return {name: self._file[f"{key}/{name}"] for name in _names(part)}
 
     def is_whole(self) -> bool:
-        """Whether the file's bytes are those that were written."""
+        """Whether the hash of the file's bytes equals its name."""
         return digest_of(self.path) == self.path.stem
 
     def whole_entries(self) -> set[str]:
-        """Keys of the entries that are as they were written, in a file that may not be whole."""
+        """Keys of the intact entries of a file that may be damaged."""
         try:
             return {key for key in self.contents if self._is_whole(key)}
         except DamagedShard:
@@ -95,18 +95,22 @@ class Shard:
     def _is_whole(self, key: str) -> bool:
         try:
             layout, digest = (self.contents[key][name] for name in ("layout", "digest"))
-            parts = [self._tensors(key, part) for part in layout.values()]
-            return _digest_of_entry(key, layout, {n: t for part in parts for n, t in part.items()}) == digest
+            tensors: Tensors = {}
+            for part in layout.values():
+                tensors |= self._tensors(key, part)
+            return _digest_of_entry(key, layout, tensors) == digest
         except MALFORMED:
             return False
 
 
 class ShardWriter:
-    """Packs entries into files, which a thread writes while the next are being made.
+    """Packs entries into shards, which a thread writes while the next entries are being made.
 
     Args:
-        shard_bytes: About how large a file becomes.
-        seconds: How old entries may become before a smaller one is written: what a kill costs.
+        folder: Folder of the shards.
+        shard_bytes: Approximate size of a shard in bytes; the default is a guess.
+        seconds: Longest time that entries wait for their shard to fill up; a kill loses at most this much work. The
+            default is a guess.
     """
 
     def __init__(self, folder: Path, shard_bytes: int = 2**28, seconds: float = 600):
@@ -118,7 +122,7 @@ class ShardWriter:
         self._writing: Future[Path] | None = None
 
     def add(self, key: str, entry: Entry) -> None:
-        """Take an entry; it is on disk once its shard is full, or the block ends."""
+        """Add an entry, which is written when its shard is full or the `with` block ends."""
         tensors: Tensors = {}
         layout = {name: _take_apart(value, name, tensors) for name, value in entry.items()}
         self._entries[key] = layout, tensors
@@ -127,8 +131,8 @@ class ShardWriter:
             self.flush()
 
     def flush(self) -> None:
-        """Write what was added so far."""
-        self._wait()  # one file at a time: no more than two shards are ever in memory
+        """Write the entries that are waiting."""
+        self._wait()  # one file at a time, so that at most two shards are in memory
         if self._entries:
             self._writing = self._thread.submit(_write_shard, self.folder, self._entries)
         self._entries, self._size, self._began = {}, 0, time.monotonic()
@@ -141,8 +145,8 @@ class ShardWriter:
     def __enter__(self) -> "ShardWriter":
         return self
 
-    def __exit__(self, kind, error, trace) -> None:
-        """Wait for the disk; after an error, what is complete so far is kept."""
+    def __exit__(self, *error: Any) -> None:
+        """Write all entries, also those that were complete before an error, and wait for the disk."""
         try:
             self.flush()
             self._wait()
@@ -151,7 +155,7 @@ class ShardWriter:
 
 
 def rewrite(shards: Iterable[Shard], keep: set[str], shard_bytes: int = 2**28) -> None:
-    """Pack the entries `keep` of some shards anew, each once, then delete those files."""
+    """Pack the entries of the keys `keep` into new shards, each once, then delete the old shards."""
     shards, kept = list(shards), set()
     folder = shards[0].path.parent
     with ShardWriter(folder, shard_bytes) as writer:
@@ -160,16 +164,16 @@ def rewrite(shards: Iterable[Shard], keep: set[str], shard_bytes: int = 2**28) -
                 writer.add(key, shard.read(key))
                 kept.add(key)
     for shard in shards:
-        if shard.path not in writer.written:  # packed the same way again, it has the same name
+        if shard.path not in writer.written:  # a new shard with the same entries has the same name
             shard.path.unlink()
 
 
 def _write_shard(folder: Path, entries: Mapping[str, tuple[dict, Tensors]]) -> Path:
-    """Write one file of entries, all of it or nothing."""
+    """Write one file of entries atomically; return its path."""
     tensors, contents = {}, {}
-    for key, (layout, own) in sorted(entries.items()):
-        contents[key] = {"layout": layout, "digest": _digest_of_entry(key, layout, own)}
-        tensors |= {f"{key}/{name}": tensor for name, tensor in own.items()}
+    for key, (layout, by_name) in sorted(entries.items()):
+        contents[key] = {"layout": layout, "digest": _digest_of_entry(key, layout, by_name)}
+        tensors |= {f"{key}/{name}": tensor for name, tensor in by_name.items()}
     data = save(tensors, {LISTING: json.dumps(contents, sort_keys=True)})
     path = folder / f"{_new_digest(data).hexdigest()}.safetensors"
     with replacing(path) as partial:
@@ -181,9 +185,9 @@ def _write_shard(folder: Path, entries: Mapping[str, tuple[dict, Tensors]]) -> P
 
 
 def _take_apart(value: Any, name: str, tensors: Tensors) -> dict:
-    """The layout of a value, whose tensors and images are put into `tensors`."""
+    """The layout of a value; its tensors and images are added to `tensors`."""
     if isinstance(value, Tensor):
-        tensors[name] = value.detach().to("cpu", copy=True).contiguous()  # by itself: it may be a view of a batch
+        tensors[name] = value.detach().to("cpu", copy=True).contiguous()  # a copy, as it may be a view of a batch
         return {"tensor": name}
     if isinstance(value, Image.Image):
         tensors[name] = torch.from_numpy(np.array(value))
@@ -195,6 +199,7 @@ def _take_apart(value: Any, name: str, tensors: Tensors) -> dict:
 
 
 def _put_together(part: Mapping, tensors: Tensors) -> Any:
+    """The value of a layout."""
     ((kind, value),) = part.items()
     make: dict[str, Callable] = {
         "tensor": tensors.__getitem__,
@@ -206,13 +211,13 @@ def _put_together(part: Mapping, tensors: Tensors) -> Any:
 
 
 def _names(part: Mapping) -> list[str]:
-    """Of the tensors in a part of a layout."""
+    """Names of the tensors in a part of a layout."""
     if "list" in part:
         return [name for element in part["list"] for name in _names(element)]
     return [part[kind] for kind in ("tensor", "image") if kind in part]
 
 
-def _new_digest(data: bytes = b""):
+def _new_digest(data: bytes = b"") -> blake2b:
     return blake2b(data, digest_size=16)
 
 

@@ -1,1 +1,1 @@
-"""From a cell of a table to what is trained on."""
+"""Operators, which turn a cell of a table into training data, and augmentation."""

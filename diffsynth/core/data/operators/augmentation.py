@@ -1,6 +1,6 @@
-"""Random choices about a sample: which of its captions, mirrored or not, which part of its image.
+"""Augmentation: random choices of a sample's caption, of mirroring, and of the crop of its image.
 
-Each is a function of (seed, epoch, index), so that any number of processes and a resumed run choose alike.
+Each choice is a function of (seed, epoch, index), so that it does not depend on the number of processes or on a resume.
 """
 
 import random
@@ -16,13 +16,13 @@ CENTRE = (0.5, 0.5)
 
 @dataclass(frozen=True)
 class AugmentationChoice:
-    """What was chosen for one sample.
+    """The augmentation of one sample.
 
     Args:
-        caption: Which of its captions; None for the empty one.
-        tags: Seed of the order of its tags; None leaves them as they are.
-        mirrored: Left and right are exchanged.
-        position: Which part of the image is kept, from 0 (left, top) to 1 (right, bottom).
+        caption: Number of the caption; None selects the empty caption.
+        tags: Seed that shuffles the tags; None keeps their order.
+        mirrored: Whether left and right are exchanged.
+        position: Position (x, y) of the crop, from 0 (left, top) to 1 (right, bottom).
     """
 
     caption: int | None = 0
@@ -32,28 +32,34 @@ class AugmentationChoice:
 
     @property
     def variant(self) -> str | None:
-        """A name among the finitely many variants of a sample; None if there are too many to name."""
+        """Name of the variant; None with shuffled tags or a random crop, whose variants can't be listed."""
         if self.tags is not None or self.position != CENTRE:
             return None
-        caption = "no caption" if self.caption is None else f"caption {self.caption}" if self.caption else ""
-        return ", ".join(filter(None, [caption, "mirrored" if self.mirrored else ""]))
+        parts = ["mirrored"] if self.mirrored else []
+        if self.caption is None:
+            parts = ["no caption", *parts]
+        elif self.caption > 0:
+            parts = [f"caption {self.caption}", *parts]
+        return ", ".join(parts)
 
 
 @dataclass(frozen=True)
 class Augmentation:
-    """What is left to chance.
+    """Random choices about each sample.
 
     Args:
-        captions: Columns that hold captions, and how often each is chosen, by default {"prompt": 1}; of a list of texts
-            each is as likely. An empty one is never chosen where a row has another.
-        caption_dropout: Share of samples that are shown without a caption, for classifier-free guidance.
-        prefix, suffix: Put around every caption but the empty one; a trigger word, say.
-        shuffle_tags: Put the parts between `tag_separator` in random order, all but the first `keep_tags`.
-        flip: Share of samples whose images are mirrored.
-        random_crop: Keep a random part of what does not fit, instead of the middle.
+        captions: Weights of the columns that hold captions; None is {"prompt": 1}. A cell with a list of texts divides
+            its weight equally among them. An empty caption is chosen only where a row has no other.
+        caption_dropout: Probability of an empty caption, for classifier-free guidance.
+        prefix, suffix: Text before and after every caption that is not empty, such as a trigger word.
+        shuffle_tags: Shuffle the parts of a caption between `tag_separator`, except the first `keep_tags`.
+        keep_tags: Number of tags that stay in front.
+        tag_separator: Text between two tags.
+        flip: Probability that an image is mirrored.
+        random_crop: Crop at a random position instead of the centre.
 
     Raises:
-        ValueError: A share is not in [0, 1], no caption may be chosen, or tags cannot be told apart.
+        ValueError: A probability is not in [0, 1], all weights are 0, or `tag_separator` is empty.
     """
 
     captions: Mapping[str, float] | None = None
@@ -71,54 +77,64 @@ class Augmentation:
             object.__setattr__(self, "captions", {"prompt": 1.0})
         for name in ("caption_dropout", "flip"):
             if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; expected a share in [0, 1].")
+                raise ValueError(f"{name} is {getattr(self, name)}; expected a probability in [0, 1].")
         if not self.captions or min(self.captions.values()) < 0 or max(self.captions.values()) == 0:
-            raise ValueError(f"captions are {dict(self.captions)}; expected columns with weights, one above 0.")
-        if not self.tag_separator or self.keep_tags < 0:
-            found = f"tag_separator is {self.tag_separator!r} and keep_tags {self.keep_tags}"
-            raise ValueError(f'{found}; expected what stands between tags, such as ",", and 0 or more.')
+            raise ValueError(
+                f"captions are {dict(self.captions)}; expected columns with weights, at least one above 0."
+            )
+        if not self.tag_separator:
+            raise ValueError('tag_separator is empty; expected the text between two tags, such as ",".')
+        if self.keep_tags < 0:
+            raise ValueError(f"keep_tags is {self.keep_tags}; expected 0 or more.")
 
     def texts(self, row: Mapping) -> list[tuple[str, float]]:
-        """The captions that may be chosen of a row, each with its weight; the empty one where there is none.
+        """The captions of a row that may be chosen, with their weights; the empty caption if there is none.
 
         Raises:
             ValueError: A caption is not text.
         """
         weights = {column: weight for column, weight in self.captions.items() if weight > 0}
-        lists = [(_texts(column, row.get(column)), weight) for column, weight in weights.items()]
-        return [(text, weight / len(texts)) for texts, weight in lists for text in texts] or [("", 1.0)]
+        captions = []
+        for column, weight in weights.items():
+            texts = _texts(column, row.get(column))
+            captions += [(text, weight / len(texts)) for text in texts]
+        return captions or [("", 1.0)]
 
     def choose(self, weights: Sequence[float], seed: int, address: SampleAddress) -> AugmentationChoice:
-        """The choice for a sample whose captions have these weights, at its address in a run."""
+        """The choice for the sample at an address of a run, whose captions have these weights."""
         if len(weights) == 1 and not any((self.caption_dropout, self.flip, self.shuffle_tags, self.random_crop)):
             return AugmentationChoice()
-        chance = random.Random(sample_seed(seed, "augmentation", *address))
-        dropped, mirrored, *position = (chance.random() for _ in range(4))  # all, so that options do not move others
-        caption = chance.choices(range(len(weights)), weights)[0]
+        rng = random.Random(sample_seed(seed, "augmentation", *address))
+        # All random numbers are generated, so that an option does not change the choices of the others.
+        dropout, flip, *position = (rng.random() for _ in range(4))
+        caption = rng.choices(range(len(weights)), weights)[0]
         return AugmentationChoice(
-            None if dropped < self.caption_dropout else caption,
-            chance.getrandbits(32) if self.shuffle_tags else None,
-            mirrored < self.flip,
+            None if dropout < self.caption_dropout else caption,
+            rng.getrandbits(32) if self.shuffle_tags else None,
+            flip < self.flip,
             tuple(position) if self.random_crop else CENTRE,
         )
 
     def choices(self, weights: Sequence[float]) -> list[AugmentationChoice]:
-        """All that may be drawn, the plain one first.
+        """All choices that `choose` may return for such a sample; the one without augmentation comes first.
 
         Raises:
-            ValueError: There is no end of them.
+            ValueError: They can't be listed, because tags are shuffled or crops are random.
         """
-        endless = [name for name in ("shuffle_tags", "random_crop") if getattr(self, name)]
-        if endless:
-            raise ValueError(f"{endless[0]} makes every pass another one, which cannot be cached: set it to false.")
+        unlisted = [name for name in ("shuffle_tags", "random_crop") if getattr(self, name)]
+        if unlisted:
+            raise ValueError(
+                f"dataset.augmentation.{unlisted[0]}=true makes new variants in every pass, which cannot be cached; "
+                "set it to false."
+            )
         captions = [number for number, weight in enumerate(weights) if weight > 0]
         captions += [None] * (self.caption_dropout > 0)
         flips = [flip for flip in (False, True) if (self.flip if flip else 1 - self.flip) > 0]
-        drawn = [AugmentationChoice(caption, mirrored=flip) for flip in flips for caption in captions]
-        return drawn if AugmentationChoice() in drawn else [AugmentationChoice(), *drawn]
+        choices = [AugmentationChoice(caption, mirrored=flip) for flip in flips for caption in captions]
+        return choices if AugmentationChoice() in choices else [AugmentationChoice(), *choices]
 
     def prompt(self, row: Mapping, choice: AugmentationChoice) -> str:
-        """The chosen caption."""
+        """The chosen caption of a row, its tags shuffled, with prefix and suffix."""
         if choice.caption is None:
             return ""
         text = self.texts(row)[choice.caption][0]
@@ -126,16 +142,16 @@ class Augmentation:
             text = self._shuffled(text, random.Random(choice.tags))
         return f"{self.prefix}{text}{self.suffix}" if text else ""
 
-    def _shuffled(self, text: str, chance: random.Random) -> str:
+    def _shuffled(self, text: str, rng: random.Random) -> str:
         tags = [tag.strip() for tag in text.split(self.tag_separator) if tag.strip()]
         kept, others = tags[: self.keep_tags], tags[self.keep_tags :]
-        chance.shuffle(others)
-        joint = self.tag_separator if self.tag_separator.isspace() else f"{self.tag_separator.strip()} "
-        return joint.join(kept + others)
+        rng.shuffle(others)
+        separator = self.tag_separator if self.tag_separator.isspace() else f"{self.tag_separator.strip()} "
+        return separator.join(kept + others)
 
 
 def _texts(column: str, cell: Any) -> list[str]:
-    """What a cell holds that is not empty."""
+    """The texts in a cell that are not empty."""
     texts = [text for text in (cell if isinstance(cell, list) else [cell]) if not is_empty(text)]
     if not all(isinstance(text, str) for text in texts):
         raise ValueError(f"{column} is {cell!r}; expected text, or a list of texts")

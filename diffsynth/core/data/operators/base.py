@@ -1,10 +1,15 @@
-"""Operators: small functions from a cell of a table to what is trained on, which compose by `>>`."""
+"""Operators: functions that turn a cell of a table into training data; `a >> b` composes them.
+
+An operator answers three questions about a cell: what it makes of it (`__call__`), whether it can, as far as headers of
+files tell (`check`), and what it would make, with files described instead of read (`unread`).
+"""
 
 import os
 from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import chain
 from pathlib import PurePath
+from typing import Any
 from urllib.parse import urlsplit
 
 from ..sources.storage import EmbeddedFile
@@ -12,26 +17,29 @@ from .picture_files import is_url
 
 
 class Operator:
-    """One step; `a >> b` applies `a`, then `b`."""
+    """Base class; `a >> b` applies `a`, then `b`."""
 
-    def __call__(self, data):
+    def __call__(self, data: Any) -> Any:
         raise NotImplementedError
 
-    def check(self, data):
-        """Raises what the call would raise, as far as headers tell.
+    def check(self, data: Any) -> Any:
+        """Raise the errors that the call would raise, as far as headers of files tell.
 
         Returns:
-            What the next step's `check` takes, None if only the call itself can tell.
+            The argument of the next operator's `check`; None if only the call itself can tell.
         """
         return None
 
-    def unread(self, data):
-        """What the call would return, with files in it `Unread`.
+    def unread(self, data: Any) -> Any:
+        """What the call would return, with an `Unread` in place of each file.
 
         Raises:
-            TypeError: The operator cannot say so before it is called.
+            TypeError: The operator has no `unread`.
         """
-        raise TypeError(f"{type(self).__name__} cannot tell what it makes without making it; it has no unread()")
+        raise TypeError(
+            f"{type(self).__name__} has no unread(), which describes its output without loading files; a cache "
+            "needs one."
+        )
 
     def __rshift__(self, other: Callable) -> "Chain":
         return Chain(self, other)
@@ -43,59 +51,70 @@ class Chain(Operator):
     def __init__(self, first: Operator, second: Callable):
         self.first, self.second = first, second
 
-    def __call__(self, data):
+    def __call__(self, data: Any) -> Any:
         return self.second(self.first(data))
 
-    def check(self, data):
+    def check(self, data: Any) -> Any:
         known = self.first.check(data)
         return None if known is None else check(self.second, known)
 
-    def unread(self, data):
+    def unread(self, data: Any) -> Any:
         return unread(self.second, self.first.unread(data))
 
 
-def check(operator: Callable, data):
-    """Checks `data` as `operator` does; of a plain callable nothing is known before it is called."""
+def check(operator: Callable, data: Any) -> Any:
+    """`operator.check(data)`; None for a plain callable, which cannot check anything."""
     return operator.check(data) if isinstance(operator, Operator) else None
 
 
-def unread(operator: Callable, data):
-    """What `operator` would return, with files in it `Unread`."""
+def unread(operator: Callable, data: Any) -> Any:
+    """`operator.unread(data)`.
+
+    Raises:
+        TypeError: `operator` is a plain callable, which has no `unread`.
+    """
     if not isinstance(operator, Operator):
-        raise TypeError(f"{operator!r} is no Operator, and cannot tell what it makes without making it")
+        raise TypeError(
+            f"{operator!r} is no Operator, and only those describe their output without loading files, as a cache "
+            "needs; make it a subclass of Operator with unread()."
+        )
     return operator.unread(data)
 
 
 class ToInt(Operator):
-    def __call__(self, data) -> int:
+    """The value as an int."""
+
+    def __call__(self, data: Any) -> int:
         return int(data)
 
     check = unread = __call__
 
 
 class ToFloat(Operator):
-    def __call__(self, data) -> float:
+    """The value as a float."""
+
+    def __call__(self, data: Any) -> float:
         return float(data)
 
     check = unread = __call__
 
 
 class ToStr(Operator):
-    """Text of a value, `none_value` for None."""
+    """The value as text; None becomes `none_value`."""
 
     def __init__(self, none_value: str = ""):
         self.none_value = none_value
 
-    def __call__(self, data) -> str:
+    def __call__(self, data: Any) -> str:
         return self.none_value if data is None else str(data)
 
     check = unread = __call__
 
 
 class ToList(Operator):
-    """A list of the one value."""
+    """A list with the value as its only element."""
 
-    def __call__(self, data) -> list:
+    def __call__(self, data: Any) -> list:
         return [data]
 
     check = unread = __call__
@@ -110,7 +129,7 @@ class SequentialProcess(Operator):
     def __call__(self, data: Sequence) -> list:
         return apply_to_each(self.operator, data)
 
-    def check(self, data: Sequence):
+    def check(self, data: Sequence) -> list | None:
         known = apply_to_each(partial(check, self.operator), data)
         return None if None in known else known
 
@@ -119,39 +138,44 @@ class SequentialProcess(Operator):
 
 
 def apply_to_each(function: Callable, elements: Sequence) -> list:
-    """Results of `function`, whose errors name the element."""
+    """The results of `function` for each element; an error names the element."""
     results = []
     for element in elements:
         try:
             results.append(function(element))
-        except Exception as error:  # Pillow's decoders raise nearly anything
+        except Exception as error:  # Pillow's decoders raise exceptions of many types
             raise ValueError(f"{element!r}: {error}") from error
     return results
 
 
 class Route(Operator):
-    """Applies the operator that `route` chooses for a value."""
+    """Applies the operator that `route` returns for a value."""
 
-    def __call__(self, data):
+    def __call__(self, data: Any) -> Any:
         return self.route(data)(data)
 
-    def check(self, data):
+    def check(self, data: Any) -> Any:
         return check(self.route(data), data)
 
-    def unread(self, data):
+    def unread(self, data: Any) -> Any:
         return unread(self.route(data), data)
 
-    def route(self, data) -> Callable:
+    def route(self, data: Any) -> Callable:
+        """The operator for a value.
+
+        Raises:
+            ValueError: There is none.
+        """
         raise NotImplementedError
 
 
 class RouteByType(Route):
-    """Applies the operator of the first (type, operator) pair whose type the value has; type None takes any value."""
+    """Applies the operator of the first (type, operator) pair whose type fits the value; None fits any value."""
 
     def __init__(self, operator_map: Sequence[tuple[type | None, Callable]]):
         self.operator_map = operator_map
 
-    def route(self, data) -> Callable:
+    def route(self, data: Any) -> Callable:
         for kind, operator in self.operator_map:
             if kind is None or isinstance(data, kind):
                 return operator
@@ -160,9 +184,9 @@ class RouteByType(Route):
 
 
 class RouteByExtensionName(Route):
-    """Applies the operator of the first (extensions, operator) pair that has the extension of a path or URL.
+    """Applies the operator of the first (extensions, operator) pair that contains the extension of a path or URL.
 
-    Extensions are lower case without a dot, as in `("jpg", "png")`; None takes any.
+    Extensions are lower case without a dot, as in `("jpg", "png")`; None fits any extension.
     """
 
     def __init__(self, operator_map: Sequence[tuple[Sequence[str] | None, Callable]]):
@@ -179,10 +203,10 @@ class RouteByExtensionName(Route):
 
 
 class ToAbsolutePath(Operator):
-    """Path of a file named relative to `base_path`; http(s) URLs and embedded files stay as they are.
+    """Joins a file name to `base_path`; http(s) URLs and embedded files stay unchanged.
 
-    Metadata is data from elsewhere: a name may not lead out of `base_path`. Links inside it are followed, since
-    the caches of model hubs consist of them.
+    Metadata may come from an untrusted source, so a name must not lead out of `base_path`. Symbolic links inside it are
+    followed, because the caches of model hubs consist of links.
     """
 
     def __init__(self, base_path: str = ""):

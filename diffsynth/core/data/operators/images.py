@@ -1,6 +1,6 @@
-"""From a cell of the metadata to a value a pipeline takes: small callables that compose with `>>`.
+"""Operators that load, resize and crop images.
 
-They are classes rather than closures because DataLoader workers receive them by pickle.
+They are classes rather than closures, because DataLoader workers receive them by pickle.
 """
 
 import math
@@ -15,10 +15,10 @@ from .unread import Unread
 
 
 class LoadImage(Operator):
-    """Image of a path or http(s) URL, upright (EXIF orientation applied), as `mode` ("RGB", "RGBA", ...).
+    """Loads an image from a path or http(s) URL, upright (EXIF orientation applied), in `mode` ("RGB", "RGBA", ...).
 
-    A mode without alpha shows what is transparent on white, as a viewer does: the colour stored there is whatever the
-    program that saved it left behind. Of an animation it is the first frame.
+    In a mode without alpha, transparent pixels become white, as in a viewer; the colour that is stored in them is
+    arbitrary. An animation gives its first frame.
     """
 
     def __init__(self, mode: str = "RGB"):
@@ -29,7 +29,7 @@ class LoadImage(Operator):
             return as_shown(image, self.mode)
 
     def check(self, data: str) -> tuple[int, int] | None:
-        """(width, height) as shown, read from the header; None for a URL, which is fetched only when it is used."""
+        """(width, height) of the upright image, from the header; None for a URL, which only the call fetches."""
         if is_url(data):
             return None
         with open_image(data) as image:
@@ -42,14 +42,14 @@ class LoadImage(Operator):
 
 
 class ImageCropAndResize(Operator):
-    """Scales an image to cover its target size, bilinearly, and crops the centre.
+    """Resizes an image bilinearly until it covers its target size, and crops the centre.
 
-    The target is `height` x `width` if given. Otherwise it is the image's own size, shrunk to at most `max_pixels`
-    (never enlarged), each side rounded down to a multiple of its division factor.
+    The target is `height` x `width` if they are given. Otherwise it is the image's own size, reduced to at most
+    `max_pixels` and never enlarged, with each side rounded down to a multiple of its division factor.
 
     Raises:
-        ValueError: Only one of height and width is given, they are no multiples of their factors, or an image's
-            target would have no pixel.
+        ValueError: Only one of height and width is given, they are not multiples of their factors, or an image's target
+            would have no pixels.
     """
 
     def __init__(
@@ -61,10 +61,10 @@ class ImageCropAndResize(Operator):
         width_division_factor: int = 16,
     ):
         if (height is None) != (width is None):
-            raise ValueError(f"{height=} and {width=}: give both for one fixed size, or neither to keep proportions")
+            raise ValueError(f"{height=} and {width=}: set both for one fixed size, or neither to keep proportions")
         self.height, self.width, self.max_pixels = height, width, max_pixels
         self.height_division_factor, self.width_division_factor = height_division_factor, width_division_factor
-        self.only_as_it_is = False  # refuse what would change size
+        self.only_as_it_is = False  # set by keep_images_as_they_are: an image that would change size is an error
         if height is not None:
             require_multiple("height", height, height_division_factor)
             require_multiple("width", width, width_division_factor)
@@ -72,12 +72,12 @@ class ImageCropAndResize(Operator):
     def __call__(
         self, data: Image.Image, size: tuple[int, int] | None = None, position: tuple[float, float] = (0.5, 0.5)
     ) -> Image.Image:
-        """An image at its target size, or at `size`; `position` is which part is kept, (0, 0) left and top."""
+        """The image at its target size, or at `size`; `position` (x, y) of the crop is from 0 (left, top) to 1."""
         width, height = self._target(data.size, size)
         scale = max(width / data.width, height / data.height)
         left, right = part(width, round(data.width * scale), data.width, position[0])
         top, bottom = part(height, round(data.height * scale), data.height, position[1])
-        # Only what is kept is resized: 512 pixels wide, a strip of 1x5000 would be 2.5 million high.
+        # Crop and resize in one step: a strip of 1x5000 pixels, resized to a width of 512, is 2.5 million pixels high.
         return data.resize((width, height), Image.Resampling.BILINEAR, box=(left, top, right, bottom))
 
     def check(self, data: tuple[int, int], size: tuple[int, int] | None = None) -> tuple[int, int]:
@@ -87,8 +87,8 @@ class ImageCropAndResize(Operator):
         target = size or self.target_size(*found)
         if self.only_as_it_is and target != tuple(found):
             raise ValueError(
-                f"it is {found[0]}x{found[1]} pixels and would become {target[0]}x{target[1]}, which is no longer what "
-                "its seed draws; set dataset.height and dataset.width to the size it was drawn at, or "
+                f"it is {found[0]}x{found[1]} pixels and would become {target[0]}x{target[1]}, and no longer belong to "
+                "the noise of its seed; set dataset.height and dataset.width to the size it was sampled at, or "
                 "dataset.max_pixels high enough"
             )
         return target
@@ -98,7 +98,7 @@ class ImageCropAndResize(Operator):
         return data.then(partial(self, size=size), ["crop and resize", size], size)
 
     def target_size(self, width: int, height: int) -> tuple[int, int]:
-        """(width, height) in pixels that an image of `width` x `height` becomes."""
+        """The size (width, height) in pixels that an image of `width` x `height` is resized to."""
         if self.height is not None:
             return self.width, self.height
         shrink = max(1, math.sqrt(width * height / self.max_pixels))
@@ -114,12 +114,13 @@ class ImageCropAndResize(Operator):
 
 
 def part(length: int, scaled: int, side: int, position: float) -> tuple[float, float]:
-    """Both ends of `length` pixels of a side scaled to `scaled` pixels, in pixels of the `side` itself."""
+    """The interval of a side, in its own pixels, that becomes `length` of the `scaled` pixels of the resized side."""
     start = round((scaled - length) * position)
     return start * side / scaled, (start + length) * side / scaled
 
 
 def require_multiple(name: str, value: int, factor: int) -> None:
+    """Raise ValueError unless a side is a positive multiple of its division factor."""
     if value < factor or value % factor:
         below = max(value // factor, 1) * factor
         raise ValueError(f"{name}={value} is not a multiple of {name}_division_factor={factor}: use {below}")

@@ -1,4 +1,4 @@
-"""Files that a row names, known by their size and content and not yet decoded."""
+"""`Unread`, a file whose size and content hash are known but which is not decoded, and the variants of a sample."""
 
 import json
 from collections.abc import Callable, Iterator
@@ -8,12 +8,12 @@ from typing import Any, NamedTuple
 
 
 class Unread:
-    """An image before it is decoded; what asks for its size need not know that.
+    """An image that is not decoded yet; like an image, it has a size, a width and a height.
 
     Args:
-        size: (width, height) that it will have.
-        load: Decodes it.
-        describe: Plain data that changes with the bytes of the file and with everything that is done to them.
+        size: (width, height) in pixels of the decoded image.
+        load: Returns the decoded image.
+        describe: Returns JSON data that changes with the file's bytes and with everything that is done to them.
     """
 
     def __init__(self, size: tuple[int, int], load: Callable[[], Any], describe: Callable[[], Any]):
@@ -21,7 +21,7 @@ class Unread:
 
     @cached_property
     def identity(self) -> str:
-        """32 hex digits; reads the file."""
+        """A hash (32 hex digits) of the description; reads the file."""
         return identity(self.describe())
 
     @property
@@ -33,7 +33,7 @@ class Unread:
         return self.size[1]
 
     def then(self, operator: Callable, description: Any, size: tuple[int, int] | None = None) -> "Unread":
-        """What an operator will make of it."""
+        """The unread result of applying an operator, which `description` names, to this image."""
         describe = partial(_described, self.describe, description)
         return Unread(size or self.size, partial(_applied, operator, self.load), describe)
 
@@ -47,7 +47,7 @@ def _described(describe: Callable[[], Any], description: Any) -> list:
 
 
 def read(value: Any) -> Any:
-    """A value with all that is unread in it decoded."""
+    """A value, with every `Unread` in it replaced by the decoded image."""
     if isinstance(value, Unread):
         return value.load()
     if isinstance(value, dict):
@@ -56,12 +56,12 @@ def read(value: Any) -> Any:
 
 
 class Variants(NamedTuple):
-    """All that a sample may be in training.
+    """All augmentation variants of a sample.
 
     Args:
-        size: (width, height) in pixels.
-        weights: How likely each of its captions is.
-        rows: By name, "" the plain one; files are unread.
+        size: (width, height) in pixels of its image.
+        weights: Weights of its captions.
+        rows: The rows of the variants by name, with files unread; "" is the variant without augmentation.
     """
 
     size: tuple[int, int]
@@ -70,7 +70,7 @@ class Variants(NamedTuple):
 
 
 def unread_in(value: Any) -> Iterator[Unread]:
-    """The files in a value."""
+    """Every `Unread` in a value."""
     if isinstance(value, Unread):
         yield value
     elif isinstance(value, list | dict):
@@ -79,14 +79,15 @@ def unread_in(value: Any) -> Iterator[Unread]:
 
 
 def is_unread(value: Any) -> bool:
+    """Whether there is an `Unread` in a value."""
     return any(True for _ in unread_in(value))
 
 
 def identity(value: Any) -> str:
-    """32 hex digits that change with a value: plain data, and what is unread in it.
+    """A hash (32 hex digits) of a value, which consists of JSON data and `Unread`s.
 
     Raises:
-        TypeError: The value is neither; what it holds cannot be known.
+        TypeError: The value contains anything else.
     """
     text = json.dumps(value, sort_keys=True, default=_identity_of_unread, ensure_ascii=False)
     return blake2b(text.encode(), digest_size=16).hexdigest()
@@ -94,5 +95,8 @@ def identity(value: Any) -> str:
 
 def _identity_of_unread(value: Any) -> dict[str, str]:
     if not isinstance(value, Unread):
-        raise TypeError(f"{value!r} is a {type(value).__name__}; a cache is made from plain data and files only.")
+        raise TypeError(
+            f"{value!r} is a {type(value).__name__}; a cache is made from JSON data and files only, so load it by an "
+            "Operator with unread()."
+        )
     return {"unread": value.identity}

@@ -1,12 +1,12 @@
-"""Videos and animations as lists of frames, of a length that a video autoencoder takes."""
+"""Operators that load videos and animations as lists of frames, of a length that a video autoencoder accepts."""
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import partial
 from itertools import chain, islice, pairwise
-from typing import BinaryIO, NamedTuple
+from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
 
 from PIL import Image, ImageSequence
 
@@ -15,12 +15,15 @@ from .base import Operator, check, unread
 from .picture_files import as_shown, beginning, describe_file, is_url, not_found, open_image, read_url
 from .unread import Unread
 
-# Matroska stores times in whole milliseconds: a frame may be a little late for its own tick.
+if TYPE_CHECKING:
+    import av
+
+# Seconds. Matroska stores times in whole milliseconds, so that a frame may start a little after its tick.
 ROUNDING = Fraction(1, 1000)
 
 
 class Frame(NamedTuple):
-    """A picture, and the seconds from which and until which it is shown."""
+    """A frame, and the times in seconds at which it appears and disappears."""
 
     start: Fraction
     end: Fraction
@@ -29,16 +32,17 @@ class Frame(NamedTuple):
 
 @dataclass(frozen=True)
 class LoadFrames(Operator):
-    """The first frames of a file.
+    """Loads the first n frames of a file.
 
     Args:
-        num_frames: The most frames to take; taken are the most there are, n of them, that fulfil
+        num_frames: Upper limit of n. n is the largest available number of frames with
             n % time_division_factor == time_division_remainder.
+        time_division_factor, time_division_remainder: See `num_frames`; the video autoencoder sets them.
         frame_processor: Applied to each frame, such as `ImageCropAndResize`.
-        frame_rate: Frames a second to resample to; by default frames are taken as they are stored.
+        frame_rate: Frames per second to resample to; None takes the frames as they are stored.
 
     Raises:
-        ValueError: There are too few frames for any n, or the file cannot be read.
+        ValueError: The file has too few frames for any n, or cannot be read.
     """
 
     num_frames: int = 81
@@ -50,7 +54,9 @@ class LoadFrames(Operator):
     def __post_init__(self):
         self.divisible(self.num_frames)
         if self.frame_rate is not None and self.frame_rate <= 0:
-            raise ValueError(f"frame_rate={self.frame_rate}, expected frames a second, or None to take them as stored")
+            raise ValueError(
+                f"frame_rate={self.frame_rate}, expected frames per second, or None to take frames as they are stored"
+            )
 
     def __call__(self, data: str | EmbeddedFile) -> list[Image.Image]:
         with self.open(data) as file:
@@ -61,7 +67,7 @@ class LoadFrames(Operator):
         return images[: self.divisible(len(images))]
 
     def check(self, data: str | EmbeddedFile) -> list[tuple[int, int]] | None:
-        """A list of one (width, height), since a header does not tell how many frames there are; None for a URL."""
+        """A list with one (width, height), since a header does not tell the number of frames; None for a URL."""
         if is_url(data):
             return None
         with self.open(data) as file:
@@ -70,43 +76,45 @@ class LoadFrames(Operator):
         return None if known is None else [known]
 
     def unread(self, data: str | EmbeddedFile) -> Unread:
-        """The list of frames before it is decoded, of the size that each will have."""
+        """The list of frames as one `Unread`, whose size is that of each frame."""
         with self.open(data) as file:
-            frame = Unread(self.size(file), tuple, tuple)  # to be asked, not loaded
+            frame = Unread(self.size(file), tuple, tuple)  # only its size is used
         if self.frame_processor is not None:
             frame = unread(self.frame_processor, frame)
-        number = [self.num_frames, self.time_division_factor, self.time_division_remainder, self.frame_rate]
-        description = [type(self).__name__, number, frame.describe()]
+        selection = [self.num_frames, self.time_division_factor, self.time_division_remainder, self.frame_rate]
+        description = [type(self).__name__, selection, frame.describe()]
         return Unread(frame.size, partial(self, data), partial(describe_file, data, description))
 
-    def process(self, image: Image.Image):
+    def process(self, image: Image.Image) -> Any:
+        """A frame after `frame_processor`."""
         return image if self.frame_processor is None else self.frame_processor(image)
 
     def divisible(self, count: int) -> int:
-        """The most frames, `count` or fewer, that an autoencoder takes."""
+        """The largest number of frames up to `count` that the autoencoder accepts."""
         factor, remainder = self.time_division_factor, self.time_division_remainder
         number = count - (count - remainder) % factor
         if number < 1:
             raise ValueError(
-                f"{count} frames are too few: divided by {factor} their number has to leave {remainder}, "
-                f"so take {number + factor} or more"
+                f"{count} frames are too few: their number divided by {factor} must leave {remainder}, "
+                f"so use {number + factor} or more"
             )
         return number
 
-    def open(self, data: str | EmbeddedFile):
-        """Context of an open file, of which only the header is read."""
+    def open(self, data: str | EmbeddedFile) -> AbstractContextManager:
+        """A context manager of the open file, of which only the header is read."""
         raise NotImplementedError
 
-    def size(self, file) -> tuple[int, int]:
-        """(width, height) as stored."""
+    def size(self, file: Any) -> tuple[int, int]:
+        """(width, height) in pixels, as stored, of an open file."""
         raise NotImplementedError
 
-    def frames(self, file) -> Iterator[Frame]:
+    def frames(self, file: Any) -> Iterator[Frame]:
+        """The frames of an open file, in order."""
         raise NotImplementedError
 
 
 class LoadVideo(LoadFrames):
-    """The first frames of a video, upright, as RGB; see `LoadFrames`.
+    """Loads the first frames of a video, upright, as RGB; see `LoadFrames`.
 
     Raises:
         ImportError: PyAV is not installed.
@@ -125,7 +133,7 @@ class LoadVideo(LoadFrames):
 
         with open_bytes(data) as file:
             try:
-                # A playlist is a video too. Its entries may be any file or address, and are not to be opened.
+                # FFmpeg also opens playlists. Their entries may be any file or address, and must not be opened.
                 container = av.open(file, options={"protocol_whitelist": "none"})
             except (av.error.FFmpegError, OSError):
                 raise ValueError(f"is not a video that FFmpeg can read; {beginning(file)}") from None
@@ -134,14 +142,14 @@ class LoadVideo(LoadFrames):
                     raise ValueError("holds no video that FFmpeg can read")
                 yield container
 
-    def size(self, file) -> tuple[int, int]:
+    def size(self, file: "av.container.InputContainer") -> tuple[int, int]:
         stream = file.streams.video[0]
         return stream.width, stream.height
 
-    def frames(self, file) -> Iterator[Frame]:
+    def frames(self, file: "av.container.InputContainer") -> Iterator[Frame]:
         stream = file.streams.video[0]
         for number, frame in enumerate(file.decode(stream)):
-            # AVI stores when frames are decoded, raw streams not even that: neither tells when they are shown.
+            # AVI stores decoding times and raw streams store no times: neither has presentation times.
             untimed = frame.pts is None or file.format.name == "avi"
             start = number / stream.guessed_rate if untimed else frame.pts * frame.time_base
             image = Image.fromarray(frame.to_ndarray(format="rgb24")).rotate(frame.rotation, expand=True)
@@ -149,9 +157,9 @@ class LoadVideo(LoadFrames):
 
 
 class LoadGIF(LoadFrames):
-    """The first frames of an animated GIF, WebP, PNG or AVIF, as RGB; see `LoadFrames`, and `LoadImage` for alpha.
+    """Loads the first frames of an animated GIF, WebP, PNG or AVIF, as RGB; see `LoadFrames`, `LoadImage` for alpha.
 
-    A still image is one frame.
+    A still image has one frame.
     """
 
     def open(self, data: str | EmbeddedFile) -> Image.Image:
@@ -164,7 +172,7 @@ class LoadGIF(LoadFrames):
         start = Fraction(0)
         for frame in ImageSequence.Iterator(file):
             image = as_shown(frame, "RGB")
-            # Known once a frame is decoded. Browsers show a frame that names no duration for 100 ms.
+            # The duration is known once a frame is decoded. Browsers show a frame without a duration for 100 ms.
             milliseconds = frame.info.get("duration") or (100 if getattr(file, "is_animated", False) else 0)
             end = start + Fraction(milliseconds) / 1000
             yield Frame(start, end, image)
@@ -172,7 +180,7 @@ class LoadGIF(LoadFrames):
 
 
 def open_bytes(data: str | EmbeddedFile) -> BinaryIO:
-    """What a path, URL or embedded file holds, for reading."""
+    """Open a path, URL or embedded file for reading."""
     try:
         return read_url(data) if is_url(data) else open_file(data)
     except FileNotFoundError:
@@ -180,7 +188,7 @@ def open_bytes(data: str | EmbeddedFile) -> BinaryIO:
 
 
 def resample(frames: Iterator[Frame], rate: float) -> Iterator[Frame]:
-    """The frame on the screen at each tick of `rate` a second, beginning with the first."""
+    """The frame that is on the screen at each of `rate` ticks per second, counted from the first frame."""
     step, tick = 1 / Fraction(rate), None
     for frame, following in pairwise(chain(frames, [None])):
         if tick is None:

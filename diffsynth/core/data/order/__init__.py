@@ -1,1 +1,1 @@
-"""The order of samples as a function of their position: buckets, mixtures, batches."""
+"""The order of samples as a function of their position in a run: buckets, weighted mixtures, batches."""

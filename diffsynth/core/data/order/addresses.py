@@ -1,25 +1,37 @@
-"""The order of samples and their randomness as functions of one position: nothing to keep, nothing to restore."""
+"""The order and randomness of samples as functions of their position in a run.
+
+There is no state to save: a run resumes from the number of its step.
+"""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
 from hashlib import blake2b
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch.utils.data import Dataset
 
-FEISTEL_ROUNDS = 8
+if TYPE_CHECKING:
+    from ..dataset import TrainingData
+
+FEISTEL_ROUNDS = 8  # four make a Feistel network strongly pseudorandom (Luby & Rackoff 1988); twice that is a guess
 
 
 class SampleAddress(NamedTuple):
-    """A sample of an endless run: `index` into the dataset, in pass `epoch`."""
+    """The address of a sample in an endless run: its `index` in the data set, and the pass `epoch`."""
 
     epoch: int
     index: int
 
 
 class Sample(NamedTuple):
-    """A sample and the name of its augmentation variant; None if the variants can't be listed."""
+    """A sample with its address.
+
+    Args:
+        data: The `Row`.
+        epoch, index: Its `SampleAddress`.
+        variant: Name of its augmentation variant; None if the variants can't be listed (random crop, shuffled tags).
+    """
 
     data: Any
     epoch: int
@@ -28,11 +40,11 @@ class Sample(NamedTuple):
 
 
 def permutation(position: int, size: int, key: tuple[int, ...]) -> int:
-    """Image of `position` under a pseudorandom permutation of range(size), in constant time and memory.
+    """The value at `position` of a pseudorandom permutation of range(size), in constant time and memory.
 
-    A Feistel network permutes the next power of 4; values outside the range walk on along their cycle until they
-    are back in it (Black & Rogaway 2002, "Ciphers with Arbitrary Finite Domains", method 2), fewer than 4 times
-    on average.
+    A Feistel network permutes the range up to the next power of 4. It is applied again while the result is outside of
+    range(size), fewer than 4 times on average (cycle walking: Black & Rogaway 2002, "Ciphers with Arbitrary Finite
+    Domains", method 2).
     """
     half_bits = ((size - 1).bit_length() + 1) // 2
     position = _feistel(position, half_bits, key)
@@ -50,26 +62,32 @@ def _feistel(value: int, half_bits: int, key: tuple[int, ...]) -> int:
 
 
 def _hash(*parts: int | str) -> int:
-    """64 bits of BLAKE2b, equal on every machine and in every process, unlike `hash`."""
+    """A 64-bit BLAKE2b hash, which is equal on every machine and in every process, unlike `hash`."""
     return int.from_bytes(blake2b("/".join(map(str, parts)).encode(), digest_size=8).digest(), "little")
 
 
 def sample_seed(seed: int, purpose: str, epoch: int, index: int) -> int:
-    """Seed in [0, 2^64) of one random choice, such as "noise" or "timestep", about one sample."""
+    """The seed, in [0, 2^64), of one random choice (`purpose`, such as "noise" or "timestep") about one sample."""
     return _hash(seed, purpose, epoch, index)
 
 
 def generator(seed: int, purpose: str, epoch: int, index: int, device: str | torch.device = "cpu") -> torch.Generator:
-    """Generator of one random choice about one sample.
+    """A random generator for one random choice about one sample; see `sample_seed`.
 
-    On CPU torch uses the low 32 bits of the seed, so that of 100 000 samples about one pair shares its noise.
+    On the CPU torch uses only the low 32 bits of the seed: among 100 000 samples about one pair shares its noise.
     """
     return torch.Generator(device).manual_seed(sample_seed(seed, purpose, epoch, index))
 
 
 @dataclass(frozen=True)
 class SampleOrder:
-    """Endless passes over range(size), each in an order of its own."""
+    """Endless passes over range(size), each in a different order.
+
+    Args:
+        size: Number of samples.
+        seed: Seed of the orders.
+        shuffle: Shuffle each pass; False keeps the order of the data set.
+    """
 
     size: int
     seed: int
@@ -77,25 +95,25 @@ class SampleOrder:
 
     def __post_init__(self):
         if self.size < 1:
-            raise ValueError(f"size={self.size}: there are no samples to put in order")
+            raise ValueError(f"size={self.size}: the data set has no samples; expected at least one")
 
     def sample(self, position: int) -> SampleAddress:
-        """Address of the sample at `position`, counted from 0 over all passes."""
+        """The address of the sample at `position`, counted from 0 over all passes."""
         epoch, index = divmod(position, self.size)
         return SampleAddress(epoch, permutation(index, self.size, (self.seed, epoch)) if self.shuffle else index)
 
 
 @dataclass(frozen=True)
 class BatchLayout:
-    """How the samples of an optimizer step are shared out.
+    """How the samples of an optimizer step are divided into micro-batches and among devices.
 
     Args:
         batch_size: Samples per optimizer step over all devices.
-        micro_batch_size: Samples per forward on one device; None becomes all that a device has in a step.
+        micro_batch_size: Samples per forward on one device; None takes all samples of a device at once.
         world_size: Number of devices.
 
     Raises:
-        ValueError: A device would have no whole number of micro-batches; names the numbers that fit.
+        ValueError: The number of micro-batches per device is not whole; names the numbers that fit.
     """
 
     batch_size: int
@@ -107,7 +125,7 @@ class BatchLayout:
         if self.batch_size < 1 or forward < 1:
             raise ValueError(f"{self}: every number must be at least 1")
         if self.batch_size % forward:
-            raise ValueError(f"{self} has no whole number of micro-batches a device: {self._remedies(forward)}")
+            raise ValueError(f"{self} gives no whole number of micro-batches per device: {self._remedies(forward)}")
         if self.micro_batch_size is None:
             object.__setattr__(self, "micro_batch_size", self.batch_size // self.world_size)
 
@@ -117,6 +135,7 @@ class BatchLayout:
         return self.batch_size // (self.micro_batch_size * self.world_size)
 
     def _remedies(self, forward: int) -> str:
+        """Numbers that fit; `forward` is the number of samples per forward over all devices."""
         below = self.batch_size // forward * forward
         batch_sizes = " or ".join(str(size) for size in (below, below + forward) if size)
         per_device, rest = divmod(self.batch_size, self.world_size)
@@ -130,10 +149,17 @@ class BatchLayout:
 
 @dataclass(frozen=True)
 class BatchSampler:
-    """Micro-batches of one device, for `DataLoader(batch_sampler=...)`.
+    """Yields the micro-batches of one device, for `DataLoader(batch_sampler=...)`.
 
-    Step k trains on positions k·B to (k + 1)·B - 1 of the order, whatever the number of devices and the size of
-    the micro-batches. Yields the micro-batches of `num_steps` steps from `start_step` on.
+    With batch size B, step k trains on positions k·B to (k + 1)·B - 1 of the order, for any number of devices and any
+    size of the micro-batches.
+
+    Args:
+        order: The order of samples.
+        plan: How a step is divided.
+        rank: Number of this device.
+        start_step: First step.
+        num_steps: Number of steps.
     """
 
     order: SampleOrder
@@ -144,7 +170,10 @@ class BatchSampler:
 
     def __post_init__(self):
         if not 0 <= self.rank < self.plan.world_size:
-            raise ValueError(f"rank={self.rank} is not one of the {self.plan.world_size} devices")
+            raise ValueError(
+                f"rank={self.rank} is not one of the {self.plan.world_size} devices; expected a number from 0 to "
+                f"{self.plan.world_size - 1}"
+            )
 
     def __len__(self) -> int:
         return self.num_steps * self.plan.accumulation
@@ -154,28 +183,29 @@ class BatchSampler:
             yield from self.step(step)
 
     def step(self, step: int) -> list[list[SampleAddress]]:
-        """The micro-batches of one step."""
+        """The micro-batches of one step on this device."""
         size = self.plan.micro_batch_size
         starts = (self._number(step, number) * size for number in range(self.plan.accumulation))
         return [[self.order.sample(position) for position in range(start, start + size)] for start in starts]
 
     def seed(self, step: int, number: int) -> int:
-        """Seed of what the networks themselves draw in the `number`-th micro-batch of one step."""
+        """Seed of the networks' own random numbers, such as dropout, in micro-batch `number` of one step."""
         return sample_seed(self.order.seed, "networks", 0, self._number(step, number))
 
     def _number(self, step: int, number: int) -> int:
-        """Which micro-batch of the whole run this is, over all devices."""
+        """The number of a micro-batch over the whole run and all devices."""
         return (step * self.plan.accumulation + number) * self.plan.world_size + self.rank
 
 
 class AddressedDataset(Dataset):
-    """A data set whose samples come with their address, from which their randomness follows.
+    """A data set that is indexed by `SampleAddress`, for a DataLoader with `BatchSampler`.
 
     Args:
-        dataset: A `TrainingData`.
+        dataset: The data set.
+        seed: Seed of the run, which together with the address determines the augmentation.
     """
 
-    def __init__(self, dataset, seed: int = 0):
+    def __init__(self, dataset: "TrainingData", seed: int = 0):
         self.dataset, self.seed = dataset, seed
 
     def __len__(self) -> int:

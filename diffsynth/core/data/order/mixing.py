@@ -1,7 +1,7 @@
-"""The order of samples over buckets and mixed data sets, as a function of the position like `SampleOrder`.
+"""The order of samples over buckets and weighted data sets, as a function of the position, like `SampleOrder`.
 
-Two mixtures, one above the other, each a permutation keyed by its pass: the steps of a run mix the batches of the
-buckets, and the samples of a bucket mix those of its data sets.
+There are two levels. The samples of a bucket are a mixture of the samples of its data sets. The batches of a run are a
+mixture of the batches of the buckets. A mixture orders the items of each pass by a permutation that the pass keys.
 """
 
 from bisect import bisect_right
@@ -17,17 +17,22 @@ from .addresses import SampleAddress, SampleOrder, permutation, sample_seed
 
 
 class Stream(Protocol):
-    """Endless items, `rate` of them a pass."""
+    """An endless sequence of items, with `rate` items per pass."""
 
     rate: Fraction
 
     def before(self, passes: int | Fraction) -> int:
-        """Number of items of that many passes: `passes * rate`, rounded."""
+        """The number of items in that many passes: `passes * rate`, rounded."""
 
 
 @dataclass(frozen=True)
 class Mixture:
-    """One stream of the items of several, those of a pass in random order."""
+    """A stream of the items of several streams, in random order within each pass.
+
+    Args:
+        streams: The streams.
+        seed: Seed of the order.
+    """
 
     streams: Sequence[Stream]
     seed: int
@@ -41,17 +46,19 @@ class Mixture:
 
     def pass_of(self, position: int) -> int:
         """The pass of the item at `position`."""
-        rounding = len(self.streams)  # it moves each stream by less than one item, so that few passes are in question
+        # Rounding moves each stream by less than one item, so that only a few passes have to be compared.
+        rounding = len(self.streams)
         first, last = max(position - rounding, 0) // self.rate, (position + rounding) // self.rate
         return bisect_right(range(first, last + 1), position, key=self.before) + first - 1
 
     def locate(self, position: int) -> tuple[int, int]:
-        """Which stream the item at `position` is from, and its number in that stream."""
+        """The number of the stream that the item at `position` is from, and the item's number in that stream."""
         if len(self.streams) == 1:
             return 0, position
         epoch = self.pass_of(position)
         starts = [stream.before(epoch) for stream in self.streams]
-        counts = [stream.before(epoch + 1) - start for stream, start in zip(self.streams, starts, strict=True)]
+        ends = [stream.before(epoch + 1) for stream in self.streams]
+        counts = [end - start for start, end in zip(starts, ends, strict=True)]
         number, index = permutation(position - sum(starts), sum(counts), (self.seed, epoch)), 0
         while number >= counts[index]:
             number, index = number - counts[index], index + 1
@@ -60,12 +67,13 @@ class Mixture:
 
 @dataclass(frozen=True)
 class WeightedRows:
-    """The samples that a bucket has from one data set.
+    """The samples of one bucket from one data set, with a weight.
 
     Args:
-        rows: Their indices, as a range or an array. No index may be in two parts: a data set that is shown at two
-            sizes takes two ranges of indices.
-        weight: How often a pass shows each of them: 2.5 shows each 2 or 3 times, 0.1 another tenth in every pass.
+        rows: Indices of the samples, as a range or an array. An index may be in one part only: a data set that is
+            trained at two sizes has two ranges of indices.
+        weight: How often a pass shows each sample: 2.5 shows each 2 or 3 times, 0.1 shows a different tenth in each
+            pass.
 
     Raises:
         ValueError: There are no rows, or the weight is not positive.
@@ -78,7 +86,7 @@ class WeightedRows:
         if len(self.rows) == 0 or self.weight <= 0:
             raise ValueError(
                 f"weight={self.weight} of {len(self.rows)} rows: expected a weight above 0 and at least one row; leave "
-                "a data set out that has nothing to show"
+                "out a data set without samples"
             )
 
     @cached_property
@@ -89,14 +97,16 @@ class WeightedRows:
         return passes * self.rate.numerator // self.rate.denominator
 
     def moved(self, start: int, times: float | Fraction = 1) -> "WeightedRows":
-        """These samples among others, their indices raised by `start`, shown `times` as often."""
-        own = self.rows
-        rows = range(own.start + start, own.stop + start) if isinstance(own, range) else np.asarray(own) + start
+        """The same samples with indices raised by `start`, shown `times` as often."""
+        if isinstance(self.rows, range):
+            rows = range(self.rows.start + start, self.rows.stop + start)
+        else:
+            rows = np.asarray(self.rows) + start
         return WeightedRows(rows, exact(self.weight) * exact(times))
 
 
 def joined(parts: Sequence[WeightedRows]) -> WeightedRows:
-    """The samples of several parts as one, shown as often as they are on average."""
+    """The samples of several parts as one part, whose weight is the average over all samples."""
     if len(parts) == 1:
         return parts[0]
     rows = np.concatenate([part.rows for part in parts])
@@ -104,7 +114,13 @@ def joined(parts: Sequence[WeightedRows]) -> WeightedRows:
 
 
 class Bucket:
-    """The batches of one bucket, cut from the mixture of its parts; the next pass fills up the last one of a pass."""
+    """The batches of one bucket, cut from the mixture of its parts; the next pass completes a pass's last batch.
+
+    Args:
+        parts: The samples of each data set.
+        batch_size: Samples per batch.
+        seed: Seed of the order.
+    """
 
     def __init__(self, parts: Sequence[WeightedRows], batch_size: int, seed: int):
         self.parts, self.samples = parts, Mixture(parts, seed)
@@ -112,52 +128,54 @@ class Bucket:
         self.rate = self.samples.rate / batch_size
 
     def before(self, passes: int | Fraction) -> int:
+        """The number of batches in that many passes, rounded up."""
         return -(-passes * self.rate.numerator // self.rate.denominator)
 
     def sample(self, position: int) -> SampleAddress:
-        """Address of the sample at `position` of this bucket's batches."""
+        """The address of the sample at `position` of this bucket's batches."""
         part, number = self.samples.locate(position)
         epoch, row = self.orders[part].sample(number)
         return SampleAddress(epoch, int(self.parts[part].rows[row]))
 
 
 class MixedOrder:
-    """Endless passes over buckets of mixed data sets, in batches of one bucket each, in random order.
+    """Endless passes over buckets of mixed data sets, in random order; each batch is from one bucket.
 
-    A pass shows each sample as often as its weight says. Where a bucket's share of a pass does not fill its last
-    batch, the first samples of its next pass do, so that no sample is left out and no batch is incomplete. The epoch
-    of an address counts how often its part has been passed through; addresses never repeat.
+    A pass shows each sample as often as its weight says. If the samples of a bucket do not fill its last batch of a
+    pass, the first samples of its next pass do. No sample is left out, and no batch is incomplete. The `epoch` of an
+    address counts the passes over its part; addresses never repeat.
 
     Args:
         buckets: The parts of each bucket.
         batch_size: Samples per optimizer step over all devices.
+        seed: Seed of the order.
 
     Raises:
-        ValueError: There are no buckets, or one has no parts.
+        ValueError: There are no buckets, or a bucket has no parts.
     """
 
     def __init__(self, buckets: Sequence[Sequence[WeightedRows]], batch_size: int, seed: int):
         if not buckets or not all(buckets):
-            raise ValueError("a bucket has no parts, or there is no bucket: leave out buckets that no image is in")
+            raise ValueError("there is no bucket, or one has no parts; leave out buckets without images")
         self.batch_size, self.seed = batch_size, seed
         self.buckets = [Bucket(parts, batch_size, sample_seed(seed, "bucket", 0, n)) for n, parts in enumerate(buckets)]
         self.batches = Mixture(self.buckets, seed)
 
     def sample(self, position: int) -> SampleAddress:
-        """Address of the sample at `position`; step k shows positions k·B to (k + 1)·B - 1."""
+        """The address of the sample at `position`; with batch size B, step k shows positions k·B to (k + 1)·B - 1."""
         step, slot = divmod(position, self.batch_size)
         bucket, batch = self.batches.locate(step)
         return self.buckets[bucket].sample(batch * self.batch_size + slot)
 
     def steps_of(self, passes: float) -> int:
-        """Number of steps after which that many passes are complete."""
+        """The number of steps after which that many passes are complete."""
         return self.batches.before(exact(passes))
 
     def pass_of(self, step: int) -> int:
-        """The pass that a step is in, which is also how many are complete when it begins."""
+        """The number of the pass that a step belongs to, which is also the number of passes completed before it."""
         return self.batches.pass_of(step)
 
 
 def exact(number: float | Fraction) -> Fraction:
-    """The number as it is written: 0.1 is a tenth, which the float is not."""
+    """A number as the fraction that its decimal text means: 0.1 becomes 1/10, although the float differs from it."""
     return Fraction(str(number))

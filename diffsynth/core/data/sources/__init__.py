@@ -1,1 +1,1 @@
-"""Rows: from tables, captions beside images, tar shards, data sets on disk, prompts."""
+"""Readers of rows: metadata tables, captions beside images, tar shards, Hugging Face data sets, prompts."""

@@ -1,4 +1,4 @@
-"""A folder of images without a metadata table: the prompt of each is the text file beside it."""
+"""Read a folder of images without a metadata table, with the prompt of each image in a text file beside it."""
 
 import json
 import os
@@ -12,10 +12,10 @@ from .table import Table, json_batches, make_table
 
 
 def read_captions(folder: str, encoding: str = "utf-8") -> Table:
-    """Rows of the images in a folder and below: `image` is its name, `prompt` the text of its `.txt`, or empty.
+    """A table of the images in a folder and below: `image` is the name, `prompt` the text of its `.txt`, or empty.
 
     Raises:
-        ValueError: A text is not in that encoding.
+        ValueError: A text file is not in that encoding.
     """
     digest, size = blake2b(digest_size=16), 0
     for file in list_files(folder):
@@ -28,9 +28,9 @@ def read_captions(folder: str, encoding: str = "utf-8") -> Table:
 def _rows(folder: str, encoding: str) -> Iterator[dict]:
     names = (file.name for file in list_files(folder))
     for stem, group in groupby(names, key=lambda name: os.path.splitext(name)[0]):
-        group = list(group)
-        images = [name for name in group if name.lower().endswith(IMAGE_SUFFIXES)]
-        prompt = _read_text(os.path.join(folder, f"{stem}.txt"), encoding) if images and f"{stem}.txt" in group else ""
+        files, text = list(group), f"{stem}.txt"
+        images = [name for name in files if name.lower().endswith(IMAGE_SUFFIXES)]
+        prompt = _read_text(os.path.join(folder, text), encoding) if images and text in files else ""
         yield from ({"image": name, "prompt": prompt} for name in images)
 
 

@@ -1,4 +1,4 @@
-"""Metadata tables: from a file of a format that people write to rows."""
+"""Read metadata tables: csv, json, jsonl and parquet."""
 
 import codecs
 import csv
@@ -19,37 +19,38 @@ from .json_list import JsonList
 from .storage import absolute, open_file, stored
 from .table import Table, chunks, json_batches, make_table
 
-PARQUET_ROWS = 1 << 10  # that are read at a time: they may hold whole images
+PARQUET_ROWS = 1 << 10  # rows that are read at a time, few as they may contain whole images; a guess
 
 
 def read_metadata(path: str | Path, encoding: str = "utf-8") -> Table:
-    """Reads the rows of a `.csv`, `.json` (a list of objects), `.jsonl` (an object a line) or `.parquet` table.
+    """Read the rows of a `.csv`, `.json` (a list of objects), `.jsonl` (an object per line) or `.parquet` table.
 
     Raises:
-        ValueError: The table cannot be read; the row at fault is counted from 1, without header and blank lines.
+        ValueError: The table cannot be read; rows are counted from 1, without the header and blank lines.
     """
     path = os.fspath(path)
     suffix = Path(path).suffix.lower()
     if suffix not in READERS:
-        raise ValueError(f"metadata {path}: suffix {suffix!r} is not one of {', '.join(READERS)}")
+        raise ValueError(f"metadata {path}: suffix {suffix!r} is not one of {', '.join(READERS)}; set dataset.metadata")
     try:
         _, size, version = stored(path)
         identity = (absolute(path), size, version, encoding)
         if suffix == ".csv":
-            with suppress(pa.ArrowInvalid):  # what Arrow refuses, Python's reader takes, or says where it is wrong
+            # Python's reader, below, accepts some files that Arrow refuses; of others it names the row at fault.
+            with suppress(pa.ArrowInvalid):
                 return make_table(path, _arrow_csv_batches(path, encoding), size, *identity)
         return make_table(path, READERS[suffix](path, encoding), size, *identity)
     except FileNotFoundError:
-        raise ValueError(f"metadata {path}: not found") from None
+        raise ValueError(f"metadata {path}: not found; set dataset.metadata") from None
     except UnicodeDecodeError as error:
-        remedy = "save it as UTF-8, or say what it is saved as, such as dataset.encoding=gbk"
+        remedy = "save it as UTF-8, or set its encoding, such as dataset.encoding=gbk"
         raise ValueError(f"metadata {path}: {error}; {remedy}") from error
     except (ValueError, csv.Error) as error:
         raise ValueError(f"metadata {path}: {error}") from error
 
 
 def open_text(path: str, encoding: str) -> TextIO:
-    """Opens a text file without its byte order mark, which spreadsheets write and a first column would be named by.
+    """Open a text file, skipping the byte order mark that spreadsheets write.
 
     Raises:
         ValueError: There is no such encoding.
@@ -57,12 +58,12 @@ def open_text(path: str, encoding: str) -> TextIO:
     try:
         known = codecs.lookup(encoding).name
     except LookupError as error:
-        raise ValueError(f"{error}; name one that Python knows, such as dataset.encoding=gbk") from error
+        raise ValueError(f"{error}; set one that Python knows, such as dataset.encoding=gbk") from error
     return TextIOWrapper(open_file(path), "utf-8-sig" if known == "utf-8" else known, newline="")
 
 
 def _arrow_csv_batches(path: str, encoding: str) -> Iterator[pa.RecordBatch]:
-    """What `_csv_batches` gives, of a file of which each row has a cell for each column; 20 × as fast."""
+    """The same as `_csv_batches`, 20 × as fast, for files in which every row has a cell for every column."""
     with open_text(path, encoding) as file:
         header = next(filter(None, csv.reader(file)), [])
     with open_file(path) as source:
@@ -73,19 +74,21 @@ def _arrow_csv_batches(path: str, encoding: str) -> Iterator[pa.RecordBatch]:
 
 
 def _csv_batches(path: str, encoding: str) -> Iterator[pa.RecordBatch]:
+    """Batches of rows, all cells as text; a row may have too few cells."""
     with open_text(path, encoding) as file:
-        rows = filter(None, csv.reader(file))  # a blank line is a row without cells
+        rows = filter(None, csv.reader(file))  # csv.reader returns an empty row for a blank line
         header, count = next(rows, []), 0
         for chunk in chunks(rows):
             _require_cells(chunk, len(header), count)
-            cells = {name: column for name, *column in zip_longest(header, *chunk)}  # a short row ends in None
+            cells = {name: column for name, *column in zip_longest(header, *chunk)}  # a short row is filled with None
             yield pa.record_batch({name: pa.array(column, pa.large_string()) for name, column in cells.items()})
             count += len(chunk)
 
 
 def _require_cells(rows: list[list[str]], expected: int, before: int) -> None:
     if max(map(len, rows), default=0) > expected:
-        number, found = next((number, len(row)) for number, row in enumerate(rows, before + 1) if len(row) > expected)
+        numbered = enumerate(rows, before + 1)
+        number, found = next((number, len(row)) for number, row in numbered if len(row) > expected)
         raise ValueError(f"row {number}: {found} cells, {expected} columns; quote a cell that contains commas")
 
 
@@ -97,18 +100,19 @@ def _json_batches(path: str, encoding: str) -> Iterator[pa.RecordBatch]:
 def _jsonl_batches(path: str, encoding: str) -> Iterator[pa.RecordBatch]:
     with open_text(path, encoding) as file:
         lines = filter(None, map(str.strip, file))
-        yield from json_batches(_require_objects((_parse(n, line), line) for n, line in enumerate(lines, 1)))
+        rows = ((_parse(number, line), line) for number, line in enumerate(lines, 1))
+        yield from json_batches(_require_objects(rows))
 
 
 def _parse(number: int, line: str) -> Any:
     try:
         return json.loads(line)
     except ValueError as error:
-        raise ValueError(f"row {number}: {error}; write one JSON object a line") from error
+        raise ValueError(f"row {number}: {error}; write one JSON object per line") from error
 
 
 def _require_objects(rows: Iterable[tuple[Any, str]]) -> Iterator[str]:
-    """The texts of rows, each of them given with what it says."""
+    """The JSON texts of (value, text) pairs, checked to be objects."""
     for number, (row, text) in enumerate(rows, 1):
         if not isinstance(row, dict):
             raise ValueError(f"row {number}: {row!r} is not an object of columns and values")
@@ -125,7 +129,7 @@ def _parquet_batches(path: str, encoding: str) -> Iterator[pa.RecordBatch]:
 
 
 def _plain(kind: pa.DataType) -> pa.DataType:
-    """Categories become values: an IPC file has room for one dictionary, and each batch brings its own."""
+    """The value type of a dictionary type: an IPC file has room for one dictionary, but each batch has its own."""
     return kind.value_type if pa.types.is_dictionary(kind) else kind
 
 

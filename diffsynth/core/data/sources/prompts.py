@@ -1,4 +1,4 @@
-"""Prompts without pictures, each with seeds: what a teacher is to draw."""
+"""A data set of prompts and seeds without images, from which a teacher samples images."""
 
 import json
 from collections.abc import Sequence
@@ -26,21 +26,27 @@ def prompt_dataset(
     num_workers: int = 0,
     augmentation: Augmentation | None = None,
 ) -> UnifiedDataset:
-    """A data set of prompts to draw at one size; its images are empty canvases.
+    """Make a data set of prompts and seeds; its images are empty, with the size at which images are sampled.
 
     Args:
-        path: A table with a column `prompt` (and any others), or a text file of one prompt a line.
-        seeds: What each prompt is drawn from, in the column `seed`: a list, the same for all prompts, or how many;
-            these are then counted from `first_seed` through the whole data set, so that no two rows share their noise.
+        path: A table with a column `prompt`, and any others, or a text file with one prompt per line.
+        height, width: Size in pixels of the sampled images.
+        seeds: The seeds of each prompt, which become the column `seed`: a list that all prompts share, or a number of
+            seeds. Seeds by number are consecutive over the whole data set, so that no two rows share their noise.
+        first_seed: The first of the consecutive seeds.
+        encoding: Text encoding of the file.
+        num_workers: Number of DataLoader processes that should load the data set.
+        augmentation: Random choices about captions.
 
     Raises:
-        ValueError: There are no prompts, or no seeds, or chance would change pictures that are yet to be drawn.
+        ValueError: There are no prompts or no seeds, or the augmentation would change images.
     """
     if (seeds if isinstance(seeds, int) else len(seeds)) < 1:
-        raise ValueError(f"dataset.seeds is {seeds}; expected at least one.")
+        raise ValueError(f"dataset.seeds is {seeds}; expected at least one seed per prompt.")
     if augmentation and (augmentation.flip or augmentation.random_crop):
         raise ValueError(
-            "dataset.augmentation.flip and random_crop change pictures, and prompts have none; leave both out."
+            "dataset.augmentation.flip and random_crop change images, and prompts have none; set flip=0 and "
+            "random_crop=false."
         )
     seeds = (seeds, first_seed) if isinstance(seeds, int) else list(seeds)
     read = partial(_read, path, encoding, seeds, (width, height))
@@ -54,21 +60,21 @@ def _read(path: str, encoding: str, seeds: tuple[int, int] | list[int], size: tu
     is_text = Path(path).suffix.lower() == ".txt"
     prompts = read_lines(path, encoding) if is_text else read_metadata(path, encoding)
     if not prompts:
-        raise ValueError(f"prompts {path}: there are none")
+        raise ValueError(f"prompts {path}: there are none; write one per line, or in a column prompt")
     return SeededPrompts(prompts, seeds, size)
 
 
 def read_lines(path: str, encoding: str = "utf-8") -> Table:
-    """Rows of the lines of a text file, blank ones aside, as `prompt`.
+    """A table with the lines of a text file, except blank ones, as the column `prompt`.
 
     Raises:
-        ValueError: The file is not there, or not in that encoding.
+        ValueError: The file does not exist, or is not in that encoding.
     """
     try:
         with open_text(path, encoding) as file:
             lines = [line.strip() for line in file]
     except FileNotFoundError:
-        raise ValueError(f"prompts {path}: not found") from None
+        raise ValueError(f"prompts {path}: not found; set dataset.path") from None
     except UnicodeDecodeError as error:
         raise ValueError(f"prompts {path}: {error}; save it as UTF-8, or set dataset.encoding=gbk") from error
     texts = (json.dumps({"prompt": line}) for line in lines if line)
@@ -77,10 +83,12 @@ def read_lines(path: str, encoding: str = "utf-8") -> Table:
 
 @dataclass(frozen=True)
 class SeededPrompts(Rows):
-    """The rows of a table, each once for each seed, their `image` a canvas of `size` (width, height).
+    """The rows of a table, repeated for each seed, with the size (width, height) of an empty image in `image`.
 
     Args:
-        seeds: A list, or (how many a row, the first of all).
+        prompts: The rows.
+        seeds: A list that all rows share, or a tuple: number of seeds per row, first seed of all.
+        size: (width, height) in pixels.
     """
 
     prompts: Rows
@@ -89,6 +97,7 @@ class SeededPrompts(Rows):
 
     @property
     def per_prompt(self) -> int:
+        """Number of seeds per prompt."""
         return self.seeds[0] if isinstance(self.seeds, tuple) else len(self.seeds)
 
     def __len__(self) -> int:
@@ -97,8 +106,8 @@ class SeededPrompts(Rows):
     def __getitem__(self, index: int) -> dict:
         if not 0 <= index < len(self):
             raise IndexError(f"row {index} of {len(self)}")
-        number, which = divmod(index, self.per_prompt)
-        seed = self.seeds[1] + index if isinstance(self.seeds, tuple) else self.seeds[which]
+        number, repetition = divmod(index, self.per_prompt)
+        seed = self.seeds[1] + index if isinstance(self.seeds, tuple) else self.seeds[repetition]
         return {**self.prompts[number], "image": list(self.size), "seed": seed}
 
     def digest(self) -> str:
@@ -106,7 +115,7 @@ class SeededPrompts(Rows):
 
 
 class Canvas(Operator):
-    """An empty image of a size (width, height)."""
+    """Makes an empty image of a size (width, height)."""
 
     def __call__(self, data: Sequence[int]) -> Image.Image:
         return Image.new("RGB", tuple(data))

@@ -1,4 +1,4 @@
-"""Where the bytes of a file are: on a disk, in an object store, inside a tar shard, or in the table that names it."""
+"""Open files wherever they are: on disk, in an object store, inside a tar shard, or in a cell of a table."""
 
 import io
 import os
@@ -13,23 +13,23 @@ import pyarrow as pa
 
 IMAGE_SUFFIXES = (".avif", ".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 PART = re.compile(r"(.+\.tar)#(\d+)\+(\d+)/.+")
-BLOCK = 1 << 20  # of one request to an object store: most images are one, and headers no more than one
+BLOCK = 1 << 20  # bytes per request to an object store; most images, and all headers, need one request; a guess
 
 
 @dataclass(frozen=True, eq=False, repr=False)
 class EmbeddedFile:
-    """A file whose content is a cell of a table; nothing of it is read before it is opened.
+    """A file whose content is a cell of a table; its bytes are not read until it is opened.
 
     Args:
-        cell: Binary array of that one element.
-        name: What to call it in messages.
+        cell: Binary array of one element, the content.
+        name: Name of the file in messages.
     """
 
     cell: pa.Array
     name: str
 
-    def __reduce__(self):
-        # By itself: the cell is a view of its column, and would take all of that along.
+    def __reduce__(self) -> tuple:
+        # Copied, because the cell is a view of its column and would be pickled with the whole column.
         return EmbeddedFile, (pa.array([self.open().read()], self.cell.type), self.name)
 
     def __repr__(self) -> str:
@@ -39,7 +39,7 @@ class EmbeddedFile:
         return self.name
 
     def open(self) -> BinaryIO:
-        # Arrow copies what it makes a scalar of, all of an image where only its header is wanted; a buffer is a view.
+        # A buffer is a view. An Arrow scalar would copy the whole image, even if only its header is read.
         _, offsets, content = self.cell.buffers()
         width = np.int64 if pa.types.is_large_binary(self.cell.type) else np.int32
         start, end = np.frombuffer(offsets, width)[self.cell.offset :][:2].tolist()
@@ -47,7 +47,7 @@ class EmbeddedFile:
 
 
 class FileSlice(io.RawIOBase):
-    """`size` bytes of an open file, from `offset` on; closing it closes the file."""
+    """A read-only file of the `size` bytes from `offset` on of an open file; closing it closes that file."""
 
     def __init__(self, file: BinaryIO, offset: int, size: int):
         self.file, self.offset, self.size, self.position = file, offset, size, 0
@@ -62,7 +62,7 @@ class FileSlice(io.RawIOBase):
         self.position = offset + (0, self.position, self.size)[whence]
         return self.position
 
-    def readinto(self, buffer) -> int:
+    def readinto(self, buffer: bytearray | memoryview) -> int:
         if self.position >= self.size:
             return 0
         self.file.seek(self.offset + self.position)
@@ -76,11 +76,11 @@ class FileSlice(io.RawIOBase):
 
 
 def open_file(file: str | EmbeddedFile) -> BinaryIO:
-    """Opens a path, a URL of an object store (`s3://…`), a part of a tar file that `part_of` names, or a cell.
+    """Open a path, a URL of an object store (`s3://…`), a part of a tar file (see `part_of`), or an embedded file.
 
     Raises:
         FileNotFoundError: There is no such file.
-        ValueError: The package for such URLs is not installed; names the command that installs it.
+        ValueError: The package for such URLs is not installed.
     """
     if isinstance(file, EmbeddedFile):
         return file.open()
@@ -90,20 +90,19 @@ def open_file(file: str | EmbeddedFile) -> BinaryIO:
 
 
 def part_of(archive: str, offset: int, size: int, name: str) -> str:
-    """Name of a file in a tar file by which `open_file` finds it without a search; it ends as the file's own does."""
+    """A name for a file in a tar archive, with its position, so that `open_file` can read it without a search."""
     return f"{archive}#{offset}+{size}/{os.path.basename(name)}"
 
 
 def is_part(name: str) -> bool:
-    """Whether a name is one that `part_of` makes."""
+    """Whether a name has the form of `part_of`."""
     return PART.fullmatch(name) is not None
 
 
 def open_parts(value: Any) -> Any:
-    """A value in which the names of parts of tar files are replaced by open files.
+    """A value in which names of parts of tar files are replaced by open files.
 
-    For code from elsewhere, which opens what it is given as a path: `PIL.Image.open`, `numpy.load` and `torch.load`
-    take an open file as they take a path.
+    Foreign code opens paths by `PIL.Image.open`, `numpy.load` or `torch.load`, which also accept open files.
     """
     if isinstance(value, Mapping):
         return {name: open_parts(element) for name, element in value.items()}
@@ -113,23 +112,24 @@ def open_parts(value: Any) -> Any:
 
 
 def is_path(file: str | EmbeddedFile) -> bool:
-    """Whether a name is one that the operating system knows."""
+    """Whether a file is a path of the operating system."""
     return isinstance(file, str) and not is_remote(file) and not is_part(file)
 
 
 def is_remote(path: str) -> bool:
+    """Whether a path is a URL."""
     return "://" in path
 
 
 def file_system(url: str) -> fsspec.AbstractFileSystem:
-    """The file system of a URL, one object for all URLs of a store.
+    """The file system of a URL; URLs of the same store share one object.
 
     Raises:
-        ValueError: The package for such URLs is not installed, or there is none.
+        ValueError: The package for such URLs is not installed, or the protocol is unknown.
     """
     protocol = url.partition("://")[0]
     try:
-        # Not fsspec.open or url_to_fs: they follow chains (`a::file://b`), by which metadata could lead anywhere.
+        # Not fsspec.open or url_to_fs: they follow chains (`a::file://b`), with which metadata could open any file.
         system = fsspec.get_filesystem_class(protocol)
     except ImportError as error:
         raise ValueError(f'{url}: {error}: pip install "fsspec[{protocol}]"') from error
@@ -139,23 +139,25 @@ def file_system(url: str) -> fsspec.AbstractFileSystem:
 
 
 def is_file(path: str) -> bool:
+    """Whether a path or URL is an existing file."""
     return file_system(path).isfile(path) if is_remote(path) else os.path.isfile(path)
 
 
 def size_on_disk(path: str) -> int | None:
-    """Bytes of a file of this machine; None of what is not one."""
+    """The size in bytes of a file on this machine; None if it is none."""
     try:
         return os.stat(path).st_size
-    except (OSError, ValueError):  # ValueError: a name that no file can have
+    except (OSError, ValueError):  # ValueError: the name is invalid, such as one with a null character
         return None
 
 
 def absolute(path: str) -> str:
+    """The absolute path; URLs stay unchanged."""
     return path if is_remote(path) else os.path.abspath(path)
 
 
 class StoredFile(NamedTuple):
-    """A file in a folder: `version` is text that changes when its content does."""
+    """The name and size in bytes of a file, and a `version`: text that changes when its content does."""
 
     name: str
     size: int
@@ -163,7 +165,7 @@ class StoredFile(NamedTuple):
 
 
 def stored(path: str) -> StoredFile:
-    """What is known of a file without reading it.
+    """Name, size and version of a file, which is not read.
 
     Raises:
         FileNotFoundError: There is no such file.
@@ -175,21 +177,21 @@ def stored(path: str) -> StoredFile:
 
 
 def list_files(folder: str) -> Iterator[StoredFile]:
-    """The files in a folder and below, hidden ones aside; those that differ only in their suffix follow one another.
+    """The files in a folder and below, except hidden ones; files that differ only in their suffix are neighbours.
 
-    A folder that is not there has none, as in an object store, where folders are but parts of names.
+    A folder that does not exist has no files: in object stores folders are only parts of names.
     """
     if not is_remote(folder):
         return _walk(folder, "") if os.path.isdir(folder) else iter(())
     system = file_system(folder)
     root = system._strip_protocol(folder).rstrip("/") + "/"
-    found = ((path.removeprefix(root), about) for path, about in system.find(folder, detail=True).items())
-    shown = ((name, about) for name, about in found if not any(part.startswith(".") for part in name.split("/")))
-    return (_described(name, about) for name, about in sorted(shown, key=lambda item: os.path.splitext(item[0])))
+    found = {path.removeprefix(root): info for path, info in system.find(folder, detail=True).items()}
+    shown = [name for name in found if not any(part.startswith(".") for part in name.split("/"))]
+    return (_described(name, found[name]) for name in sorted(shown, key=os.path.splitext))
 
 
 def _walk(folder: str, below: str) -> Iterator[StoredFile]:
-    """Sorted folder by folder, so that no more than the names of one folder are held at a time."""
+    """The files of `folder` in its subfolder `below`, sorted within each folder, to hold the names of one at a time."""
     with os.scandir(os.path.join(folder, below)) as entries:
         shown = [entry for entry in entries if not entry.name.startswith(".")]
     for entry in sorted(shown, key=lambda entry: (entry.is_file(), os.path.splitext(entry.name))):
@@ -200,6 +202,7 @@ def _walk(folder: str, below: str) -> Iterator[StoredFile]:
             yield stored(os.path.join(folder, name))._replace(name=name)
 
 
-def _described(name: str, about: dict[str, Any]) -> StoredFile:
-    # Stores date and mark content each in its own way; none of it changes while the file does not.
-    return StoredFile(name, about["size"], str(sorted((key, str(value)) for key, value in about.items())))
+def _described(name: str, info: dict[str, Any]) -> StoredFile:
+    # Stores have different fields for dates and hashes; none changes while the file stays the same.
+    version = sorted((key, str(value)) for key, value in info.items())
+    return StoredFile(name, info["size"], str(version))

@@ -1,4 +1,4 @@
-"""Rows of any number: a table in Arrow's format, small ones in memory, large ones in a file that is mapped."""
+"""Tables of any number of rows in Arrow's format: small ones in memory, large ones in a memory-mapped file."""
 
 import json
 import logging
@@ -17,22 +17,22 @@ from .storage import EmbeddedFile
 
 logger = logging.getLogger(__name__)
 
-IN_MEMORY = 16 << 20  # bytes of the source of a table up to which it is read anew each time
-BATCH = 1 << 14  # rows that are held at a time while a table is written
-FORMAT = 1  # of the files in the cache folder; another number leaves those of this one alone
+IN_MEMORY = 16 << 20  # bytes; smaller sources are kept in memory and converted in each process; a guess
+BATCH = 1 << 14  # rows that are in memory while a table is written; a guess
+FORMAT = 1  # version of the files in the cache folder; part of their names
 JSON_ROWS = pa.schema([("row", pa.large_string())], metadata={"rows": "json"})
 
 
 class Rows(Sequence[dict]):
-    """Rows of a data set, each a fresh dict; workers receive it by pickle, so that it should travel without them."""
+    """Rows of a data set, each a new dict; DataLoader workers receive the object by pickle, which should be small."""
 
     @abstractmethod
     def digest(self) -> str:
-        """16 hex digits that change with the rows, and not with where they are kept."""
+        """A hash (16 hex digits) of the rows, which does not depend on where they are stored."""
 
 
 class Table(Rows):
-    """The rows of an Arrow IPC file, which is mapped, or of a buffer of that format."""
+    """The rows of an Arrow IPC file, which is memory-mapped, or of a buffer in that format."""
 
     def __init__(self, source: str | pa.Buffer):
         self.source = source
@@ -40,8 +40,8 @@ class Table(Rows):
         self.columns = dict(zip(table.column_names, table.columns, strict=True))
         self.count, self.is_json = len(table), table.schema.metadata == JSON_ROWS.metadata
 
-    def __reduce__(self):
-        return Table, (self.source,)  # of a file the name travels, and each process maps it
+    def __reduce__(self) -> tuple:
+        return Table, (self.source,)  # of a file only the name is pickled, and each process maps it
 
     def __len__(self) -> int:
         return self.count
@@ -55,7 +55,7 @@ class Table(Rows):
 
     def digest(self) -> str:
         digest = blake2b(repr(list(self.columns)).encode(), digest_size=8)
-        # Batch by batch instead of through the map, whose pages would count as memory of this process.
+        # Read batch by batch, because pages of the memory map would count as memory of this process.
         file = pa.ipc.open_file(pa.OSFile(self.source) if isinstance(self.source, str) else self.source)
         for number in range(file.num_record_batches):
             for column in file.get_batch(number).columns:
@@ -64,11 +64,18 @@ class Table(Rows):
         return digest.hexdigest()
 
 
-def make_table(name: str, batches: Iterator[pa.RecordBatch], size: int, *identity) -> Table:
-    """The table of a source that has `size` bytes: in memory, or converted once for each `identity` and mapped.
+def make_table(name: str, batches: Iterator[pa.RecordBatch], size: int, *identity: Any) -> Table:
+    """The table of a source: in memory if it is small, else converted once into a file in the cache folder.
+
+    Args:
+        name: Name of the source in messages.
+        batches: The rows.
+        size: Bytes of the source.
+        identity: JSON values that change with the source and the way it is read; a file in the cache folder with the
+            same identity is used again.
 
     Raises:
-        ValueError: It cannot be written to the cache folder.
+        ValueError: The file cannot be written to the cache folder.
     """
     if size <= IN_MEMORY:
         sink = pa.BufferOutputStream()
@@ -77,22 +84,22 @@ def make_table(name: str, batches: Iterator[pa.RecordBatch], size: int, *identit
     key = blake2b(json.dumps([FORMAT, *identity]).encode(), digest_size=16).hexdigest()
     file = cache_folder() / f"{key}.arrow"
     if not file.exists():
-        logger.info("%s is converted once, into %s.", name, file)
+        logger.info("%s is converted into %s, once.", name, file)
         try:
             with replacing(file) as partial, pa.OSFile(str(partial), "wb") as sink:
                 _write(batches, sink)
         except OSError as error:
-            raise ValueError(f"the table of {name}: {error}; DIFFSYNTH_CACHE=… names a folder for it") from error
+            raise ValueError(f"the table of {name}: {error}; set DIFFSYNTH_CACHE to a folder for it") from error
     return Table(str(file))
 
 
 def cache_folder() -> Path:
-    """Where converted tables are kept; each can be deleted at any time between runs."""
+    """The folder of converted tables, which can be deleted between runs."""
     return Path(os.environ.get("DIFFSYNTH_CACHE", "~/.cache/diffsynth")).expanduser() / "tables"
 
 
 def chunks(items: Iterable) -> Iterator[list]:
-    """Lists of BATCH items, the last of what is left; at least one, so that a table without rows has its columns."""
+    """Lists of up to BATCH items; at least one list, so that a table without rows has its columns."""
     items = iter(items)
     yield list(islice(items, BATCH))
     while chunk := list(islice(items, BATCH)):
@@ -100,16 +107,17 @@ def chunks(items: Iterable) -> Iterator[list]:
 
 
 def json_batches(texts: Iterable[str]) -> Iterator[pa.RecordBatch]:
-    """Batches of rows that keep their own keys and types: texts of one JSON object each."""
+    """Batches of rows, given as texts of one JSON object each; each row keeps its own keys and types."""
     for chunk in chunks(texts):
         yield pa.record_batch([pa.array(chunk, pa.large_string())], schema=JSON_ROWS)
 
 
 def read_cell(column: pa.ChunkedArray, index: int) -> Any:
-    """Value of a cell as Python's; a file, as binary or as `{bytes, path}`, stays in the table until it is opened."""
+    """The Python value of a cell; binary data, or a struct of `bytes` and `path`, becomes an `EmbeddedFile`."""
     if _holds_files(column.type):
         return _file(column.slice(index, 1).chunk(0))
-    if (pa.types.is_list(column.type) or pa.types.is_large_list(column.type)) and _holds_files(column.type.value_type):
+    is_list = pa.types.is_list(column.type) or pa.types.is_large_list(column.type)
+    if is_list and _holds_files(column.type.value_type):
         files = column.slice(index, 1).chunk(0).flatten()
         return [_file(files.slice(number, 1)) for number in range(len(files))]
     return column[index].as_py()

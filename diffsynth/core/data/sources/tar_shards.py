@@ -1,4 +1,4 @@
-"""Tar shards of images and captions, as WebDataset lays them out: indexed once, then read by offset in any order."""
+"""Read tar shards of images and captions in WebDataset's layout: indexed once, then read by offset in any order."""
 
 import glob
 import itertools
@@ -16,25 +16,25 @@ RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")
 
 
 def read_shards(path: str, shards: str = "*.tar", caption_key: str | None = None) -> Table:
-    """Rows of the samples in tar files: where their images are, and `prompt`.
+    """A table of the samples in tar files: the positions of their images, and `prompt`.
 
-    The members of a sample follow one another and have all but what comes after the first dot of their names in
-    common. `0001.png` is the sample's `image`, `0001.edit_image.png` its `edit_image`.
+    The members of a sample are consecutive, and their names are equal up to the first dot. `0001.png` is the sample's
+    `image`, `0001.edit_image.png` its `edit_image`.
 
     Args:
         path: Folder of the shards.
-        shards: Their names, with ranges (`shard-{000..012}.tar`) or wildcards (`*.tar`).
-        caption_key: Key of a sample's `.json` that is its prompt; None takes the text of its `.txt`.
+        shards: Names of the shards, with ranges (`shard-{000..012}.tar`) or wildcards (`*.tar`).
+        caption_key: Key of the prompt in a sample's `.json`; None takes the text of its `.txt`.
 
     Raises:
-        ValueError: There is no such shard, or one cannot be read.
+        ValueError: A shard does not exist or cannot be read.
     """
     names = _find_shards(path, shards)
     try:
         files = [stored(os.path.join(path, name)) for name in names]
     except FileNotFoundError as error:
         raise ValueError(
-            f"shards {shards} of {path}: not all are there: {error}; see dataset.metadata.shards"
+            f"shards {shards} of {path}: one is missing: {error}; correct dataset.metadata.shards"
         ) from None
     size = sum(file.size for file in files)
     texts = (json.dumps(row) for name in names for row in _read_shard(path, name, caption_key))
@@ -44,18 +44,27 @@ def read_shards(path: str, shards: str = "*.tar", caption_key: str | None = None
 
 
 def expand(pattern: str) -> list[str]:
-    """The names that a pattern with ranges of numbers stands for: `{08..10}` is 08, 09, 10."""
+    """All names of a pattern with ranges of numbers: `{08..10}` stands for 08, 09, 10."""
     fixed, ranges = RANGE.split(pattern)[::3], RANGE.findall(pattern)
-    numbers = [[f"{n:0{len(first)}}" for n in range(int(first), int(last) + 1)] for first, last in ranges]
-    return ["".join(itertools.chain(*zip(fixed, [*chosen, ""], strict=True))) for chosen in itertools.product(*numbers)]
+    numbers = [_numbers(first, last) for first, last in ranges]
+    names = []
+    for chosen in itertools.product(*numbers):
+        pairs = zip(fixed, [*chosen, ""], strict=True)
+        names.append("".join(itertools.chain(*pairs)))
+    return names
+
+
+def _numbers(first: str, last: str) -> list[str]:
+    """The numbers of a range, with as many digits as the first one."""
+    return [f"{number:0{len(first)}}" for number in range(int(first), int(last) + 1)]
 
 
 def _find_shards(path: str, pattern: str) -> list[str]:
-    names = [name for part in expand(pattern) for name in (_match(path, part) if "*" in part else [part])]
+    names = []
+    for name in expand(pattern):
+        names += _match(path, name) if "*" in name else [name]
     if not names:
-        raise ValueError(
-            f"no shards: nothing in {path} is called {pattern}; set dataset.path or dataset.metadata.shards"
-        )
+        raise ValueError(f"no shards: no file in {path} matches {pattern}; set dataset.path or dataset.metadata.shards")
     return names
 
 
@@ -73,23 +82,26 @@ def _read_shard(path: str, name: str, caption_key: str | None) -> Iterator[dict]
             for _, members in itertools.groupby(_members(archive), key=lambda member: _split(member.name)[0]):
                 yield {"image": None, "prompt": ""} | dict(_columns(archive, name, members, caption_key))
     except tarfile.TarError as error:
-        raise ValueError(f"shard {name}: {error}; it must be a whole tar file, not compressed") from error
+        raise ValueError(f"shard {name}: {error}; expected a complete, uncompressed tar file") from error
 
 
 def _members(archive: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
     while (member := archive.next()) is not None:
-        archive.members.clear()  # it would keep all of a shard's
+        archive.members.clear()  # else it would keep all members of the shard in memory
         if member.isreg() and not basename(member.name).startswith("."):
             yield member
 
 
 def _split(name: str) -> tuple[str, str]:
-    """A sample's key and what the member is to it: `a/0001.edit.png` is the `edit.png` of `a/0001.`"""
+    """Key of the sample and kind of the member: `a/0001.edit.png` is split into `a/0001.` and `edit.png`."""
     kind = basename(name).partition(".")[2]
     return name.removesuffix(kind), kind.lower()
 
 
-def _columns(archive, shard: str, members: Iterable[tarfile.TarInfo], caption_key: str | None) -> Iterator[tuple]:
+def _columns(
+    archive: tarfile.TarFile, shard: str, members: Iterable[tarfile.TarInfo], caption_key: str | None
+) -> Iterator[tuple[str, str | None]]:
+    """(column, value) of the members of a sample that are images or its caption."""
     for member in members:
         kind = _split(member.name)[1]
         column, _, suffix = kind.rpartition(".")
@@ -105,4 +117,4 @@ def _caption(archive: tarfile.TarFile, member: tarfile.TarInfo, caption_key: str
         return text.strip() if caption_key is None else json.loads(text).get(caption_key)
     except (ValueError, AttributeError) as error:
         expected = "text" if caption_key is None else "one JSON object"
-        raise ValueError(f"{member.name} of {archive.name}: {error}; it must be {expected} in UTF-8") from error
+        raise ValueError(f"{member.name} of {archive.name}: {error}; expected {expected} in UTF-8") from error
