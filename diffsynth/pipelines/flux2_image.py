@@ -121,15 +121,15 @@ class Flux2DoubleAttnProcessor(JointAttention, Flux2AttnProcessor):
         kv_cache: KVCache | None = None,
         split: TokenSplit | None = None,
     ) -> tuple[Tensor, Tensor]:
-        further = self.further(kv_cache)
-        if further is None and split is None:
+        extra = self.extra(kv_cache)
+        if extra is None and split is None:
             return super().__call__(attn, hidden_states, encoder_hidden_states, attention_mask, image_rotary_emb)
         image = [layer(hidden_states) for layer in (attn.to_q, attn.to_k, attn.to_v)]
         text = [layer(encoder_hidden_states) for layer in (attn.add_q_proj, attn.add_k_proj, attn.add_v_proj)]
         image = split_heads(image, attn.norm_q, attn.norm_k)
         text = split_heads(text, attn.norm_added_q, attn.norm_added_k)
         heads = placed([torch.cat(streams, dim=1) for streams in zip(text, image, strict=True)], image_rotary_emb)
-        tokens = self.attend(heads, attention_mask, further, split)
+        tokens = self.attend(heads, attention_mask, extra, split)
         text, image = tokens.tensor_split([encoder_hidden_states.shape[1]], dim=1)
         return attn.to_out[1](attn.to_out[0](image)), attn.to_add_out(text)
 
@@ -146,12 +146,12 @@ class Flux2SingleAttnProcessor(JointAttention, Flux2ParallelSelfAttnProcessor):
         kv_cache: KVCache | None = None,
         split: TokenSplit | None = None,
     ) -> Tensor:
-        further = self.further(kv_cache)
-        if further is None and split is None:
+        extra = self.extra(kv_cache)
+        if extra is None and split is None:
             return super().__call__(attn, hidden_states, attention_mask, image_rotary_emb)
         projected, mlp = attn.to_qkv_mlp_proj(hidden_states).tensor_split([3 * attn.inner_dim], dim=-1)
         heads = placed(split_heads(projected.chunk(3, dim=-1), attn.norm_q, attn.norm_k), image_rotary_emb)
-        tokens = self.attend(heads, attention_mask, further, split)
+        tokens = self.attend(heads, attention_mask, extra, split)
         return attn.to_out(torch.cat([tokens, attn.mlp_act_fn(mlp)], dim=-1))
 
 

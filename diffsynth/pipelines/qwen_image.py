@@ -141,8 +141,8 @@ class QwenImageAttnProcessor(JointAttention, QwenDoubleStreamAttnProcessor2_0):
         kv_cache: KVCache | None = None,
         split: TokenSplit | None = None,
     ) -> tuple[Tensor, Tensor]:
-        mask, further = encoder_hidden_states_mask, self.further(kv_cache)
-        if further is None and split is None:
+        mask, extra = encoder_hidden_states_mask, self.extra(kv_cache)
+        if extra is None and split is None:
             return super().__call__(attn, hidden_states, encoder_hidden_states, mask, attention_mask, image_rotary_emb)
         image_layers, text_layers = (
             (attn.to_q, attn.to_k, attn.to_v),
@@ -151,7 +151,7 @@ class QwenImageAttnProcessor(JointAttention, QwenDoubleStreamAttnProcessor2_0):
         image = project(hidden_states, image_layers, (attn.norm_q, attn.norm_k), image_rotary_emb[0])
         text = project(encoder_hidden_states, text_layers, (attn.norm_added_q, attn.norm_added_k), image_rotary_emb[1])
         heads = [torch.cat(pair, dim=1) for pair in zip(text, image, strict=True)]
-        tokens = self.attend(heads, mask, further, split)
+        tokens = self.attend(heads, mask, extra, split)
         text, image = tokens.tensor_split([encoder_hidden_states.shape[1]], dim=1)
         return attn.to_out[1](attn.to_out[0](image.contiguous())), attn.to_add_out(text.contiguous())
 
