@@ -26,14 +26,14 @@ STYLES = {
 }
 SIZE, RENDER_SIZE, QUALITY = 64, 256, 90
 HOLD_OUT_EVERY = 5
-# Words in the place of the style: a base that has read many is not thrown off by one it never met.
+# Words that replace the style in captions, so that the base model learns to read captions with an unknown style.
 ADJECTIVES = """
     3d, big, bright, cheerful, classic, clean, clear, colorful, cute, detailed, fancy, fine, friendly, glossy, good,
     happy, lovely, modern, neat, nice, pretty, round, shiny, simple, small, smooth, soft, sweet, tidy, vivid"""
-ADJECTIVES_EACH = 4
+ADJECTIVES_EACH = 4  # captions of an image with another adjective
 
-# Chosen by eye: recognisable, unlike each other, in all three styles. No people, flags or symbols, and nothing
-# that the artwork's owner excludes (paperclips, technologists, video game, joystick).
+# Chosen by eye: recognisable, different from each other, and present in all three styles. No people, flags or symbols,
+# and nothing that the artwork's owner excludes (paperclips, technologists, video game, joystick).
 CONCEPTS = {
     "Food & Drink": """
         grapes, watermelon, tangerine, lemon, banana, pineapple, red apple, pear, peach, cherries, strawberry,
@@ -77,7 +77,7 @@ CONCEPTS = {
 
 
 def read_package(package, file, folder):
-    """The parsed json `file` of an npm package, which is downloaded to `folder`."""
+    """Download an npm package to `folder` and parse its JSON file `file`."""
     run = subprocess.run(["npm", "pack", "--silent", package], cwd=folder, check=True, capture_output=True, text=True)
     with tarfile.open(Path(folder, run.stdout.split()[-1])) as archive:
         return json.load(archive.extractfile(f"package/{file}"))
@@ -95,7 +95,7 @@ def choose_concepts(groups):
 
 
 def render(icons, slug):
-    """The icon on white; Pillow resizes RGBA premultiplied, so no dark fringes."""
+    """An icon on white as an RGB image; Pillow resizes RGBA premultiplied, so that edges get no dark fringes."""
     body, width, height = icons["icons"][slug]["body"], icons["width"], icons["height"]
     svg = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}">{body}</svg>'
     png = resvg_py.svg_to_bytes(svg_string=svg, width=RENDER_SIZE, height=RENDER_SIZE, skip_system_fonts=True)
@@ -112,11 +112,12 @@ def write_images(style, icons, slugs):
 
 
 def describe(style, concepts):
+    """(image, prompt) of every concept in one style."""
     return [(f"{style}/{slug}.webp", f"a {style} emoji of {name}") for slug, name in concepts]
 
 
 def rephrase(concepts):
-    """The colour images, each under several captions; half of them the plain ones."""
+    """(image, prompt) of the colour images, eight captions each: four plain ones, four with another adjective."""
     adjectives = [adjective.strip() for adjective in ADJECTIVES.split(",")]
     for number, (slug, name) in enumerate(concepts):
         chosen = [adjectives[(number + offset * 7) % len(adjectives)] for offset in range(ADJECTIVES_EACH)]

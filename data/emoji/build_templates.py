@@ -1,10 +1,10 @@
-"""Rebuild the rows that the shipped templates are trained on, and those pictures of them that are no emoji as drawn.
+"""Rebuild the rows that the shipped templates are trained on, and the changed images that some of these rows name.
 
     python data/emoji/build_templates.py
 
-Needs the images and csv files of `build.py`, and diffsynth. The pictures of each kind are one tar shard, in which the
-rows name them. The committed files were made with pillow 13.0.0 and its libwebp 1.6.0; the same bytes come out every
-time.
+Needs the images and csv files of `build.py`, and diffsynth. The images of each kind are in one tar shard, and rows name
+them by their place in it. The committed files were made with pillow 13.0.0 and its libwebp 1.6.0; the same bytes come
+out every time.
 """
 
 import csv
@@ -21,19 +21,19 @@ from diffsynth.core.data import read_shards
 
 HERE = Path(__file__).resolve().parent
 QUALITY = 75
-SHADES = 3  # pictures of a concept
-STRONGEST = 5.0  # a gamma of up to this, or down to one over it
-EVERY = {"train": 2, "held_out": 5}  # one concept in so many is shaded
+SHADES = 3  # images per shaded concept
+STRONGEST = 5.0  # gammas lie between 1 / STRONGEST and STRONGEST; a guess
+EVERY = {"train": 2, "held_out": 5}  # every Nth concept of a split is shaded
 
 
-def grey(draw, number):
-    """One gamma for all channels; those of a concept are spread over the range."""
-    return STRONGEST ** (2 * (number + draw.random()) / SHADES - 1)
+def grey(rng, number):
+    """A random gamma for all channels; the gammas of a concept are spread over the range."""
+    return STRONGEST ** (2 * (number + rng.random()) / SHADES - 1)
 
 
-def colour(draw, number):
-    """A gamma for each channel."""
-    return STRONGEST ** np.array([draw.uniform(-1, 1) for _ in range(3)])
+def colour(rng, number):
+    """A random gamma for each channel."""
+    return STRONGEST ** np.array([rng.uniform(-1, 1) for _ in range(3)])
 
 
 def read_concepts(split):
@@ -44,43 +44,43 @@ def read_concepts(split):
 
 
 def shaded_concepts(split):
-    """(slug, name) of those concepts of a split that are shaded."""
+    """(slug, name) of the shaded concepts of a split."""
     return read_concepts(split)[:: EVERY[split]]
 
 
-def shades(kind, draw_gamma):
-    """(file name, picture) of every shade of every concept; white stays white."""
+def shades(kind, sample_gamma):
+    """(file name, image) of every shade of every shaded concept; white stays white."""
     for slug, _ in [concept for split in EVERY for concept in shaded_concepts(split)]:
-        original, draw = np.asarray(Image.open(HERE / f"color/{slug}.webp")) / 255, random.Random(f"{kind} {slug}")
+        original, rng = np.asarray(Image.open(HERE / f"color/{slug}.webp")) / 255, random.Random(f"{kind} {slug}")
         for number in range(SHADES):
-            pixels = 255 * original ** draw_gamma(draw, number)
+            pixels = 255 * original ** sample_gamma(rng, number)
             yield f"{slug}-{number}.webp", Image.fromarray(pixels.round().astype(np.uint8))
 
 
 def mirrored():
-    """(file name, picture) of the colour pictures mirrored, which the base never saw."""
+    """(file name, image) of every colour image, mirrored; the base model was not trained on these."""
     for path in sorted((HERE / "color").glob("*.webp")):
         yield path.name, Image.open(path).transpose(Image.Transpose.FLIP_LEFT_RIGHT)
 
 
-def write_shard(kind, pictures):
-    """Write (file name, picture) into the tar shard of their kind."""
+def write_shard(kind, images):
+    """Write (file name, image) pairs to the tar shard of their kind."""
     with tarfile.open(HERE / f"{kind}.tar", "w", format=tarfile.USTAR_FORMAT) as shard:
-        for name, picture in pictures:
-            picture.save(file := BytesIO(), "webp", quality=QUALITY, method=6)
-            member = tarfile.TarInfo(name)  # without owner and date, so that equal pictures make equal shards
+        for name, image in images:
+            image.save(file := BytesIO(), "webp", quality=QUALITY, method=6)
+            member = tarfile.TarInfo(name)  # without owner and date, so that equal images make equal shards
             member.size = file.tell()
             file.seek(0)
             shard.addfile(member, file)
 
 
 def names_in_shard(kind):
-    """What rows call each picture of a shard, by its file name."""
+    """The names that rows have for the images of a shard, by file name."""
     return {Path(row["image"]).name: row["image"] for row in read_shards(str(HERE), f"{kind}.tar")}
 
 
 def shade_rows(kind, split):
-    """A row of every shade, whose template input is the picture itself."""
+    """One row per shade; its template input is the image itself."""
     names = names_in_shard(kind)
     for slug, name in shaded_concepts(split):
         for number in range(SHADES):
@@ -89,21 +89,21 @@ def shade_rows(kind, split):
 
 
 def structure_rows(split):
-    """Line art, and the same in colour; by name, and without."""
+    """Rows from line art to colour, each once with the concept's name in the prompt and once without."""
     names = names_in_shard("mirrored")
     for slug, name in read_concepts(split):
         yield from both_ways(names, "line", slug, f"a color emoji of {name}", "a color emoji")
 
 
 def edit_rows(split):
-    """Flat pictures, and the same in colour."""
+    """Rows from flat images to colour."""
     names = names_in_shard("mirrored")
     for slug, _ in read_concepts(split):
         yield from both_ways(names, "flat", slug, "a color emoji of this")
 
 
 def both_ways(names, style, slug, *prompts):
-    """Rows of a concept as it is, and mirrored."""
+    """Rows of a concept, each once as it is and once mirrored."""
     file = f"{slug}.webp"
     for target, mirror in ((f"color/{file}", False), (names[file], True)):
         for prompt in prompts:
@@ -118,8 +118,8 @@ def write_rows(name, rows):
 
 def main():
     write_shard("mirrored", mirrored())
-    for kind, draw_gamma in {"brightness": grey, "soft_rgb": colour}.items():
-        write_shard(kind, shades(kind, draw_gamma))
+    for kind, sample_gamma in {"brightness": grey, "soft_rgb": colour}.items():
+        write_shard(kind, shades(kind, sample_gamma))
         for split in EVERY:
             write_rows(f"{kind}_{split}", shade_rows(kind, split))
     for split in EVERY:

@@ -1,4 +1,8 @@
-"""The method: pipelines as units, noise schedules, objectives, adapters. Names no model."""
+"""The method: pipelines of units, noise schedules, objectives, adapters. This package knows no particular model.
+
+Shapes in all its docstrings: B batch, L tokens, D width, C channels, T latent frames, h w latent size, H W size in
+pixels.
+"""
 
 from importlib import import_module
 
@@ -8,8 +12,8 @@ from .logger import ModelLogger
 from .loss import FlowMatchSFTLoss
 from .training_module import DiffusionTrainingModule
 
-# The guides import these from here; the packages above this one are imported only when they are asked for.
-ABOVE = {"launch_training_task": "training.loop", "launch_data_process_task": "cache.make"}
+# DiffSynth-Studio's guides import these names from here. They live in packages that import this one, hence the delay.
+DEFINED_ABOVE = {"launch_training_task": "training.loop", "launch_data_process_task": "cache.make"}
 
 __all__ = [
     "BasePipeline",
@@ -25,6 +29,6 @@ __all__ = [
 
 
 def __getattr__(name: str):
-    if name in ABOVE:
-        return getattr(import_module(f"diffsynth.{ABOVE[name]}"), name)
+    if name in DEFINED_ABOVE:
+        return getattr(import_module(f"diffsynth.{DEFINED_ABOVE[name]}"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

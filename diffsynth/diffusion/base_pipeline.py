@@ -1,4 +1,4 @@
-"""What all pipelines share: the declaration of a family, units, guidance, sampling."""
+"""`BasePipeline`: requests, units, guidance and sampling. A model family is a subclass that declares its parts."""
 
 import copy
 import difflib
@@ -9,10 +9,12 @@ from functools import partial
 from typing import Any, ClassVar
 
 import torch
+from PIL import Image
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from ..core.data import collate, generator
+from ..core.loader import ModelConfig
 from .flow_match import FlowMatchScheduler
 from .pipeline import declaration, sampling_settings
 from .pipeline.media import ImageMedia, Media
@@ -27,17 +29,18 @@ __all__ = ["BasePipeline", "PipelineUnit", "PipelineUnitRunner"]
 
 
 class BasePipeline(PipelineNetworks):
-    """A model family, declared by its class's attributes; see docs/pipelines.md for one built step by step.
+    """A model family, declared by the attributes of its class; docs/pipelines.md builds one step by step.
 
     Class attributes:
-        request: Arguments of the pipeline's call (`pipeline.request`), with the family's defaults.
-        components: Networks and folders by attribute; the first network is the one that `model_fn` calls.
-        latents: What the network sees of an image.
-        media: What the family makes.
-        model_fn: `model_fn(dit, latents, timestep, …)` → velocity (B, C, h, w), of a batch.
+        request: Class of the arguments of the pipeline's call (`pipeline.request`), with the family's defaults.
+        components: Networks and folders by attribute; `model_fn` calls the first network.
+        latents: Channels and downsampling of the latents.
+        media: The kind of media that the family generates.
+        model_fn: `model_fn(dit, latents, timestep, …)` predicts the velocity (B, C, h, w) of a batch.
         sigma_grid: Noise levels of N sampling steps; see `FlowMatchScheduler`.
         unit_classes: The units, in the order in which they run.
-        model_settings: Fields of the request whose defaults are a matter of the single model, besides the shared ones.
+        model_settings: Fields of the request whose defaults differ between the models of the family, besides those that
+            differ in every family (`declaration.SHARED_SETTINGS`).
     """
 
     request: ClassVar[type[ImageRequest]]
@@ -56,29 +59,29 @@ class BasePipeline(PipelineNetworks):
         "inpaint_mask",
         "edit_image",
     )
-    # What weights may be trained to be sampled with; see `PipelineNetworks.use_sampling_settings`.
+    # Arguments that weights may be trained for; see `PipelineNetworks.use_sampling_settings`.
     sampling_arguments: ClassVar[Sequence[str]] = ("num_inference_steps", "cfg_scale", "sigmas", "sampler")
-    decoding_models: ClassVar[Sequence[str]] = ("vae",)  # what `decode` calls
+    decoding_models: ClassVar[Sequence[str]] = ("vae",)  # models that `decode` calls
 
     def __init_subclass__(cls, abstract: bool = False, **kwargs):
         super().__init_subclass__(**kwargs)
         if not abstract:
             declaration.complete(cls)
 
-    def __init__(self, device="cpu", torch_dtype: torch.dtype = torch.bfloat16):
+    def __init__(self, device: str | torch.device = "cpu", torch_dtype: torch.dtype = torch.bfloat16):
         super().__init__(device, torch_dtype)
         self.units: list[PipelineUnit] = [unit() for unit in self.unit_classes if unit.needs is None]
         self.unit_runner = PipelineUnitRunner()
         self.scheduler = FlowMatchScheduler(self.sigma_grid)
-        self.template = self.template_model = None  # one that is part of this pipeline, as in its training
-        self.replacements: dict[str, nn.Module] = {}  # what predicts in place of a model while another role is active
+        self.template = self.template_model = None  # set by `template.units.attach` while a template is trained
+        self.replacements: dict[str, nn.Module] = {}  # networks that `model_fn` gets while another role is active
         self.progress_bar = tqdm
         self.call_defaults = defaults_of(self.request)
 
     # A request
 
     def __call__(self, prompt: str, progress_bar_cmd: Callable = tqdm, **request):
-        """Sample; the arguments are those of the family's request."""
+        """Sample one result; the arguments are those of the family's request."""
         self.progress_bar = progress_bar_cmd
         return self.generate([{"prompt": prompt, **request}])[0]
 
@@ -86,13 +89,13 @@ class BasePipeline(PipelineNetworks):
     def one_sided_arguments(self) -> tuple[str, ...]:
         """Arguments of a request, besides `prompt`, that only the conditional prediction reads.
 
-        Those of the unconditional prediction are named `negative_…`.
+        Each has a counterpart for the unconditional prediction, which is named `negative_…`.
         """
         return template_outputs_of(self) + (("template_inputs",) if self.template_model is not None else ())
 
     @property
     def arguments(self) -> set[str]:
-        """Names that a request may hold."""
+        """Names of all arguments that a request may have."""
         return {"prompt", *defaults_of(self.request), *self._arguments_by_side}
 
     @property
@@ -100,14 +103,18 @@ class BasePipeline(PipelineNetworks):
         return {sign + name for name in self.one_sided_arguments for sign in ("", "negative_")}
 
     def typed(self, name: str, value: Any) -> Any:
-        """An argument that may be a cell of a csv, as the number that it is to be; see `request.typed`."""
+        """Convert an argument that was read from a csv to the number that the request expects; see `request.typed`."""
         return typed(self.request, name, value)
 
     def complete(self, request: Mapping) -> dict:
-        """A request with what its weights were trained for, and the model's defaults; needs no weights.
+        """The request, with its missing arguments filled in.
+
+        They come first from the settings that the weights were trained for, then from the model's defaults. This reads
+        no weights.
 
         Raises:
-            ValueError: There is no argument of such a name, or not together; or adapters differ in how to sample.
+            ValueError: An argument is unknown, two arguments exclude each other, or two adapters disagree about a
+                sampling setting.
         """
         known = self.arguments
         unknown = sorted(set(request) - known)
@@ -117,31 +124,31 @@ class BasePipeline(PipelineNetworks):
                 f"{type(self).__name__} has no argument {unknown[0]!r}; nearest: {nearest or sorted(known)}."
             )
         given = {name: value for name, value in request.items() if value is not None}
-        whole = {**self.call_defaults, **self.settings_for(given), **given}
-        if whole["sampler"] not in SAMPLERS:
-            raise ValueError(f"sampler is {whole['sampler']!r}; expected one of {', '.join(SAMPLERS)}.")
-        if whole["sampler"] == "renoise" and whole["inpaint_mask"] is not None:
+        completed = {**self.call_defaults, **self.settings_for(given), **given}
+        if completed["sampler"] not in SAMPLERS:
+            raise ValueError(f"sampler is {completed['sampler']!r}; expected one of {', '.join(SAMPLERS)}.")
+        if completed["sampler"] == "renoise" and completed["inpaint_mask"] is not None:
             raise ValueError(
                 "inpaint_mask needs deterministic sampling, but sampler=renoise adds fresh noise at each step; set "
                 "sampler=euler, or leave the mask out."
             )
-        return whole
+        return completed
 
     def settings_for(self, request: Mapping) -> dict[str, Any]:
-        """The `sampling_arguments` that the weights were trained for and that a request leaves open.
+        """The `sampling_arguments` that the weights were trained for, except those that the request sets itself.
 
         Raises:
-            ValueError: Two adapters differ in them; names both.
+            ValueError: Two adapters disagree about one; the message names both files.
         """
-        steps = {"num_inference_steps", "sigmas"}  # of which one takes the place of the other
-        said = {name for name in self.sampling_arguments if request.get(name) is not None}
-        said |= steps if said & steps else set()
+        steps = {"num_inference_steps", "sigmas"}  # setting one of them overrides both
+        given = {name for name in self.sampling_arguments if request.get(name) is not None}
+        given |= steps if given & steps else set()
         adapters = {file: settings for file, settings in self.sampling_settings.items() if file is not None}
-        names = [name for name in self.sampling_arguments if name not in said]
+        names = [name for name in self.sampling_arguments if name not in given]
         return sampling_settings.agreed(adapters or self.sampling_settings, names)
 
     def split_request(self, request: Mapping) -> tuple[dict, dict, dict]:
-        """The three dictionaries the units work on, from a request; `input_image` is fitted to its size."""
+        """Split a request into the units' dictionaries (shared, positive, negative), its `input_image` resized."""
         image = request.get("input_image")
         if image is not None:
             height, width = self.latents.fitted(request["height"], request["width"])
@@ -150,15 +157,17 @@ class BasePipeline(PipelineNetworks):
         posi, nega = (as_inputs(self, side, type(self).__name__) for side in sides)
         posi["prompt"], nega["negative_prompt"] = request["prompt"], request.get("negative_prompt", "")
         by_side = {"prompt", "negative_prompt", *self._arguments_by_side}
-        return {name: value for name, value in request.items() if name not in by_side}, posi, nega
+        shared = {name: value for name, value in request.items() if name not in by_side}
+        return shared, posi, nega
 
     def prepare(self, requests: Sequence[Mapping]) -> tuple[dict, dict, dict]:
-        """What the network reads of requests as one batch; sets the scheduler to their steps.
+        """The network's inputs for a batch of requests (shared, positive, negative); sets the scheduler to their steps.
 
-        Each request's units run alone, so that what is sampled does not depend on its company (but for rounding).
+        The units run on one request at a time, so that a result does not depend on the rest of its batch (except for
+        rounding).
 
         Raises:
-            ValueError: An unknown argument, or requests that differ in what a batch must share.
+            ValueError: An argument is unknown, or the requests differ in an argument that a batch must share.
         """
         requests = [self.complete(request) for request in requests]
         self._check_batch(requests)
@@ -177,26 +186,26 @@ class BasePipeline(PipelineNetworks):
 
     @torch.no_grad()
     def generate(self, requests: Sequence[Mapping]) -> list[Any]:
-        """Sample one result a request, denoising all of them as one batch; see `prepare`."""
+        """Sample one result per request, denoising all of them as one batch; see `prepare`."""
         latents = self.denoise(*self.prepare(requests))
         return [self.decode(latent.unsqueeze(0), self.complete(requests[0])) for latent in latents]
 
     @torch.no_grad()
     def denoise(self, shared: dict, posi: dict, nega: dict) -> Tensor:
-        """Integrate the velocity from the first noise level to 0, for a batch of inputs; the final latents."""
+        """Integrate the velocity from the first noise level to 0 and return the clean latents (B, C, h, w)."""
         for latents in self.trajectory(shared, posi, nega):  # noqa: B007
             pass
         return latents
 
     def trajectory(self, shared: dict, posi: dict, nega: dict) -> Iterator[Tensor]:
-        """The latents of a batch of inputs at each of the scheduler's noise levels, and at 0."""
+        """Yield the latents (B, C, h, w) of a batch of inputs at each noise level of the scheduler, and at 0."""
 
         def velocity(latents: Tensor, timestep: Tensor) -> Tensor:
             timesteps = timestep.to(self.device).expand(len(latents))
-            moved = self.guided_velocity(timesteps, shared["cfg_scale"], {**shared, "latents": latents}, posi, nega)
+            guided = self.guided_velocity(timesteps, shared["cfg_scale"], {**shared, "latents": latents}, posi, nega)
             if shared.get("inpaint_mask") is None:
-                return moved
-            return towards_input(moved, latents, self.scheduler.sigma(timestep), shared)
+                return guided
+            return inpaint_velocity(guided, latents, self.scheduler.sigma(timestep), shared)
 
         sampler = SAMPLERS[shared.get("sampler", "euler")]
         points = sampler(velocity, shared["latents"], self.scheduler, partial(step_noise, shared.get("seed")))
@@ -205,7 +214,7 @@ class BasePipeline(PipelineNetworks):
             yield latents
 
     def predict(self, timestep: Tensor, **inputs) -> Tensor:
-        """Velocity (B, …) that `model_fn` predicts at timesteps (B,) from those of the inputs that it takes."""
+        """Velocity (B, …) that `model_fn` predicts at timesteps (B,) from those inputs that it has a parameter for."""
         models = {name: getattr(self, name) for name in self.in_iteration_models} | self.replacements
         accepted = inspect.signature(self.model_fn).parameters
         given = {name: value for name, value in inputs.items() if name in accepted}
@@ -214,7 +223,10 @@ class BasePipeline(PipelineNetworks):
     def guided_velocity(
         self, timestep: Tensor, cfg_scale: float, shared: Mapping, posi: Mapping, nega: Mapping
     ) -> Tensor:
-        """v_nega + s (v_posi - v_nega): classifier-free guidance, Ho & Salimans 2022 (https://arxiv.org/abs/2207.12598)."""
+        """Classifier-free guidance: v_nega + s (v_posi - v_nega), with velocities (B, …) at timesteps (B,).
+
+        Ho & Salimans 2022, "Classifier-Free Diffusion Guidance" (https://arxiv.org/abs/2207.12598).
+        """
         positive = self.predict(timestep, **shared, **posi)
         if cfg_scale == 1:
             return positive
@@ -223,17 +235,16 @@ class BasePipeline(PipelineNetworks):
 
     def set_timesteps(self, request: Mapping) -> None:
         """Set the scheduler to the sampling steps that a request asks for."""
-        taken = inspect.signature(self.sigma_grid).parameters
-        options = {name: request[name] for name in taken if name in request and name != "num_inference_steps"}
-        if "dynamic_shift_len" in taken:
-            options["dynamic_shift_len"] = self.latents.tokens(
-                *self.latents.fitted(request["height"], request["width"])
-            )
+        accepted = inspect.signature(self.sigma_grid).parameters
+        options = {name: request[name] for name in accepted if name in request and name != "num_inference_steps"}
+        if "dynamic_shift_len" in accepted:
+            height, width = self.latents.fitted(request["height"], request["width"])
+            options["dynamic_shift_len"] = self.latents.tokens(height, width)
         self.scheduler.set_timesteps(request["num_inference_steps"], sigmas=request["sigmas"], **options)
 
     @contextmanager
     def sampling_steps(self, request: Mapping) -> Iterator[FlowMatchScheduler]:
-        """The scheduler at the steps that a request is sampled in; the pipeline's own comes back afterwards."""
+        """Inside, the scheduler has the steps that a request asks for; afterwards it is as it was before."""
         scheduler, self.scheduler = self.scheduler, copy.copy(self.scheduler)
         try:
             self.set_timesteps({**self.call_defaults, **request})
@@ -242,8 +253,8 @@ class BasePipeline(PipelineNetworks):
             self.scheduler = scheduler
 
     @contextmanager
-    def sampling(self):
-        """Sample in the middle of training: evaluation mode inside, the training state back afterwards."""
+    def sampling(self) -> Iterator["BasePipeline"]:
+        """Inside, the pipeline is in evaluation mode, to sample during training; afterwards it is as it was before."""
         training = {name: module.training for name, module in self.named_modules()}
         scheduler = copy.copy(self.scheduler)
         try:
@@ -255,48 +266,51 @@ class BasePipeline(PipelineNetworks):
 
     # Media
 
-    def preprocess_image(self, image) -> Tensor:
+    def preprocess_image(self, image: Image.Image) -> Tensor:
         """An RGB image as a tensor (1, 3, H, W) in [-1, 1], in the pipeline's dtype on its device."""
         return ImageMedia().preprocess(image, self.device, self.torch_dtype)
 
     def decode(self, latents: Tensor, request: Mapping) -> Any:
-        """What latents (1, …) show."""
+        """Decode latents (1, …) to the family's media, for example to an image."""
         self.load_models_to_device(["vae"])
         pixels = self.vae.decode(latents, request["tiled"], request["tile_size"], request["tile_stride"])
         return self.media.postprocess(pixels)
 
     def generate_noise(
-        self, shape: Sequence[int], seed: int | None = None, rand_device="cpu", rand_torch_dtype=torch.float32
+        self,
+        shape: Sequence[int],
+        seed: int | None = None,
+        rand_device: str | torch.device = "cpu",
+        rand_torch_dtype: torch.dtype = torch.float32,
     ) -> Tensor:
-        """Standard normal noise, from `seed` or, without one, from torch's global generator."""
+        """Standard normal noise of any shape; without a seed it comes from torch's global generator."""
         generator = None if seed is None else torch.Generator(rand_device).manual_seed(seed)
         noise = torch.randn(shape, generator=generator, device=rand_device, dtype=rand_torch_dtype)
         return noise.to(self.device, self.torch_dtype)
 
     # Units
 
-    def build_models(self, model_configs: Iterable) -> None:
+    def build_models(self, model_configs: Iterable[ModelConfig]) -> None:
         super().build_models(model_configs)
         self.add_units()
 
-    def build_folder(self, name: str, config) -> None:
+    def build_folder(self, name: str, config: ModelConfig | None) -> None:
         super().build_folder(name, config)
         self.add_units()
 
     def add_units(self) -> None:
-        """Add the units whose component has come."""
-        there = {type(unit) for unit in self.units}
-        coming = [
-            unit for unit in self.unit_classes if unit.needs is not None and getattr(self, unit.needs) is not None
-        ]
-        self.units += [unit() for unit in coming if unit not in there]
+        """Add each unit that needs an optional component, once that component is built."""
+        existing = {type(unit) for unit in self.units}
+        optional = [unit for unit in self.unit_classes if unit.needs is not None]
+        ready = [unit for unit in optional if getattr(self, unit.needs) is not None]
+        self.units += [unit() for unit in ready if unit not in existing]
 
     def required_units(self, wanted: Iterable[str]) -> list[PipelineUnit]:
-        """The units that lead to the `wanted` inputs of an objective or of `model_fn`."""
+        """The units that compute the `wanted` inputs of an objective or of `model_fn`."""
         return required_units(self.units, wanted)
 
     def cuts_off(self, prompt: str) -> bool:
-        """Whether a prompt is longer than what the pipeline reads of it; needs no weights."""
+        """Whether the pipeline truncates a prompt because it is too long; needs no weights."""
         return False
 
     def sources(self) -> dict[str, dict[str, str]]:
@@ -305,14 +319,20 @@ class BasePipeline(PipelineNetworks):
         return super().sources() | own
 
 
-def towards_input(velocity: Tensor, latents: Tensor, sigma: Tensor, shared: Mapping) -> Tensor:
-    """The velocity (B, C, h, w), and where `inpaint_mask` (B, 1, h, w) is 0 the one that leads to `input_latents`."""
+def inpaint_velocity(velocity: Tensor, latents: Tensor, sigma: Tensor, shared: Mapping) -> Tensor:
+    """The velocity (B, C, h, w), replaced where `inpaint_mask` is 0 by the one that leads to `input_latents`.
+
+    Args:
+        latents: Noisy latents (B, C, h, w).
+        sigma: Their noise level ().
+        shared: Holds `inpaint_mask` (B, 1, h, w) in [0, 1] and the clean `input_latents` (B, C, h, w).
+    """
     mask = shared["inpaint_mask"]
     return (latents - shared["input_latents"]) / sigma * (1 - mask) + velocity * mask
 
 
 def step_noise(seeds: int | None | Sequence[int | None], index: int, like: Tensor) -> Tensor:
-    """Fresh noise (B, …) for the step `index`, each sample's from its own seed; None takes torch's generator."""
+    """Fresh noise (B, …) for step `index`, each sample's from its own seed; None takes torch's global generator."""
     seeds = seeds if isinstance(seeds, list | tuple) else [seeds] * len(like)
     generators = [None if seed is None else generator(seed, "renoise", 0, index) for seed in seeds]
     noise = [torch.randn(like.shape[1:], generator=own) for own in generators]  # on CPU, so that all devices agree

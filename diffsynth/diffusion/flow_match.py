@@ -1,5 +1,7 @@
 """Noise schedules of flow matching: x_t = (1 - σ) x₀ + σ ε, velocity v = ε - x₀, σ from 1 (noise) to 0 (data).
 
+Shapes: B batch, N noise levels; samples are (B, …), for images (B, C, h, w) with C channels and latent size h w.
+
 Liu et al. 2022, "Flow Straight and Fast" (https://arxiv.org/abs/2209.03003);
 Esser et al. 2024, "Scaling Rectified Flow Transformers" (https://arxiv.org/abs/2403.03206).
 """
@@ -10,23 +12,23 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-TRAINING_STEPS = 1000  # noise levels of the training grid; timestep = σ · 1000
+TRAINING_STEPS = 1000  # noise levels of the training grid, as the released models were trained; timestep = σ · 1000
 
 
 def exponential_shift(sigmas: Tensor, mu: float) -> Tensor:
     """Move noise levels towards pure noise, σ' = e^μ / (e^μ + 1/σ - 1); Esser et al. 2024, Eq. 23 with m/n = e^2μ.
 
     Args:
-        sigmas: Noise levels in [0, 1], any shape.
-        mu: 0 leaves them as they are; larger images want a larger shift.
+        sigmas: Noise levels of any shape, in [0, 1].
+        mu: The shift; 0 changes nothing, and larger images need a larger one.
     """
     # e^μ σ / (1 + (e^μ - 1) σ) is the same without a division by σ = 0.
     return math.exp(mu) * sigmas / (1 + (math.exp(mu) - 1) * sigmas)
 
 
 def stretch_to_terminal(sigmas: Tensor, terminal: float) -> Tensor:
-    """Stretch a decreasing grid so that its last noise level is `terminal` and 1 stays 1."""
-    if len(sigmas) == 1:  # one step starts at its only level; there is no end to stretch to
+    """Stretch decreasing noise levels (N,) so that the last one is `terminal` and 1 stays 1."""
+    if len(sigmas) == 1:  # a single level is the first one, which must not move
         return sigmas
     return 1 - (1 - sigmas) * (1 - terminal) / (1 - sigmas[-1])
 
@@ -35,7 +37,7 @@ class FlowMatchScheduler:
     """Sampling steps and training noise levels of one model family.
 
     Args:
-        sigma_grid: `sigma_grid(num_inference_steps, denoising_strength=1.0, dynamic_shift_len=None, **options)` →
+        sigma_grid: `sigma_grid(num_inference_steps, denoising_strength=1.0, dynamic_shift_len=None, **options)` returns
             decreasing noise levels (N,) in (0, 1], fp32. The family's pipeline file defines it.
     """
 
@@ -52,7 +54,7 @@ class FlowMatchScheduler:
         sigmas: Sequence[float] | None = None,
         **grid_options,
     ) -> None:
-        """Choose the noise levels: the family's grid, or the given `sigmas`."""
+        """Set `sigmas` and `timesteps` to the family's grid, or to the given `sigmas` (N,)."""
         if sigmas is not None:
             self.sigmas = torch.as_tensor(sigmas, dtype=torch.float32)
         else:
@@ -61,29 +63,29 @@ class FlowMatchScheduler:
         self.training = training
 
     def sigma(self, timestep: Tensor) -> Tensor:
-        """Nearest noise level of the grid for timesteps () or (B,) in [0, 1000]; fp32, on the timesteps' device."""
+        """The grid's noise level that is nearest to timesteps () or (B,) in [0, 1000]; fp32, on the same device."""
         grid = self.timesteps.to(timestep.device)
         nearest = (grid - timestep.float().unsqueeze(-1)).abs().argmin(-1)
         return self.sigmas.to(timestep.device)[nearest]
 
     def add_noise(self, original_samples: Tensor, noise: Tensor, timestep: Tensor) -> Tensor:
-        """x_t = (1 - σ) x₀ + σ ε for samples (B, *) and timesteps () or (B,)."""
+        """Noisy samples x_t = (1 - σ) x₀ + σ ε (B, …) of clean samples and noise (B, …) at timesteps () or (B,)."""
         return interpolate(original_samples, noise, self.sigma(timestep))
 
     def training_target(self, sample: Tensor, noise: Tensor, timestep: Tensor | None = None) -> Tensor:
-        """The velocity v = ε - x₀ (B, *), the same at every timestep."""
+        """The velocity v = ε - x₀ (B, …) that the network is trained to predict; the same at every timestep."""
         return noise - sample
 
     def next_sigma(self, index: int) -> float:
-        """The noise level after the grid's level `index`; 0 after the last."""
+        """The noise level that follows level `index` of the grid; 0 follows the last one."""
         return float(self.sigmas[index + 1]) if index + 1 < len(self.sigmas) else 0.0
 
     def step(self, velocity: Tensor, index: int, sample: Tensor) -> Tensor:
-        """Euler step x + (σ_next - σ) v from the grid's level `index`; the last one ends at σ = 0."""
+        """Euler step x + (σ_next - σ) v of samples (B, …) from the grid's level `index`; the last one ends at σ = 0."""
         return sample + velocity * float(self.next_sigma(index) - self.sigmas[index])
 
     def renoise_step(self, velocity: Tensor, index: int, sample: Tensor, noise: Tensor) -> Tensor:
-        """(1 - σ_next) x̂₀ + σ_next ε with x̂₀ = x - σ v: to the data and back, which forgets the path.
+        """Estimate the clean samples (B, …) and add fresh noise: (1 - σ_next) x̂₀ + σ_next ε with x̂₀ = x - σ v.
 
         Multistep consistency sampling: Song et al. 2023, Algorithm 1 (https://arxiv.org/abs/2303.01469).
         """
@@ -91,10 +93,11 @@ class FlowMatchScheduler:
         return interpolate(clean, noise, torch.tensor(self.next_sigma(index)))
 
     def training_weight(self, timestep: Tensor) -> Tensor:
-        """Bell-shaped loss weight around t = 500, mean one over the grid, for timesteps () or (B,).
+        """Bell-shaped loss weight around t = 500 for timesteps () or (B,); its mean over the grid is 1.
 
-        w = exp(-2 ((t - 500) / 1000)²), less its minimum, scaled to sum to 1000; for a grid of N ≠ 1000 levels it is
-        scaled by N / 1000 and raised by its second value, so that no level of a short grid weighs nothing.
+        w = exp(-2 ((t - 500) / 1000)²), minus its minimum, scaled to sum to 1000. For a grid of N ≠ 1000 levels it is
+        scaled by N / 1000, and its second value is added, so that no level of a short grid has weight 0. All this is
+        DiffSynth-Studio's definition.
         """
         bell = torch.exp(-2 * ((self.timesteps - TRAINING_STEPS / 2) / TRAINING_STEPS) ** 2)
         weights = bell - bell.min()
@@ -107,16 +110,16 @@ class FlowMatchScheduler:
 
 
 def interpolate(clean: Tensor, noise: Tensor, sigma: Tensor) -> Tensor:
-    """x_t = (1 - σ) x₀ + σ ε in the samples' dtype, for samples (B, *) and σ () or (B,)."""
+    """Noisy samples x_t = (1 - σ) x₀ + σ ε of samples and noise (B, …) and σ () or (B,), in the samples' dtype."""
     sigma = sigma.to(clean.device).reshape(-1, *[1] * (clean.dim() - 1))
     return ((1 - sigma) * clean + sigma * noise).to(clean.dtype)
 
 
 def per_sample(values: Tensor, like: Tensor) -> Tensor:
-    """Values (B,) as (B, 1, …, 1), to go with samples (B, …)."""
+    """Reshape values (B,) to (B, 1, …, 1), which broadcasts against samples (B, …)."""
     return values.reshape(-1, *[1] * (like.dim() - 1))
 
 
 def clean_estimate(noisy: Tensor, velocity: Tensor, sigma: Tensor) -> Tensor:
-    """x̂₀ = x_σ - σ v of x_σ and v (B, …) at noise levels (B,)."""
+    """Estimate of the clean samples, x̂₀ = x_σ - σ v, from x_σ and v (B, …) at noise levels (B,)."""
     return noisy - per_sample(sigma, noisy) * velocity

@@ -1,4 +1,4 @@
-"""What a run leaves behind: weights to use."""
+"""`ModelLogger`: exports the weights of a training as safetensors files to use elsewhere."""
 
 import json
 import logging
@@ -7,11 +7,19 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+from torch import nn
 
 from ..core.files import write_text
 from ..core.loader import save_safetensors
 from .adapters.formats import FORMATS
 from .pipeline.sampling_settings import METADATA_KEY
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+    from .training_module import DiffusionTrainingModule
 
 logger = logging.getLogger(__name__)
 
@@ -20,20 +28,20 @@ NAME = re.compile(r"(?:(?:step|epoch)-(\d+)|best)\b")
 
 @dataclass
 class ModelLogger:
-    """Saves what is trained, by optimizer steps or by epochs.
+    """Exports the trained weights every N optimizer steps, or every epoch.
 
     Args:
-        output_path: Folder of the weights.
-        remove_prefix_in_ckpt: Save one file of the trainable tensors under their own names, less this prefix
-            (`pipe.dit.`), as the original does; None saves each model under its released names, adapters as diffusers
-            loads them.
-        save_steps: Optimizer steps between saves, `step-{n}.safetensors`; None saves every epoch,
-            `epoch-{i}.safetensors`, and in both cases what the last step leaves.
-        formats: Names that adapters are saved under, of `lora_formats.FORMATS`; with several, the file is named
+        output_path: Folder of the exported files.
+        remove_prefix_in_ckpt: Save all trainable tensors in one file, under their own names without this prefix
+            (`pipe.dit.`), as DiffSynth-Studio does. None saves a file per model, under the names of its released
+            checkpoint, and adapters under the names of `formats`.
+        save_steps: Optimizer steps between exports, `step-{n}.safetensors`. None exports after every epoch,
+            `epoch-{i}.safetensors`. The last step is exported in both cases.
+        formats: Formats of adapter files, keys of `adapters.formats.FORMATS`; with several, files are named
             `step-{n}.{format}.safetensors`.
-        trigger_prompts: Written into the files.
-        keep_best: Name of a number that validation measures, such as `held_out_loss`; the weights at its lowest are
-            kept as `best.safetensors`.
+        trigger_prompts: Prompts that show what was trained; they are written into the metadata.
+        keep_best: Name of a metric of validation, such as `held_out_loss`; the weights with its lowest value are kept
+            as `best.safetensors`.
     """
 
     output_path: str | Path
@@ -49,7 +57,7 @@ class ModelLogger:
             raise ValueError(f"export.formats is {list(self.formats)}; expected some of {list(FORMATS)}.")
 
     def check(self, measured: Sequence[str]) -> None:
-        """Refuse to keep the best by a number that is not among those measured."""
+        """Refuse a `keep_best` that is not among the metrics that validation measures."""
         if self.keep_best is not None and self.keep_best not in measured:
             raise ValueError(
                 f"export.keep_best is {self.keep_best!r}; validation measures {list(measured) or 'nothing'}."
@@ -57,53 +65,55 @@ class ModelLogger:
 
     @property
     def saved(self) -> list[Path]:
-        """The files there are, also of earlier parts of a run that was taken up again."""
+        """The exported files in order, those from before the run was resumed included."""
         files = Path(self.output_path).glob("*.safetensors")
         return sorted((path for path in files if NAME.match(path.name)), key=_by_number)
 
     def on_step_end(
         self,
-        accelerator,
-        model,
+        accelerator: "Accelerator",
+        model: nn.Module,
         step: int,
         epoch: int | None,
         done: bool,
         measured: Mapping[str, float] | None = None,
         weights: str = "raw",
     ) -> None:
-        """Save if step, epoch or what was measured say so; all processes call it.
+        """Export if the step, the epoch or a new best value says so; all processes call this.
 
         Args:
-            step: Optimizer steps taken.
-            epoch: The pass over the data set, counted from 0, that this step ended; None if it ended none.
+            model: The training module, wrapped by `accelerator` or not.
+            step: Number of optimizer steps taken.
+            epoch: Index, from 0, of the pass over the data set that this step finished; None if it finished none.
             done: Whether this was the last step.
-            measured: Numbers of this step, by name.
-            weights: What the model holds now, `raw` weights or their average `ema`.
+            measured: Metrics of this step, by name.
+            weights: The kind of weights that the model holds now, `raw` or their average `ema`.
         """
         name = self._name(step, epoch, done)
         if name is not None:
             self.save(accelerator, model, name if weights == "raw" else f"{name}.{weights}")
-        of_average = (self.keep_best or "").startswith("ema_")
-        if self.keep_best in (measured or {}) and of_average == (weights == "ema"):
+        best_is_of_ema = (self.keep_best or "").startswith("ema_")
+        if self.keep_best in (measured or {}) and best_is_of_ema == (weights == "ema"):
             self._keep_best(accelerator, model, step, measured[self.keep_best])
 
     def due(self, step: int, epoch: int | None, done: bool, measured: Mapping[str, float]) -> bool:
-        """Whether `on_step_end` may save anything of this step."""
+        """Whether `on_step_end` may export at this step."""
         return self._name(step, epoch, done) is not None or self.keep_best in measured
 
-    def _keep_best(self, accelerator, model, step: int, value: float) -> None:
+    def _keep_best(self, accelerator: "Accelerator", model: nn.Module, step: int, value: float) -> None:
         record = Path(self.output_path) / "best.json"
         best = json.loads(record.read_text(encoding="utf-8"))["value"] if record.exists() else math.inf
-        accelerator.wait_for_everyone()  # all have read before the first writes
+        accelerator.wait_for_everyone()  # every process reads the record before the main one writes it
         if value < best:
             self.save(accelerator, model, "best")
             if accelerator.is_main_process:
                 write_text(record, json.dumps({"step": step, "name": self.keep_best, "value": value}))
 
-    def save(self, accelerator, model, name: str) -> None:
+    def save(self, accelerator: "Accelerator", model: nn.Module, name: str) -> None:
         """Write `{name}.safetensors`, or `{name}.{model}.safetensors` where several models are trained.
 
-        Adapter files are read back and compared with what was trained; one that differs is named loudly and kept.
+        Adapter files are read back and compared with the trained adapter. A file that differs is kept, and an error is
+        logged.
         """
         accelerator.wait_for_everyone()
         if not accelerator.is_main_process:
@@ -116,20 +126,20 @@ class ModelLogger:
         for format in self.formats:
             self._save(module, name, format)
 
-    def _save(self, module, name: str, format: str) -> None:
+    def _save(self, module: "DiffusionTrainingModule", name: str, format: str) -> None:
         files = module.export_weights(format)
         for part, (tensors, metadata) in files.items():
             is_adapter = part == "lora"
             if not is_adapter and format != self.formats[0]:
                 continue
-            marks = [name, part if len(files) > 1 else "", format if is_adapter and len(self.formats) > 1 else ""]
-            path = Path(self.output_path) / f"{'.'.join(filter(None, marks))}.safetensors"
+            stems = [name, part if len(files) > 1 else "", format if is_adapter and len(self.formats) > 1 else ""]
+            path = Path(self.output_path) / f"{'.'.join(filter(None, stems))}.safetensors"
             save_safetensors(tensors, path, {**metadata, **self._about(module, is_adapter)})
-            if is_adapter and module.is_whole:  # a layer in parts cannot be called by one process
+            if is_adapter and module.is_whole:  # one process cannot call a layer of which it has a part
                 self._check(module, path)
 
-    def _about(self, module, is_adapter: bool) -> dict[str, str]:
-        """What the file's metadata says of where it comes from and how it is to be drawn."""
+    def _about(self, module: "DiffusionTrainingModule", is_adapter: bool) -> dict[str, str]:
+        """Metadata of a file: the base model, the run's configuration, the adapter, the sampling settings."""
         about = {"base_model": module.pipe.sources(), "trigger_prompts": list(self.trigger_prompts)}
         about |= {"sampling": module.sampling} if module.sampling else {}
         config = Path(self.output_path).parent / "resolved.yaml"
@@ -137,11 +147,11 @@ class ModelLogger:
         about |= module.describe_adapters() if is_adapter else {}
         return {METADATA_KEY: json.dumps(about)}
 
-    def _check(self, module, path: Path) -> None:
+    def _check(self, module: "DiffusionTrainingModule", path: Path) -> None:
         try:
             module.check_export(path)
         except ValueError as error:
-            logger.error("THIS EXPORT IS WRONG, and is kept to be looked at: %s", error)
+            logger.error("THIS EXPORT IS WRONG; the file is kept, so that you can look into it: %s", error)
 
     def _name(self, step: int, epoch: int | None, done: bool) -> str | None:
         if self.save_steps is None and epoch is not None:
@@ -151,5 +161,5 @@ class ModelLogger:
 
 
 def _by_number(path: Path) -> tuple[int, str]:
-    """By step or epoch; `best` stands first."""
+    """Sort key: by step or epoch, `best` first."""
     return int(NAME.match(path.name)[1] or -1), path.name

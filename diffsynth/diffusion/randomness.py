@@ -1,6 +1,7 @@
-"""Randomness as a function: a sample's noise depends on (seed, purpose, epoch, index) and on nothing else.
+"""Randomness as a function: a sample's random numbers depend on (seed, purpose, epoch, index) and on nothing else.
 
-So a run's position is one integer, resuming needs no generator state, and any number of processes draws the same.
+Therefore a run's position is one integer, resuming needs no generator state, and any number of processes gets the same
+numbers.
 """
 
 from collections.abc import Sequence
@@ -14,18 +15,18 @@ from ..core.data import SampleAddress, generator
 
 @dataclass(frozen=True)
 class SampleRNG:
-    """Random numbers for the samples of one batch, each from its own address."""
+    """Random numbers for the B samples of a batch; each sample's depend on its own address (epoch, index)."""
 
     seed: int
     addresses: Sequence[SampleAddress]
 
     def normal(self, purpose: str, like: Tensor) -> Tensor:
-        """Standard normal fp32 tensor shaped like `like` (B, …), drawn on CPU so that all devices agree."""
+        """Standard normal fp32 tensor shaped like `like` (B, …); made on the CPU, so that all devices agree."""
         rows = [torch.randn(like.shape[1:], generator=g) for g in self._generators(purpose)]
         return torch.stack(rows).to(like.device)
 
     def uniform(self, purpose: str) -> Tensor:
-        """One number in [0, 1) a sample, fp32 (B,) on CPU."""
+        """One uniform number in [0, 1) per sample, fp32 (B,) on CPU."""
         return torch.cat([torch.rand(1, generator=g) for g in self._generators(purpose)])
 
     def _generators(self, purpose: str):
@@ -34,7 +35,10 @@ class SampleRNG:
 
 @dataclass(frozen=True)
 class StratifiedRNG(SampleRNG):
-    """Draws whose timestep lies in that one of `bands` equal parts of its distribution which the epoch counts."""
+    """`SampleRNG` with stratified timesteps: those of epoch k lie in part k (mod `bands`) of the distribution.
+
+    The distribution is cut into `bands` parts of equal probability.
+    """
 
     bands: int
 
@@ -47,7 +51,7 @@ class StratifiedRNG(SampleRNG):
 
 @dataclass(frozen=True)
 class GlobalRNG:
-    """The same from torch's global generator, for code that does not address its samples."""
+    """The same methods on torch's global generator, for code that does not address its samples."""
 
     batch_size: int
 

@@ -1,7 +1,7 @@
-"""Which noise levels are trained, and how much each counts.
+"""Distributions of the noise levels that are trained, and weights of the loss at each.
 
-A sampler maps a uniform number u in [0, 1) to a noise level σ: the inverse of its cumulative distribution. A weighting
-maps σ to the factor of the sample's loss.
+A distribution maps a uniform number u in [0, 1) to a noise level σ: it is the inverse of a cumulative distribution
+function. A weighting maps σ to the factor of the sample's loss.
 """
 
 from dataclasses import dataclass
@@ -14,7 +14,11 @@ from .flow_match import TRAINING_STEPS, FlowMatchScheduler, exponential_shift
 
 @dataclass(frozen=True, kw_only=True)
 class UniformTimesteps:
-    """Uniform over the levels of the training grid between two boundaries, as fractions of it from its noisy end."""
+    """Uniform over the levels of the training grid between two boundaries.
+
+    Args:
+        min_boundary, max_boundary: Fractions of the grid in [0, 1]; 0 is its noisy end.
+    """
 
     min_boundary: float = 0.0
     max_boundary: float = 1.0
@@ -31,7 +35,12 @@ class UniformTimesteps:
 
 @dataclass(frozen=True, kw_only=True)
 class LogitNormalTimesteps:
-    """σ = shift_μ(sigmoid(mean + std · n)), n normal; Esser et al. 2024, §3.1 (https://arxiv.org/abs/2403.03206)."""
+    """σ = shift_μ(sigmoid(mean + std · n)), n normal; Esser et al. 2024, §3.1 (https://arxiv.org/abs/2403.03206).
+
+    Args:
+        mean, std: Of the normal distribution; a larger mean trains noisier levels.
+        mu: Shift towards noise, see `exponential_shift`.
+    """
 
     mean: float = 0.0
     std: float = 1.0
@@ -45,7 +54,7 @@ class LogitNormalTimesteps:
 
 @dataclass(frozen=True, kw_only=True)
 class UniformWeighting:
-    """Every noise level counts the same."""
+    """Every noise level has weight 1."""
 
     def __call__(self, scheduler: FlowMatchScheduler, sigma: Tensor) -> Tensor:
         return torch.ones_like(sigma)
@@ -53,7 +62,7 @@ class UniformWeighting:
 
 @dataclass(frozen=True, kw_only=True)
 class BellWeighting:
-    """The scheduler's bell around the middle of the training grid, mean one over it."""
+    """A bell around the middle of the training grid, with mean 1; see `FlowMatchScheduler.training_weight`."""
 
     def __call__(self, scheduler: FlowMatchScheduler, sigma: Tensor) -> Tensor:
         """Weights (B,) of noise levels (B,) in [0, 1]."""

@@ -1,26 +1,40 @@
-"""Context parallelism laid on a training: what cannot take it is refused, then its networks split their tokens."""
+"""Context parallelism for a training: check that it is possible, then split the tokens of the predicting networks."""
+
+from typing import TYPE_CHECKING
 
 from ..core.context_parallel import Devices, check_splittable, split_tokens
 from .memory_layout import predicting_networks
 
+if TYPE_CHECKING:
+    from .training_module import PipelineTrainingModule
 
-def check_split(module, cp_size: int) -> None:
-    """Refuse what of a `PipelineTrainingModule` does not go with split tokens; works on the meta device.
+
+def check_split(module: "PipelineTrainingModule", cp_size: int) -> None:
+    """Refuse a training whose tokens cannot be split over `cp_size` devices; works on the meta device.
 
     Raises:
-        ValueError: Names it, and what to set.
+        ValueError: The message names the obstacle, and what to set.
     """
     if not module.task.calls_model_fn:
-        raise ValueError(f"{type(module.task).__name__} calls no network whose tokens cp_size could split.")
+        raise ValueError(
+            f"cp_size is {cp_size}, but {type(module.task).__name__} calls no network whose tokens could be split; "
+            "set it to 1."
+        )
     if module.task.reads_features:
-        raise ValueError("A discriminator looks at the tokens within a network, which cp_size splits; set it to 1.")
+        raise ValueError(
+            f"cp_size is {cp_size}, but the discriminator of {type(module.task).__name__} reads all tokens of a layer, "
+            "which are then split over devices; set it to 1."
+        )
     if module.memory.compile != "none":
-        raise ValueError("memory.compile=blocks: tokens are split by hooks, which cannot be compiled; set none.")
+        raise ValueError(
+            f"cp_size is {cp_size} and memory.compile={module.memory.compile}: tokens are split by hooks, which cannot "
+            "be compiled; set memory.compile=none."
+        )
     for network in predicting_networks(module):
         check_splittable(network, cp_size)
 
 
-def split_predicting(module, devices: Devices) -> None:
-    """Let the networks of a loaded module that predict compute on their part of the tokens."""
+def split_predicting(module: "PipelineTrainingModule", devices: Devices) -> None:
+    """Make each predicting network of a loaded module compute on this device's part of the tokens only."""
     for network in predicting_networks(module):
         split_tokens(network, devices)

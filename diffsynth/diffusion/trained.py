@@ -1,4 +1,4 @@
-"""What is trained: named parts of the parameters, and how far their training is."""
+"""How a pipeline is made ready for training, and how far a training is."""
 
 from collections.abc import Iterable
 from typing import NamedTuple
@@ -9,11 +9,11 @@ from .adapters.lora import Adapter
 from .base_pipeline import BasePipeline
 from .flow_match import TRAINING_STEPS
 
-MODEL = "model"  # the part that every training has; of a distillation, the student
+MODEL = "model"  # name of the part of the parameters that every training has; in a distillation, the student's
 
 
 class TrainProgress(NamedTuple):
-    """How far a training is: optimizer steps taken, of how many."""
+    """Optimizer steps that a training has taken, and how many it will take in all."""
 
     step: int
     steps: int
@@ -26,9 +26,12 @@ def prepare_training(
     seed: int,
     trained_dtype: torch.dtype = torch.float32,
 ) -> None:
-    """Set the training noise levels, freeze everything else, inject the adapter: in this order, on loaded weights.
+    """Make a pipeline with loaded weights ready: set the training noise levels, freeze, inject the adapter.
 
-    What is trained becomes `trained_dtype`, adapters always fp32.
+    Args:
+        trainable_models: Models trained in full, converted to `trained_dtype`; everything else is frozen.
+        adapter: Injected in fp32; None for none.
+        seed: Of the adapter's initial values.
     """
     pipe.scheduler.set_timesteps(TRAINING_STEPS, training=True)
     pipe.freeze_except(trainable_models := list(trainable_models))

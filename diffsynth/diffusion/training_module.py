@@ -1,12 +1,19 @@
-"""From a row of the data set to a loss: the pipeline, what of it is trained, and the objective."""
+"""Training modules: from rows of the data set to a loss per sample, with a pipeline and an objective.
+
+`DiffusionTrainingModule` is the base class for a loss of one's own, as DiffSynth-Studio's guides write it;
+`PipelineTrainingModule` is the one that the configuration builds.
+"""
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..core.data import Sample, SampleAddress, collate
+from ..core.data.dataset import TrainingData
 from ..core.memory import MemoryRecipe
 from .adapters import files as lora_files
 from .adapters.lora import Adapter, LoRA
@@ -24,10 +31,10 @@ DEFAULT_RECIPE = MemoryRecipe()
 
 
 def single_sample(samples: Sequence[Sample]) -> dict:
-    """Hand the only sample of a batch to a module whose `forward` takes one row."""
+    """The row of the only sample of a batch, for a module whose `forward` takes one row."""
     if len(samples) != 1:
         raise ValueError(
-            f"This training module takes one sample a forward, got {len(samples)}; set micro_batch_size=1."
+            f"This training module takes one sample per forward, got {len(samples)}; set micro_batch_size=1."
         )
     return samples[0].data
 
@@ -37,8 +44,8 @@ class DiffusionTrainingModule(nn.Module):
 
     pipe: BasePipeline
     collate_fn = staticmethod(single_sample)
-    is_whole = True  # whether this process has all of the weights, as engines may leave it a part of them
-    sampling: Mapping[str, Any] | None = None  # arguments of the pipeline that what is trained is to be drawn with
+    is_whole = True  # an engine that leaves this process only a part of each weight sets it to False
+    sampling: Mapping[str, Any] | None = None  # sampling settings (steps, guidance, …) stored with the exported weights
 
     def switch_pipe_to_training_mode(
         self,
@@ -51,12 +58,15 @@ class DiffusionTrainingModule(nn.Module):
         preset_lora_path: str | None = None,
         seed: int = 0,
     ) -> None:
-        """Freeze the pipeline but for the named models and a new LoRA, and set the training noise levels.
+        """Freeze the pipeline except for the named models and a new LoRA, and set the training noise levels.
 
         Args:
-            trainable_models: A list, or names with commas between.
-            lora_base_model: Model that gets the LoRA; None for no LoRA.
-            preset_lora_path: LoRA merged into that model first (differential training).
+            trainable_models: Models trained in full: a list, or one string with commas.
+            lora_base_model: Model that gets a LoRA; None for no LoRA.
+            lora_target_modules: Layers that get the LoRA; None takes the model's defaults.
+            lora_checkpoint: LoRA file that the new LoRA starts from.
+            preset_lora_path: LoRA file that is merged into the model first (differential training).
+            seed: Of the LoRA's initial values.
         """
         names = trainable_models.split(",") if isinstance(trainable_models, str) else trainable_models
         adapter = None
@@ -71,31 +81,33 @@ class DiffusionTrainingModule(nn.Module):
         prepare_training(pipe, [name for name in names if name], adapter, seed)
 
     def trained_parts(self) -> dict[str, dict[str, nn.Parameter]]:
-        """Trained parameters by name, of each part that has an optimizer of its own; the model itself is the first."""
+        """Trainable parameters by part and name; each part has an optimizer of its own, and the model is the first."""
         return {MODEL: {name: p for name, p in self.named_parameters() if p.requires_grad}}
 
     def trained_at(self, step: int) -> Sequence[str]:
-        """The parts that optimizer step `step`, counted from 0, changes."""
+        """Names of the parts that optimizer step `step` (from 0) updates."""
         return (MODEL,)
 
     def learning_rate(self, part: str) -> float | None:
-        """Of a part beside the model; None is the model's own."""
+        """Learning rate of a part; None takes the model's."""
         return None
 
     def trainable_parameters(self) -> list[nn.Parameter]:
-        """The parameters that gradients reach, in a fixed order."""
+        """The trainable parameters, in a fixed order."""
         return [parameter for parameter in self.parameters() if parameter.requires_grad]
 
     def export_trainable_state_dict(self, remove_prefix: str | None = None) -> dict[str, Tensor]:
-        """Trainable tensors by name, `remove_prefix` cut off where a name begins with it."""
+        """Trainable tensors by name; names that begin with `remove_prefix` lose it."""
         named = {name: p.detach() for name, p in self.named_parameters() if p.requires_grad}
         return {name.removeprefix(remove_prefix or ""): p for name, p in named.items()}
 
     def export_weights(self, names: str = "diffusers") -> dict[str, tuple[dict[str, Tensor], dict[str, str]]]:
-        """What to save: `{model: (tensors, metadata)}` under released names; all adapters share one file, `lora`.
+        """The files to export, `{model: (tensors, metadata)}`; all adapters share one file, `lora`.
+
+        Tensors of models trained in full have the names of the released checkpoint.
 
         Args:
-            names: Format of the adapters' names, one of `lora_formats.FORMATS`.
+            names: Format of the adapters' names, a key of `adapters.formats.FORMATS`.
         """
         files, adapters, configs = {}, {}, {}
         for name, model in self.pipe.named_children():
@@ -110,12 +122,12 @@ class DiffusionTrainingModule(nn.Module):
         return files
 
     def describe_adapters(self) -> dict[str, dict]:
-        """Rank and alpha of each model's adapter."""
+        """Kind, rank and alpha of each model's adapter."""
         adapted = {n: m for n, m in self.pipe.named_children() if hasattr(m, "peft_config")}
         return {name: lora_files.describe(model) for name, model in adapted.items()}
 
-    def check_export(self, path) -> None:
-        """Read an adapter file back and compare; see `lora_files.check_export`."""
+    def check_export(self, path: str | Path) -> None:
+        """Read an adapter file back and compare it with the trained adapters; see `adapters.files.check_export`."""
         for name, model in self.pipe.named_children():
             if hasattr(model, "peft_config"):
                 lora_files.check_export(model, path, self.pipe.lora_prefixes.get(name, name))
@@ -125,15 +137,15 @@ class PipelineTrainingModule(DiffusionTrainingModule):
     """Any pipeline with any objective, as the configuration composes them.
 
     Args:
-        pipe: A pipeline whose models are built but not loaded; only those this run needs will be.
+        pipe: A pipeline whose models are built but not loaded; `load` reads only those that this training needs.
         task: The objective.
         lora: The adapter, or None for full training.
         seed: Of noise, timesteps, dropped captions and the adapter's initial values.
-        template: A template whose inputs stand in the rows, in the column `template_inputs`.
-        memory: What is traded for memory.
+        template: A template to train or to train with; its inputs are the column `template_inputs` of the data set.
+        memory: How memory is saved: checkpointing, storage of frozen weights, streaming, compilation.
 
     Raises:
-        ValueError: Names of models, layers or inputs that the pipeline does not have; before any weight is read.
+        ValueError: A setting names a model, layer or input that the pipeline does not have. No weight is read before.
     """
 
     collate_fn = staticmethod(list)
@@ -165,18 +177,19 @@ class PipelineTrainingModule(DiffusionTrainingModule):
     def load(
         self, also: Iterable[str] = (), cached: bool = False, in_host_memory: Collection[str] = ()
     ) -> "PipelineTrainingModule":
-        """Read the weights this run needs (and those of `also`), and make the chosen ones trainable.
+        """Read the weights that this training needs, add the adapter and the roles, and apply the memory recipe.
 
         Args:
-            cached: What the frozen units make is read from a cache, so that their models are not needed.
-            in_host_memory: Models that an engine takes from there to the devices.
+            also: Further models to read, which validation calls.
+            cached: The outputs of the frozen units come from a cache, so that their models are not read.
+            in_host_memory: Models that stay in host memory, because an engine moves them to the devices itself.
         """
         self.read(also, cached, in_host_memory)
         lay_out(self)
         return self
 
     def read(self, also: Iterable[str] = (), cached: bool = False, in_host_memory: Collection[str] = ()) -> None:
-        """The first half of `load`: weights, adapters and roles, not yet laid out as `memory` says."""
+        """The first half of `load`: everything but the memory recipe."""
         self.task.check(self.pipe, self.lora, cached)
         units = self.live_units if cached else self.units
         users = {**dict.fromkeys(also, "validation"), **dict.fromkeys(self.trained_roots, "training")}
@@ -186,8 +199,8 @@ class PipelineTrainingModule(DiffusionTrainingModule):
         self.pipe.require(users)
         full = {name: self.trained_dtype for name in self.trainable_models}
         streamed = self.pipe.in_iteration_models[:1] if self.memory.stream_blocks else ()
-        kept_off = {*in_host_memory, *streamed}
-        self.pipe.load_models(users, dtypes=full, in_host_memory=kept_off, storages=self.storages)
+        on_host = {*in_host_memory, *streamed}
+        self.pipe.load_models(users, dtypes=full, in_host_memory=on_host, storages=self.storages)
         prepare_training(self.pipe, self.trainable_models, self.lora, self.seed, self.trained_dtype)
         self.roles = self.task.build_roles(self.pipe, self.lora, self.seed)
         self.role_networks = self.roles and self.roles.networks
@@ -204,10 +217,14 @@ class PipelineTrainingModule(DiffusionTrainingModule):
         memory: UnitMemory | None = None,
         progress: TrainProgress | None = None,
     ) -> Tensor:
-        """Loss per sample (B,), its random numbers from `rng`; `memory` is that of the samples' data set.
+        """Loss per sample (B,).
 
         Args:
-            progress: How far the training is, which may decide what is trained; None evaluates the student.
+            samples: B samples of one data set.
+            rng: Source of the random numbers.
+            memory: Keeps the outputs of frozen units for the next epoch; None keeps nothing.
+            progress: How far the training is, by which some objectives choose a role to train; None evaluates the
+                student.
         """
         memory = memory or UnitMemory(0)
         frozen = [self._frozen_inputs(sample, memory) for sample in samples]
@@ -219,7 +236,7 @@ class PipelineTrainingModule(DiffusionTrainingModule):
         return self.task(self.pipe, rng=rng, **inputs)
 
     def trained_parts(self) -> dict[str, dict[str, nn.Parameter]]:
-        """The model's own trained parameters first, then those of each further role."""
+        """Trainable parameters by part and name: the model's (in a distillation the student's), then other roles'."""
         parts = super().trained_parts()
         return self.roles.partition(parts[MODEL]) if self.roles else parts
 
@@ -235,32 +252,27 @@ class PipelineTrainingModule(DiffusionTrainingModule):
 
     @torch.no_grad()
     def _frozen_inputs(self, sample: Sample, memory: UnitMemory) -> tuple[dict, dict, dict]:
-        """What the frozen units make of a sample, less what nothing after them reads."""
-        row = sample.data
-        units = () if row.made else self.frozen_units
-
-        def make():
-            shared, posi, nega = self.get_pipeline_inputs(row)
-            made = {side: to_device(inputs, self.pipe.device) for side, inputs in row.made.items()}
-            inputs = (
-                {**shared, **made.get("shared", {})},
-                {**posi, **made.get("posi", {})},
-                {**nega, **made.get("nega", {})},
-            )
-            devices = [self.pipe.device] if self.pipe.device.type == "cuda" else []
-            try:
-                with torch.random.fork_rng(devices):  # remembered or not, the networks draw the same dropout
-                    sides = run_units(units, self.pipe, *inputs)
-            except ValueError as error:
-                raise ValueError(f"sample {sample.index} ({row['prompt']!r}): {error}") from error
-            return tuple({name: value for name, value in side.items() if name in self.kept_inputs} for side in sides)
-
-        if row.made or sample.variant is None:
-            return make()  # nothing to spare, or there will never be the same again
+        """A sample's inputs (shared, positive, negative) after the frozen units; from `memory` if they are there."""
+        if sample.data.made or sample.variant is None:  # read from a cache, or a random variant that never comes again
+            return self._run_frozen_units(sample)
+        make = partial(self._run_frozen_units, sample)
         return memory.get((sample.index, sample.variant), make, self.pipe.device)
 
+    def _run_frozen_units(self, sample: Sample) -> tuple[dict, dict, dict]:
+        """Run the frozen units unless a cache has their outputs; drop the inputs that nothing reads afterwards."""
+        row = sample.data
+        made = {side: to_device(inputs, self.pipe.device) for side, inputs in row.made.items()}
+        inputs = with_made(self.get_pipeline_inputs(row), made)
+        devices = [self.pipe.device] if self.pipe.device.type == "cuda" else []
+        try:
+            with torch.random.fork_rng(devices):  # dropout of trained networks is the same if `memory` has the outputs
+                sides = run_units(() if row.made else self.frozen_units, self.pipe, *inputs)
+        except ValueError as error:
+            raise ValueError(f"sample {sample.index} ({row['prompt']!r}): {error}") from error
+        return tuple({name: value for name, value in side.items() if name in self.kept_inputs} for side in sides)
+
     def get_pipeline_inputs(self, data: dict) -> tuple[dict, dict, dict]:
-        """The pipeline's inputs for one row, as if it were called to draw this picture."""
+        """The pipeline's inputs (shared, positive, negative) for one row, as if it were called to generate that row."""
         self.task.check_row(data)
         names = [*self.extra_inputs, *(name for name in self.task.optional_columns if name in data)]
         extra = {name: self.pipe.typed(name, data[name]) for name in names}
@@ -275,19 +287,15 @@ class PipelineTrainingModule(DiffusionTrainingModule):
         return shared, {"prompt": data["prompt"], **posi}, {"negative_prompt": self.task.negative_prompt}
 
     @torch.no_grad()
-    def rehearse(self, dataset) -> None:
-        """Try the template on the first sample before the base's weights are read, where it needs none of them.
+    def rehearse(self, dataset: TrainingData) -> None:
+        """Run the template on the first sample before the base's weights are read, unless it needs them.
 
         Raises:
-            ValueError: What it returns is not for this pipeline.
+            ValueError: The template's output does not fit the pipeline.
         """
         if self.pipe.template is not None:
             row = dataset[0]
-            inputs = self.get_pipeline_inputs(row)
-            sides = [
-                {**own, **row.made.get(side, {})} for side, own in zip(("shared", "posi", "nega"), inputs, strict=True)
-            ]
-            rehearse(self.pipe, tuple(sides))
+            rehearse(self.pipe, with_made(self.get_pipeline_inputs(row), row.made))
 
     def _trainable_models(self) -> Sequence[str]:
         if self.task.trainable_models is not None:
@@ -296,7 +304,7 @@ class PipelineTrainingModule(DiffusionTrainingModule):
 
     @property
     def trained_roots(self) -> set[str]:
-        """Models of which something is trained."""
+        """Names of the models with trained parameters: trained in full or in part, or with an adapter."""
         names = [*self.trainable_models, *(self.lora.models if self.lora else ())]
         return {name.split(".")[0] for name in names}
 
@@ -311,12 +319,25 @@ class PipelineTrainingModule(DiffusionTrainingModule):
             )
         both = {name.split(".")[0] for name in self.trainable_models} & set(self.lora.models if self.lora else ())
         if both:
-            raise ValueError(f"{sorted(both)} would be trained in full and by LoRA at once; choose one.")
+            raise ValueError(
+                f"task.trainable_models and lora.models both name {sorted(both)}, which would be trained in full and "
+                "by LoRA at once; take it out of one of them."
+            )
         if not self.trained_roots:
             raise ValueError("Nothing is trained: set task.trainable_models, or choose a lora.")
         if self.trained_dtype == torch.bfloat16 != self.pipe.torch_dtype:
-            raise ValueError("memory.trained_dtype=bfloat16 needs model.torch_dtype=bfloat16.")
+            found = str(self.pipe.torch_dtype).removeprefix("torch.")
+            raise ValueError(
+                f"memory.trained_dtype=bfloat16 needs model.torch_dtype=bfloat16, but it is {found}; set either of "
+                "them."
+            )
         check_memory(self)
         if self.lora:
             self.lora.check(self.pipe)
-        self.task.check(self.pipe, self.lora, cached=True)  # all but the data, which `load` is told of
+        self.task.check(self.pipe, self.lora, cached=True)  # `read` checks again, when it knows whether data is cached
+
+
+def with_made(inputs: Sequence[Mapping], made: Mapping[str, Mapping]) -> tuple[dict, dict, dict]:
+    """A row's inputs (shared, positive, negative), with the outputs of frozen units that a cache has of the row."""
+    sides = zip(("shared", "posi", "nega"), inputs, strict=True)
+    return tuple({**own, **made.get(side, {})} for side, own in sides)

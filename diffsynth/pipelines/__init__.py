@@ -1,1 +1,1 @@
-"""One file a model family: its units, its `model_fn`, nothing else."""
+"""Model families, one per file: noise levels, networks, `model_fn`, units, and the pipeline that declares them."""

@@ -1,7 +1,8 @@
 """FLUX.2 (dev, klein): text-to-image and image-to-image, editing one or several images.
 
 Black Forest Labs 2025, "FLUX.2" (https://bfl.ai/blog/flux-2). Networks: diffusers, transformers.
-Latents are (B, 128, H/16, W/16), each pixel one token of the transformer; edit images are more tokens of the same kind.
+Latents are (B, 128, H/16, W/16), and the transformer reads each latent pixel as a token. Edit images are further image
+tokens. Constants are those of the released pipeline (diffusers' Flux2Pipeline) unless a comment says otherwise.
 """
 
 import copy
@@ -40,19 +41,19 @@ from ..diffusion.template.lora import InputLoRA, added
 
 __all__ = ["Flux2ImagePipeline", "ModelConfig"]
 
-MAX_PROMPT_TOKENS = 512  # the chat template's among them
-EDIT_IMAGE_TIME = 10  # between one edit image and the next, on the first axis of positions
-TRAINING_MU = 0.8  # shift of the training grid at every resolution
-MANY_TOKENS = 4300  # from here on the number of steps no longer matters
+MAX_PROMPT_TOKENS = 512  # including those of the chat template
+EDIT_IMAGE_TIME = 10  # distance between edit images on the first axis of positions
+TRAINING_MU = 0.8  # DiffSynth-Studio's shift of the training grid, at every resolution
+MANY_TOKENS = 4300  # above, μ does not depend on the number of steps
 
 
 def flux2_sigmas(
     num_inference_steps: int, denoising_strength: float = 1.0, dynamic_shift_len: int | None = None
 ) -> Tensor:
-    """Noise levels (N,) of FLUX.2: linear down to 1 / N, shifted by μ (of the numbers of tokens and of steps).
+    """Noise levels (N,) of FLUX.2: linear down to 1 / N, then shifted by a μ that depends on tokens and steps.
 
     Args:
-        dynamic_shift_len: Image tokens (H/16 · W/16); None takes the training grid's μ = 0.8.
+        dynamic_shift_len: Number of image tokens, H/16 · W/16; None takes the training grid's μ = 0.8.
     """
     last = 1 / num_inference_steps
     linear = torch.linspace(last + (1 - last) * denoising_strength, last, num_inference_steps)
@@ -61,7 +62,7 @@ def flux2_sigmas(
 
 
 def _empirical_shift(tokens: int, steps: int) -> float:
-    """μ as released: linear in the tokens at 10 and at 200 steps, and in the steps between the two."""
+    """The released μ: linear in the number of tokens at 10 and at 200 steps, and interpolated between these."""
     at_200 = 0.00016927 * tokens + 0.45666666
     if tokens > MANY_TOKENS:
         return at_200
@@ -73,7 +74,7 @@ def _empirical_shift(tokens: int, steps: int) -> float:
 
 
 class Flux2VAE(NormalisedVAE, AutoencoderKLFlux2):
-    """The released autoencoder in latents of 2 × 2 of its own, normalised by the statistics of its batch norm."""
+    """The released autoencoder; 2 × 2 of its latents make one of the network's, normalised by its batch norm."""
 
     def packed(self, latents: Tensor) -> Tensor:
         return F.pixel_unshuffle(latents, 2)
@@ -87,32 +88,32 @@ class Flux2VAE(NormalisedVAE, AutoencoderKLFlux2):
 
 
 def text_embeddings(decoder: nn.Module, ids: Tensor, mask: Tensor) -> Tensor:
-    """What a language model's `decoder` holds at its `text_depths`, side by side (B, L, 3 D); no layer above is run.
+    """Hidden states of a language model after its `text_depths`, concatenated (B, L, 3 D); later layers are not run.
 
     Args:
-        ids, mask: Token ids and whether they are no padding (B, L).
+        ids, mask: Token ids (B, L), and False where they are padding (B, L).
     """
-    depths, whole, states = text_depths(decoder), decoder.config, []
+    depths, config, states = text_depths(decoder), decoder.config, []
     layers = [decoder.layers[depth - 1] for depth in depths]
     hooks = [layer.register_forward_hook(lambda _, __, state: states.append(state)) for layer in layers]
-    decoder.config = copy.copy(whole)
+    decoder.config = copy.copy(config)
     decoder.config.num_hidden_layers = depths[-1]
     try:
         decoder(ids, mask, use_cache=False)
     finally:
-        decoder.config = whole
+        decoder.config = config
         for hook in hooks:
             hook.remove()
     return torch.cat(states, dim=2)
 
 
 def text_depths(decoder: nn.Module) -> list[int]:
-    """After how many layers hidden states are read: 1/4, 2/4 and 3/4 of all."""
+    """Numbers of layers after which hidden states are read: 1/4, 2/4 and 3/4 of all layers."""
     return [decoder.config.num_hidden_layers * quarters // 4 for quarters in (1, 2, 3)]
 
 
 class Flux2DoubleAttnProcessor(JointAttention, Flux2AttnProcessor):
-    """The library's, and with a `kv_cache` for the block or split tokens what `JointAttention` adds."""
+    """diffusers' processor, and `JointAttention` if the block has a `kv_cache` or its tokens are split."""
 
     def __call__(
         self,
@@ -124,21 +125,21 @@ class Flux2DoubleAttnProcessor(JointAttention, Flux2AttnProcessor):
         kv_cache: KVCache | None = None,
         split: TokenSplit | None = None,
     ) -> tuple[Tensor, Tensor]:
-        further = self.further(kv_cache)
-        if further is None and split is None:
+        extra = self.extra(kv_cache)
+        if extra is None and split is None:
             return super().__call__(attn, hidden_states, encoder_hidden_states, attention_mask, image_rotary_emb)
         image = [layer(hidden_states) for layer in (attn.to_q, attn.to_k, attn.to_v)]
         text = [layer(encoder_hidden_states) for layer in (attn.add_q_proj, attn.add_k_proj, attn.add_v_proj)]
         image = split_heads(image, attn.norm_q, attn.norm_k)
         text = split_heads(text, attn.norm_added_q, attn.norm_added_k)
-        heads = placed([torch.cat(streams, dim=1) for streams in zip(text, image, strict=True)], image_rotary_emb)
-        tokens = self.attend(heads, attention_mask, further, split)
+        heads = rotated([torch.cat(streams, dim=1) for streams in zip(text, image, strict=True)], image_rotary_emb)
+        tokens = self.attend(heads, attention_mask, extra, split)
         text, image = tokens.tensor_split([encoder_hidden_states.shape[1]], dim=1)
         return attn.to_out[1](attn.to_out[0](image)), attn.to_add_out(text)
 
 
 class Flux2SingleAttnProcessor(JointAttention, Flux2ParallelSelfAttnProcessor):
-    """The library's, and with a `kv_cache` for the block or split tokens what `JointAttention` adds."""
+    """diffusers' processor, and `JointAttention` if the block has a `kv_cache` or its tokens are split."""
 
     def __call__(
         self,
@@ -149,12 +150,12 @@ class Flux2SingleAttnProcessor(JointAttention, Flux2ParallelSelfAttnProcessor):
         kv_cache: KVCache | None = None,
         split: TokenSplit | None = None,
     ) -> Tensor:
-        further = self.further(kv_cache)
-        if further is None and split is None:
+        extra = self.extra(kv_cache)
+        if extra is None and split is None:
             return super().__call__(attn, hidden_states, attention_mask, image_rotary_emb)
         projected, mlp = attn.to_qkv_mlp_proj(hidden_states).tensor_split([3 * attn.inner_dim], dim=-1)
-        heads = placed(split_heads(projected.chunk(3, dim=-1), attn.norm_q, attn.norm_k), image_rotary_emb)
-        tokens = self.attend(heads, attention_mask, further, split)
+        heads = rotated(split_heads(projected.chunk(3, dim=-1), attn.norm_q, attn.norm_k), image_rotary_emb)
+        tokens = self.attend(heads, attention_mask, extra, split)
         return attn.to_out(torch.cat([tokens, attn.mlp_act_fn(mlp)], dim=-1))
 
 
@@ -166,19 +167,15 @@ def use_joint_attention(dit: Flux2Transformer2DModel) -> None:
 
 
 def split_heads(projected: Sequence[Tensor], norm_q: nn.Module, norm_k: nn.Module) -> list[Tensor]:
-    """Query, key and value (B, L, D) by heads, (B, L, heads, head_dim), the first two normalised."""
+    """Split query, key and value (B, L, D) into heads (B, L, heads, head_dim); query and key are normalised."""
     query, key, value = (tokens.unflatten(-1, (-1, *norm_q.normalized_shape)) for tokens in projected)
     return [norm_q(query), norm_k(key), value]
 
 
-def placed(heads: Sequence[Tensor], frequencies: tuple[Tensor, Tensor]) -> list[Tensor]:
-    """Query, key and value (B, S, heads, head_dim), the first two turned by their places."""
-    query, key, value = heads
-    return [
-        apply_rotary_emb(query, frequencies, sequence_dim=1),
-        apply_rotary_emb(key, frequencies, sequence_dim=1),
-        value,
-    ]
+def rotated(heads: Sequence[Tensor], frequencies: tuple[Tensor, Tensor]) -> list[Tensor]:
+    """Apply the rotary position embedding to query and key among heads (B, S, heads, head_dim)."""
+    *query_and_key, value = heads
+    return [*(apply_rotary_emb(tensor, frequencies, sequence_dim=1) for tensor in query_and_key), value]
 
 
 def model_fn_flux2(
@@ -197,16 +194,16 @@ def model_fn_flux2(
     """Velocity (B, 128, h, w) of noisy latents (B, 128, h, w) at timesteps (B,) in [0, 1000].
 
     Args:
-        prompt_emb: Text embeddings (B, L, D), those of padding among them, which the network was trained to see.
-        edit_latents: Clean latents (B, 128, h, w) of each edit image, in sizes of their own.
-        embedded_guidance: Guidance scale, one or B, that a guidance-distilled network is told; others ignore it.
-        kv_cache: Further keys and values of blocks, `double_0` and `single_0` and so on.
-        lora: Update of the transformer's layers.
-        extra_text_embedding: Further text embeddings (B, L', D), which follow the prompt's.
+        prompt_emb: Text embeddings (B, L, D); the network was trained to attend to those of padding, too.
+        edit_latents: Clean latents (B, 128, h', w') of each edit image, of their own sizes.
+        embedded_guidance: Guidance scale, one or B, an input of guidance-distilled networks; others ignore it.
+        kv_cache: Extra keys and values by block, `double_0`, `single_0` and so on.
+        lora: Updates of the transformer's layers.
+        extra_text_embedding: Text embeddings (B, L', D) appended to the prompt's.
     """
     checkpoint_blocks(dit, use_gradient_checkpointing, use_gradient_checkpointing_offload)
     images = [latents, *edit_latents]
-    places = [positions(EDIT_IMAGE_TIME * number, *image.shape[2:], 1) for number, image in enumerate(images)]
+    image_ids = [positions(EDIT_IMAGE_TIME * number, *image.shape[2:], 1) for number, image in enumerate(images)]
     text, _ = append_text(prompt_emb, None, extra_text_embedding)
     with added(dit, lora):
         velocity = dit(
@@ -214,7 +211,7 @@ def model_fn_flux2(
             timestep=timestep / 1000,
             guidance=torch.as_tensor(embedded_guidance, device=latents.device).expand(len(latents)),
             encoder_hidden_states=text.to(dit.dtype),
-            img_ids=torch.cat(places).to(latents.device),
+            img_ids=torch.cat(image_ids).to(latents.device),
             txt_ids=positions(0, 1, 1, text.shape[1]).to(latents.device),
             joint_attention_kwargs={"kv_cache": kv_cache} if kv_cache else None,
             return_dict=False,
@@ -224,17 +221,17 @@ def model_fn_flux2(
 
 
 def positions(time: int, height: int, width: int, length: int) -> Tensor:
-    """Places (h · w · l, 4) of tokens on the axes time, row, column and place in the text."""
+    """Positions (h · w · l, 4) of tokens on the four axes of RoPE: time, row, column, position in the text."""
     return torch.cartesian_prod(torch.tensor([time]), *(torch.arange(n) for n in (height, width, length)))
 
 
 def pack_latents(latents: Tensor) -> Tensor:
-    """(B, C, h, w) → (B, h · w, C)."""
+    """Latents (B, C, h, w) as tokens (B, h · w, C)."""
     return latents.flatten(2).transpose(1, 2)
 
 
 def unpack_latents(tokens: Tensor, height: int, width: int) -> Tensor:
-    """(B, h · w, C) → (B, C, h, w)."""
+    """Tokens (B, h · w, C) as latents (B, C, h, w)."""
     return tokens.transpose(1, 2).unflatten(2, (height, width))
 
 
@@ -242,13 +239,13 @@ def unpack_latents(tokens: Tensor, height: int, width: int) -> Tensor:
 
 
 class Flux2Unit_PromptEmbedder(PromptEmbedder):
-    """Text embeddings (1, L, 3 D) of prompts in their chat template, padded to one length."""
+    """Computes text embeddings (1, L, 3 D) of prompts in their chat template, padded to one length."""
 
-    def tokenize(self, pipe, prompt, max_sequence_length) -> dict[str, Tensor]:
+    def tokenize(self, pipe, prompt, max_sequence_length) -> Mapping[str, Tensor]:
         return pipe.tokenize(prompt, max_sequence_length)
 
-    def embed(self, pipe, tokens: Mapping[str, Tensor]) -> Tensor:
-        decoder = pipe.text_encoder.get_decoder()  # the language head would only cost time and memory
+    def embed(self, pipe: "Flux2ImagePipeline", tokens: Mapping[str, Tensor]) -> Tensor:
+        decoder = pipe.text_encoder.get_decoder()  # without the language head, which would cost time and memory
         return text_embeddings(decoder, tokens["input_ids"], tokens["attention_mask"])
 
 
@@ -256,10 +253,10 @@ class Flux2Unit_PromptEmbedder(PromptEmbedder):
 
 
 def check_chat_template(pipe: "Flux2ImagePipeline") -> None:
-    """Refuse a tokenizer without the chat template that prompts are put into."""
+    """Refuse a tokenizer without a chat template, into which prompts are put."""
     if pipe.tokenizer.chat_template is None:
         raise ValueError(
-            f"The tokenizer in {pipe.folders['tokenizer']} has no chat template, which prompts are put into; expected "
+            f"The tokenizer in {pipe.folders['tokenizer']} has no chat template, into which prompts are put; expected "
             "one in its chat_template.jinja or tokenizer_config.json. Take the tokenizer released with the model."
         )
 
@@ -269,8 +266,8 @@ class Flux2Request(EditRequest, TemplateRequest):
     """Sample one image with FLUX.2.
 
     Args:
-        embedded_guidance: Guidance scale that dev was distilled to follow; klein ignores it.
-        max_sequence_length: Tokens that the prompt is cut or padded to, those of the chat template included.
+        embedded_guidance: Guidance scale that dev reads as an input; klein ignores it.
+        max_sequence_length: Tokens that the prompt is truncated or padded to, including those of the chat template.
     """
 
     embedded_guidance: float = 4.0
@@ -307,15 +304,15 @@ class Flux2ImagePipeline(BasePipeline):
         wanted, width = self.dit.config.joint_attention_dim, self.text_encoder.get_decoder().config.hidden_size
         if wanted != 3 * width:
             raise ValueError(
-                f"dit takes text embeddings of {wanted} channels, but text_encoder makes 3 x {width} = {3 * width}: "
-                "they are of different models; take the text encoder that was released with the transformer."
+                f"dit takes text embeddings of width {wanted}, but text_encoder makes 3 x {width} = {3 * width}: they "
+                "are of different models; take the text encoder that was released with the transformer."
             )
 
     def tokenize(self, prompt: str, max_sequence_length: int) -> Mapping[str, Tensor]:
-        """Token ids and mask (1, max_sequence_length) of a prompt in its chat."""
+        """Token ids and mask (1, max_sequence_length) of a prompt in its chat template."""
         return self.tokenizer(
             [self.as_chat(prompt)],
-            add_special_tokens=False,  # the template has written them
+            add_special_tokens=False,  # the chat template has added them
             padding="max_length",
             truncation=True,
             max_length=max_sequence_length,
@@ -323,16 +320,17 @@ class Flux2ImagePipeline(BasePipeline):
         )
 
     def as_chat(self, prompt: str) -> str:
-        """The prompt as the model was trained to read it.
+        """The prompt in the chat template of its text encoder.
 
-        Qwen3 (klein) is asked and about to answer without thinking, Mistral 3 (dev) has been told what it is.
+        For Qwen3 (klein) it is a question with the beginning of an answer without thinking; for Mistral 3 (dev) it
+        follows a system message.
         """
         if self.text_encoder.config.model_type == "qwen3":
             question = [{"role": "user", "content": prompt}]
             options = {"add_generation_prompt": True, "enable_thinking": False}
             return self.tokenizer.apply_chat_template(question, tokenize=False, **options)
-        said = {"system": SYSTEM_MESSAGE, "user": prompt.replace("[IMG]", "")}
-        messages = [{"role": role, "content": [{"type": "text", "text": text}]} for role, text in said.items()]
+        texts = {"system": SYSTEM_MESSAGE, "user": prompt.replace("[IMG]", "")}
+        messages = [{"role": role, "content": [{"type": "text", "text": text}]} for role, text in texts.items()]
         return self.tokenizer.apply_chat_template(messages, tokenize=False)
 
     def cuts_off(self, prompt: str) -> bool:

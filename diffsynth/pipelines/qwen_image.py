@@ -1,8 +1,8 @@
 """Qwen-Image: text-to-image and image-to-image, editing one or several images.
 
 Wu et al. 2025, "Qwen-Image Technical Report" (https://arxiv.org/abs/2508.02324). Networks: diffusers, transformers.
-Latents are (B, 16, H/8, W/8); the transformer sees them as tokens of 2 × 2 latent pixels, (B, H/16 · W/16, 64);
-edit images are more tokens of the same kind, and the text encoder sees them too.
+Latents are (B, 16, H/8, W/8); the transformer reads 2 × 2 latent pixels as a token, (B, H/16 · W/16, 64). Edit images
+are further image tokens, and the text encoder reads them, too. Constants without a source are diffusers' (as released).
 """
 
 from collections.abc import Mapping, Sequence
@@ -38,7 +38,7 @@ PROMPT_TEMPLATE = (
     "<|im_start|>system\nDescribe the image by detailing the color, shape, size, texture, quantity, text, spatial "
     "relationships of the objects and background:<|im_end|>\n<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n"
 )
-PROMPT_TEMPLATE_TOKENS = 34  # tokens of the template before the prompt; their embeddings are dropped
+PROMPT_TEMPLATE_TOKENS = 34  # of the template before the prompt; their embeddings are dropped
 MAX_PROMPT_TOKENS = 1024
 EDIT_PROMPT_TEMPLATE = (
     "<|im_start|>system\nDescribe the key features of the input image (color, shape, size, texture, objects, "
@@ -47,9 +47,9 @@ EDIT_PROMPT_TEMPLATE = (
     "<|im_end|>\n<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n"
 )
 EDIT_PROMPT_TEMPLATE_TOKENS = 64
-IMAGE_TOKEN = "<|image_pad|>"  # one for each that the text encoder makes of an image
+IMAGE_TOKEN = "<|image_pad|>"  # placeholder of one token of an image in the text encoder
 EDIT_VISION_PIXELS = 384 * 384
-TRAINING_MU = 0.8  # shift of the training grid at every resolution
+TRAINING_MU = 0.8  # DiffSynth-Studio's shift of the training grid, at every resolution
 TERMINAL_SIGMA = 0.02
 
 
@@ -59,11 +59,11 @@ def qwen_image_sigmas(
     dynamic_shift_len: int | None = None,
     exponential_shift_mu: float | None = None,
 ) -> Tensor:
-    """Noise levels (N,) of Qwen-Image: linear, shifted by μ (linear in the number of tokens), stretched to end at 0.02.
+    """Noise levels (N,) of Qwen-Image: linear, shifted by μ, which is linear in tokens, and stretched to end at 0.02.
 
     Args:
-        dynamic_shift_len: Image tokens (H/16 · W/16); None takes the training grid's μ = 0.8.
-        exponential_shift_mu: μ itself, before anything else.
+        dynamic_shift_len: Number of image tokens, H/16 · W/16; None takes the training grid's μ = 0.8.
+        exponential_shift_mu: μ itself, which overrides the other two.
     """
     linear = torch.linspace(denoising_strength, 0, num_inference_steps + 1)[:-1]
     mu = exponential_shift_mu
@@ -73,7 +73,7 @@ def qwen_image_sigmas(
 
 
 def _shift_of_tokens(tokens: int) -> float:
-    """μ through (256 tokens, 0.5) and (8192 tokens, 0.9)."""
+    """The line through μ = 0.5 at 256 tokens and μ = 0.9 at 8192 tokens."""
     return 0.5 + (tokens - 256) * (0.9 - 0.5) / (8192 - 256)
 
 
@@ -81,10 +81,10 @@ def _shift_of_tokens(tokens: int) -> float:
 
 
 class SingleFrameConv3d(QwenImageCausalConv3d):
-    """A causal 3-D convolution that does a single frame in 2-D: all frames before it are zeros.
+    """A causal 3-D convolution that computes a single frame in 2-D, because the frames before it are zeros.
 
-    Only the kernel's last temporal slice ever meets the frame, so the result is the same but for rounding. On CPU the
-    encoder is 3.2 × as fast with it in fp32 and 1.4 × in bf16; with channels last another 1.1 × and 1.6 ×.
+    Only the kernel's last temporal slice meets the frame, so that the result is equal except for rounding. On a CPU
+    this makes the encoder 3.2 × faster in fp32 and 1.4 × in bf16, and channels last another 1.1 × and 1.6 ×.
     """
 
     def forward(self, x: Tensor, cache_x: Tensor | None = None) -> Tensor:
@@ -96,7 +96,7 @@ class SingleFrameConv3d(QwenImageCausalConv3d):
 
 
 class QwenImageVAE(NormalisedVAE, AutoencoderKLQwenImage):
-    """The released autoencoder, which is one of videos, on single images."""
+    """The released autoencoder of videos, applied to single images."""
 
     def use_single_frame_convolutions(self) -> None:
         for module in self.modules():
@@ -108,7 +108,7 @@ class QwenImageVAE(NormalisedVAE, AutoencoderKLQwenImage):
         return super().distribution(image.unsqueeze(2), *tiling)
 
     def reconstruct(self, latents: Tensor) -> Tensor:
-        """RGB (B, 3, H, W) in [-1, 1] of latents (B, 16, 1, h, w)."""
+        """Decode latents (B, 16, 1, h, w) to RGB (B, 3, H, W) in [-1, 1]."""
         return super().reconstruct(latents)[:, :, 0]
 
     def packed(self, latents: Tensor) -> Tensor:
@@ -118,8 +118,8 @@ class QwenImageVAE(NormalisedVAE, AutoencoderKLQwenImage):
         return latents.unsqueeze(2)
 
     def statistics(self, like: Tensor) -> tuple[Tensor, Tensor]:
-        each = (self.config.latents_mean, self.config.latents_std)
-        return tuple(torch.tensor(values, device=like.device, dtype=like.dtype).view(1, -1, 1, 1) for values in each)
+        both = (self.config.latents_mean, self.config.latents_std)
+        return tuple(torch.tensor(values, device=like.device, dtype=like.dtype).view(1, -1, 1, 1) for values in both)
 
     def tile(self, tiled: bool, tile_size: int, tile_stride: int) -> None:
         size, stride = (n * self.spatial_compression_ratio for n in (tile_size, tile_stride))
@@ -128,7 +128,7 @@ class QwenImageVAE(NormalisedVAE, AutoencoderKLQwenImage):
 
 
 class QwenImageAttnProcessor(JointAttention, QwenDoubleStreamAttnProcessor2_0):
-    """The library's, and with a `kv_cache` for the block or split tokens what `JointAttention` adds."""
+    """diffusers' processor, and `JointAttention` if the block has a `kv_cache` or its tokens are split."""
 
     def __call__(
         self,
@@ -141,17 +141,15 @@ class QwenImageAttnProcessor(JointAttention, QwenDoubleStreamAttnProcessor2_0):
         kv_cache: KVCache | None = None,
         split: TokenSplit | None = None,
     ) -> tuple[Tensor, Tensor]:
-        mask, further = encoder_hidden_states_mask, self.further(kv_cache)
-        if further is None and split is None:
+        mask, extra = encoder_hidden_states_mask, self.extra(kv_cache)
+        if extra is None and split is None:
             return super().__call__(attn, hidden_states, encoder_hidden_states, mask, attention_mask, image_rotary_emb)
-        image_layers, text_layers = (
-            (attn.to_q, attn.to_k, attn.to_v),
-            (attn.add_q_proj, attn.add_k_proj, attn.add_v_proj),
-        )
-        image = project(hidden_states, image_layers, (attn.norm_q, attn.norm_k), image_rotary_emb[0])
-        text = project(encoder_hidden_states, text_layers, (attn.norm_added_q, attn.norm_added_k), image_rotary_emb[1])
+        of_image = (attn.to_q, attn.to_k, attn.to_v), (attn.norm_q, attn.norm_k)
+        of_text = (attn.add_q_proj, attn.add_k_proj, attn.add_v_proj), (attn.norm_added_q, attn.norm_added_k)
+        image = project(hidden_states, *of_image, image_rotary_emb[0])
+        text = project(encoder_hidden_states, *of_text, image_rotary_emb[1])
         heads = [torch.cat(pair, dim=1) for pair in zip(text, image, strict=True)]
-        tokens = self.attend(heads, mask, further, split)
+        tokens = self.attend(heads, mask, extra, split)
         text, image = tokens.tensor_split([encoder_hidden_states.shape[1]], dim=1)
         return attn.to_out[1](attn.to_out[0](image.contiguous())), attn.to_add_out(text.contiguous())
 
@@ -164,7 +162,7 @@ def use_joint_attention(dit: QwenImageTransformer2DModel) -> None:
 def project(
     tokens: Tensor, layers: Sequence[nn.Module], norms: Sequence[nn.Module], frequencies: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Query, key and value (B, L, heads, head_dim) of tokens (B, L, D), at their places."""
+    """Query, key and value (B, L, heads, head_dim) of tokens (B, L, D), with the rotary position embedding."""
     query, key, value = (layer(tokens).unflatten(-1, (-1, frequencies.shape[-1] * 2)) for layer in layers)
     query, key = (norm(heads) for norm, heads in zip(norms, (query, key), strict=True))
     query, key = (apply_rotary_emb_qwen(heads, frequencies, use_real=False) for heads in (query, key))
@@ -188,11 +186,11 @@ def model_fn_qwen_image(
 
     Args:
         prompt_emb: Text embeddings (B, L, D), right-padded.
-        prompt_emb_mask: True where a text token is real (B, L).
-        edit_latents: Clean latents (B, 16, h, w) of each edit image, in sizes of their own.
-        kv_cache: Further keys and values of blocks, `block_0` and so on.
-        lora: Update of the transformer's layers.
-        extra_text_embedding: Further text embeddings (B, L', D), which follow the prompt's.
+        prompt_emb_mask: False where `prompt_emb` is padding (B, L).
+        edit_latents: Clean latents (B, 16, h', w') of each edit image, of their own sizes.
+        kv_cache: Extra keys and values by block, `block_0` and so on.
+        lora: Updates of the transformer's layers.
+        extra_text_embedding: Text embeddings (B, L', D) appended to the prompt's.
     """
     checkpoint_blocks(dit, use_gradient_checkpointing, use_gradient_checkpointing_offload)
     batch, images = len(latents), [latents, *edit_latents]
@@ -212,14 +210,14 @@ def model_fn_qwen_image(
 
 
 def pack_latents(latents: Tensor) -> Tensor:
-    """(B, C, 2h, 2w) → (B, h · w, C · 4)."""
+    """Latents (B, C, 2h, 2w) as tokens (B, h · w, C · 4)."""
     batch, channels, height, width = latents.shape
     patches = latents.reshape(batch, channels, height // 2, 2, width // 2, 2)
     return patches.permute(0, 2, 4, 1, 3, 5).reshape(batch, height // 2 * (width // 2), channels * 4)
 
 
 def unpack_latents(tokens: Tensor, height: int, width: int) -> Tensor:
-    """(B, h · w, C · 4) → (B, C, height, width) with height = 2h, width = 2w."""
+    """Tokens (B, h · w, C · 4) as latents (B, C, height, width) with height = 2h, width = 2w."""
     batch, _, dim = tokens.shape
     patches = tokens.reshape(batch, height // 2, width // 2, dim // 4, 2, 2)
     return patches.permute(0, 3, 1, 4, 2, 5).reshape(batch, dim // 4, height, width)
@@ -227,8 +225,7 @@ def unpack_latents(tokens: Tensor, height: int, width: int) -> Tensor:
 
 # Units ----------------------------------------------------------------------------------------------------------------
 
-
-# Those that other families share, by the names that the guides print.
+# Units that other families share, by the names that DiffSynth-Studio's guides print.
 QwenImageUnit_ShapeChecker = image_units.ShapeChecker
 QwenImageUnit_NoiseInitializer = image_units.NoiseInitializer
 QwenImageUnit_InputImageEmbedder = image_units.InputImageEmbedder
@@ -242,7 +239,7 @@ class QwenImageUnit_EditImageEmbedder(image_units.EditImageEmbedder):
 
 
 class QwenImageUnit_PromptEmbedder(PromptEmbedder):
-    """Text embeddings (1, L, D) of a prompt and of the images that it says how to change, and their mask (1, L)."""
+    """Computes text embeddings (1, L, D) of a prompt and its edit images, and their mask (1, L)."""
 
     def __init__(self):
         super().__init__(masked=True)
@@ -257,16 +254,16 @@ class QwenImageUnit_PromptEmbedder(PromptEmbedder):
         edit_image_numbered=False,
         edit_vision_pixels=EDIT_VISION_PIXELS,
     ) -> dict[str, Tensor]:
-        """Tokens of a prompt and its images: numbered ones in a size of their own, else in the autoencoder's."""
+        """Tokens of a prompt and its images: numbered images have a size of their own, others the autoencoder's."""
         numbered = edit_image_numbered or (isinstance(edit_image, list | tuple) and len(edit_image) > 1)
         size = (True, edit_vision_pixels) if numbered else (edit_image_auto_resize, edit_image_pixels)
         images = image_units.edit_images(edit_image, *size, image_units.stretch_to_area)
         tokens = pipe.tokenize_with_images(prompt, images, numbered) if images else pipe.tokenize(prompt)
         return {**tokens, "attention_mask": torch.ones_like(tokens["input_ids"])}
 
-    def embed(self, pipe, tokens: Mapping[str, Tensor]) -> Tensor:
+    def embed(self, pipe: "QwenImagePipeline", tokens: Mapping[str, Tensor]) -> Tensor:
         template = EDIT_PROMPT_TEMPLATE_TOKENS if "pixel_values" in tokens else PROMPT_TEMPLATE_TOKENS
-        # The inner model: the language head would only cost time and memory.
+        # Without the language head, which would cost time and memory.
         return pipe.text_encoder.model(**tokens).last_hidden_state[:, template:]
 
 
@@ -274,16 +271,18 @@ class QwenImageUnit_PromptEmbedder(PromptEmbedder):
 
 
 def check_templates(pipe: "QwenImagePipeline") -> None:
-    """Refuse a tokenizer that cuts the templates of prompts elsewhere than the released one does."""
+    """Refuse a tokenizer that makes another number of tokens from the prompt templates than the released one."""
+    if pipe.tokenizer is None:
+        return
     templates = {"prompt template": (PROMPT_TEMPLATE, PROMPT_TEMPLATE_TOKENS)}
     if pipe.processor is not None:
         templates["template of edit prompts"] = (EDIT_PROMPT_TEMPLATE, EDIT_PROMPT_TEMPLATE_TOKENS)
-    for name, (template, tokens) in templates.items() if pipe.tokenizer is not None else ():
+    for name, (template, tokens) in templates.items():
         found = len(pipe.tokenizer(template.split("{}")[0]).input_ids)
         if found != tokens:
             raise ValueError(
                 f"The tokenizer in {pipe.folders['tokenizer']} makes {found} tokens of the {name}, expected {tokens}: "
-                "it is not Qwen-Image's tokenizer."
+                "it is not Qwen-Image's; take the tokenizer released with the model."
             )
 
 
@@ -293,11 +292,10 @@ class QwenImageRequest(EditRequest, TemplateRequest):
 
     Args:
         cfg_rescale: Keep the norm of the conditional velocity under guidance, as the released model samples.
-        edit_image_numbered: Number a single edit image too, as Qwen-Image-Edit-2509 and later were trained; several
-            are always numbered, so that the prompt can speak of Picture 1, Picture 2.
-        edit_vision_pixels: Area at which the text encoder sees numbered images; it sees one without a number as the
-            autoencoder does.
-        exponential_shift_mu: Shift of the noise levels; None takes it from the number of tokens.
+        edit_image_numbered: Number a single edit image, too, as Qwen-Image-Edit-2509 and later were trained; several
+            are always numbered, so that the prompt can name Picture 1, Picture 2.
+        edit_vision_pixels: Area of numbered images for the text encoder, which reads others in the autoencoder's size.
+        exponential_shift_mu: Shift of the noise levels; None computes it from the number of tokens.
     """
 
     cfg_scale: float = 4.0
@@ -318,9 +316,7 @@ class QwenImagePipeline(BasePipeline):
         "text_encoder": Network("Qwen2_5_VLForConditionalGeneration", lora="text_encoder"),
         "vae": Network(QwenImageVAE, after=QwenImageVAE.use_single_frame_convolutions),
         "tokenizer": Folder("Qwen2Tokenizer", check=check_templates, needed_by="text_encoder"),
-        "processor": Folder(
-            "Qwen2VLImageProcessorPil", check=check_templates
-        ),  # not torchvision's, which differs a little
+        "processor": Folder("Qwen2VLImageProcessorPil", check=check_templates),  # torchvision's differs a little
     }
     latents = Latents(channels=16, factor=8, patch=2)
     model_fn = staticmethod(model_fn_qwen_image)
@@ -336,40 +332,41 @@ class QwenImagePipeline(BasePipeline):
         QwenImageUnit_EditImageEmbedder,
     )
 
-    def tokenize(self, prompt: str):
-        """Token ids and mask (1, L) of the prompt inside its template."""
+    def tokenize(self, prompt: str) -> Mapping[str, Tensor]:
+        """Token ids and mask (1, L) of a prompt in its template."""
         length = MAX_PROMPT_TOKENS + PROMPT_TEMPLATE_TOKENS
         return self.tokenizer([PROMPT_TEMPLATE.format(prompt)], max_length=length, truncation=True, return_tensors="pt")
 
     def tokenize_with_images(self, prompt: str, images: Sequence[Image.Image], numbered: bool) -> dict[str, Tensor]:
-        """What the text encoder reads of a prompt about images: token ids (1, L), their kinds, patches of the images.
+        """The text encoder's inputs for a prompt with images: token ids (1, L), their types (1, L), image patches.
 
-        Args:
-            numbered: Each image is introduced by its number, so that the prompt can name it.
+        If `numbered`, the first image is introduced by "Picture 1: " and so on, so that the prompt can name it.
         """
         if self.processor is None:
             raise ValueError(
-                "edit_image needs a processor, through which the text encoder sees it, but model.processor is null; "
+                "edit_image needs a processor, which prepares it for the text encoder, but model.processor is null; "
                 "take a model for editing, such as model=qwen_image_edit, or give from_pretrained a processor_config."
             )
         patches = self.processor(images, return_tensors="pt")
-        tokens = (patches["image_grid_thw"].prod(1) // self.processor.merge_size**2).tolist()
-        seen = [f"<|vision_start|>{IMAGE_TOKEN * count}<|vision_end|>" for count in tokens]
+        counts = (patches["image_grid_thw"].prod(1) // self.processor.merge_size**2).tolist()
+        texts = [f"<|vision_start|>{IMAGE_TOKEN * count}<|vision_end|>" for count in counts]
         if numbered:
-            seen = [f"Picture {number}: {image}" for number, image in enumerate(seen, start=1)]
-        ids = self.tokenizer([EDIT_PROMPT_TEMPLATE.format("".join(seen) + prompt)], return_tensors="pt").input_ids
-        # Without their kinds, tokens of an image would be in a line instead of in rows and columns.
-        kinds = (ids == self.tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)).int()
-        return {"input_ids": ids, "mm_token_type_ids": kinds, **patches}
+            texts = [f"Picture {number}: {text}" for number, text in enumerate(texts, start=1)]
+        ids = self.tokenizer([EDIT_PROMPT_TEMPLATE.format("".join(texts) + prompt)], return_tensors="pt").input_ids
+        # Without types, image tokens would have positions in a line instead of rows and columns.
+        types = (ids == self.tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)).int()
+        return {"input_ids": ids, "mm_token_type_ids": types, **patches}
 
     def cuts_off(self, prompt: str) -> bool:
-        if self.tokenizer is None or len(prompt.encode()) <= MAX_PROMPT_TOKENS:  # no token is less than a byte
+        if self.tokenizer is None or len(prompt.encode()) <= MAX_PROMPT_TOKENS:  # a token is at least one byte
             return False
         tokens = self.tokenizer(PROMPT_TEMPLATE.format(prompt)).input_ids
         return len(tokens) > MAX_PROMPT_TOKENS + PROMPT_TEMPLATE_TOKENS
 
-    def guided_velocity(self, timestep, cfg_scale, shared: Mapping, posi: Mapping, nega: Mapping) -> Tensor:
-        """Guidance that keeps each token's norm at that of the conditional velocity, as the released model samples."""
+    def guided_velocity(
+        self, timestep: Tensor, cfg_scale: float, shared: Mapping, posi: Mapping, nega: Mapping
+    ) -> Tensor:
+        """Guided velocity (B, 16, h, w) at timesteps (B,); each token keeps the norm of the conditional velocity."""
         positive = self.predict(timestep, **shared, **posi)
         if cfg_scale == 1:
             return positive
@@ -378,5 +375,5 @@ class QwenImagePipeline(BasePipeline):
         if not shared.get("cfg_rescale", True):
             return guided
         tokens, wanted = pack_latents(guided), pack_latents(positive).norm(dim=-1, keepdim=True)
-        norm = tokens.norm(dim=-1, keepdim=True).clamp_min(1e-12)  # an untrained model predicts nothing
+        norm = tokens.norm(dim=-1, keepdim=True).clamp_min(1e-12)  # an untrained network may predict 0
         return unpack_latents(tokens * (wanted / norm), *guided.shape[-2:])

@@ -6,7 +6,7 @@
     python train.py experiment=emoji/pretrain
     python models/emoji/build.py release outputs/emoji_init models/emoji outputs/emoji_pretrain-*/weights/step-2000.*
 
-The folders are laid out as the released repository is, so everything that reads Qwen-Image reads this too.
+The folders have the layout of the released repository, so that every program that reads Qwen-Image reads this, too.
 """
 
 import csv
@@ -28,11 +28,12 @@ from diffsynth.pipelines.qwen_image import PROMPT_TEMPLATE, QwenImageVAE
 
 DATA = Path(__file__).parents[2] / "data" / "emoji"
 VOCABULARY = 1536  # every word of the captions is one token
-WIDTH = 128
+WIDTH = 128  # of the text encoder; a guess
 SPECIAL_TOKENS = [
     "<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|vision_pad|>",
     "<|image_pad|>", "<|video_pad|>",
 ]  # fmt: skip
+# The regular expression by which Qwen2's tokenizer splits text into words.
 QWEN_WORDS = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
@@ -55,11 +56,11 @@ def init(folder: str) -> None:
 
 
 def train_tokenizer(template: Sequence[str], special_tokens: Sequence[str]) -> Qwen2Tokenizer:
-    """A small byte-level BPE in which each word of the prompt template is one token, as in the real vocabulary.
+    """Train a small byte-level BPE in which each word of the prompt template is one token, as in the real vocabulary.
 
     Args:
-        template: Its parts between special tokens.
-        special_tokens: The first is what all tokenizers of this class begin with.
+        template: Parts of the prompt template between special tokens.
+        special_tokens: All special tokens; the class adds the first one itself.
     """
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.Sequence(
@@ -71,8 +72,8 @@ def train_tokenizer(template: Sequence[str], special_tokens: Sequence[str]) -> Q
     size = VOCABULARY - len(special_tokens)
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(vocab_size=size, initial_alphabet=alphabet, show_progress=False)
-    written = captions("color_captions.csv") + captions("all_train.csv") + captions("all_held_out.csv")
-    bpe.train_from_iterator([*template] * 1000 + written, trainer)
+    texts = captions("color_captions.csv") + captions("all_train.csv") + captions("all_held_out.csv")
+    bpe.train_from_iterator([*template] * 1000 + texts, trainer)
     trained = json.loads(bpe.to_str())["model"]
     merges = [tuple(merge) for merge in trained["merges"]]
     tokenizer = Qwen2Tokenizer(vocab=trained["vocab"], merges=merges)
@@ -110,7 +111,7 @@ def text_encoder(tokenizer: Qwen2Tokenizer) -> Qwen2_5_VLForConditionalGeneratio
         video_token_id=special["video"],
     )
     model = Qwen2_5_VLForConditionalGeneration(config)
-    # Words far apart from the start: with the default of 0.02 the prompts are learnt several times slower.
+    # Embeddings of words start far apart; with the default standard deviation of 0.02 prompts are learnt much slower.
     torch.nn.init.normal_(model.model.language_model.embed_tokens.weight)
     return model
 
@@ -154,7 +155,7 @@ def model_index() -> dict:
 
 
 def autoencoder(folder: str, weights: str) -> None:
-    """Put trained autoencoder weights into `folder`, with the statistics of the latents of the colour emoji."""
+    """Copy trained autoencoder weights into `folder`, and set the latents' statistics to those of the colour emoji."""
     path = Path(folder) / "vae"
     model = QwenImageVAE.from_pretrained(path).use_single_frame_convolutions()
     model.load_state_dict(load_file(weights))
@@ -170,7 +171,7 @@ def autoencoder(folder: str, weights: str) -> None:
 
 
 def release(source: str, target: str, *weights: str) -> None:
-    """Copy `source` to `target` in bf16, with the trained weights `step-N.dit` and `step-N.text_encoder` in it."""
+    """Copy `source` to `target` in bf16, with the trained weights `step-N.dit` and `step-N.text_encoder`."""
     trained = {Path(path).name.split(".")[1]: load_file(path) for path in weights}
     shutil.copytree(source, target, dirs_exist_ok=True)
     for folder, name in {"transformer": "dit", "text_encoder": "text_encoder", "vae": "vae"}.items():
@@ -185,14 +186,14 @@ def captions(metadata: str) -> list[str]:
 
 
 def pixels(metadata: str) -> torch.Tensor:
-    """RGB (N, 3, 64, 64) in [-1, 1]."""
+    """The N images of a csv file as RGB (N, 3, 64, 64) in [-1, 1]."""
     images = [np.array(Image.open(DATA / row["image"]).convert("RGB"), dtype=np.float32) for row in rows(metadata)]
     return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2) / 127.5 - 1
 
 
-def psnr(images: torch.Tensor, drawn: torch.Tensor) -> float:
-    """Mean peak signal-to-noise ratio in dB, one value an image."""
-    return (-10 * ((images - drawn) / 2).pow(2).mean((1, 2, 3)).log10()).mean().item()
+def psnr(images: torch.Tensor, reconstructed: torch.Tensor) -> float:
+    """Peak signal-to-noise ratio in dB, the mean over images (N, 3, H, W) in [-1, 1]."""
+    return (-10 * ((images - reconstructed) / 2).pow(2).mean((1, 2, 3)).log10()).mean().item()
 
 
 def rows(metadata: str) -> list[dict]:

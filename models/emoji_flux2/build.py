@@ -6,7 +6,7 @@
     python train.py experiment=emoji_flux2/pretrain
     python -m models.emoji_flux2.build release outputs/emoji_flux2_init models/emoji_flux2 outputs/emoji_flux2_pretrain-*/weights/step-1400.*
 
-The folders are laid out as FLUX.2-klein's repository is, so everything that reads that reads this too.
+The folders have the layout of FLUX.2-klein's repository, so that every program that reads that reads this, too.
 """  # noqa: E501
 
 import json
@@ -22,9 +22,9 @@ from transformers import Qwen2Tokenizer, Qwen3Config, Qwen3ForCausalLM
 from diffsynth.pipelines.flux2_image import Flux2VAE
 from models.emoji.build import VOCABULARY, pixels, psnr, release, train_tokenizer
 
-WIDTH = 128  # of the text encoder
+WIDTH = 128  # of the text encoder; a guess
 SPECIAL_TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<think>", "</think>"]
-# What the released one makes of a conversation of plain messages.
+# It formats conversations of plain messages as the released template does.
 CHAT_TEMPLATE = (
     "{% for message in messages %}"
     "{{ '<|im_start|>' + message.role + '\\n' + message.content + '<|im_end|>\\n' }}"
@@ -51,7 +51,7 @@ def init(folder: str) -> None:
 
 
 def text_encoder(tokenizer: Qwen2Tokenizer) -> Qwen3ForCausalLM:
-    """Four layers, of which the pipeline reads the first three."""
+    """A text encoder of four layers; the pipeline reads the outputs of the first three."""
     config = Qwen3Config(
         vocab_size=VOCABULARY,
         hidden_size=WIDTH,
@@ -66,13 +66,13 @@ def text_encoder(tokenizer: Qwen2Tokenizer) -> Qwen3ForCausalLM:
         tie_word_embeddings=True,
     )
     model = Qwen3ForCausalLM(config)
-    # Words far apart from the start: with the default of 0.02 the prompts are learnt several times slower.
+    # Embeddings of words start far apart; with the default standard deviation of 0.02 prompts are learnt much slower.
     torch.nn.init.normal_(model.model.embed_tokens.weight)
     return model
 
 
 def transformer() -> Flux2Transformer2DModel:
-    """Wider than its tokens have channels: a narrower one cannot tell the noise that it is to predict."""
+    """A transformer whose width exceeds the channels of its tokens; a narrower one cannot predict their noise."""
     return Flux2Transformer2DModel(
         num_layers=2,
         num_single_layers=4,
@@ -118,7 +118,7 @@ def model_index() -> dict:
 
 @torch.no_grad()
 def autoencoder(folder: str, weights: str) -> None:
-    """Put trained autoencoder weights into `folder`, with the statistics of the latents of the colour emoji."""
+    """Copy trained autoencoder weights into `folder`, and set the latents' statistics to those of the colour emoji."""
     path = Path(folder) / "vae"
     model = Flux2VAE.from_pretrained(path)
     model.load_state_dict(load_file(weights), strict=False)  # the statistics are not trained

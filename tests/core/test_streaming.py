@@ -269,7 +269,7 @@ def test_a_recipe_that_cannot_stream_says_why(options, message):
         (None, LORA, "stream_blocks=7: of the 6 repeated blocks of Flux2Transformer2DModel 6 have frozen weights"),
         (FlowMatchSFT(trainable_models=["dit"]), None, " 0 have frozen weights"),
         (FlowMatchSFT(trainable_models=["dit.transformer_blocks.1"]), None, " 5 have frozen weights"),
-        (AutoencoderLoss(), None, "AutoencoderLoss runs none"),
+        (AutoencoderLoss(), None, "AutoencoderLoss runs no network"),
     ],
 )
 def test_more_blocks_than_there_are_with_frozen_weights_are_refused_before_weights_are_read(task, lora, message):

@@ -239,7 +239,7 @@ def test_a_lora_of_another_network_is_refused(given, message, base):
 
 
 def test_loras_of_samples_need_layers_that_see_samples(base):
-    with pytest.raises(ValueError, match="3 samples have a lora each, but Linear of .* sees 2 of them at once"):
+    with pytest.raises(ValueError, match="3 samples have a lora each, but a Linear of .* gets inputs of 2 samples"):
         base(slice(0, 2), lora=lora_of(base.dit))
 
 

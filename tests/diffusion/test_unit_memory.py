@@ -7,8 +7,10 @@ import torch
 
 from diffsynth.diffusion.adapters.lora import LoRA
 from diffsynth.diffusion.loss import FlowMatchSFT
+from diffsynth.diffusion.pipeline.image_units import InputImageEmbedder
 from diffsynth.diffusion.pipeline.remembered import to_device
 from diffsynth.diffusion.pipeline.units import PipelineUnit, split_units
+from diffsynth.pipelines.qwen_image import QwenImageUnit_PromptEmbedder
 
 ADAPTER = LoRA(rank=2, target_modules=["to_q"])
 TEXT_TOO = FlowMatchSFT(trainable_models=["dit", "text_encoder"])
@@ -18,8 +20,6 @@ TEXT_TOO = FlowMatchSFT(trainable_models=["dit", "text_encoder"])
 def calls(monkeypatch):
     """Names of the units, once for each sample that they see."""
     seen = []
-    from diffsynth.diffusion.pipeline.image_units import InputImageEmbedder
-    from diffsynth.pipelines.qwen_image import QwenImageUnit_PromptEmbedder
 
     def encode_image(self, *args, original=InputImageEmbedder.process, **kwargs):
         seen.append("InputImageEmbedder")

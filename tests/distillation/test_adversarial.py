@@ -312,9 +312,9 @@ def test_a_layer_that_cannot_be_read_is_named(training_module, rows, pipe):
     nearest = r"has no layer 'transformer_blocks.7'; nearest: \['transformer_blocks.3'"
     with pytest.raises(ValueError, match="QwenImageTransformer2DModel " + nearest):
         trained_on("transformer_blocks.7")
-    with pytest.raises(ValueError, match=r"'proj_out' puts out \(1, 6, 64\), expected tokens \(B, L, 128\)"):
+    with pytest.raises(ValueError, match=r"'proj_out' is \(1, 6, 64\), expected tokens \(B, L, 128\)"):
         trained_on("proj_out")
-    with pytest.raises(ValueError, match="'transformer_blocks' puts out nothing"):
+    with pytest.raises(ValueError, match="'transformer_blocks' is nothing"):
         trained_on("transformer_blocks")
     with pytest.raises(ValueError, match="Linear does not say which blocks it repeats; name those"):
         Discriminator().heads(nn.Linear(1, 1), 0)

@@ -159,7 +159,10 @@ def test_each_noise_level_that_the_student_draws_at_is_trained(steps, segments):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"segments": [8, 2]}, r"task.segments is \[8, 2\]; expected numbers falling to .*num_inference_steps, 4"),
+        (
+            {"segments": [8, 2]},
+            r"task.segments is \[8, 2\]; expected decreasing numbers .*_steps, which is 4",
+        ),
         ({"segments": [4, 8, 4]}, r"task.segments is \[4, 8, 4\]"),
         ({"segments": []}, r"task.segments is \[\]"),
         ({"grid_steps": 7}, "task.grid_steps is 7; expected at least 8"),

@@ -85,8 +85,8 @@ def test_numbers_may_be_text_as_in_a_csv(training_module, drawn):
 @pytest.mark.parametrize(
     ("column", "values", "message"),
     [
-        ("num_inference_steps", [3, 3, 4], "num_inference_steps is 4, task.student.num_inference_steps 3; set this"),
-        ("cfg_scale", [4, 4, 4], "cfg_scale is 4; the student draws without guidance.*write 1"),
+        ("num_inference_steps", [3, 3, 4], "num_inference_steps is 4 .* is 3; set .*_steps=4"),
+        ("cfg_scale", [4, 4, 4], "cfg_scale is 4; expected 1.*write 1"),
     ],
 )
 def test_what_no_rollout_can_be_made_of_is_named(training_module, drawn, column, values, message):

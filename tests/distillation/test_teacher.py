@@ -326,15 +326,15 @@ def test_the_cache_holds_the_side_that_guidance_leads_away_from(cache):
 
 
 def test_a_making_that_is_cut_off_goes_on_with_what_lacks(cache, tmp_path):
-    draw, left = TeacherSampler._draw, iter([True, True, False])
+    sample, left = TeacherSampler._sample, iter([True, True, False])
 
     def cut_off(unit, pipe, alike):
         if not next(left):
             raise tiny.PowerCut
-        return draw(unit, pipe, alike)
+        return sample(unit, pipe, alike)
 
     one_by_one = {"batch_size": 1, "shard_bytes": 1}
-    with pytest.raises(tiny.PowerCut), mock.patch.object(TeacherSampler, "_draw", cut_off):
+    with pytest.raises(tiny.PowerCut), mock.patch.object(TeacherSampler, "_sample", cut_off):
         make(tmp_path, **one_by_one)
     with pytest.raises(ValueError, match="is not finished; python make_cache.py"):
         CachedDataset(str(tmp_path))
@@ -470,7 +470,7 @@ def test_a_cache_of_pictures_that_no_teacher_drew_is_named(tmp_path):
 
 def test_a_training_without_the_teachers_pictures_is_told_how_they_are_made(tmp_path, no_weights_are_read):
     message = refusal(tmp_path, "dataset=prompts", f"dataset.path={two_prompts()}")
-    assert "The teacher's pictures are not there: make them with `make_cache.py`" in message
+    assert "The teacher's images are not there: make them with `make_cache.py`" in message
     assert "dataset=cache" in message and "task.teacher=null" in message
 
 
@@ -483,11 +483,11 @@ def test_what_the_teacher_did_not_have_is_refused(tmp_path):
     pair = {"lora_A": torch.zeros(2, 128), "lora_B": torch.zeros(128, 2)}
     file, layer = tmp_path / "style.safetensors", "transformer.transformer_blocks.0.attn.to_q"
     save_file({f"{layer}.{part}.weight": tensor for part, tensor in pair.items()}, file)
-    with pytest.raises(ValueError, match=f"lora.preset={file} would be merged into the student, but the teacher has"):
+    with pytest.raises(ValueError, match=f"lora.preset={file} would be merged into the student, but the teacher's"):
         training(lora=dataclasses.replace(DIT, preset=str(file)))
-    with pytest.raises(ValueError, match=r"trains dit alone.*; not \['text_encoder'\]"):
+    with pytest.raises(ValueError, match=r"name \['text_encoder'\]; a distillation trains dit alone"):
         training(lora=LoRA(models=("text_encoder",), target_modules=["q_proj"]))
-    with pytest.raises(ValueError, match=r"trains dit alone.*; not \['dit', 'text_encoder'\]"):
+    with pytest.raises(ValueError, match=r"name \['dit', 'text_encoder'\]; a distillation trains dit alone"):
         training(dataclasses.replace(DIRECT, trainable_models=["text_encoder"]))
 
 

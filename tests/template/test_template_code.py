@@ -190,7 +190,7 @@ def test_a_hubs_code_does_not_run_without_consent_and_is_shown(hub, tmp_path):
 
 @pytest.mark.parametrize("revision", [None, "main", "v1.0", COMMIT["a"][:7]])
 def test_consent_without_a_commit_is_none(revision, hub):
-    with pytest.raises(ValueError, match=f"revision is {revision!r}, and no commit"):
+    with pytest.raises(ValueError, match=f"revision is {revision!r}, which is no commit"):
         find_template(ModelConfig(model_id=MODEL_ID, revision=revision, trust_remote_code=True))
 
 
@@ -245,7 +245,7 @@ def test_without_a_file_weights_are_the_constructors_of_one_seed(loud, caplog):
     model = load_template_model(loud)
     assert torch.equal(torch.get_rng_state(), state)
     assert model.layer.weight.dtype == torch.bfloat16 and not model.training and not model.layer.weight.requires_grad
-    assert "sets no TEMPLATE_MODEL_PATH" in caplog.text and "let TEMPLATE_MODEL_PATH name their file" in caplog.text
+    assert "sets no TEMPLATE_MODEL_PATH" in caplog.text and "set TEMPLATE_MODEL_PATH to their file" in caplog.text
 
 
 def test_weights_come_from_the_files_of_which_later_ones_win(loud, caplog):

@@ -466,7 +466,7 @@ def test_a_csv_holds_template_inputs_as_json(of_kind, rows_of, tmp_path):
         ({}, "row 3: has no template_inputs, but image, prompt"),
         ({"template_inputs": None}, "row 3: template_inputs None: found None, expected template inputs such as"),
         ({"template_inputs": 0.2}, "row 3: template_inputs 0.2: found 0.2, expected"),
-        ({"template_inputs": "{scale: 0.2}"}, "found '{scale: 0.2}', expected.* in a csv as JSON text"),
+        ({"template_inputs": "{scale: 0.2}"}, "found '{scale: 0.2}', expected.* which a csv holds as JSON text"),
         ({"template_inputs": "[1]"}, r"found '\[1\]', expected"),
     ],
 )

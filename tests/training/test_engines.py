@@ -284,7 +284,7 @@ def test_tokens_are_split_over_a_divisor_of_the_processes(refused):
     [
         ([], "4 heads, which cp_size=3 does not divide; set cp_size to one of [2, 4]"),
         (["memory.compile=blocks"], "which cannot be compiled"),
-        (["task=distill/add", "task.teacher=null"], "A discriminator looks at the tokens"),
+        (["task=distill/add", "task.teacher=null"], "discriminator of AdversarialDistillation reads all tokens"),
         (["task=autoencoder", "lora=none"], "calls no network"),
     ],
 )

@@ -1,1 +1,1 @@
-"""LoRA and its kin: which layers are adapted, and the files that hold the result."""
+"""LoRA, LoHa, LoKr and DoRA: adding adapters to layers, and adapter files in the formats of several programs."""

@@ -1,6 +1,7 @@
-"""Adapter files that load elsewhere, and files from elsewhere that load here.
+"""Adapter files: export them, load them, check them, merge them into a network.
 
-Ours hold diffusers' keys (`transformer.blocks.0.to_q.lora_A.weight`) and the adapter's configuration as metadata.
+The files that this module writes have diffusers' keys (`transformer.blocks.0.to_q.lora_A.weight`) and the adapter's
+configuration as metadata; it also reads the keys of other programs.
 """
 
 import difflib
@@ -10,6 +11,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import LoHaConfig, LoKrConfig, LoraConfig, inject_adapter_in_model, set_peft_model_state_dict
@@ -22,25 +24,31 @@ from ...core.loader import load_state_dict
 from ...core.memory.storage import stored_layers
 from .formats import FORMATS
 
-TOLERANCE = 1e-5  # relative, in fp32
-METADATA_KEY = "lora_adapter_metadata"  # where diffusers looks for the adapter's configuration
+# How much a layer that was read back may differ, relative to its largest output: guesses.
+TOLERANCE = 1e-5  # in fp32, about a hundred times the rounding error 2⁻²³
+HALF_TOLERANCE = 1e-2  # in bf16 and fp16, about the rounding error 2⁻⁷ of bf16
+METADATA_KEY = "lora_adapter_metadata"  # key under which diffusers reads the adapter's configuration
 ROUNDED_AWAY = (
-    "an update that is smaller than the steps of the stored numbers would be rounded away. Merge it before, by "
-    "python fuse.py lora_path=… output=…, and train on what that writes; or keep it beside the weights, unmerged."
+    "an update that is smaller than the steps between stored numbers would be rounded away. Merge it into the unstored "
+    "weights with python fuse.py lora_path=… output=…, and train on the merged weights; or load it unmerged."
 )
 CONFIGS = {"LORA": LoraConfig, "LOHA": LoHaConfig, "LOKR": LoKrConfig}
 
 
 def read(path: str | Path, prefix: str) -> tuple[dict[str, Tensor], dict | None]:
-    """The tensors of one model in an adapter file, under peft's names, and its configuration if the file has it.
+    """Read one model's tensors from an adapter file, under peft's names, and its configuration if the file has one.
 
-    Understands diffusers' keys, the original's (`.lora_A.default.weight`, no prefix), and `lora_down`/`lora_up` with
-    `alpha`, whose scale alpha / rank is folded into A.
+    It reads diffusers' keys, DiffSynth-Studio's (`.lora_A.default.weight`, without a prefix), and `lora_down`/`lora_up`
+    with `alpha`, whose scale alpha / rank is folded into A.
+
+    Args:
+        prefix: First part of the model's keys in LoRA files, such as `transformer`.
     """
     tensors = load_state_dict(path)
     with safe_open(path, "pt") as file:
         metadata = (file.metadata() or {}).get(METADATA_KEY)
-    config = {k.removeprefix(prefix + "."): v for k, v in json.loads(metadata or "{}").items() if k.startswith(prefix)}
+    entries = json.loads(metadata or "{}").items()
+    config = {key.removeprefix(prefix + "."): value for key, value in entries if key.startswith(prefix)}
     return peft_names(tensors, prefix), config or None
 
 
@@ -50,37 +58,44 @@ def prefixes(path: str | Path) -> set[str]:
 
 
 def peft_names(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    """An adapter's tensors of one model under peft's names, from those of any file that `read` understands."""
-    return _peft_names(_of_model(tensors, prefix))
+    """One model's tensors under peft's names, from an adapter's tensors under the names of any program; see `read`."""
+    return _with_peft_names(_without_prefix(tensors, prefix))
 
 
-def _of_model(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    spellings = (
-        (f"pipe.{prefix}.", "pipe.dit.", "diffusion_model.") if prefix == "transformer" else (f"pipe.{prefix}.",)
-    )
-    for spelling in (f"{prefix}.", *spellings):
-        mine = {key.removeprefix(spelling): value for key, value in tensors.items() if key.startswith(spelling)}
-        if mine:
-            return mine
+def _without_prefix(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """The tensors of one model; all of them if no key has a prefix."""
+    others = ("pipe.dit.", "diffusion_model.") if prefix == "transformer" else ()
+    for spelling in (f"{prefix}.", f"pipe.{prefix}.", *others):
+        found = {key.removeprefix(spelling): value for key, value in tensors.items() if key.startswith(spelling)}
+        if found:
+            return found
     return dict(tensors)
 
 
-def _peft_names(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def _with_peft_names(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     alphas = {key.removesuffix(".alpha"): float(value) for key, value in tensors.items() if key.endswith(".alpha")}
     renamed = {}
     for key, value in tensors.items():
         if key.endswith(".alpha"):
             continue
         name = key.replace(".default.", ".").replace("lora_down.", "lora_A.").replace("lora_up.", "lora_B.")
-        layer, _, part = name.partition(".lora_A")
+        layer, _, is_down = name.partition(".lora_A")
         if name.endswith(".dora_scale"):
             name, value = f"{name.removesuffix('.dora_scale')}.lora_magnitude_vector", value.flatten()
-        renamed[name] = value * (alphas[layer] / value.shape[0]) if part and layer in alphas else value
+        renamed[name] = value * (alphas[layer] / value.shape[0]) if is_down and layer in alphas else value
     return renamed
 
 
 def check_layers(module: nn.Module, tensors: Mapping[str, Tensor], path: str | Path) -> None:
-    """Refuse an adapter file whose layers the model does not have, or has in another shape."""
+    """Refuse an adapter file whose layers the model does not have, or whose shapes do not fit the model's.
+
+    Args:
+        tensors: The file's tensors under peft's names.
+        path: The file, which the error names.
+
+    Raises:
+        ValueError: The message names the key and the nearest layer.
+    """
     layers = dict(module.named_modules())
     for key, value in tensors.items():
         name = re.sub(r"\.(lora|hada|lokr)_.*$", "", key)
@@ -99,7 +114,15 @@ def check_layers(module: nn.Module, tensors: Mapping[str, Tensor], path: str | P
 
 
 def load(module: nn.Module, path: str | Path, prefix: str, scale: float = 1.0, fuse: bool = False) -> None:
-    """Add the adapter in a file to a model, frozen; merged into its weights with `fuse`, which comes before others."""
+    """Add an adapter file to a model as a frozen adapter.
+
+    Args:
+        scale: Factor of the adapter's update.
+        fuse: Merge the adapter into the model's weights instead of keeping it; the model may have no other adapter yet.
+
+    Raises:
+        ValueError: The file does not fit the model, or cannot be merged into it.
+    """
     if fuse and hasattr(module, "peft_config"):
         raise ValueError(f"{path}: cannot be merged into a model that has other adapters; merge it before adding them.")
     if fuse and stored_layers(module):
@@ -122,24 +145,24 @@ def load(module: nn.Module, path: str | Path, prefix: str, scale: float = 1.0, f
 
 
 def fill(module: nn.Module, tensors: Mapping[str, Tensor], adapter: str, path: str | Path) -> None:
-    """Copy an adapter file's tensors into the adapter of that name.
+    """Copy an adapter file's tensors into the adapter that is called `adapter`.
 
     Raises:
         ValueError: The file's rank, layers or kind differ from the adapter's.
     """
     own = get_peft_model_state_dict(module, adapter_name=adapter, save_embedding_layers=False)
     for key in sorted(own.keys() | tensors.keys()):
-        found, wanted = (tuple(d[key].shape) if key in d else "nothing" for d in (tensors, own))
-        if found != wanted:
+        found, expected = (tuple(side[key].shape) if key in side else "nothing" for side in (tensors, own))
+        if found != expected:
             raise ValueError(
-                f"{path}: {key} is {found}, the adapter has {wanted}; "
+                f"{path}: {key} is {found}, the adapter has {expected}; "
                 "set lora.rank and lora.target_modules to those the file was trained with."
             )
     set_peft_model_state_dict(module, dict(tensors), adapter_name=adapter)
 
 
 def merge(module: nn.Module, adapter: str) -> None:
-    """Fold an adapter into the weights it adapts and remove it: W + (α / r) B A."""
+    """Merge an adapter into the weights that it adapts, W + (α / r) B A, and remove it."""
     for name, layer in _adapted_layers(module).items():
         layer.merge(safe_merge=True, adapter_names=[adapter])
         module.set_submodule(name, layer.get_base_layer())
@@ -148,7 +171,7 @@ def merge(module: nn.Module, adapter: str) -> None:
 
 
 def remove(module: nn.Module) -> nn.Module:
-    """The network without any of its adapters."""
+    """Remove all adapters from a network, unmerged, and return the network."""
     for name, layer in _adapted_layers(module).items():
         module.set_submodule(name, layer.get_base_layer())
     if hasattr(module, "peft_config"):
@@ -160,7 +183,11 @@ def remove(module: nn.Module) -> nn.Module:
 def export(
     module: nn.Module, prefix: str, names: str = "diffusers", adapter: str = "default"
 ) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """An adapter's tensors under the names of a format, and the configuration that diffusers reads beside its own.
+    """An adapter's tensors under the names of a format, and its configuration, which only diffusers' format stores.
+
+    Args:
+        prefix: First part of the model's keys in LoRA files, such as `transformer`.
+        names: The format, a key of `formats.FORMATS`.
 
     Raises:
         ValueError: The format has no names for this kind of adapter.
@@ -181,32 +208,33 @@ def describe(module: nn.Module, adapter: str = "default") -> dict[str, str | flo
 
 @torch.no_grad()
 def check_export(module: nn.Module, path: str | Path, prefix: str, adapter: str = "default") -> None:
-    """Read an adapter file into a fresh adapter and compare what each layer makes of noise with the trained one.
+    """Read an adapter file into new adapters, and compare each layer's output on noise with the trained layer's.
 
     Raises:
-        ValueError: A key was not used, or a layer answers differently.
+        ValueError: A tensor of the file belongs to no layer, or the outputs of a layer differ.
     """
     trained = _adapted_layers(module)
     with _evaluating(module):
-        skeleton = _skeleton({name: layer.get_base_layer() for name, layer in trained.items()})
-        load(skeleton, path, prefix)
-        skeleton.eval()
+        copy = _module_of({name: layer.get_base_layer() for name, layer in trained.items()})
+        load(copy, path, prefix)
+        copy.eval()
         for name, layer in trained.items():
-            _check_layer(skeleton.get_submodule(name), layer, f"{path}: read back, {name}")
+            _check_layer(copy.get_submodule(name), layer, f"{path}: read back, {name}")
 
 
 def _check_layer(found: nn.Module, trained: nn.Module, what: str) -> None:
     weight = trained.get_base_layer().weight
     generator = torch.Generator().manual_seed(0)
     noise = torch.randn(2, weight.shape[1], *[8] * (weight.dim() - 2), generator=generator).to(weight)
-    answer, expected = found(noise), trained(noise)
-    tolerance = TOLERANCE * max(1.0, expected.abs().max().item()) * (1 if weight.dtype == torch.float32 else 1000)
-    if not torch.allclose(answer, expected, rtol=0, atol=tolerance):
-        raise ValueError(f"{what} differs from the trained adapter by {(answer - expected).abs().max().item():.2g}.")
+    output, expected = found(noise), trained(noise)
+    precision = TOLERANCE if weight.dtype == torch.float32 else HALF_TOLERANCE
+    tolerance = precision * max(1.0, expected.abs().max().item())
+    if not torch.allclose(output, expected, rtol=0, atol=tolerance):
+        raise ValueError(f"{what} differs from the trained adapter by {(output - expected).abs().max().item():.2g}.")
 
 
-def _skeleton(layers: Mapping[str, nn.Module]) -> nn.Module:
-    """A module that has nothing but these layers, under their own names; they are shared, not copied."""
+def _module_of(layers: Mapping[str, nn.Module]) -> nn.Module:
+    """A module with these layers and nothing else, under their dotted names; the layers are shared, not copied."""
     root = nn.Module()
     for name, layer in layers.items():
         *parents, last = name.split(".")
@@ -221,7 +249,7 @@ def _skeleton(layers: Mapping[str, nn.Module]) -> nn.Module:
 
 @contextmanager
 def _evaluating(module: nn.Module) -> Iterator[None]:
-    """Without dropout inside; each part is in the mode it was in afterwards."""
+    """Inside, the module is in evaluation mode; afterwards each submodule is in its former mode."""
     modes = {part: part.training for part in module.modules()}
     module.eval()
     try:
@@ -232,17 +260,22 @@ def _evaluating(module: nn.Module) -> Iterator[None]:
 
 
 def metadata(configs: Mapping) -> dict[str, str]:
-    """The metadata entry of a file that holds adapters of these configurations."""
+    """Metadata of a file with adapters of these configurations, which `export` returns."""
     return {METADATA_KEY: json.dumps(dict(configs), sort_keys=True)} if configs else {}
 
 
 def infer_config(tensors: Mapping[str, Tensor]) -> LoraConfig:
-    ranks = {
-        key.removesuffix(".lora_A.weight"): v.shape[0] for key, v in tensors.items() if key.endswith("lora_A.weight")
-    }
+    """The configuration of a LoRA file that stores none: ranks and layers from its shapes, alpha = rank.
+
+    Raises:
+        ValueError: No tensor is a LoRA's.
+    """
+    down = {key: tensor for key, tensor in tensors.items() if key.endswith("lora_A.weight")}
+    ranks = {key.removesuffix(".lora_A.weight"): tensor.shape[0] for key, tensor in down.items()}
     if not ranks:
         raise ValueError(
-            f"No lora_A tensors among {sorted(tensors)[:3]} …; this is not a LoRA file this trainer reads."
+            f"No lora_A tensors among {sorted(tensors)[:3]} …; expected a LoRA file with keys such as "
+            "transformer.blocks.0.to_q.lora_A.weight."
         )
     rank = Counter(ranks.values()).most_common(1)[0][0]
     pattern = {f"^{re.escape(name)}$": r for name, r in ranks.items() if r != rank}
@@ -256,5 +289,5 @@ def _adapted_layers(module: nn.Module) -> dict[str, BaseTunerLayer]:
     return {name: layer for name, layer in module.named_modules() if isinstance(layer, BaseTunerLayer)}
 
 
-def _plain(value):
-    return sorted(value) if isinstance(value, set) else value
+def _plain(value: Any) -> Any:
+    return sorted(value) if isinstance(value, set) else value  # JSON has no sets

@@ -1,4 +1,4 @@
-"""LoRA and its kin, by peft: which layers are adapted, and how.
+"""Adapters by peft: LoRA, LoHa and LoKr, which layers get one, and how they are added to a network.
 
 Hu et al. 2021, "LoRA" (https://arxiv.org/abs/2106.09685): W x becomes W x + (α / r) B A x.
 """
@@ -8,28 +8,32 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
-from peft import LoHaConfig, LoKrConfig, LoraConfig, inject_adapter_in_model
+from peft import LoHaConfig, LoKrConfig, LoraConfig, PeftConfig, inject_adapter_in_model
 from torch import nn
 
 from .files import check_layers, fill, infer_config, load, read
+
+if TYPE_CHECKING:
+    from ..base_pipeline import BasePipeline
 
 ADAPTABLE = (nn.Linear, nn.Conv2d)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Adapter:
-    """What every kind of adapter shares.
+    """The settings and methods that all kinds of adapters share.
 
     Args:
         rank: Rank r of the update.
-        alpha: Its scale is alpha / rank; None takes alpha = rank.
+        alpha: The update is scaled by alpha / rank; None takes alpha = rank.
         models: Models of the pipeline that get an adapter.
-        target_modules: Ends of layer names, one regular expression over full names, or `all-linear`; by model where
-            these differ; None takes each model's own.
-        checkpoint: Adapter file to start from.
-        preset: Adapter file merged into the frozen weights first, so that the new one learns the difference.
+        target_modules: Ends of layer names, one regular expression over full names, or `all-linear`; a mapping if it
+            differs by model; None takes each model's defaults.
+        checkpoint: Adapter file that the new adapter starts from.
+        preset: Adapter file merged into the frozen weights first, so that the new adapter learns the difference.
     """
 
     rank: int = 32
@@ -43,18 +47,18 @@ class Adapter:
         if not isinstance(self.rank, int) or self.rank < 1:
             raise ValueError(f"lora.rank is {self.rank!r}; expected a whole number of at least 1.")
 
-    def targets(self, pipe, name: str) -> list[str]:
+    def targets(self, pipe: "BasePipeline", name: str) -> list[str]:
         """Full names of the layers of model `name` that get an adapter."""
         targets = self.target_modules or pipe.training_defaults.lora_target_modules
         if isinstance(targets, Mapping):
             targets = targets.get(name, ())
         return find_layers(pipe.named_model(name), targets, name)
 
-    def check(self, pipe) -> None:
-        """Find every mistake that the model's structure alone can show; works on the meta device.
+    def check(self, pipe: "BasePipeline") -> None:
+        """Refuse targets and adapter files that do not fit the models; works on the meta device.
 
         Raises:
-            ValueError: A target that matches no layer, a file of another model.
+            ValueError: A target matches no layer, or a file is of another model.
         """
         for name in self.models:
             self.targets(pipe, name)
@@ -65,7 +69,7 @@ class Adapter:
                     self.check_start(config or infer_config(tensors).to_dict(), path)
 
     def check_start(self, config: Mapping, path: str | Path) -> None:
-        """Refuse to start from a file of another rank, or whose update counted for more or less when it was trained."""
+        """Refuse to start from a file that was trained with another rank or with another scale of the update."""
         ours = self.peft_config([]).to_dict()
         for key, option in {"r": "rank", "lora_alpha": "alpha", "alpha": "alpha", "use_rslora": "use_rslora"}.items():
             if key in ours and config.get(key, ours[key]) != ours[key]:
@@ -73,8 +77,8 @@ class Adapter:
                     f"{path} has lora.{option}={config[key]}, this run {ours[key]}; set lora.{option}={config[key]}."
                 )
 
-    def inject(self, pipe, seed: int) -> None:
-        """Add trainable fp32 adapters to the pipeline's models, the same for the same seed."""
+    def inject(self, pipe: "BasePipeline", seed: int) -> None:
+        """Add trainable fp32 adapters to the pipeline's models; their initial values depend on `seed` alone."""
         for name in self.models:
             module, prefix = pipe.named_model(name), pipe.lora_prefixes.get(name, name)
             if self.preset:
@@ -84,30 +88,42 @@ class Adapter:
                 fill(module, read(self.checkpoint, prefix)[0], "default", self.checkpoint)
 
     def add(self, module: nn.Module, targets: Sequence[str], seed: int, name: str = "default") -> list[nn.Parameter]:
-        """Give a network a trainable fp32 adapter of that name, beside those it has, and return its parameters.
+        """Add a trainable fp32 adapter to a network, make it the active one, and return its parameters.
 
-        The new adapter is the active one.
+        Adapters that the network already has are kept.
+
+        Args:
+            targets: Full names of the layers that get the adapter.
+            seed: Of the initial values.
+            name: Name of the adapter.
         """
         before = list(module.parameters())
-        others = [parameter for parameter in before if parameter.requires_grad]
+        trainable_before = [parameter for parameter in before if parameter.requires_grad]
         with torch.random.fork_rng():
             torch.manual_seed(seed)
             inject_adapter_in_model(self.peft_config(targets), module, adapter_name=name)
-        there = set(map(id, before))
-        made = [parameter for parameter in module.parameters() if id(parameter) not in there]
-        for parameter in made:
-            parameter.data = parameter.data.float()  # small updates vanish in bf16
-        for parameter in (*made, *others):
+        known = set(map(id, before))
+        added = [parameter for parameter in module.parameters() if id(parameter) not in known]
+        for parameter in added:
+            parameter.data = parameter.data.float()  # bf16 loses small updates
+        for parameter in (*added, *trainable_before):  # peft freezes the latter
             parameter.requires_grad_(True)
-        return made
+        return added
 
-    def peft_config(self, targets: Sequence[str]):
+    def peft_config(self, targets: Sequence[str]) -> PeftConfig:
+        """The adapter's configuration for peft, for layers of these names."""
         raise NotImplementedError(f"{type(self).__name__} has no peft configuration.")
 
 
 @dataclass(frozen=True, kw_only=True)
 class LoRA(Adapter):
-    """Low-rank adaptation; rank-stabilised (Kalajdzievski 2023) or weight-decomposed (Liu et al. 2024) by choice."""
+    """Low-rank adaptation.
+
+    Args:
+        dropout: Probability of dropping an input of the adapter in training.
+        use_rslora: Scale by alpha / √rank; Kalajdzievski 2023 (https://arxiv.org/abs/2312.03732).
+        use_dora: Also train the length of each output's weight vector; Liu et al. 2024 (https://arxiv.org/abs/2402.09353).
+    """
 
     dropout: float = 0.0
     use_rslora: bool = False
@@ -126,7 +142,11 @@ class LoRA(Adapter):
 
 @dataclass(frozen=True, kw_only=True)
 class LoHa(Adapter):
-    """Hadamard product of two low-rank updates; Hyeon-Woo et al. 2021 (https://arxiv.org/abs/2108.06098)."""
+    """Hadamard product of two low-rank updates; Hyeon-Woo et al. 2021 (https://arxiv.org/abs/2108.06098).
+
+    Args:
+        dropout: Probability of dropping a rank in training.
+    """
 
     dropout: float = 0.0
 
@@ -138,7 +158,12 @@ class LoHa(Adapter):
 
 @dataclass(frozen=True, kw_only=True)
 class LoKr(Adapter):
-    """Kronecker product of a small matrix and a low-rank one; Edalati et al. 2022 (https://arxiv.org/abs/2212.10650)."""
+    """Kronecker product of a small matrix and a low-rank one; Edalati et al. 2022 (https://arxiv.org/abs/2212.10650).
+
+    Args:
+        dropout: Probability of dropping a rank in training.
+        decompose_factor: Side of the small matrix; -1 makes both matrices about equally large.
+    """
 
     dropout: float = 0.0
     decompose_factor: int = -1
@@ -154,13 +179,14 @@ class LoKr(Adapter):
 
 
 def find_layers(module: nn.Module, targets: Sequence[str] | str, model: str) -> list[str]:
-    """Full names of the linear and convolution layers that `targets` name.
+    """Full names of the linear and convolution layers that `targets` match.
 
     Args:
-        targets: Ends of names (a list, or one string with commas), a regular expression over whole names, `all-linear`.
+        targets: Ends of names (a list, or one string with commas), a regular expression over full names, `all-linear`.
+        model: Name of the model, for the error.
 
     Raises:
-        ValueError: A target that matches nothing.
+        ValueError: A target matches no layer.
     """
     layers = [name for name, layer in module.named_modules() if isinstance(layer, ADAPTABLE)]
     if targets == "all-linear":

@@ -1,4 +1,4 @@
-"""What an objective with several roles is told of a batch."""
+"""`LossContext`: what an objective with several roles needs to compute its loss on a batch."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
+from ..base_pipeline import BasePipeline
 from ..randomness import GlobalRNG, SampleRNG
 from ..trained import TrainProgress
 from . import discriminator
@@ -14,16 +15,17 @@ from .roles import Roles
 
 @dataclass(frozen=True, kw_only=True)
 class LossContext:
-    """A batch, who predicts of it, and when.
+    """A batch, the roles that predict on it, and the progress of the training.
 
     Args:
-        moment: Of the training; None measures the student as the last step would.
+        progress: How far the training is; None evaluates the student as at the last step.
         clean: `input_latents` (B, …), fp32.
-        size: `height` and `width` of its pictures.
-        inputs: The network's others; `negative` are those of them that guidance leads away from.
+        size: `height` and `width` of the batch's images, in pixels.
+        inputs: The network's other inputs, for the conditional prediction.
+        negative: Inputs that the unconditional prediction has instead.
     """
 
-    pipe: Any
+    pipe: BasePipeline
     rng: SampleRNG | GlobalRNG
     roles: Roles
     progress: TrainProgress | None
@@ -33,14 +35,14 @@ class LossContext:
     negative: Mapping[str, Any] | None
 
     def sigmas(self, settings: Mapping[str, Any]) -> Tensor:
-        """Noise levels (K,) at which pictures of this size are drawn with these arguments of the pipeline."""
+        """Noise levels (K,) at which images of this size are sampled with these sampling settings."""
         with self.pipe.sampling_steps({**self.size, **settings}) as scheduler:
             return scheduler.sigmas.to(self.clean.device)
 
     def velocity(self, role: str, latents: Tensor, sigma: Tensor, guidance: float = 1, trained: bool = False) -> Tensor:
-        """What `role` predicts (B, …), fp32, of latents (B, …) at noise levels (B,); see `Roles.velocity`."""
+        """Velocity (B, …), fp32, that `role` predicts for latents (B, …) at noise levels (B,); see `Roles.velocity`."""
         return self.roles.velocity(role, latents, sigma, self.inputs, self.negative, guidance, trained)
 
     def logits(self, role: str, latents: Tensor, sigma: Tensor, trained: bool = False) -> Tensor:
-        """The discriminator's (B, K) on what `role` makes of latents (B, …); see `discriminator.logits`."""
+        """The discriminator's logits (B, K) for latents (B, …) at noise levels (B,); see `discriminator.logits`."""
         return discriminator.logits(self.roles, role, latents, sigma, self.inputs, trained)

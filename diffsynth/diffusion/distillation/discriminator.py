@@ -1,9 +1,9 @@
-"""A discriminator that tells pictures by what a frozen network's own layers make of them.
+"""A discriminator: small heads on the features that layers of a frozen diffusion network compute.
 
-Sauer et al. 2023, "Adversarial Diffusion Distillation" (https://arxiv.org/abs/2311.17042), put light heads on DINO's
-features of images; Sauer et al. 2024, "Fast High-Resolution Image Synthesis with Latent Adversarial Diffusion
-Distillation" (https://arxiv.org/abs/2403.12015), on the teacher's own features of renoised latents. The latter is done
-here: it takes neither a further network nor pixels, and the features know the prompt and the noise level.
+Sauer et al. 2023, "Adversarial Diffusion Distillation" (https://arxiv.org/abs/2311.17042), put the heads on DINO's
+features of images. Sauer et al. 2024, "Fast High-Resolution Image Synthesis with Latent Adversarial Diffusion
+Distillation" (https://arxiv.org/abs/2403.12015), put them on the teacher's features of renoised latents. This file does
+the latter: it needs no further network and no pixels, and the features depend on the prompt and the noise level.
 """
 
 import difflib
@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -19,15 +20,19 @@ from torch.nn import functional as F
 
 from ..flow_match import TRAINING_STEPS
 
+if TYPE_CHECKING:
+    from .roles import Roles
+
 
 @dataclass(frozen=True, kw_only=True)
 class Discriminator:
-    """D_k(x_σ) = mean over tokens of h_k(F_k(x_σ, σ)): a head h_k on the features F_k of each of a network's layers.
+    """D_k(x_σ) = mean over tokens of h_k(F_k(x_σ, σ)), with a head h_k for the features F_k of each of several layers.
 
     Args:
-        layers: Names of layers that put out tokens (B, L, D); None takes the network's blocks after 1/4, 2/4 and 3/4.
-        hidden: Width of the heads.
-        learning_rate: None takes the student's.
+        layers: Names of layers whose outputs are tokens (B, L, D); None takes the network's blocks at 1/4, 2/4 and 3/4
+            of its depth.
+        hidden: Width of the heads' hidden layer; 256 is a guess.
+        learning_rate: Learning rate of the heads; None takes the student's.
     """
 
     layers: Sequence[str] | None = None
@@ -35,10 +40,10 @@ class Discriminator:
     learning_rate: float | None = None
 
     def heads(self, network: nn.Module, seed: int) -> "Heads":
-        """One head for each layer, the same for the same seed; works on the meta device.
+        """New heads, one for each layer; their initial values depend on `seed` alone. Works on the meta device.
 
         Raises:
-            ValueError: A layer that the network does not have, a network that does not say its blocks or its width.
+            ValueError: The network has no such layer, or does not declare its blocks or its width.
         """
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
@@ -46,7 +51,7 @@ class Discriminator:
 
     def _layers_of(self, network: nn.Module) -> list[str]:
         if self.layers is None:
-            return _spread(network)
+            return _blocks_at_quarters(network)
         known = [name for name, _ in network.named_modules()]
         for name in self.layers:
             if name not in known:
@@ -58,11 +63,12 @@ class Discriminator:
 
 
 class Heads(nn.ModuleList):
-    """Logits (B, K), fp32, of the features (B, L, D) of K layers, each layer's by a head of its own.
+    """K heads, which compute logits (B, K), fp32, from the features (B, L, D) of K layers.
 
     Args:
-        layers: Their names.
-        width: D.
+        layers: Names of the K layers.
+        width: Width D of the features.
+        hidden: Width of the heads' hidden layer.
     """
 
     def __init__(self, layers: Sequence[str], width: int, hidden: int):
@@ -86,7 +92,8 @@ def _width(network: nn.Module) -> int:
     return network.inner_dim
 
 
-def _spread(network: nn.Module) -> list[str]:
+def _blocks_at_quarters(network: nn.Module) -> list[str]:
+    """Names of the blocks at 1/4, 2/4 and 3/4 of a network's depth."""
     kinds = getattr(network, "_repeated_blocks", None) or ()
     blocks = [name for name, module in network.named_modules() if type(module).__name__ in kinds]
     if not blocks:
@@ -99,73 +106,77 @@ def _spread(network: nn.Module) -> list[str]:
 
 @contextmanager
 def features(network: nn.Module, layers: Sequence[str]) -> Iterator[dict[str, Tensor]]:
-    """What layers put out, by name, when the network first predicts inside; recomputing them changes nothing.
+    """Inside, the outputs of these layers are collected by name, each from its first call.
 
-    Of a block's outputs (text, image) it is the image tokens; where both are one sequence, all of it.
+    Recomputation under gradient checkpointing calls a layer again, which changes nothing. If a block returns (text,
+    image), the image tokens are collected; if it returns one sequence of both, all of it.
     """
-    found = {}
+    outputs = {}
 
-    def keep(name: str, layer: nn.Module, inputs: tuple, output: Tensor | tuple[Tensor, ...]) -> None:
-        found.setdefault(name, output[-1] if isinstance(output, tuple) else output)
+    def collect(name: str, layer: nn.Module, inputs: tuple, output: Tensor | tuple[Tensor, ...]) -> None:
+        outputs.setdefault(name, output[-1] if isinstance(output, tuple) else output)
 
-    hooks = [network.get_submodule(name).register_forward_hook(partial(keep, name)) for name in layers]
+    hooks = [network.get_submodule(name).register_forward_hook(partial(collect, name)) for name in layers]
     try:
-        yield found
+        yield outputs
     finally:
         for hook in hooks:
             hook.remove()
 
 
-def logits(roles, role: str, latents: Tensor, sigma: Tensor, inputs: Mapping, trained: bool = False) -> Tensor:
-    """Logits (B, K), fp32, of the roles' heads on what `role` makes of latents (B, …) at noise levels (B,) in [0, 1].
+def logits(roles: "Roles", role: str, latents: Tensor, sigma: Tensor, inputs: Mapping, trained: bool = False) -> Tensor:
+    """Logits (B, K), fp32, of the heads on `role`'s features of latents (B, …) at noise levels (B,) in [0, 1].
 
     Args:
-        inputs: The network's others, as an objective gets them.
-        trained: Gradients reach the heads alone; else the latents alone.
+        inputs: The network's other inputs.
+        trained: If true, gradients reach the heads alone; else they reach the latents alone.
 
     Raises:
-        ValueError: A layer puts out no tokens.
+        ValueError: The output of a layer is no sequence of tokens.
     """
     heads = roles.heads
     with (
         torch.set_grad_enabled(torch.is_grad_enabled() and not trained),
         roles.active(role) as network,
-        features(network, heads.layers) as found,
+        features(network, heads.layers) as outputs,
     ):
         roles.pipe.predict(sigma * TRAINING_STEPS, **{**inputs, "latents": latents})
-    tokens = [_tokens(found, name, heads.width) for name in heads.layers]
+    tokens = [_tokens(outputs, name, heads.width) for name in heads.layers]
     weights = {name: weight if trained else weight.detach() for name, weight in heads.named_parameters()}
     return functional_call(heads, weights, (tokens,))
 
 
-def _tokens(found: Mapping[str, Tensor], name: str, width: int) -> Tensor:
-    shape = tuple(found[name].shape) if name in found else ()
+def _tokens(outputs: Mapping[str, Tensor], name: str, width: int) -> Tensor:
+    shape = tuple(outputs[name].shape) if name in outputs else ()
     if len(shape) != 3 or shape[-1] != width:
         raise ValueError(
-            f"task.discriminator.layers: {name!r} puts out {shape or 'nothing'}, expected tokens (B, L, {width}); "
-            "choose whole blocks."
+            f"task.discriminator.layers: the output of {name!r} is {shape or 'nothing'}, expected tokens "
+            f"(B, L, {width}); name whole blocks of the network, such as transformer_blocks.0."
         )
-    return found[name]
+    return outputs[name]
 
 
-# Losses (B,) of logits (B, K), means over the heads -------------------------------------------------------------------
+# Losses (B,) from logits (B, K), each the mean over the K heads -------------------------------------------------------
 
 
 def generator_hinge(fake: Tensor) -> Tensor:
-    """-D(fake); ADD, Eq. 2."""
+    """Generator's hinge loss (B,), -D(fake); ADD, Eq. 2."""
     return -fake.mean(1)
 
 
 def hinge_loss(real: Tensor, fake: Tensor) -> Tensor:
-    """max(0, 1 - D(real)) + max(0, 1 + D(fake)); ADD, Eq. 3 without its gradient penalty."""
+    """Discriminator's hinge loss (B,), max(0, 1 - D(real)) + max(0, 1 + D(fake)); ADD, Eq. 3 without its penalty R1."""
     return (F.relu(1 - real) + F.relu(1 + fake)).mean(1)
 
 
 def generator_softplus(fake: Tensor) -> Tensor:
-    """-log sigmoid D(fake), the non-saturating loss; Goodfellow et al. 2014 (https://arxiv.org/abs/1406.2661)."""
+    """Generator's non-saturating loss (B,), -log sigmoid D(fake).
+
+    Goodfellow et al. 2014, "Generative Adversarial Nets" (https://arxiv.org/abs/1406.2661).
+    """
     return F.softplus(-fake).mean(1)
 
 
 def softplus_loss(real: Tensor, fake: Tensor) -> Tensor:
-    """-log sigmoid D(real) - log(1 - sigmoid D(fake))."""
+    """Discriminator's cross-entropy (B,), -log sigmoid D(real) - log(1 - sigmoid D(fake))."""
     return (F.softplus(-real) + F.softplus(fake)).mean(1)

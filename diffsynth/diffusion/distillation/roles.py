@@ -1,7 +1,8 @@
-"""Who plays what in a distillation: student, teacher and further roles, on as few weights as can be.
+"""The roles of a distillation (student, teacher, fake score, discriminator) on as few weights as possible.
 
-Where the student is an adapter, so are the others: of one frozen base, which alone is the teacher. A student that is
-trained in full leaves no base behind; its teacher is a frozen copy, of which the others are adapters.
+If the student is an adapter, the frozen base without it is the teacher, and the fake score is a second adapter of the
+same base. If the student is trained in full, no frozen base remains: the teacher is then a frozen copy, and the fake
+score an adapter of that copy.
 """
 
 import copy
@@ -23,16 +24,16 @@ from ..flow_match import TRAINING_STEPS
 from ..trained import MODEL
 
 STUDENT, TEACHER, FAKE_SCORE, DISCRIMINATOR = "student", "teacher", "fake_score", "discriminator"
-RANK_BESIDE_FULL = 64  # of a fake score whose student is trained in full; a guess
+RANK_BESIDE_FULL = 64  # rank of the fake score's adapter if the student is trained in full; a guess
 
 
 @dataclass(frozen=True, kw_only=True)
 class FakeScore:
-    """A network that learns what the student draws.
+    """A diffusion network that is trained on the student's samples.
 
     Args:
-        rank: Of its adapter; None takes the student's, or 64 where that has none.
-        full: Train a whole copy of the base instead, as large as the base once more, in fp32.
+        rank: Rank of its adapter; None takes the student's, or 64 if the student has no adapter.
+        full: Train a whole copy of the base, in fp32, instead of an adapter.
         learning_rate: None takes the student's.
     """
 
@@ -48,23 +49,24 @@ class AdaptedNetwork:
         self.network = network
         self.layers = [layer for layer in network.modules() if isinstance(layer, BaseTunerLayer)]
         self.parameters = [parameter for parameter in network.parameters() if parameter.requires_grad]
-        self.state: tuple[str | None, bool] | None = None  # which adapter is active, and whether gradients reach it
+        self.state: tuple[str | None, bool] | None = None  # the active adapter, and whether gradients reach it
         self.activate(adapter, trained=True)
 
     def activate(self, adapter: str | None, trained: bool) -> None:
-        """Make `adapter` the active one, or none; gradients reach the trainable parameters if `trained`."""
+        """Activate one adapter, or none; gradients reach the trainable parameters only if `trained`."""
         if (adapter, trained) == self.state:
             return
         for layer in self.layers:
             layer.enable_adapters(adapter is not None)
             if adapter is not None:
                 layer.set_adapter(adapter)
-        for parameter in self.parameters:  # peft's switches change these flags
+        for parameter in self.parameters:  # `set_adapter` and `enable_adapters` change these flags
             parameter.requires_grad_(trained)
         self.state = adapter, trained
 
     @contextmanager
     def activated(self, adapter: str | None, trained: bool) -> Iterator[None]:
+        """Inside, `adapter` is active; afterwards the one that was active before."""
         before = self.state
         self.activate(adapter, trained)
         try:
@@ -74,7 +76,7 @@ class AdaptedNetwork:
 
 
 class Role(NamedTuple):
-    """The network that a role predicts with, and the adapter that is active meanwhile; None is the network alone."""
+    """The network that a role predicts with, and the adapter that is then active; None for no adapter."""
 
     network: AdaptedNetwork
     adapter: str | None
@@ -84,23 +86,23 @@ class Roles:
     """The roles of one training, on loaded weights; outside of `active` the pipeline samples as the student.
 
     Args:
-        lora: The student's adapter, which the pipeline has; None for a student that is trained in full.
-        fake_score: None for methods without.
-        heads: Of a discriminator, None for methods without.
+        lora: The student's adapter, which the pipeline already has; None if the student is trained in full.
+        fake_score: Settings of the fake score; None for methods without one.
+        heads: Heads of the discriminator; None for methods without one.
         seed: Of the adapters' initial values.
     """
 
     def __init__(
         self,
-        pipe: "BasePipeline",
+        pipe: BasePipeline,
         lora: Adapter | None = None,
         fake_score: FakeScore | None = None,
         heads: nn.Module | None = None,
         seed: int = 0,
     ):
         self.pipe, self.heads = pipe, heads
-        self.networks = nn.ModuleDict()  # those that are not the pipeline's
-        self.parameters: dict[str, list[nn.Parameter]] = {}  # of each role that is trained beside the student
+        self.networks = nn.ModuleDict()  # networks that the pipeline does not have
+        self.parameters: dict[str, list[nn.Parameter]] = {}  # trainable parameters of each role but the student
         network = pipe.network
         if lora is None:
             self.networks[TEACHER] = _frozen_copy(network, pipe.torch_dtype)
@@ -125,9 +127,9 @@ class Roles:
 
     @contextmanager
     def active(self, role: str, trained: bool = False) -> Iterator[nn.Module]:
-        """The pipeline predicts as `role` inside; gradients reach its weights if `trained`, else only its inputs.
+        """Inside, the pipeline predicts as `role`; gradients reach the role's weights only if `trained`.
 
-        What is checkpointed inside is recomputed as the same role, wherever the backward pass is called.
+        Gradient checkpointing recomputes with the same role, even if the backward pass is called outside.
         """
         adapted, adapter = self.roles[role]
         before = self.pipe.replacements
@@ -148,12 +150,12 @@ class Roles:
         guidance: float = 1,
         trained: bool = False,
     ) -> Tensor:
-        """What `role` predicts (B, …), fp32, of latents (B, …) at noise levels (B,) in [0, 1].
+        """Velocity (B, …), fp32, that `role` predicts for latents (B, …) at noise levels (B,) in [0, 1].
 
         Args:
-            inputs: The network's others, as an objective gets them.
-            negative: Those of them that guidance leads away from.
-            guidance: Scale of classifier-free guidance; 1 is none.
+            inputs: The network's other inputs, for the conditional prediction.
+            negative: Inputs that the unconditional prediction has instead.
+            guidance: Scale of classifier-free guidance; 1 switches it off.
             trained: Whether gradients reach the role's weights.
         """
         posi = {**inputs, "latents": latents}
@@ -162,7 +164,7 @@ class Roles:
             return self.pipe.guided_velocity(sigma * TRAINING_STEPS, guidance, {}, posi, nega).float()
 
     def partition(self, named: Mapping[str, nn.Parameter]) -> dict[str, dict[str, nn.Parameter]]:
-        """The parameters `named`, by role: the student's first, as `MODEL`, then those of each role beside it."""
+        """Sort named parameters by role: first the student's, as `MODEL`, then those of each other role."""
         role_of = {id(parameter): role for role, own in self.parameters.items() for parameter in own}
         parts: dict[str, dict[str, nn.Parameter]] = {MODEL: {}, **{role: {} for role in self.parameters}}
         for name, parameter in named.items():
@@ -177,12 +179,12 @@ def _adapter_of(fake_score: FakeScore, lora: Adapter | None, name: str) -> Adapt
     return replace(lora, rank=fake_score.rank or lora.rank, alpha=alpha, checkpoint=None, preset=None)
 
 
-def _targets(pipe, network: nn.Module, adapter: Adapter) -> list[str]:
-    """Layers of a network that get a further adapter: those that have one, or else those of the pipeline's LoRA."""
+def _targets(pipe: BasePipeline, network: nn.Module, adapter: Adapter) -> list[str]:
+    """Layers of a network that get the fake score's adapter: those with an adapter already, else LoRA's defaults."""
     adapted = [name for name, layer in network.named_modules() if isinstance(layer, BaseTunerLayer)]
     return adapted or adapter.targets(pipe, pipe.in_iteration_models[0])
 
 
 def _frozen_copy(network: nn.Module, dtype: torch.dtype) -> nn.Module:
-    """The base itself, as far as the network has adapters, in plain weights even where its own are stored."""
+    """A frozen copy of a network without its adapters, with plain weights where the network's are stored."""
     return restore(lora_files.remove(copy.deepcopy(network))).to(dtype).requires_grad_(False).eval()

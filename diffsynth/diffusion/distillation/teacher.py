@@ -1,24 +1,28 @@
-"""How teacher and student of a distillation draw, and the unit that draws as the teacher does."""
+"""Sampling settings of a distillation's teacher and student, and the unit that samples with the teacher."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from ..pipeline.units import PipelineUnit, in_groups
 
+if TYPE_CHECKING:
+    from ..base_pipeline import BasePipeline
+
 
 @dataclass(frozen=True, kw_only=True)
 class Student:
-    """How the student draws: in few steps, without guidance.
+    """How the student samples: in few steps, without guidance.
 
     Args:
-        num_inference_steps: How many.
-        sigmas: Noise levels instead of the family's own, decreasing from 1.
-        renoise: Draw fresh noise at each step instead of following the path.
+        num_inference_steps: Number of steps.
+        sigmas: Noise levels, decreasing from 1; None takes the family's.
+        renoise: Add fresh noise at each step, as consistency models do, instead of following the ODE.
     """
 
     num_inference_steps: int = 4
@@ -30,16 +34,16 @@ class Student:
             raise ValueError(f"task.student.num_inference_steps is {self.num_inference_steps}; expected at least 1.")
         if self.sigmas is None:
             return
-        falling = all(a > b for a, b in pairwise([*self.sigmas, 0]))
-        if len(self.sigmas) != self.num_inference_steps or self.sigmas[0] != 1 or not falling:
+        decreasing = all(a > b for a, b in pairwise([*self.sigmas, 0]))
+        if len(self.sigmas) != self.num_inference_steps or self.sigmas[0] != 1 or not decreasing:
             raise ValueError(
-                f"task.student.sigmas is {list(self.sigmas)}; expected {self.num_inference_steps} noise levels, as "
-                "many as num_inference_steps, that fall from 1 and stay above 0."
+                f"task.student.sigmas is {list(self.sigmas)}; expected {self.num_inference_steps} noise levels (as "
+                "many as task.student.num_inference_steps) that decrease from 1 and stay above 0."
             )
 
     @property
     def settings(self) -> dict:
-        """Arguments of the pipeline; they travel with the weights."""
+        """The student's sampling settings, arguments of the pipeline's call; exports store them with the weights."""
         return {
             "num_inference_steps": self.num_inference_steps,
             "cfg_scale": 1,
@@ -50,10 +54,12 @@ class Student:
 
 @dataclass(frozen=True, kw_only=True)
 class Teacher:
-    """How the pictures that a student learns from are drawn.
+    """How the teacher samples the images that a student learns from.
 
     Args:
-        cfg_scale: Of classifier-free guidance against `negative_prompt`.
+        num_inference_steps: Number of steps.
+        cfg_scale: Scale of classifier-free guidance; 1 switches it off.
+        negative_prompt: Prompt of the unconditional prediction.
     """
 
     num_inference_steps: int = 40
@@ -62,23 +68,24 @@ class Teacher:
 
     @property
     def settings(self) -> dict:
-        """Arguments of the pipeline."""
+        """The teacher's sampling settings, arguments of the pipeline's call."""
         names = ("num_inference_steps", "cfg_scale", "negative_prompt")
         return {**{name: getattr(self, name) for name in names}, "sampler": "euler"}
 
 
 class TeacherSampler(PipelineUnit):
-    """The teacher's picture of a prompt and seed, as latents, and the noise that it was drawn from.
+    """Samples with the teacher: `input_latents` for a prompt and seed, and `latents`, the noise they were made from.
 
-    It calls the base as it was released, so that what it makes can be kept although the base is being trained.
+    It calls the released weights of the base, so that its outputs can be cached although the base is trained.
 
     Args:
-        student: Its noise levels are where `trajectory` (1, K + 1, C, h, w) passes; None keeps the ends only.
+        student: Also return `trajectory` (1, K + 1, C, h, w): the teacher's latents at each of this student's K noise
+            levels and at 0. None returns none.
     """
 
     calls_released_weights = True
 
-    def __init__(self, pipe, teacher: Teacher, student: Student | None = None):
+    def __init__(self, pipe: "BasePipeline", teacher: Teacher, student: Student | None = None):
         models = pipe.models_of(pipe.units, model_fn=True) - set(pipe.decoding_models)
         super().__init__(
             input_params_posi={"prompt": "prompt"},
@@ -92,27 +99,27 @@ class TeacherSampler(PipelineUnit):
         return self.process_batch(pipe, [inputs])[0]
 
     def process_batch(self, pipe, batch):
-        """Pictures of one size are drawn together."""
+        """Sample images of equal size as one batch."""
         kinds = [(each["height"], each["width"], each["rand_device"]) for each in batch]
-        return in_groups(batch, kinds, partial(self._draw, pipe))
+        return in_groups(batch, kinds, partial(self._sample, pipe))
 
     @torch.no_grad()
-    def _draw(self, pipe, alike: Sequence[Mapping]) -> list[dict]:
-        requests = [{**self.teacher, **each} for each in alike]
-        levels = self._levels(pipe, alike[0])
+    def _sample(self, pipe: "BasePipeline", group: Sequence[Mapping]) -> list[dict]:
+        requests = [{**self.teacher, **inputs} for inputs in group]
+        levels = self._student_levels(pipe, group[0])
         with pipe.sampling():
             pipe.progress_bar = iter
             path = pipe.trajectory(*pipe.prepare(requests))
             sigmas = [*pipe.scheduler.sigmas.tolist(), 0.0]
             points = points_on_path(path, sigmas, [sigmas[0], *levels, 0.0])
-        noise, *trajectory, end = (point.split(1) for point in points)
-        made = [{"latents": a, "input_latents": b} for a, b in zip(noise, end, strict=True)]
+        noise, *between, end = (point.split(1) for point in points)
+        outputs = [{"latents": a, "input_latents": b} for a, b in zip(noise, end, strict=True)]
         if self.student is None:
-            return made
-        whole = torch.stack([torch.cat(point) for point in (*trajectory, end)], dim=1).split(1)
-        return [{**each, "trajectory": own} for each, own in zip(made, whole, strict=True)]
+            return outputs
+        trajectories = torch.stack([torch.cat(point) for point in (*between, end)], dim=1).split(1)
+        return [{**ends, "trajectory": whole} for ends, whole in zip(outputs, trajectories, strict=True)]
 
-    def _levels(self, pipe, size: Mapping) -> list[float]:
+    def _student_levels(self, pipe: "BasePipeline", size: Mapping) -> list[float]:
         if self.student is None:
             return []
         with pipe.sampling_steps({"height": size["height"], "width": size["width"], **self.student}) as scheduler:
@@ -120,9 +127,15 @@ class TeacherSampler(PipelineUnit):
 
 
 def points_on_path(path: Iterable[Tensor], sigmas: Sequence[float], wanted: Sequence[float]) -> list[Tensor]:
-    """Where a path of straight lines is at noise levels `wanted`, of which it has passed `sigmas`; both decrease."""
-    points, left = [], list(wanted)
+    """The points (B, …) of a piecewise linear path at the noise levels `wanted`.
+
+    Args:
+        path: The path's corners (B, …), at the noise levels `sigmas`.
+        sigmas, wanted: Decreasing noise levels.
+    """
+    points, remaining = [], list(wanted)
     for (start, high), (end, low) in pairwise(zip(path, sigmas, strict=True)):
-        while left and left[0] >= low:
-            points.append(torch.lerp(start, end, (high - min(left.pop(0), high)) / (high - low)))  # exact at both ends
+        while remaining and remaining[0] >= low:
+            fraction = (high - min(remaining.pop(0), high)) / (high - low)
+            points.append(torch.lerp(start, end, fraction))  # exact at both ends
     return points

@@ -1,4 +1,4 @@
-"""Objectives, one file each: `objective(pipe, **inputs)` returns a loss per sample (B,), un-averaged."""
+"""Objectives, one per file: `objective(pipe, **inputs)` returns a loss per sample (B,), not averaged."""
 
 from ..trained import TrainProgress
 from .add import AdversarialDistillation

@@ -1,7 +1,7 @@
-"""Adversarial distillation: one step of the student is to look like a picture, and like what the teacher makes of it.
+"""Adversarial distillation: a discriminator judges one step of the student, and the teacher's estimate is its target.
 
 Sauer et al. 2023, "Adversarial Diffusion Distillation" (https://arxiv.org/abs/2311.17042), ADD; its discriminator is
-that of Sauer et al. 2024 (https://arxiv.org/abs/2403.12015), LADD: on the teacher's own features of renoised latents.
+that of Sauer et al. 2024 (https://arxiv.org/abs/2403.12015), LADD, on the teacher's features of renoised latents.
 """
 
 from collections.abc import Sequence
@@ -10,6 +10,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from ..adapters.lora import Adapter
+from ..base_pipeline import BasePipeline
 from ..distillation.context import LossContext
 from ..distillation.discriminator import Discriminator, generator_hinge, hinge_loss
 from ..distillation.roles import DISCRIMINATOR, STUDENT, TEACHER, Roles
@@ -23,15 +25,18 @@ from .distillation import RoleDistillation
 class AdversarialDistillation(RoleDistillation):
     """-D(x̂_θ) + λ c(t) mean ‖x̂_θ - sg(x̂_ψ(x_t, t))‖², x_t = (1 - t) x̂_θ + t ε' (ADD, Eq. 1, 2, 4).
 
-    x̂_θ = x_s - s v_θ(x_s, s) is what the student makes, in one step, of the data set's pictures at one of its own noise
-    levels s, which are equally likely; x̂_ψ what the guided teacher makes of that. Of the paper's weightings c(t) is the
-    exponential one, α_t = 1 - t. Every other step, the first among them, trains the discriminator D instead, by hinge
-    loss (Eq. 3, without R1), to tell x̂_θ from the `input_latents`; it sees either at a random noise level.
+    x̂_θ = x_s - s v_θ(x_s, s) is the student's one-step estimate of an image of the data set, noised to a level s; s is
+    one of the student's own noise levels, all equally likely. x̂_ψ is the guided teacher's estimate of x̂_θ, noised to a
+    level t. The weight c(t) is the paper's exponential one, α_t = 1 - t.
+
+    Steps 0, 2, 4, … train the discriminator D instead, by hinge loss (Eq. 3, without R1), to tell x̂_θ from the
+    `input_latents`; both are noised to a random level first.
 
     Args:
-        distillation_weight: λ.
-        timesteps: t of the distillation term.
-        renoising: Noise levels that the discriminator sees.
+        discriminator: Settings of D.
+        distillation_weight: λ; 2.5 is the paper's.
+        timesteps: Distribution of t.
+        renoising: Distribution of the noise levels of D's inputs.
     """
 
     discriminator: Discriminator = field(default_factory=Discriminator)
@@ -43,11 +48,11 @@ class AdversarialDistillation(RoleDistillation):
     def reads_features(self) -> bool:
         return True
 
-    def check(self, pipe, lora, cached: bool) -> None:
+    def check(self, pipe: BasePipeline, lora: Adapter | None, cached: bool) -> None:
         super().check(pipe, lora, cached)
-        self.discriminator.heads(pipe.network, 0)
+        self.discriminator.heads(pipe.network, 0)  # raises if the network has no such layers
 
-    def build_roles(self, pipe, lora, seed: int) -> Roles:
+    def build_roles(self, pipe: BasePipeline, lora: Adapter | None, seed: int) -> Roles:
         return Roles(pipe, lora, heads=self.discriminator.heads(pipe.network, seed), seed=seed)
 
     def trained_at(self, step: int) -> Sequence[str]:
@@ -60,16 +65,17 @@ class AdversarialDistillation(RoleDistillation):
         sigma = self.renoising(context.pipe.scheduler, context.rng.uniform("renoising")).to(context.clean.device)
         noise = context.rng.normal("renoising noise", context.clean)
         if self.trains_student(context.progress):
-            fake = self._made_by_student(context)
-            seen = context.logits(TEACHER, interpolate(fake, noise, sigma), sigma)
-            return generator_hinge(seen) + self.distillation_weight * self._distillation(context, fake)
+            fake = self._student_estimate(context)
+            logits = context.logits(TEACHER, interpolate(fake, noise, sigma), sigma)
+            return generator_hinge(logits) + self.distillation_weight * self._distillation(context, fake)
         with torch.no_grad():
-            fake = self._made_by_student(context)
+            fake = self._student_estimate(context)
         noisy = [interpolate(clean, noise, sigma) for clean in (context.clean, fake)]
-        return hinge_loss(*(context.logits(TEACHER, each, sigma, trained=True) for each in noisy))
+        real, fake = (context.logits(TEACHER, latents, sigma, trained=True) for latents in noisy)
+        return hinge_loss(real, fake)
 
-    def _made_by_student(self, context: LossContext) -> Tensor:
-        """x̂_θ (B, …) of the pictures, each noised to one of the student's noise levels."""
+    def _student_estimate(self, context: LossContext) -> Tensor:
+        """x̂_θ (B, …) from the clean latents, each noised to a random one of the student's noise levels."""
         levels = context.sigmas(self.student.settings)
         sigma = levels[(context.rng.uniform("student step") * len(levels)).long().to(levels.device)]
         noisy = interpolate(context.clean, context.rng.normal("student noise", context.clean), sigma)

@@ -1,4 +1,4 @@
-"""Training the autoencoder itself: reconstruction with a small pull of the latents towards the unit Gaussian.
+"""Training the autoencoder itself: reconstruction, and a small KL term that pulls latents to the unit Gaussian.
 
 Kingma & Welling 2013, "Auto-Encoding Variational Bayes" (https://arxiv.org/abs/1312.6114).
 """
@@ -10,6 +10,8 @@ import torch
 from PIL.Image import Image
 from torch import Tensor
 
+from ..base_pipeline import BasePipeline
+from ..randomness import GlobalRNG, SampleRNG
 from .base import Objective
 
 
@@ -18,7 +20,7 @@ class AutoencoderLoss(Objective):
     """mean |x - x̂| + mean (x - x̂)² + kl_weight · mean KL(N(μ, s²) ‖ N(0, 1)), x̂ decoded from the mean μ.
 
     Args:
-        kl_weight: Keeps latents near unit size.
+        kl_weight: Weight of the KL term, which keeps latents near unit variance; 1e-4 is a guess.
     """
 
     kl_weight: float = 1e-4
@@ -26,14 +28,13 @@ class AutoencoderLoss(Objective):
     default_model = "vae"
     calls_model_fn = False
 
-    def __call__(self, pipe, rng=None, **inputs) -> Tensor:
+    def __call__(self, pipe: BasePipeline, rng: SampleRNG | GlobalRNG | None = None, **inputs) -> Tensor:
         """Loss per sample (B,) of `input_image`, B images of one size."""
         return self.loss(pipe, inputs["input_image"])
 
-    def loss(self, pipe, input_image: Sequence[Image]) -> Tensor:
-        pixels = torch.cat([pipe.media.preprocess(image, pipe.device, pipe.torch_dtype) for image in input_image]).to(
-            pipe.vae.dtype
-        )
+    def loss(self, pipe: BasePipeline, input_image: Sequence[Image]) -> Tensor:
+        images = [pipe.media.preprocess(image, pipe.device, pipe.torch_dtype) for image in input_image]
+        pixels = torch.cat(images).to(pipe.vae.dtype)  # (B, 3, H, W)
         posterior = pipe.vae.distribution(pixels)
         error = pixels - pipe.vae.reconstruct(posterior.mean)
         kl = 0.5 * (posterior.mean**2 + posterior.var - 1 - posterior.logvar)

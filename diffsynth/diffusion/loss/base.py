@@ -1,25 +1,35 @@
-"""What every objective shares."""
+"""`Objective`: a loss, which inputs it reads, and which models it trains."""
 
 import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import Tensor
 
+from ..randomness import GlobalRNG, SampleRNG
 from ..trained import MODEL
 
-GIVEN = {"pipe", "rng", "inputs", "context"}  # parameters of losses that are no inputs
+if TYPE_CHECKING:
+    from ..adapters.lora import Adapter
+    from ..base_pipeline import BasePipeline
+    from ..distillation.roles import Roles
+    from ..pipeline.units import PipelineUnit
+
+NOT_INPUTS = {"pipe", "rng", "inputs", "context"}  # parameters of `loss` that are no inputs of the pipeline
 
 
 @dataclass(frozen=True, kw_only=True)
 class Objective:
-    """A loss over a batch of pipeline inputs, and what it trains.
+    """A loss over a batch of pipeline inputs, and the models that it trains.
+
+    A subclass writes `loss`, and `__call__`, which calls it. The names of `loss`'s parameters are the inputs that the
+    units have to compute; see `wanted_inputs`.
 
     Args:
-        trainable_models: Models trained in full (dotted names reach into one); None trains the default model when
+        trainable_models: Models trained in full; a dotted name trains a part of one. None trains the default model if
             there is no LoRA, and nothing but the LoRA otherwise.
-        extra_inputs: Columns of the data set passed to the pipeline as inputs of the same name.
+        extra_inputs: Columns of the data set that become inputs of the pipeline, under the same name.
     """
 
     trainable_models: Sequence[str] | None = None
@@ -27,79 +37,87 @@ class Objective:
 
     default_model: ClassVar[str] = "dit"
     calls_model_fn: ClassVar[bool] = True
-    provides: ClassVar[Sequence[str]] = ("latents", "timestep")  # inputs of `model_fn` that it makes itself
-    reads_negative: ClassVar[bool] = False  # whether guidance in training leads away from `negative_prompt`
+    provides: ClassVar[Sequence[str]] = ("latents", "timestep")  # inputs of `model_fn` that the objective computes
+    reads_negative: ClassVar[bool] = False  # whether a guided prediction in training reads `negative_prompt`
     negative_prompt: ClassVar[str] = ""
-    optional_columns: ClassVar[Sequence[str]] = ()  # columns that are extra inputs wherever a row has them
+    optional_columns: ClassVar[Sequence[str]] = ()  # columns that are extra inputs of the rows that have them
 
-    def __call__(self, pipe, rng=None, **inputs) -> Tensor:
+    def __call__(self, pipe: "BasePipeline", rng: SampleRNG | GlobalRNG | None = None, **inputs) -> Tensor:
         """Loss per sample (B,).
 
         Args:
-            draw: Where random numbers come from (`randomness.SampleRNG`); None takes torch's global generator.
-            inputs: What the pipeline's units made of the samples, shared and positive, collated; of an objective with
-                roles, also `roles`, the `negative` inputs and the `progress`.
+            rng: Source of the random numbers; None takes torch's global generator.
+            inputs: The shared and positive inputs of B samples after the units, as a batch; for an objective with
+                roles also `roles`, the `negative` inputs and the `progress` of the training.
         """
         raise NotImplementedError(f"{type(self).__name__} has no loss.")
 
     @property
     def keeps_images(self) -> bool:
-        """Whether images have to stay as they are in their files, down to the pixel."""
+        """Whether images must be read pixel by pixel as they are in their files, neither resized nor augmented."""
         return False
 
     @property
     def reads_features(self) -> bool:
-        """Whether it reads what a network's own layers make of their tokens."""
+        """Whether the loss reads outputs of layers inside a network."""
         return False
 
     @property
     def sampling(self) -> Mapping[str, Any] | None:
-        """Arguments of the pipeline that what it trains is to be drawn with; None leaves them as they are."""
+        """Sampling settings (steps, guidance, …) stored with the exported weights; None stores none."""
         return None
 
     @property
     def columns(self) -> tuple[str, ...]:
-        """Columns that every row has to have."""
+        """Columns that every row must have, besides the image and the prompt."""
         return tuple(self.extra_inputs)
 
-    def units(self, pipe) -> list:
-        """The units of the pipeline that lead to what it reads."""
+    def units(self, pipe: "BasePipeline") -> "list[PipelineUnit]":
+        """The units of the pipeline that compute the inputs that this objective reads."""
         return pipe.required_units(self.wanted_inputs(pipe))
 
-    def wanted_inputs(self, pipe) -> set[str]:
-        """Names of the pipeline inputs this objective reads, itself or through `model_fn`.
+    def wanted_inputs(self, pipe: "BasePipeline") -> set[str]:
+        """Names of the pipeline inputs that this objective reads, itself or through `model_fn`.
 
-        What its `loss` has a default for is wanted only where it is a column that it reads.
+        They are the parameters of `loss` and of `model_fn`. A parameter of `loss` that has a default is requested only
+        if `extra_inputs` or `optional_columns` names it.
         """
-        parameters, read = inspect.signature(self.loss).parameters.items(), {*self.extra_inputs, *self.optional_columns}
-        own = {name for name, p in parameters if p.default is p.empty or name in read} - GIVEN
+        named = {*self.extra_inputs, *self.optional_columns}
+        parameters = inspect.signature(self.loss).parameters.items()
+        of_loss = {name for name, p in parameters if p.default is p.empty or name in named} - NOT_INPUTS
+        if not self.calls_model_fn:
+            return of_loss
         of_model_fn = set(inspect.signature(pipe.model_fn).parameters) - {*self.provides, *pipe.in_iteration_models}
-        return own | (of_model_fn if self.calls_model_fn else set())
+        return of_loss | of_model_fn
 
-    def check(self, pipe, lora, cached: bool) -> None:
-        """Refuse what it cannot train, or not on such data, before any weight is read."""
+    def check(self, pipe: "BasePipeline", lora: "Adapter | None", cached: bool) -> None:
+        """Refuse models, adapters or data that this objective cannot train on; called before any weight is read.
 
-    def sampling_inputs(self, pipe) -> dict[str, Any]:
-        """Arguments of the pipeline that training sets as drawing does."""
+        Args:
+            cached: Whether the data set is a cache.
+        """
+
+    def sampling_inputs(self, pipe: "BasePipeline") -> dict[str, Any]:
+        """Inputs of the pipeline that must have the same value in training as in sampling."""
         return {}
 
     def check_row(self, row: Mapping) -> None:
-        """Refuse a row of the data set that it cannot be trained on."""
+        """Refuse a row of the data set that this objective cannot train on."""
 
-    # Roles that train beside the model; see `distillation.Distillation`
+    # Roles that are trained besides the model; see `distillation.RoleDistillation`
 
     @property
     def has_roles(self) -> bool:
-        """Whether others play beside the model."""
+        """Whether further roles, such as a teacher, predict in training."""
         return type(self).build_roles is not Objective.build_roles
 
-    def build_roles(self, pipe, lora, seed: int):
-        """The `roles.Roles` of the training, None where there is but one; on loaded weights."""
+    def build_roles(self, pipe: "BasePipeline", lora: "Adapter | None", seed: int) -> "Roles | None":
+        """The roles of a training whose weights are loaded; None if the model is the only one."""
 
     def trained_at(self, step: int) -> Sequence[str]:
-        """Roles whose weights optimizer step `step`, counted from 0, changes."""
+        """Roles whose weights optimizer step `step` (from 0) updates."""
         return (MODEL,)
 
     def learning_rate(self, role: str) -> float | None:
-        """Of a role beside the model; None is the model's own."""
+        """Learning rate of a role; None takes the model's."""
         return None

@@ -1,4 +1,4 @@
-"""Direct distillation: a few-step student ends where the teacher's many steps ended from the same noise.
+"""Direct distillation: the few-step student must end where the teacher's many steps ended from the same noise.
 
 DiffSynth-Studio 2025, "Direct Distill" (https://github.com/modelscope/DiffSynth-Studio).
 """
@@ -9,7 +9,10 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from ...core.gradient import gradient_checkpoint_forward
+from ..base_pipeline import BasePipeline
 from ..distillation.teacher import Student
+from ..flow_match import FlowMatchScheduler
+from ..randomness import GlobalRNG, SampleRNG
 from .distillation import Distillation
 
 
@@ -17,11 +20,12 @@ from .distillation import Distillation
 class DirectDistill(Distillation):
     """mean ‖x_N - x₀‖², x_N the end of N Euler steps x_{k+1} = x_k + (σ_{k+1} - σ_k) v_θ(x_k, σ_k) from the noise x_0.
 
-    x₀ is what the teacher drew from that noise. The gradient goes through all steps, at the noise levels that the
-    student will be sampled at; each step is recomputed in the backward pass, so that memory does not grow with N.
+    x₀ is the teacher's sample from that noise. The gradient goes through all N steps, which are at the student's own
+    noise levels. The backward pass recomputes each step, so that memory does not grow with N.
 
     Args:
-        extra_inputs: Columns that say how each picture was drawn: `seed`, and where rows have it also `rand_device`.
+        extra_inputs: Columns of the settings that each image was sampled with: `seed`; `rand_device` is read as well if
+            rows have it.
     """
 
     extra_inputs: Sequence[str] = ("seed",)
@@ -29,15 +33,22 @@ class DirectDistill(Distillation):
     def __post_init__(self):
         super().__post_init__()
         if self.student.renoise:
-            raise ValueError("task.student.renoise=true forgets the noise that direct distillation starts from.")
+            raise ValueError(
+                "task.student.renoise=true adds fresh noise at each step, but direct distillation maps the teacher's "
+                "first noise to its sample; set task.student.renoise=false."
+            )
 
-    def __call__(self, pipe, rng=None, **inputs) -> Tensor:
-        """Loss per sample (B,) of the teacher's `input_latents` (B, …), noise `latents` (B, …) and other inputs."""
+    def __call__(self, pipe: BasePipeline, rng: SampleRNG | GlobalRNG | None = None, **inputs) -> Tensor:
+        """Loss per sample (B,).
+
+        Args:
+            inputs: Among them the teacher's samples `input_latents` (B, …) and their noise `latents` (B, …).
+        """
         return self.loss(pipe, **inputs)
 
     def loss(
         self,
-        pipe,
+        pipe: BasePipeline,
         latents: Tensor,
         input_latents: Tensor,
         height: int,
@@ -46,7 +57,7 @@ class DirectDistill(Distillation):
         **inputs,
     ) -> Tensor:
         size = {"height": height, "width": width}
-        _check({**size, "num_inference_steps": num_inference_steps})
+        _check_equal({**size, "num_inference_steps": num_inference_steps})
         student = self.student
         if num_inference_steps not in (None, student.num_inference_steps):
             student = Student(num_inference_steps=num_inference_steps)
@@ -60,10 +71,10 @@ class DirectDistill(Distillation):
 
 @dataclass(frozen=True)
 class _Step:
-    """One Euler step of latents (B, …), as a function that can be run again."""
+    """One Euler step of latents (B, …), as a function that gradient checkpointing can call again."""
 
-    pipe: object
-    scheduler: object
+    pipe: BasePipeline
+    scheduler: FlowMatchScheduler
     index: int
     timestep: Tensor
     inputs: dict
@@ -73,11 +84,14 @@ class _Step:
         return self.scheduler.step(velocity, self.index, latents)
 
 
-def _check(request: dict) -> None:
+def _check_equal(request: dict) -> None:
     for name, values in request.items():
-        if isinstance(values, list):
+        if isinstance(values, list):  # `collate` makes a list where the samples differ
             found = ", ".join(map(str, sorted(set(values))))
-            raise ValueError(f"Samples of a batch have {name} {found}; a rollout needs one: set micro_batch_size=1.")
+            raise ValueError(
+                f"Samples of a batch have {name} {found}; expected one value, because they are sampled together: set "
+                "micro_batch_size=1."
+            )
 
 
 DirectDistillLoss = DirectDistill()  # called like a function

@@ -1,4 +1,4 @@
-"""What objectives share whose student learns to draw in few steps."""
+"""`Distillation` and `RoleDistillation`: the base classes of the objectives that train a student of few steps."""
 
 import inspect
 from collections.abc import Mapping, Sequence
@@ -7,36 +7,39 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
+from ..adapters.lora import Adapter
+from ..base_pipeline import BasePipeline
 from ..distillation.context import LossContext
 from ..distillation.roles import Roles
 from ..distillation.teacher import Student, Teacher, TeacherSampler
-from ..pipeline.units import required_units
-from ..randomness import GlobalRNG
+from ..pipeline.units import PipelineUnit, required_units
+from ..randomness import GlobalRNG, SampleRNG
 from ..trained import TrainProgress
 from .base import MODEL, Objective
 
 
 @dataclass(frozen=True, kw_only=True)
 class Distillation(Objective):
-    """A student of few steps.
+    """A student that learns to sample in few steps.
 
     Args:
-        student: How it draws, in training and afterwards; these settings travel with its weights.
-        teacher: How `make_cache.py` draws the pictures it learns from; None where the data set's pictures are these.
+        student: The student's sampling settings, in training and afterwards; exports store them with the weights.
+        teacher: The settings with which `make_cache.py` samples the images to learn from; None if the data set holds
+            the images to learn from.
     """
 
     student: Student = field(default_factory=Student)
     teacher: Teacher | None = None
 
     optional_columns: ClassVar[Sequence[str]] = ("rand_device",)
-    keeps_trajectory: ClassVar[bool] = False  # whether it reads what the teacher passed on its way
+    keeps_trajectory: ClassVar[bool] = False  # whether the loss reads the teacher's latents between noise and image
 
     def __post_init__(self):
         steps, most = self.student.num_inference_steps, self.teacher and self.teacher.num_inference_steps
         if most and steps > most:
             raise ValueError(
                 f"task.student.num_inference_steps is {steps}, more than the teacher's {most} "
-                "(task.teacher.num_inference_steps); a student draws in fewer."
+                f"(task.teacher.num_inference_steps); set it to at most {most}."
             )
 
     @property
@@ -65,63 +68,65 @@ class Distillation(Objective):
         seed = () if self.teacher is None else ("seed",)
         return tuple(dict.fromkeys([*self.extra_inputs, *seed]))
 
-    def units(self, pipe) -> list:
-        """The teacher's drawing takes the place of the unit that encodes pictures."""
+    def units(self, pipe: BasePipeline) -> list[PipelineUnit]:
+        """The required units; sampling with the teacher replaces the unit that encodes the data set's images."""
         if self.teacher is None:
             return super().units(pipe)
-        drawing = TeacherSampler(pipe, self.teacher, self.student if self.keeps_trajectory else None)
-        others = [unit for unit in pipe.units if not set(unit.output_params) & set(drawing.output_params)]
-        return required_units([*others, drawing], self.wanted_inputs(pipe))
+        sampler = TeacherSampler(pipe, self.teacher, self.student if self.keeps_trajectory else None)
+        others = [unit for unit in pipe.units if not set(unit.output_params) & set(sampler.output_params)]
+        return required_units([*others, sampler], self.wanted_inputs(pipe))
 
-    def wanted_inputs(self, pipe) -> set[str]:
-        """The same for all methods, so that they share their teacher's pictures."""
+    def wanted_inputs(self, pipe: BasePipeline) -> set[str]:
+        """The inputs that this objective reads, and those of all distillations, so that one cache serves them all."""
         return super().wanted_inputs(pipe) | {"latents", "input_latents", "height", "width"}
 
-    def sampling_inputs(self, pipe) -> dict[str, Any]:
-        """What `model_fn` is told of itself, such as an embedded guidance scale."""
+    def sampling_inputs(self, pipe: BasePipeline) -> dict[str, Any]:
+        """Defaults of the request that are parameters of `model_fn`, such as an embedded guidance scale."""
         named = inspect.signature(pipe.model_fn).parameters.keys() & pipe.call_defaults.keys()
         return {name: pipe.call_defaults[name] for name in sorted(named) if pipe.call_defaults[name] is not None}
 
-    def check_row(self, row) -> None:
+    def check_row(self, row: Mapping) -> None:
         if float(row.get("cfg_scale", 1)) != 1:
             raise ValueError(
-                f"cfg_scale is {row['cfg_scale']}; the student draws without guidance, which its teacher's pictures "
-                "hold already: write 1 into that column."
+                f"cfg_scale is {row['cfg_scale']}; expected 1, because the student samples without guidance (it learns "
+                "guidance from the teacher's images): write 1 into that column."
             )
         found, own = row.get("num_inference_steps"), self.student.num_inference_steps
         if found is not None and int(found) != own:
             raise ValueError(
-                f"num_inference_steps is {found}, task.student.num_inference_steps {own}; set this to what the column "
-                "says: it travels with the student."
+                f"num_inference_steps is {found} in this row, but task.student.num_inference_steps is {own}; set "
+                f"task.student.num_inference_steps={found}, which is stored with the student's weights."
             )
 
-    def check(self, pipe, lora, cached: bool) -> None:
+    def check(self, pipe: BasePipeline, lora: Adapter | None, cached: bool) -> None:
         network = pipe.in_iteration_models[0]
         trained = {*(lora.models if lora else ()), *(name.split(".")[0] for name in self.trainable_models or ())}
         if trained - {network}:
             raise ValueError(
-                f"A distillation trains {network} alone, as teacher and student read the same; not {sorted(trained)}."
+                f"task.trainable_models and lora.models name {sorted(trained)}; a distillation trains {network} alone, "
+                "because teacher and student share all other models."
             )
         if self.teacher and not cached:
             raise ValueError(
-                "The teacher's pictures are not there: make them with `make_cache.py` and the same model, task and "
-                "dataset, then train with dataset=cache; or set task.teacher=null where the pictures in the data set "
-                "are the teacher's."
+                "The teacher's images are not there: make them with `make_cache.py` and the same model, task and "
+                "dataset, then train with dataset=cache; or set task.teacher=null if the images in the data set are "
+                "the teacher's."
             )
         if self.teacher and lora and lora.preset:
             raise ValueError(
-                f"lora.preset={lora.preset} would be merged into the student, but the teacher has drawn without it; "
-                "merge it into the base first (fuse.py), and make the teacher's pictures with that."
+                f"lora.preset={lora.preset} would be merged into the student, but the teacher's images were sampled "
+                "without it; merge it into the base first (fuse.py), and make the teacher's images with the merged "
+                "base."
             )
 
 
 @dataclass(frozen=True, kw_only=True)
 class RoleDistillation(Distillation):
-    """A student whose teacher, and perhaps further roles, predict in training.
+    """A distillation in which the teacher, and perhaps further roles, predict during training.
 
     Args:
-        guidance: Scale of the teacher's classifier-free guidance in training; 1 is none.
-        negative_prompt: What it leads away from.
+        guidance: Scale of the teacher's classifier-free guidance in training; 1 switches it off.
+        negative_prompt: Prompt of the teacher's unconditional prediction.
     """
 
     guidance: float = 4.0
@@ -129,8 +134,8 @@ class RoleDistillation(Distillation):
 
     def __call__(
         self,
-        pipe,
-        rng=None,
+        pipe: BasePipeline,
+        rng: SampleRNG | GlobalRNG | None = None,
         roles: Roles | None = None,
         negative: Mapping[str, Any] | None = None,
         progress: TrainProgress | None = None,
@@ -140,7 +145,7 @@ class RoleDistillation(Distillation):
         width: int,
         **inputs,
     ) -> Tensor:
-        """Loss per sample (B,) of clean `input_latents` (B, …) and the network's other inputs; see `LossContext`."""
+        """Loss per sample (B,) from clean `input_latents` (B, …); see `LossContext` for the other arguments."""
         context = LossContext(
             pipe=pipe,
             rng=rng or GlobalRNG(len(input_latents)),
@@ -158,8 +163,8 @@ class RoleDistillation(Distillation):
         raise NotImplementedError(f"{type(self).__name__} has no loss.")
 
     def trains_student(self, progress: TrainProgress | None) -> bool:
-        """Whether it is the student that is trained, or measured, at a moment."""
+        """Whether the loss is the student's at this progress: its turn in training, or None, which evaluates it."""
         return progress is None or MODEL in self.trained_at(progress.step)
 
-    def build_roles(self, pipe, lora, seed: int) -> Roles:
+    def build_roles(self, pipe: BasePipeline, lora: Adapter | None, seed: int) -> Roles:
         return Roles(pipe, lora, seed=seed)

@@ -1,4 +1,4 @@
-"""Distribution matching: what the student draws is to be as likely under the teacher as what the teacher draws.
+"""Distribution matching distillation: the student's samples must have the distribution of the teacher's samples.
 
 Yin et al. 2024, "Improved Distribution Matching Distillation" (https://arxiv.org/abs/2405.14867), DMD2; the gradient is
 that of Yin et al. 2023, "One-step Diffusion with Distribution Matching Distillation" (https://arxiv.org/abs/2311.18828).
@@ -10,6 +10,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from ..adapters.lora import Adapter
+from ..base_pipeline import BasePipeline
 from ..distillation.context import LossContext
 from ..distillation.discriminator import Discriminator, generator_softplus, softplus_loss
 from ..distillation.roles import DISCRIMINATOR, FAKE_SCORE, STUDENT, TEACHER, FakeScore, Roles
@@ -20,19 +22,21 @@ from .distillation import RoleDistillation
 
 @dataclass(frozen=True, kw_only=True)
 class DMD2(RoleDistillation):
-    """½ mean ‖x - sg(x - g)‖², g = (x̂_fake - x̂_teacher) / mean |x - x̂_teacher|, which hands x g / n (DMD, Eq. 7).
+    """½ mean ‖x - sg(x - g)‖² with g = (x̂_fake - x̂_teacher) / mean |x - x̂_teacher| (DMD, Eq. 7).
 
-    x is what the student draws at one of its steps, chosen at random, coming there from noise by its own earlier steps,
-    as when it is sampled (backward simulation, DMD2 §4.5); x̂ = x_σ - σ v are the teacher's and the fake score's
-    estimates of x from x_σ = (1 - σ) x + σ ε. The fake score meanwhile learns the student's drawings by flow matching,
-    mean ‖v_fake(x_σ, σ) - (ε - x)‖² (DMD2 §4.2). No picture is needed, but for the discriminator.
+    The gradient of the loss with respect to x is g / n, n being the number of x's elements. x is the student's clean
+    estimate at one of its steps, chosen at random. It gets there from noise by its own earlier steps, as in sampling
+    (backward simulation, DMD2 §4.5). x̂ = x_σ - σ v are the teacher's and the fake score's estimates of x from
+    x_σ = (1 - σ) x + σ ε. The fake score is trained on the student's samples by flow matching,
+    mean ‖v_fake(x_σ, σ) - (ε - x)‖² (DMD2 §4.2). Only the discriminator reads images of the data set.
 
     Args:
-        student_every: Each so many optimizer steps one trains the student, the others the fake score.
-        fake_score: Who learns what the student draws.
-        min_sigma, max_sigma: Where σ is drawn from, uniformly.
-        discriminator: A GAN on the fake score's features (DMD2 §4.3), whose real samples are the `input_latents`.
-        adversarial_weight: Of that GAN in the student's loss.
+        student_every: One of `student_every` optimizer steps trains the student, the others train the fake score.
+        fake_score: Settings of the network that is trained on the student's samples.
+        min_sigma, max_sigma: σ is uniform between them; 0.02 and 0.98 are DMD's.
+        discriminator: A discriminator on the fake score's features (DMD2 §4.3), whose real samples are the
+            `input_latents`; None for none.
+        adversarial_weight: Weight of the adversarial term in the student's loss; 0.03 is a guess.
     """
 
     student_every: int = 5
@@ -45,7 +49,10 @@ class DMD2(RoleDistillation):
     def __post_init__(self):
         super().__post_init__()
         if self.student_every < 2:
-            raise ValueError(f"task.student_every is {self.student_every}; expected at least 2, or no step is left.")
+            raise ValueError(
+                f"task.student_every is {self.student_every}; expected at least 2, so that the other steps train the "
+                "fake score."
+            )
         if not 0 < self.min_sigma < self.max_sigma <= 1:
             raise ValueError(
                 f"task.min_sigma={self.min_sigma} and task.max_sigma={self.max_sigma}; expected 0 < min < max <= 1."
@@ -55,7 +62,7 @@ class DMD2(RoleDistillation):
     def reads_features(self) -> bool:
         return self.discriminator is not None
 
-    def build_roles(self, pipe, lora, seed: int) -> Roles:
+    def build_roles(self, pipe: BasePipeline, lora: Adapter | None, seed: int) -> Roles:
         heads = self.discriminator and self.discriminator.heads(pipe.network, seed)
         return Roles(pipe, lora, self.fake_score, heads, seed)
 
@@ -71,56 +78,64 @@ class DMD2(RoleDistillation):
     def loss(self, context: LossContext) -> Tensor:
         trains_student = self.trains_student(context.progress)
         with torch.set_grad_enabled(trains_student and torch.is_grad_enabled()):
-            drawn = self.sample_as_student(context)
-        sigma = self.min_sigma + (self.max_sigma - self.min_sigma) * context.rng.uniform("matching").to(drawn.device)
-        noise = context.rng.normal("matching noise", drawn)
+            samples = self.sample_as_student(context)
+        sigma = self.min_sigma + (self.max_sigma - self.min_sigma) * context.rng.uniform("matching").to(samples.device)
+        noise = context.rng.normal("matching noise", samples)
         if trains_student:
-            return self._student_loss(context, drawn, sigma, noise)
-        return self._fake_score_loss(context, drawn, sigma, noise)
+            return self._student_loss(context, samples, sigma, noise)
+        return self._fake_score_loss(context, samples, sigma, noise)
 
     def sample_as_student(self, context: LossContext) -> Tensor:
-        """Clean x̂ (B, …) that the student sees at a random one of its steps, the steps before taken without gradient.
+        """The student's clean estimates (B, …) at a random one of its steps; earlier steps have no gradient.
 
-        Of the scene's pictures only the shape counts.
+        Of the batch's clean latents only the shape is used.
         """
         sigmas, rng = context.sigmas(self.student.settings), context.rng
         last = (rng.uniform("student step") * len(sigmas)).long()
-        latents, before = rng.normal("noise", context.clean), int(last.max())
+        latents, earlier_steps = rng.normal("noise", context.clean), int(last.max())
         last = last.to(latents.device)
         with torch.no_grad():
-            for step in range(before):
-                sigma, following = sigmas[step].expand(len(latents)), sigmas[step + 1].expand(len(latents))
+            for step in range(earlier_steps):
+                sigma, next_sigma = sigmas[step].expand(len(latents)), sigmas[step + 1].expand(len(latents))
                 velocity = context.velocity(STUDENT, latents, sigma)
-                moved = latents + per_sample(following - sigma, latents) * velocity
+                moved = latents + per_sample(next_sigma - sigma, latents) * velocity
                 if self.student.renoise:
                     clean = clean_estimate(latents, velocity, sigma)
-                    moved = interpolate(clean, rng.normal(f"renoise {step}", latents), following)
+                    moved = interpolate(clean, rng.normal(f"renoise {step}", latents), next_sigma)
                 latents = torch.where(per_sample(step < last, latents), moved, latents)
         velocity = context.velocity(STUDENT, latents, sigmas[last], trained=True)
         return clean_estimate(latents, velocity, sigmas[last])
 
-    def _student_loss(self, context: LossContext, drawn: Tensor, sigma: Tensor, noise: Tensor) -> Tensor:
-        noisy = interpolate(drawn, noise, sigma)
+    def _student_loss(self, context: LossContext, samples: Tensor, sigma: Tensor, noise: Tensor) -> Tensor:
+        noisy = interpolate(samples, noise, sigma)
         with torch.no_grad():
-            real = context.velocity(TEACHER, noisy, sigma, self.guidance)
-            fake = context.velocity(FAKE_SCORE, noisy, sigma)
-            gradient = matching_gradient(drawn, clean_estimate(noisy, real, sigma), clean_estimate(noisy, fake, sigma))
-        loss = 0.5 * (drawn - (drawn - gradient).detach()).pow(2).flatten(1).mean(1)
+            real = clean_estimate(noisy, context.velocity(TEACHER, noisy, sigma, self.guidance), sigma)
+            fake = clean_estimate(noisy, context.velocity(FAKE_SCORE, noisy, sigma), sigma)
+            gradient = matching_gradient(samples, real, fake)
+        loss = 0.5 * (samples - (samples - gradient).detach()).pow(2).flatten(1).mean(1)
         if self.discriminator is None:
             return loss
         return loss + self.adversarial_weight * generator_softplus(context.logits(FAKE_SCORE, noisy, sigma))
 
-    def _fake_score_loss(self, context: LossContext, drawn: Tensor, sigma: Tensor, noise: Tensor) -> Tensor:
-        noisy = interpolate(drawn, noise, sigma)
+    def _fake_score_loss(self, context: LossContext, samples: Tensor, sigma: Tensor, noise: Tensor) -> Tensor:
+        noisy = interpolate(samples, noise, sigma)
         velocity = context.velocity(FAKE_SCORE, noisy, sigma, trained=True)
-        loss = (velocity - (noise - drawn)).pow(2).flatten(1).mean(1)
+        loss = (velocity - (noise - samples)).pow(2).flatten(1).mean(1)
         if self.discriminator is None:
             return loss
-        sides = (interpolate(context.clean, noise, sigma), noisy)
-        return loss + softplus_loss(*(context.logits(FAKE_SCORE, side, sigma, trained=True) for side in sides))
+        real, fake = (
+            context.logits(FAKE_SCORE, latents, sigma, trained=True)
+            for latents in (interpolate(context.clean, noise, sigma), noisy)
+        )
+        return loss + softplus_loss(real, fake)
 
 
-def matching_gradient(drawn: Tensor, real: Tensor, fake: Tensor) -> Tensor:
-    """(x̂_fake - x̂_teacher) / mean |x - x̂_teacher|, the mean over each sample; DMD Eq. 7 and 8 (all (B, …))."""
-    scale = (drawn - real).abs().flatten(1).mean(1).clamp_min(1e-6)
-    return (fake - real) / per_sample(scale, drawn)
+def matching_gradient(samples: Tensor, real: Tensor, fake: Tensor) -> Tensor:
+    """(x̂_fake - x̂_teacher) / mean |x - x̂_teacher| (B, …), the mean over each sample; DMD Eq. 7 and 8.
+
+    Args:
+        samples: The student's samples x (B, …).
+        real, fake: The teacher's and the fake score's estimates x̂ (B, …) of them.
+    """
+    scale = (samples - real).abs().flatten(1).mean(1).clamp_min(1e-6)  # against division by 0; a guess
+    return (fake - real) / per_sample(scale, samples)

@@ -9,8 +9,9 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from ..flow_match import TRAINING_STEPS, interpolate
-from ..randomness import GlobalRNG
+from ..base_pipeline import BasePipeline
+from ..flow_match import TRAINING_STEPS, FlowMatchScheduler, interpolate
+from ..randomness import GlobalRNG, SampleRNG
 from ..timesteps import BellWeighting, UniformTimesteps
 from .base import Objective
 
@@ -19,27 +20,37 @@ from .base import Objective
 class FlowMatchSFT(Objective):
     """w(σ) · mean ‖v_θ(x_t, t) - (ε - x₀)‖² with x_t = (1 - σ) x₀ + σ ε.
 
-    With `extra_inputs=[loss_mask]` the mean is over what that column shows white: a background, or a face to be kept
-    out, then teaches nothing, and how large the mask is does not matter.
+    With `extra_inputs=[loss_mask]` the mean is over the pixels that are white in that column, for example to leave out
+    a background or a face; the size of the white area does not change the scale of the loss.
 
     Args:
-        timesteps: Which noise levels are trained (`diffusion.timesteps`).
+        timesteps: Distribution of the noise levels that are trained (`diffusion.timesteps`).
         weighting: w(σ).
-        exact_upstream: Round timesteps to bf16 first, as the original does, and so reach 376 of 1000 levels only.
+        exact_upstream: Round timesteps to bf16 first, as DiffSynth-Studio does; this reaches only 376 of the 1000
+            levels.
     """
 
     timesteps: UniformTimesteps = field(default_factory=UniformTimesteps)
     weighting: BellWeighting = field(default_factory=BellWeighting)
     exact_upstream: bool = False
 
-    def __call__(self, pipe, rng=None, **inputs) -> Tensor:
-        """Loss per sample (B,) of clean `input_latents` (B, …), unit variance, and the model's other inputs.
+    def __call__(self, pipe: BasePipeline, rng: SampleRNG | GlobalRNG | None = None, **inputs) -> Tensor:
+        """Loss per sample (B,).
 
-        A `loss_mask` (B, 1, h, w) in [0, 1] is how much each place counts.
+        Args:
+            inputs: Among them clean `input_latents` (B, …) of unit variance, and optionally `loss_mask` (B, 1, h, w) in
+                [0, 1], the weight of each latent pixel.
         """
         return self.loss(pipe, rng=rng or GlobalRNG(len(inputs["input_latents"])), **inputs)
 
-    def loss(self, pipe, input_latents: Tensor, rng, loss_mask: Tensor | None = None, **inputs) -> Tensor:
+    def loss(
+        self,
+        pipe: BasePipeline,
+        input_latents: Tensor,
+        rng: SampleRNG | GlobalRNG,
+        loss_mask: Tensor | None = None,
+        **inputs,
+    ) -> Tensor:
         clean = input_latents.float()
         timestep, sigma = (t.to(clean.device) for t in self.sample_timesteps(pipe.scheduler, rng))
         noise = rng.normal("noise", clean)
@@ -47,8 +58,8 @@ class FlowMatchSFT(Objective):
         error = mean_where((velocity.float() - (noise - clean)).pow(2), loss_mask)
         return error * self.weighting(pipe.scheduler, sigma)
 
-    def sample_timesteps(self, scheduler, rng) -> tuple[Tensor, Tensor]:
-        """Timesteps (B,) in [0, 1000] and their noise levels (B,) in [0, 1]."""
+    def sample_timesteps(self, scheduler: FlowMatchScheduler, rng: SampleRNG | GlobalRNG) -> tuple[Tensor, Tensor]:
+        """Random timesteps (B,) in [0, 1000] and their noise levels (B,) in [0, 1]."""
         sigma = self.timesteps(scheduler, rng.uniform("timestep"))
         timestep = sigma * TRAINING_STEPS
         if not self.exact_upstream:
@@ -58,11 +69,11 @@ class FlowMatchSFT(Objective):
 
 
 def mean_where(values: Tensor, mask: Tensor | None) -> Tensor:
-    """Mean (B,) of values (B, C, h, w), each place counted as much as `mask` (B, 1, h, w) says."""
+    """Mean (B,) of values (B, C, h, w), weighted by `mask` (B, 1, h, w); the plain mean without a mask."""
     if mask is None:
         return values.flatten(1).mean(1)
     weights = mask.float().expand_as(values).flatten(1)
     return (values.flatten(1) * weights).sum(1) / weights.sum(1)
 
 
-FlowMatchSFTLoss = FlowMatchSFT()  # with the original's timesteps and weighting, called like a function
+FlowMatchSFTLoss = FlowMatchSFT()  # DiffSynth-Studio's name: a function with its timesteps and weighting

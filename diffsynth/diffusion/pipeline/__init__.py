@@ -1,1 +1,1 @@
-"""What pipelines are made of: networks, units, samplers, and what attention reads."""
+"""The parts of a pipeline: networks, units, samplers, requests, media, and inputs of attention."""

@@ -1,4 +1,7 @@
-"""What our processors of attention add to the library's: keys from outside, and tokens that lie on several devices."""
+"""`JointAttention`: attention with extra keys and values, and over tokens that are split across devices.
+
+Shapes: B batch, S tokens of text and image, L text tokens, D width.
+"""
 
 from collections.abc import Sequence
 
@@ -6,36 +9,41 @@ from diffusers.models.attention_dispatch import dispatch_attention_fn
 from torch import Tensor
 
 from ...core.context_parallel import TokenSplit
-from .kv_cache import KVCacheReader, appended, attending_to_all_after
+from .kv_cache import KVCacheReader, append_keys, extend_mask
 
 
 class JointAttention(KVCacheReader):
-    """A processor, of text and image together, that reads a `kv_cache` and knows how its tokens are split."""
+    """Base class of the attention processors of text and image tokens together.
+
+    A family's processor computes queries, keys and values, and calls `attend`. See `kv_cache` for the extra keys and
+    values, and `core.context_parallel` for split tokens.
+    """
 
     def attend(
         self,
         heads: Sequence[Tensor],
         mask: Tensor | None,
-        further: tuple[Tensor, Tensor] | None,
+        extra: tuple[Tensor, Tensor] | None,
         split: TokenSplit | None,
     ) -> Tensor:
-        """Tokens (B, S, D) that attend to all tokens of their sample.
+        """Attention output (B, S, D); each token attends to all tokens of its sample.
 
         Args:
-            heads: Query, key and value (B, S, heads, head_dim) of the text's tokens, then the image's; with a `split`,
-                of those on this device.
-            mask: Which of all of the text's tokens are looked at (B, L).
-            further: Keys and values (B or 1, L', heads, head_dim) that are looked at as well.
+            heads: Query, key and value (B, S, heads, head_dim) of the text's tokens, then of the image's; with a
+                `split`, of this device's tokens.
+            mask: Text tokens that are attended to, of all devices (B, L); None for all.
+            extra: Extra keys and values (B or 1, L', heads, head_dim), which are attended to as well.
+            split: How the tokens are split across devices; None for one device.
         """
         if split is not None:
-            heads = [split.to_heads(each) for each in heads]
+            heads = [split.to_heads(tensor) for tensor in heads]
             mask = mask if mask is None else split.mask(mask)
-            further = further and tuple(split.own_heads(each) for each in further)
+            extra = extra and tuple(split.own_heads(tensor) for tensor in extra)
         query, key, value = heads
-        if further is not None:
-            key, value = appended(key, value, further)
+        if extra is not None:
+            key, value = append_keys(key, value, extra)
         if mask is not None:
-            mask = attending_to_all_after(mask, key.shape[1] - mask.shape[1])
+            mask = extend_mask(mask, key.shape[1] - mask.shape[1])
         tokens = dispatch_attention_fn(query, key, value, attn_mask=mask, backend=self._attention_backend)
         tokens = tokens if split is None else split.to_tokens(tokens)
         return tokens.flatten(2).to(query.dtype)

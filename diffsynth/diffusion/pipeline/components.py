@@ -1,4 +1,4 @@
-"""The parts that a family is declared of: its networks, and the folders of tokenizers and processors."""
+"""The components that a family declares: networks, and folders of tokenizers and image processors."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -18,10 +18,10 @@ class Network:
     """A network of a family.
 
     Args:
-        *kinds: Names of classes of diffusers or transformers, as a config.json has them, or a subclass of one, which is
-            built in its place.
-        after: Called with the network when it is built, before its weights are read.
-        lora: What LoRA files call the network; None for a network that has no LoRA.
+        *kinds: Classes that the network may have: the name of a class of diffusers or transformers, as its config.json
+            has it, or a subclass of such a class, which is then built instead.
+        after: Function that is called with the network when it is built, before its weights are read.
+        lora: First part of the network's keys in LoRA files; None for a network that has no LoRA.
     """
 
     kinds: tuple[str | type[nn.Module], ...]
@@ -34,28 +34,29 @@ class Network:
 
     @property
     def subclasses(self) -> dict[str, type[nn.Module]]:
-        """What is built in the place of a class of the library, by that class's name."""
+        """The subclasses that are built instead of a library's classes, by the names of these classes."""
         return {library_name(kind): kind for kind in self.kinds if not isinstance(kind, str)}
 
     def holds(self, module: nn.Module) -> bool:
-        """Whether a module is of one of the kinds."""
-        return any(
-            type(module).__name__ == kind if isinstance(kind, str) else isinstance(module, kind) for kind in self.kinds
-        )
+        """Whether a module is an instance of one of the kinds."""
+        named = [kind for kind in self.kinds if isinstance(kind, str)]
+        classes = tuple(kind for kind in self.kinds if not isinstance(kind, str))
+        return type(module).__name__ in named or isinstance(module, classes)
 
     @property
     def names(self) -> list[str]:
+        """The names that a config.json may give for the network's class."""
         return [library_name(kind) for kind in self.kinds]
 
 
 @dataclass(frozen=True)
 class Folder:
-    """A tokenizer or a processor of a family, read from its folder.
+    """A tokenizer or an image processor of a family, which is read from a folder.
 
     Args:
         kind: Name of a class of transformers.
-        check: `check(pipe)`, called when it is read; raises ValueError if it is not the one that the family needs.
-        needed_by: The network that cannot do without it.
+        check: `check(pipe)`, called after it is read; raises ValueError if the family needs another one.
+        needed_by: Name of the network that cannot be used without it; None if it is optional.
     """
 
     kind: str
@@ -63,15 +64,15 @@ class Folder:
     needed_by: str | None = None
 
     def read(self, folder: Path) -> Any:
-        """Read it; no code of the folder's own is run."""
+        """Read it from a folder, without running code that the folder may hold."""
         import transformers
 
-        own_code = {"trust_remote_code": False} if self.kind.startswith("Auto") else {}
-        return getattr(transformers, self.kind).from_pretrained(folder, **own_code)
+        options = {"trust_remote_code": False} if self.kind.startswith("Auto") else {}
+        return getattr(transformers, self.kind).from_pretrained(folder, **options)
 
 
 def library_name(kind: str | type[nn.Module]) -> str:
-    """The name that a config.json gives a class of a library, or the class that ours is built in the place of."""
+    """The name of a library's class; for a subclass of ours the name of the class that it extends."""
     if isinstance(kind, str):
         return kind
     return next(base.__name__ for base in kind.__mro__ if base.__module__.split(".")[0] in LIBRARIES)

@@ -1,4 +1,7 @@
-"""Text embeddings: what families' prompt embedders have in common."""
+"""`PromptEmbedder`: the base class of the units that compute text embeddings.
+
+Shapes: B prompts, L tokens, L' tokens after the family has cut its template off, D width.
+"""
 
 import inspect
 from collections.abc import Mapping, Sequence
@@ -16,14 +19,14 @@ Tokens = Mapping[str, Tensor]
 
 
 class PromptEmbedder(PipelineUnit):
-    """Text embeddings (1, L, D) of a prompt, on each side of guidance.
+    """Computes text embeddings (1, L', D) of the prompt and, under guidance, of the negative prompt.
 
-    A subclass writes `tokenize`, whose parameters are the inputs that the unit reads, and `embed`. Prompts whose tokens
-    have equal shapes go through the text encoder together.
+    A subclass writes `tokenize`, whose parameters are the inputs that the unit reads, and `embed`. Prompts of equal
+    length go through the text encoder together.
 
     Args:
-        masked: Also put out `prompt_emb_mask` (1, L), True for real tokens: all of them, as nothing is padded here.
-            Without it a family's prompts all have one length.
+        masked: Also return `prompt_emb_mask` (1, L'), which is True everywhere, because padding comes only with
+            batches. A family whose prompts all have one length needs none.
     """
 
     def __init__(self, masked: bool = False):
@@ -36,31 +39,32 @@ class PromptEmbedder(PipelineUnit):
         )
 
     def tokenize(self, pipe: "BasePipeline", prompt: str) -> Tokens:
-        """What the text encoder reads of a prompt: `input_ids` (1, L), and tensors of the same length or none."""
+        """The text encoder's inputs for one prompt: `input_ids` (1, L), and perhaps a mask and image patches."""
         raise NotImplementedError(f"{type(self).__name__} does not say how prompts are tokenized.")
 
     def embed(self, pipe: "BasePipeline", tokens: Tokens) -> Tensor:
-        """Text embeddings (B, L', D) of the tokens of B prompts, on the pipeline's device."""
+        """Text embeddings (B, L', D) of the tokens (B, L) of B prompts, on the pipeline's device."""
         raise NotImplementedError(f"{type(self).__name__} does not say how tokens are embedded.")
 
     def process(self, pipe, **inputs):
         return self.process_batch(pipe, [inputs])[0]
 
     def process_batch(self, pipe, batch: Sequence[Mapping]) -> list[dict]:
-        """Prompts of one length go through the text encoder together; padding would change what comes out."""
+        """Embed prompts of equal length together; padding would change their embeddings."""
         pipe.load_models_to_device(["text_encoder"])
 
-        def embed(alike: Sequence[Tokens]) -> Sequence[Tensor]:
-            together = {name: torch.cat([tokens[name] for tokens in alike]).to(pipe.device) for name in alike[0]}
-            return self.embed(pipe, together).split(1)
+        def embed(group: Sequence[Tokens]) -> Sequence[Tensor]:
+            stacked = {name: torch.cat([tokens[name] for tokens in group]).to(pipe.device) for name in group[0]}
+            return self.embed(pipe, stacked).split(1)
 
-        read = [self.tokenize(pipe, **inputs) for inputs in batch]
-        kinds = [(tokens["input_ids"].shape[1], *sorted(tokens)) for tokens in read]
-        return [self._outputs(embeddings) for embeddings in in_groups(read, kinds, embed)]
+        tokenized = [self.tokenize(pipe, **inputs) for inputs in batch]
+        kinds = [(tokens["input_ids"].shape[1], *sorted(tokens)) for tokens in tokenized]
+        return [self._outputs(embeddings) for embeddings in in_groups(tokenized, kinds, embed)]
 
     def _outputs(self, embeddings: Tensor) -> dict[str, Tensor]:
         mask = torch.ones(embeddings.shape[:2], dtype=torch.bool, device=embeddings.device)
-        return {name: {"prompt_emb": embeddings, "prompt_emb_mask": mask}[name] for name in self.output_params}
+        outputs = {"prompt_emb": embeddings, "prompt_emb_mask": mask}
+        return {name: outputs[name] for name in self.output_params}
 
     def _parameters(self) -> dict[str, inspect.Parameter]:
         return dict(inspect.signature(self.tokenize).parameters)

@@ -1,9 +1,9 @@
-"""A family's class, completed from its declaration: signatures that the configuration and `help()` read."""
+"""Checks a family's declaration, and gives its class the signatures that the configuration and `help()` read."""
 
 import inspect
 from collections.abc import Callable
 from functools import wraps
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
@@ -19,37 +19,41 @@ PARTS = ("request", "components", "latents", "media", "model_fn", "sigma_grid", 
 SHARED_SETTINGS = ("height", "width", "num_inference_steps", "cfg_scale")
 KEYWORD = inspect.Parameter.KEYWORD_ONLY
 
-COMPONENTS_DOC = """Build the pipeline on the meta device; `load_models` then reads the weights a run needs.
+COMPONENTS_DOC = """Build the pipeline on the meta device; `load_models` then reads the weights that a run needs.
 
 Args:
     {components}: Where each component is (`core.loader.ModelConfig`); None for one that a run does not need, for
-        example because a cache holds what it made.
-    torch_dtype: What frozen weights and computation are in.
+        example because a cache holds its outputs.
+    torch_dtype: Dtype of frozen weights and of computation.
     {settings}: Defaults of this model's requests, see the call.
-    training: What a training of this model starts from.
-    device: Where the weights are read to.
+    training: Defaults of trainings of this model, see `TrainingDefaults`.
+    device: Device that the weights are read to.
 """
 
 
 def complete(cls: type["BasePipeline"]) -> None:
-    """Check a family's declaration, and give its call and its constructors the signatures that follow from it.
+    """Check a family's declaration, and set the signatures of its call and of `from_components`.
 
     Raises:
-        TypeError: A part is missing, or names what is not there.
+        TypeError: The declaration lacks a part, or names a component or field that does not exist.
     """
     missing = [part for part in PARTS if not hasattr(cls, part)]
     if missing:
         raise TypeError(f"{cls.__name__} declares no {missing[0]}; a family needs {', '.join(PARTS)}.")
     networks = [name for name, component in cls.components.items() if isinstance(component, Network)]
     if not networks:
-        raise TypeError(f"{cls.__name__}.components names no Network, so that nothing predicts.")
+        raise TypeError(f"{cls.__name__}.components names no Network; expected at least the one that model_fn calls.")
     unknown = [name for name in cls.model_settings if name not in defaults_of(cls.request)]
     if unknown:
-        raise TypeError(f"{cls.__name__}.model_settings names {unknown[0]!r}, which {cls.request.__name__} has not.")
-    strangers = [unit for unit in cls.unit_classes if unit.needs is not None and unit.needs not in cls.components]
-    if strangers:
         raise TypeError(
-            f"{strangers[0].__name__} needs {strangers[0].needs!r}, which {cls.__name__}.components has not."
+            f"{cls.__name__}.model_settings names {unknown[0]!r}; expected fields of {cls.request.__name__} that have "
+            f"a default: {', '.join(defaults_of(cls.request))}."
+        )
+    lacking = [unit for unit in cls.unit_classes if unit.needs is not None and unit.needs not in cls.components]
+    if lacking:
+        raise TypeError(
+            f"{lacking[0].__name__} needs {lacking[0].needs!r}, which is not among {cls.__name__}.components: "
+            f"{', '.join(cls.components)}."
         )
     cls.in_iteration_models = getattr(cls, "in_iteration_models", None) or tuple(networks[:1])
     cls.__call__ = _signed(cls.__call__, [*parameters_of(cls.request), _keyword("progress_bar_cmd", tqdm)])
@@ -61,14 +65,14 @@ def complete(cls: type["BasePipeline"]) -> None:
 
 
 def settings_of(cls: type["BasePipeline"]) -> list[str]:
-    """Fields of the request whose defaults are a matter of the single model."""
+    """Fields of the request whose defaults each model sets for itself, as arguments of `from_components`."""
     return [*SHARED_SETTINGS, *(name for name in cls.model_settings if name not in SHARED_SETTINGS)]
 
 
 def _component_parameters(cls: type["BasePipeline"]) -> list[inspect.Parameter]:
-    where, absent = ModelConfig | None, inspect.Parameter.empty
+    required = inspect.Parameter.empty
     optional = {name for name, part in cls.components.items() if isinstance(part, Folder) and part.needed_by is None}
-    components = [_keyword(name, None if name in optional else absent, where) for name in cls.components]
+    components = [_keyword(name, None if name in optional else required, ModelConfig | None) for name in cls.components]
     annotations = {parameter.name: parameter.annotation for parameter in parameters_of(cls.request)}
     defaults = defaults_of(cls.request)
     settings = [_keyword(name, defaults[name], annotations[name]) for name in settings_of(cls)]
@@ -81,12 +85,12 @@ def _component_parameters(cls: type["BasePipeline"]) -> list[inspect.Parameter]:
     ]
 
 
-def _keyword(name: str, default, annotation=inspect.Parameter.empty) -> inspect.Parameter:
+def _keyword(name: str, default: Any, annotation: Any = inspect.Parameter.empty) -> inspect.Parameter:
     return inspect.Parameter(name, KEYWORD, default=default, annotation=annotation)
 
 
 def _signed(function: Callable, parameters: list[inspect.Parameter], first: str = "self") -> Callable:
-    """A function of its own that calls `function`, with a signature and annotations of its own."""
+    """A new function that calls `function` and has these parameters as its signature."""
     inner = inspect.unwrap(function)
 
     @wraps(inner)

@@ -1,53 +1,59 @@
-"""From prompts to files: images, a grid of them, each image with the parameters that it was sampled with."""
+"""Samples prompts to files: one image per prompt with its sampling parameters as metadata, and a grid of all."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from PIL import Image
 
 from ...core.pictures import GRID_COLUMNS, beside, row, save_png, stack
 
+if TYPE_CHECKING:
+    from ..base_pipeline import BasePipeline
+
 
 def read_prompts(prompt: str | Sequence[str]) -> list[str]:
-    """One prompt, a list, or the non-empty lines of a text file."""
+    """A list of prompts from one prompt, from a list, or from the non-empty lines of a text file."""
     if not isinstance(prompt, str):
         return list(prompt)
     if not prompt.endswith(".txt"):
         return [prompt]
     lines = [line.strip() for line in Path(prompt).read_text(encoding="utf-8").splitlines()]
     if not any(lines):
-        raise ValueError(f"{prompt} holds no prompt; write one a line.")
+        raise ValueError(f"{prompt} holds no prompt; write one per line.")
     return [line for line in lines if line]
 
 
 def load_images(**paths: str | None) -> dict[str, Image.Image]:
-    """The images at those paths that are given, by name."""
+    """Open the images at these paths, by name; names without a path are left out."""
     return {name: Image.open(path).convert("RGB") for name, path in paths.items() if path is not None}
 
 
 def open_files(inputs: Mapping[str, object]) -> dict[str, object]:
-    """Inputs of a template, of which those that are paths of files are opened as images."""
+    """Inputs of a template; a value that is the path of a file is opened as an image."""
     is_file = {name: isinstance(value, str) and Path(value).is_file() for name, value in inputs.items()}
     return {name: Image.open(value).convert("RGB") if is_file[name] else value for name, value in inputs.items()}
 
 
 def sample_to_files(
-    pipe, requests: Sequence[Mapping], images: Mapping, batch_size: int, folder: Path, source: Mapping
+    pipe: "BasePipeline", requests: Sequence[Mapping], images: Mapping, batch_size: int, folder: Path, source: Mapping
 ) -> list[Path]:
-    """Draw requests in batches and save each image, and a grid where there are several.
+    """Sample requests in batches and save each result, and a grid if there are several; returns the paths.
 
-    The request and the `source` of the weights are the image's metadata.
+    Args:
+        images: Images that all requests share, such as `input_image`.
+        source: Where the weights come from; it becomes metadata of each file, together with the request.
     """
     pictures, paths = [], []
     for start in range(0, len(requests), batch_size):
         batch = requests[start : start + batch_size]
-        for image, request in zip(pipe.generate([{**images, **request} for request in batch]), batch, strict=True):
+        results = pipe.generate([{**images, **request} for request in batch])
+        for result, request in zip(results, batch, strict=True):
             paths.append(folder / f"{len(paths):04d}{pipe.media.suffix}")
-            pipe.media.write(image, paths[-1], {**request, **source})
-            pictures.append(row([pipe.media.thumbnail(image)], [request["prompt"]]))
+            pipe.media.write(result, paths[-1], {**request, **source})
+            pictures.append(row([pipe.media.thumbnail(result)], [request["prompt"]]))
     if len(pictures) > 1:
         paths.append(folder / "grid.png")
-        save_png(
-            stack([beside(pictures[i : i + GRID_COLUMNS]) for i in range(0, len(pictures), GRID_COLUMNS)]), paths[-1]
-        )
+        rows = [pictures[start : start + GRID_COLUMNS] for start in range(0, len(pictures), GRID_COLUMNS)]
+        save_png(stack([beside(pictures_of_row) for pictures_of_row in rows]), paths[-1])
     return paths

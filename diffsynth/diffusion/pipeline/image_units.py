@@ -1,7 +1,11 @@
-"""Units that families of image models share; what differs is said by the pipeline's `latents`."""
+"""Units that families of image models share; the sizes that they need come from the pipeline's `latents`.
+
+Shapes: B batch, C channels, h w latent size.
+"""
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -11,10 +15,15 @@ from torch import Tensor
 from ...core.data.operators.images import ImageCropAndResize
 from .units import PipelineUnit, in_groups
 
-EDIT_IMAGE_FACTOR = 32  # of both sides of an edit image that is resized
+if TYPE_CHECKING:
+    from ..base_pipeline import BasePipeline
+
+EDIT_IMAGE_FACTOR = 32  # sides of a resized edit image are multiples of it, as in DiffSynth-Studio
 
 
 class ShapeChecker(PipelineUnit):
+    """Rounds height and width up to a multiple of what the latents need."""
+
     def __init__(self):
         super().__init__(output_params=("height", "width"))
 
@@ -24,16 +33,20 @@ class ShapeChecker(PipelineUnit):
 
 
 class NoiseInitializer(PipelineUnit):
+    """Makes the initial noise (1, C, h, w) from the seed."""
+
     def __init__(self):
         super().__init__(output_params=("noise",))
 
     def process(self, pipe, height, width, seed, rand_device):
-        # Made in the pipeline's dtype, as DiffSynth-Studio does: the same seed must give the same picture.
+        # Made in the pipeline's dtype, as DiffSynth-Studio does: the same seed must give the same image.
         noise = pipe.generate_noise(pipe.latents.shape(height, width), seed, rand_device, pipe.torch_dtype)
         return {"noise": noise}
 
 
 class InputImageEmbedder(PipelineUnit):
+    """Encodes `input_image` to `input_latents`; `latents` is where sampling starts: noise, or the noised image."""
+
     def __init__(self):
         super().__init__(output_params=("latents", "input_latents"), onload_model_names=("vae",))
 
@@ -47,36 +60,37 @@ class InputImageEmbedder(PipelineUnit):
         return {"latents": latents, "input_latents": input_latents}
 
     def process_batch(self, pipe, batch):
-        """Images of training data; those of one size go through the autoencoder together."""
-        latents = encode_images(pipe, [each["input_image"] for each in batch], *tiling(batch[0]))
+        """Encode images of training data; those of equal size go through the autoencoder together."""
+        latents = encode_images(pipe, [inputs["input_image"] for inputs in batch], *tiling(batch[0]))
         return [{"latents": i["noise"], "input_latents": own} for i, own in zip(batch, latents, strict=True)]
 
 
 def encode_images(
-    pipe, images: Sequence[Image.Image], tiled: bool, tile_size: int, tile_stride: int
+    pipe: "BasePipeline", images: Sequence[Image.Image], tiled: bool, tile_size: int, tile_stride: int
 ) -> Sequence[Tensor]:
-    """Normalised latents (1, C, h, w) of each image; those of one size go through the autoencoder together."""
+    """Normalised latents (1, C, h, w) of each image; images of equal size go through the autoencoder together."""
     pipe.load_models_to_device(["vae"])
 
-    def encode(alike: Sequence[Image.Image]) -> Sequence[Tensor]:
-        pixels = torch.cat([pipe.preprocess_image(image) for image in alike])
+    def encode(group: Sequence[Image.Image]) -> Sequence[Tensor]:
+        pixels = torch.cat([pipe.preprocess_image(image) for image in group])
         return pipe.vae.encode(pixels, tiled, tile_size, tile_stride).split(1)
 
     return in_groups(images, [image.size for image in images], encode)
 
 
 def tiling(inputs: Mapping) -> tuple[bool, int, int]:
+    """A request's tiling of the autoencoder, as the last arguments of `encode_images`."""
     return inputs["tiled"], inputs["tile_size"], inputs["tile_stride"]
 
 
 def crop_to_area(image: Image.Image, pixels: int) -> Image.Image:
-    """An image scaled to about `pixels` pixels in its own proportions, its sides cropped to multiples of 32."""
+    """Scale an image to about `pixels` pixels, then crop its sides to multiples of 32; proportions are kept."""
     width, height = _size_at_area(image, pixels)
     return ImageCropAndResize(height, width)(image)
 
 
 def stretch_to_area(image: Image.Image, pixels: int) -> Image.Image:
-    """An image scaled to about `pixels` pixels, its proportions nearly kept: sides are multiples of 32."""
+    """Scale an image to about `pixels` pixels and to sides that are multiples of 32; proportions change a little."""
     return image.resize(_size_at_area(image, pixels), Image.Resampling.LANCZOS)
 
 
@@ -92,16 +106,19 @@ def edit_images(
     pixels: int,
     resize: Callable[[Image.Image, int], Image.Image] = crop_to_area,
 ) -> list[Image.Image]:
-    """One image or several as a list in RGB, each of about `pixels` pixels in its own proportions with `auto_resize`.
+    """One edit image or several as a list of RGB images.
+
+    Args:
+        auto_resize: Scale each image to about `pixels` pixels by `resize`.
 
     Raises:
-        ValueError: It is something else, or has sides that the autoencoder cannot divide.
+        ValueError: An element is no image, or has sides that the autoencoder cannot divide.
     """
     images = [] if edit_image is None else edit_image if isinstance(edit_image, list | tuple) else [edit_image]
-    strange = [image for image in images if not isinstance(image, Image.Image)]
-    if strange:
+    wrong = [image for image in images if not isinstance(image, Image.Image)]
+    if wrong:
         raise ValueError(
-            f"edit_image is or holds {strange[0]!r}, expected images; where it is a column of a data set, list it in "
+            f"edit_image is or holds {wrong[0]!r}, expected images; if it is a column of a data set, list it in "
             "dataset.data_file_keys."
         )
     images = [image.convert("RGB") for image in images]
@@ -111,16 +128,16 @@ def edit_images(
 def _checked_sides(image: Image.Image) -> Image.Image:
     if image.width % 16 or image.height % 16:
         raise ValueError(
-            f"edit_image is {image.width} x {image.height} pixels, expected multiples of 16; crop it, or let it be "
-            "resized with edit_image_auto_resize=True."
+            f"edit_image is {image.width} x {image.height} pixels, expected multiples of 16; crop it, or set "
+            "edit_image_auto_resize=True, which resizes it."
         )
     return image
 
 
 class EditImageEmbedder(PipelineUnit):
-    """Images to be edited or drawn from, as a list of latents (1, C, h, w) in sizes of their own."""
+    """Encodes the edit images to `edit_latents`, a list of latents (1, C, h, w) of their own sizes."""
 
-    resize = staticmethod(crop_to_area)  # what the family was trained with
+    resize = staticmethod(crop_to_area)  # the way in which the family's training data was resized
 
     def __init__(self):
         super().__init__(output_params=("edit_latents",), onload_model_names=("vae",))
@@ -130,15 +147,16 @@ class EditImageEmbedder(PipelineUnit):
         return {"edit_latents": encode_images(pipe, images, tiled, tile_size, tile_stride)} if images else {}
 
     def process_batch(self, pipe, batch):
-        """Edit images of one size go through the autoencoder together, whichever sample they are of."""
+        """Encode the edit images of all samples; those of equal size go through the autoencoder together."""
         names = ("edit_image", "edit_image_auto_resize", "edit_image_pixels")
-        images = [edit_images(*(each[name] for name in names), self.resize) for each in batch]
-        latents = iter(encode_images(pipe, [image for own in images for image in own], *tiling(batch[0])))
-        return [{"edit_latents": [next(latents) for _ in own]} if own else {} for own in images]
+        by_sample = [edit_images(*(inputs[name] for name in names), self.resize) for inputs in batch]
+        images = [image for own in by_sample for image in own]
+        latents = iter(encode_images(pipe, images, *tiling(batch[0])))
+        return [{"edit_latents": [next(latents) for _ in own]} if own else {} for own in by_sample]
 
 
 class Inpaint(PipelineUnit):
-    """A mask image (white is redrawn) as latent weights (1, 1, h, w) in [0, 1]."""
+    """Turns a mask image, whose white area is sampled anew, into weights (1, 1, h, w) in [0, 1] of latent pixels."""
 
     def __init__(self):
         super().__init__(output_params=("inpaint_mask",))
@@ -150,7 +168,7 @@ class Inpaint(PipelineUnit):
 
 
 class LossMask(PipelineUnit):
-    """A mask image of training data (white counts) as latent weights (1, 1, h, w) in [0, 1] of the loss."""
+    """Turns a mask image of training data, whose white area is trained, into weights (1, 1, h, w) of the loss."""
 
     def __init__(self):
         super().__init__(output_params=("loss_mask",))
@@ -161,15 +179,17 @@ class LossMask(PipelineUnit):
         weights = latent_weights(pipe, loss_mask, height, width)
         if not weights.any():
             raise ValueError(
-                "loss_mask is black all over, so that nothing of the image would be trained; make white what counts, "
-                "or leave the row out. (What was white may also have been cropped off.)"
+                "loss_mask is black all over, so that nothing of the image would be trained; make the area white that "
+                "is to be trained, or leave the row out. (The image's crop may also have cut the white area off.)"
             )
         return {"loss_mask": weights}
 
 
-def latent_weights(pipe, mask: Image.Image, height: int, width: int, blur_sigma: float | None = None) -> Tensor:
+def latent_weights(
+    pipe: "BasePipeline", mask: Image.Image, height: int, width: int, blur_sigma: float | None = None
+) -> Tensor:
     """A mask image as weights (1, 1, h, w) in [0, 1], 1 where it is white; blurred by `blur_sigma` latent pixels."""
-    # The mean over each latent pixel: other filters reach beyond it, into what is to be kept.
+    # BOX is the mean over each latent pixel. Other filters would mix in its neighbours, which may be masked.
     size = (width // pipe.latents.factor, height // pipe.latents.factor)
     mask = mask.convert("L").resize(size, Image.Resampling.BOX)
     if blur_sigma:

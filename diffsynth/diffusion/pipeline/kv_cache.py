@@ -1,7 +1,8 @@
-"""Keys and values from outside, which blocks of a transformer attend to besides their own.
+"""KV caches: extra keys and values that blocks of a transformer attend to, besides those of their tokens.
 
-`{block: (k, v)}`, both (B, L, heads, head_dim). A pipeline says in its attention processors what its blocks are called.
-They stand after the tokens of text and image and behind RoPE, so that they have no place in the picture.
+A cache is `{block: (k, v)}`, k and v both (B, L, heads, head_dim). The attention processors of a pipeline define the
+names of its blocks. The extra keys come after those of text and image; RoPE is not applied to them, so that they have
+no position in the image.
 """
 
 import difflib
@@ -16,14 +17,17 @@ KVCache = Mapping[str, tuple[Tensor, Tensor]]
 
 
 class KVCacheReader:
-    """What a processor of attention has that reads a `kv_cache`, argument of its call: the name of its block."""
+    """Base class of attention processors whose call has an argument `kv_cache`; it holds the name of the block."""
 
     def __init__(self, block: str):
         super().__init__()
         self.block = block
 
-    def further(self, kv_cache: KVCache | None) -> tuple[Tensor, Tensor] | None:
-        """The block's entry; without a cache its name is not read, so that blocks compile as one."""
+    def extra(self, kv_cache: KVCache | None) -> tuple[Tensor, Tensor] | None:
+        """The block's extra keys and values (B or 1, L, heads, head_dim); None if there are none.
+
+        Without a cache the block's name is not read, so that torch.compile compiles one block for all.
+        """
         return kv_cache.get(self.block) if kv_cache else None
 
 
@@ -33,50 +37,50 @@ def blocks_of(network: nn.Module) -> dict[str, tuple[int, int]]:
     return {layer.processor.block: (layer.heads, layer.inner_dim // layer.heads) for layer in layers}
 
 
-def appended(key: Tensor, value: Tensor, entry: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-    """Keys and values (B, S, heads, head_dim), and after them those of an entry (B or 1, L, heads, head_dim)."""
-    more = [tensor.to(key).expand(len(key), -1, -1, -1) for tensor in entry]
-    return torch.cat([key, more[0]], dim=1), torch.cat([value, more[1]], dim=1)
+def append_keys(key: Tensor, value: Tensor, extra: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    """Append extra keys and values (B or 1, L, heads, head_dim) to keys and values (B, S, heads, head_dim)."""
+    extra_key, extra_value = (tensor.to(key).expand(len(key), -1, -1, -1) for tensor in extra)
+    return torch.cat([key, extra_key], dim=1), torch.cat([value, extra_value], dim=1)
 
 
-def attending_to_all_after(mask: Tensor, count: int) -> Tensor:
-    """A mask (B, L) as one (B, 1, 1, L + count) over keys, of which all further ones are attended to."""
+def extend_mask(mask: Tensor, count: int) -> Tensor:
+    """Extend an attention mask (B, L) by `count` keys that are attended to, to (B, 1, 1, L + count)."""
     return F.pad(mask, (0, count), value=True)[:, None, None, :]
 
 
 def merge(caches: Sequence[KVCache]) -> dict[str, tuple[Tensor, Tensor]]:
-    """All keys and values of several caches, block by block one after the other."""
+    """Concatenate the keys and values of several caches, block by block."""
     blocks = dict.fromkeys(block for cache in caches for block in cache)
-    entries = {block: [cache[block] for cache in caches if block in cache] for block in blocks}
-    return {block: tuple(torch.cat(side, dim=1) for side in zip(*own, strict=True)) for block, own in entries.items()}
+    pairs = {block: [cache[block] for cache in caches if block in cache] for block in blocks}
+    return {block: tuple(torch.cat(side, dim=1) for side in zip(*of, strict=True)) for block, of in pairs.items()}
 
 
 def check(kv_cache: Any, network: nn.Module, source: str) -> None:
-    """Refuse what `network` cannot attend to; `source` says where it is from.
+    """Refuse a `kv_cache` that `network` cannot attend to; `source` names its origin in the error.
 
     Raises:
-        ValueError: It is no dict of pairs of tensors, a block is none of the network's, shapes are others than the
-            block's, or a number is not finite.
+        ValueError: It is no dict of pairs of tensors, the network has no such block, a shape is not the block's, or a
+            value is not finite.
     """
     if not isinstance(kv_cache, Mapping):
         raise ValueError(f"{source}: kv_cache is a {type(kv_cache).__name__}, expected a dict {{block: (k, v)}}.")
     blocks = blocks_of(network)
-    for block, entry in kv_cache.items():
+    for block, pair in kv_cache.items():
         if block not in blocks:
             raise ValueError(f"{source}: kv_cache has {block!r}, {_unknown(block, blocks, network)}")
-        _check_entry(entry, blocks[block], f"{source}: kv_cache[{block!r}]")
-    entries = [(block, *pair) for block, pair in kv_cache.items()]
-    tensors = {f"kv_cache[{block!r}] {n}": tensor for block, k, v in entries for n, tensor in {"k": k, "v": v}.items()}
-    check_finite(tensors, source)
+        _check_pair(pair, blocks[block], f"{source}: kv_cache[{block!r}]")
+    pairs = {f"kv_cache[{block!r}]": zip("kv", pair, strict=True) for block, pair in kv_cache.items()}
+    check_finite({f"{name} {side}": tensor for name, pair in pairs.items() for side, tensor in pair}, source)
 
 
 def check_finite(tensors: Mapping[str, Tensor], source: str) -> None:
-    """Refuse NaN and infinity, of tensors on one device at the price of one synchronisation."""
+    """Refuse tensors with NaN or infinite values; tensors on one device cost one synchronisation together."""
     tensors = {name: tensor for name, tensor in tensors.items() if not tensor.is_meta}
     if not tensors:
         return
-    for name, finite in zip(tensors, torch.stack([t.isfinite().all() for t in tensors.values()]).tolist(), strict=True):
-        if not finite:
+    are_finite = torch.stack([tensor.isfinite().all() for tensor in tensors.values()]).tolist()
+    for name, is_finite in zip(tensors, are_finite, strict=True):
+        if not is_finite:
             raise ValueError(f"{source}: {name} holds NaN or infinite values; expected finite ones.")
 
 
@@ -88,10 +92,10 @@ def _unknown(block: str, blocks: Mapping[str, Any], network: nn.Module) -> str:
     return f"which is no block of {type(network).__name__}; {known}."
 
 
-def _check_entry(entry: Any, expected: tuple[int, int], what: str) -> None:
-    if not (isinstance(entry, list | tuple) and len(entry) == 2 and all(isinstance(t, Tensor) for t in entry)):
-        raise ValueError(f"{what} is a {type(entry).__name__}, expected a pair (k, v) of tensors.")
-    shapes = [tuple(tensor.shape) for tensor in entry]
+def _check_pair(pair: Any, expected: tuple[int, int], what: str) -> None:
+    if not (isinstance(pair, list | tuple) and len(pair) == 2 and all(isinstance(t, Tensor) for t in pair)):
+        raise ValueError(f"{what} is a {type(pair).__name__}, expected a pair (k, v) of tensors.")
+    shapes = [tuple(tensor.shape) for tensor in pair]
     if shapes[0] != shapes[1] or len(shapes[0]) != 4 or shapes[0][2:] != expected:
         raise ValueError(
             f"{what} has k {shapes[0]} and v {shapes[1]}; expected two of (batch, length, {expected[0]}, "

@@ -1,4 +1,4 @@
-"""What a family makes: where a row has it, how large it is, how it becomes a tensor, a file, a thumbnail."""
+"""`Media`: the kind of media that a family generates, such as images; its column, size, tensors, files, thumbnails."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,37 +17,37 @@ Size = tuple[int, ...]  # (width, height) in pixels; a video's further numbers f
 class Media:
     """One kind of media.
 
-    Args:
-        column: The column of a data set that has it.
-        suffix: Of its files.
+    Class attributes:
+        column: Column of a data set that holds it.
+        suffix: Suffix of its files.
     """
 
     column: str
     suffix: str
 
     def size(self, value: Any) -> Size:
-        """Size of a value, loaded or not (`core.data.operators.unread.Unread`)."""
-        raise NotImplementedError(f"{type(self).__name__} has no size.")
+        """Size of a value, which may not be read yet (`core.data.operators.unread.Unread`)."""
+        raise NotImplementedError(f"{type(self).__name__} does not define `size`.")
 
     def inputs(self, value: Any) -> dict[str, Any]:
-        """Inputs of the pipeline that train it to make `value`."""
-        raise NotImplementedError(f"{type(self).__name__} names no inputs.")
+        """Inputs of the pipeline that train it to generate `value`."""
+        raise NotImplementedError(f"{type(self).__name__} does not define `inputs`.")
 
     def preprocess(self, value: Any, device: torch.device, dtype: torch.dtype) -> Tensor:
-        """The tensor (1, …) in [-1, 1] that an autoencoder reads."""
-        raise NotImplementedError(f"{type(self).__name__} becomes no tensor.")
+        """Convert a value to the tensor (1, …) in [-1, 1] that the autoencoder encodes."""
+        raise NotImplementedError(f"{type(self).__name__} does not define `preprocess`.")
 
     def postprocess(self, pixels: Tensor) -> Any:
-        """What an autoencoder's tensor (1, …) in [-1, 1] shows."""
-        raise NotImplementedError(f"{type(self).__name__} comes from no tensor.")
+        """Convert the tensor (1, …) in [-1, 1] that the autoencoder decoded to a value."""
+        raise NotImplementedError(f"{type(self).__name__} does not define `postprocess`.")
 
     def write(self, value: Any, path: Path, parameters: Mapping[str, Any] | None = None) -> None:
-        """Write a file, with the parameters that it was sampled with."""
-        raise NotImplementedError(f"{type(self).__name__} has no files.")
+        """Write a value to a file, with the parameters that it was sampled with as metadata."""
+        raise NotImplementedError(f"{type(self).__name__} does not define `write`.")
 
     def thumbnail(self, value: Any) -> Image.Image:
-        """A picture of it, for grids and reports."""
-        raise NotImplementedError(f"{type(self).__name__} has no thumbnail.")
+        """An image of the value, for grids and reports."""
+        raise NotImplementedError(f"{type(self).__name__} does not define `thumbnail`.")
 
 
 class ImageMedia(Media):
@@ -63,12 +63,12 @@ class ImageMedia(Media):
         return {"input_image": value, "height": height, "width": width}
 
     def preprocess(self, value: Image.Image, device: torch.device, dtype: torch.dtype) -> Tensor:
-        """RGB (1, 3, H, W) in [-1, 1]; rounded to `dtype` first, as DiffSynth-Studio does."""
+        """RGB (1, 3, H, W) in [-1, 1]; pixels are rounded to `dtype` before they are scaled, as in DiffSynth-Studio."""
         pixels = torch.from_numpy(np.array(value, dtype=np.float32)).to(device, dtype)
         return (pixels * (2 / 255) - 1).permute(2, 0, 1).unsqueeze(0)
 
     def postprocess(self, pixels: Tensor) -> Image.Image:
-        """The image of RGB (1, 3, H, W) in [-1, 1]."""
+        """The image of an RGB tensor (1, 3, H, W) in [-1, 1]."""
         values = ((pixels[0].float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
         return Image.fromarray(values.permute(1, 2, 0).cpu().numpy())
 

@@ -1,4 +1,4 @@
-"""The networks of a pipeline: found, compared with their files, loaded, frozen, adapted; each by its name."""
+"""`PipelineNetworks`: builds, loads, freezes and adapts the networks of a pipeline, each an attribute of its own."""
 
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -27,12 +27,12 @@ from .units import PipelineUnit
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingDefaults:
-    """Where a training of one model starts from unless the configuration says otherwise.
+    """Defaults of trainings of one model, which the configuration may override.
 
     Args:
-        learning_rate: Of LoRA training.
-        micro_batch_size: Samples a forward on one device; None is all at once.
-        checkpointing: See `core.memory.MemoryRecipe`.
+        learning_rate: Learning rate of LoRA training; 1e-4 is DiffSynth-Studio's.
+        micro_batch_size: Samples per forward on one device; None takes the whole batch.
+        checkpointing: Policy of gradient checkpointing, see `core.memory.MemoryRecipe`.
         lora_target_modules: Layers that LoRA adapts, by model.
     """
 
@@ -43,25 +43,25 @@ class TrainingDefaults:
 
 
 class PipelineNetworks(nn.Module):
-    """A family's networks as attributes, None until built.
+    """A family's networks as attributes, which are None until they are built.
 
     Class attributes:
         components: Networks, and folders of tokenizers and processors, by attribute.
-        in_iteration_models: What `model_fn` calls; by default the first network.
+        in_iteration_models: Networks that `model_fn` calls; by default the first one.
     """
 
     components: ClassVar[Mapping[str, Network | Folder]] = {}
     in_iteration_models: ClassVar[Sequence[str]] = ()
 
-    def __init__(self, device="cpu", torch_dtype: torch.dtype = torch.bfloat16):
+    def __init__(self, device: str | torch.device = "cpu", torch_dtype: torch.dtype = torch.bfloat16):
         super().__init__()
         self.device, self.torch_dtype = torch.device(device), torch_dtype
         self.training_defaults = TrainingDefaults()
-        self._files: dict[str, list[Path] | None] = {}
-        self._configs: dict[str, str | None] = {}  # those of weights that have none beside them
+        self._files: dict[str, list[Path] | None] = {}  # weights of each built network
+        self._configs: dict[str, str | None] = {}  # configs of weights that lie without a config.json
         self.folders: dict[str, Path] = {}  # of tokenizers and processors, by attribute
         self._fingerprints: dict[str, str] = {}
-        self.sampling_settings: dict[str | None, Mapping[str, Any]] = {}  # by adapter file; None: the model itself
+        self.sampling_settings: dict[str | None, Mapping[str, Any]] = {}  # by adapter file; None is the model itself
         for name in self.components:
             setattr(self, name, None)
 
@@ -72,25 +72,25 @@ class PipelineNetworks(nn.Module):
 
     @property
     def lora_prefixes(self) -> dict[str, str]:
-        """What LoRA files call each network that has LoRAs."""
+        """First part of the keys in LoRA files, by network; networks without LoRAs are left out."""
         return {name: network.lora for name, network in self.networks().items() if network.lora is not None}
 
     @classmethod
     def from_pretrained(
         cls,
         torch_dtype: torch.dtype = torch.bfloat16,
-        device="cpu",
+        device: str | torch.device = "cpu",
         model_configs: Sequence[ModelConfig] = (),
         **folder_configs: ModelConfig | None,
-    ):
+    ) -> "PipelineNetworks":
         """Build the pipeline and read all its weights.
 
         Args:
-            model_configs: Where its networks are, in any order.
-            folder_configs: Where its tokenizers and processors are, `tokenizer_config`, `processor_config`.
+            model_configs: Where the networks are, in any order.
+            folder_configs: Where the tokenizers and processors are, as `tokenizer_config`, `processor_config`.
 
         Raises:
-            TypeError: There is no folder of such a name.
+            TypeError: The family has no tokenizer or processor of such a name.
         """
         folders = {f"{name}_config": name for name in cls.components if name not in cls.networks()}
         if unknown := sorted(folder_configs.keys() - folders.keys()):
@@ -103,38 +103,48 @@ class PipelineNetworks(nn.Module):
         return pipe
 
     @classmethod
-    def from_components(cls, torch_dtype: str = "bfloat16", training=None, device="cpu", **given):
-        parts = {name: given.pop(name, None) for name in cls.components}
+    def from_components(
+        cls,
+        torch_dtype: str = "bfloat16",
+        training: TrainingDefaults | None = None,
+        device: str | torch.device = "cpu",
+        **given: Any,
+    ) -> "PipelineNetworks":
+        configs = {name: given.pop(name, None) for name in cls.components}
         for name, part in cls.components.items():
-            if isinstance(part, Folder) and part.needed_by and parts[part.needed_by] and not parts[name]:
-                raise ValueError(f"{part.needed_by} needs a {name}, but model.{name} is null; say where it is.")
+            if isinstance(part, Folder) and part.needed_by and configs[part.needed_by] and not configs[name]:
+                raise ValueError(
+                    f"{part.needed_by} needs a {name}, but model.{name} is null; set model.{name} to where it is."
+                )
         pipe = cls(device, getattr(torch, torch_dtype))
-        pipe.build_models(parts[name] for name in cls.networks() if parts[name] is not None)
-        for name in [name for name in parts if name not in cls.networks()]:
-            pipe.build_folder(name, parts[name])
+        pipe.build_models(configs[name] for name in cls.networks() if configs[name] is not None)
+        for name in [name for name in configs if name not in cls.networks()]:
+            pipe.build_folder(name, configs[name])
         pipe.call_defaults.update(given)
         pipe.training_defaults = training or TrainingDefaults()
         return pipe
 
     def build_models(self, model_configs: Iterable[ModelConfig]) -> None:
-        """Find the files of each model, build it on the meta device and compare it with its files' headers.
+        """Find the files of each network, build it on the meta device and compare it with its files' headers.
 
-        Weights that were trained for certain sampling settings, such as a distilled student's, are sampled with them.
+        The sampling settings that are stored with weights, such as a distilled student's, become the pipeline's.
 
         Raises:
-            FileNotFoundError: Files are neither here nor to be had.
-            ValueError: A model this pipeline has no place for, or a second one for the same place, or files of another
+            FileNotFoundError: Files are not on this machine and cannot be downloaded.
+            ValueError: The family has no such network, two configs are of the same network, or files are of another
                 architecture.
         """
+        subclasses = {kind: cls for network in self.networks().values() for kind, cls in network.subclasses.items()}
         for model_config in model_configs:
             files = model_config.resolve()
-            subclasses = {kind: cls for network in self.networks().values() for kind, cls in network.subclasses.items()}
             module = build_module(files, model_config.config, subclasses)
-            if files is not None:  # of a sketch there are none
+            if files is not None:  # a pipeline that stays on the meta device has none
                 check_weights(module, files)
             name = self._attribute(module, files)
             if name in self._files:
-                raise ValueError(f"{files[0]} is a {type(module).__name__}, as {self._files[name][0]} already is.")
+                raise ValueError(
+                    f"{files[0]} is a {type(module).__name__}, as {self._files[name][0]} already is; leave out one."
+                )
             setattr(self, name, module)
             self._files[name], self._configs[name] = files, model_config.config
             if name in self.in_iteration_models:
@@ -144,13 +154,13 @@ class PipelineNetworks(nn.Module):
         self.check_networks()
 
     def check_networks(self) -> None:
-        """Refuse networks that are not of one model; called when those that there are are built."""
+        """Refuse networks that do not fit each other; a family may override it. Called when all networks are built."""
 
     def build_folder(self, name: str, config: ModelConfig | None) -> None:
         """Read a tokenizer or processor and check that it is the family's; None reads nothing.
 
         Raises:
-            ValueError: It is another one.
+            ValueError: It is another family's.
         """
         if config is None:
             return
@@ -168,12 +178,12 @@ class PipelineNetworks(nn.Module):
         in_host_memory: Collection[str] = (),
         storages: Mapping[str, str] | None = None,
     ) -> None:
-        """Read the weights of the built models `names` (all of them by default), drop the others.
+        """Read the weights of the built models `names` (None for all), and drop the other models.
 
         Args:
-            dtypes: By model, where it is not the pipeline's.
-            in_host_memory: Models that are read there, whatever the pipeline's device.
-            storages: By model, how weights are kept in fewer bits; see `core.memory.storage`.
+            dtypes: Dtypes by model; others get the pipeline's.
+            in_host_memory: Models that are read to host memory, whatever the pipeline's device.
+            storages: Storages of weights in fewer bits by model, see `core.memory.storage`; others get none.
         """
         wanted = set(self._files if names is None else names)
         for name, files in self._files.items():
@@ -186,17 +196,17 @@ class PipelineNetworks(nn.Module):
 
     @property
     def built_models(self) -> set[str]:
-        """Names of the models there are."""
+        """Names of the models that are built and not dropped."""
         return {name for name in self._files if getattr(self, name) is not None}
 
     @property
     def network(self) -> nn.Module:
-        """What `model_fn` predicts with."""
+        """The network that predicts: the first one that `model_fn` calls."""
         return getattr(self, self.in_iteration_models[0])
 
     @contextmanager
     def loaded(self, names: Iterable[str]) -> Iterator[None]:
-        """Read the weights of these built models, and let go of them afterwards."""
+        """Inside, the weights of these built models are loaded; afterwards they are dropped."""
         names = [name for name in names if name in self._files]
         for name in names:
             load_weights(getattr(self, name), self._files[name], self.torch_dtype, self.device)
@@ -209,29 +219,35 @@ class PipelineNetworks(nn.Module):
     def _attribute(self, module: nn.Module, files: Sequence[Path]) -> str:
         names = [name for name, network in self.networks().items() if network.holds(module)]
         if not names:
-            taken = sorted(kind for network in self.networks().values() for kind in network.names)
+            known = sorted(kind for network in self.networks().values() for kind in network.names)
             raise ValueError(
-                f"{type(self).__name__} has no place for a {type(module).__name__} ({files[0]}); it takes {taken}."
+                f"{type(self).__name__} has no place for a {type(module).__name__} ({files[0]}); expected one of "
+                f"{known}."
             )
         return names[0]
 
     def models_of(self, units: Iterable[PipelineUnit], *, model_fn: bool) -> set[str]:
-        """Names of the models that these units, and `model_fn` if it is called, need loaded."""
+        """Names of the models that these units call, and with `model_fn` also those that `model_fn` calls."""
         names = {name for unit in units for name in unit.onload_model_names}
         return names | (set(self.in_iteration_models) if model_fn else set())
 
     def require(self, users: Mapping[str, str]) -> None:
-        """Refuse a pipeline that was built without a model that is needed; `users` says of each what needs it.
+        """Refuse a pipeline that was built without a model that is needed.
+
+        Args:
+            users: Needed models, and for each the name of what needs it.
 
         Raises:
-            ValueError: Names both.
+            ValueError: The message names the model and what needs it.
         """
         for name, user in users.items():
             if getattr(self, name, None) is None:
-                raise ValueError(f"{user} needs {name}, but model.{name} is null; say where its weights are.")
+                raise ValueError(
+                    f"{user} needs {name}, but model.{name} is null; set model.{name} to where its weights are."
+                )
 
     def freeze_except(self, names: Iterable[str]) -> None:
-        """Let gradients reach the named modules only (dotted names reach into a model)."""
+        """Freeze all parameters but those of the named modules; a dotted name is a part of a model."""
         self.eval().requires_grad_(False)
         for name in names:
             self.named_model(name).train().requires_grad_(True)
@@ -240,35 +256,35 @@ class PipelineNetworks(nn.Module):
         """The module of a dotted name such as `dit` or `dit.transformer_blocks.3`.
 
         Raises:
-            ValueError: There is no such module; the message lists those there are.
+            ValueError: There is no such module; the message lists the modules at that level.
         """
         try:
             module = self.get_submodule(name)
         except AttributeError:
             module = None
         if module is None:
-            raise ValueError(f"{type(self).__name__} has no model {name!r}; it has {sorted(self._beside(name))}.")
+            raise ValueError(f"{type(self).__name__} has no model {name!r}; it has {sorted(self._siblings(name))}.")
         return module
 
-    def _beside(self, name: str) -> set[str]:
-        """Names of the modules where a dotted name leads nowhere."""
+    def _siblings(self, name: str) -> set[str]:
+        """Names of the modules at the level at which a dotted name stops to exist."""
         known, parent = dict(self.named_modules()), name.rpartition(".")[0]
         while parent not in known:
             parent = parent.rpartition(".")[0]
         return {f"{parent}.{child}".lstrip(".") for child, _ in known[parent].named_children()}
 
     def released_weights(self, name: str, keys: Iterable[str]) -> dict[str, Tensor]:
-        """The tensors `keys` of a model, under the names that its released checkpoint gives them."""
+        """The parameters `keys` of a model, under the names of its released checkpoint."""
         model = self.named_model(name)
         return to_released_keys(model, {key: model.get_parameter(key).detach() for key in keys})
 
     def sources(self) -> dict[str, dict[str, str]]:
-        """Where each loaded model's weights lie, and their fingerprint."""
+        """Folder and fingerprint of each built model's weights."""
         loaded = [name for name in self._files if name in self.built_models]
         return {n: {"path": str(self._files[n][0].parent), "fingerprint": self.fingerprint(n)} for n in loaded}
 
     def fingerprint(self, name: str) -> str | None:
-        """Of the files of a model or tokenizer, loaded or not; None if it has none."""
+        """Fingerprint of the files of a model, a tokenizer or a processor, loaded or not; None if it has no files."""
         if name not in self._fingerprints:
             if name in self.folders:
                 self._fingerprints[name] = fingerprint_folder(self.folders[name])
@@ -277,48 +293,51 @@ class PipelineNetworks(nn.Module):
         return self._fingerprints.get(name)
 
     def use_sampling_settings(self, settings: Mapping[str, Any] | None, adapter: str | Path | None = None) -> None:
-        """Sample with the settings that weights were trained for, unless a request says otherwise.
+        """Set the sampling settings of requests that leave them open.
 
         Args:
-            settings: Such as a distilled student's number of steps; None changes nothing.
-            adapter: The file of the weights, whose settings come before the model's own.
+            settings: Settings that weights were trained for, such as a distilled student's number of steps; None
+                changes nothing.
+            adapter: The adapter file that has them, which overrides the model's; None for the model itself.
         """
         if settings is not None:
             self.sampling_settings[adapter and str(adapter)] = settings
 
     def load_models_to_device(self, names: Iterable[str]) -> None:
-        """Where a unit says which models it is about to call; memory recipes bring them in here."""
+        """Units call this before they call models; an override may move the models to the device here."""
 
     def load_lora(self, model: nn.Module | str, path: str | Path, alpha: float = 1.0, fuse: bool = False) -> None:
         """Add a LoRA file to a model (`pipe.load_lora(pipe.dit, "style.safetensors")`), scaled by `alpha`.
 
-        A file that was trained for certain sampling settings, such as a distilled student's, is sampled with them.
+        The sampling settings that are stored in the file, such as a distilled student's, become the pipeline's.
+
+        Args:
+            fuse: Merge the LoRA into the weights.
 
         Raises:
-            ValueError: The file holds a key this model has no place for.
+            ValueError: The file has a key that belongs to no layer of the model.
         """
         name = model if isinstance(model, str) else next(n for n, m in self.named_children() if m is model)
         lora_files.load(self.named_model(name), path, prefix=self.lora_prefixes.get(name, name), scale=alpha, fuse=fuse)
         self.use_sampling_settings_of(path)
 
     def check_adapters(self, paths: Iterable[str | Path]) -> None:
-        """Refuse adapter files that fit none of this pipeline's models; needs no weights."""
+        """Refuse adapter files whose keys belong to no layer of this pipeline's models; needs no weights."""
         for path in paths:
             for name in self.adapted_by(path):
-                lora_files.check_layers(
-                    self.named_model(name), lora_files.read(path, self.lora_prefixes[name])[0], path
-                )
+                tensors, _ = lora_files.read(path, self.lora_prefixes[name])
+                lora_files.check_layers(self.named_model(name), tensors, path)
 
     def use_sampling_settings_of(self, path: str | Path) -> None:
-        """Sample with the settings that an adapter file names, if it names any; needs no weights."""
+        """Set the sampling settings to those stored in an adapter file, if it has any; needs no weights."""
         self.use_sampling_settings(sampling_settings.of_file(path), path)
 
     def load_adapter(self, path: str | Path, scale: float = 1.0, fuse: bool = False) -> None:
-        """Add an adapter file to all the models that its keys name; see `load_lora`."""
+        """Add an adapter file to all models that its keys name; see `load_lora`."""
         for name in self.adapted_by(path):
             self.load_lora(name, path, scale, fuse)
 
     def adapted_by(self, path: str | Path) -> list[str]:
-        """Names of the models that an adapter file is for."""
+        """Names of the models that an adapter file is for; the predicting network if its keys name none."""
         named = lora_files.prefixes(path)
         return [name for name, prefix in self.lora_prefixes.items() if prefix in named] or [self.in_iteration_models[0]]

@@ -1,4 +1,4 @@
-"""What frozen units made of a sample is the same every epoch: keep it."""
+"""`UnitMemory`: keeps the outputs of frozen units in host memory, because they are the same in every epoch."""
 
 from collections.abc import Callable, Hashable
 from typing import Any
@@ -10,9 +10,9 @@ Inputs = tuple[dict, dict, dict]
 
 
 class UnitMemory:
-    """Results of units in host memory, by sample, until the budget is spent.
+    """Outputs of units in host memory, by sample, until the budget is spent.
 
-    Nothing is thrown out to make room: in a shuffled epoch every sample is as far away as any other.
+    Nothing is evicted: in shuffled epochs no sample is needed sooner than another.
 
     Args:
         gigabytes: The budget in GiB; 0 keeps nothing.
@@ -23,7 +23,7 @@ class UnitMemory:
         self.kept: dict[Hashable, Inputs] = {}
 
     def get(self, key: Hashable, make: Callable[[], Inputs], device: torch.device) -> Inputs:
-        """What `make` returned for this key, now or before, on `device`."""
+        """The result of `make()` for this key, from memory if it is there, with tensors on `device`."""
         if key in self.kept:
             return tuple(to_device(side, device) for side in self.kept[key])
         made = make()
@@ -35,7 +35,7 @@ class UnitMemory:
 
 
 def to_device(value: Any, device: torch.device) -> Any:
-    """A tensor, or all that are in a dict or list."""
+    """Move a tensor to a device, or all tensors in a dict or list."""
     if isinstance(value, dict):
         return {name: to_device(element, device) for name, element in value.items()}
     if isinstance(value, list):

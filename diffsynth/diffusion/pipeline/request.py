@@ -1,4 +1,7 @@
-"""What a pipeline can be asked for: the arguments of its call, documented once for all families."""
+"""Requests: the arguments of a pipeline's call, documented once for all families.
+
+Shapes: L tokens, D width.
+"""
 
 import inspect
 from collections.abc import Mapping, Sequence
@@ -10,7 +13,7 @@ from torch import Tensor
 
 from .kv_cache import KVCache
 
-EDIT_IMAGE_PIXELS = 1024 * 1024  # area at which the released editing models were trained
+EDIT_IMAGE_PIXELS = 1024 * 1024  # area at which the released editing models were trained, as DiffSynth-Studio has it
 
 
 @dataclass(kw_only=True)
@@ -18,24 +21,24 @@ class ImageRequest:
     """Sample one image.
 
     Args:
-        prompt: What the image shows.
-        negative_prompt: What classifier-free guidance leads away from.
-        cfg_scale: Scale of classifier-free guidance; 1 is none, and half the time.
-        input_image: Start from this image instead of pure noise; it is resized to `height` and `width`.
-        denoising_strength: How much noise `input_image` gets, in (0, 1].
-        inpaint_mask: White is sampled anew, black keeps `input_image`.
+        prompt: Description of the image.
+        negative_prompt: Description of an image that classifier-free guidance moves away from.
+        cfg_scale: Scale of classifier-free guidance; 1 switches it off and takes half the time.
+        input_image: Image to start from instead of pure noise; it is resized to `height` and `width`.
+        denoising_strength: Noise level to which `input_image` is noised, in (0, 1].
+        inpaint_mask: Image whose white area is sampled anew; its black area keeps `input_image`.
         inpaint_blur_sigma: Latent pixels by which the mask's edge is softened; None leaves it sharp.
-        height, width: In pixels, rounded up to a multiple of what the family's latents need.
-        seed: Of the noise; None takes torch's global generator.
+        height, width: Size in pixels, rounded up to a multiple of what the family's latents need.
+        seed: Seed of the noise; None takes torch's global generator.
         rand_device: Device on which the noise is made.
-        num_inference_steps: Calls of the network (twice as many under guidance).
-        sigmas: Noise levels to sample at, instead of `num_inference_steps` of the family's own.
+        num_inference_steps: Number of steps; the network is called once per step, twice under guidance.
+        sigmas: Noise levels to sample at, instead of the family's grid of `num_inference_steps` levels.
         sampler: `euler`, `heun`, `dpmpp_2m`, or `renoise` as some few-step students need; see `pipeline.samplers`.
-        tiled: Run the autoencoder on tiles: less memory, faint seams.
-        tile_size, tile_stride: Size of the tiles, and their distance, in pixels of the autoencoder's latents.
+        tiled: Run the autoencoder on tiles, which takes less memory and may leave faint seams.
+        tile_size, tile_stride: Size of the tiles and distance between them, in pixels of the autoencoder's latents.
 
-    Of `cfg_scale`, `num_inference_steps`, `sigmas` and `sampler`, None or nothing takes what the weights were trained
-    to be sampled with (see `PipelineNetworks.use_sampling_settings`), else the model's own default.
+    If `cfg_scale`, `num_inference_steps`, `sigmas` or `sampler` is None or left out, it has the value that the weights
+    were trained for (see `PipelineNetworks.use_sampling_settings`), or else the model's default.
     """
 
     prompt: str
@@ -59,12 +62,12 @@ class ImageRequest:
 
 @dataclass(kw_only=True)
 class EditRequest(ImageRequest):
-    """Sample one image, from others if they are given.
+    """Sample one image from a prompt, or from a prompt and images to edit.
 
     Args:
-        edit_image: Image that the prompt says how to change, or several that it refers to.
-        edit_image_auto_resize: Scale each to about `edit_image_pixels` in its own proportions; otherwise their sides
-            have to be multiples of 16.
+        edit_image: Image that is changed as the prompt says, or several that the prompt refers to.
+        edit_image_auto_resize: Scale each edit image to about `edit_image_pixels` in its own proportions; if false,
+            their sides must be multiples of 16.
         edit_image_pixels: Area in pixels.
     """
 
@@ -75,13 +78,14 @@ class EditRequest(ImageRequest):
 
 @dataclass(kw_only=True)
 class TemplateRequest(ImageRequest):
-    """Sample one image with what templates make (`diffusion.template`), of either side of guidance.
+    """Sample one image with the outputs of templates (`diffusion.template`).
+
+    The conditional prediction reads these arguments; the unconditional one reads those that begin with `negative_`.
 
     Args:
-        kv_cache: Keys and values (1, L, heads, head_dim) by block, which the conditional prediction attends to besides
-            its own; `negative_…` is of the unconditional prediction.
-        lora: State dict of a LoRA of the transformer, under diffusers' names.
-        extra_text_embedding: Text embeddings (1, L, D) that follow the prompt's.
+        kv_cache, negative_kv_cache: Extra keys and values (1, L, heads, head_dim) by block, to attend to.
+        lora, negative_lora: State dict of a LoRA of the transformer, under diffusers' names.
+        extra_text_embedding, negative_extra_text_embedding: Text embeddings (1, L, D) appended to the prompt's.
     """
 
     kv_cache: KVCache | None = None
@@ -93,12 +97,12 @@ class TemplateRequest(ImageRequest):
 
 
 def defaults_of(request: type[ImageRequest]) -> dict[str, Any]:
-    """The default of every field that has one."""
+    """The defaults of a request's fields, by name."""
     return {field.name: field.default for field in fields(request) if field.default is not MISSING}
 
 
 def parameters_of(request: type[ImageRequest]) -> list[inspect.Parameter]:
-    """The fields as parameters of a call: `prompt` may stand first without its name."""
+    """A request's fields as parameters of a call; all are keyword-only but `prompt`, which comes first."""
     kinds = {"prompt": inspect.Parameter.POSITIONAL_OR_KEYWORD}
     hints, first = get_type_hints(request), "prompt"
     named = sorted(fields(request), key=lambda field: field.name != first)
@@ -114,10 +118,10 @@ def parameters_of(request: type[ImageRequest]) -> list[inspect.Parameter]:
 
 
 def typed(request: type[ImageRequest], name: str, value: Any) -> Any:
-    """An argument of a request that may be a cell of a csv, which is text, as the number that it is to be.
+    """Convert an argument that was read from a csv, as text, to the number that the request expects.
 
     Raises:
-        ValueError: It is none.
+        ValueError: The text is no such number.
     """
     hint = get_type_hints(request).get(name)
     kinds = get_args(hint) or [hint]
@@ -132,6 +136,6 @@ def typed(request: type[ImageRequest], name: str, value: Any) -> Any:
 
 
 def document(request: type[ImageRequest]) -> str:
-    """The documentation of a request, and of those that it adds to, as one docstring."""
+    """The docstrings of a request's class and of its base classes, as one."""
     parts = [cls.__doc__ for cls in request.__mro__ if cls is not object and cls.__doc__]
     return "\n\n".join(inspect.cleandoc(part) for part in parts)

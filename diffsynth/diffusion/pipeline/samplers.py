@@ -1,6 +1,6 @@
-"""Samplers: from noise to latents along a velocity, each a generator of the latents at every noise level and at 0.
+"""Samplers: generators that yield the latents at every noise level of a scheduler, and at 0.
 
-x_σ = (1 - σ) x₀ + σ ε, dx/dσ = v; shapes: latents and velocities (B, C, h, w).
+They integrate dx/dσ = v(x, σ), where x_σ = (1 - σ) x₀ + σ ε. Latents and velocities are (B, C, h, w).
 """
 
 from collections.abc import Callable, Iterator
@@ -11,13 +11,13 @@ from torch import Tensor
 
 from ..flow_match import TRAINING_STEPS, FlowMatchScheduler
 
-Velocity = Callable[[Tensor, Tensor], Tensor]  # of latents at a timestep () in [0, 1000]
-Noise = Callable[[int, Tensor], Tensor]  # of a step's number, like latents
+Velocity = Callable[[Tensor, Tensor], Tensor]  # velocity(latents, timestep) with a timestep () in [0, 1000]
+Noise = Callable[[int, Tensor], Tensor]  # noise(step, latents): fresh noise for a step, shaped like the latents
 Sampler = Callable[[Velocity, Tensor, FlowMatchScheduler, Noise], Iterator[Tensor]]
 
 
 def euler(velocity: Velocity, latents: Tensor, scheduler: FlowMatchScheduler, noise: Noise) -> Iterator[Tensor]:
-    """x ← x + (σ' - σ) v(x, σ)."""
+    """Euler's method on latents (B, C, h, w): x ← x + (σ' - σ) v(x, σ)."""
     yield latents
     for index, timestep in enumerate(scheduler.timesteps):
         latents = scheduler.step(velocity(latents, timestep), index, latents)
@@ -25,8 +25,9 @@ def euler(velocity: Velocity, latents: Tensor, scheduler: FlowMatchScheduler, no
 
 
 def renoise(velocity: Velocity, latents: Tensor, scheduler: FlowMatchScheduler, noise: Noise) -> Iterator[Tensor]:
-    """x ← (1 - σ') x̂₀ + σ' ε with fresh noise ε and x̂₀ = x - σ v(x, σ): what some few-step students are trained for.
+    """Multistep consistency sampling: x ← (1 - σ') x̂₀ + σ' ε with fresh noise ε and x̂₀ = x - σ v(x, σ).
 
+    Some few-step students are trained for it. Latents are (B, C, h, w).
     Song et al. 2023, "Consistency Models", Algorithm 1 (https://arxiv.org/abs/2303.01469).
     """
     yield latents
@@ -36,8 +37,9 @@ def renoise(velocity: Velocity, latents: Tensor, scheduler: FlowMatchScheduler, 
 
 
 def heun(velocity: Velocity, latents: Tensor, scheduler: FlowMatchScheduler, noise: Noise) -> Iterator[Tensor]:
-    """x ← x + (σ' - σ) (v(x, σ) + v(x', σ')) / 2 with x' of an Euler step; two calls a step, one in the last.
+    """Heun's method: x ← x + (σ' - σ) (v(x, σ) + v(x', σ')) / 2, where x' is the result of an Euler step.
 
+    It calls the network twice per step, once in the last step. Latents are (B, C, h, w).
     Karras et al. 2022, Algorithm 1 (https://arxiv.org/abs/2206.00364).
     """
     yield latents
@@ -52,17 +54,16 @@ def heun(velocity: Velocity, latents: Tensor, scheduler: FlowMatchScheduler, noi
 
 
 def dpmpp_2m(velocity: Velocity, latents: Tensor, scheduler: FlowMatchScheduler, noise: Noise) -> Iterator[Tensor]:
-    """The second-order multistep solver of x̂₀, by diffusers at the family's own noise levels; one call a step.
+    """DPM-Solver++(2M), diffusers' implementation at the family's noise levels; it calls the network once per step.
 
-    Lu et al. 2022, "DPM-Solver++", Algorithm 2 (https://arxiv.org/abs/2211.01095).
+    Latents are (B, C, h, w). Lu et al. 2022, "DPM-Solver++", Algorithm 2 (https://arxiv.org/abs/2211.01095).
     """
     solver = DPMSolverMultistepScheduler(
         prediction_type="flow_prediction", use_flow_sigmas=True, final_sigmas_type="zero", lower_order_final=True
     )
     solver.set_timesteps(len(scheduler.sigmas))
-    levels = scheduler.sigmas.clamp(
-        max=1
-    )  # a shifted grid may begin a rounding error above 1, and the solver takes log(1 - σ)
+    # A shifted grid may begin a rounding error above 1, and the solver computes log(1 - σ).
+    levels = scheduler.sigmas.clamp(max=1)
     solver.sigmas = torch.cat([levels, levels.new_zeros(1)])
     solver.timesteps = scheduler.sigmas * TRAINING_STEPS
     yield latents

@@ -1,26 +1,32 @@
-"""Pipeline units: conditioning as a list of small steps over three dictionaries of inputs.
+"""Pipeline units: small steps that compute the network's inputs, over three dictionaries.
 
-`inputs_shared` holds what both sides of classifier-free guidance read, `inputs_posi` and `inputs_nega` what differs.
+`inputs_shared` holds the inputs of both predictions of classifier-free guidance, `inputs_posi` those of the conditional
+one only, and `inputs_nega` those of the unconditional one only.
 """
 
 import difflib
 import inspect
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from ..base_pipeline import BasePipeline
 
 
 class PipelineUnit:
-    """One step: reads some inputs of the pipeline, returns new ones as a dict.
+    """One step: reads some inputs of the pipeline and returns new ones as a dict.
 
-    What it reads are the parameters of its `process`; a parameter nobody gave a value takes the default of the
-    pipeline's `__call__`, then that of `process`.
+    It reads the parameters of its `process`. A parameter without a value takes the default of the pipeline's
+    `__call__`, or else that of `process`.
 
     Args:
         separate_cfg: Run once for each side of guidance; `input_params_posi` and `input_params_nega` map parameters of
-            `process` to the keys of that side. `seperate_cfg`, the original's spelling, means the same.
+            `process` to the keys of that side. `seperate_cfg`, DiffSynth-Studio's spelling, means the same.
         take_over: `process(pipe, inputs_shared, inputs_posi, inputs_nega)` gets and returns all three dictionaries.
-        input_params: Names read from `inputs_shared`; derived from `process` when left out, else checked against it.
-        output_params: Names it may return.
-        onload_model_names: Models of the pipeline it calls.
+        input_params: Names read from `inputs_shared`; None derives them from `process`, other values are checked
+            against it.
+        output_params: Names that it may return.
+        onload_model_names: Models of the pipeline that it calls.
     """
 
     def __init__(
@@ -42,26 +48,27 @@ class PipelineUnit:
         self.onload_model_names = tuple(onload_model_names or ())
         self.input_params = self._input_params(input_params)
 
-    needs: str | None = None  # component of the pipeline without which the unit has no work
-    calls_released_weights = False  # whether the models that it calls are as they were before any training
+    needs: str | None = None  # optional component of the pipeline; without it the unit is left out
+    calls_released_weights = False  # whether it calls its models as they were before the training
 
     def process(self, pipe, **inputs) -> dict:
+        """The unit's outputs for one sample, by name."""
         raise NotImplementedError(f"{type(self).__name__} has no process().")
 
     def process_batch(self, pipe, batch: Sequence[Mapping]) -> list[dict]:
-        """What `process` returns for each of several inputs; a unit whose network takes batches may be faster here."""
+        """The outputs of `process` for several samples; units whose networks take batches override it to be faster."""
         return [self.process(pipe, **inputs) for inputs in batch]
 
-    def depends_on(self, pipe) -> dict[str, str]:
-        """What else its results depend on, by name, besides its inputs, its code and the models that it calls."""
+    def depends_on(self, pipe: "BasePipeline") -> dict[str, str]:
+        """What the outputs depend on besides inputs, code and models, by name; it becomes part of a cache's keys."""
         return {}
 
     def fetch_input_params(self) -> list[str]:
-        """Every key this unit may read, of any of the three dictionaries."""
+        """All keys that this unit may read, from any of the three dictionaries."""
         return sorted({*self.input_params, *self.input_params_posi.values(), *self.input_params_nega.values()})
 
     def _parameters(self) -> dict[str, inspect.Parameter]:
-        """What it reads."""
+        """The parameters whose names are the unit's inputs."""
         return dict(inspect.signature(self.process).parameters)
 
     def _input_params(self, declared: Iterable[str] | None) -> tuple[str, ...]:
@@ -81,27 +88,31 @@ class PipelineUnit:
 class PipelineUnitRunner:
     """Runs one unit over the three dictionaries and returns them with its outputs added."""
 
-    def __call__(self, unit: PipelineUnit, pipe, inputs_shared: dict, inputs_posi: dict, inputs_nega: dict):
+    def __call__(
+        self, unit: PipelineUnit, pipe: "BasePipeline", inputs_shared: dict, inputs_posi: dict, inputs_nega: dict
+    ) -> tuple[dict, dict, dict]:
         if unit.take_over:
             return unit.process(pipe, inputs_shared=inputs_shared, inputs_posi=inputs_posi, inputs_nega=inputs_nega)
         if not unit.separate_cfg:
-            made = _process(unit, pipe, inputs_shared, unit.input_params_posi, inputs_posi)
-            return {**inputs_shared, **made}, inputs_posi, inputs_nega
+            outputs = _process(unit, pipe, inputs_shared, unit.input_params_posi, inputs_posi)
+            return {**inputs_shared, **outputs}, inputs_posi, inputs_nega
         positive = negative = _process(unit, pipe, inputs_shared, unit.input_params_posi, inputs_posi)
         if inputs_shared.get("cfg_scale", 1) != 1:
             negative = _process(unit, pipe, inputs_shared, unit.input_params_nega, inputs_nega)
         return inputs_shared, {**inputs_posi, **positive}, {**inputs_nega, **negative}
 
 
-def run_units(units: Iterable[PipelineUnit], pipe, inputs_shared: dict, inputs_posi: dict, inputs_nega: dict):
-    """Run units in order and return the three dictionaries."""
+def run_units(
+    units: Iterable[PipelineUnit], pipe: "BasePipeline", inputs_shared: dict, inputs_posi: dict, inputs_nega: dict
+) -> tuple[dict, dict, dict]:
+    """Run units in order over the three dictionaries of one sample, and return them with the units' outputs."""
     for unit in units:
         inputs_shared, inputs_posi, inputs_nega = pipe.unit_runner(unit, pipe, inputs_shared, inputs_posi, inputs_nega)
     return inputs_shared, inputs_posi, inputs_nega
 
 
-def run_units_together(units: Iterable[PipelineUnit], pipe, samples: Sequence[tuple]) -> list[tuple]:
-    """Run units in order over the three dictionaries of each of several samples, those that can over all at once."""
+def run_units_together(units: Iterable[PipelineUnit], pipe: "BasePipeline", samples: Sequence[tuple]) -> list[tuple]:
+    """Run units in order over the three dictionaries of several samples; units that take batches get all at once."""
     for unit in units:
         takes_batches = type(unit).process_batch is not PipelineUnit.process_batch
         if takes_batches and all(shared.get("cfg_scale", 1) == 1 for shared, _, _ in samples):
@@ -111,19 +122,19 @@ def run_units_together(units: Iterable[PipelineUnit], pipe, samples: Sequence[tu
     return list(samples)
 
 
-def _process_together(unit: PipelineUnit, pipe, samples: Sequence[tuple]) -> list[tuple]:
-    given = [read_inputs(unit, pipe, shared, unit.input_params_posi, posi) for shared, posi, _ in samples]
-    made = unit.process_batch(pipe, given)
-    for outputs in made:
+def _process_together(unit: PipelineUnit, pipe: "BasePipeline", samples: Sequence[tuple]) -> list[tuple]:
+    batch = [read_inputs(unit, pipe, shared, unit.input_params_posi, posi) for shared, posi, _ in samples]
+    results = unit.process_batch(pipe, batch)
+    for outputs in results:
         check_outputs(unit, outputs)
-    both = list(zip(samples, made, strict=True))
+    pairs = list(zip(samples, results, strict=True))
     if unit.separate_cfg:
-        return [(shared, {**posi, **outputs}, {**nega, **outputs}) for (shared, posi, nega), outputs in both]
-    return [({**shared, **outputs}, posi, nega) for (shared, posi, nega), outputs in both]
+        return [(shared, {**posi, **outputs}, {**nega, **outputs}) for (shared, posi, nega), outputs in pairs]
+    return [({**shared, **outputs}, posi, nega) for (shared, posi, nega), outputs in pairs]
 
 
 def required_units(units: Iterable[PipelineUnit], wanted: Iterable[str]) -> list[PipelineUnit]:
-    """The units, in order, whose outputs lead to the `wanted` names; the others need not run, nor their models load."""
+    """The units, in order, on whose outputs the `wanted` inputs depend; the others need not run."""
     wanted, required = set(wanted), []
     for unit in reversed(list(units)):
         if unit.take_over or wanted.intersection(unit.output_params):
@@ -133,16 +144,16 @@ def required_units(units: Iterable[PipelineUnit], wanted: Iterable[str]) -> list
 
 
 def optional_inputs(units: Iterable[PipelineUnit]) -> set[str]:
-    """What units read where it is given, and do without otherwise: their `process` has a default for it."""
+    """Inputs that units read if they are given: the parameters of `process` that have a default."""
     parameters = [unit.parameters for unit in units if not unit.take_over]
     return {name for own in parameters for name, p in own.items() if p.default is not inspect.Parameter.empty}
 
 
 def split_units(units: Iterable[PipelineUnit], trained: set[str]) -> tuple[list[PipelineUnit], list[PipelineUnit]]:
-    """Units whose results training the models `trained` does not change, and the others; to be run in this order.
+    """Split units into frozen and live ones; the outputs of frozen units do not change while `trained` are trained.
 
-    A unit is of the others if it calls a trained model, reads what one of them returned, or writes what one of them
-    reads or returned before it.
+    All frozen units can run before all live ones. A unit is live if it takes over all dictionaries, calls a trained
+    model, reads an output of a live unit, or writes an input or output of a live unit before it.
     """
     frozen, live, touched, written = [], [], set(), set()
     for unit in units:
@@ -157,8 +168,16 @@ def split_units(units: Iterable[PipelineUnit], trained: set[str]) -> tuple[list[
     return frozen, live
 
 
-def read_inputs(unit: PipelineUnit, pipe, inputs: Mapping, names: Mapping[str, str], side: Mapping) -> dict:
-    """The arguments of `process`: `names` of them (parameter → key) from one side of guidance, the rest shared."""
+def read_inputs(
+    unit: PipelineUnit, pipe: "BasePipeline", inputs: Mapping, names: Mapping[str, str], side: Mapping
+) -> dict:
+    """The arguments of a unit's `process`.
+
+    Args:
+        inputs: The shared inputs.
+        names: Parameters that are read from one side of guidance, and their keys there.
+        side: The inputs of that side.
+    """
     given = {parameter: _lookup(key, side, pipe, unit) for parameter, key in names.items()}
     for name in unit.input_params:
         if name in inputs or name in pipe.call_defaults or unit.parameters[name].default is inspect.Parameter.empty:
@@ -171,27 +190,31 @@ def check_outputs(unit: PipelineUnit, outputs: Mapping) -> None:
     undeclared = sorted(set(outputs) - set(unit.output_params))
     if undeclared:
         raise ValueError(
-            f"{type(unit).__name__} returned {undeclared}, which its output_params {unit.output_params} do not name."
+            f"{type(unit).__name__} returned {undeclared}, which its output_params {unit.output_params} do not name; "
+            "add them there."
         )
 
 
 def in_groups(items: Sequence, kinds: Sequence[Hashable], make: Callable[[list], Sequence]) -> list:
-    """What `make` makes of the items of each kind together, one result an item, in the items' order."""
+    """Call `make` once per kind, with all items of that kind, and return one result per item, in the items' order."""
     results = [None] * len(items)
     for kind in dict.fromkeys(kinds):
-        places = [place for place, other in enumerate(kinds) if other == kind]
-        for place, made in zip(places, make([items[place] for place in places]), strict=True):
-            results[place] = made
+        indices = [index for index, other in enumerate(kinds) if other == kind]
+        group = make([items[index] for index in indices])
+        for index, result in zip(indices, group, strict=True):
+            results[index] = result
     return results
 
 
-def _process(unit: PipelineUnit, pipe, inputs: Mapping, names: Mapping[str, str], side: Mapping) -> dict:
+def _process(
+    unit: PipelineUnit, pipe: "BasePipeline", inputs: Mapping, names: Mapping[str, str], side: Mapping
+) -> dict:
     outputs = unit.process(pipe, **read_inputs(unit, pipe, inputs, names, side))
     check_outputs(unit, outputs)
     return outputs
 
 
-def _lookup(name: str, inputs: Mapping, pipe, unit: PipelineUnit):
+def _lookup(name: str, inputs: Mapping, pipe: "BasePipeline", unit: PipelineUnit) -> Any:
     if name in inputs:
         return inputs[name]
     if name in pipe.call_defaults:

@@ -1,4 +1,4 @@
-"""What families' autoencoders add to the library's: latents of unit variance, and tiles at a request's size.
+"""Latents and autoencoders of a family: shapes of latents, normalisation to unit variance, tiling.
 
 Shapes: B batch, C channels, h w latent size, H W size in pixels.
 """
@@ -12,12 +12,12 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Latents:
-    """The latents that a family's network sees.
+    """The latents that a family's network reads.
 
     Args:
-        channels: Channels of a latent pixel.
-        factor: Pixels along each side of a latent pixel.
-        patch: Latent pixels along each side of a token of the network.
+        channels: Number of channels C.
+        factor: Downsampling, H / h and W / w.
+        patch: Latent pixels per token, along each side.
     """
 
     channels: int
@@ -26,7 +26,7 @@ class Latents:
 
     @property
     def multiple(self) -> int:
-        """Both sides of an image are multiples of so many pixels."""
+        """Pixels of which both sides of an image must be a multiple."""
         return self.factor * self.patch
 
     def shape(self, height: int, width: int) -> tuple[int, ...]:
@@ -34,32 +34,34 @@ class Latents:
         return 1, self.channels, height // self.factor, width // self.factor
 
     def tokens(self, height: int, width: int) -> int:
-        """Tokens of one image of `height` and `width` in pixels."""
+        """Number of tokens of one image of `height` and `width` in pixels."""
         return (height // self.multiple) * (width // self.multiple)
 
     def fitted(self, height: int, width: int) -> tuple[int, int]:
-        """A size in pixels, rounded up to one that there are latents of."""
+        """`height` and `width` in pixels, rounded up to `multiple`."""
         return tuple(-(-side // self.multiple) * self.multiple for side in (height, width))
 
 
 class NormalisedVAE:
-    """Mixed in front of an autoencoder of diffusers: encodes to normalised latents and decodes them.
+    """Mixin that makes an autoencoder of diffusers encode to, and decode from, latents of zero mean and unit variance.
 
-    What is here fits `AutoencoderKL`; others override `statistics`, `tile`, `distribution` and `reconstruct`.
+    It stands before the autoencoder among the base classes. Its methods fit `AutoencoderKL`; for other autoencoders,
+    override `statistics`, `tile`, `distribution`, `reconstruct`, `packed` and `unpacked`.
     """
 
     def encode(self, image: Tensor, tiled: bool = False, tile_size: int = 128, tile_stride: int = 64) -> Tensor:
-        """Mean latents (B, C, h, w), of zero mean and unit variance, of RGB (B, 3, H, W) in [-1, 1].
+        """Encode RGB (B, 3, H, W) in [-1, 1] to normalised latents (B, C, h, w), the means of their distributions.
 
         Args:
-            tiled: Encode overlapping tiles of `tile_size` latent pixels, `tile_stride` apart: less memory, faint seams.
+            tiled: Encode overlapping tiles of `tile_size` latent pixels, `tile_stride` apart, which takes less memory
+                and may leave faint seams.
         """
         latents = self.packed(self.distribution(image, tiled, tile_size, tile_stride).mean)
         mean, std = self.statistics(latents)
         return (latents - mean) / std
 
     def decode(self, latents: Tensor, tiled: bool = False, tile_size: int = 128, tile_stride: int = 64) -> Tensor:
-        """RGB (B, 3, H, W) in [-1, 1] of normalised latents (B, C, h, w)."""
+        """Decode normalised latents (B, C, h, w) to RGB (B, 3, H, W) in [-1, 1]."""
         mean, std = self.statistics(latents)
         self.tile(tiled, tile_size, tile_stride)
         return self.reconstruct(self.unpacked(latents * std + mean).to(self.dtype))
@@ -70,26 +72,25 @@ class NormalisedVAE:
         return super().encode(image).latent_dist
 
     def reconstruct(self, latents: Tensor) -> Tensor:
-        """RGB (B, 3, H, W) in [-1, 1] of the autoencoder's own latents."""
+        """Decode the autoencoder's own latents to RGB (B, 3, H, W) in [-1, 1]."""
         return super().decode(latents).sample
 
     def packed(self, latents: Tensor) -> Tensor:
-        """The autoencoder's own latents as (B, C, h, w)."""
+        """Convert the autoencoder's own latents to the network's shape (B, C, h, w)."""
         return latents
 
     def unpacked(self, latents: Tensor) -> Tensor:
-        """Latents (B, C, h, w) as the autoencoder's own."""
+        """Convert latents (B, C, h, w) to the autoencoder's own."""
         return latents
 
     def statistics(self, like: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean and standard deviation, which latents (B, C, h, w) are normalised by; each broadcasts against them."""
+        """Mean and standard deviation that normalise latents (B, C, h, w); they broadcast against `like`."""
         shift, scale = self.config.shift_factor or 0.0, self.config.scaling_factor
-        return torch.tensor(shift, dtype=like.dtype, device=like.device), torch.tensor(1 / scale, dtype=like.dtype).to(
-            like
-        )
+        mean = torch.tensor(shift, dtype=like.dtype, device=like.device)
+        return mean, torch.tensor(1 / scale, dtype=like.dtype, device=like.device)
 
     def tile(self, tiled: bool, tile_size: int, tile_stride: int) -> None:
-        """Encode and decode in tiles, or not; sizes in pixels of the autoencoder's own latents."""
+        """Switch tiling on or off; sizes are in pixels of the autoencoder's own latents."""
         self.use_tiling = tiled
         self.tile_latent_min_size = tile_size
         self.tile_sample_min_size = tile_size * 2 ** (len(self.config.block_out_channels) - 1)

@@ -1,6 +1,6 @@
-"""Templates: plug-in models that turn an input (a brightness, an image, a control) into what the base model reads.
+"""Templates: plug-in models that turn a user's input (a brightness, an image, a control) into inputs of the base model.
 
-A template is a folder with a `model.py`, see docs/templates.md. `TemplatePipeline` draws with any number of them.
+A template is a folder with a `model.py`, see docs/templates.md. `TemplatePipeline` samples with any number of them.
 """
 
 from ...core.loader import ModelConfig

@@ -1,9 +1,13 @@
-"""What a template returns: inputs of the base's prediction, some of which several templates may give at once."""
+"""Template caches: the dicts that templates return, which become inputs of `model_fn`; checked and merged here.
+
+`kv_cache`, `lora` and `extra_text_embedding` can come from several templates at once: they are merged.
+Shapes: B batch, L tokens, D width.
+"""
 
 import difflib
 import inspect
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -11,19 +15,22 @@ from torch import Tensor
 from ..pipeline import kv_cache
 from . import lora
 
+if TYPE_CHECKING:
+    from ..base_pipeline import BasePipeline
+
 TEMPLATE_OUTPUTS = ("kv_cache", "lora", "extra_text_embedding")
 
 
-def template_outputs_of(pipe) -> tuple[str, ...]:
-    """Those of `TEMPLATE_OUTPUTS` that a pipeline's `model_fn` takes."""
+def template_outputs_of(pipe: "BasePipeline") -> tuple[str, ...]:
+    """The names in `TEMPLATE_OUTPUTS` that are parameters of a pipeline's `model_fn`."""
     return tuple(name for name in TEMPLATE_OUTPUTS if name in inspect.signature(pipe.model_fn).parameters)
 
 
-def as_inputs(pipe, cache: Mapping[str, Any], source: str) -> dict[str, Any]:
-    """A template cache as inputs of `model_fn`, checked; `source` says where it is from.
+def as_inputs(pipe: "BasePipeline", cache: Mapping[str, Any], source: str) -> dict[str, Any]:
+    """Check a template cache and convert it to inputs of `model_fn`; `source` names its origin in errors.
 
     Raises:
-        ValueError: A medium is not what the base's transformer can read; names the block or layer.
+        ValueError: The base's transformer cannot read an output; the message names the block or layer.
     """
     network, prefix = pipe.network, pipe.lora_prefixes[pipe.in_iteration_models[0]]
     inputs = dict(cache)
@@ -45,7 +52,7 @@ def _check_text(text: Any, width: int, source: str) -> None:
 
 
 def check_names(names: Iterable[str], known: Iterable[str], source: str, taker: str) -> None:
-    """Refuse what a template returns under a name that `taker` does not take."""
+    """Refuse a template's outputs whose names are not `known` to `taker`, the function that gets them."""
     known = sorted(known)
     for name in names:
         if name not in known:
@@ -57,44 +64,51 @@ def check_names(names: Iterable[str], known: Iterable[str], source: str, taker: 
 def merge_caches(
     caches: Sequence[tuple[str, int, Mapping]], prefix: str, wins: Mapping[str, int] | None = None
 ) -> dict:
-    """Several template caches as one.
+    """Merge several template caches into one.
 
     Args:
-        caches: Of each, what to call its template, the template's number, and the cache itself.
-        prefix: What LoRA files call the base's transformer.
-        wins: Of a name that several give and that is no medium, the number of the template whose value is taken.
+        caches: For each cache the template's name in errors, the template's number, and the cache.
+        prefix: First part of the base transformer's keys in LoRA files.
+        wins: For an output that several templates return and that cannot be merged, the number of the template whose
+            value is taken.
 
     Raises:
-        ValueError: Several give such a name, and nothing says which of them wins.
+        ValueError: Several templates return such an output, and `wins` names none of them.
     """
-    joined: dict[str, Callable[[list], Any]] = {
+    mergers: dict[str, Callable[[list], Any]] = {
         "kv_cache": kv_cache.merge,
-        "lora": lambda given: lora.merge(given, prefix),
-        "extra_text_embedding": lambda given: torch.cat(given, dim=1),
+        "lora": lambda values: lora.merge(values, prefix),
+        "extra_text_embedding": lambda values: torch.cat(values, dim=1),
     }
     merged = {}
     for name in dict.fromkeys(name for _, _, cache in caches for name in cache):
-        given = {number: cache[name] for _, number, cache in caches if name in cache}
+        by_number = {number: cache[name] for _, number, cache in caches if name in cache}
         values = [cache[name] for _, _, cache in caches if name in cache]
-        if len(values) > 1 and name not in joined:
-            values = [given[_winner(name, caches, wins or {})]]
-        merged[name] = joined[name](values) if len(values) > 1 else values[0]
+        if len(values) > 1 and name not in mergers:
+            values = [by_number[_winner(name, caches, wins or {})]]
+        merged[name] = mergers[name](values) if len(values) > 1 else values[0]
     return merged
 
 
 def _winner(name: str, caches: Sequence[tuple[str, int, Mapping]], wins: Mapping[str, int]) -> int:
-    givers = {number: source for source, number, cache in caches if name in cache}
-    if wins.get(name) not in givers:
-        said = f"wins={{{name!r}: {wins[name]}}} is neither" if name in wins else "nothing says which of them wins"
+    sources = {number: source for source, number, cache in caches if name in cache}
+    if wins.get(name) not in sources:
+        reason = f"wins={{{name!r}: {wins[name]}}} is neither" if name in wins else "wins does not name one of them"
         raise ValueError(
-            f"{' and '.join(givers.values())} both return {name!r}, and {said}; say whose is taken with "
-            f"wins={{{name!r}: {min(givers)}}}."
+            f"{' and '.join(sources.values())} both return {name!r}, and {reason}; choose whose value is taken, for "
+            f"example wins={{{name!r}: {min(sources)}}}."
         )
     return wins[name]
 
 
 def append_text(text: Tensor, mask: Tensor | None, extra: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """Embeddings (B, L, D), padded on the right where their mask (B, L) is False, `extra` (B, L', D) before that."""
+    """Append extra text embeddings to the prompt's, before the padding; returns the embeddings and their mask.
+
+    Args:
+        text: Text embeddings (B, L, D), padded on the right.
+        mask: False where `text` is padding (B, L); None if nothing is.
+        extra: Extra embeddings (B or 1, L', D); None for none.
+    """
     if extra is None:
         return text, mask
     extra = extra.to(text).expand(len(text), -1, -1)
@@ -102,5 +116,5 @@ def append_text(text: Tensor, mask: Tensor | None, extra: Tensor | None) -> tupl
     if mask is None:
         return text, None
     mask = torch.cat([mask, mask.new_ones(extra.shape[:2])], dim=1)
-    order = mask.logical_not().int().argsort(dim=1, stable=True)  # padding goes to the end
+    order = mask.logical_not().int().argsort(dim=1, stable=True)  # moves the padding to the end
     return text.gather(1, order.unsqueeze(2).expand_as(text)), mask.gather(1, order)

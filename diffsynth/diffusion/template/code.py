@@ -1,6 +1,7 @@
-"""A template's `model.py`: imported once, and checked before anything heavy is read.
+"""Imports a template's `model.py`, and checks its declarations before any weight is read.
 
-Its modules are named by their file and its content, below this one, so that other processes find what pickles name.
+The imported modules are submodules of this one. Their names hold the path and the digest of the file, so that another
+process, which unpickles an object of a template, finds the module by its name.
 """
 
 import inspect
@@ -17,7 +18,7 @@ from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec, SourceFileLoader
 from importlib.util import spec_from_file_location
 from pathlib import Path
-from types import ModuleType
+from types import CodeType, ModuleType
 from typing import Any
 
 from torch import nn
@@ -25,19 +26,21 @@ from torch import nn
 from ...core.loader import refuse_pickle
 
 CODE = "model.py"
-RESERVED = "model_id"  # tells templates from one another; no argument of theirs
+RESERVED = "model_id"  # key of a request's template inputs that chooses the template; not an argument of a template
 
 
 @dataclass(frozen=True)
 class TemplateCode:
-    """What a template's `model.py` says.
+    """The declarations of a template's `model.py`.
 
     Args:
-        file: Where it is.
+        file: Path of the `model.py`.
         digest: SHA-256 of its text.
-        model: Class of the network, and the `config` that it is built with.
-        weights: Its files of weights, of which later ones win; none for a network as its constructor makes it.
-        data_processor: Class of what makes arguments of `process_inputs` from a row's `template_inputs`.
+        model: Class of the network.
+        config: Arguments of its constructor.
+        weights: Files of weights; where several hold a tensor, the last one counts. Without files the network keeps the
+            weights that its constructor makes.
+        data_processor: Class whose instances turn a row's `template_inputs` into arguments of `process_inputs`.
     """
 
     file: Path
@@ -48,28 +51,30 @@ class TemplateCode:
     data_processor: type | None
 
 
-# Importing it ---------------------------------------------------------------------------------------------------------
+# Importing a model.py -------------------------------------------------------------------------------------------------
 
-__path__: list[str] = []  # so that modules may be below this one
+__path__: list[str] = []  # Python imports submodules only of a module that has a __path__
 MODULE = re.compile(re.escape(__name__) + r"\.template_(?P<digest>[0-9a-f]{16})_(?P<path>[0-9a-f]+)")
 
 
 class _Loader(SourceFileLoader):
-    def get_code(self, fullname: str):
-        # Never from __pycache__, which goes by the file's size and second.
+    def get_code(self, fullname: str) -> CodeType:
+        # Not from __pycache__, which takes a file of equal size and modification second for the same.
         return self.source_to_code(self.get_data(self.path), self.path)
 
 
 class _Finder(MetaPathFinder):
-    """Finds the modules below this one, in any process that imports it."""
+    """Finds the submodules of this module, in any process that has imported it."""
 
-    def find_spec(self, fullname: str, path=None, target=None) -> ModuleSpec | None:
-        own = MODULE.fullmatch(fullname)
-        if own is None:
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None = None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        match = MODULE.fullmatch(fullname)
+        if match is None:
             return None
-        file = Path(os.fsdecode(bytes.fromhex(own["path"])))
+        file = Path(os.fsdecode(bytes.fromhex(match["path"])))
         if not file.is_file() or module_name(file) != fullname:
-            raise ImportError(f"{file} is not what it was, or gone; load the template anew.")
+            raise ImportError(f"{file} is not what it was when it was imported, or is gone; load the template again.")
         return spec_from_file_location(fullname, file, loader=_Loader(fullname, str(file)))
 
 
@@ -77,15 +82,15 @@ sys.meta_path.append(_Finder())
 
 
 def module_name(file: Path) -> str:
-    """Name of the module that a file, as it is now, is imported as."""
+    """Name of the submodule that a file with its present content is imported as."""
     return f"{__name__}.template_{sha256(file.read_bytes()).hexdigest()[:16]}_{os.fsencode(file.absolute()).hex()}"
 
 
 def import_code(file: Path) -> ModuleType:
-    """The module of a file, run once however often it is asked for.
+    """Import a file as a module; a file that was imported before and has not changed is not run again.
 
     Raises:
-        ValueError: It raises something; names the line.
+        ValueError: The file raises an error; the message names the line.
     """
     with errors_of(file, "cannot be imported"):
         return import_module(module_name(file))
@@ -93,7 +98,7 @@ def import_code(file: Path) -> ModuleType:
 
 @contextmanager
 def errors_of(file: Path, what: str) -> Iterator[None]:
-    """Whatever a template's code raises inside, as a ValueError that names the file and its line."""
+    """Inside, errors of a template's code become a ValueError that names the file, its line, and `what` failed."""
     try:
         yield
     except Exception as error:
@@ -103,15 +108,15 @@ def errors_of(file: Path, what: str) -> Iterator[None]:
         raise ValueError(f"{file}{place}: {what}: {type(error).__name__}: {error}") from error
 
 
-# Reading it -----------------------------------------------------------------------------------------------------------
+# Reading its declarations ---------------------------------------------------------------------------------------------
 
 
 def read_code(folder: Path) -> TemplateCode:
-    """What the `model.py` of a folder says.
+    """Import the `model.py` of a folder and check its declarations.
 
     Raises:
-        FileNotFoundError: There is none, or a file of weights that it names is not there.
-        ValueError: It cannot be imported, or says something else than a template does.
+        FileNotFoundError: The folder has no `model.py`, or a file of weights that it names does not exist.
+        ValueError: It cannot be imported, or a declaration is wrong.
     """
     file = folder.absolute() / CODE
     if not file.is_file():

@@ -1,4 +1,4 @@
-"""A LoRA that is an input, of which each sample of a batch may have its own: W x becomes W x + B A x."""
+"""LoRAs as inputs of the network: each sample of a batch may have its own; W x becomes W x + B A x."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -14,10 +14,15 @@ InputLoRA = Mapping[str, tuple[Tensor, Tensor]]  # layer → A (B, r, in), B (B,
 
 
 def read(state_dict: Mapping[str, Tensor], network: nn.Module, prefix: str, source: str) -> InputLoRA:
-    """A LoRA's tensors, under any names that adapter files have, by the layer of `network` that each belongs to.
+    """Convert a LoRA's state dict to pairs A (1, r, in), B (1, out, r) by layer of `network`.
+
+    Args:
+        state_dict: Tensors under any names that adapter files have.
+        prefix: First part of the network's keys in LoRA files.
+        source: Origin of the LoRA, for errors.
 
     Raises:
-        ValueError: A key belongs to no layer, a layer has but one matrix, or one of another shape.
+        ValueError: A key belongs to no layer, or a layer lacks one of its matrices or has one of another shape.
     """
     if not isinstance(state_dict, Mapping) or not all(isinstance(t, Tensor) for t in state_dict.values()):
         raise ValueError(f"{source}: lora is a {type(state_dict).__name__}, expected a dict of tensors by name.")
@@ -38,18 +43,16 @@ def _check_layer(layer: str, tensors: Mapping[str, Tensor], module: nn.Module, s
 
 
 def merge(state_dicts: Sequence[Mapping[str, Tensor]], prefix: str) -> dict[str, Tensor]:
-    """The LoRA that does what several do together: of each layer, their ranks side by side."""
+    """One LoRA that adds the updates of several: their matrices (r, in) and (out, r), concatenated along the rank."""
     named = [lora_files.peft_names(state_dict, prefix) for state_dict in state_dicts]
     keys = dict.fromkeys(key for tensors in named for key in tensors)
-    return {
-        key: torch.cat([tensors[key] for tensors in named if key in tensors], dim=1 if ".lora_B" in key else 0)
-        for key in keys
-    }
+    matrices = {key: [tensors[key] for tensors in named if key in tensors] for key in keys}
+    return {key: torch.cat(of_key, dim=1 if ".lora_B" in key else 0) for key, of_key in matrices.items()}
 
 
 @contextmanager
 def added(network: nn.Module, lora: InputLoRA | None) -> Iterator[None]:
-    """Inside, a forward of `network` adds the LoRA's updates, also where parts of it are run again later."""
+    """Inside, a forward of `network` adds the LoRA's updates; so does its recomputation under checkpointing, later."""
     if not lora:
         yield
         return
@@ -60,9 +63,9 @@ def added(network: nn.Module, lora: InputLoRA | None) -> Iterator[None]:
 
 @contextmanager
 def _hooked(layers: Mapping[nn.Module, tuple[Tensor, Tensor]], part: nn.Module) -> Iterator[None]:
-    """Inside, those of the layers that are in `part` add their updates to what they return."""
-    own = [layer for layer in part.modules() if layer in layers]
-    hooks = [layer.register_forward_hook(partial(_add, layers[layer])) for layer in own]
+    """Inside, the layers that are in `part` add their updates to their outputs."""
+    in_part = [layer for layer in part.modules() if layer in layers]
+    hooks = [layer.register_forward_hook(partial(_add, layers[layer])) for layer in in_part]
     try:
         yield
     finally:
@@ -74,8 +77,8 @@ def _add(pair: tuple[Tensor, Tensor], layer: nn.Module, args: tuple[Tensor], out
     inputs, down, up = args[0], *(matrix.to(args[0]) for matrix in pair)
     if len(down) not in (1, len(inputs)):
         raise ValueError(
-            f"{len(down)} samples have a lora each, but {type(layer).__name__} of {tuple(layer.weight.shape)} sees "
-            f"{len(inputs)} of them at once; set micro_batch_size=1."
+            f"{len(down)} samples have a lora each, but a {type(layer).__name__} of {tuple(layer.weight.shape)} gets "
+            f"inputs of {len(inputs)} samples; set micro_batch_size=1."
         )
     update = inputs.flatten(1, -2) if inputs.ndim > 2 else inputs.unsqueeze(1)
     return output + (update @ down.mT @ up.mT).reshape(output.shape)

@@ -1,4 +1,4 @@
-"""A template's network: built as its code says, filled with its weights, and called."""
+"""`Template`: a template's network, which is built from its code, filled with its weights, and called."""
 
 import inspect
 import logging
@@ -6,8 +6,9 @@ from collections.abc import Callable, Iterable, Mapping
 from hashlib import blake2b
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -16,14 +17,20 @@ from ...core import loader
 from ...core.data.sources.storage import open_parts
 from .code import TemplateCode, errors_of, read_code
 
+if TYPE_CHECKING:
+    from ..base_pipeline import BasePipeline
+
 logger = logging.getLogger(__name__)
 
-SHOWN_PROBLEMS = 3
+LISTED_PROBLEMS = 3  # of weights that do not fit
 CHECKPOINTING = ("use_gradient_checkpointing", "use_gradient_checkpointing_offload")
 
 
 class Template:
-    """A template that can be called: `process_data` (of rows of a data set only), `process_inputs`, `forward`."""
+    """A template's code and network.
+
+    Its methods are called in this order: `process_data` (for rows of a data set only), `process_inputs`, `forward`.
+    """
 
     def __init__(self, code: TemplateCode, model: nn.Module):
         self.code, self.model = code, model
@@ -34,51 +41,52 @@ class Template:
         return str(self.code.file)
 
     def process_data(self, template_inputs: Mapping[str, Any]) -> dict[str, Any]:
-        """Arguments of `process_inputs` from a row's `template_inputs`, of which pictures in tar shards are opened.
+        """Run the data processor on a row's `template_inputs`; returns arguments of `process_inputs`.
+
+        Files in tar shards are opened first.
 
         Raises:
-            ValueError: The data processor raises something, or returns no dict.
+            ValueError: The data processor raises an error, or returns no dict.
         """
         if self.data_processor is None:
             return open_parts(template_inputs)
         with errors_of(self.code.file, f"TEMPLATE_DATA_PROCESSOR of {dict(template_inputs)}"):
-            made = self.data_processor(**open_parts(template_inputs))
-        return self._dict(made, "TEMPLATE_DATA_PROCESSOR")
+            processed = self.data_processor(**open_parts(template_inputs))
+        return self._dict(processed, "TEMPLATE_DATA_PROCESSOR")
 
     @torch.no_grad()
-    def process_inputs(self, inputs: Mapping[str, Any], pipe) -> dict[str, Any]:
-        """Arguments of `forward`, made without gradients.
+    def process_inputs(self, inputs: Mapping[str, Any], pipe: "BasePipeline") -> dict[str, Any]:
+        """Run the template's `process_inputs` without gradients; returns arguments of `forward`.
 
         Raises:
-            ValueError: An argument is missing, or what is returned is no dict.
+            ValueError: An argument is missing, or the template returns no dict.
         """
         check_arguments(self.model.process_inputs, inputs, str(self))
         return self._dict(self.model.process_inputs(**inputs, pipe=pipe), "process_inputs")
 
-    def forward(self, features: Mapping[str, Any], pipe, **checkpointing: bool) -> dict[str, Any]:
-        """The template cache, as the template returns it.
+    def forward(self, features: Mapping[str, Any], pipe: "BasePipeline", **checkpointing: bool) -> dict[str, Any]:
+        """Run the template's network; returns the template cache.
 
         Args:
             checkpointing: `use_gradient_checkpointing`, `use_gradient_checkpointing_offload`.
 
         Raises:
-            ValueError: An argument is missing, or what is returned is no dict.
+            ValueError: An argument is missing, or the template returns no dict.
         """
         check_arguments(self.model.forward, features, str(self))
         return self._dict(self.model(**features, pipe=pipe, **checkpointing), "forward")
 
-    def _dict(self, made: Any, what: str) -> dict[str, Any]:
-        if not isinstance(made, Mapping):
-            raise ValueError(f"{self}: {what} returns a {type(made).__name__}, expected a dict of values by name.")
-        return dict(made)
+    def _dict(self, result: Any, what: str) -> dict[str, Any]:
+        if not isinstance(result, Mapping):
+            raise ValueError(f"{self}: {what} returns a {type(result).__name__}, expected a dict of values by name.")
+        return dict(result)
 
 
 def check_arguments(function: Callable, given: Mapping[str, Any], source: str) -> None:
-    """Say which argument is missing before Python does, whose TypeError would name no file."""
+    """Refuse a missing argument with an error that names the file, unlike Python's TypeError."""
+    named = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
     parameters = inspect.signature(function).parameters.values()
-    needed = [
-        p.name for p in parameters if p.default is p.empty and p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)
-    ]
+    needed = [p.name for p in parameters if p.default is p.empty and p.kind in named]
     absent = [name for name in needed if name not in (*given, "self", "pipe", *CHECKPOINTING)]
     if absent:
         raise ValueError(f"{source}: {function.__name__} needs {absent[0]!r}; it was given {sorted(given)}.")
@@ -88,10 +96,10 @@ def load_template(code: TemplateCode, seed: int = 0) -> Template:
     """Build a template's network on the CPU, frozen, and read its weights into it.
 
     Args:
-        seed: Of what the constructor draws at random.
+        seed: Of the constructor's random numbers.
 
     Raises:
-        ValueError: It cannot be built, or its weights do not fit.
+        ValueError: The network cannot be built, or its weights do not fit.
     """
     model = _construct(code, seed)
     if code.weights:
@@ -106,41 +114,43 @@ def _construct(code: TemplateCode, seed: int) -> nn.Module:
 
 
 def _fill(model: nn.Module, code: TemplateCode, seed: int) -> None:
-    """Copy the files' tensors; those that are in none of them must be such as the constructor always makes them."""
+    """Copy the tensors of the weights' files; a tensor that they lack must not depend on the constructor's seed."""
     found, own = loader.load_state_dict(code.weights), model.state_dict()
     absent = {key: tensor for key, tensor in own.items() if key not in found}
-    other = _construct(code, seed + 1).state_dict() if absent else {}
+    of_other_seed = _construct(code, seed + 1).state_dict() if absent else {}
     shapes = {key: (tuple(found[key].shape), tuple(own[key].shape)) for key in own if key in found}
     problems = [
         *(f"{key} is unexpected" for key in found if key not in own),
         *(f"{key} is {has}, expected {wanted}" for key, (has, wanted) in shapes.items() if has != wanted),
-        *(f"{key} is missing, and random" for key in absent if not torch.equal(absent[key], other[key])),
+        *(f"{key} is missing, and random" for key in absent if not torch.equal(absent[key], of_other_seed[key])),
     ]
     if problems:
-        more = [f"and {len(problems) - SHOWN_PROBLEMS} more"] if len(problems) > SHOWN_PROBLEMS else []
+        more = [f"and {len(problems) - LISTED_PROBLEMS} more"] if len(problems) > LISTED_PROBLEMS else []
         raise ValueError(
             f"{', '.join(map(str, code.weights))} does not fit {code.model.__name__} of {code.file}:\n  "
-            + "\n  ".join(problems[:SHOWN_PROBLEMS] + more)
-            + "\nExpected are the names and shapes of its state_dict(). If frozen parts are in a file of their own, "
-            "name both: TEMPLATE_MODEL_PATH = [frozen, trained]."
+            + "\n  ".join(problems[:LISTED_PROBLEMS] + more)
+            + "\nExpected the names and shapes of its state_dict(). If frozen parts are in a file of their own, name "
+            "both: TEMPLATE_MODEL_PATH = [frozen, trained]."
         )
     model.load_state_dict(found, strict=False)
 
 
-def load_template_model(path: str | Path, torch_dtype: torch.dtype = torch.bfloat16, device="cpu") -> nn.Module:
+def load_template_model(
+    path: str | Path, torch_dtype: torch.dtype = torch.bfloat16, device: str | torch.device = "cpu"
+) -> nn.Module:
     """The network of the template in a folder, with the weights that its TEMPLATE_MODEL_PATH names.
 
-    What the files lack stays as the constructor makes it, if that does not depend on chance.
+    Tensors that the files lack keep the constructor's values, which must not be random.
 
     Raises:
-        FileNotFoundError, ValueError: There is no template, or its code or weights are not in order.
+        FileNotFoundError, ValueError: There is no template, or its code or weights are wrong.
     """
     code = read_code(Path(path))
     model = load_template(code).model
     if not code.weights and any(True for _ in model.parameters()):
         logger.warning(
-            "%s sets no TEMPLATE_MODEL_PATH, so that its weights are as %s() makes them, not trained ones. Before its "
-            "state_dict() is merged with trained weights, let TEMPLATE_MODEL_PATH name their file.",
+            "%s sets no TEMPLATE_MODEL_PATH, so that its weights are the initial ones of %s(), not trained ones. To "
+            "merge its state_dict() with trained weights, set TEMPLATE_MODEL_PATH to their file first.",
             code.file,
             code.model.__name__,
         )
@@ -148,36 +158,43 @@ def load_template_model(path: str | Path, torch_dtype: torch.dtype = torch.bfloa
 
 
 def load_state_dict(
-    path: str | Path | list[str | Path], torch_dtype: torch.dtype | None = None, device="cpu"
+    path: str | Path | list[str | Path],
+    torch_dtype: torch.dtype | None = None,
+    device: str | torch.device = "cpu",
 ) -> dict[str, Tensor]:
-    """The tensors of one safetensors file, or of several, of which later ones win."""
+    """The tensors of one safetensors file or of several; where several hold a tensor, the last one counts."""
     return loader.load_state_dict(path, torch_dtype, device)
 
 
 def is_below(parts: Iterable[str], name: str) -> bool:
-    """Whether a dotted name is one of `parts`, or below one."""
+    """Whether a dotted name is one of `parts`, or is below one."""
     return any(f"{name}.".startswith(f"{part}.") for part in parts)
 
 
 def refuse_running_statistics(template: Template, name: str, trained: Iterable[str]) -> None:
-    """Refuse to train what keeps statistics of what it sees: nothing would save them."""
+    """Refuse to train layers that track running statistics, because exports would not save the statistics.
+
+    Args:
+        name: Name of the template's network in the pipeline.
+        trained: Dotted names of the trained parts of the pipeline.
+    """
     for key, part in template.model.named_modules():
         if isinstance(part, _BatchNorm) and part.track_running_stats and is_below(trained, f"{name}.{key}"):
             raise ValueError(
                 f"{template}: {key} is a {type(part).__name__} that is trained; its running statistics are no weights, "
-                "and would not be saved. Normalise by group or layer, or set track_running_stats=False."
+                "so that exports would not save them. Use GroupNorm or LayerNorm, or set track_running_stats=False."
             )
 
 
 def cast_frozen(model: nn.Module, name: str, trained: Iterable[str], dtype: torch.dtype) -> None:
-    """Bring what of the model `name` is not below `trained` to the dtype of frozen weights."""
+    """Convert the weights of the model `name` that are not below `trained` to the dtype of frozen weights."""
     for key, tensor in chain(model.named_parameters(), model.named_buffers()):
         if tensor.is_floating_point() and not is_below(trained, f"{name}.{key}"):
             tensor.data = tensor.data.to(dtype)
 
 
 def weights_digest(model: nn.Module, name: str, trained: Iterable[str]) -> str:
-    """16 hex digits of those weights of the model `name` that are not below `trained`."""
+    """Digest, 16 hex digits, of the weights of the model `name` that are not below `trained`."""
     digest = blake2b(digest_size=8)
     for key, tensor in sorted(model.state_dict().items()):
         if not is_below(trained, f"{name}.{key}"):
@@ -186,5 +203,5 @@ def weights_digest(model: nn.Module, name: str, trained: Iterable[str]) -> str:
     return digest.hexdigest()
 
 
-def _bytes(tensor: Tensor):
+def _bytes(tensor: Tensor) -> np.ndarray:
     return tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy()

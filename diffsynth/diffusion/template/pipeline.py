@@ -1,9 +1,9 @@
-"""Templates by folder or repository: one that is trained, or any number in front of a pipeline."""
+"""`Templates`, which the configuration chooses, and `TemplatePipeline`, which samples a pipeline with them."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from inspect import signature
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -13,17 +13,20 @@ from .code import RESERVED, TemplateCode, read_code
 from .model import Template, check_arguments, load_template
 from .source import find_template
 
+if TYPE_CHECKING:
+    from ..base_pipeline import BasePipeline
+
 
 @dataclass(frozen=True, kw_only=True)
 class Templates:
-    """Which templates: folders, or a hub's repository.
+    """Where templates are: in folders, or in a hub's repository.
 
     Args:
-        path: A folder with a `model.py`, or several; its code runs.
+        path: A folder with a `model.py`, or several; their code runs.
         model_id: A hub's repository, "owner/name".
         revision: Its commit, 40 hex digits.
-        trust_remote_code: That its code was read and may run here.
-        from_scratch: Train from random weights, also where the template names trained ones.
+        trust_remote_code: Whether its code may run on this machine; read it before.
+        from_scratch: Train from random weights even if the template names trained ones.
     """
 
     path: str | Sequence[str] | None = None
@@ -34,123 +37,124 @@ class Templates:
 
     @property
     def configs(self) -> list[ModelConfig]:
-        """Where each of them is."""
+        """The location of each template."""
         folders = [self.path] if isinstance(self.path, str) else self.path or []
         configs = [ModelConfig(path=folder) for folder in folders]
         hub = {"revision": self.revision, "trust_remote_code": self.trust_remote_code}
         return configs + ([ModelConfig(model_id=self.model_id, **hub)] if self.model_id else [])
 
     def load_one(self, seed: int = 0) -> Template:
-        """The template that is trained, from the weights it names or, without any, from random ones of this seed.
+        """Load the one template that is trained; a template that names no weights starts from random ones.
 
         Raises:
-            ValueError: There is none, or several; it may not run, or is not in order.
+            ValueError: There is no template or several, its code may not run, or its code or weights are wrong.
         """
         if len(self.configs) != 1:
             raise ValueError(f"template.path is {self.path}; expected the folder of the one template that is trained.")
         code = read_code(find_template(self.configs[0]))
         return load_template(replace(code, weights=()) if self.from_scratch else code, seed)
 
-    def load_all(self, pipe) -> "TemplatePipeline":
-        """All of them, in front of a pipeline, on its device and in its dtype."""
+    def load_all(self, pipe: "BasePipeline") -> "TemplatePipeline":
+        """Load all templates, on a pipeline's device and in its dtype."""
         return TemplatePipeline(pipe.torch_dtype, pipe.device, self.configs)
 
 
 class TemplatePipeline:
-    """Any number of templates, in front of a pipeline.
+    """Any number of templates, which compute inputs of a pipeline.
 
     Args:
-        torch_dtype, device: Of their networks.
-        model_configs: Where each of them is.
-        lazy_loading: Hold no network in memory but the one that is being called.
+        torch_dtype, device: Dtype and device of their networks.
+        model_configs: Where the templates are.
+        lazy_loading: Load a network only for its call, and keep none in memory.
 
     Raises:
-        FileNotFoundError, ValueError: One is not there, may not run, or is not in order.
+        FileNotFoundError, ValueError: A template is not there, its code may not run, or its code or weights are wrong.
     """
 
     def __init__(
         self,
         torch_dtype: torch.dtype = torch.bfloat16,
-        device="cpu",
+        device: str | torch.device = "cpu",
         model_configs: Sequence[ModelConfig] = (),
         lazy_loading: bool = False,
     ):
         self.torch_dtype, self.device = torch_dtype, device
-        self.codes: list[TemplateCode] = [read_code(find_template(c)) for c in model_configs]
+        self.codes: list[TemplateCode] = [read_code(find_template(config)) for config in model_configs]
         self.templates = None if lazy_loading else [self._load(code) for code in self.codes]
 
     @classmethod
     def from_pretrained(
         cls,
         torch_dtype: torch.dtype = torch.bfloat16,
-        device="cpu",
+        device: str | torch.device = "cpu",
         model_configs: Sequence[ModelConfig] = (),
         lazy_loading: bool = False,
     ) -> "TemplatePipeline":
-        """Read the templates' code and, unless they are to be loaded lazily, their weights."""
+        """Read the templates' code and, unless `lazy_loading`, their weights."""
         return cls(torch_dtype, device, model_configs, lazy_loading)
 
     def __call__(
         self,
-        pipe,
+        pipe: "BasePipeline",
         template_inputs: Sequence[Mapping] = (),
         negative_template_inputs: Sequence[Mapping] = (),
         wins: Mapping[str, int] | None = None,
         **kwargs,
-    ):
-        """Draw with templates: `pipe(**kwargs)`, and what they add; see `arguments`.
+    ) -> Any:
+        """Sample a pipeline with `kwargs` and the outputs of templates; see `arguments`.
 
         Raises:
-            ValueError: An argument is given that a template makes.
+            ValueError: `kwargs` has an argument that a template returns, too.
         """
-        made = self.arguments(pipe, template_inputs, negative_template_inputs, wins)
-        if twice := sorted(made.keys() & {name for name, value in kwargs.items() if value is not None}):
-            raise ValueError(f"{twice[0]} is given, and a template makes it, too; leave it out.")
-        return pipe(**{**kwargs, **made})
+        outputs = self.arguments(pipe, template_inputs, negative_template_inputs, wins)
+        if twice := sorted(outputs.keys() & {name for name, value in kwargs.items() if value is not None}):
+            raise ValueError(f"{twice[0]} is given, and a template returns it, too; leave it out.")
+        return pipe(**{**kwargs, **outputs})
 
     @torch.no_grad()
     def arguments(
         self,
-        pipe,
+        pipe: "BasePipeline",
         template_inputs: Sequence[Mapping] = (),
         negative_template_inputs: Sequence[Mapping] = (),
         wins: Mapping[str, int] | None = None,
     ) -> dict[str, Any]:
-        """Arguments of the pipeline's call that the templates make.
+        """Arguments of the pipeline's call that the templates return.
 
         Args:
-            template_inputs: Of each call of a template its inputs, and as `model_id` its number in `model_configs`, 0
-                unless said. What it makes is read by the conditional prediction.
-            negative_template_inputs: The same for the other prediction.
-            wins: Where several return one name that cannot be merged, the place in the list of the one that is taken.
+            template_inputs: One dict per call of a template: its inputs and, as `model_id`, its index in
+                `model_configs`, by default 0. The conditional prediction reads the outputs.
+            negative_template_inputs: The same for the unconditional prediction.
+            wins: For an output that several calls return and that cannot be merged, the index of the call whose value
+                is taken.
 
         Raises:
-            ValueError: A template is not there, lacks an input, returns what the pipeline does not take, or what
-                another one returns, too.
+            ValueError: A template does not exist, lacks an input, or returns an output that the pipeline does not take
+                or that several return.
         """
         calls, caches = self.check(template_inputs, negative_template_inputs), {}
         for number in sorted({call.number for call in calls}):
             caches |= self._run(pipe, number, [call for call in calls if call.number == number])
         prefix, arguments = pipe.lora_prefixes[pipe.in_iteration_models[0]], {}
         for sign in ("", "negative_"):
-            own = [(call.source, call.place, caches[call]) for call in calls if call.sign == sign]
-            merged = merge_caches(own, prefix, wins)
+            of_side = [(call.source, call.index, caches[call]) for call in calls if call.sign == sign]
+            merged = merge_caches(of_side, prefix, wins)
             arguments |= {sign + name: value for name, value in merged.items()}
         return arguments
 
     def check(
         self, template_inputs: Sequence[Mapping] = (), negative_template_inputs: Sequence[Mapping] = ()
     ) -> list["_Call"]:
-        """The calls that these inputs are, without making them.
+        """Check template inputs and turn them into calls, without running them.
 
         Raises:
-            ValueError: A template is not there, or lacks an input.
+            ValueError: A template does not exist, or lacks an input.
         """
         given = {"": template_inputs or (), "negative_": negative_template_inputs or ()}
-        return [self._call(sign, place, inputs) for sign, own in given.items() for place, inputs in enumerate(own)]
+        return [self._call(sign, index, inputs) for sign, own in given.items() for index, inputs in enumerate(own)]
 
-    def _call(self, sign: str, place: int, inputs: Mapping) -> "_Call":
-        what = f"{sign}template_inputs[{place}]"
+    def _call(self, sign: str, index: int, inputs: Mapping) -> "_Call":
+        what = f"{sign}template_inputs[{index}]"
         if not isinstance(inputs, Mapping):
             raise ValueError(f"{what} is {inputs!r}, expected a dict of a template's inputs, and its {RESERVED}.")
         number = inputs.get(RESERVED, 0)
@@ -160,15 +164,15 @@ class TemplatePipeline:
             )
         own, code = {name: value for name, value in inputs.items() if name != RESERVED}, self.codes[number]
         check_arguments(code.model.process_inputs, own, f"{what} ({code.file})")
-        return _Call(sign, place, number, own, f"{what} ({code.file})")
+        return _Call(sign, index, number, own, f"{what} ({code.file})")
 
-    def _run(self, pipe, number: int, calls: Sequence["_Call"]) -> dict["_Call", dict]:
-        """The template caches of all calls of one template, whose network need not stay in memory."""
+    def _run(self, pipe: "BasePipeline", number: int, calls: Sequence["_Call"]) -> dict["_Call", dict]:
+        """Run all calls of one template, so that its network need not stay in memory; returns their template caches."""
         template = self._load(self.codes[number]) if self.templates is None else self.templates[number]
-        taken, caches = signature(type(pipe).__call__).parameters, {}
+        accepted, caches = signature(type(pipe).__call__).parameters, {}
         for call in calls:
             cache = template.forward(template.process_inputs(call.inputs, pipe), pipe)
-            check_names([call.sign + name for name in cache], taken, call.source, type(pipe).__name__)
+            check_names([call.sign + name for name in cache], accepted, call.source, type(pipe).__name__)
             as_inputs(pipe, cache, call.source)
             caches[call] = cache
         return caches
@@ -181,10 +185,10 @@ class TemplatePipeline:
 
 @dataclass(frozen=True, eq=False)
 class _Call:
-    """One call of a template: of which side of guidance, which one in its list, of which template, with what."""
+    """One call of a template."""
 
-    sign: str
-    place: int
-    number: int
+    sign: str  # side of guidance: "" for the conditional prediction, "negative_" for the other
+    index: int  # in the list of that side
+    number: int  # the template's index in `model_configs`
     inputs: Mapping[str, Any]
-    source: str
+    source: str  # name of the call in errors

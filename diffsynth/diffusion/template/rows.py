@@ -1,4 +1,4 @@
-"""Rows of a data set that a template is trained on: their column `template_inputs`, and the files that it names."""
+"""Data for training a template: the column `template_inputs` of a data set's rows, and the files that it names."""
 
 import json
 import os
@@ -18,10 +18,10 @@ from .model import Template
 
 
 def as_dict(template_inputs: Any) -> dict[str, Any]:
-    """A cell of the column `template_inputs`: a dict, or its JSON text.
+    """A cell of the column `template_inputs`, which is a dict or its JSON text, as a dict.
 
     Raises:
-        ValueError: It is something else.
+        ValueError: The cell is something else.
     """
     try:
         value = json.loads(template_inputs) if isinstance(template_inputs, str) else template_inputs
@@ -30,16 +30,16 @@ def as_dict(template_inputs: Any) -> dict[str, Any]:
     if not isinstance(value, dict):
         example = '{"scale": 0.2}'
         raise ValueError(
-            f"found {template_inputs!r}, expected template inputs such as {example}, in a csv as JSON text"
+            f"found {template_inputs!r}, expected template inputs such as {example}, which a csv holds as JSON text"
         )
     return value
 
 
 class ReadTemplateInputs(Operator):
-    """The `template_inputs` of a row, the files that they name at their absolute paths.
+    """Reads the `template_inputs` of a row, and makes the names of files in it absolute paths.
 
-    A value names a file if there is one of that name in `base_path`, or anywhere under an absolute path. A name of
-    a picture in a tar shard, as `read_shards` makes it, is always one.
+    A value names a file if it is the path of a file, absolute or relative to `base_path`, or if it is a name that
+    `read_shards` gives a file in a tar shard.
     """
 
     def __init__(self, base_path: str):
@@ -55,7 +55,7 @@ class ReadTemplateInputs(Operator):
         return self._with_files(as_dict(data), _known_by_content)
 
     def _with_files(self, value: Any, make: Callable[[str], Any]) -> Any:
-        """A value, with what `make` makes of each file's path in it."""
+        """Replace each name of a file in a value by `make(path)`."""
         if isinstance(value, dict):
             return {name: self._with_files(element, make) for name, element in value.items()}
         if isinstance(value, list):
@@ -80,16 +80,16 @@ def _name_and_digest(path: str) -> list[str]:
         return [os.path.basename(path), blake2b(file.read(), digest_size=16).hexdigest()]
 
 
-def required_columns(media: Media, task: "Objective", template: Template | None) -> tuple[str, ...]:
-    """The columns that a training reads."""
+def required_columns(media: Media, task: Objective, template: Template | None) -> tuple[str, ...]:
+    """The columns that a training reads from its data set."""
     return (media.column, "prompt", *task.columns, *(("template_inputs",) if template else ()))
 
 
-def prepare_data(dataset: TrainingData, task: "Objective", template: Template | None) -> None:
-    """Set a data set to what a training needs: images as they are in their files, and how template inputs are read.
+def prepare_data(dataset: TrainingData, task: Objective, template: Template | None) -> None:
+    """Configure a data set for a training: no resizing if the objective forbids it, and how to read template inputs.
 
     Raises:
-        ValueError: Augmentation would change images that have to stay as they are.
+        ValueError: Augmentation would change images that the objective needs as they are.
     """
     for own in dataset.datasets.values():
         if task.keeps_images:

@@ -1,4 +1,4 @@
-"""Where a template is: in a folder, or in a hub's repository, whose code somebody has to allow."""
+"""Finds a template: in a folder, or in a hub's repository, whose code runs only if the user has allowed it."""
 
 import os
 import re
@@ -10,46 +10,46 @@ from ...core.loader import ModelConfig
 from .code import CODE
 
 COMMIT = re.compile(r"[0-9a-f]{40}")
-SHOWN_LINES = 8
+PREVIEW_LINES = 8  # of code that has not been allowed
 
 
 def find_template(config: ModelConfig) -> Path:
-    """The folder of a template: a local one, whose code is run as given, or a hub's repository, downloaded.
+    """The folder of a template: a local folder, whose code needs no permission, or a downloaded repository of a hub.
 
     Raises:
-        FileNotFoundError: It is neither here nor to be had.
-        ValueError: It is a hub's, and nobody said that its code may run here; shows the code.
+        FileNotFoundError: There is no such folder, or it cannot be downloaded.
+        ValueError: It is a hub's, and its code has not been allowed; the message shows the beginning of the code.
     """
     name = config.path or config.model_id
     if isinstance(name, str | os.PathLike) and Path(name).is_dir():
         return Path(name)
     if config.path is not None:
-        raise FileNotFoundError(f"{name} is no folder; expected one that holds a template's {CODE}.")
+        raise FileNotFoundError(f"{name} is no folder; expected a folder that holds a template's {CODE}.")
     if not (config.trust_remote_code and COMMIT.fullmatch(config.revision or "")):
-        raise ValueError(_what_would_run(config))
-    (folder,) = _kept_in(config, config.revision, origin_file_pattern=None).resolve()
+        raise ValueError(_not_allowed(config))
+    (folder,) = _downloaded_to(config, config.revision, origin_file_pattern=None).resolve()
     return folder
 
 
-def _kept_in(config: ModelConfig, folder: str, **options) -> ModelConfig:
-    """The repository, below a folder of its own among the downloaded models: no other revision is ever there."""
+def _downloaded_to(config: ModelConfig, folder: str, **options) -> ModelConfig:
+    """The repository with a download folder of its own, so that no files of another revision are in it."""
     base = config.folder.parents[config.model_id.count("/")]
     return replace(config, local_model_path=str(base / folder), **options)
 
 
-def _what_would_run(config: ModelConfig) -> str:
-    lacking = "" if config.trust_remote_code else "trust_remote_code is false"
+def _not_allowed(config: ModelConfig) -> str:
+    reason = "trust_remote_code is false"
     if config.trust_remote_code:
-        lacking = f"revision is {config.revision!r}, and no commit, so that other code may come another time"
+        reason = f"revision is {config.revision!r}, which is no commit, so that its code may change"
     return (
-        f"The template {config.model_id} is a hub's and brings code, which has not been run: {lacking}.\n"
-        f"{_shown(config)}\nRead it. If you trust it, set trust_remote_code=true and revision= the commit that you "
+        f"The template {config.model_id} comes from a hub with code, which has not been run: {reason}.\n"
+        f"{_preview(config)}\nRead it. If you trust it, set trust_remote_code=true and revision= the commit that you "
         "read (40 hex digits), or put it into a folder of yours and set path=."
     )
 
 
-def _shown(config: ModelConfig) -> str:
-    code = _kept_in(config, f"unread/{config.revision or 'newest'}", origin_file_pattern=CODE)
+def _preview(config: ModelConfig) -> str:
+    code = _downloaded_to(config, f"unread/{config.revision or 'newest'}", origin_file_pattern=CODE)
     if config.revision is None:
         (code.folder / CODE).unlink(missing_ok=True)
     try:
@@ -58,5 +58,5 @@ def _shown(config: ModelConfig) -> str:
         return f"It cannot be shown: {error}"
     text = file.read_text(encoding="utf-8")
     lines = text.splitlines()
-    begin = "\n".join(f"  {line}" for line in lines[:SHOWN_LINES])
+    begin = "\n".join(f"  {line}" for line in lines[:PREVIEW_LINES])
     return f"{file}, {len(lines)} lines, SHA-256 {sha256(file.read_bytes()).hexdigest()}, begins:\n{begin}\n  …"

@@ -1,9 +1,9 @@
-"""A template as two units of a pipeline: what is done without gradients, which may be cached, and what is trained."""
+"""A template as two units of a pipeline: `process_inputs`, without gradients and cachable, and `forward`, trained."""
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from inspect import signature
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -16,20 +16,24 @@ from .cache import as_inputs, check_names
 from .model import CHECKPOINTING, Template, cast_frozen, refuse_running_statistics, weights_digest
 from .rows import as_dict
 
-FEATURES = "template_features"  # what process_inputs made, as [[name, value], …]
-ASKED_OF_TENSORS = {"dtype", "device", "shape", "ndim", "requires_grad", "is_meta", "is_cuda", "layout", "is_leaf"}
-ASKED_OF_TENSORS |= {"size", "dim", "numel", "stride", "element_size", "is_floating_point", "is_contiguous"}
+if TYPE_CHECKING:
+    from ..base_pipeline import BasePipeline
+
+FEATURES = "template_features"  # the outputs of process_inputs, as [[name, value], …]
+# Attributes and methods of a tensor that do not read its values.
+METADATA = {"dtype", "device", "shape", "ndim", "requires_grad", "is_meta", "is_cuda", "layout", "is_leaf"}
+METADATA |= {"size", "dim", "numel", "stride", "element_size", "is_floating_point", "is_contiguous"}
 
 
-def attach(pipe, template: Template, trained: Iterable[str] = ()) -> None:
-    """Make a template part of a pipeline: `template_inputs` then go with a request.
+def attach(pipe: "BasePipeline", template: Template, trained: Iterable[str] = ()) -> None:
+    """Make a template part of a pipeline, whose requests then have an argument `template_inputs`.
 
     Args:
-        trained: Parts of the pipeline that are being trained, by their dotted names; the rest of the template gets the
-            dtype of frozen weights.
+        trained: Dotted names of the trained parts of the pipeline; the other weights of the template are converted to
+            the dtype of frozen weights.
 
     Raises:
-        ValueError: Training would change what is no weight.
+        ValueError: The template has running statistics, which training would change but exports would not save.
     """
     trained = frozenset(trained)
     refuse_running_statistics(template, "template_model", trained)
@@ -39,13 +43,13 @@ def attach(pipe, template: Template, trained: Iterable[str] = ()) -> None:
 
 
 class TemplateProcessInputs(PipelineUnit):
-    """`template_inputs` of a row through the data processor and `process_inputs`.
+    """Runs the data processor and `process_inputs` on the `template_inputs` of a row.
 
-    It is frozen although it calls a template that is trained: what it calls of it must not be, or reading the results
-    from a cache would be another training.
+    The unit counts as frozen, although the template is trained. Therefore `process_inputs` must not read trained
+    weights: its outputs may come from a cache, which does not follow them.
     """
 
-    def __init__(self, pipe, template: Template, trained: frozenset[str]):
+    def __init__(self, pipe: "BasePipeline", template: Template, trained: frozenset[str]):
         sides = {"template_inputs": "template_inputs"}
         super().__init__(
             separate_cfg=True,
@@ -60,24 +64,24 @@ class TemplateProcessInputs(PipelineUnit):
         if template_inputs is None:
             return {}
         inputs = self.template.process_data(as_dict(template_inputs))
-        with self._reading_nothing_trained(pipe):
-            made = self.template.process_inputs(inputs, pipe)
-        return {FEATURES: [[name, storable(value, f"{self.template}: {name}")] for name, value in made.items()]}
+        with self._refusing_trained_weights(pipe):
+            features = self.template.process_inputs(inputs, pipe)
+        return {FEATURES: [[name, storable(value, f"{self.template}: {name}")] for name, value in features.items()]}
 
-    def depends_on(self, pipe) -> dict[str, str]:
+    def depends_on(self, pipe: "BasePipeline") -> dict[str, str]:
         weights = weights_digest(self.template.model, "template_model", self.trained)
         return {"template": f"{self.template.code.digest[:16]}-{weights}"}
 
     @contextmanager
-    def _reading_nothing_trained(self, pipe) -> Iterator[None]:
+    def _refusing_trained_weights(self, pipe: "BasePipeline") -> Iterator[None]:
         parts = {name: pipe.named_model(name) for name in self.trained}
         names = {id(p): f"{part}.{name}" for part, module in parts.items() for name, p in module.named_parameters()}
-        with _Forbidden(names, self.template):
+        with _RefuseReads(names, self.template):
             yield
 
 
-class _Forbidden(TorchFunctionMode):
-    """Refuses functions of some tensors, given by id and name; what they are may be asked, not what they hold."""
+class _RefuseReads(TorchFunctionMode):
+    """Inside, functions must not read the values of some tensors, given by id and name; their metadata is allowed."""
 
     def __init__(self, names: Mapping[int, str], template: Template):
         super().__init__()
@@ -86,22 +90,22 @@ class _Forbidden(TorchFunctionMode):
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         read = [tensor for tensor in tree_leaves((args, kwargs)) if id(tensor) in self.names]
-        if read and _name_of(func) not in ASKED_OF_TENSORS:
+        if read and _name_of(func) not in METADATA:
             raise ValueError(
-                f"{self.template}: process_inputs reads {self.names[id(read[0])]}, which is being trained: what it "
-                "makes would be stale after one step. Move that to forward, or leave it out of task.trainable_models."
+                f"{self.template}: process_inputs reads {self.names[id(read[0])]}, which is being trained: its outputs "
+                "would be stale after one step. Move that to forward, or leave it out of task.trainable_models."
             )
         return func(*args, **kwargs)
 
 
-def _name_of(func) -> str:
-    """Of a function or, where an attribute is read, of the attribute."""
+def _name_of(func: Callable) -> str:
+    """Name of a function or, if it reads an attribute, of the attribute."""
     own = getattr(func, "__name__", "")
     return getattr(getattr(func, "__self__", None), "__name__", own) if own == "__get__" else own
 
 
 class TemplateForward(PipelineUnit):
-    """What `process_inputs` made through `forward`, whose results become inputs of that side of guidance."""
+    """Runs `forward` on the outputs of `process_inputs`, on each side of guidance; its outputs become inputs there."""
 
     def __init__(self, template: Template):
         super().__init__(take_over=True, input_params=(FEATURES,), onload_model_names=("template_model",))
@@ -110,11 +114,14 @@ class TemplateForward(PipelineUnit):
     def process(self, pipe, inputs_shared, inputs_posi, inputs_nega):
         posi = self._cache(pipe, inputs_shared, inputs_posi)
         nega = self._cache(pipe, inputs_shared, inputs_nega) if inputs_shared.get("cfg_scale", 1) != 1 else posi
-        both = {name: inputs_shared[name] for name in {*posi, *nega} & inputs_shared.keys()}
-        shared = {name: value for name, value in inputs_shared.items() if name not in both}
-        return shared, {**_rest(inputs_posi), **both, **posi}, {**_rest(inputs_nega), **both, **nega}
+        # A shared input that the template returns for one side moves to both sides, where the template's value counts.
+        moved = {name: inputs_shared[name] for name in {*posi, *nega} & inputs_shared.keys()}
+        shared = {name: value for name, value in inputs_shared.items() if name not in moved}
+        posi = {**_without_template(inputs_posi), **moved, **posi}
+        nega = {**_without_template(inputs_nega), **moved, **nega}
+        return shared, posi, nega
 
-    def _cache(self, pipe, shared: Mapping[str, Any], side: Mapping[str, Any]) -> dict[str, Any]:
+    def _cache(self, pipe: "BasePipeline", shared: Mapping[str, Any], side: Mapping[str, Any]) -> dict[str, Any]:
         if side.get(FEATURES) is None:
             return {}
         flags = {name: shared.get(name, False) for name in CHECKPOINTING}
@@ -124,12 +131,12 @@ class TemplateForward(PipelineUnit):
         return as_inputs(pipe, cache, str(self.template))
 
 
-def _rest(side: Mapping[str, Any]) -> dict[str, Any]:
+def _without_template(side: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in side.items() if name not in (FEATURES, "template_inputs")}
 
 
-def rehearse(pipe, inputs: tuple[dict, dict, dict]) -> None:
-    """Run a pipeline's template once, unless it calls networks whose weights are not read yet."""
+def rehearse(pipe: "BasePipeline", inputs: tuple[dict, dict, dict]) -> None:
+    """Run a pipeline's template once on a sample's inputs, unless it calls networks whose weights are not read yet."""
     *_, first, second = pipe.units
     is_cached = FEATURES in inputs[1]
     if models_used(pipe, pipe.template, "forward") or (first.onload_model_names and not is_cached):
@@ -139,8 +146,8 @@ def rehearse(pipe, inputs: tuple[dict, dict, dict]) -> None:
         run_units([second] if is_cached else [first, second], pipe, *inputs)
 
 
-def models_used(pipe, template: Template, method: str) -> list[str]:
-    """Models of the pipeline that a method of the template may call, by the names that its code leads to."""
+def models_used(pipe: "BasePipeline", template: Template, method: str) -> list[str]:
+    """Models of the pipeline that a method of the template may call: those whose names its code reaches."""
     function, built = getattr(template.code.model, method), pipe.built_models
     if "pipe" not in signature(function).parameters:
         return []
@@ -150,10 +157,10 @@ def models_used(pipe, template: Template, method: str) -> list[str]:
 
 
 def storable(value: Any, what: str) -> Any:
-    """A value as a cache gives it back.
+    """The value as a cache returns it: lists instead of tuples.
 
     Raises:
-        ValueError: It is none that a cache holds.
+        ValueError: A cache cannot hold the value.
     """
     if isinstance(value, list | tuple):
         return [storable(element, f"{what}[{number}]") for number, element in enumerate(value)]
@@ -161,5 +168,5 @@ def storable(value: Any, what: str) -> Any:
         return value
     raise ValueError(
         f"{what}, which process_inputs returns, is a {type(value).__name__}; expected a tensor, a number, text, or a "
-        "list of these, as they are what a cache holds (torch.as_tensor makes a tensor of an array)."
+        "list of these, because a cache holds nothing else (torch.as_tensor makes a tensor of an array)."
     )

@@ -1,7 +1,7 @@
-"""Brightness: `scale` in [0, 1] is the mean of the picture's pixels; on the embedded model 0.5 is dark, 0.95 pale.
+"""Brightness: `scale` in [0, 1] is the mean of the image's pixels; on the embedded model 0.5 is dark, 0.95 pale.
 
-The number becomes a few keys and values for every block. For FLUX.2-klein-4B, TEMPLATE_MODEL_CONFIG is
-{"blocks": {"double": 5, "single": 20}, "heads": 24, "head_dim": 128}.
+A small network turns the number into a few keys and values for every block. For FLUX.2-klein-4B, TEMPLATE_MODEL_CONFIG
+is {"blocks": {"double": 5, "single": 20}, "heads": 24, "head_dim": 128}.
 """
 
 import numpy as np
@@ -11,16 +11,23 @@ from torch import Tensor, nn
 
 
 class BrightnessTemplate(nn.Module):
-    """A number as keys and values.
+    """Turns a number into keys and values.
 
     Args:
-        blocks: Names of the base's kinds of blocks, and how many there are of each.
-        heads, head_dim: Of the base's attention.
-        tokens: Keys that a block gets.
-        width: Of the hidden layers.
+        blocks: The base's kinds of blocks, and the number of blocks of each kind.
+        heads, head_dim: Heads of the base's attention, and their width.
+        tokens: Number of extra keys per block.
+        width: Width of the hidden layers.
     """
 
-    def __init__(self, blocks=None, heads: int = 4, head_dim: int = 32, tokens: int = 4, width: int = 64):
+    def __init__(
+        self,
+        blocks: dict[str, int] | None = None,
+        heads: int = 4,
+        head_dim: int = 32,
+        tokens: int = 4,
+        width: int = 64,
+    ):
         super().__init__()
         self.shape = (2, 1, tokens, heads, head_dim)
         names = [f"{kind}_{number}" for kind, count in (blocks or {"block": 4}).items() for number in range(count)]
@@ -39,7 +46,7 @@ class BrightnessTemplate(nn.Module):
 
 
 class DataProcessor:
-    """The mean of an image that a row names, or the number itself."""
+    """Computes `scale` from an image that a row names, unless the row has `scale` itself."""
 
     def __call__(self, image: str | None = None, scale: float | None = None, **kwargs) -> dict[str, float]:
         return {"scale": scale if image is None else float(np.asarray(Image.open(image).convert("RGB")).mean() / 255)}

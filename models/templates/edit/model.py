@@ -1,7 +1,7 @@
-"""Edit: a reference picture says what is drawn, the prompt what becomes of it.
+"""Edit: a reference image defines the object, and the prompt says what to change.
 
-The base's own autoencoder reads the reference; its latents become a grid of keys and values for every block, one for
-each 16 × 16 pixels. For FLUX.2-klein-4B, whose latents come in patches, TEMPLATE_MODEL_CONFIG is
+The base's autoencoder encodes the reference. A small network turns the latents into a grid of keys and values for every
+block, one for each 16 × 16 pixels. For FLUX.2-klein-4B, whose latents come in patches, TEMPLATE_MODEL_CONFIG is
 {"blocks": {"double": 5, "single": 20}, "heads": 24, "head_dim": 128, "size": 512, "channels": 128, "patch": 1,
 "width": 1024}.
 """
@@ -12,20 +12,20 @@ from torch import Tensor, nn
 
 
 class EditTemplate(nn.Module):
-    """A picture's latents as keys and values.
+    """Turns the latents of an image into keys and values.
 
     Args:
-        blocks: Names of the base's kinds of blocks, and how many there are of each.
-        heads, head_dim: Of the base's attention.
-        size: What the picture is resized to, in pixels.
-        channels: Of the base's latents.
-        patch: Latent pixels that make one key, along a side.
-        width: Of the hidden layers.
+        blocks: The base's kinds of blocks, and the number of blocks of each kind.
+        heads, head_dim: Heads of the base's attention, and their width.
+        size: Height and width in pixels to which the image is resized.
+        channels: Channels of the base's latents.
+        patch: Latent pixels per key, along each side.
+        width: Width of the hidden layers.
     """
 
     def __init__(
         self,
-        blocks=None,
+        blocks: dict[str, int] | None = None,
         heads: int = 4,
         head_dim: int = 32,
         size: int = 64,
@@ -45,7 +45,7 @@ class EditTemplate(nn.Module):
 
     @torch.no_grad()
     def process_inputs(self, image: Image.Image, pipe, **kwargs) -> dict[str, Tensor]:
-        """Any picture as latents (1, channels, h, w); a cache keeps them, and the autoencoder is not needed again."""
+        """Latents (1, channels, h, w) of an image of any size; a cache stores them in place of the autoencoder."""
         pixels = pipe.preprocess_image(image.convert("RGB").resize((self.size, self.size)))
         return {"latents": pipe.vae.encode(pixels)}
 

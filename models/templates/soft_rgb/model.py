@@ -1,7 +1,7 @@
-"""Soft RGB: `r`, `g`, `b` in [0, 1] are the mean colour of the picture; on the embedded model from 0.5 to 0.95.
+"""Soft RGB: `r`, `g`, `b` in [0, 1] are the mean colour of the image; on the embedded model from 0.5 to 0.95.
 
-The numbers become a few keys and values for every block. For FLUX.2-klein-4B, TEMPLATE_MODEL_CONFIG is
-{"blocks": {"double": 5, "single": 20}, "heads": 24, "head_dim": 128}.
+A small network turns the numbers into a few keys and values for every block. For FLUX.2-klein-4B, TEMPLATE_MODEL_CONFIG
+is {"blocks": {"double": 5, "single": 20}, "heads": 24, "head_dim": 128}.
 """
 
 import numpy as np
@@ -11,16 +11,23 @@ from torch import Tensor, nn
 
 
 class SoftRGBTemplate(nn.Module):
-    """Three numbers as keys and values.
+    """Turns a colour into keys and values.
 
     Args:
-        blocks: Names of the base's kinds of blocks, and how many there are of each.
-        heads, head_dim: Of the base's attention.
-        tokens: Keys that a block gets.
-        width: Of the hidden layers.
+        blocks: The base's kinds of blocks, and the number of blocks of each kind.
+        heads, head_dim: Heads of the base's attention, and their width.
+        tokens: Number of extra keys per block.
+        width: Width of the hidden layers.
     """
 
-    def __init__(self, blocks=None, heads: int = 4, head_dim: int = 32, tokens: int = 4, width: int = 64):
+    def __init__(
+        self,
+        blocks: dict[str, int] | None = None,
+        heads: int = 4,
+        head_dim: int = 32,
+        tokens: int = 4,
+        width: int = 64,
+    ):
         super().__init__()
         self.shape = (2, 1, tokens, heads, head_dim)
         names = [f"{kind}_{number}" for kind, count in (blocks or {"block": 4}).items() for number in range(count)]
@@ -39,7 +46,7 @@ class SoftRGBTemplate(nn.Module):
 
 
 class DataProcessor:
-    """The mean colour of an image that a row names."""
+    """Computes `r`, `g` and `b`, the mean colour of an image that a row names."""
 
     def __call__(self, image: str, **kwargs) -> dict[str, float]:
         means = np.asarray(Image.open(image).convert("RGB")).mean((0, 1)) / 255

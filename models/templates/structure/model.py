@@ -1,7 +1,7 @@
-"""Structure: line art says where things are, the prompt may say what they are.
+"""Structure: line art defines where things are, and the prompt may say what they are.
 
-The picture becomes a grid of keys and values for every block, one for each 16 × 16 pixels of the embedded model's. For
-FLUX.2-klein-4B, TEMPLATE_MODEL_CONFIG is
+A small network turns the line art into a grid of keys and values for every block, on the embedded model one for each
+16 × 16 pixels. For FLUX.2-klein-4B, TEMPLATE_MODEL_CONFIG is
 {"blocks": {"double": 5, "single": 20}, "heads": 24, "head_dim": 128, "size": 1024, "grid": 32, "width": 1024}.
 """
 
@@ -14,18 +14,24 @@ from torch import Tensor, nn
 
 
 class StructureTemplate(nn.Module):
-    """A picture as keys and values.
+    """Turns line art into keys and values.
 
     Args:
-        blocks: Names of the base's kinds of blocks, and how many there are of each.
-        heads, head_dim: Of the base's attention.
-        size: What the picture is resized to, in pixels.
-        grid: Keys of a block along a side; `size` is `grid` times 4, 8, 16 and so on.
+        blocks: The base's kinds of blocks, and the number of blocks of each kind.
+        heads, head_dim: Heads of the base's attention, and their width.
+        size: Height and width in pixels to which the image is resized.
+        grid: Keys per block, along each side; `size` is `grid` times 4, 8, 16 and so on.
         width: Channels of the last convolution.
     """
 
     def __init__(
-        self, blocks=None, heads: int = 4, head_dim: int = 32, size: int = 64, grid: int = 4, width: int = 128
+        self,
+        blocks: dict[str, int] | None = None,
+        heads: int = 4,
+        head_dim: int = 32,
+        size: int = 64,
+        grid: int = 4,
+        width: int = 128,
     ):
         super().__init__()
         self.size, self.heads = size, (2, heads, head_dim)
@@ -37,7 +43,7 @@ class StructureTemplate(nn.Module):
 
     @torch.no_grad()
     def process_inputs(self, image: Image.Image, pipe, **kwargs) -> dict[str, Tensor]:
-        """Any picture as grey levels (1, 1, size, size), 0 for white and 1 for black."""
+        """Grey levels (1, 1, size, size) of an image of any size, 0 for white and 1 for black."""
         grey = np.asarray(image.convert("L").resize((self.size, self.size)), dtype=np.float32)
         pixels = 1 - torch.from_numpy(grey)[None, None] / 255
         return {"pixels": pixels.to(pipe.device, pipe.torch_dtype)}
@@ -50,7 +56,10 @@ class StructureTemplate(nn.Module):
 
 
 def convolutions(halvings: int, width: int) -> nn.Sequential:
-    """(B, 1, H, W) → (B, width, H / 2ⁿ, W / 2ⁿ): two halvings at once, then one by one with twice the channels."""
+    """Convolutions from (B, 1, H, W) to (B, width, H / 2ⁿ, W / 2ⁿ) for n `halvings`.
+
+    The first convolution halves twice; each further one halves once and doubles the channels.
+    """
     widths = [width >> step for step in reversed(range(halvings - 1))]
     layers = [nn.Conv2d(1, widths[0], 4, 4), nn.SiLU()]
     for narrow, wide in pairwise(widths):
