@@ -1,7 +1,7 @@
 """Distil a few-step student: `python distill.py task=distill/… model=… prompts.path=…`.
 
-Stage one: the teacher samples two sets of prompts into caches, `train` and `held_out` in `teacher_path`. Stage two is
-train.py on the first, which measures on the second how near the student comes.
+Stage one: the teacher samples images for two sets of prompts into the caches `train` and `held_out` in `teacher_path`.
+Stage two: train.py trains the student on the first cache, and validation compares student and teacher on the second.
 """
 
 import logging
@@ -15,7 +15,7 @@ from train import train
 
 
 def distill(run: DistillRun) -> list:
-    """Sample the teacher's pictures that are not there yet, train on them, and name the files that are left."""
+    """Sample the teacher's images that are missing, train on them, and return the paths of the exported files."""
     from diffsynth.cache.run import CacheRun
     from make_cache import make_cache
 
@@ -24,7 +24,7 @@ def distill(run: DistillRun) -> list:
         for name, prompts in {"train": run.prompts, "held_out": run.held_out}.items():
             if prompts is not None:
                 report = make_cache(CacheRun(path=f"{run.teacher_path}/{name}", dataset=prompts, **shared))
-                logging.info("The teacher's pictures, %s/%s: %s", run.teacher_path, name, report)
+                logging.info("The teacher's images in %s/%s: %s", run.teacher_path, name, report)
     return train(replace(run, dataset=run.dataset()))
 
 

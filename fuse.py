@@ -1,15 +1,28 @@
-"""Merge adapters into a model: `python fuse.py lora_path=… output=…` writes it as its repository is laid out."""
+"""Merge adapters into a model: `python fuse.py lora_path=… output=…` writes the model as its repository is laid out."""
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import hydra
 
 from diffsynth.config import build, check, explained, run_main
 
 
-def fuse(model, lora_path: str | Sequence[str], lora_scale: float = 1.0, output: str = "outputs/fused") -> list[Path]:
-    """Add each adapter's update to the weights it adapts, in fp32, and save those models in the base's own dtype."""
+def fuse(
+    model: Any, lora_path: str | Sequence[str], lora_scale: float = 1.0, output: str = "outputs/fused"
+) -> list[Path]:
+    """Add each adapter's update to the weights it adapts, in fp32, and save those models in the base's own dtype.
+
+    Args:
+        model: A partial of a family's `from_components` that lacks only `device`; it builds the pipeline.
+        lora_path: Files of adapters.
+        lora_scale: Factor of the updates.
+        output: Folder to write to.
+
+    Returns:
+        The folders of the saved models.
+    """
     import torch
 
     from diffsynth.core.files import replacing_folder

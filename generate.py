@@ -1,7 +1,8 @@
-"""Draw: `python generate.py prompt="…" lora_path=…`; `python generate.py --help` lists every choice."""
+"""Sample images: `python generate.py prompt="…" lora_path=…`; `python generate.py --help` lists every option."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import hydra
 
@@ -9,8 +10,8 @@ from diffsynth.config import build, check, explained, run_main
 
 
 def generate(
-    model,
-    template,
+    model: Any,
+    template: Any,
     prompt: str | Sequence[str],
     negative_prompt: str = "",
     seed: int | Sequence[int] = 0,
@@ -26,7 +27,25 @@ def generate(
     output: str = "outputs/generated",
     device: str = "auto",
 ) -> list[Path]:
-    """Draw every prompt with every seed and return the files: one image each, and a grid of them all."""
+    """Sample every prompt with every seed, and return the files: one per image, and a grid of all images.
+
+    Args:
+        model: A partial of a family's `from_components` that lacks only `device`; it builds the pipeline.
+        template: Templates to apply (`diffusion.template.Templates`).
+        prompt: A prompt, a list of prompts, or a text file with a prompt per line.
+        negative_prompt: What guidance leads away from.
+        seed: A seed, or a list of seeds.
+        lora_path: Files of adapters.
+        lora_scale: Factor of the adapters' updates.
+        input_image: File of an image to start from.
+        denoising_strength: How far an input image is noised, in (0, 1]; 1 starts from noise alone.
+        inpaint_mask: File of a mask; only its white parts are sampled anew.
+        template_inputs, negative_template_inputs: Inputs of each template, for both sides of guidance.
+        options: Other arguments of the pipeline's call (`num_inference_steps`, `cfg_scale`, `height`, …).
+        batch_size: Images that are sampled together.
+        output: Folder to write to.
+        device: `auto`, `cpu`, `cuda` or `mps`.
+    """
     from diffsynth.core.devices import choose_device
     from diffsynth.diffusion.pipeline.generation import load_images, open_files, read_prompts, sample_to_files
 
@@ -46,7 +65,7 @@ def generate(
     pipe.check_adapters(paths := [lora_path] if isinstance(lora_path, str) else lora_path or [])
     for path in paths:
         pipe.use_sampling_settings_of(path)
-    completed = [pipe.complete({**images, **request}) for request in requests]  # refuses before any weight is read
+    completed = [pipe.complete({**images, **request}) for request in requests]  # raises before any weight is read
     templates = template.load_all(pipe)
     templates.check(template_inputs, negative_template_inputs)
     sides = [[open_files(inputs) for inputs in side] for side in (template_inputs, negative_template_inputs)]

@@ -1,20 +1,24 @@
 """Stage one of two: `python make_cache.py model=… dataset=… path=…`; then `python train.py dataset=cache …`.
 
-`python make_cache.py verify path=…` compares a cache with what was written and with the data and models it is made of,
-`stats` counts what it holds, `gc` deletes what no sample needs any more.
+`python make_cache.py verify path=…` checks a cache's files and compares the cache with its data and models; `stats`
+counts what it has; `gc` deletes entries that no sample needs any more.
 """
 
 import logging
 import sys
+from typing import TYPE_CHECKING
 
 import hydra
 
 from diffsynth.cache.run import COMMANDS, CacheRun
 from diffsynth.config import build, check, explained, run_main
 
+if TYPE_CHECKING:
+    from diffsynth.cache.make import CacheReport
 
-def make_cache(run: CacheRun):
-    """Make (a `CacheReport`), verify (a list of differences), count or tidy a cache (text)."""
+
+def make_cache(run: CacheRun) -> "CacheReport | list[str] | str":
+    """Run one command on a cache; `make` returns a report, `verify` a list of differences, `stats` and `gc` text."""
     from diffsynth.cache.make import launch_data_process_task
     from diffsynth.cache.verify import collect_garbage, stats, verify
     from diffsynth.diffusion.training_module import PipelineTrainingModule

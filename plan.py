@@ -1,7 +1,7 @@
-"""Know before you run: `python plan.py model=… task=… lora.rank=…`, with whatever train.py would be told.
+"""Plan a training's memory before it runs: `python plan.py model=… task=… lora.rank=…`, with the arguments of train.py.
 
-Memory of every stage, for every size of picture and several numbers of devices, as a table, plan.json and plan.svg;
-reads no weights and needs no GPU.
+It computes the memory of every stage, for every image size and several numbers of devices, and writes plan.json and
+plan.svg. It reads no weights and needs no GPU.
 """
 
 import json
@@ -15,14 +15,14 @@ from diffsynth.plan.run import PlanRun
 
 
 def plan(run: PlanRun) -> str:
-    """The plan of one training; writes it down and returns its table."""
+    """Plan one training, write plan.json and plan.svg, and return the plan as a table."""
     from diffsynth.core.files import write_text
     from diffsynth.plan.budget import Budget
     from diffsynth.plan.plan import Planner
     from diffsynth.plan.show import chart, table
     from diffsynth.training.checks import scan
 
-    on_cuda = run.device in ("auto", "cuda")  # whatever this machine has
+    on_cuda = run.device in ("auto", "cuda")  # `auto` plans for CUDA even on a machine without it
     template = run.template and run.template.load_one(run.seed)
     run = replace(run, template=template, processes=run.cp_size, on_cuda=on_cuda)
     scan(run.dataset, run.media, run.task, template)

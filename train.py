@@ -1,4 +1,4 @@
-"""Train: `python train.py model=… task=… lora.rank=…`; `python train.py --help` lists every choice."""
+"""Train: `python train.py model=… task=… lora.rank=…`; `python train.py --help` lists every option."""
 
 from dataclasses import replace
 
@@ -9,7 +9,7 @@ from diffsynth.training.run import Run
 
 
 def train(run: Run) -> list:
-    """Run one training, whose parts the configuration built, and name the files it left."""
+    """Run one training, and return the paths of the exported weights and of the validation's pictures."""
     from diffsynth.cache.keys import CacheKeys
     from diffsynth.diffusion.training_module import PipelineTrainingModule
     from diffsynth.plan.meta_pipeline import needs_download
@@ -20,7 +20,7 @@ def train(run: Run) -> list:
     from diffsynth.training.loop import Trainer
     from diffsynth.training.record.data import record_data
 
-    # Mistakes first: nothing heavy is read until all of these have found none.
+    # Check the configuration and the data before anything heavy is read.
     accelerator = make_accelerator(run.device, run.model.keywords["torch_dtype"])
     engine = choose_engine(accelerator)
     run = replace(run, template=run.template and run.template.load_one(run.seed))
@@ -28,12 +28,12 @@ def train(run: Run) -> list:
     identity = identity_of(run)
     record_data(accelerator, run.dataset, identity["data set"], run.run_dir)
 
-    # Does it fit? What would have to be downloaded is built when that is known.
+    # Check that the run fits; models that have to be downloaded are built only after that.
     pipe = None if needs_download(run.model) else run.model(device=accelerator.device)
     run = preflight(run, accelerator, engine)
     pipe = pipe or run.model(device=accelerator.device)
 
-    # Build what is trained, and refuse what its parts cannot do together.
+    # Build the training module, and check that its parts work together.
     module = PipelineTrainingModule(pipe, run.task, run.lora, run.seed, run.template, run.memory)
     trainer = Trainer.of(run, accelerator, engine, module, identity)
     engine.check(module, run.optimizer, trainer.layout.accumulation, run.max_grad_norm)
@@ -46,7 +46,7 @@ def train(run: Run) -> list:
     # Load weights, and train.
     module.load(evaluated, not run.dataset.needs_encoders, engine.in_host_memory(module))
     trainer.fit()
-    record_data(accelerator, run.dataset, identity["data set"], run.run_dir)  # now with rows that could not be decoded
+    record_data(accelerator, run.dataset, identity["data set"], run.run_dir)  # again, with rows that failed to decode
     return [*run.export.saved, *trainer.validation.saved]
 
 

@@ -1,9 +1,9 @@
-"""A training step on 8 samples at once against 8 accumulated single ones.
+"""Times a training step on a batch of 8 samples against one that accumulates 8 single samples.
 
     python benchmarks/batch.py [side in pixels, 256]
 
-One block of Qwen-Image's real width (3072) with LoRA rank 32, AdamW, fp32 and bf16 autocast; both sides take turns. On
-a CPU the arithmetic is the same; what a batch saves is what each call costs.
+The model is one block of Qwen-Image's real width (3072) with LoRA rank 32 and AdamW, in fp32 and under bf16 autocast;
+both sides take turns. On a CPU the arithmetic is the same, so that a batch saves only the fixed cost of each call.
 """
 
 import statistics
@@ -30,7 +30,7 @@ def sample(number: int, side: int) -> dict:
 
 
 def build_step() -> Callable[[Sequence[dict], int, bool], float]:
-    """A training step over samples in forwards of so many, bf16 or not; returns its seconds."""
+    """Return a function that takes a training step over samples in micro-batches and returns its seconds."""
     pipe, task = build(), FlowMatchSFT()
     trained = [parameter for parameter in pipe.dit.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=1e-4)
@@ -53,7 +53,7 @@ def main() -> None:
     step, samples = build_step(), [sample(number, side) for number in range(SAMPLES)]
     for is_bf16 in (False, True):
         turns = [(step(samples, 1, is_bf16), step(samples, SAMPLES, is_bf16)) for _ in range(TURNS + 1)]
-        turns = turns[1:]  # the first warms up
+        turns = turns[1:]  # the first one is a warm-up
         single, batched = (statistics.median(side) for side in zip(*turns, strict=True))
         ratio = statistics.median(one / all_ for one, all_ in turns)
         name = "bf16" if is_bf16 else "fp32"

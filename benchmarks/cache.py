@@ -1,12 +1,12 @@
-"""Making and reading a cache: against the original's, and by itself.
+"""Times making a cache, against DiffSynth-Studio, and reading one.
 
-    python benchmarks/cache.py make /path/to/python   # images a second, bytes a sample; a Python that has the original
-    python benchmarks/cache.py read                   # samples a second of a worker
-    python benchmarks/cache.py step                   # reading against a step on one of the transformer's 60 blocks
+    python benchmarks/cache.py make PYTHON   # images per second, bytes per sample; PYTHON has DiffSynth-Studio
+    python benchmarks/cache.py read          # samples per second of one worker
+    python benchmarks/cache.py step          # reading against a step on one of the transformer's 60 blocks
 
-`make` runs the real Qwen-Image autoencoder (random weights, bf16) on 256 x 256 pictures; both sides take turns, twice,
-each in a process of its own, and time the work without imports. The original has no text encoder there; ours runs the
-embedded model's, which costs next to nothing.
+`make` runs the real Qwen-Image autoencoder (random weights, bf16) on 256 x 256 images; both sides take turns, twice,
+each in a process of its own, and imports are not timed. DiffSynth-Studio's side has no text encoder; ours runs that of
+the embedded model, which costs next to nothing.
 """
 
 import json
@@ -20,7 +20,7 @@ from pathlib import Path
 
 IMAGES, SIDE = 16, 256
 THREADS = os.cpu_count()
-ORIGINAL = """
+DIFFSYNTH_STUDIO = """
 import os, sys, time, json, glob, accelerate, torch
 from diffsynth.core import UnifiedDataset
 from diffsynth.diffusion import DiffusionTrainingModule, ModelLogger, launch_data_process_task
@@ -83,7 +83,7 @@ def write_autoencoder(folder: Path) -> None:
 
 
 def make_ours(folder: str, out: str, vae: str) -> dict[str, float]:
-    """Seconds of making a cache, its networks read from disk within, and bytes a sample, tensors and all."""
+    """Return the seconds of making a cache, with reading its networks from disk, and the bytes per sample in it."""
     from diffsynth.cache.make import launch_data_process_task
     from diffsynth.core.data import UnifiedDataset
     from diffsynth.core.loader import ModelConfig
@@ -111,12 +111,12 @@ def compare_making(python: str) -> None:
     with tempfile.TemporaryDirectory() as folder:
         write_pictures(Path(folder), IMAGES)
         write_autoencoder(Path(folder) / "vae")
-        (Path(folder) / "original.py").write_text(ORIGINAL)
-        sides: dict[str, list[dict]] = {"ours": [], "original": []}
+        (Path(folder) / "studio.py").write_text(DIFFSYNTH_STUDIO)
+        sides: dict[str, list[dict]] = {"ours": [], "DiffSynth-Studio": []}
         for turn in range(2):
             ours = [sys.executable, __file__, "make_ours", folder, f"{folder}/ours-{turn}", f"{folder}/vae"]
-            original = [python, f"{folder}/original.py", folder, f"{folder}/original-{turn}", str(SIDE)]
-            for name, command in (("ours", ours), ("original", original)):
+            studio = [python, f"{folder}/studio.py", folder, f"{folder}/studio-{turn}", str(SIDE)]
+            for name, command in (("ours", ours), ("DiffSynth-Studio", studio)):
                 done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
                 sides[name].append(json.loads(done.stdout.splitlines()[-1]))
     seconds, size = (
@@ -124,12 +124,13 @@ def compare_making(python: str) -> None:
         for key in ("seconds", "bytes")
     )
     for name in sides:
-        print(f"{name}: {IMAGES / seconds[name]:.2f} images/s, {size[name] / 1e3:.0f} kB a sample")
-    print(f"{seconds['original'] / seconds['ours']:.2f} x as fast, {size['original'] / size['ours']:.1f} x as small")
+        print(f"{name}: {IMAGES / seconds[name]:.2f} images/s, {size[name] / 1e3:.0f} kB per sample")
+    faster, smaller = (found["DiffSynth-Studio"] / found["ours"] for found in (seconds, size))
+    print(f"{faster:.2f} x as fast, {smaller:.1f} x as small")
 
 
 def write_cache(folder: Path, count: int, tokens: int) -> None:
-    """A cache of samples as Qwen-Image's at 256 x 256, prompts of so many tokens, none of them shared."""
+    """Write a cache of samples like Qwen-Image's at 256 x 256, each with its own prompt of `tokens` tokens."""
     import torch
 
     from diffsynth.core.data.cache import FORMAT, CacheIndex, ShardWriter
@@ -153,7 +154,7 @@ def write_cache(folder: Path, count: int, tokens: int) -> None:
 
 
 def measure_reading(count: int = 4000) -> None:
-    """Samples a second of one process in random order, in the page cache: mapped, and every byte copied as well."""
+    """Print samples per second of one process in random order, from the page cache: only mapped, and also copied."""
     import torch
 
     torch.set_num_threads(1)  # as in a DataLoader's worker
@@ -164,11 +165,12 @@ def measure_reading(count: int = 4000) -> None:
             read_all(folder, count, copy=True)  # maps all pages
             rates = [(read_all(folder, count, copy=False), read_all(folder, count, copy=True)) for _ in range(3)]
             mapped, copied = (statistics.median(side) for side in zip(*rates, strict=True))
-            print(f"{tokens} tokens, {size / 1e3:.0f} kB a sample: {mapped:.0f} samples/s mapped, {copied:.0f} copied")
+            rates = f"{mapped:.0f} samples/s mapped, {copied:.0f} copied"
+            print(f"{tokens} tokens, {size / 1e3:.0f} kB per sample: {rates}")
 
 
 def read_all(folder: str, count: int, copy: bool) -> float:
-    """Samples a second."""
+    """Read `count` samples and return samples per second."""
     from diffsynth.core.data import CachedDataset
 
     dataset = CachedDataset(folder)
@@ -183,7 +185,7 @@ def read_all(folder: str, count: int, copy: bool) -> float:
 
 
 def compare_with_step() -> None:
-    """Reading the samples of a step against the step itself, of a model of one block of Qwen-Image's real width."""
+    """Print the time of reading a step's samples over that of the step, on one block of Qwen-Image's real width."""
     from batch import SAMPLES, build_step
 
     from diffsynth.core.data import CachedDataset
@@ -199,7 +201,7 @@ def compare_with_step() -> None:
             made = [dataset.sample(address, seed=0)[0].made for address in addresses]
             reading = time.perf_counter() - start
             shares.append(reading / step([each["shared"] | each["posi"] for each in made], SAMPLES, True))
-    print(f"reading takes {statistics.median(shares[1:]):.3%} of the time of a step")  # the first warms up
+    print(f"reading takes {statistics.median(shares[1:]):.3%} of the time of a step")  # the first one is a warm-up
 
 
 def main() -> None:

@@ -1,11 +1,11 @@
-"""Training steps of compiled blocks against the same blocks uncompiled: time, and by how much gradients differ.
+"""Compares training steps of compiled and uncompiled blocks: their time, and the error of their gradients.
 
     python benchmarks/compile.py [--blocks 1] [--side 512] [--steps 6]
 
-Blocks of Qwen-Image's real width (3072), bf16, a picture of SIDE pixels and a prompt of 64 tokens, a LoRA of rank 32,
-with and without gradient checkpointing; forward and backward, no optimizer. Both sides take turns in one process, so
-that a drifting machine slows both; the figure is the median of the ratios of neighbouring steps. The gradients of both
-are compared with uncompiled ones in fp32.
+The model is blocks of Qwen-Image's real width (3072) in bf16 with a LoRA of rank 32; an image has SIDE pixels a side,
+a prompt 64 tokens. A step is forward and backward without optimizer, with and without gradient checkpointing. Both
+sides take turns in one process, so that a machine that slows down slows both; the ratio is the median over neighbouring
+steps. The gradients of both are compared with uncompiled ones in fp32.
 """
 
 import argparse
@@ -24,7 +24,7 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def build(blocks: int, dtype: torch.dtype) -> QwenImagePipeline:
-    """A pipeline whose transformer has so many blocks of the real width, with a LoRA to train."""
+    """Return a pipeline whose transformer has `blocks` blocks of the real width and a LoRA to train."""
     torch.manual_seed(0)
     pipe = QwenImagePipeline(torch_dtype=dtype)
     pipe.dit = QwenImageTransformer2DModel(num_layers=blocks).to(DEVICE, dtype)
@@ -32,13 +32,13 @@ def build(blocks: int, dtype: torch.dtype) -> QwenImagePipeline:
     prepare_training(pipe, [], LoRA(target_modules=["to_q", "to_k", "to_v", "to_out.0"]), seed=0)
     torch.manual_seed(1)
     for parameter in pipe.dit.parameters():
-        if parameter.requires_grad:  # half of an adapter starts at zero, and the other half's gradient then is too
+        if parameter.requires_grad:  # lora_B starts at zero, which makes the gradient of lora_A zero
             torch.nn.init.normal_(parameter, std=0.02)
     return pipe
 
 
 def step(pipe: QwenImagePipeline, side: int, checkpointing: bool) -> tuple[float, torch.Tensor]:
-    """Seconds of a forward and a backward pass, and the gradient."""
+    """Return the seconds of a forward and a backward pass, and the gradient (N,)."""
     generator, dtype = torch.Generator().manual_seed(2), pipe.torch_dtype
     latents = torch.randn(1, 16, side // 8, side // 8, generator=generator).to(DEVICE, dtype)
     text = torch.randn(1, 64, 3584, generator=generator).to(DEVICE, dtype)
@@ -56,7 +56,7 @@ def step(pipe: QwenImagePipeline, side: int, checkpointing: bool) -> tuple[float
 
 
 def compare(blocks: int, side: int, steps: int, checkpointing: bool) -> str:
-    """A row of the table."""
+    """Return a row of the table."""
     exact = step(build(blocks, torch.float32), side, checkpointing)[1]
     plain, compiled = build(blocks, torch.bfloat16), build(blocks, torch.bfloat16)
     backend = compile_blocks(compiled.dit)

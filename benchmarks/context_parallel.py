@@ -1,10 +1,10 @@
-"""What a training step keeps on a device whose neighbours have the other tokens of the sample.
+"""Measures the memory of a training step under context parallelism, where devices share the tokens of a sample.
 
     python benchmarks/context_parallel.py [--devices 2] [--blocks 2] [--pixels 1024] [--rank 32]
 
-Some of Qwen-Image's 60 blocks (width 3072, random weights, bf16, adapters in fp32), forward and backward of one sample
-in processes over gloo, against one process that has the whole sample. Bytes are those of live tensors, counted as they
-are made and freed, of the first process; its share of the tokens is the largest.
+Some of Qwen-Image's 60 blocks (width 3072, random weights, bf16, adapters in fp32) run forward and backward on one
+sample in several processes over gloo, and in one process that has all tokens. Bytes are those of live tensors in the
+first process, which has the largest share of the tokens; they are counted as tensors are made and freed.
 """
 
 import argparse
@@ -25,7 +25,7 @@ OPTIONS = {"none": {}, "blocks": {"checkpointing": "blocks"}}
 
 
 def measured(trained: Trained, inputs: dict) -> tuple[int, torch.Tensor]:
-    """Bytes that a step makes at most, and its gradients."""
+    """Return the most bytes that a step adds, and its gradients (N,)."""
     with LiveBytes() as live:
         live.watch([*trained.network.parameters(), *trained.network.buffers()])
         before = live.device.now

@@ -1,11 +1,11 @@
-"""Four-step students of the embedded model by every method: how near each comes to its teacher, in how much time.
+"""Distils four-step students of the embedded model by every method, and measures their distance to the teacher.
 
     python benchmarks/distillation.py [direct dmd2 …] [--output outputs/students] [--picture docs/distillation.png]
 
-Each method is `distill.py experiment=emoji_distill/<method>` on one core, after its teacher has drawn. The distance is
-the mean squared difference of final latents on 120 drawings of 60 prompts that were not trained on, from equal noise;
-the base at as many steps is measured in the same run. CPU time is that of the whole command, which looks at the student
-at its start and end, less the drawing of the teacher's pictures.
+Each method is `distill.py experiment=emoji_distill/<method>` on one core, after its teacher has sampled. The distance
+is the mean squared difference of final latents on 120 images of 60 held-out prompts, from equal noise; the base at as
+many steps is measured in the same run. CPU time is that of the whole command without sampling the teacher's images; the
+command evaluates the student at its start and end.
 """
 
 import argparse
@@ -35,8 +35,8 @@ def cpu_seconds(words: list[str]) -> float:
 
 
 def measure(method: str, output: str) -> dict:
-    """Distances that a run logged, its folder, and its CPU seconds."""
-    cpu_seconds(command(method, f"{output}/drawing", "max_steps=1", "validation.few_steps=null"))
+    """Return the distances that a run logged, its folder, and its CPU seconds."""
+    cpu_seconds(command(method, f"{output}/teacher", "max_steps=1", "validation.few_steps=null"))
     seconds = cpu_seconds(command(method, output))
     (folder,) = (ROOT / output).glob(f"{method}-*")
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
@@ -45,17 +45,18 @@ def measure(method: str, output: str) -> dict:
 
 
 def picture(found: dict[str, dict], path: str) -> None:
-    """The teacher, the base and every student, a row each."""
+    """Save a picture with a row each for the teacher, the base and every student."""
     from PIL import Image
 
     from diffsynth.core.pictures import stack
 
     folders = [run["folder"] / "samples" for run in found.values()]
-    looks = [Image.open(max(folder.glob("few_steps_step-*.png"))) for folder in folders]
-    height = (looks[0].height - CAPTION_LINE) // 3  # of a row; the teacher's captions have a line more
-    students = [look.crop((0, look.height - height, *look.size)) for look in looks]
-    above = looks[0].crop((0, 0, looks[0].width, looks[0].height - height))
-    stack([above, *students]).convert("P", palette=Image.Palette.ADAPTIVE).save(path, optimize=True)
+    pictures = [Image.open(max(folder.glob("few_steps_step-*.png"))) for folder in folders]
+    height = (pictures[0].height - CAPTION_LINE) // 3  # of a row; the teacher's captions have one line more
+    students = [each.crop((0, each.height - height, *each.size)) for each in pictures]
+    teacher_and_base = pictures[0].crop((0, 0, pictures[0].width, pictures[0].height - height))
+    joined = stack([teacher_and_base, *students])
+    joined.convert("P", palette=Image.Palette.ADAPTIVE).save(path, optimize=True)
 
 
 def main() -> None:

@@ -1,11 +1,11 @@
-"""Peak memory of training roles as adapters of one base, beside a plain LoRA training, on a block of the real width.
+"""Compares the peak memory of training several roles as adapters of one base with that of a plain LoRA training.
 
     python benchmarks/distillation_memory.py [--pixels 512] [--rank 32]
 
-One of Qwen-Image's 60 blocks (width 3072, random weights, bf16, rank-32 adapters in fp32, AdamW), five optimizer steps
-of one sample each, every kind in a process of its own. `sft` is FlowMatchSFT; `dmd2` trains a student and a fake score,
-and asks the teacher twice for its guidance. With the last of these, and as many adapters, a whole copy of the block is
-what the original keeps for each of the two other roles.
+One of Qwen-Image's 60 blocks (width 3072, random weights, bf16, rank-32 adapters in fp32, AdamW) takes five optimizer
+steps of one sample each; every kind runs in a process of its own. `sft` is FlowMatchSFT. `dmd2` trains a student and a
+fake score, and calls the teacher twice for its guidance. The last kind gives the fake score a full copy of the block,
+as DiffSynth-Studio does for each of the two other roles.
 """
 
 import argparse
@@ -29,11 +29,12 @@ def measure(kind: str, pixels: int, rank: int) -> dict:
     from diffsynth.core.data import SampleAddress
     from diffsynth.diffusion.adapters.lora import LoRA
     from diffsynth.diffusion.distillation.roles import FakeScore
-    from diffsynth.diffusion.loss import DMD2, FlowMatchSFT
+    from diffsynth.diffusion.loss import DMD2, FlowMatchSFT, TrainProgress
     from diffsynth.diffusion.loss.base import MODEL
     from diffsynth.diffusion.randomness import SampleRNG
     from diffsynth.diffusion.training_module import DiffusionTrainingModule, prepare_training
     from diffsynth.pipelines.qwen_image import QwenImagePipeline
+    from diffsynth.training.absent import NoEMA
     from diffsynth.training.accelerator import make_accelerator
     from diffsynth.training.state import TrainingState
 
@@ -62,7 +63,7 @@ def measure(kind: str, pixels: int, rank: int) -> dict:
         def trained_at(self, step):
             return task.trained_at(step)
 
-        def forward(self, step: int):
+        def forward(self, step: int, progress: TrainProgress):
             side = pixels // 8
             text = torch.randn(1, 60, 3584, dtype=torch.bfloat16)
             inputs = {"input_latents": torch.randn(1, 16, side, side), "prompt_emb": text}
@@ -70,14 +71,13 @@ def measure(kind: str, pixels: int, rank: int) -> dict:
             rng = SampleRNG(0, [SampleAddress(step, 0)])
             if self.roles is None:
                 return task(self.pipe, rng=rng, **inputs)
-            sides = {"roles": self.roles, "negative": {"prompt_emb": text.flip(1)}, "progress": self.progress}
+            sides = {"roles": self.roles, "negative": {"prompt_emb": text.flip(1)}, "progress": progress}
             return task(self.pipe, rng=rng, height=pixels, width=pixels, **inputs, **sides)
 
     imported = peak_bytes()
-    state = TrainingState(make_accelerator("cpu", "bfloat16"), Training(), torch.optim.AdamW, None, 5, None)
+    state = TrainingState(make_accelerator("cpu", "bfloat16"), Training(), torch.optim.AdamW, None, 5, NoEMA())
     for step in range(5):
-        state.start_step()
-        state.backward(state.model(step))
+        state.backward(state.losses(step))
         state.update(1.0)
     return {"peak": peak_bytes(), "above imports": peak_bytes() - imported}
 

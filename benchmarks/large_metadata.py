@@ -1,9 +1,9 @@
-"""What metadata of ten million rows costs: opening it, the first time and later, and reading samples anywhere in it.
+"""Measures metadata of ten million rows: opening it, the first time and later, and reading samples anywhere in it.
 
     python benchmarks/large_metadata.py [--rows 10000000]
 
-Each opening is measured in a process of its own. The rows name 16 small pictures, so that reading files costs the same
-at any place. RSS is the peak above what the imports take; it counts the pages of the mapped table that are touched.
+Each opening is measured in a process of its own. The rows name 16 small images, so that reading files costs the same
+everywhere. RSS is the peak above what the imports take; it counts the pages of the mapped table that are touched.
 """
 
 import argparse
@@ -43,7 +43,7 @@ def write(folder: Path, count: int) -> None:
 
 
 def measure(folder: str, name: str) -> dict[str, float]:
-    """Seconds of each step, and megabytes, in this process."""
+    """Return the seconds and the megabytes of each step, in this process."""
     from diffsynth.core.data import SampleOrder, UnifiedDataset
 
     figures, before = {}, peak()
@@ -65,15 +65,15 @@ def measure(folder: str, name: str) -> dict[str, float]:
     timed("first batch", lambda: batch(0))
     timed(f"batch at {last:,}", lambda: batch(last))
     figures["RSS after batches (MB)"] = peak() - before
-    travelling = timed("pickle for a worker", lambda: pickle.dumps(dataset.rows))
-    figures["what travels (bytes)"] = len(travelling)
+    pickled = timed("pickle for a worker", lambda: pickle.dumps(dataset.rows))
+    figures["pickled (bytes)"] = len(pickled)
     timed(f"scan of {len(dataset.scanned):,} rows", dataset.scan)
     timed("fingerprint", dataset.fingerprint)
-    return figures | {"peak RSS in all (MB)": peak() - before}
+    return figures | {"peak RSS (MB)": peak() - before}
 
 
 def peak() -> float:
-    """Peak resident megabytes of this process."""
+    """Return the peak resident megabytes of this process."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 

@@ -1,7 +1,9 @@
-"""Peak memory of loading a checkpoint, against the claim: its size, its largest tensor and 300 MB at most.
+"""Measures the peak memory of loading a checkpoint, against a bound: its size, its largest tensor and 300 MB.
 
-A Qwen-Image transformer of real width and few layers is written in shards, then loaded in a fresh process. The claim is
-about anonymous memory. RSS adds the mapped pages of one shard when tensors are cast, which the kernel may drop.
+    python benchmarks/load_memory.py [--layers 3]
+
+A Qwen-Image transformer of real width and few layers is written in shards, then loaded in a new process. The bound is
+for anonymous memory. When tensors are cast, RSS also has the mapped pages of one shard, which the kernel may drop.
 """
 
 import argparse
@@ -21,13 +23,13 @@ DTYPES = {"as stored (bf16)": "bfloat16", "cast to fp32": "float32", "cast to fp
 
 
 def memory() -> dict[str, float]:
-    """Resident bytes of this process, with and without the pages of mapped files."""
+    """Return the resident bytes of this process, with and without the pages of mapped files."""
     fields = dict(line.split(":") for line in Path("/proc/self/status").read_text().splitlines())
     return {name: int(fields[name].split()[0]) * 1024 for name in ("VmRSS", "RssAnon")}
 
 
 def peak_of(work) -> dict[str, float]:
-    """Peak of `memory` while `work` runs, above what it was before, sampled every 2 ms."""
+    """Return the peak of `memory` while `work` runs, above its value before, sampled every 2 ms."""
     start, peak, done = memory(), memory(), threading.Event()
 
     def watch():
@@ -51,7 +53,7 @@ def write_checkpoint(folder: Path, layers: int):
 
 
 def load(folder: Path, dtype: str):
-    """Load, read every weight once as a forward would, and print figures as JSON."""
+    """Load the checkpoint, read every weight once as a forward pass would, and print the figures as JSON."""
     import accelerate  # noqa: F401 - imports are not what is measured
     import diffusers
     import transformers  # noqa: F401

@@ -1,10 +1,10 @@
-"""One training step through our loop against the bare loop: same network, forward, backward, optimizer, nothing else.
+"""Times a training step of our loop against one of a bare loop with the same network, loss and optimizer.
 
     python benchmarks/loop_overhead.py
 
-One block of Qwen-Image's real width (3072) at 256², LoRA rank 32, AdamW, fp32. Both sides take turns in one process, so
-that a drifting machine slows both; the figure is the median of the ratios of neighbouring steps. Units, encoders and
-reading of images are not part of either side: this is what the loop itself costs.
+The model is one block of Qwen-Image's real width (3072) at 256², LoRA rank 32, AdamW, fp32. Both sides take turns in
+one process, so that a machine that slows down slows both; the ratio is the median over neighbouring steps. Neither side
+has units, encoders or reading of images: the difference is the loop itself.
 """
 
 import statistics
@@ -26,11 +26,11 @@ from diffsynth.training.loop import launch_training_task
 from diffsynth.training.record.numbers import LocalLogger
 
 STEPS = 12
-SIDE = 32  # latent pixels, 256 image pixels
+SIDE = 32  # of latents; 256 pixels
 
 
 class Prepared(torch.utils.data.Dataset):
-    """What the units would have made of one sample."""
+    """A data set of one sample, as the pipeline's units would return it."""
 
     def __len__(self):
         return 1
@@ -45,7 +45,7 @@ class Prepared(torch.utils.data.Dataset):
 
 
 class TurnTaking(DiffusionTrainingModule):
-    """Before each step through our loop, one through the bare loop; both are timed."""
+    """Takes a step of the bare loop before each step of our loop, and times both."""
 
     def __init__(self, pipe, bare_step):
         super().__init__()
@@ -63,7 +63,7 @@ class TurnTaking(DiffusionTrainingModule):
 
 
 def build(seed: int = 0) -> QwenImagePipeline:
-    """A pipeline whose transformer is one block of the real width, with a LoRA to train."""
+    """Return a pipeline whose transformer is one block of the real width with a LoRA to train."""
     torch.manual_seed(seed)
     pipe = QwenImagePipeline(torch_dtype=torch.float32)
     pipe.dit = QwenImageTransformer2DModel(num_layers=1)
@@ -72,7 +72,7 @@ def build(seed: int = 0) -> QwenImagePipeline:
 
 
 def bare_step(dit, optimizer, scheduler):
-    """The step a textbook would write."""
+    """Return a step as a textbook would write it."""
     parameters = [parameter for parameter in dit.parameters() if parameter.requires_grad]
 
     def step(data):
@@ -102,7 +102,7 @@ def main() -> None:
         logger, saver = LocalLogger(folder, every=10), ModelLogger(Path(folder) / "weights", save_steps=10**9)
         accelerator = make_accelerator("cpu", "float32")
         launch_training_task(accelerator, Prepared(), module, saver, max_steps=STEPS, max_grad_norm=1.0, logger=logger)
-    pairs = list(zip(module.ours, module.bare, strict=False))[2:]  # the first steps warm up
+    pairs = list(zip(module.ours, module.bare, strict=False))[2:]  # the first steps are a warm-up
     ratio = statistics.median(o / b for o, b in pairs)
     seconds = (statistics.median(side) for side in zip(*pairs, strict=True))
     print("median step: ours {:.3f} s, bare {:.3f} s; ratio {:.3f} over {} pairs".format(*seconds, ratio, len(pairs)))

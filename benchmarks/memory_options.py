@@ -1,10 +1,10 @@
-"""What a training step keeps on the device and how long it takes, by memory option, on blocks of the real width.
+"""Measures the memory and the time of a training step by memory option, on blocks of the real width.
 
     python benchmarks/memory_options.py [--blocks 4] [--pixels 512] [--rank 32] [--rounds 2]
 
-Some of Qwen-Image's 60 blocks (width 3072, random weights, bf16, adapters in fp32), forward and backward of one sample
-through all options in turn. Time is that of the processor, as far as this process has it. Bytes are those of live
-tensors, counted as they are made and freed: what waits in host memory apart from the rest, which would be the device's.
+Some of Qwen-Image's 60 blocks (width 3072, random weights, bf16, adapters in fp32) run forward and backward on one
+sample, with all options in turn. Time is the process's CPU time. Bytes are those of live tensors, counted as they are
+made and freed: tensors that wait in host memory apart from the rest, which would be on the device.
 """
 
 import argparse
@@ -44,7 +44,7 @@ OPTIONS = {
 
 
 class Trained:
-    """The blocks with adapters under one option; base weights are shared, but for those that are streamed."""
+    """The blocks with adapters under one option; options share the base weights, except those that are streamed."""
 
     def __init__(self, options: dict, base: dict, blocks: int, rank: int):
         with init_empty_weights():
@@ -67,21 +67,21 @@ class Trained:
 
     @property
     def buffers(self) -> list[torch.Tensor]:
-        """Those that streamed weights pass through."""
+        """The device's buffers for streamed weights."""
         return self.stream.buffers if self.stream else []
 
     def weights(self) -> int:
-        """Bytes of frozen weights on the device."""
+        """Return the bytes of frozen weights on the device."""
         streamed = {id(tensor) for tensor in self.stream.tensors} if self.stream else set()
         resident = sum(p.nbytes for p in self.network.parameters() if not p.requires_grad and id(p) not in streamed)
         return resident + sum(buffer.nbytes for buffer in self.buffers)
 
     def step(self, inputs: dict) -> torch.Tensor:
-        """The gradients, in one row."""
+        """Return all gradients as one tensor (N,)."""
         trained = [p for p in self.network.parameters() if p.requires_grad]
         with torch.autocast("cpu", torch.bfloat16):
             loss = self.network(**inputs, return_dict=False)[0].float().pow(2).mean()
-        found = torch.autograd.grad(loss, trained, allow_unused=True)  # the last block's text goes nowhere
+        found = torch.autograd.grad(loss, trained, allow_unused=True)  # nothing reads the last block's text
         return torch.cat([gradient.flatten() for gradient in found if gradient is not None])
 
 

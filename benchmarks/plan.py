@@ -1,8 +1,8 @@
-"""A plan against what really happens: one training step of blocks of the real width on CPU, LoRA and full.
+"""Compares planned with real memory of one training step, LoRA and full, on blocks of the real width on a CPU.
 
-Three peaks of each: predicted by `diffsynth.plan`, of live tensors in the real step, and of the process (its resident
-memory above what it had before there was a model). `python benchmarks/plan.py` prints a table; a case runs by itself as
-`python benchmarks/plan.py qwen_image lora blocks 512`.
+Each case has three peaks: that predicted by `diffsynth.plan`, that of live tensors in a real step, and that of the
+process (its resident memory above what it had before the model). `python benchmarks/plan.py` prints a table; one case
+runs as `python benchmarks/plan.py qwen_image lora blocks 512`.
 """
 
 import itertools
@@ -27,7 +27,7 @@ from diffsynth.diffusion.loss import FlowMatchSFT
 from diffsynth.diffusion.training_module import PipelineTrainingModule
 from diffsynth.pipelines.flux2_image import Flux2ImagePipeline
 from diffsynth.pipelines.qwen_image import QwenImagePipeline
-from diffsynth.plan.footprint import kept
+from diffsynth.plan.footprint import static_footprint
 from diffsynth.plan.meta_module import read
 from diffsynth.plan.meta_pipeline import Architecture
 from diffsynth.plan.rehearsal import Rehearsal
@@ -43,7 +43,7 @@ CONFIGS = {
         "guidance_embeds": False,
     },
 }
-# glibc keeps freed memory to itself, up to 16 % of what these cases take, unless large pieces are the system's own.
+# By default glibc keeps freed memory, up to 16 % of what these cases take; with this, large blocks are returned.
 RETURNING = {"MALLOC_MMAP_THRESHOLD_": "131072"}
 TARGETS = ["to_q", "to_k", "to_v", "to_add_out"]
 OPTIMIZER = partial(torch.optim.AdamW, lr=1e-4)
@@ -57,7 +57,7 @@ def module_of(family: str, training: str, checkpointing: str) -> PipelineTrainin
 
 
 def row_of(family: str, size: int) -> Row:
-    """What a cache holds of a picture and its prompt."""
+    """Return a row as a cache would have it, of an image of `size` pixels a side and a prompt."""
     row = {"image": Image.new("RGB", (size, size)), "prompt": ""}
     if family == "qwen_image":
         posi = {"prompt_emb": torch.zeros(1, 64, 3584).bfloat16(), "prompt_emb_mask": torch.ones(1, 64).bool()}
@@ -69,15 +69,15 @@ def row_of(family: str, size: int) -> Row:
 
 
 def predicted(family: str, training: str, checkpointing: str, size: int) -> int:
-    """Bytes at the peak of a step."""
+    """Return the planned bytes at the peak of a step."""
     rehearsal = Rehearsal(read(module_of(family, training, checkpointing), cached=True))
     passes = rehearsal.train([row_of(family, size)], accumulates=False)
-    footprint = kept(rehearsal.module, rehearsal.at_rest, rehearsal.unreached, OPTIMIZER)
+    footprint = static_footprint(rehearsal.module, rehearsal.at_rest, rehearsal.unreached, OPTIMIZER)
     return replace(footprint, working=passes.peak).peak
 
 
 def measured(family: str, training: str, checkpointing: str, size: int) -> dict[str, int]:
-    """Bytes at the peak of the second step: of live tensors, and of this process, whose own peak it is."""
+    """Return the bytes at the peak of the second step: of live tensors, and of this process."""
     warm_up()
     module, row, start = module_of(family, training, checkpointing), row_of(family, size), resident()
     module.pipe.device = torch.device("cpu")
@@ -103,7 +103,7 @@ def step(module: PipelineTrainingModule, optimizer, row: Row) -> None:
 
 
 def warm_up() -> None:
-    """Have the libraries allocate what they keep, which is not the model's."""
+    """Let libraries allocate memory that they keep, so that it does not count as the model's."""
     weight = torch.ones(512, 512, requires_grad=True)
     with torch.autocast("cpu", torch.bfloat16):
         (weight @ weight).sum().backward()
@@ -111,13 +111,13 @@ def warm_up() -> None:
 
 
 def resident(name: str = "VmRSS") -> int:
-    """Bytes of this process now, or its peak `VmHWM`, which unlike rusage's does not begin with its parent's."""
+    """Return the resident bytes of this process; `VmHWM` is their peak, and unlike rusage's excludes the parent's."""
     lines = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
     return int(lines[name].split()[0]) * 1024
 
 
 def figures(case) -> dict[str, int]:
-    """All three peaks of one case, in a process of its own."""
+    """Measure one case in a process of its own, and return its three peaks."""
     command = [sys.executable, __file__, *map(str, case)]
     return json.loads(subprocess.check_output(command, env=os.environ | RETURNING))
 

@@ -1,11 +1,11 @@
-"""What looking, logging and saving cost a run at defaults, as a share of the time spent in training steps.
+"""Measures the time of validation, logging and saving in a run at defaults, over the time of its training steps.
 
     python benchmarks/run_overhead.py            # one block of Qwen-Image's real width, 250 steps
-    python benchmarks/run_overhead.py embedded   # the run of `python train.py`, its pictures included
+    python benchmarks/run_overhead.py embedded   # the run of `python train.py`, with its pictures
 
-Both times are of the same run: everything between two steps (validation, `metrics.jsonl`, checkpoints, exports) against
-the steps. The block (width 3072, 256², LoRA rank 32, fp32) flatters nothing: a checkpoint takes as long for a parameter
-as one of the whole model, while the step is 27 times shorter than at 1328².
+Both times are of the same run: everything between two steps (validation, `metrics.jsonl`, checkpoints, exports), and
+the steps. The block (width 3072, 256², LoRA rank 32, fp32) does not flatter the result: saving takes as long per
+parameter as with the full model, while a step is 27 times shorter than at 1328².
 """
 
 import sys
@@ -30,7 +30,7 @@ PARTS = ("checkpoint", "logger", "export", "validation")
 
 
 class Block(DiffusionTrainingModule):
-    """The pipeline of `loop_overhead` with its objective."""
+    """A training module with the pipeline and the objective of `loop_overhead`."""
 
     def __init__(self):
         super().__init__()
@@ -42,7 +42,7 @@ class Block(DiffusionTrainingModule):
 
 @contextmanager
 def measured():
-    """The seconds between steps, [total], and the whole block's."""
+    """Yield two lists of one number: the seconds between steps inside the block, and all seconds of the block."""
     between, seconds, paused = [0.0], [0.0], Meter.paused
     began = time.perf_counter()
 
@@ -73,7 +73,7 @@ def train_block(folder: str) -> None:
         parts["export"],
         max_steps=parts["checkpoint"].every,
         max_grad_norm=cfg.max_grad_norm,
-        checkpoints=parts["checkpoint"],
+        checkpoint=parts["checkpoint"],
         logger=parts["logger"],
         validation=parts["validation"],
     )
@@ -81,9 +81,10 @@ def train_block(folder: str) -> None:
 
 def train_embedded(folder: str) -> None:
     sys.path.insert(0, str(ROOT))
+    from diffsynth.training.run import Run
     from train import train
 
-    train(**build_nodes(compose(f"output_root={folder}")))
+    train(Run(**build_nodes(compose(f"output_root={folder}"))))
 
 
 def main() -> None:

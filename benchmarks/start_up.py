@@ -1,9 +1,9 @@
-"""How long the commands take to start.
+"""Measures how long the commands take to start.
 
-    python benchmarks/start_up.py [python-with-the-original]
+    python benchmarks/start_up.py [python-with-DiffSynth-Studio]
 
-`python train.py --help` against an empty Hydra app, pair by pair; where the time from command to first step goes on
-the embedded model; and that time against what importing the original takes, by an interpreter that has it installed.
+It times `python train.py --help` against an empty Hydra app, in turns; the stages from command to first step on the
+embedded model; and, with an interpreter that has DiffSynth-Studio installed, a one-step run against importing that.
 """
 
 import statistics
@@ -23,7 +23,7 @@ def main(cfg): pass
 main()
 """
 TO_FIRST_STEP = [sys.executable, "train.py", "max_steps=1", "validation=none", "export.save_steps=null"]
-ORIGINAL = "from diffsynth.pipelines.qwen_image import QwenImagePipeline; from diffsynth.diffusion import *"
+DIFFSYNTH_STUDIO = "from diffsynth.pipelines.qwen_image import QwenImagePipeline; from diffsynth.diffusion import *"
 STAGES = """
 import os, sys, time
 began = time.perf_counter()
@@ -36,15 +36,16 @@ import torch
 lap("import torch")
 import accelerate, peft, diffusers, transformers
 lap("import accelerate, peft, diffusers, transformers")
-from diffsynth.diffusion import runner, training_module, validation
+from diffsynth.diffusion import training_module
 from diffsynth.pipelines import qwen_image
+from diffsynth.training import loop
 lap("import the trainer and the networks it uses")
-import train
 from hydra import compose, initialize_config_dir
 from diffsynth.config import build, check
+from diffsynth.training.run import Run
 with initialize_config_dir(os.path.abspath("conf"), version_base="1.3"):
     cfg = compose("train", overrides=sys.argv[1:])
-check(cfg, train.train)
+check(cfg, Run)
 lap("compose and check the configuration")
 objects = build(cfg)
 lap("build data sets and objects")
@@ -66,18 +67,18 @@ def seconds(command: list[str], cwd: Path | str = ROOT) -> float:
     return time.perf_counter() - start
 
 
-def against_the_original(python: str, pairs: int = 3) -> None:
-    """Ours, from command to the end of a run of one step, and the original's import, in turns."""
+def compare_with_diffsynth_studio(python: str, pairs: int = 3) -> None:
+    """Time our one-step run, from command to end, and the import of DiffSynth-Studio, in turns."""
     ours, theirs, ours_torch, their_torch = [], [], [], []
     for _ in range(pairs + 1):
         with tempfile.TemporaryDirectory() as folder:
             ours.append(seconds([*TO_FIRST_STEP, f"output_root={folder}"]))
         ours_torch.append(seconds([sys.executable, "-c", "import torch"]))
-        theirs.append(seconds([python, "-c", ORIGINAL], cwd=Path(python).anchor))
+        theirs.append(seconds([python, "-c", DIFFSYNTH_STUDIO], cwd=Path(python).anchor))
         their_torch.append(seconds([python, "-c", "import torch"], cwd=Path(python).anchor))
     figures = [statistics.median(times[1:]) for times in (ours, theirs, ours_torch, their_torch)]
-    print("ours to the end of a one-step run {:.1f} s, the original's import {:.1f} s".format(*figures[:2]))
-    print("importing torch: {:.1f} s in ours, {:.1f} s in the original's".format(*figures[2:]))
+    print("our one-step run {:.1f} s, importing DiffSynth-Studio {:.1f} s".format(*figures[:2]))
+    print("importing torch: {:.1f} s in our environment, {:.1f} s in DiffSynth-Studio's".format(*figures[2:]))
 
 
 def main(pairs: int = 7) -> None:
@@ -94,7 +95,7 @@ def main(pairs: int = 7) -> None:
     print("From command to first step:", flush=True)
     subprocess.run([sys.executable, "-c", STAGES], cwd=ROOT, check=True)
     for python in sys.argv[1:]:
-        against_the_original(python)
+        compare_with_diffsynth_studio(python)
 
 
 if __name__ == "__main__":

@@ -1,10 +1,10 @@
-"""What keeping frozen weights in fewer bits saves, costs and changes, on a block of the real width.
+"""Compares storages of frozen weights (fp8, int8, nf4): memory, time and error, on a block of the real width.
 
     python benchmarks/storage.py [--pixels 512] [--turns 3] [--storages none fp8 …]
 
-One of Qwen-Image's 60 blocks (width 3072, random normal weights, bf16), a LoRA of rank 32 on all its linear layers,
-forward and backward of one picture with checkpointed blocks. All storages take turns in one process. Loading is that of
-the block from files, in a process for each, as in load_memory.py: anonymous memory above what the imports take.
+One of Qwen-Image's 60 blocks (width 3072, random normal weights, bf16) with a LoRA of rank 32 on all its linear layers
+runs forward and backward on one image with checkpointed blocks. All storages take turns in one process. Loading is that
+of the block from files, in one process per storage, as in load_memory.py: anonymous memory above what imports take.
 """
 
 import argparse
@@ -26,7 +26,7 @@ STORAGES = ("none", "fp8", "fp8_cast", "int8", "nf4")
 
 
 class Side:
-    """A pipeline whose transformer is stored, with the same adapter as the others."""
+    """A pipeline whose transformer has one storage; its adapter equals that of the others."""
 
     def __init__(self, dit: torch.nn.Module, storage: str):
         from diffsynth.core.memory.storage import store
@@ -45,7 +45,7 @@ class Side:
         self.seconds = []
 
     def step(self, inputs: dict) -> tuple[torch.Tensor, torch.Tensor]:
-        """Prediction and the adapter's gradient."""
+        """Return the prediction (B, C, h, w) and the adapter's gradient (N,)."""
         for parameter in self.trained:
             parameter.grad = None
         start = time.perf_counter()
@@ -93,7 +93,7 @@ def figures(side: Side, answer, plain: Side, expected, inputs: dict) -> dict[str
         live.watch([*side.pipe.dit.parameters(), *side.pipe.dit.buffers(), *inputs.values()])
         before = live.device.now
         side.step(inputs)
-    times = zip(side.seconds[1:-1], plain.seconds[1:], strict=False)  # the first warmed up, the last was counted
+    times = zip(side.seconds[1:-1], plain.seconds[1:], strict=False)  # without the warm-up and the step just counted
     return {
         "bytes": side.bytes,
         "live": live.device.peak - before,
@@ -104,7 +104,7 @@ def figures(side: Side, answer, plain: Side, expected, inputs: dict) -> dict[str
 
 
 def load(folder: Path, storage: str) -> None:
-    """Load as a training does, and print figures as JSON."""
+    """Load the block as training does, and print the peak memory as JSON."""
     import accelerate  # noqa: F401 - imports are not what is measured
     import diffusers
     import transformers  # noqa: F401
@@ -120,7 +120,7 @@ def load(folder: Path, storage: str) -> None:
         files = ModelConfig(str(folder)).resolve()
         loaded["model"] = load_weights(build_module(files), files, torch.bfloat16, "cpu", storage)
         for parameter in loaded["model"].parameters():
-            parameter.view(torch.uint8).max()  # mapped pages are read as well
+            parameter.view(torch.uint8).max()  # reads mapped pages
 
     print(json.dumps(peak_of(work)["RssAnon"]))
 

@@ -1,7 +1,7 @@
-"""A template for FLUX.2-klein-4B at its real size, as its users write it, trained in two stages on a CPU.
+"""Trains a template for FLUX.2-klein-4B at its real size in two stages on a CPU.
 
 All weights are random: a repository of the released architecture is written first (17 GB of disk), then `make_cache.py`
-and `train.py` run as anyone would run them, and a picture is drawn. Prints time and peak memory of each.
+and `train.py` run as a user would run them, and an image is sampled. It prints time and peak memory of each command.
 
     python benchmarks/template_klein_4b.py --steps 1 --pixels 256
 """
@@ -44,7 +44,7 @@ PARTS = {"dit": "transformer", "text_encoder": "text_encoder", "vae": "vae", "to
 
 
 def write_model(folder: Path, text_layers: int) -> None:
-    """The released classes at the released sizes, with random weights in bf16."""
+    """Write models of the released classes and sizes, with random weights in bf16."""
     import tiny_flux2
     from diffusers import AutoencoderKLFlux2, Flux2Transformer2DModel
     from transformers import AutoTokenizer, Qwen3Config, Qwen3ForCausalLM
@@ -71,7 +71,7 @@ def write_data(folder: Path, pixels: int) -> None:
 
 
 def run(title: str, *command: str) -> None:
-    """Run a command, and print how long it took and what memory it held: all, and without pages of mapped files."""
+    """Run a command, and print its time and peak memory: all of it, and without pages of mapped files."""
     start = time.perf_counter()
     process = subprocess.Popen([sys.executable, *command], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     peak = {"VmRSS": 0, "RssAnon": 0}
@@ -129,11 +129,13 @@ def main() -> None:
         tensors = load_file(weights)
         os.replace(weights, template / "model.safetensors")
         templates.write(template, templates.KLEIN, ("_PATH = None", "_PATH = 'model.safetensors'"))
-        print(f"{len(tensors)} tensors, {sum(tensor.numel() for tensor in tensors.values()) / 1e6:.0f} million numbers")
-        drawing = [f"output={folder / 'drawn'}", "template_inputs=[{scale: 0.8}]", "prompt=a red apple", "device=cpu"]
+        numel = sum(tensor.numel() for tensor in tensors.values())
+        print(f"{len(tensors)} tensors, {numel / 1e6:.0f} million parameters")
+        inputs = ["template_inputs=[{scale: 0.8}]", "prompt=a red apple"]
+        sampling = [f"output={folder / 'sampled'}", "device=cpu", *inputs]
         sizes = [f"options.height={arguments.pixels}", f"options.width={arguments.pixels}"]
         few = ["options.num_inference_steps=1", "options.cfg_scale=1"]
-        run("drawing, 1 step", "generate.py", *model, f"template.path={template}", *drawing, *sizes, *few)
+        run("sampling, 1 step", "generate.py", *model, f"template.path={template}", *sampling, *sizes, *few)
 
 
 if __name__ == "__main__":

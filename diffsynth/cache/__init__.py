@@ -1,1 +1,4 @@
-"""Stage one of two: what frozen units make of a data set, on disk under keys that name its content."""
+"""Stage one of two-stage training: the outputs of frozen units for a data set, cached on disk under content keys.
+
+`keys` computes the keys, `make` makes a cache, `verify` checks one; `core.data.cache` is the file format.
+"""

@@ -1,10 +1,10 @@
-"""Stage one of two: what frozen units make of a data set, once, on disk.
+"""Makes a cache: runs the frozen units once over a data set and stores their outputs on disk.
 
-1. Plan: the keys of everything that each sample needs, from the bytes of its files; no network is loaded.
-2. Make: what is not there yet, one unit after the other, so that only its own networks are in memory.
-3. Index: of which entries each sample consists.
+1. Requests: compute the keys of all entries that each sample needs, from the bytes of its files; no network is loaded.
+2. Make: run one unit after another over all samples whose entries are missing; only its networks are in memory.
+3. Index: write down which entries each sample consists of.
 
-Killed at any moment, the same command goes on with what lacks.
+If the process is killed, the same command continues with the entries that are missing.
 """
 
 import logging
@@ -13,12 +13,13 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain, groupby, islice
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate.utils import gather_object
 from torch.utils.data import DataLoader, Dataset
 
+from ..core.data import TrainingData
 from ..core.data.cache import FORMAT, CacheIndex, CacheRequest, CacheRequests, Shard, ShardWriter
 from ..core.data.cached_dataset import captions_of
 from ..core.data.operators.unread import Unread, Variants, read, unread_in
@@ -30,19 +31,22 @@ from ..diffusion.training_module import PipelineTrainingModule
 from .keys import CacheKeys, Sides, describe, pipeline_inputs
 from .verify import damaged_shards, mend
 
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
 logger = logging.getLogger(__name__)
 
 
 @dataclass
 class CacheReport:
-    """What a run did.
+    """The result of making a cache.
 
     Args:
-        samples: How many the cache has now.
-        needed: Entries that they need.
-        made: Those that were made now, by unit; the others were there.
-        lost: Shards that were gone or damaged.
-        left_out: Numbers of samples that cannot be read, where the data set has on_error="skip".
+        samples: Number of samples in the cache.
+        needed: Number of entries that these samples need.
+        made: Number of entries that this run made, by unit; the others existed before.
+        lost: Names of shard files that were missing or damaged.
+        left_out: Numbers of samples that cannot be read and were skipped, as on_error="skip" of the data set allows.
     """
 
     samples: int
@@ -59,8 +63,8 @@ class CacheReport:
 
 
 def launch_data_process_task(
-    accelerator,
-    dataset,
+    accelerator: "Accelerator",
+    dataset: TrainingData,
     module: PipelineTrainingModule,
     path: str | Path,
     batch_size: int = 8,
@@ -70,36 +74,37 @@ def launch_data_process_task(
     """Make or complete the cache of a data set in the folder `path`; all processes call it.
 
     Args:
-        dataset: Gives the `Variants` of each of its `size` samples, `dataset.variants(number)`, and whether it is to be
-            left out where it cannot be read, `dataset.skips(number)`.
-        module: What will be trained, built but not loaded; what it leaves frozen is cached.
-        batch_size: Samples that go through a network together, where their shapes agree.
-        num_workers: Processes that read and decode ahead.
-        shard_bytes: Size of a file.
+        accelerator: Device and precision.
+        dataset: The data set; its `variants` and `skips` are read.
+        module: The training module that will be trained; its models are built but not loaded.
+        path: Folder of the cache.
+        batch_size: Samples of equal shape per forward pass of a network.
+        num_workers: Number of processes that read and decode files ahead.
+        shard_bytes: Size of a shard file.
 
     Raises:
-        ValueError: Nothing of this training is frozen, a model that makes it is not there, samples have no end of
-            variants, or one cannot be read.
+        ValueError: The training has no frozen unit, the pipeline lacks a model, a sample has infinitely many variants
+            (random crop, shuffled tags), or a file cannot be read.
         TypeError: An input of the pipeline is neither plain data nor a file.
     """
     folder, is_main = Path(path), accelerator.is_main_process
     index, lost = CacheIndex(folder, writable=is_main), []
-    stage = CacheMaker(accelerator, dataset, module, index, batch_size, num_workers)
+    maker = CacheMaker(accelerator, dataset, module, index, batch_size, num_workers)
     if is_main:
         remove_leftovers(folder)
         lost = index.match_shards()
     accelerator.wait_for_everyone()
-    damaged = stage.damaged_shards()
+    damaged = maker.damaged_shards()
     if is_main:
         lost += mend(index, damaged.values())
     accelerator.wait_for_everyone()
-    requests = stage.gather_requests()
-    made = stage.make(requests, shard_bytes)
+    requests = maker.gather_requests()
+    made = maker.make(requests, shard_bytes)
     if is_main:
         index.match_shards()
-        index.put(requests.samples(), stage.about(requests))
+        index.put(requests.samples(), maker.about(requests))
     accelerator.wait_for_everyone()
-    report = CacheReport(len(index), len(requests), made, lost, stage.left_out)
+    report = CacheReport(len(index), len(requests), made, lost, maker.left_out)
     requests.close()
     index.close()
     accelerator.wait_for_everyone()
@@ -109,9 +114,17 @@ def launch_data_process_task(
 
 
 class CacheMaker:
-    """One process's part in making a cache; see `launch_data_process_task`."""
+    """Makes one process's share of a cache; see `launch_data_process_task`."""
 
-    def __init__(self, accelerator, dataset, module, index: CacheIndex, batch_size: int, num_workers: int):
+    def __init__(
+        self,
+        accelerator: "Accelerator",
+        dataset: TrainingData,
+        module: PipelineTrainingModule,
+        index: CacheIndex,
+        batch_size: int,
+        num_workers: int,
+    ):
         self.accelerator, self.dataset, self.module, self.index = accelerator, dataset, module, index
         self.batch_size, self.num_workers = batch_size, num_workers
         self.rank, self.world = accelerator.process_index, accelerator.num_processes
@@ -120,10 +133,10 @@ class CacheMaker:
         self.datasets = [*dataset.datasets.values()]
         self.augmentations = [own.augmentation for own in self.datasets]
         for augmentation in self.augmentations:
-            augmentation.choices([1.0])  # refuses what has no end
+            augmentation.choices([1.0])  # raises if its variants cannot be listed
 
     def about(self, requests: CacheRequests) -> dict[str, Any]:
-        """What the cache is made of, and how."""
+        """Return the description of the cache for its index: units, captions, variants and data sets."""
         return {
             "format": FORMAT,
             "made_of": self.keys.about(),
@@ -135,32 +148,32 @@ class CacheMaker:
         }
 
     def _parts(self) -> list[tuple[int, str]]:
-        """How many samples are from each data set, and how often a pass shows each of them."""
+        """Return, for each data set, its number of samples and how often a pass shows each of them."""
         parts, start = [], 0
-        shares = self.dataset.passes()
-        for dataset, share in zip(self.datasets, shares.values(), strict=True):
-            lacking = sum(start <= number < start + dataset.size for number in self.left_out)
-            parts.append((dataset.size - lacking, str(share)))
+        passes = self.dataset.passes()
+        for dataset, times in zip(self.datasets, passes.values(), strict=True):
+            skipped = sum(start <= number < start + dataset.size for number in self.left_out)
+            parts.append((dataset.size - skipped, str(times)))
             start += dataset.size
         return parts
 
-    # What is there
+    # Checking what exists
 
     def damaged_shards(self) -> dict[int, Shard]:
-        """By number; each process reads its part of them."""
+        """Return the damaged shards of the cache by number; each process reads a share of all files."""
         shards = self.index.shards
         own = {number: shard for place, (number, shard) in enumerate(shards.items()) if place % self.world == self.rank}
         return {number: shards[number] for number in sorted(gather_object([*damaged_shards(own)]))}
 
-    # What is needed
+    # Computing keys
 
     def gather_requests(self) -> CacheRequests:
-        """What all samples need."""
+        """Return the entries that all samples need, gathered from all processes."""
         paths = [self.index.folder / f".partial-requests-{rank}.sqlite" for rank in range(self.world)]
         own = CacheRequests(paths[self.rank])
         numbers = range(self.rank, self.dataset.size, self.world)
         progress = self._progress(len(numbers), "sample planned")
-        for count, (number, variants) in enumerate(self._load(_Identified(self.dataset), numbers), 1):
+        for count, (number, variants) in enumerate(self._load(_HashedVariants(self.dataset), numbers), 1):
             if isinstance(variants, str):
                 logger.warning("Sample %d is left out: %s", number, variants)
                 self.left_out.append(number)
@@ -180,10 +193,10 @@ class CacheMaker:
         self.accelerator.wait_for_everyone()
         return CacheRequests(paths[0], new=False)
 
-    # Making it
+    # Running units
 
     def make(self, requests: CacheRequests, shard_bytes: int) -> dict[str, int]:
-        """Make this process's part of what is not there; how many entries all made, by unit."""
+        """Make this process's share of the missing entries, and return by unit how many all processes made."""
         made = Counter()
         missing = sum(1 for _ in self._missing(requests))
         progress = self._progress(len(range(self.rank, missing, self.world)), "batch made")
@@ -192,7 +205,7 @@ class CacheMaker:
         self.module.pipe.eval().requires_grad_(False)
         with ShardWriter(self.index.shard_folder, shard_bytes) as writer:
             for unit, batches in groupby(own, key=lambda batch: batch[0].job.unit):
-                for batch, entries in self._run_all(unit, batches):
+                for batch, entries in self._make_batches(unit, batches):
                     for request, entry in zip(batch, entries, strict=True):
                         if request.job.key not in self.index:
                             writer.add(request.job.key, entry)
@@ -203,27 +216,28 @@ class CacheMaker:
         return dict(sum(map(Counter, gather_object([dict(made)])), Counter()))
 
     def _missing(self, requests: CacheRequests) -> Iterator[list[CacheRequest]]:
+        """Return the batches that have a missing entry; they stay complete, as rounding may depend on the batch."""
         batches = requests.batches(self.batch_size)
         return (batch for batch in batches if any(request.job.key not in self.index for request in batch))
 
-    def _run_all(
+    def _make_batches(
         self, unit: int, batches: Iterable[list[CacheRequest]]
     ) -> Iterator[tuple[list[CacheRequest], list[dict]]]:
-        """What one unit makes of batches, its networks in memory meanwhile."""
+        """Yield each batch with the entries that one unit makes of it; the unit's networks are in memory meanwhile."""
         networks = self.module.pipe.models_of(self.keys.needed_units(unit), model_fn=False)
         with self.module.pipe.loaded(networks):
-            for batch, inputs in self._load(_Read(self.dataset), map(self._inputs, batches)):
-                yield batch, self._run(batch, inputs)
+            for batch, inputs in self._load(_Decoded(self.dataset), map(self._inputs, batches)):
+                yield batch, self._make_batch(batch, inputs)
 
-    def _run(self, batch: Sequence[CacheRequest], inputs: Sequence[Sides]) -> list[dict]:
+    def _make_batch(self, batch: Sequence[CacheRequest], inputs: Sequence[Sides]) -> list[dict]:
         device = self.module.pipe.device
         forked = torch.random.fork_rng([device] if device.type == "cuda" else [])
         with torch.no_grad(), self.accelerator.autocast(), forked:
-            torch.manual_seed(0)  # units may draw
+            torch.manual_seed(0)  # for units before the stored one, which may use random numbers
             return self.keys.make([request.job for request in batch], inputs)
 
     def _inputs(self, batch: list[CacheRequest]) -> tuple[list[CacheRequest], list[Sides]]:
-        """A batch with the inputs that its unit reads, files unread."""
+        """Return a batch with the inputs that its unit reads, their files not yet decoded."""
         names = {name for unit in self.keys.needed_units(batch[0].job.unit) for name in unit.fetch_input_params()}
         inputs = []
         for request in batch:
@@ -236,22 +250,25 @@ class CacheMaker:
         return ProgressBar(steps, visible=self.accelerator.is_main_process, unit=unit)
 
     def _load(self, dataset: Dataset, items: Iterable) -> DataLoader:
-        """`dataset[item]` of all items in order, ahead of time where there are workers."""
+        """Iterate over `dataset[item]` for all items in order; workers, if there are any, load ahead."""
         return DataLoader(
             dataset,
             sampler=items,
             batch_size=None,
-            collate_fn=_as_it_is,
+            collate_fn=_unchanged,
             num_workers=self.num_workers,
             multiprocessing_context="spawn" if self.num_workers else None,
             worker_init_fn=leave_to_parent,
         )
 
 
-class _Identified(Dataset):
-    """The variants of a sample, the bytes of their files hashed; or why it cannot be read, if it is to be left out."""
+class _HashedVariants(Dataset):
+    """Returns the variants of a sample with the bytes of its files hashed.
 
-    def __init__(self, dataset):
+    If the sample cannot be read and its data set skips such samples, it returns the error's message instead.
+    """
+
+    def __init__(self, dataset: TrainingData):
         self.dataset = dataset
 
     def __getitem__(self, number: int) -> tuple[int, Variants | str]:
@@ -259,16 +276,16 @@ class _Identified(Dataset):
         try:
             variants = self.dataset.variants(number)
             for unread in _files(variants):
-                _ = unread.identity  # kept with it
+                _ = unread.identity  # computed here, in the worker; the object keeps it
                 if skips:
-                    unread.load()  # whether it can be
+                    unread.load()  # raises if it cannot be decoded
             return number, variants
         except TypeError:  # not the file's fault
             raise
-        except Exception as error:  # Pillow's decoders raise nearly anything
+        except Exception as error:  # Pillow's decoders raise exceptions of nearly any class
             if skips:
                 return number, str(error)
-            _ = self.dataset[number]  # raises the same, and says in which row
+            _ = self.dataset[number]  # raises the same error, and names the row
             raise
 
 
@@ -276,10 +293,10 @@ def _files(variants: Variants) -> Iterator[Unread]:
     return chain.from_iterable(unread_in(value) for row in variants.rows.values() for value in row.values())
 
 
-class _Read(Dataset):
-    """Batches of inputs, decoded."""
+class _Decoded(Dataset):
+    """Decodes the files in the inputs of a batch."""
 
-    def __init__(self, dataset):
+    def __init__(self, dataset: TrainingData):
         self.dataset = dataset
 
     def __getitem__(self, payload: tuple[list[CacheRequest], list[Sides]]) -> tuple[list[CacheRequest], list[Sides]]:
@@ -289,10 +306,10 @@ class _Read(Dataset):
     def _decoded(self, request: CacheRequest, sides: Sides) -> Sides:
         try:
             return {side: {name: read(value) for name, value in given.items()} for side, given in sides.items()}
-        except Exception:  # Pillow's decoders raise nearly anything
-            _ = self.dataset[request.number]  # raises the same, and says in which row
+        except Exception:  # Pillow's decoders raise exceptions of nearly any class
+            _ = self.dataset[request.number]  # raises the same error, and names the row
             raise
 
 
-def _as_it_is(item):
+def _unchanged(item: Any) -> Any:
     return item

@@ -1,4 +1,4 @@
-"""What the making of a cache is made of: the top level of its configuration."""
+"""The configuration of make_cache.py: one dataclass whose fields are the top level of conf/make_cache.yaml."""
 
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -8,16 +8,17 @@ COMMANDS = ("make", "verify", "stats", "gc")
 
 @dataclass(kw_only=True)
 class CacheRun:
-    """One cache; the fields are the top level of conf/make_cache.yaml.
+    """One command on one cache; its fields are the top level of conf/make_cache.yaml.
 
     Args:
-        path: The cache's folder.
-        model, dataset, task, lora, template: As those of the training (`training.run.Run`).
-        command: `make` completes the cache, `verify` compares it, `stats` counts, `gc` deletes what nothing needs.
-        batch_size: Samples that go through an encoder together.
-        shard_megabytes: Size of a file, in MiB.
+        path: Folder of the cache.
+        model, dataset, task, lora, template: Those of the training that will read the cache (`training.run.Run`).
+        command: `make` makes or completes the cache, `verify` compares it with its data and models, `stats` counts its
+            content, and `gc` deletes entries that no sample needs.
+        batch_size: Samples per forward pass of an encoder.
+        shard_megabytes: Size of a shard file, in MiB.
         device: `auto`, `cpu`, `cuda` or `mps`.
-        seed: Of what a template's constructor draws at random; the training's.
+        seed: Seed of a template's initial weights; must be the training's.
     """
 
     path: str

@@ -1,4 +1,4 @@
-"""What a cache holds, whether it is what was written, and what the data and the models would still give."""
+"""Counts, checks and tidies a cache: `stats`, `verify` and `collect_garbage` are commands of make_cache.py."""
 
 import json
 import logging
@@ -7,18 +7,23 @@ from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+from ..core.data import TrainingData
 from ..core.data.cache import CacheIndex, Shard, keys_of, rewrite
 from ..core.data.cached_dataset import differences
 from .keys import CacheKeys, describe
 
+if TYPE_CHECKING:
+    from ..diffusion.training_module import PipelineTrainingModule
+
 logger = logging.getLogger(__name__)
 
-READERS = 8
+READERS = 8  # threads that read files; a guess
 
 
 def stats(path: str | Path) -> str:
-    """Counts, as text."""
+    """Return the numbers of samples, entries and files in a cache, as lines of text."""
     index = CacheIndex(path)
     index.require_finished()
     needed = Counter(key for record in index.records() for key in set(keys_of(record)))
@@ -27,9 +32,9 @@ def stats(path: str | Path) -> str:
     made_of, sizes = index.about["made_of"], index.sizes()
     lines = [
         f"samples   {len(index)}, of {', '.join(' x '.join(map(str, size)) for size in sizes)} pixels",
-        f"entries   {len(entries)}, of which {len(entries - needed.keys())} are needed no more",
+        f"entries   {len(entries)}, of which {len(entries - needed.keys())} are no longer needed",
         f"shared    {sum(count > 1 for count in needed.values())} entries by several samples",
-        f"files     {len(shards)}, {size / 1e6:.1f} MB, {size / len(index) / 1e3:.1f} kB a sample",
+        f"files     {len(shards)}, {size / 1e6:.1f} MB, {size / len(index) / 1e3:.1f} kB per sample",
         f"pipeline  {made_of['pipeline']}",
     ]
     index.close()
@@ -37,10 +42,13 @@ def stats(path: str | Path) -> str:
 
 
 def collect_garbage(path: str | Path) -> str:
-    """Pack anew the shards that hold what no sample needs, or what another one holds too; what that gave, as text.
+    """Rewrite the shards that have entries that no sample needs, or that another shard has too.
+
+    Returns:
+        How many files were rewritten and how many bytes that freed, as text.
 
     Raises:
-        DamagedCache: The cache is not finished, so that it is not known what is needed.
+        DamagedCache: The cache is not finished, so that the needed entries are not known.
     """
     with closing(CacheIndex(path)) as finished:
         finished.require_finished()
@@ -57,7 +65,7 @@ def collect_garbage(path: str | Path) -> str:
         index.match_shards()
     after = _bytes_of(index.shards.values())
     index.close()
-    return f"{len(wasteful)} of {len(shards)} files packed anew, {(before - after) / 1e6:.1f} MB freed"
+    return f"{len(wasteful)} of {len(shards)} files rewritten, {(before - after) / 1e6:.1f} MB freed"
 
 
 def _bytes_of(shards: Iterable[Shard]) -> int:
@@ -65,12 +73,12 @@ def _bytes_of(shards: Iterable[Shard]) -> int:
 
 
 def mend(index: CacheIndex, damaged: Iterable[Shard]) -> list[str]:
-    """Drop the damaged entries of damaged shards, so that they are made again; names those shards."""
+    """Delete the damaged entries of damaged shards, so that they are made again; return the names of these shards."""
     names = []
     for shard in damaged:
-        whole = shard.whole_entries()
-        logger.warning("%s is damaged; %d of its entries are whole and kept.", shard.path, len(whole))
-        rewrite([shard], whole)
+        intact = shard.whole_entries()
+        logger.warning("%s is damaged; %d of its entries are intact and kept.", shard.path, len(intact))
+        rewrite([shard], intact)
         names.append(shard.path.name)
     if names:
         index.match_shards()
@@ -78,20 +86,26 @@ def mend(index: CacheIndex, damaged: Iterable[Shard]) -> list[str]:
 
 
 def damaged_shards(shards: Mapping[int, Shard]) -> dict[int, Shard]:
-    """Those that are there, and whose bytes are not what was written; reads all of them."""
-    there = {number: shard for number, shard in shards.items() if shard.path.is_file()}
+    """Return the shards whose files exist but differ from what was written; reads every byte of all files."""
+    existing = {number: shard for number, shard in shards.items() if shard.path.is_file()}
     with ThreadPoolExecutor(READERS) as pool:
-        whole = dict(zip(there, pool.map(Shard.is_whole, there.values()), strict=True))
-    return {number: shard for number, shard in there.items() if not whole[number]}
+        is_intact = dict(zip(existing, pool.map(Shard.is_whole, existing.values()), strict=True))
+    return {number: shard for number, shard in existing.items() if not is_intact[number]}
 
 
-def verify(dataset, module, path: str | Path) -> list[str]:
-    """Everything in which a cache is not what was written, or not what `dataset` and `module` would give now."""
+def verify(dataset: TrainingData, module: "PipelineTrainingModule", path: str | Path) -> list[str]:
+    """List missing and damaged files of a cache, and everything that `dataset` and `module` would make differently now.
+
+    Args:
+        dataset: The data set of which the cache was made.
+        module: The training module that will read the cache; its models are built but not loaded.
+        path: Folder of the cache.
+    """
     index = CacheIndex(path)
     index.require_finished()
     keys, shards, entries = CacheKeys(module), index.shards, index.keys_by_shard()
-    gone = {number: shard for number, shard in shards.items() if not shard.path.is_file()}
-    lines = [f"{shard.path} is missing: {len(entries.get(number, ()))} entries" for number, shard in gone.items()]
+    missing = {number: shard for number, shard in shards.items() if not shard.path.is_file()}
+    lines = [f"{shard.path} is missing: {len(entries.get(number, ()))} entries" for number, shard in missing.items()]
     for number, shard in damaged_shards(shards).items():
         own = entries.get(number, set())
         lines.append(f"{shard.path} is damaged: {len(own - shard.whole_entries())} of {len(own)} entries")
@@ -101,12 +115,14 @@ def verify(dataset, module, path: str | Path) -> list[str]:
     return lines
 
 
-def _changed_samples(dataset, module, keys: CacheKeys, index: CacheIndex) -> Iterator[str]:
-    """What differs between the samples there are and those in the cache."""
+def _changed_samples(
+    dataset: TrainingData, module: "PipelineTrainingModule", keys: CacheKeys, index: CacheIndex
+) -> Iterator[str]:
+    """Yield the differences between the data set's samples and those in the cache."""
     entries, left_out = index.keys(), set(index.about["left_out"])
     numbers = [number for number in range(dataset.size) if number not in left_out]
     if len(numbers) != len(index):
-        yield f"there are {len(numbers)} samples, the cache holds {len(index)}"
+        yield f"the data set has {len(numbers)} samples, the cache has {len(index)}"
     for number, record in zip(numbers, index.records(), strict=False):
         now = describe(module, keys, dataset.variants(number))[0]["variants"]
         for name, variant in now.items():
@@ -115,9 +131,10 @@ def _changed_samples(dataset, module, keys: CacheKeys, index: CacheIndex) -> Ite
 
 
 def _changes(row: dict, cached: dict, entries: set[str]) -> Iterator[str]:
+    """Yield the columns in which a row differs from the cached one, and how many of its entries are missing."""
     for column, value in row.items():
         if json.loads(json.dumps(value)) != cached["row"].get(column):
-            yield f"another {column}"
+            yield f"{column} differs"
     missing = sum(key not in entries for key, _ in cached["runs"])
     if missing:
-        yield f"{missing} entries are not there"
+        yield f"{missing} entries are missing"

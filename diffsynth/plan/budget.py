@@ -1,4 +1,4 @@
-"""A recipe that fits: of all whose plan fits a budget, the one that is predicted to cost the least time."""
+"""Chooses the memory options of a run (its `MemoryRecipe`) by a budget: the fastest of those that fit, as predicted."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -9,12 +9,12 @@ from .options import NOTHING_STREAMED, Option, Options, Streamed
 from .plan import Plan, Planner
 from .run import PlanRun
 
-DEVICES = (2, 4, 8, 16, 32, 64)
+DEVICES = (2, 4, 8, 16, 32, 64)  # numbers of devices that the message suggests where nothing fits
 
 
 @dataclass(frozen=True)
 class Need:
-    """Bytes that an option needs on the device, and in host memory beside what the process is itself."""
+    """Bytes that an option needs on the device, and in host memory for tensors that wait there."""
 
     device: int
     host: int
@@ -22,7 +22,7 @@ class Need:
 
 @dataclass(frozen=True)
 class BudgetChoice:
-    """The option that was chosen, what it needs, whose rehearsal decided, and why it was chosen."""
+    """The chosen option, its need, the planner that rehearsed it, and the reason as text."""
 
     option: Option
     need: Need
@@ -32,95 +32,112 @@ class BudgetChoice:
 
 @dataclass
 class Budget:
-    """The search for a recipe within `device` bytes on the device and `host` bytes of host memory, if that is limited.
+    """Searches the fastest option within `device` bytes of device memory and `host` bytes of host memory.
 
-    Options are looked at in the order of their predicted slowdown. What each needs is reckoned from rehearsals with few
-    blocks; if that would fit, it is rehearsed as a whole, which decides.
+    Options are tried in the order of their predicted slowdown, each in three stages that take longer and longer: a
+    lower bound, an estimate from rehearsals with few blocks, and a rehearsal of the full network, which decides.
+
+    Args:
+        planner: Plans the run with its configured memory options.
+        device: Bytes that may be used on the device.
+        host: Bytes that may be used in host memory; None sets no limit.
+        between_steps: Results so far: bytes between two steps, by storage.
+        estimates: Results so far: plans from few blocks, by `_passes_key`.
+        planners: Planners of full rehearsals so far.
+        rejected: Options that do not fit.
     """
 
     planner: Planner
     device: int
     host: int | None = None
-    at_rest: dict[str, int] = field(default_factory=dict)
-    reckoned: dict[tuple, Plan] = field(default_factory=dict)
+    between_steps: dict[str, int] = field(default_factory=dict)
+    estimates: dict[tuple, Plan] = field(default_factory=dict)
     planners: dict[tuple, Planner] = field(default_factory=dict)
-    passed_over: list[tuple[Option, Need]] = field(default_factory=list)
+    rejected: list[tuple[Option, Need]] = field(default_factory=list)
 
     def choose(self) -> BudgetChoice:
-        """The fastest option that fits.
+        """Return the fastest option that fits.
 
         Raises:
-            ValueError: None does; names what is missing and the smallest changes that would do.
+            ValueError: No option fits; the message says how much is missing and what would help.
         """
         for option in self.options.all():
-            need = self.at_least(option)
+            need = self.lower_bound(option)
             if self.fits(need):
-                need = self.about(option)
+                need = self.estimate(option)
             if self.fits(need):
                 need = self.need(self.plan(option))
                 if self.fits(need):
                     return BudgetChoice(option, need, self.planner_of(option), self.why(option, need))
-            self.passed_over.append((option, need))
-        raise ValueError(self.missing())
+            self.rejected.append((option, need))
+        raise ValueError(self.refusal())
 
     @cached_property
     def options(self) -> Options:
+        """The options to try."""
         return Options(self.run, self.planner.meta_modules)
 
     @property
     def run(self) -> PlanRun:
+        """The run that is planned."""
         return self.planner.run
 
     def fits(self, need: Need) -> bool:
+        """Whether the budget covers a need."""
         return need.device <= self.device and (self.host is None or need.host <= self.host)
 
     def need(self, plan: Plan, streamed: Streamed = NOTHING_STREAMED) -> Need:
+        """Return what a plan needs; if it was made without streaming, with `streamed` bytes moved to the host."""
         training = plan.stages[0].host + streamed.host
         return Need(self.run.estimated(plan.worst.peak - streamed.spared), max(plan.host, training))
 
-    def at_least(self, option: Option) -> Need:
-        """For what is held between two steps."""
+    def lower_bound(self, option: Option) -> Need:
+        """Return what an option needs between two steps, without activations."""
         storage, streamed = option.recipe.storage, self.options.streamed(option.recipe)
-        if storage not in self.at_rest:
-            plain = replace(option.recipe, stream_blocks=0)
-            self.at_rest[storage] = self.planner.variant(plain, few_blocks=True).kept.between_steps
-        return Need(self.run.estimated(self.at_rest[storage] - streamed.spared), streamed.host)
+        if storage not in self.between_steps:
+            resident = replace(option.recipe, stream_blocks=0)
+            footprint = self.planner.variant(resident, few_blocks=True).static_footprint
+            self.between_steps[storage] = footprint.between_steps
+        return Need(self.run.estimated(self.between_steps[storage] - streamed.spared), streamed.host)
 
-    def about(self, option: Option) -> Need:
-        """As few blocks tell."""
-        recipe, key = option.recipe, _passing(option)
-        if key not in self.reckoned:
-            plain = replace(recipe, stream_blocks=0)
-            planner = self.planner.variant(plain, option.micro_batch_size, few_blocks=True)
-            self.reckoned[key] = planner.plan(largest_only=True)
+    def estimate(self, option: Option) -> Need:
+        """Return what an option needs, extrapolated from rehearsals with few blocks."""
+        recipe, key = option.recipe, _passes_key(option)
+        if key not in self.estimates:
+            resident = replace(recipe, stream_blocks=0)
+            planner = self.planner.variant(resident, option.micro_batch_size, few_blocks=True)
+            self.estimates[key] = planner.plan(largest_only=True)
             if planner.rehearsal.is_whole:
                 self.planners[(*key, 0)] = planner
-        return self.need(self.reckoned[key], self.options.streamed(recipe))
+        return self.need(self.estimates[key], self.options.streamed(recipe))
 
     def plan(self, option: Option) -> Plan:
-        """As a rehearsal of the whole tells."""
+        """Return the plan of an option, from a rehearsal of the full network."""
         return self.planner_of(option).plan(largest_only=True)
 
     def planner_of(self, option: Option) -> Planner:
-        key = *_passing(option), option.recipe.stream_blocks
+        """Return the planner that rehearses an option with the full network."""
+        key = *_passes_key(option), option.recipe.stream_blocks
         if key not in self.planners:
             self.planners[key] = self.planner.variant(option.recipe, option.micro_batch_size)
         return self.planners[key]
 
-    # What is said
+    # Messages
 
     def why(self, option: Option, need: Need) -> str:
-        faster = [(o, n) for o, n in self.passed_over if o.slowdown < option.slowdown]
+        """Return the reason for a choice: what it needs and costs, and what faster options would have needed."""
+        faster = [(other, its_need) for other, its_need in self.rejected if other.slowdown < option.slowdown]
         lines = [
             f"{option}: {shown_size(need.device)} of {shown_size(self.device)} on the device, {shown_size(need.host)} "
             f"in host memory; a step is predicted to take {option.slowdown:.2f} times as long as with memory to spare."
         ]
-        for other, missed in _nearest(faster):
-            lines.append(f"{other} ({other.slowdown:.2f} times) would need at least {shown_size(missed.device)}.")
+        for other, its_need in _nearest(faster):
+            lines.append(f"{other} ({other.slowdown:.2f} times) would need at least {shown_size(its_need.device)}.")
         return "\n  ".join(lines)
 
-    def missing(self) -> str:
-        option, _ = min(self.passed_over, key=_thrift)
+    def refusal(self) -> str:
+        """Return the error message where no option fits: the smallest need, what is missing, and what would help."""
+        option, _ = min(self.rejected, key=_memory_key)
         plan = self.plan(option)
         need = self.need(plan)
         lines = [
@@ -133,31 +150,35 @@ class Budget:
         return "\n  ".join([*lines, "What would help:", *self.remedies(plan, need)])
 
     def remedies(self, plan: Plan, need: Need) -> Sequence[str]:
-        told = self.planner.shares(plan.footprint, (1, *DEVICES))
-        spread = [share for share in told if self.run.estimated(share.device) <= self.device]
-        first = {share.engine: share for share in reversed(spread)}
-        on = [
+        """Return changes that would fit: a larger budget, a cache, and the fewest devices under each engine."""
+        shares = self.planner.shares(plan.footprint, (1, *DEVICES))
+        fitting = [share for share in shares if self.run.estimated(share.device) <= self.device]
+        fewest = {share.engine: share for share in reversed(fitting)}
+        engines = [
             f"- {share.devices} device(s) under {name}: {shown_size(self.run.estimated(share.device))} on each, "
             f"{shown_size(share.host)} of host memory for each"
-            for name, share in first.items()
+            for name, share in fewest.items()
         ]
         cache = f"- a cache (make_cache.py, then dataset=cache): {shown_size(plan.footprint.encoders)} of encoders less"
         larger = f"- memory.budget={shown_size(need.device).replace(' ', '')}"
-        return [larger, *([cache] if plan.footprint.encoders else []), *on]
+        return [larger, *([cache] if plan.footprint.encoders else []), *engines]
 
 
-def _thrift(passed: tuple[Option, Need]) -> tuple:
-    """The smaller, the less memory; what even its weights do not fit is known by these alone."""
-    option, need = passed
+def _memory_key(rejected: tuple[Option, Need]) -> tuple:
+    """Sort key that puts the option that needs the least memory first.
+
+    Options whose weights alone do not fit have equal needs, so that batch size and offloading decide among them.
+    """
+    option, need = rejected
     return need.device, option.micro_batch_size, not option.recipe.offload_activations
 
 
-def _passing(option: Option) -> tuple:
-    """What the two passes' memory depends on."""
+def _passes_key(option: Option) -> tuple:
+    """Return the settings on which the memory of forward and backward pass depends, apart from streaming."""
     recipe, size = option.recipe, option.micro_batch_size
     return recipe.storage, recipe.checkpointing, recipe.checkpoint_every, recipe.offload_activations, size
 
 
-def _nearest(passed: Sequence[tuple[Option, Need]], count: int = 3) -> list[tuple[Option, Need]]:
-    """Of the options that would have been faster, those that came nearest."""
-    return sorted(passed, key=lambda pair: pair[1].device)[:count]
+def _nearest(rejected: Sequence[tuple[Option, Need]], count: int = 3) -> list[tuple[Option, Need]]:
+    """Return the rejected options that need the least memory."""
+    return sorted(rejected, key=lambda pair: pair[1].device)[:count]

@@ -1,55 +1,59 @@
-"""What networks take, told by rehearsals with few of their blocks: each block of a kind adds as much as the others."""
+"""Estimates what a network takes from rehearsals with few of its blocks, since equal blocks add equal amounts."""
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 
 from torch import nn
 
+from ..core.data import Row
 from ..core.gradient import repeated_lists
 from ..core.memory import MemoryRecipe
 from ..core.memory.live import bytes_of
 from ..diffusion.memory_layout import laid_out_networks
 from ..diffusion.training_module import PipelineTrainingModule
 from .meta_module import copied
-from .rehearsal import Rehearsal, Working, tensors_of
+from .rehearsal import Rehearsal, WorkingMemory, tensors_of
 
-# Blocks of each list, or so many times as many as of which one is checkpointed; the first and the last may be special.
+# Checkpointed blocks of each list in the shorter and in the longer rehearsal. At least two, because the first and the
+# last block may be special.
 FEW, MORE = 2, 3
 
 
 class FewBlocks:
-    """Stands where a `Rehearsal` of a recipe without streamed blocks does.
+    """Does what a `Rehearsal` does, faster and approximately, for memory options without streaming.
 
-    A phase's peak is a straight line in the number of blocks as long as the same moment of it is the highest; where
-    that changes between few blocks and all, this is a little too low; a rehearsal of the whole decides.
+    The peak of a phase is linear in the number of blocks as long as it is at the same moment of the phase. If that
+    moment changes between few blocks and all, the estimate is a little too low; therefore a rehearsal of the full
+    network decides in the end.
     """
 
     def __init__(self, module: PipelineTrainingModule, recipe: MemoryRecipe, cp_size: int = 1):
         self.module, self.recipe, self.cp_size = module, recipe, cp_size
         self.at_rest = bytes_of(tensors_of(module))
-        self.lists = {name: blocks for name, blocks in lists_of(module).items() if self.has_many(blocks)}
+        self.lists = {name: blocks for name, blocks in block_lists(module).items() if self.is_long(blocks)}
 
     @property
     def is_whole(self) -> bool:
-        """There are few blocks anyway."""
+        """Whether no list of blocks is shortened, so that this is a rehearsal of the full network."""
         return not self.lists
 
-    def has_many(self, blocks: nn.ModuleList) -> bool:
-        """Whether it is quicker to rehearse with few of them, twice."""
+    def is_long(self, blocks: nn.ModuleList) -> bool:
+        """Whether rehearsing with few and with more of these blocks is faster than with all of them."""
         return len(blocks) > self.count(FEW, blocks) + self.count(MORE, blocks)
 
-    def count(self, times: int, blocks: nn.ModuleList) -> int:
-        """As many as make so many checkpointed ones, and the same rest."""
+    def count(self, checkpointed: int, blocks: nn.ModuleList) -> int:
+        """Number of blocks of which `checkpointed` are checkpointed, with the same remainder as in the full list."""
         every = self.recipe.checkpoint_every
-        return times * every + len(blocks) % every
+        return checkpointed * every + len(blocks) % every
 
     @cached_property
     def few(self) -> Rehearsal:
+        """The rehearsal in which all lists are short."""
         return self._rehearsal()
 
     @cached_property
     def more(self) -> dict[str, Rehearsal]:
-        """With more blocks in one of the lists."""
+        """For each list, the rehearsal in which that one is longer."""
         return {name: self._rehearsal(name) for name in self.lists}
 
     def _rehearsal(self, longer: str | None = None) -> Rehearsal:
@@ -58,33 +62,35 @@ class FewBlocks:
 
     @property
     def unreached(self) -> Sequence[nn.Parameter]:
-        return self.few.unreached  # at the end of the network, however long it is
+        """See `Rehearsal.unreached`; these parameters are in the network's last block, however many there are."""
+        return self.few.unreached
 
-    def train(self, rows: Sequence, accumulates: bool) -> Working:
+    def train(self, rows: Sequence[Row], accumulates: bool) -> WorkingMemory:
         """See `Rehearsal.train`."""
-        return self._reckoned(lambda rehearsal: rehearsal.train(rows, accumulates))
+        return self._extrapolated(lambda rehearsal: rehearsal.train(rows, accumulates))
 
-    def sample(self, request: Mapping) -> Working:
+    def sample(self, request: Mapping) -> WorkingMemory:
         """See `Rehearsal.sample`."""
-        return self._reckoned(lambda rehearsal: rehearsal.sample(request))
+        return self._extrapolated(lambda rehearsal: rehearsal.sample(request))
 
-    def _reckoned(self, rehearse: Callable[[Rehearsal], Working]) -> Working:
+    def _extrapolated(self, rehearse: Callable[[Rehearsal], WorkingMemory]) -> WorkingMemory:
+        """Extrapolate from few and more blocks to all of them, linearly in the length of each list."""
         few = rehearse(self.few)
-        whole = few
+        estimate = few
         for name, rehearsal in self.more.items():
             blocks = self.lists[name]
-            least, most = self.count(FEW, blocks), self.count(MORE, blocks)
-            whole = whole.plus((len(blocks) - least) / (most - least), rehearse(rehearsal), few)
-        return whole
+            shorter, longer = self.count(FEW, blocks), self.count(MORE, blocks)
+            estimate = estimate.plus((len(blocks) - shorter) / (longer - shorter), rehearse(rehearsal), few)
+        return estimate
 
 
-def lists_of(module: PipelineTrainingModule) -> dict[str, nn.ModuleList]:
-    """By their names in the module, the lists of blocks that are all alike, of networks that follow the recipe."""
-    followed = {blocks for network in laid_out_networks(module) for blocks in repeated_lists(network).values()}
-    return {name: part for name, part in module.named_modules() if part in followed and are_alike(part)}
+def block_lists(module: PipelineTrainingModule) -> dict[str, nn.ModuleList]:
+    """Return the lists of equal blocks, by name, in the networks to which the memory options apply."""
+    candidates = {blocks for network in laid_out_networks(module) for blocks in repeated_lists(network).values()}
+    return {name: part for name, part in module.named_modules() if part in candidates and are_equal(part)}
 
 
-def are_alike(blocks: nn.ModuleList) -> bool:
-    """Whether all of them have the same parameters."""
+def are_equal(blocks: nn.ModuleList) -> bool:
+    """Whether all blocks have parameters of the same names, shapes and dtypes, and train the same of them."""
     kinds = {tuple((n, p.shape, p.dtype, p.requires_grad) for n, p in block.named_parameters()) for block in blocks}
     return len(kinds) == 1

@@ -1,4 +1,4 @@
-"""One of several devices that have a sample's tokens together, without the others."""
+"""Stands in for a group of context-parallel devices, so that one process can rehearse the first of them."""
 
 import torch
 from torch import Tensor
@@ -7,7 +7,7 @@ from ..core.context_parallel import Devices
 
 
 class FirstOf(Devices):
-    """The first of so many, which has the most tokens; what the others would send has a shape, and any values."""
+    """The first of `count` devices, which has the most tokens; what it receives is zeros of the right shape."""
 
     def __init__(self, count: int):
         self.rank, self.count = 0, count

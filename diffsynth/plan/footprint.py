@@ -1,8 +1,9 @@
-"""What a training holds from step to step, and what of it comes and goes within one."""
+"""The memory footprint of a training: what it holds between two optimizer steps, and what it adds within one."""
 
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from torch import nn
 
@@ -12,21 +13,24 @@ from ..diffusion.training_module import PipelineTrainingModule
 from .optimizer_cost import optimizer_cost
 from .rehearsal import tensors_of
 
+if TYPE_CHECKING:
+    from ..training.ema import EMA
+
 
 @dataclass(frozen=True)
 class MemoryFootprint:
-    """Bytes of a training on one device.
+    """Bytes that a training takes on one device.
 
     Args:
-        frozen, trained: Weights.
-        gradients, optimizer, average: Of what is trained.
-        update: While the optimizer steps, beside all of these.
+        frozen, trained: Frozen and trained weights.
+        gradients, optimizer, average: Gradients, optimizer state and EMA of the trained weights.
+        update: What an optimizer step takes in addition.
         block: Weights of the largest block, which engines that shard weights gather.
-        masters: fp32 copies of what is trained, which ZeRO keeps beside it.
-        encoders: Of the frozen weights, those of models outside of the training's network, which no engine shards.
-        working: At the peak of forward and backward pass, beside weights, optimizer and average.
-        activations: What the forward pass leaves for the backward pass.
-        host: What waits in host memory.
+        master_weights: fp32 copies of the trained weights, which ZeRO keeps.
+        encoders: The part of `frozen` that belongs to models other than the trained network; no engine shards it.
+        working: Peak of forward and backward pass beyond weights, optimizer state and average.
+        activations: What the forward pass saves for the backward pass.
+        host: Tensors that wait in host memory.
     """
 
     frozen: int
@@ -44,51 +48,58 @@ class MemoryFootprint:
 
     @property
     def weights(self) -> int:
+        """Frozen and trained weights."""
         return self.frozen + self.trained
 
     @property
     def between_steps(self) -> int:
+        """What is held between two steps: weights, optimizer state and average."""
         return self.weights + self.optimizer + self.average
 
     @property
     def passing(self) -> int:
-        """At the peak beside weights, optimizer and average: in the two passes, or while the optimizer steps."""
+        """What a step adds at its peak, which is in the two passes or while the optimizer steps."""
         return max(self.working, self.gradients + self.update)
 
     @property
     def peak(self) -> int:
+        """The most that is held at any moment of a step."""
         return self.between_steps + self.passing
 
 
-def kept(
+def static_footprint(
     module: PipelineTrainingModule,
     at_rest: int,
     unreached: Sequence[nn.Parameter],
     optimizer: Callable,
-    ema=None,
+    ema: "EMA | None" = None,
     on_cuda: bool = False,
 ) -> MemoryFootprint:
-    """What does not depend on what is trained on.
+    """Return the footprint without `working`, `activations` and `host`, which depend on the samples.
 
     Args:
-        at_rest: Bytes of weights on the device.
-        unreached: Weights that no gradient reaches, as those of the text after the last attention to it, have no
-            optimizer's state; which they are is known when the passes have been rehearsed.
+        module: The training module, its memory options applied.
+        at_rest: Bytes of all weights on the device.
+        unreached: Trained parameters that get no gradient, such as those of the text after the last attention; they
+            have no optimizer state. They are known after the passes have been rehearsed.
+        optimizer: Called as `optimizer(parameters)`.
+        ema: Average of the weights; None keeps none.
+        on_cuda: Whether the run is on CUDA, where optimizers may step all tensors at once.
     """
     parts = [list(part.values()) for part in module.trained_parts().values()]
     weights = bytes_of(parameter for part in parts for parameter in part)
     trained = module.trainable_parameters()
-    numbers = [parameter.numel() for parameter in trained]
-    reached = sum(numbers) - sum(parameter.numel() for parameter in unreached)
+    numel = [parameter.numel() for parameter in trained]
+    reached = sum(numel) - sum(parameter.numel() for parameter in unreached)
     cost = optimizer_cost(optimizer, trained[0].dtype, on_cuda)
-    averaged = ema is not None and ema.device is None
+    average_on_device = ema is not None and ema.device is None
     return MemoryFootprint(
         frozen=at_rest - weights,
         trained=weights,
         gradients=bytes_of(trained) - bytes_of(unreached),
         optimizer=math.ceil(cost.state * reached),
-        average=4 * sum(parameter.numel() for parameter in parts[0]) if averaged else 0,
-        update=cost.update(reached, max(numbers)),
+        average=4 * sum(parameter.numel() for parameter in parts[0]) if average_on_device else 0,
+        update=cost.update(reached, max(numel)),
         block=largest_block(module.pipe.network),
         master_weights=4 * sum(parameter.numel() for part in parts for parameter in part),
         encoders=weights_of(module.pipe, encoders_of(module)),
@@ -96,16 +107,16 @@ def kept(
 
 
 def weights_of(pipe: BasePipeline, names: Iterable[str]) -> int:
-    """Bytes of the parameters and buffers of some of the pipeline's models."""
+    """Return the bytes of parameters and buffers of the named models of a pipeline."""
     return sum(bytes_of(tensors_of(getattr(pipe, name))) for name in names)
 
 
-def encoders_of(module) -> set[str]:
-    """Models that are there and neither predict nor are trained."""
+def encoders_of(module: PipelineTrainingModule) -> set[str]:
+    """Return the names of the built models that `model_fn` does not call and that are not trained."""
     return module.pipe.built_models - {*module.pipe.in_iteration_models} - module.trained_roots
 
 
 def largest_block(network: nn.Module) -> int:
-    """Bytes of the largest module in any of a network's lists of modules."""
+    """Return the bytes of the largest module in a network's module lists; of the network itself if it has no list."""
     blocks = [block for part in network.modules() if isinstance(part, nn.ModuleList) for block in part]
     return max((bytes_of(tensors_of(block)) for block in blocks), default=bytes_of(tensors_of(network)))

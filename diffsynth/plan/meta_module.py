@@ -1,7 +1,7 @@
-"""The networks of a run without values: built once, and copied for every recipe that is laid on them."""
+"""Training modules on the meta device: built once for a run, and copied for each set of memory options to try."""
 
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import cached_property
@@ -15,26 +15,29 @@ from ..core.memory import MemoryRecipe
 from ..diffusion.pipeline.remembered import UnitMemory
 from ..diffusion.training_module import PipelineTrainingModule
 from .meta_pipeline import download_bytes, meta_pipeline
-from .rehearsal import Rehearsal, Working
+from .rehearsal import Rehearsal, WorkingMemory
 from .run import PlanRun
 
-Counts = Mapping[str, int]  # blocks that are kept, by the name of the list that they stand in
+Counts = Mapping[str, int]  # number of blocks to keep, by the name of the module list
 
 
 class MetaModules:
-    """A run's training module on the meta device, for each way in which its frozen weights are stored."""
+    """Builds a run's training module on the meta device, once for each storage of its frozen weights.
+
+    Results of rehearsals that are equal for all memory options are remembered here too.
+    """
 
     def __init__(self, run: PlanRun):
         self.meta_pipe = meta_pipeline(run.model, run.tokens)
         self.download = download_bytes(self.meta_pipe, run.model)
         self.modules: dict[tuple[str, bool], PipelineTrainingModule] = {}
         plain = replace(run.memory, storage="none", stored=None, stream_blocks=0)
-        self.caching = replace(run, cached=False, memory=plain)  # make_cache.py trades nothing
-        self.rows: dict[Size | None, tuple[Working, Row]] = {}
-        self.sampled: dict[str, Working] = {}
+        self.caching = replace(run, cached=False, memory=plain)  # make_cache.py has no memory options
+        self.rows: dict[Size | None, tuple[WorkingMemory, Row]] = {}
+        self.sampled: dict[str, WorkingMemory] = {}  # by storage
 
     def of(self, run: PlanRun) -> PipelineTrainingModule:
-        """The run's module with its adapters, not laid out; not to be changed."""
+        """Return the run's module with its adapters, before memory options are applied; copy it before changing it."""
         key = run.memory.storage, run.is_cached
         if key not in self.modules:
             self.modules[key] = self._build(run)
@@ -45,30 +48,32 @@ class MetaModules:
         return read(module, run.validation.models(module) if run.validation else (), run.is_cached)
 
     def _unread(self, run: PlanRun) -> PipelineTrainingModule:
-        pipe, template = copy.deepcopy(self.meta_pipe), copy.deepcopy(run.template)  # which loses its values
+        # The template is copied, because planning replaces its weights by ones without values.
+        pipe, template = copy.deepcopy(self.meta_pipe), copy.deepcopy(run.template)
         return PipelineTrainingModule(pipe, run.task, run.lora, run.seed, template, run.memory)
 
-    def encoded(self, size: Size | None) -> tuple[Working, Row]:
-        """What the frozen units take when a cache is made, and what it keeps of a row of this size."""
+    def encoded(self, size: Size | None) -> tuple[WorkingMemory, Row]:
+        """Return what the frozen units take when a cache is made, and the row of this size as the cache has it."""
         if size not in self.rows:
             self.rows[size] = self.encoding.encode([self.caching.row(size)] * self.caching.cache_batch_size)
         return self.rows[size]
 
     @cached_property
     def encoding(self) -> Rehearsal:
-        """Of the frozen units and their models alone."""
+        """The rehearsal of the frozen units, with their models only."""
         module = self._unread(self.caching)
         with torch.device("meta"):
             module.pipe.load_models(module.pipe.models_of(module.frozen_units, model_fn=False))
         return Rehearsal(module)
 
 
-def read(module: PipelineTrainingModule, also=(), cached: bool = False) -> PipelineTrainingModule:
-    """Read a module's weights, none of which has values; its pipeline is one of sketches (`meta_pipeline`).
+def read(module: PipelineTrainingModule, also: Iterable[str] = (), cached: bool = False) -> PipelineTrainingModule:
+    """Prepare a module of a `meta_pipeline` for training, as reading its weights does, on the meta device.
 
     Args:
-        also: Models beside those that are trained with, such as those of the validation.
-        cached: What frozen units make is read from a cache.
+        module: The training module; it is changed and returned.
+        also: Names of further models, such as those of the validation.
+        cached: Whether the outputs of frozen units come from a cache, so that their models are not needed.
     """
     module.remembered = UnitMemory(0)
     with torch.device("meta"):
@@ -79,7 +84,11 @@ def read(module: PipelineTrainingModule, also=(), cached: bool = False) -> Pipel
 def copied(
     module: PipelineTrainingModule, recipe: MemoryRecipe, counts: Counts | None = None
 ) -> PipelineTrainingModule:
-    """A copy that is to be laid out by another recipe, which stores frozen weights in the same way."""
+    """Return a copy of a module with other memory options, which must have the same storage of frozen weights.
+
+    Args:
+        counts: Shortens module lists to their last blocks; see `shortened`.
+    """
     with shortened(module, counts or {}):
         copied = copy.deepcopy(module)
     copied.memory = recipe
@@ -88,14 +97,17 @@ def copied(
 
 @contextmanager
 def shortened(module: nn.Module, counts: Counts) -> Iterator[None]:
-    """Leave of some lists their last blocks only; the last of all may differ in what follows it."""
-    whole = {module.get_submodule(name): count for name, count in counts.items()}
-    kept = {blocks: blocks._modules for blocks in whole}
-    for blocks, count in whole.items():
+    """Inside the block, the named module lists have their last blocks only.
+
+    The last ones are kept, because the very last block may be special: no layer may read some of its outputs.
+    """
+    lists = {module.get_submodule(name): count for name, count in counts.items()}
+    complete = {blocks: blocks._modules for blocks in lists}
+    for blocks, count in lists.items():
         last = list(blocks)[-count:]
         blocks._modules = {str(number): block for number, block in enumerate(last)}
     try:
         yield
     finally:
-        for blocks, modules in kept.items():
+        for blocks, modules in complete.items():
             blocks._modules = modules

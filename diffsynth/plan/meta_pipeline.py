@@ -1,4 +1,7 @@
-"""Models without weights: where the architecture is known, so is what a run of it takes."""
+"""Builds a pipeline on the meta device: models that have their architecture but no weights.
+
+Architectures come from a model's own config.json; those of released models are in this package.
+"""
 
 import json
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -7,25 +10,26 @@ from functools import cache
 from pathlib import Path, PurePosixPath
 
 import torch
+from torch import nn
 
 from ..core.loader import ModelConfig
 from ..diffusion.base_pipeline import BasePipeline
 
-ARCHITECTURES = Path(__file__).parent / "architectures"  # of released models, so that a plan needs no network
+ARCHITECTURES = Path(__file__).parent / "architectures"  # config.json of released models, so that a plan works offline
 
 
 @dataclass(frozen=True)
 class Architecture:
-    """Stands where a `ModelConfig` does: a config.json, or its content, and no files."""
+    """A model's config.json, as a path or as its content; takes the place of a `ModelConfig` but has no weights."""
 
     config: Path | Mapping
 
     def resolve(self) -> None:
-        """There are no files."""
+        """Return no files, because there are no weights."""
 
 
 class BlankTokenizer:
-    """Tokens of no text: `tokens` of them, or as many as a prompt is padded to."""
+    """Returns zeros (B, L) as the token ids of any texts; L is `tokens`, or the length to which prompts are padded."""
 
     def __init__(self, tokens: int):
         self.tokens = tokens
@@ -40,34 +44,35 @@ class BlankTokenizer:
 
 
 def meta_pipeline(model: Callable[..., BasePipeline], tokens: int) -> BasePipeline:
-    """The pipeline that `model` would build, no weight and no tokenizer read, whose prompts are `tokens` long.
+    """Build the pipeline of `model` on the meta device, without weights and without tokenizers.
 
     Args:
-        model: A pipeline's `from_components` with its arguments, as the configuration builds it.
+        model: A partial of a family's `from_components`, as the configuration builds it.
+        tokens: Number of tokens of every prompt, unless the family pads prompts to a length of its own.
 
     Raises:
-        FileNotFoundError: The architecture of a model is neither here nor known.
+        FileNotFoundError: The architecture of a model is neither on disk, nor in this package, nor downloadable.
     """
     parts = {name: part for name, part in model.keywords.items() if isinstance(part, ModelConfig)}
     architectures_of = {name: Architecture(find_config(part)) for name, part in parts.items() if not is_folder(part)}
     text_encoder = architectures_of.pop("text_encoder", None)
     left_out = dict.fromkeys(parts.keys() - architectures_of.keys())
     pipe = model.func(**{**model.keywords, **left_out, **architectures_of}, device="meta")
-    if text_encoder is not None:  # apart, since it has no tokenizer
+    if text_encoder is not None:  # built apart, because `from_components` wants its tokenizer too
         pipe.build_models([text_encoder])
         pipe.tokenizer = BlankTokenizer(tokens)
     return pipe
 
 
 def is_folder(part: ModelConfig) -> bool:
-    """Whether this is a tokenizer's or a processor's, not weights."""
+    """Whether a component is a folder of a tokenizer or processor, not weights."""
     if part.path is not None:
         return (Path(str(part.path)) / "tokenizer_config.json").exists()
     return str(part.origin_file_pattern or "").endswith("/")
 
 
 def find_config(part: ModelConfig) -> Path | Mapping:
-    """The config.json of a model, or its content: beside its weights, else ours of the release, else the hub's."""
+    """Return a model's config.json or its content, from beside its weights, from this package, or from the hub."""
     if part.config is not None:
         return Path(part.config)
     if part.path is not None:
@@ -82,31 +87,31 @@ def find_config(part: ModelConfig) -> Path | Mapping:
 
 @cache
 def architectures() -> dict[str, dict[str, Mapping]]:
-    """Configurations by component of each repository that is known."""
+    """Return the configurations of released models, by repository and component."""
     families = [json.loads(file.read_text()) for file in sorted(ARCHITECTURES.glob("*.json"))]
     return {repository: family["components"] for family in families for repository in family["repositories"]}
 
 
 def needs_download(model: Callable[..., BasePipeline]) -> bool:
-    """Whether weights of `model` come from a hub first."""
+    """Whether weights of `model` have to be downloaded."""
     return any(part.is_to_be_downloaded for part in model.keywords.values() if isinstance(part, ModelConfig))
 
 
 def download_bytes(pipe: BasePipeline, model: Callable[..., BasePipeline]) -> int:
-    """What of the weights has still to be fetched; released ones have two bytes a number."""
+    """Return the bytes that have to be downloaded, at two bytes per parameter (released weights are bf16)."""
     parts = {name: part for name, part in model.keywords.items() if isinstance(part, ModelConfig)}
     absent = [getattr(pipe, name) for name, part in parts.items() if part.is_absent and not is_folder(part)]
     stored = [p for model in absent for name, p in model.named_parameters() if name not in tied(model)]
     return sum(2 * parameter.numel() for parameter in stored)
 
 
-def tied(model) -> Collection[str]:
-    """Names of the parameters that are others again, and in no file."""
+def tied(model: nn.Module) -> Collection[str]:
+    """Return the names of parameters that are tied to others, so that weight files do not have them."""
     return getattr(model, "all_tied_weights_keys", {})
 
 
 def file_bytes(part: ModelConfig) -> int | None:
-    """Bytes of a model's files; None where they are still to be fetched."""
+    """Return the bytes of a model's files; None if they have to be downloaded."""
     if part.is_absent:
         return None
     named = part.path if isinstance(part.path, list) else [part.path or part.folder / str(part.origin_file_pattern)]

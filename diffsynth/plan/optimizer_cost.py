@@ -1,4 +1,4 @@
-"""What an optimizer keeps, and what a step of it takes: measured on a small tensor, since each has its own way."""
+"""Measures the memory of an optimizer by stepping it on a small tensor, as each optimizer has its own state."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -11,17 +11,18 @@ from torch.utils._pytree import tree_leaves
 from ..core.memory.live import LiveBytes, bytes_of
 from ..training.stochastic_rounding import StochasticRounding
 
-NUMBERS = 1 << 16  # of the tensor that is measured
+NUMEL = 1 << 16  # of the measured tensor; a guess: large enough that state per tensor does not count
 
 
 @dataclass(frozen=True)
 class OptimizerCost:
-    """Bytes a trained number.
+    """Bytes per trained parameter.
 
     Args:
-        state: Kept from step to step.
-        transient: While it is stepped.
-        together: All tensors are stepped at once, so that `transient` counts for all of them, not for the largest.
+        state: Optimizer state, which is kept from step to step.
+        transient: What a step takes in addition.
+        together: Whether all tensors are stepped at once, so that `transient` counts for all of them and not only for
+            the largest.
     """
 
     state: float
@@ -29,33 +30,37 @@ class OptimizerCost:
     together: bool
 
     def update(self, total: int, largest: int) -> int:
-        """Bytes that stepping takes besides the state, of so many numbers of which the largest tensor has so many."""
+        """Return the bytes that a step takes in addition, for `total` numbers, the largest tensor having `largest`."""
         return round(self.transient * (total if self.together else largest))
 
 
 def optimizer_cost(optimizer: Callable, dtype: torch.dtype, on_cuda: bool) -> OptimizerCost:
-    """The cost of `optimizer(parameters)` for weights of this dtype."""
-    weight = nn.Parameter(torch.zeros(NUMBERS, dtype=dtype))
+    """Measure the cost of `optimizer(parameters)` for weights of a dtype.
+
+    Args:
+        on_cuda: Whether the run is on CUDA, where torch's optimizers step all tensors at once.
+    """
+    weight = nn.Parameter(torch.zeros(NUMEL, dtype=dtype))
     weight.grad = torch.zeros_like(weight)
     rounding = StochasticRounding([weight]) if dtype == torch.bfloat16 else None
     built = optimizer(rounding.fp32_copies if rounding else [weight])
-    together = on_cuda and rounding is None and takes_all_together(built)
+    together = on_cuda and rounding is None and steps_all_at_once(built)
     for group in built.param_groups:
         if together:
             group["foreach"] = True
-    getattr(built, "train", lambda: None)()  # schedule-free ones refuse to step otherwise
+    getattr(built, "train", lambda: None)()  # schedule-free optimizers step in training mode only
     step = partial(rounding.step, built, seed=0) if rounding else built.step
     step()
-    kept = [leaf for leaf in tree_leaves(list(built.state.values())) if isinstance(leaf, torch.Tensor)]
+    state = [leaf for leaf in tree_leaves(list(built.state.values())) if isinstance(leaf, torch.Tensor)]
     weight.grad = torch.zeros_like(weight)
     with LiveBytes() as live:
-        live.watch([weight, weight.grad, *kept])
+        live.watch([weight, weight.grad, *state])
         before = live.device.now
         step()
-    return OptimizerCost(bytes_of(kept) / NUMBERS, (live.device.peak - before) / NUMBERS, together)
+    return OptimizerCost(bytes_of(state) / NUMEL, (live.device.peak - before) / NUMEL, together)
 
 
-def takes_all_together(optimizer: torch.optim.Optimizer) -> bool:
-    """Whether it steps all tensors at once on CUDA, as torch's own do unless told otherwise."""
+def steps_all_at_once(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether an optimizer steps all tensors at once on CUDA, as torch's own do by default."""
     options = optimizer.defaults
     return "foreach" in options and options["foreach"] is None and not options.get("fused")

@@ -1,4 +1,4 @@
-"""Recipes that a run could be trained by, and how much longer each is predicted to take."""
+"""The memory options that a run could be trained with, each with its predicted slowdown."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -16,21 +16,27 @@ from .meta_module import MetaModules
 from .rehearsal import tensors_of
 from .run import PlanRun
 
-# Only the order of options hangs on these. A step that trades nothing is three passes: one forward, two backward.
+# All of these are guesses, unless a line says otherwise; only the order in which options are tried depends on them.
+# Times are in units of a forward pass. A step that saves no memory takes three, as its backward pass takes two.
 PASSES = 3.0
-RECOMPUTING = {"none": 0.0, "attention": 0.3, "feed_forward": 0.3, "blocks": 1.0}  # passes more
-OFFLOADING = {"none": 1.5, "attention": 1.0, "feed_forward": 1.0, "blocks": 0.1}  # passes more, as long as copies take
-DECODING = {"none": 1.0, "int8": 1.25, "nf4": 1.5}  # times as long; int8 before fp8, as it errs less in as many bits
-HALF_A_BATCH = 1.05  # times as long, with half as many samples in a forward
-STORED = {"none": 1.0, "nf4": 4.5 / 16}  # bytes for one of bf16; else a half
-DEVICE_FLOPS, HOST_BYTES = 2e14, 2.5e10  # a second: of a large card in bf16, and of PCIe 4
-STREAMED_PARTS = 10  # how finely numbers of streamed blocks are tried
-PIXELS_A_TOKEN = 16 * 16
+RECOMPUTING = {"none": 0.0, "attention": 0.3, "feed_forward": 0.3, "blocks": 1.0}  # added by checkpointing
+OFFLOADING = {"none": 1.5, "attention": 1.0, "feed_forward": 1.0, "blocks": 0.1}  # added by copies to the host and back
+# Factors of a step's time, by storage. int8 is tried before fp8, because its error is smaller at as many bits.
+DECODING = {"none": 1.0, "int8": 1.25, "nf4": 1.5}
+HALF_A_BATCH = 1.05  # factor of a step's time each time the samples of a forward pass are halved
+# Bytes per byte of bf16 weights, by arithmetic: nf4 has 4 bits and a scale; the others, with 8 bits, take half.
+STORED = {"none": 1.0, "nf4": 4.5 / 16}
+DEVICE_FLOPS, HOST_BYTES = 2e14, 2.5e10  # per second: a large GPU in bf16, and PCIe 4 (its x16 bandwidth is 3.2e10)
+STREAMED_PARTS = 10  # the numbers of streamed blocks that are tried are tenths of all
+PIXELS_A_TOKEN = 16 * 16  # pixels per token of the families so far: a VAE of factor 8, patches of 2
 
 
 @dataclass(frozen=True)
 class Option:
-    """A recipe, the samples of a forward, and how many times as long a step takes as one that trades nothing."""
+    """Memory options, the samples per forward pass, and the slowdown.
+
+    The slowdown is a step's predicted time over that of a step that saves no memory.
+    """
 
     recipe: MemoryRecipe
     micro_batch_size: int
@@ -44,7 +50,7 @@ class Option:
 
 @dataclass(frozen=True)
 class Streamed:
-    """Bytes of frozen weights that wait in host memory, and of these what the device is spared."""
+    """Bytes of streamed weights in host memory, and how many bytes fewer the device holds (buffers remain there)."""
 
     host: int = 0
     spared: int = 0
@@ -55,17 +61,18 @@ NOTHING_STREAMED = Streamed()
 
 @dataclass
 class Options:
-    """What a run's recipe could become; what it trades already, it goes on trading."""
+    """Lists the memory options that a run could be trained with; options that the run sets itself stay set."""
 
     run: PlanRun
     meta_modules: MetaModules
 
     @property
     def module(self) -> PipelineTrainingModule:
+        """The run's training module on the meta device."""
         return self.meta_modules.of(self.run)
 
     def all(self) -> list[Option]:
-        """The fastest first."""
+        """Return all options, those with the smallest slowdown first."""
         return sorted(self._each(), key=lambda option: option.slowdown)
 
     def _each(self) -> Iterator[Option]:
@@ -83,27 +90,32 @@ class Options:
 
     @property
     def policies(self) -> Sequence[str]:
+        """Checkpointing policies to try."""
         return honoured_policies(self.module.pipe.network) if self.run.task.calls_model_fn else ["none"]
 
     @property
     def storages(self) -> Sequence[str]:
-        run, given = self.run, self.run.memory.storage
-        merged = run.lora is not None and run.lora.preset is not None
-        fixed = given != "none" or self.module.trainable_models or merged or run.engine != "ddp"
-        return [given] if fixed else list(DECODING)
+        """Storages of frozen weights to try; only the configured one if another would not work."""
+        run, configured = self.run, self.run.memory.storage
+        is_merged = run.lora is not None and run.lora.preset is not None
+        is_fixed = configured != "none" or self.module.trainable_models or is_merged or run.engine != "ddp"
+        return [configured] if is_fixed else list(DECODING)
 
     def offloads(self, policy: str) -> Sequence[bool]:
-        """Only what blocks keep is so little that copying it beats computing it again."""
+        """Values of `offload_activations` to try.
+
+        Offloading pays only with checkpointing=blocks: block inputs are small enough to copy faster than to recompute.
+        """
         return [True] if self.run.memory.offload_activations else [False, *([True] if policy == "blocks" else [])]
 
     @property
     def sizes(self) -> list[int]:
-        """Samples of a forward: as configured, and halves of it."""
-        whole = self.run.batches.micro_batch_size
-        return [whole // 2**n for n in range(whole.bit_length()) if whole % 2**n == 0]
+        """Samples per forward pass to try: the configured number, and its halves as long as they are whole."""
+        configured = self.run.batches.micro_batch_size
+        return [configured // 2**n for n in range(configured.bit_length()) if configured % 2**n == 0]
 
     def streamed_numbers(self, policy: str) -> Sequence[int]:
-        """Numbers of blocks to stream: none, or more than there are buffers for."""
+        """Numbers of streamed blocks to try: none, and some that are larger than the number of buffers."""
         recipe, count = self.run.memory, len(self.blocks)
         if policy != "blocks" or recipe.checkpoint_every > 1 or recipe.compile != "none" or self.run.engine != "ddp":
             return [0]
@@ -112,36 +124,43 @@ class Options:
 
     @cached_property
     def blocks(self) -> list[nn.Module]:
-        """Those that could be streamed."""
-        frozen = self.run.task.calls_model_fn and not self.module.trainable_models
-        return repeated_blocks(self.module.pipe.network) if frozen else []
+        """The network's blocks, if they can be streamed because they are frozen."""
+        is_frozen = self.run.task.calls_model_fn and not self.module.trainable_models
+        return repeated_blocks(self.module.pipe.network) if is_frozen else []
 
     def slowdown(self, recipe: MemoryRecipe, size: int) -> float:
+        """Predict a step's time with these options, over that of a step that saves no memory.
+
+        Streaming runs beside the computation, so that the slower of the two counts.
+
+        Args:
+            size: Samples per forward pass.
+        """
         passes = PASSES + RECOMPUTING[recipe.checkpointing] / recipe.checkpoint_every
         passes += OFFLOADING[recipe.checkpointing] * recipe.offload_activations
-        alone = PASSES * self.forward_seconds * size
-        computing = passes / PASSES * alone * DECODING.get(recipe.storage, 1.25)
+        baseline = PASSES * self.forward_seconds * size
+        computing = passes / PASSES * baseline * DECODING.get(recipe.storage, 1.25)
         stored = STORED.get(recipe.storage, 0.5) * self.module.pipe.torch_dtype.itemsize
-        moving = 2 * recipe.stream_blocks * self.block_numbers * stored / HOST_BYTES if recipe.stream_blocks else 0
-        return max(computing, moving) / alone * HALF_A_BATCH ** self.sizes.index(size) + 0.02 * (moving > 0)
+        moving = 2 * recipe.stream_blocks * self.block_numel * stored / HOST_BYTES if recipe.stream_blocks else 0
+        return max(computing, moving) / baseline * HALF_A_BATCH ** self.sizes.index(size) + 0.02 * (moving > 0)
 
     @cached_property
     def forward_seconds(self) -> float:
-        """Of one sample of the largest size."""
+        """Predicted seconds of a forward pass of one sample of the largest size: 2 FLOPs per parameter and token."""
         defaults = self.module.pipe.call_defaults
         width, height = self.run.sizes[0] or (defaults["width"], defaults["height"])
         tokens = self.run.tokens + width * height / PIXELS_A_TOKEN
-        numbers = sum(parameter.numel() for parameter in self.module.pipe.network.parameters())
-        return 2 * numbers * tokens / DEVICE_FLOPS
+        numel = sum(parameter.numel() for parameter in self.module.pipe.network.parameters())
+        return 2 * numel * tokens / DEVICE_FLOPS
 
     @cached_property
-    def block_numbers(self) -> int:
-        """Weights of the largest block, in whatever bits they are."""
+    def block_numel(self) -> int:
+        """Number of parameters of the largest block, before any storage packs them."""
         network = self.meta_modules.meta_pipe.network
         return max(sum(p.numel() for p in block.parameters()) for block in repeated_blocks(network))
 
     def streamed(self, recipe: MemoryRecipe) -> Streamed:
-        """What streaming moves, and leaves to the device."""
+        """Return how many bytes streaming keeps in host memory and spares the device."""
         if not recipe.stream_blocks:
             return NOTHING_STREAMED
         blocks = repeated_blocks(self.meta_modules.of(self.run.variant(recipe)).pipe.network)

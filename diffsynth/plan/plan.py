@@ -1,4 +1,4 @@
-"""What a run will take, stage by stage, before any weight is read."""
+"""The memory plan of a run, stage by stage: training, sampling, saving, and making a cache."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -13,9 +13,9 @@ from ..core.memory import MemoryRecipe
 from ..core.memory.live import bytes_of
 from ..training.checkpoint import FILE_BYTES
 from .few_blocks import FewBlocks
-from .footprint import MemoryFootprint, kept
+from .footprint import MemoryFootprint, static_footprint
 from .meta_module import MetaModules, copied
-from .rehearsal import Rehearsal, Working
+from .rehearsal import Rehearsal, WorkingMemory
 from .run import PlanRun
 from .shares import Share, shares
 
@@ -24,13 +24,16 @@ STAGES = ("train", "sample", "save", "cache")
 
 @dataclass(frozen=True)
 class StageMemory:
-    """Bytes of one stage on one device, in the host's memory and on disk.
+    """Bytes of one stage on one device, in host memory and on disk.
 
     Args:
-        name: One of `STAGES`; `cache` is make_cache.py, the others are of the training.
-        size: (width, height) in pixels; None where it does not matter.
-        activations: What the forward pass leaves for the backward pass.
-        peak: The most that tensors hold at any moment, all the others among it.
+        name: One of `STAGES`; `cache` is make_cache.py, the others are stages of the training.
+        size: (width, height) of the images in pixels; None if it does not matter, or each image has its own.
+        weights, gradients, optimizer: Weights, gradients, and optimizer state with the EMA.
+        activations: What the forward pass saves for the backward pass.
+        peak: The most that tensors take on the device at any moment; it includes all of the above.
+        host: Tensors in host memory.
+        disk: Files that the stage writes.
     """
 
     name: str
@@ -46,7 +49,14 @@ class StageMemory:
 
 @dataclass(frozen=True)
 class Plan:
-    """Stages of a run, of each kind the largest first, and what each of several devices would hold in training."""
+    """The plan of a run.
+
+    Args:
+        stages: All stages; those of one name follow each other, the largest peak first.
+        footprint: The training's footprint with images of the size that takes the most.
+        shares: What each of several devices would take in training, by engine.
+        download: Bytes of weights that have to be downloaded.
+    """
 
     stages: Sequence[StageMemory]
     footprint: MemoryFootprint
@@ -55,39 +65,43 @@ class Plan:
 
     @property
     def worst(self) -> StageMemory:
-        """Of the training; a cache is made by another command."""
+        """The stage of the training with the largest peak; `cache` does not count, as another command makes it."""
         return max((stage for stage in self.stages if stage.name != "cache"), key=lambda stage: stage.peak)
 
     @property
     def host(self) -> int:
+        """Bytes of host memory that the stage with the most takes."""
         return max(stage.host for stage in self.stages)
 
     def as_dict(self) -> dict[str, Any]:
+        """Return the content of plan.json."""
         return {"peak": self.worst.peak, "host": self.host, **asdict(self)}
 
 
 class Planner:
-    """The rehearsals of a run; those of its variants share what is built for them.
+    """Plans a run by rehearsing its stages.
 
     Args:
-        few_blocks: Rehearse with few blocks of each kind and reckon what all of them take.
+        run: The run, and where it is to be.
+        meta_modules: Modules on the meta device, shared with other planners of the run; None builds them.
+        few_blocks: Rehearse with few blocks of each network, and extrapolate to all of them.
     """
 
     def __init__(self, run: PlanRun, meta_modules: MetaModules | None = None, few_blocks: bool = False):
         self.run, self.meta_modules, self.few_blocks = run, meta_modules or MetaModules(run), few_blocks
-        self.trained: dict[Size | None, Working] = {}
-        self.sampled: dict[str, Working] = self.meta_modules.sampled if few_blocks else {}
+        self.trained: dict[Size | None, WorkingMemory] = {}
+        self.sampled: dict[str, WorkingMemory] = self.meta_modules.sampled if few_blocks else {}
 
     def variant(self, memory: MemoryRecipe, micro_batch_size: int | None = None, few_blocks: bool = False) -> "Planner":
-        """Of the same run with another recipe."""
+        """Return a planner of the same run with other memory options."""
         return Planner(self.run.variant(memory, micro_batch_size), self.meta_modules, few_blocks)
 
     def plan(self, devices: Iterable[int] = (1,), largest_only: bool = False) -> Plan:
-        """Rehearse every stage, with every size of picture that there is.
+        """Rehearse every stage with every image size of the data set.
 
         Args:
-            devices: Numbers of devices whose shares are told.
-            largest_only: Of pictures the largest alone, and not what make_cache.py would take.
+            devices: Numbers of devices to compute shares for.
+            largest_only: Rehearse the largest image size only, and leave make_cache.py out.
         """
         sizes = self.run.sizes[:1] if largest_only else self.run.sizes
         footprint = {size: self.footprint(size) for size in sizes}
@@ -99,42 +113,44 @@ class Planner:
         return Plan(stages, worst, self.shares(worst, devices), self.meta_modules.download)
 
     def shares(self, footprint: MemoryFootprint, devices: Iterable[int]) -> list[Share]:
-        """What is held on each of several devices, by every engine that could."""
-        told = [share for count in devices if count % self.run.cp_size == 0 for share in shares(footprint, count)]
-        if self.run.memory.stream_blocks:  # which other engines refuse
-            return [share for share in told if share.engine == "ddp"]
-        return told
+        """Return what each of several devices takes under every engine that this run could use."""
+        found = [share for count in devices if count % self.run.cp_size == 0 for share in shares(footprint, count)]
+        if self.run.memory.stream_blocks:  # only DDP supports it
+            return [share for share in found if share.engine == "ddp"]
+        return found
 
-    # What there is
+    # Rehearsals
 
     @cached_property
     def rehearsal(self) -> Rehearsal | FewBlocks:
+        """The rehearsal of the run's training module."""
         meta_module, recipe, cp_size = self.meta_modules.of(self.run), self.run.memory, self.run.cp_size
-        return (
-            FewBlocks(meta_module, recipe, cp_size)
-            if self.few_blocks
-            else Rehearsal(copied(meta_module, recipe), cp_size)
-        )
+        if self.few_blocks:
+            return FewBlocks(meta_module, recipe, cp_size)
+        return Rehearsal(copied(meta_module, recipe), cp_size)
 
     @property
-    def kept(self) -> MemoryFootprint:
-        """What is held whatever is trained on."""
+    def static_footprint(self) -> MemoryFootprint:
+        """The part of the footprint that does not depend on the samples."""
         at_rest, unreached = self.rehearsal.at_rest, self.rehearsal.unreached
-        return kept(self.rehearsal.module, at_rest, unreached, self.run.optimizer, self.run.ema, self.run.on_cuda)
+        return static_footprint(
+            self.rehearsal.module, at_rest, unreached, self.run.optimizer, self.run.ema, self.run.on_cuda
+        )
 
     def footprint(self, size: Size | None) -> MemoryFootprint:
-        """What a training on pictures of this size holds."""
+        """Rehearse training with images of one size, and return its footprint."""
         if size not in self.trained:
             row = self.meta_modules.encoded(size)[1] if self.run.is_to_be_cached else self.run.row(size)
             batches = self.run.batches
             rows, accumulates = [row] * batches.micro_batch_size, batches.accumulation > 1
             self.trained[size] = self.rehearsal.train(rows, accumulates)
         passes = self.trained[size]
-        return replace(self.kept, working=passes.peak, activations=passes.activations, host=passes.host)
+        return replace(self.static_footprint, working=passes.peak, activations=passes.activations, host=passes.host)
 
     # Stages
 
     def training(self, size: Size | None, footprint: MemoryFootprint) -> StageMemory:
+        """Return the training stage with images of one size."""
         optimizer = footprint.optimizer + footprint.average
         host = footprint.host + (0 if self.run.is_cached else round(self.run.memory.remember * 2**30))
         return StageMemory(
@@ -149,33 +165,38 @@ class Planner:
         )
 
     def sampling(self) -> list[StageMemory]:
-        """The validation's prompts, drawn beside what training holds between two steps."""
+        """Return the stage of sampling the validation's prompts, beside what training holds between two steps."""
         validation, pipe = self.run.validation, self.rehearsal.module.pipe
         if not (validation and validation.prompts):
             return []
         request = {"prompt": validation.prompts[0], **validation.options}
-        whole, kept = pipe.complete(request), self.kept
-        peak = kept.between_steps + self.sample(request).peak
+        whole, static = pipe.complete(request), self.static_footprint
+        peak = static.between_steps + self.sample(request).peak
         size = whole["width"], whole["height"]
-        return [StageMemory("sample", size, kept.weights, optimizer=kept.optimizer + kept.average, peak=peak)]
+        return [StageMemory("sample", size, static.weights, optimizer=static.optimizer + static.average, peak=peak)]
 
-    def sample(self, request: Mapping) -> Working:
-        """What drawing takes; it keeps nothing, so that few blocks tell it once for all policies."""
+    def sample(self, request: Mapping) -> WorkingMemory:
+        """Rehearse sampling a request.
+
+        Sampling saves no activations, so that its memory is the same for all checkpointing policies and is rehearsed
+        once per storage when planning with few blocks.
+        """
         storage = self.run.memory.storage
         if storage not in self.sampled:
             self.sampled[storage] = self.rehearsal.sample(request)
         return self.sampled[storage]
 
     def saving(self) -> StageMemory:
-        """Checkpoints, one more than are kept while it is written, and the weights of every export."""
-        kept, run = self.kept, self.run
-        state, optimizer = kept.trained + kept.optimizer + kept.average, kept.optimizer + kept.average
-        disk = (run.checkpoint.keep_last + 1) * state + run.exports * len(run.export.formats) * kept.trained
+        """Return the stage of saving: all checkpoints that are kept, one more while it is written, and all exports."""
+        static, run = self.static_footprint, self.run
+        optimizer = static.optimizer + static.average
+        state = static.trained + optimizer
+        disk = (run.checkpoint.keep_last + 1) * state + run.exports * len(run.export.formats) * static.trained
         host = min(state, FILE_BYTES)
-        return StageMemory("save", None, kept.weights, 0, optimizer, 0, kept.between_steps, host=host, disk=disk)
+        return StageMemory("save", None, static.weights, 0, optimizer, 0, static.between_steps, host=host, disk=disk)
 
     def caching(self, size: Size | None) -> StageMemory:
-        """What make_cache.py takes."""
+        """Return the stage of make_cache.py with images of one size."""
         working, made = self.meta_modules.encoded(size)
         tensors = [leaf for leaf in tree_leaves(made.made) if isinstance(leaf, Tensor)]
         disk = len(self.run.dataset.rows_by_size()[size].rows) * bytes_of(tensors)

@@ -1,4 +1,4 @@
-"""Before weights are read: does the run fit where it is, and if a budget is given, which recipe fits that."""
+"""Before weights are read: checks that a run fits its device, and chooses memory options that fit a given budget."""
 
 import json
 import logging
@@ -28,17 +28,20 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-MOST_BYTES = 12  # in training, for each byte of a file: fp32 weights, gradients, Adam, an average, of bf16
-SMALL = 0.1  # of a device: up to there a run is not rehearsed, which would take longer than many of its steps
+# Bytes of training per byte of a bf16 file, at most: 2 each for fp32 weights, gradients and EMA, 4 for Adam's state,
+# and 2 for everything else, which is a guess.
+MOST_BYTES = 12
+# A guess: a run that takes less than this share of the device is not rehearsed, as that takes longer than many steps.
+SMALL = 0.1
 
 
 def preflight(run: Run, accelerator: "Accelerator", engine: Engine) -> Run:
-    """The run with the recipe and the micro-batch size that it is to be trained with; all processes call it.
+    """Return the run with the memory options and the micro-batch size to train it with; all processes call it.
 
-    What was chosen for a budget is written into the run's folder, and read from there when the run is resumed.
+    A choice by budget is written to the run's folder, and read from there when the run is resumed.
 
     Raises:
-        ValueError: It does not fit the device, or nothing fits the budget.
+        ValueError: The run does not fit the device, or no memory options fit the budget.
     """
     device, recipe = accelerator.device, run.memory
     if recipe.budget is None and (not recipe.check or is_small(run.model, free_bytes(device))):
@@ -49,7 +52,7 @@ def preflight(run: Run, accelerator: "Accelerator", engine: Engine) -> Run:
     if accelerator.is_main_process:
         try:
             found = [settle(Planner(planned), Path(run.run_dir) / "memory.json", device)]
-        except (ValueError, OSError) as error:  # told by all, or the others would wait
+        except (ValueError, OSError) as error:  # broadcast, because the other processes wait for a result
             found = [str(error)]
     (settled,) = broadcast_object_list(found)
     if isinstance(settled, str):
@@ -59,12 +62,18 @@ def preflight(run: Run, accelerator: "Accelerator", engine: Engine) -> Run:
 
 
 def settle(planner: Planner, record: Path, device: torch.device) -> tuple[MemoryRecipe, int | None]:
-    """Recipe and micro-batch size: those of the configuration, or what was chosen for its budget; checked."""
+    """Return memory options and micro-batch size: as configured, or chosen by budget; then check that they fit.
+
+    Args:
+        planner: Plans the run as it is configured.
+        record: File of the choice by budget; if it exists, the run is resumed and its content is used.
+        device: The run's device.
+    """
     run = planner.run
     settled = run.memory, run.micro_batch_size
     if run.memory.budget is not None and record.exists():
-        kept = json.loads(record.read_text())
-        settled = replace(run.memory, **kept["recipe"]), kept["micro_batch_size"]
+        chosen = json.loads(record.read_text())
+        settled = replace(run.memory, **chosen["recipe"]), chosen["micro_batch_size"]
         planner = planner.variant(*settled)
     elif run.memory.budget is not None:
         choice = Budget(planner, *run.memory.budgets).choose()
@@ -77,6 +86,7 @@ def settle(planner: Planner, record: Path, device: torch.device) -> tuple[Memory
 
 
 def as_record(choice: BudgetChoice) -> dict:
+    """Return the content of memory.json in the run's folder."""
     return {
         "recipe": asdict(choice.option.recipe),
         "micro_batch_size": choice.option.micro_batch_size,
@@ -88,16 +98,16 @@ def as_record(choice: BudgetChoice) -> dict:
 
 
 def is_small(model: Callable, free: int) -> bool:
-    """Whether all of the weights, trained in full, take a small part of what is free."""
+    """Whether all weights are on disk and would take, trained in full, a small share of the `free` bytes."""
     sizes = [file_bytes(part) for part in model.keywords.values() if isinstance(part, ModelConfig)]
     return None not in sizes and MOST_BYTES * sum(sizes) < SMALL * free
 
 
 def check(run: PlanRun, plan: Plan, device: torch.device) -> None:
-    """Refuse a run that needs more than the device has free.
+    """Check that the device has enough free memory for a run.
 
     Raises:
-        ValueError: Names both amounts and what to do.
+        ValueError: It has not; the message says how much is needed, how much is free, and what to set.
     """
     free = free_bytes(device)
     share = next(share for share in shares(plan.footprint, run.processes) if share.engine == run.engine)
@@ -106,13 +116,13 @@ def check(run: PlanRun, plan: Plan, device: torch.device) -> None:
     if needed > free:
         raise ValueError(
             f"This run needs {shown_size(needed)} on {device}, which has {shown_size(free)} free: set memory.budget="
-            f"{free >> 30}GiB to have a recipe chosen that fits, see `python plan.py` for what takes it, or set "
-            "memory.check=false to try all the same."
+            f"{free >> 30}GiB to have memory options chosen that fit, run `python plan.py` with the same arguments to "
+            "see what takes the memory, or set memory.check=false to try all the same."
         )
 
 
 def free_bytes(device: torch.device) -> int:
-    """Of the device's memory, or of the host's where that is the device."""
+    """Return the free bytes of a device's memory; for the CPU, those of host memory."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     if device.type == "mps":

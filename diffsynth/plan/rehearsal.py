@@ -1,8 +1,11 @@
-"""One step of a run on tensors that have shapes and no values: everything happens but the arithmetic."""
+"""Rehearses a step of a run on fake tensors, which have shapes but no values, and counts the bytes of live tensors.
+
+All of the run's own code is executed; only the arithmetic is left out.
+"""
 
 import gc
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 
 import torch
@@ -19,17 +22,17 @@ from ..diffusion.trained import TrainProgress
 from ..diffusion.training_module import PipelineTrainingModule
 from .first_device import FirstOf
 
-STEPS_AHEAD = 16  # steps in which an objective with several roles has trained each of them
+STEPS_AHEAD = 16  # a guess: within this many steps, an objective with several roles trains each of them
 
 
 @dataclass(frozen=True)
-class Working:
-    """Bytes that a stage needs beside the weights.
+class WorkingMemory:
+    """Bytes that a stage takes beyond the weights.
 
     Args:
-        peaks: The most at any moment of each of its phases.
-        host: What waits in host memory at most, weights among it.
-        activations: What the forward pass leaves for the backward pass.
+        peaks: The largest number of bytes on the device in each phase of the stage.
+        host: The largest number of bytes in host memory, streamed weights among them.
+        activations: What the forward pass saves for the backward pass.
     """
 
     peaks: tuple[int, ...]
@@ -38,44 +41,46 @@ class Working:
 
     @property
     def peak(self) -> int:
+        """The largest number of bytes on the device in any phase."""
         return max(self.peaks)
 
-    def plus(self, times: float, more: "Working", few: "Working") -> "Working":
-        """This, and so many times the difference between two others of as many phases."""
+    def plus(self, times: float, more: "WorkingMemory", few: "WorkingMemory") -> "WorkingMemory":
+        """Return self + times · (more - few), phase by phase."""
 
         def grow(own: int, high: int, low: int) -> int:
             return own + round(times * (high - low))
 
         peaks = tuple(map(grow, self.peaks, more.peaks, few.peaks))
         activations = grow(self.activations, more.activations, few.activations)
-        return Working(peaks, grow(self.host, more.host, few.host), activations)
+        return WorkingMemory(peaks, grow(self.host, more.host, few.host), activations)
 
 
 class Rehearsal:
-    """A training module as it stands in memory, and what the stages of a run add to that.
+    """Applies memory options to a training module of fake tensors, and rehearses the stages of a run with it.
 
     Args:
-        module: Read without values (`meta_modules.read`), not yet laid out.
-        cp_size: Devices that have a sample's tokens together, of which this is the first.
+        module: A training module on the meta device (`meta_module.read`), its memory options not yet applied.
+        cp_size: Context-parallel size: N devices share one sample's tokens, and this is the first of them.
     """
 
     def __init__(self, module: PipelineTrainingModule, cp_size: int = 1):
         self.module, self.mode, self.live = module, FakeTensorMode(allow_non_fake_inputs=True), LiveBytes()
-        self.reached: set[nn.Parameter] = set()  # by gradients, in what was rehearsed so far
+        self.reached: set[nn.Parameter] = set()  # parameters that have had a gradient in a rehearsal
         module.pipe.device = torch.device("cpu")
         with self._measured():
-            fill(module)
+            allocate(module)
             lay_out(module)
         if cp_size > 1:
             check_split(module, cp_size)
             split_predicting(module, FirstOf(cp_size))
-        self.at_rest = self.live.device.now  # bytes on the device
+        self.at_rest = self.live.device.now  # bytes of the weights on the device
 
-    def train(self, rows: Sequence, accumulates: bool) -> Working:
-        """Forward and backward pass of a micro-batch of rows.
+    def train(self, rows: Sequence[Row], accumulates: bool) -> WorkingMemory:
+        """Rehearse forward and backward pass of a micro-batch.
 
         Args:
-            accumulates: It is not the step's only one, so that there are gradients already.
+            rows: The rows of the micro-batch.
+            accumulates: Whether a step has several micro-batches, so that gradients of earlier ones exist already.
         """
         samples = [Sample(row, 0, number) for number, row in enumerate(rows)]
         steps = {tuple(self.module.trained_at(step)): step for step in reversed(range(STEPS_AHEAD))}.values()
@@ -83,7 +88,8 @@ class Rehearsal:
         peaks = tuple(peak for stage in stages for peak in stage.peaks)
         return replace(max(stages, key=lambda stage: stage.peak), peaks=peaks)
 
-    def _train(self, samples: Sequence[Sample], progress: TrainProgress, accumulates: bool) -> Working:
+    def _train(self, samples: Sequence[Sample], progress: TrainProgress, accumulates: bool) -> WorkingMemory:
+        """Rehearse one step; each call of a predicting network starts a phase, and so does the backward pass."""
         self.module.train(True)
         trained = self.module.trainable_parameters()
         peaks: list[int] = []
@@ -108,31 +114,31 @@ class Rehearsal:
                 parameter.grad = None
         for hook in hooks:
             hook.remove()
-        return Working(tuple(peaks), self.live.host.peak, activations)
+        return WorkingMemory(tuple(peaks), self.live.host.peak, activations)
 
     @property
     def unreached(self) -> list[nn.Parameter]:
-        """What gradients should have reached and did not; nothing before the first step."""
+        """Trained parameters that got no gradient in any rehearsal; none before the first one."""
         trained = self.module.trainable_parameters() if self.reached else []
         return [parameter for parameter in trained if parameter not in self.reached]
 
     @torch.no_grad()
-    def encode(self, rows: Sequence) -> tuple[Working, Row]:
-        """The frozen units on rows, as when a cache is made, and what it would keep of the first."""
+    def encode(self, rows: Sequence[Row]) -> tuple[WorkingMemory, Row]:
+        """Rehearse the frozen units, as when a cache is made; also return the first row as the cache would have it."""
         module = self.module
         with self._measured() as before, self.autocast():
             inputs = [module.get_pipeline_inputs(row) for row in rows]
             given = [{**side} for side in inputs[0]]
             made = run_units_together(module.frozen_units, module.pipe, inputs)
-            kept = [made_anew(*sides, module.kept_inputs) for sides in zip(given, made[0], strict=True)]
+            kept = [new_inputs(*sides, module.kept_inputs) for sides in zip(given, made[0], strict=True)]
             del inputs, given, made
         working = self._since(before)
         sides = tree_map(lambda value: zeros_like(value) if isinstance(value, torch.Tensor) else value, kept)
         return working, Row(rows[0], dict(zip(("shared", "posi", "nega"), sides, strict=True)))
 
     @torch.no_grad()
-    def sample(self, request: Mapping) -> Working:
-        """One of a drawing's steps, and its picture."""
+    def sample(self, request: Mapping) -> WorkingMemory:
+        """Rehearse sampling a request: one denoising step, and decoding."""
         with self._measured() as before, self.autocast(), self.module.pipe.sampling() as pipe:
             whole = pipe.complete(request)
             shared, posi, nega = pipe.prepare([whole])
@@ -142,14 +148,19 @@ class Rehearsal:
             del shared, posi, nega, velocity
         return self._since(before)
 
-    def autocast(self):
-        """As the training's accelerator has it."""
+    def autocast(self) -> AbstractContextManager:
+        """The same mixed precision as the training's."""
         dtype = self.module.pipe.torch_dtype
         return torch.autocast("cpu", dtype, enabled=dtype == torch.bfloat16)
 
     @contextmanager
     def _measured(self) -> Iterator[int]:
-        gc.freeze()  # collect what is made here alone, of which cycles would seem to be held; the rest takes a second
+        """Inside the block, tensors are fake and their bytes are counted; yields the bytes at its start.
+
+        Reference cycles made in the block are collected at its end, as their tensors would count as live. Freezing
+        older objects before spares the collector a second of going through them.
+        """
+        gc.freeze()
         try:
             with self.mode, self.live:
                 self.live.restart()
@@ -158,33 +169,37 @@ class Rehearsal:
             gc.collect()
             gc.unfreeze()
 
-    def _since(self, before: int) -> Working:
-        return Working((self.live.device.peak - before,), self.live.host.peak)
+    def _since(self, before: int) -> WorkingMemory:
+        return WorkingMemory((self.live.device.peak - before,), self.live.host.peak)
 
 
-def made_anew(before: Mapping, after: Mapping, wanted: Collection[str]) -> dict:
-    """What of the wanted inputs units have made; a row's own are not the cache's."""
+def new_inputs(before: Mapping, after: Mapping, wanted: Collection[str]) -> dict:
+    """Return the wanted inputs that units have added or replaced; those that a row brings itself are not cached."""
     return {n: v for n, v in after.items() if n in wanted and (n not in before or v is not before[n])}
 
 
 def zeros_like(tensor: torch.Tensor) -> torch.Tensor:
-    """A tensor with values, of the shape of one without."""
+    """Return a real tensor of zeros with the shape and dtype of a fake one (of any shape)."""
     return torch.zeros(tensor.shape, dtype=tensor.dtype)
 
 
 def tensors_of(module: nn.Module) -> list[torch.Tensor]:
+    """Return the parameters and buffers of a module."""
     return [*module.parameters(), *module.buffers()]
 
 
-def fill(module: nn.Module) -> None:
-    """Replace parameters and buffers by ones of the mode that is entered; shared ones stay shared."""
-    filled: dict[int, torch.Tensor] = {}
+def allocate(module: nn.Module) -> None:
+    """Replace the parameters and buffers of a module by empty ones; those that are shared stay shared.
+
+    Under `FakeTensorMode` and `LiveBytes`, the new ones are fake and counted.
+    """
+    allocated: dict[int, torch.Tensor] = {}
     for part in module.modules():
         for name, parameter in part._parameters.items():
             if parameter is not None:
                 empty = nn.Parameter(torch.empty(parameter.shape, dtype=parameter.dtype), parameter.requires_grad)
-                part._parameters[name] = filled.setdefault(id(parameter), empty)
+                part._parameters[name] = allocated.setdefault(id(parameter), empty)
         for name, tensor in part._buffers.items():
             if tensor is not None:
                 empty = torch.empty(tensor.shape, dtype=tensor.dtype)
-                part._buffers[name] = filled.setdefault(id(tensor), empty)
+                part._buffers[name] = allocated.setdefault(id(tensor), empty)

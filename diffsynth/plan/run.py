@@ -1,4 +1,4 @@
-"""A run whose memory is planned, and where it is to be."""
+"""The configuration of plan.py: a training run, and the devices it is planned for."""
 
 import math
 from collections.abc import Sequence
@@ -12,24 +12,25 @@ if TYPE_CHECKING:
     from ..core.data.order.buckets import Size
     from ..core.memory import MemoryRecipe
 
-# Guesses: what CUDA's allocator loses between tensors, and its context with the libraries' workspaces.
+# Guesses: the share of memory that CUDA's allocator loses between tensors, and the bytes of its context with the
+# workspaces of libraries.
 CUDA_WASTE, CUDA_CONTEXT = 0.05, 7 * 2**30 // 10
-ROWS_SEEN = 200  # of pictures that keep their own sizes; enough to meet one of the largest, and read in a second
+ROWS_SEEN = 200  # a guess: this many images include one of the largest, and are read in a second
 
 
 @dataclass(kw_only=True)
 class PlanRun(Run):
-    """A run that is planned; the fields beside those of `Run` are the top level of conf/plan.yaml.
+    """A run to plan; the fields beside those of `Run` are the top level of conf/plan.yaml.
 
     Args:
-        devices: Numbers of devices for which the share of each is told.
-        cp_size: Devices that have the tokens of a sample together (context parallelism).
-        tokens: Tokens of each prompt, where it is not padded to a length of its own.
+        devices: Numbers of devices for which the table says what each device takes.
+        cp_size: Context-parallel size: N devices share one sample's tokens.
+        tokens: Tokens of each prompt, unless the family pads prompts to a length of its own.
         cached: Plan as if the data set were cached already.
-        cache_batch_size: Samples that go through an encoder together when a cache is made.
+        cache_batch_size: Samples per forward pass of an encoder when a cache is made.
         path: Folder of plan.json and plan.svg.
-        processes, engine: How many devices the run is spread over, and by which engine (`plan.shares`).
-        on_cuda: Whether the run is to be on CUDA.
+        processes, engine: Number of devices that the run is spread over, and the engine that does so (`plan.shares`).
+        on_cuda: Whether the run is planned for CUDA.
     """
 
     devices: Sequence[int] = (1,)
@@ -44,48 +45,54 @@ class PlanRun(Run):
 
     @classmethod
     def of(cls, run: Run, **placement) -> "PlanRun":
-        """A run to be trained, planned where it is to be: `processes`, `engine`, `cp_size`, `on_cuda`."""
+        """Return the plan's configuration of a training run.
+
+        Args:
+            placement: Where the run is to be: `processes`, `engine`, `cp_size`, `on_cuda`.
+        """
         own = {field.name: getattr(run, field.name) for field in fields(Run)}
         return cls(**own, **placement)
 
     def variant(self, memory: "MemoryRecipe", micro_batch_size: int | None = None) -> "PlanRun":
-        """The same with another recipe."""
+        """Return the same run with other memory options."""
         return replace(self, memory=memory, micro_batch_size=micro_batch_size or self.micro_batch_size)
 
     def estimated(self, size: int) -> int:
-        """Bytes that a device has to have free for `size` bytes of tensors."""
+        """Return the bytes that a device must have free for `size` bytes of tensors."""
         return round(size * (1 + CUDA_WASTE)) + CUDA_CONTEXT if self.on_cuda else size
 
     @property
     def batches(self) -> "BatchLayout":
+        """How the batch is split over devices and micro-batches."""
         from ..core.data import BatchLayout
 
         return BatchLayout(self.batch_size, self.micro_batch_size, self.processes // self.cp_size)
 
     @property
     def is_cached(self) -> bool:
+        """Whether training is planned from a cache, existing or not."""
         return self.cached or not self.dataset.needs_encoders
 
     @property
     def is_to_be_cached(self) -> bool:
-        """Whether rows are planned as a cache would have them, which there is not yet."""
+        """Whether training is planned from a cache that does not exist yet."""
         return self.cached and self.dataset.needs_encoders
 
     @property
     def sizes(self) -> list["Size | None"]:
-        """Sizes of pictures, (width, height) in pixels, the largest first; None where each has its own."""
+        """Sizes of the images, (width, height) in pixels, the largest first; None if each image has its own."""
         return sorted(self.dataset.rows_by_size(), key=lambda size: -math.prod(size or ()))
 
     @property
     def exports(self) -> int:
-        """How often weights are saved."""
+        """How often the run exports weights."""
         epochs, every = self.num_epochs, self.export.save_steps
         if self.max_steps is None or every is None:
             return math.ceil(epochs if self.max_steps is None else self.max_steps * self.batch_size / len(self.dataset))
         return math.ceil(self.max_steps / every)
 
     def row(self, size: "Size | None") -> "Row":
-        """A row of the data set of this size; where each row has its own size, the largest of those looked at."""
+        """Return a row of the data set of this size; for None, the largest of about `ROWS_SEEN` rows."""
         numbers: Sequence[int] = self.dataset.rows_by_size()[size].rows
         if size is not None or not self.dataset.needs_encoders:
             return self.dataset[int(numbers[0])]

@@ -1,4 +1,4 @@
-"""What one of N devices holds under each engine, by arithmetic on what one device holds alone.
+"""Computes what one of N devices takes under each engine, from the footprint of a training on a single device.
 
 ZeRO: Rajbhandari et al. 2020 (https://arxiv.org/abs/1910.02054, Fig. 1); offload: Ren et al. 2021
 (https://arxiv.org/abs/2101.06840). FSDP2 shards as ZeRO-3 does.
@@ -8,15 +8,18 @@ from dataclasses import dataclass
 
 from .footprint import MemoryFootprint
 
-GATHERED_BLOCKS = 2  # one is computed with while the next is gathered
+GATHERED_BLOCKS = 2  # engines that shard weights compute with one block while they gather the next
 
 
 @dataclass(frozen=True)
 class Share:
-    """Bytes on each of so many devices, and in the host's memory for each device.
+    """What each of several devices takes under one engine.
 
     Args:
-        engine: Name of the launcher's file, conf/accelerate/<engine>.yaml; `ddp` on one device is one process.
+        engine: Name of the launcher's file, conf/accelerate/<engine>.yaml; `ddp` on one device is a single process.
+        devices: Number of devices.
+        device: Bytes on each device.
+        host: Bytes of host memory for each device.
     """
 
     engine: str
@@ -26,16 +29,17 @@ class Share:
 
 
 def shares(footprint: MemoryFootprint, devices: int) -> list[Share]:
-    """Every engine's share for so many devices."""
-    own = footprint.gradients + footprint.optimizer
-    state, master_weights, weights = (
-        -(-whole // devices) for whole in (own, footprint.master_weights, footprint.weights - footprint.encoders)
-    )
-    gathered, passing = (
-        footprint.encoders + GATHERED_BLOCKS * footprint.block,
-        footprint.passing - footprint.gradients + footprint.average,
-    )
-    buckets = footprint.gradients if devices > 1 else 0  # in which DDP reduces, apart from the gradients themselves
+    """Return the share of each of `devices` devices under every engine."""
+
+    def shard(size: int) -> int:
+        return -(-size // devices)  # rounded up
+
+    state = shard(footprint.gradients + footprint.optimizer)
+    master_weights = shard(footprint.master_weights)
+    weights = shard(footprint.weights - footprint.encoders)
+    gathered = footprint.encoders + GATHERED_BLOCKS * footprint.block
+    passing = footprint.passing - footprint.gradients + footprint.average
+    buckets = footprint.gradients if devices > 1 else 0  # DDP reduces gradients in copies of them
     return [
         Share("ddp", devices, footprint.peak + buckets),
         Share("zero2", devices, footprint.weights + state + master_weights + passing),

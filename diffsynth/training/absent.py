@@ -1,13 +1,23 @@
-"""What stands in a training for a part that it does not have, so that its loop asks nobody whether they are there."""
+"""Null objects for the optional parts of a training, so that the loop does not ask whether a part is there.
+
+Their methods are those of `EMA`, `Checkpoints`, `LocalLogger` and `Validation`, as far as the loop calls them.
+"""
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+    from ..diffusion.training_module import DiffusionTrainingModule
+    from .ema import EMA
+    from .state import TrainingState
+
 
 class NoEMA:
-    """No average of the weights."""
+    """Keeps no average of the weights."""
 
     weights = ("raw",)
     average: Sequence[Tensor] = ()
@@ -20,22 +30,24 @@ class NoEMA:
 
 
 class NoCheckpoints:
-    """No state is kept."""
+    """Saves no checkpoints and resumes from none."""
 
     saves = False
 
-    def resume(self, accelerator, state, identity: Mapping[str, Any]) -> bool:
+    def resume(self, accelerator: "Accelerator", state: "TrainingState", identity: Mapping[str, Any]) -> bool:
         return False
 
     def check_room_for_run(self, size: int) -> None:
         pass
 
-    def keep_if_due(self, accelerator, state, identity: Mapping[str, Any], last: bool) -> None:
+    def keep_if_due(
+        self, accelerator: "Accelerator", state: "TrainingState", identity: Mapping[str, Any], last: bool
+    ) -> None:
         pass
 
 
 class NoLogger:
-    """No numbers are written."""
+    """Writes no metrics."""
 
     def start(self, step: int, resumed: bool) -> None:
         pass
@@ -51,16 +63,16 @@ class NoLogger:
 
 
 class NoValidation:
-    """Nothing is evaluated."""
+    """Evaluates nothing."""
 
     datasets: Mapping[str, Any] = {}
     saved: Sequence = ()
-    numbers: Sequence[str] = ()
+    metric_names: Sequence[str] = ()
 
-    def check(self, ema) -> None:
+    def check(self, ema: "EMA | None") -> None:
         pass
 
-    def models(self, module) -> set[str]:
+    def models(self, module: "DiffusionTrainingModule") -> set[str]:
         return set()
 
     def due(self, step: int, done: bool) -> bool:

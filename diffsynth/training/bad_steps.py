@@ -1,10 +1,11 @@
-"""Steps whose gradient is not finite: left out, written down, and too many in a row end the run."""
+"""Bad steps: optimizer steps that are skipped because their gradient is not finite. Too many in a row end the run."""
 
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from accelerate.utils import gather_object
@@ -12,40 +13,49 @@ from accelerate.utils import gather_object
 from ..core.data import SampleAddress
 from ..core.files import forget_after
 
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+    from .state import TrainingState
+
 
 @dataclass
 class BadSteps:
-    """What is done about them.
+    """Writes down which samples a bad step had, and ends the run after too many bad steps in a row.
 
     Args:
-        path: File of one JSON line a bad step, `{step, samples: [{epoch, index, loss}, …]}`; None writes none.
-        max_in_a_row: So many end the run.
+        path: File with one JSON line per bad step, `{step, samples: [{epoch, index, loss}, …]}`; None writes no file.
+        max_in_a_row: The run ends after this many bad steps in a row.
     """
 
     path: str | Path | None = None
     max_in_a_row: int = 10
 
     def start(self, step: int) -> None:
-        """Go on from `step`: what came after it is forgotten, as it will come again."""
+        """Delete the lines of steps after `step`, from which the run resumes and which it will take again."""
         if self.path is not None:
             forget_after(self.path, step)
 
-    def note(self, accelerator, state, batches: Sequence[Sequence[SampleAddress]]) -> None:
-        """Write down the samples of the step that `state` left out; all processes call it with their micro-batches.
+    def note(
+        self, accelerator: "Accelerator", state: "TrainingState", batches: Sequence[Sequence[SampleAddress]]
+    ) -> None:
+        """Write down the samples of the step that `state` skipped; all processes call it with their micro-batches.
 
         Raises:
-            FloatingPointError: It was the last of too many in a row.
+            FloatingPointError: The last `max_in_a_row` steps were bad.
         """
         pairs = zip(chain(*batches), torch.cat(state.left_out).tolist(), strict=True)
-        seen = dict(gather_object([(address, loss) for address, loss in pairs]))  # some by several processes
-        samples = [{**address._asdict(), "loss": loss} for address, loss in seen.items()]
+        # Processes that share one sample's tokens report the same sample.
+        losses = dict(gather_object([(address, loss) for address, loss in pairs]))
+        samples = [{**address._asdict(), "loss": loss} for address, loss in losses.items()]
         if accelerator.is_main_process and self.path is not None:
             with Path(self.path).open("a", encoding="utf-8") as file:
                 file.write(json.dumps({"step": state.step, "samples": samples}) + "\n")
         if state.skipped_in_a_row >= self.max_in_a_row:
+            rows = sorted(sample["index"] for sample in samples)
             raise FloatingPointError(
-                f"{state.skipped_in_a_row} steps in a row had a gradient that is not finite, the last of them step "
-                f"{state.step} with rows "
-                f"{sorted(sample['index'] for sample in samples)}. Lower optimizer.lr, set max_grad_norm, or look at "
-                f"these rows{f' in {self.path}' if self.path else ''}; max_bad_steps={self.max_in_a_row} allows more."
+                f"{state.skipped_in_a_row} steps in a row had a gradient that is not finite. The last one, step "
+                f"{state.step}, had the rows {rows}{f'; all are listed in {self.path}' if self.path else ''}. Check "
+                f"these rows, lower optimizer.lr, or set max_grad_norm; max_bad_steps is {self.max_in_a_row}, and a "
+                "larger one allows more."
             )

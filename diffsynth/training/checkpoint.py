@@ -1,4 +1,8 @@
-"""State to resume from: whole or not there, checked before it is used, and never the frozen base."""
+"""Checkpoints: the training state on disk, to resume from.
+
+A checkpoint is a folder `step-N`. It appears under that name only when it is complete, and its checksums are verified
+before it is loaded. It holds trained weights, optimizers, schedules, EMA and counters, but no frozen weights.
+"""
 
 import hashlib
 import json
@@ -9,7 +13,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from accelerate.utils import broadcast_object_list
 from safetensors.torch import load_file
@@ -19,26 +23,31 @@ from ..core.files import digest_of, remove_leftovers, replacing_folder, write_te
 from ..core.loader import save_safetensors
 from ..core.safe_tree import join_state, split_state
 
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+    from .state import TrainingState
+
 logger = logging.getLogger(__name__)
 
 INDEX = "checkpoint.json"
-FILE_BYTES = 4 * 2**30  # tensors are copied to the host one file at a time
-RESERVE_BYTES = 64 * 2**20  # left free for logs and pictures
+FILE_BYTES = 4 * 2**30  # a guess: tensors are copied to host memory one file at a time, so this bounds that memory
+RESERVE_BYTES = 64 * 2**20  # a guess: disk space left free for logs and images
 
 
 class DamagedCheckpoint(ValueError):
-    """A checkpoint that is not what was written; the message says in what."""
+    """A checkpoint's files are missing or differ from what was written; the message names the file."""
 
 
 @dataclass
 class Checkpoints:
-    """Saves what training changed, and finds it again.
+    """Saves the training state every N steps, deletes old checkpoints, and resumes from the newest one.
 
     Args:
-        path: Their folder; one folder `step-N` each.
-        every: Optimizer steps between two; None saves at the end, and when the run is asked to stop, only.
-        keep_last: How many of the newest are kept.
-        keep_every: Those of steps that this divides are kept as well.
+        path: Folder of the checkpoints, each of which is a folder `step-N` in it.
+        every: Optimizer steps between checkpoints; None saves only at the end and when a signal stops the run.
+        keep_last: Number of the newest checkpoints to keep.
+        keep_every: Checkpoints of steps that are multiples of this are kept as well; None keeps no others.
     """
 
     path: str | Path
@@ -55,16 +64,17 @@ class Checkpoints:
                 raise ValueError(f"checkpoint.{name} is {value}; expected at least 1.")
 
     def due(self, step: int) -> bool:
+        """Whether a checkpoint is saved after `step` optimizer steps."""
         return step > 0 and self.every is not None and step % self.every == 0
 
-    def resume(self, accelerator, state, identity: Mapping[str, Any]) -> bool:
-        """Restore `state` from the newest whole checkpoint; whether there was one. All processes call it.
+    def resume(self, accelerator: "Accelerator", state: "TrainingState", identity: Mapping[str, Any]) -> bool:
+        """Load the newest undamaged checkpoint into `state`; return whether there was one. All processes call it.
 
         Args:
-            identity: What must be as it was when the checkpoint was saved, by name.
+            identity: Fingerprints by name that must equal those in the checkpoint.
 
         Raises:
-            ValueError: The run has other data, or another model, than when it was saved.
+            ValueError: The run's data, template or model differs from the checkpoint's.
         """
         found = [None]
         if accelerator.is_main_process and self.path.is_dir():
@@ -76,18 +86,21 @@ class Checkpoints:
         folder, content = newest
         _check_identity(folder, content["identity"], identity)
         state.restore(partial(load_part, folder, content))
-        logger.info("Going on from step %d, which %s holds.", state.step, folder)
+        logger.info("Resuming from step %d, from %s.", state.step, folder)
         return True
 
-    def keep_if_due(self, accelerator, state, identity: Mapping[str, Any], last: bool) -> None:
-        """Save `state` after the `last` step, and after steps that `every` divides; all processes call it."""
+    def keep_if_due(
+        self, accelerator: "Accelerator", state: "TrainingState", identity: Mapping[str, Any], last: bool
+    ) -> None:
+        """Save `state` if a checkpoint is due or this is the run's `last` step; all processes call it."""
         if last or self.due(state.step):
             self.keep(accelerator, state, identity, last)
 
-    def keep(self, accelerator, state, identity: Mapping[str, Any], last: bool) -> None:
+    def keep(self, accelerator: "Accelerator", state: "TrainingState", identity: Mapping[str, Any], last: bool) -> None:
         """Save `state`; all processes call it.
 
-        A disk without room costs a warning, as somebody may make room before the next one; the `last` has no next one.
+        A full disk is a warning, because there may be room again at the next checkpoint; for the `last` checkpoint it
+        is an error.
         """
         parts = state.trees()
         accelerator.wait_for_everyone()
@@ -97,14 +110,14 @@ class Checkpoints:
             except OSError as error:
                 if last:
                     raise
-                logger.warning("Step %d is not kept: %s", state.step, error)
+                logger.warning("The checkpoint of step %d is not saved: %s", state.step, error)
         accelerator.wait_for_everyone()
 
     def save(self, step: int, parts: Mapping[str, Any], identity: Mapping[str, Any] | None = None) -> Path:
-        """Write the trees of `parts` as the checkpoint of this step, then delete those that are not kept.
+        """Write the trees of `parts` as the checkpoint of `step`, then delete old checkpoints.
 
         Raises:
-            OSError: There is no room, or the folder cannot be written; what was saved before is untouched.
+            OSError: The disk is full, or the folder cannot be written; older checkpoints are untouched.
         """
         folder = self.path / f"step-{step:06d}"
         split = {name: split_state(tree) for name, tree in parts.items()}
@@ -122,39 +135,47 @@ class Checkpoints:
         return folder
 
     def check_room(self, size: int, count: int = 1) -> None:
-        """Raise OSError if `count` checkpoints of `size` bytes do not fit where they are written."""
+        """Check that `count` checkpoints of `size` bytes fit on the disk of their folder.
+
+        Raises:
+            OSError: They do not fit.
+        """
         self.path.mkdir(parents=True, exist_ok=True)
         needed, free = count * size + RESERVE_BYTES, shutil.disk_usage(self.path).free
         if free < needed:
-            kept = max(self.steps(), default=None)
+            newest = max(self.steps(), default=None)
+            state = "There is no checkpoint yet." if newest is None else f"The newest, of step {newest}, is kept."
             raise OSError(
                 f"{'A checkpoint takes' if count == 1 else f'{count} checkpoints take'} {_gigabytes(needed)}, but "
-                f"{self.path} has {_gigabytes(free)} free: make room, or set output_root=… to a larger disk. "
-                f"{'There is none yet.' if kept is None else f'The last good one, of step {kept}, is kept.'}"
+                f"{self.path} has {_gigabytes(free)} free: make room, or set output_root=… to a larger disk. {state}"
             )
 
     def check_room_for_run(self, size: int) -> None:
-        """Raise OSError if those of a whole run do not fit: what is kept, and one more while it is written."""
+        """Check that the checkpoints of a whole run fit: all that are kept, and one more while it is written.
+
+        Raises:
+            OSError: They do not fit.
+        """
         most = 1 if self.every is None else self.keep_last + 1
         self.check_room(size, max(most - len(self.steps()), 1))
 
     def newest(self) -> tuple[Path, dict] | None:
-        """The newest checkpoint that is whole, and its content; those that are damaged are named and passed over."""
+        """Return folder and content of the newest undamaged checkpoint; a warning names each damaged one."""
         for step in sorted(self.steps(), reverse=True):
             folder = self.path / f"step-{step:06d}"
             try:
                 return folder, read_checkpoint(folder)
             except DamagedCheckpoint as error:
-                logger.warning("Passing over a damaged checkpoint: %s", error)
+                logger.warning("Skipping a damaged checkpoint: %s", error)
         return None
 
     def steps(self) -> list[int]:
-        """The steps that have a checkpoint, whole or not."""
+        """Return the steps that have a checkpoint, damaged ones among them."""
         names = [re.fullmatch(r"step-(\d+)", folder.name) for folder in self.path.glob("step-*")]
         return [int(name[1]) for name in names if name]
 
     def _prune(self, newest: int) -> None:
-        steps = sorted(step for step in self.steps() if step <= newest)  # later ones were passed over
+        steps = sorted(step for step in self.steps() if step <= newest)  # later ones are damaged: resuming skipped them
         for step in steps[: -self.keep_last]:
             if self.keep_every is None or step % self.keep_every:
                 shutil.rmtree(self.path / f"step-{step:06d}")
@@ -164,16 +185,16 @@ def _check_identity(folder: Path, saved: Mapping[str, Any], identity: Mapping[st
     for name, now in identity.items():
         if saved.get(name) != now:
             raise ValueError(
-                f"{folder} was made with another {name} ({saved.get(name)}, now {now}): bring the old one back, or "
-                f"set name=… to start a new run."
+                f"{folder} was saved with another {name}: its fingerprint was {saved.get(name)} and is {now} now. "
+                f"Restore the old {name}, or set name=… to start a new run."
             )
 
 
 def read_checkpoint(folder: Path) -> dict:
-    """The verified content of a checkpoint: its step, its parts without their tensors, its files.
+    """Verify a checkpoint and return its content: step, identity, parts without their tensors, and files.
 
     Raises:
-        DamagedCheckpoint: A file is missing, cut off or altered.
+        DamagedCheckpoint: A file is missing or its checksum differs.
     """
     try:
         index = json.loads((folder / INDEX).read_text(encoding="utf-8"))
@@ -181,24 +202,24 @@ def read_checkpoint(folder: Path) -> dict:
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise DamagedCheckpoint(f"{folder / INDEX} cannot be read: {error!r}") from error
     if _digest_of(content) != digest:
-        raise DamagedCheckpoint(f"{folder / INDEX} is not what was written: its checksum differs.")
+        raise DamagedCheckpoint(f"{folder / INDEX} is damaged: its checksum differs.")
     for name, expected in content["files"].items():
         if not (folder / name).is_file():
             raise DamagedCheckpoint(f"{folder / name} is missing.")
         if digest_of(folder / name) != expected:
-            raise DamagedCheckpoint(f"{folder / name} is not what was written: its checksum differs.")
+            raise DamagedCheckpoint(f"{folder / name} is damaged: its checksum differs.")
     return content
 
 
 def load_part(folder: Path, content: Mapping, name: str) -> Any:
-    """One tree of a checkpoint, its tensors on the CPU."""
+    """Read one part of a checkpoint as a tree with its tensors on the CPU."""
     files = [file for file in content["files"] if file.rpartition("-")[0] == name]
     tensors = {key: tensor for file in files for key, tensor in load_file(folder / file).items()}
     return join_state(content["parts"][name], tensors)
 
 
 def _shards(tensors: Mapping[str, Tensor]) -> Iterator[dict[str, Tensor]]:
-    """The tensors in groups of about `FILE_BYTES`."""
+    """Split tensors into groups of at most `FILE_BYTES`, unless a single tensor is larger."""
     shard, size = {}, 0
     for key, tensor in tensors.items():
         if shard and size + tensor.nbytes > FILE_BYTES:

@@ -1,4 +1,4 @@
-"""What is found out about a run before anything heavy is read: mistakes, and what must stay as it is."""
+"""Checks of a run before any weight is read, and the identity by which a resumed run is recognised."""
 
 from typing import TYPE_CHECKING, Any
 
@@ -14,10 +14,10 @@ if TYPE_CHECKING:
 
 
 def check_run(run: "Run", engine: Engine) -> None:
-    """Refuse what the rows, the batch, the validation or the export show to be wrong; `run.template` is loaded.
+    """Check the data set's rows, the batch size, the validation and the export of a run whose `template` is loaded.
 
     Raises:
-        ValueError: Names what is wrong and what to set.
+        ValueError: One of them is wrong; the message says which one and what to set.
     """
     BatchLayout(run.batch_size, run.micro_batch_size, engine.replicas)
     scan(run.dataset, run.media, run.task, run.template)
@@ -25,16 +25,16 @@ def check_run(run: "Run", engine: Engine) -> None:
         for dataset in run.validation.datasets.values():
             scan(dataset, run.media, run.task, run.template)
         run.validation.check(run.ema)
-    run.export.check(run.validation.numbers if run.validation else ())
+    run.export.check(run.validation.metric_names if run.validation else ())
 
 
 def scan(dataset: TrainingData, media: "Media", task: "Objective", template: "Template | None") -> None:
-    """Set a data set to what the task needs, and check its rows; see `TrainingData.scan`."""
+    """Prepare a data set for the task, then check its rows; see `TrainingData.scan`."""
     prepare_data(dataset, task, template)
     dataset.scan(required=required_columns(media, task, template))
 
 
 def identity_of(run: "Run") -> dict[str, Any]:
-    """What must be the same when the run is resumed, by name."""
+    """Return fingerprints by name, of the data and of the template's code, that a resumed run must have unchanged."""
     template = {"template": run.template.code.digest} if run.template else {}
     return {"data set": run.dataset.fingerprint(), **template}

@@ -1,4 +1,4 @@
-"""An average of the weights over the steps, which draws better than where the last step happened to land."""
+"""Exponential moving average (EMA) of the trained weights; it usually samples better images than the last weights."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -10,16 +10,17 @@ from torch import Tensor
 class EMA:
     """Exponential moving average of the trained parameters, ā ← β ā + (1 - β) θ.
 
-    Constant: β = `decay`. Power: β = min(`decay`, 1 - (1 + t)^-`power`), which forgets the start at any length of run
-    (Karras et al. 2024, https://arxiv.org/abs/2312.02696, §3.1, have the same shape).
+    With constant decay, β = `decay`. With `power`, β = min(`decay`, 1 - (1 + t)^-`power`) at optimizer step t, so that
+    the initial weights lose their influence in a run of any length. Karras et al. 2024
+    (https://arxiv.org/abs/2312.02696, §3.1) use a decay of the same shape.
 
     Args:
         decay: β, or its upper limit, in [0, 1).
-        power: Exponent of the power form; None for the constant one.
-        device: Where the average is kept; None beside the parameters, `cpu` to spare a GPU's memory.
+        power: Exponent of the power form; None keeps β constant.
+        device: Device of the average; None is the parameters' own, `cpu` saves GPU memory.
     """
 
-    weights = ("raw", "ema")  # what there is to evaluate and export
+    weights = ("raw", "ema")  # the sets of weights that can be evaluated and exported
 
     def __init__(self, decay: float = 0.999, power: float | None = None, device: str | None = None):
         if not 0 <= decay < 1:
@@ -28,31 +29,31 @@ class EMA:
         self.average: list[Tensor] = []
 
     def start(self, parameters: Sequence[Tensor]) -> None:
-        """Begin with the parameters as they are."""
+        """Start the average at the parameters' current values (tensors of any shape)."""
         self.average = [p.detach().to(self.device or p.device, torch.float32, copy=True) for p in parameters]
 
     def beta(self, step: int) -> float:
-        """β of optimizer step `step`, counted from 1."""
+        """Return β of optimizer step `step`, counted from 1."""
         return self.decay if self.power is None else min(self.decay, 1 - (1 + step) ** -self.power)
 
     @torch.no_grad()
     def update(self, parameters: Sequence[Tensor], step: int) -> None:
-        """Move towards the parameters that step `step` left."""
+        """Move the average towards the parameters after optimizer step `step`."""
         now = [p.detach().to(a.device, torch.float32) for p, a in zip(parameters, self.average, strict=True)]
         torch._foreach_lerp_(self.average, now, 1 - self.beta(step))
 
     @contextmanager
     def in_place(self, parameters: Sequence[Tensor]) -> Iterator[None]:
-        """Put the average where the parameters are, to draw or save with it, and put them back."""
-        kept = [p.detach().clone() for p in parameters]
-        _fill(parameters, self.average)
+        """Inside the block, the parameters have the average's values, for evaluation or export."""
+        raw = [p.detach().clone() for p in parameters]
+        _copy_into(parameters, self.average)
         try:
             yield
         finally:
-            _fill(parameters, kept)
+            _copy_into(parameters, raw)
 
 
 @torch.no_grad()
-def _fill(parameters: Sequence[Tensor], values: Sequence[Tensor]) -> None:
+def _copy_into(parameters: Sequence[Tensor], values: Sequence[Tensor]) -> None:
     for parameter, value in zip(parameters, values, strict=True):
         parameter.copy_(value)

@@ -1,4 +1,4 @@
-"""The one loop."""
+"""The training loop: `Trainer.fit`, and `launch_training_task`, which builds a `Trainer` from plain arguments."""
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
@@ -30,22 +30,24 @@ if TYPE_CHECKING:
 
     from .run import Run
 
-DETAILS = ("_error", *(f"_band{number}" for number in range(1, BANDS + 1)))  # logged, but not shown on the console
+# Endings of the names of metrics that are logged but not shown beside the progress bar.
+DETAILS = ("_error", *(f"_band{number}" for number in range(1, BANDS + 1)))
 
 
 @dataclass(kw_only=True)
 class Trainer:
-    """A training whose parts are built and whose weights are loaded; what is absent is None.
+    """Trains a module whose weights are loaded; optional parts that are None become null objects (`absent`).
 
     Args:
-        accelerator, engine: Its device and precision, and how it is spread over processes.
-        module: What is trained, from samples to a loss.
-        export: Weights to use.
-        identity: What must be the same when the run is resumed, by name.
-        bad_steps: What is done about steps whose gradient is not finite.
+        accelerator: Device and precision.
+        engine: Spreads the training over processes.
+        module: Computes the losses of a batch of samples, and has the trained parameters.
+        export: Saves weights for inference.
+        identity: Fingerprints by name that must be equal when the run is resumed.
+        bad_steps: Handles steps whose gradient is not finite.
         optimizer, lr_scheduler: See `TrainingState`.
 
-    The others are those of `training.run.Run`.
+    The other arguments are those of `training.run.Run`.
     """
 
     accelerator: "Accelerator"
@@ -78,8 +80,10 @@ class Trainer:
         self.steps = self.max_steps or self.order.steps_of(self.num_epochs)
 
     @classmethod
-    def of(cls, run: "Run", accelerator: "Accelerator", engine: Engine, module, identity: Mapping) -> "Trainer":
-        """The trainer of a configured run, whose `module` is loaded."""
+    def of(
+        cls, run: "Run", accelerator: "Accelerator", engine: Engine, module: DiffusionTrainingModule, identity: Mapping
+    ) -> "Trainer":
+        """Return the trainer of a configured run and its training module."""
         shared = {name: value for name, value in vars(run).items() if name in cls.__dataclass_fields__}
         bad_steps = BadSteps(f"{run.run_dir}/bad_steps.jsonl", run.max_bad_steps)
         own = {"accelerator": accelerator, "engine": engine, "module": module, "identity": identity}
@@ -89,7 +93,7 @@ class Trainer:
         """Train and return the number of optimizer steps taken.
 
         Raises:
-            Stopped: A signal asked for it; the state is saved.
+            Stopped: A signal asked the run to stop; its state is saved.
             FloatingPointError: Too many steps in a row had a gradient that is not finite.
         """
         state = self._build_state()
@@ -101,7 +105,7 @@ class Trainer:
             while True:
                 done, last = self._ends(state, stop)
 
-                # Evaluate and keep what the last step left; a run that resumes has done so before it stopped.
+                # Log, evaluate, export and save the current weights; a resumed run did so before it stopped.
                 state.set_mode("eval")
                 if not resumed:
                     with state.meter.paused():
@@ -115,7 +119,7 @@ class Trainer:
                 state.set_mode("train")
                 for number in range(self.layout.accumulation):
                     with state.accumulating(last=number == self.layout.accumulation - 1):
-                        torch.manual_seed(sampler.seed(state.step, number))  # of the networks' own, such as dropout
+                        torch.manual_seed(sampler.seed(state.step, number))  # for dropout and the like in networks
                         state.backward(state.losses(next(batches)))
 
                 # Update the weights.
@@ -137,7 +141,7 @@ class Trainer:
         )
 
     def _begin(self, state: TrainingState) -> bool:
-        """Resume from the newest checkpoint, and open what is written; whether there was a checkpoint."""
+        """Resume from the newest checkpoint and open the log files; return whether there was a checkpoint."""
         resumed = self.checkpoint.resume(self.accelerator, state, self.identity)
         if self.accelerator.is_main_process:
             self.bad_steps.start(state.step)
@@ -146,13 +150,13 @@ class Trainer:
         return resumed
 
     def _ends(self, state: TrainingState, stop: StopRequest) -> tuple[bool, bool]:
-        """Whether all steps are taken, and whether that or a signal ends the loop."""
+        """Return whether all steps are taken, and whether the loop ends, for that reason or by a signal."""
         done = state.step == self.steps
         return done, stop.agreed(self.accelerator) or done
 
     @contextmanager
     def _batches(self, sampler: BatchSampler) -> Iterator[Iterator]:
-        """An iterator over this process's micro-batches."""
+        """Inside the block, an iterator over this process's micro-batches; workers are stopped at its end."""
         workers = self.dataset.num_workers
         loader = DataLoader(
             AddressedDataset(self.dataset, sampler.order.seed),
@@ -167,10 +171,10 @@ class Trainer:
             yield batches
         finally:
             if workers:
-                batches._shutdown_workers()  # after an error they would wait for a signal that they ignore
+                batches._shutdown_workers()  # after an error, Python would wait for them: they ignore its signal to end
 
     def _record(self, state: TrainingState, bar: ProgressBar, done: bool) -> None:
-        """Numbers, pictures and weights of the step that was taken last, each when it is due."""
+        """Log the metrics, evaluate, and export the weights of the current step, each if it is due."""
         values, pictures = {}, {}
         if self.logger.due(state.step, done):
             values = {**state.numbers(), "memory_gb": peak_memory(self.accelerator.device)}
@@ -188,7 +192,7 @@ class Trainer:
         if not self.export.due(step, epoch, done, values):
             return
         for weights in self.ema.weights:
-            # Gathering weights copies them, as putting the average in place does.
+            # Exporting gathers a copy of the weights, so the average must be in place before.
             with state.using(weights) if weights != "raw" else nullcontext(), state.exporting():
                 self.export.on_step_end(self.accelerator, state.model, step, epoch, done, values, weights)
 
@@ -214,18 +218,23 @@ def launch_training_task(
     """Train `model` on `dataset` and return the number of optimizer steps taken.
 
     Args:
+        accelerator: Device and precision.
         dataset: A `TrainingData`, or any map-style data set.
-        learning_rate, weight_decay: Of AdamW, when no `optimizer` is given.
-        num_epochs, max_steps: Passes over the data set, or optimizer steps, which win.
-        batch_size: Samples an optimizer step, over all devices; None takes one micro-batch a device.
-        micro_batch_size: Samples a forward on one device.
+        model: The training module.
+        model_logger: Saves weights for inference.
+        learning_rate, weight_decay: Options of AdamW; unused if an `optimizer` is given.
+        num_epochs: Number of passes over the data set; unused if `max_steps` is given.
+        max_steps: Number of optimizer steps.
+        batch_size: Samples per optimizer step, summed over all devices; None is one micro-batch per device.
+        micro_batch_size: Samples per forward pass on one device.
         optimizer, lr_scheduler: See `TrainingState`.
-        max_grad_norm: Clip the gradient's norm to this.
-        num_workers: Processes that load the data; None takes the data set's own number.
+        max_grad_norm: The gradient's norm is clipped to this; None does not clip.
+        seed: Seed of the order of samples and of networks' random numbers.
+        num_workers: Number of processes that load data; None keeps `dataset.num_workers`.
         parts: Further fields of `Trainer`: `engine`, `ema`, `checkpoint`, `logger`, `validation`, `bad_steps`.
 
     Raises:
-        Stopped: A signal asked for it; the state is saved.
+        Stopped: A signal asked the run to stop; its state is saved.
         FloatingPointError: Too many steps in a row had a gradient that is not finite.
     """
     data = dataset if isinstance(dataset, TrainingData) else PlainData(dataset)
@@ -251,6 +260,6 @@ def launch_training_task(
 
 
 def _ended_epoch(order: MixedOrder, step: int) -> int | None:
-    """The last pass over the data set that the step ended, counted from 0."""
+    """Return the number, from 0, of the pass over the data set that ended with this step; None if none did."""
     before, now = (order.pass_of(max(n, 0)) for n in (step - 1, step))
     return now - 1 if now > before else None

@@ -1,19 +1,23 @@
-"""What a training counts between two lines of its log."""
+"""The training metrics between two lines of the log: mean loss, gradient norm and samples per second."""
 
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from ..diffusion.loss.base import MODEL
 
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
 
 @dataclass
 class Count:
-    """What was counted of one kind of step; `loss` is a sum over samples, `grad_norm` one over steps."""
+    """Sums over the steps that trained one part: `loss` () over their samples, `grad_norm` over the steps."""
 
     loss: Tensor
     samples: int = 0
@@ -22,32 +26,32 @@ class Count:
 
 
 class Meter:
-    """Means of what happened since the last reading, over steps, micro-batches and processes.
+    """Averages metrics over steps, micro-batches and processes, from one `read` to the next.
 
-    Steps that train another part than the model count under its name, `fake_score_loss`.
+    A step that trains a part other than the model has metrics of its own, such as `fake_score_loss`.
 
     Args:
-        cp_size: Processes that count the same samples.
+        cp_size: Context-parallel size: this many processes count the same samples.
     """
 
-    def __init__(self, accelerator, cp_size: int = 1):
+    def __init__(self, accelerator: "Accelerator", cp_size: int = 1):
         self.accelerator, self.device, self.cp_size = accelerator, accelerator.device, cp_size
-        self.losses: list[Tensor] = []  # of the step that is being taken
+        self.losses: list[Tensor] = []  # of the current step, one tensor (b,) per micro-batch
         self._clear()
 
     def _clear(self) -> None:
-        self.counts: dict[str, Count] = {}  # by the part that was trained
+        self.counts: dict[str, Count] = {}  # by the name of the trained part
         self.started, self.timed_samples = time.perf_counter(), 0
 
     def _count(self, part: str) -> Count:
         return self.counts.setdefault(part, Count(torch.zeros((), device=self.device)))
 
     def add_losses(self, losses: Tensor) -> None:
-        """Count the losses (b,) of one micro-batch; nothing is read back from the device yet."""
+        """Add the losses (b,) of one micro-batch; they stay on the device, so that nothing waits for it."""
         self.losses.append(losses.detach().float().reshape(-1).to(self.device))
 
     def end_step(self, grad_norm: float | None, part: str = MODEL) -> None:
-        """Count one optimizer step; one that was left out (None) counts for nothing but time."""
+        """Count one optimizer step of `part`; a skipped one (`grad_norm` is None) only takes time."""
         if grad_norm is not None:
             count = self._count(part)
             count.steps += 1
@@ -60,13 +64,13 @@ class Meter:
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Time spent in here, looking and saving, is not training time."""
+        """Do not count the time spent in the block, such as validation and saving, as training time."""
         paused = time.perf_counter()
         yield
         self.started += time.perf_counter() - paused
 
     def read(self) -> dict[str, float]:
-        """The means since the last call, on every process; starts anew."""
+        """Return the means since the last call, equal on every process, and start again from zero."""
         counts = [(count.loss, count.samples) for count in self.counts.values()]
         sums = [*(torch.stack([loss, loss.new_tensor(samples)]) for loss, samples in counts)]
         sums.append(torch.tensor([self.timed_samples, 0], dtype=torch.float32, device=self.device))
@@ -80,7 +84,7 @@ class Meter:
         return {**means, "samples_per_second": timed / self.cp_size / seconds} if means else {}
 
     def state(self) -> dict[str, dict]:
-        """What was counted since the last reading, process by process; all processes call it."""
+        """Return the sums since the last `read`, with one loss per process; all processes call it."""
         return {part: self._state(count) for part, count in self.counts.items()}
 
     def _state(self, count: Count) -> dict:
@@ -88,7 +92,7 @@ class Meter:
         return {"loss": losses, "samples": count.samples, "grad_norm": count.grad_norm, "steps": count.steps}
 
     def restore(self, state: Mapping[str, Mapping]) -> None:
-        """Go on counting from `state`; with another number of processes, the first takes over what all had."""
+        """Continue from the sums of `state`; if the number of processes has changed, the first takes all of them."""
         self._clear()
         for part, counted in state.items():
             self._restore(self._count(part), counted)

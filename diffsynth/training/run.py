@@ -1,4 +1,4 @@
-"""What a training is made of: the top level of its configuration."""
+"""The configuration of a training run: one dataclass whose fields are the top level of conf/training.yaml."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -6,33 +6,33 @@ from typing import Any
 
 @dataclass(kw_only=True)
 class Run:
-    """One training, as its configuration built it; the fields are the top level of conf/training.yaml.
+    """One training run, its parts built by the configuration; the fields are the top level of conf/training.yaml.
 
     Args:
-        name: What the run is called.
-        output_root, run_dir: Folder of all runs, and the folder of this one in it.
+        name: Name of the run.
+        output_root, run_dir: Folder of all runs, and the folder of this run in it.
         device: `auto`, `cpu`, `cuda` or `mps`.
-        seed: Of everything that is random.
-        model: Builds the pipeline: `from_components` of a family, with its arguments but the device.
-        dataset: What is trained on (`core.data.TrainingData`).
+        seed: Seed of all random numbers.
+        model: A partial of a family's `from_components` that lacks only `device`; it builds the pipeline.
+        dataset: The training data (`core.data.TrainingData`).
         task: The objective (`diffusion.loss.Objective`).
         lora: The adapter (`diffusion.adapters.lora.Adapter`); None trains `task.trainable_models` in full.
-        template: The template that is trained (`diffusion.template.Templates`); None for none.
-        memory: What is traded for memory (`core.memory.MemoryRecipe`).
-        optimizer: `optimizer(parameters)`.
-        lr_scheduler: `lr_scheduler(optimizer)`, stepped once an optimizer step.
-        ema: Average of the weights (`training.ema.EMA`); None for none.
-        max_steps: Optimizer steps; None counts `num_epochs` instead.
-        num_epochs: Passes over the data set, times its `repeat`.
-        batch_size: Samples an optimizer step, over all devices.
-        micro_batch_size: Samples a forward on one device; None takes all at once.
-        max_grad_norm: Limit of the gradient's norm; None does not clip.
-        max_bad_steps: So many steps in a row with a gradient that is not finite end the run.
-        validation: What is evaluated, and when (`training.validation.Validation`); None evaluates nothing.
-        logger: Where numbers go (`training.record.numbers.LocalLogger`).
-        export: Weights to use (`diffusion.logger.ModelLogger`).
-        checkpoint: State to resume from (`training.checkpoint.Checkpoints`).
-        data_report: What is written down about the data before the first step (`training.record.data_report`).
+        template: The template to train (`diffusion.template.Templates`); None trains no template.
+        memory: Options that save memory at the cost of time or precision (`core.memory.MemoryRecipe`).
+        optimizer: Called as `optimizer(parameters)`.
+        lr_scheduler: Called as `lr_scheduler(optimizer)`; stepped once per optimizer step.
+        ema: The moving average of the weights (`training.ema.EMA`); None keeps no average.
+        max_steps: Number of optimizer steps; None counts `num_epochs` instead.
+        num_epochs: Number of passes over the data set, of which each shows a sample `repeat` times.
+        batch_size: Samples per optimizer step, summed over all devices.
+        micro_batch_size: Samples per forward pass on one device; None takes the device's whole share of the batch.
+        max_grad_norm: The gradient's norm is clipped to this; None does not clip.
+        max_bad_steps: The run ends after this many steps in a row whose gradient is not finite.
+        validation: What to evaluate, and when (`training.validation.Validation`); None evaluates nothing.
+        logger: Writes the metrics (`training.record.numbers.LocalLogger`).
+        export: Saves weights for inference (`diffusion.logger.ModelLogger`).
+        checkpoint: Saves the state to resume from (`training.checkpoint.Checkpoints`).
+        data_report: Describes the data set before the first step (`training.record.data_report.DataReport`).
     """
 
     name: str
@@ -63,18 +63,19 @@ class Run:
 
     @property
     def media(self) -> Any:
-        """What the model's family makes (`diffusion.pipeline.media.Media`)."""
+        """How the model's family reads and writes its images or videos (`diffusion.pipeline.media.Media`)."""
         return self.model.func.__self__.media
 
 
 @dataclass(kw_only=True)
 class DistillRun(Run):
-    """A distillation in two stages; the fields are the top level of conf/distill.yaml.
+    """A distillation in two stages; its fields are the top level of conf/distill.yaml.
 
     Args:
-        prompts, held_out: Data sets of prompts, for the training and for the validation; None samples nothing.
-        teacher_path: Folder of the teacher's pictures, in the caches `train` and `held_out`.
-        dataset: Opens what is trained on; called when the pictures are there.
+        prompts, held_out: Data sets of prompts that the teacher samples images for: to train on, and to validate on.
+            None samples no images.
+        teacher_path: Folder of two caches of the teacher's images, `train` and `held_out`.
+        dataset: Opens the training data; called after the teacher's images have been sampled.
     """
 
     prompts: Any

@@ -1,4 +1,8 @@
-"""Everything that changes while training: one step of it, and how it is kept and taken up again."""
+"""The training state: what an optimizer step changes, and what a checkpoint saves and restores.
+
+`TrainingState` has one `TrainedPart` per optimizer. The model is the first part; each further role of the objective,
+such as DMD2's fake score, is another.
+"""
 
 import inspect
 import math
@@ -6,7 +10,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -19,14 +23,22 @@ from .engines import Engine, choose_engine
 from .meter import Meter
 from .stochastic_rounding import StochasticRounding
 
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+    from torch.optim import Optimizer
+    from torch.optim.lr_scheduler import LRScheduler
+
+    from ..diffusion.training_module import DiffusionTrainingModule
+
 
 class TrainedPart:
-    """Weights that one optimizer steps: the model's, or those of a further role.
+    """The parameters of one optimizer, with the optimizer and its learning rate schedule.
 
     Args:
+        parameters: The trained parameters by name.
         optimizer, lr_scheduler: See `TrainingState`.
-        steps: How many steps of the run train it.
-        has_masters: Whether an engine keeps fp32 weights beside these.
+        steps: Number of the run's optimizer steps that train this part.
+        has_master_weights: Whether the engine keeps fp32 master weights, so that bf16 weights need no rounding here.
     """
 
     def __init__(
@@ -38,6 +50,7 @@ class TrainedPart:
         has_master_weights: bool = False,
     ):
         self.parameters = parameters
+        # Kept from before an engine shards the parameters, which changes their shapes.
         self.shapes = {name: tuple(parameter.shape) for name, parameter in parameters.items()}
         in_bf16 = any(parameter.dtype == torch.bfloat16 for parameter in parameters.values())
         self.rounding = StochasticRounding(self.all) if in_bf16 and not has_master_weights else None
@@ -46,10 +59,11 @@ class TrainedPart:
 
     @property
     def all(self) -> list[nn.Parameter]:
+        """The parameters without their names."""
         return list(self.parameters.values())
 
     def step(self, seed: int) -> None:
-        """Step the optimizer."""
+        """Take one optimizer step; `seed` determines the stochastic rounding of bf16 weights."""
         if self.rounding:
             self.rounding.step(self.optimizer, seed=seed)
         else:
@@ -57,14 +71,16 @@ class TrainedPart:
 
     @property
     def numel(self) -> int:
+        """Number of trained scalars, on all processes together."""
         return sum(map(math.prod, self.shapes.values()))
 
     @property
     def nbytes(self) -> int:
+        """Bytes of the trained parameters, on all processes together."""
         return sum(math.prod(self.shapes[name]) * p.element_size() for name, p in self.parameters.items())
 
     def trees(self, engine: Engine) -> dict[str, Any]:
-        """What changes, as trees of whole tensors and numbers."""
+        """Return weights, optimizer state and schedule state as nested dicts of full tensors and plain data."""
         return {
             "weights": engine.weights(self),
             "optimizer": engine.optimizer_state(self),
@@ -72,6 +88,11 @@ class TrainedPart:
         }
 
     def restore(self, engine: Engine, tree: Callable[[str], Any]) -> None:
+        """Load what `trees` returned; `tree(name)` returns the tree of that name.
+
+        Raises:
+            ValueError: Names or shapes of the weights differ.
+        """
         weights = tree("weights")
         _check_same({name: tuple(tensor.shape) for name, tensor in weights.items()}, self.shapes)
         engine.set_weights(self, weights)
@@ -81,20 +102,23 @@ class TrainedPart:
 
 
 class TrainingState:
-    """The trained weights, their optimizers, schedules and average, and the number of steps behind them.
+    """Trained weights, their optimizers, schedules and average, and the number of optimizer steps taken.
 
     Args:
-        optimizer: `optimizer(parameters)`; each trained part of the model has its own.
-        lr_scheduler: `lr_scheduler(optimizer)`, stepped once an optimizer step; also given `num_training_steps` if it
-            takes that; None for a constant rate.
-        steps: Length of the run.
-        ema: Averages the model itself, not further roles.
+        accelerator: Device and precision.
+        model: The training module, its weights loaded.
+        optimizer: Called as `optimizer(parameters)`, once for each trained part.
+        lr_scheduler: Called as `lr_scheduler(optimizer)`, with `num_training_steps` too if it has such a parameter;
+            stepped once per optimizer step. None keeps the learning rate constant.
+        steps: Number of optimizer steps of the run.
+        ema: Averages the weights of the model, not those of further roles.
+        engine: Spreads the training over processes; None chooses the launcher's (`engines.choose_engine`).
     """
 
     def __init__(
         self,
-        accelerator,
-        model,
+        accelerator: "Accelerator",
+        model: "DiffusionTrainingModule",
         optimizer: Callable,
         lr_scheduler: Callable | None,
         steps: int,
@@ -105,13 +129,13 @@ class TrainingState:
         self.tells_progress = "progress" in inspect.signature(model.forward).parameters
         self.engine = engine or choose_engine(accelerator)
         self.engine.shard(model)
-        trained = Counter(part for step in range(steps) for part in model.trained_at(step))
+        steps_of = Counter(part for step in range(steps) for part in model.trained_at(step))
         self.parts = {
             name: TrainedPart(
                 named,
                 _with_rate(optimizer, model.learning_rate(name)),
                 lr_scheduler,
-                trained[name],
+                steps_of[name],
                 self.engine.has_master_weights,
             )
             for name, named in model.trained_parts().items()
@@ -123,30 +147,31 @@ class TrainingState:
 
     @property
     def main(self) -> TrainedPart:
-        """The model itself."""
+        """The model's part, without further roles."""
         return next(iter(self.parts.values()))
 
     @property
     def learning_rate(self) -> float:
+        """The model's learning rate in the next step."""
         return self.main.optimizer.param_groups[0]["lr"]
 
     def numbers(self) -> dict[str, float]:
-        """What the meter counted since its last reading, and what the next step is taken with."""
+        """Return the training metrics since the last call: means, learning rate, and skipped steps if there are any."""
         skipped = {"skipped_steps": self.skipped_steps} if self.skipped_steps else {}
         return {**self.meter.read(), "lr": self.learning_rate, **skipped}
 
     def losses(self, batch: Any) -> Tensor:
-        """The losses (b,) of a micro-batch."""
+        """Return the losses (b,) of a micro-batch of b samples."""
         progress = {"progress": TrainProgress(self.step, self.steps)} if self.tells_progress else {}
         return self.model(batch, **progress)
 
     def backward(self, losses: Tensor) -> None:
-        """Add the gradient of a micro-batch's losses (b,)."""
+        """Backpropagate the mean of a micro-batch's losses (b,), and count them in the metrics."""
         self.engine.backward(losses.mean())
         self.meter.add_losses(losses)
 
     def update(self, max_grad_norm: float | None) -> bool:
-        """Take one optimizer step, or leave it out where the gradient is not finite; whether it was taken."""
+        """Take one optimizer step unless the gradient is not finite; return whether it was taken."""
         names = self.module.trained_at(self.step)
         trained = [self.parts[name] for name in names]
         norms = self.engine.step(trained, max_grad_norm or math.inf, seed=self.step)
@@ -167,7 +192,7 @@ class TrainingState:
         return finite
 
     def set_mode(self, mode: str) -> None:
-        """`train` or `eval`: schedule-free optimizers keep one set of weights to train on, one to look at and save."""
+        """Switch optimizers to `train` or `eval`: schedule-free ones train one set of weights and evaluate another."""
         for part in self.parts.values():
             switch = getattr(part.optimizer, mode, None)
             if switch is not None:
@@ -175,7 +200,7 @@ class TrainingState:
 
     @contextmanager
     def using(self, weights: str) -> Iterator[None]:
-        """Look at, or save, the `raw` weights or their average `ema`."""
+        """Inside the block, the model has the `raw` weights or their average `ema`, for evaluation or export."""
         if weights == "raw":
             yield
             return
@@ -185,22 +210,22 @@ class TrainingState:
         self.engine.rewritten()
 
     def exporting(self) -> AbstractContextManager:
-        """Inside, the first process's module has all of the trained weights."""
+        """Inside the block, the first process's module has all trained weights in full."""
         return self.engine.exporting(self.module, self.parts)
 
     def accumulating(self, last: bool) -> AbstractContextManager:
-        """One micro-batch, the `last` of its step or not."""
+        """The context of one micro-batch's forward and backward; `last` if it is the last one of its step."""
         return self.engine.accumulating(self.model, last)
 
     @property
     def expected_bytes(self) -> int:
-        """What all of it takes after a step, if the optimizers keep two fp32 numbers a weight, as Adam does."""
+        """Bytes of a checkpoint, if the optimizers keep two fp32 numbers per weight, as Adam does."""
         weights = sum(part.nbytes for part in self.parts.values())
         numel = 2 * sum(part.numel for part in self.parts.values())
         return weights + 4 * (numel + (self.main.numel if self.ema.average else 0))
 
     def trees(self) -> dict[str, Any]:
-        """All of it as trees of tensors and numbers; all processes call it."""
+        """Return the whole state as nested dicts of tensors and plain data; all processes call it."""
         parts = {name: part.trees(self.engine) for name, part in self.parts.items()}
         trees = {_prefixed(name, key): tree for name, part in parts.items() for key, tree in part.items()}
         return trees | {
@@ -214,15 +239,15 @@ class TrainingState:
         }
 
     def _whole_average(self) -> list[Tensor]:
-        pairs = zip(self.main.all, self.ema.average, strict=False)  # there may be no average
+        pairs = zip(self.main.all, self.ema.average, strict=False)  # without an EMA, `average` is empty
         return [self.engine.keep(self.engine.whole(parameter, average)) for parameter, average in pairs]
 
     @torch.no_grad()
     def restore(self, tree: Callable[[str], Any]) -> None:
-        """Go on from the trees that `tree(name)` gives.
+        """Load the state that `trees` returned; `tree(name)` returns the tree of that name.
 
         Raises:
-            ValueError: They are of another model.
+            ValueError: The state is that of another model.
         """
         for name, part in self.parts.items():
             part.restore(self.engine, lambda key, name=name: tree(_prefixed(name, key)))
@@ -242,7 +267,7 @@ def _with_rate(optimizer: Callable, learning_rate: float | None) -> Callable:
     return optimizer if learning_rate is None else partial(optimizer, lr=learning_rate)
 
 
-def _schedule(lr_scheduler: Callable | None, optimizer, steps: int):
+def _schedule(lr_scheduler: Callable | None, optimizer: "Optimizer", steps: int) -> "LRScheduler | None":
     if lr_scheduler is None:
         return None
     takes_steps = "num_training_steps" in inspect.signature(lr_scheduler).parameters
@@ -253,5 +278,6 @@ def _check_same(found: Mapping[str, tuple], expected: Mapping[str, tuple]) -> No
     if found != expected:
         name = min(name for name, _ in found.items() ^ expected.items())
         raise ValueError(
-            f"The checkpoint is of another model: {name} is {found.get(name)} there and {expected.get(name)} here."
+            f"The checkpoint is that of another model: the shape of {name} is {found.get(name, 'absent')} in the "
+            f"checkpoint and {expected.get(name, 'absent')} in this run. Set name=… to start a new run."
         )

@@ -1,4 +1,7 @@
-"""bf16 weights that do not lose small updates: a third of the memory of fp32 weights and their gradients is saved."""
+"""Training bf16 weights without losing small updates, by stochastic rounding.
+
+Weights, gradients and AdamW's two moments take 12 bytes per parameter (2 + 2 + 8) instead of fp32's 16.
+"""
 
 from collections.abc import Sequence
 
@@ -8,15 +11,15 @@ from torch.optim import Optimizer
 
 
 class StochasticRounding:
-    """Steps of any optimizer in fp32 on weights that are kept in bf16, one tensor at a time.
+    """Runs an optimizer's step in fp32 on bf16 weights, one tensor at a time.
 
-    The result is rounded to one of its two bf16 neighbours with the probability that makes the mean exact, E[r(x)] = x.
-    Rounding to the nearest would undo every update below half a unit in the last place: Zamirai et al. 2020
+    Each fp32 result x is rounded to one of its two bf16 neighbours at random, so that the mean is exact: E[r(x)] = x.
+    Rounding to the nearest would lose every update below half a unit in the last place: Zamirai et al. 2020
     (https://arxiv.org/abs/2010.06192, §3).
 
     Args:
-        parameters: The weights. The optimizer is built on `fp32_copies`, which are fp32, so that its state is too; they
-            hold a value only while their own tensor takes its step.
+        parameters: The weights. The optimizer is built on `fp32_copies` of them, so that its state is fp32. A copy has
+            values only while its own tensor is stepped.
     """
 
     def __init__(self, parameters: Sequence[nn.Parameter]):
@@ -25,10 +28,11 @@ class StochasticRounding:
 
     @torch.no_grad()
     def step(self, optimizer: Optimizer, seed: int) -> None:
-        """Take one step; `seed` decides how it is rounded, and must be the same on every process.
+        """Take one optimizer step; `seed` determines the rounding and must be equal on every process.
 
         Raises:
-            ValueError: The optimizer counts something over all its parameters, so that they cannot go one by one.
+            ValueError: The optimizer changed its options during the step: it has a state over all its parameters, so
+                that they cannot be stepped one by one.
         """
         generators = {p.device: torch.Generator(p.device).manual_seed(seed) for p in self.fp32_copies}
         groups = [(group, group["params"], _options(group)) for group in optimizer.param_groups]
@@ -42,7 +46,10 @@ class StochasticRounding:
             group["params"] = []
             if _options(group) != options:
                 name = type(optimizer).__name__
-                raise ValueError(f"{name} counts over all weights at once, so it needs memory.trained_dtype=float32.")
+                raise ValueError(
+                    f"{name} keeps a state over all weights at once, but bf16 weights are stepped one by one: set "
+                    "memory.trained_dtype=float32, or choose another optimizer=…."
+                )
         for group, fp32_copies, _ in groups:
             group["params"] = fp32_copies
 
@@ -56,9 +63,13 @@ class StochasticRounding:
 
 
 def round_stochastically(values: Tensor, generator: torch.Generator) -> Tensor:
-    """fp32 values as bf16, up or down with the probability that makes E[r(x)] = x."""
-    below_bf16 = torch.randint(0, 1 << 16, values.shape, dtype=torch.int32, device=values.device, generator=generator)
-    bits = values.view(torch.int32) + below_bf16  # carries into what bf16 keeps as often as the rest is large
+    """Round fp32 values (a tensor of any shape) to bf16, up or down at random so that E[r(x)] = x.
+
+    A bf16 number is the upper 16 bits of an fp32 number. Adding a uniform random number to the lower 16 bits carries
+    into the upper ones with a probability of lower / 2^16; then the lower bits are cut off.
+    """
+    uniform = torch.randint(0, 1 << 16, values.shape, dtype=torch.int32, device=values.device, generator=generator)
+    bits = values.view(torch.int32) + uniform
     return (bits & -(1 << 16)).view(torch.float32).bfloat16()
 
 

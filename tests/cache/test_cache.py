@@ -312,7 +312,7 @@ def test_a_network_that_is_needed_and_not_there_is_named_with_what_needs_it(tmp_
 
 def test_what_is_drawn_at_random_is_refused(tmp_path):
     module = training(lora=None, task=FlowMatchSFT(trainable_models=["vae"]))
-    with pytest.raises(ValueError, match="NoiseInitializer draws random numbers.*task.extra_inputs=.seed."):
+    with pytest.raises(ValueError, match="NoiseInitializer uses random numbers.*task.extra_inputs=.seed."):
         make(tmp_path, module=module)
 
 
@@ -388,7 +388,7 @@ def changed_caption(folder: Path) -> None:
 
 @pytest.mark.parametrize(
     "act, said, made",
-    [(changed_image, "another image", {IMAGES: 1}), (changed_caption, "another prompt", {PROMPTS: 1})],
+    [(changed_image, "image differs", {IMAGES: 1}), (changed_caption, "prompt differs", {PROMPTS: 1})],
 )
 def test_a_change_of_the_data_is_named_and_just_that_is_made_again(act: Callable, said: str, made, cache, tmp_path):
     folder = tiny.write_dataset(tmp_path / "data")
@@ -400,7 +400,7 @@ def test_a_change_of_the_data_is_named_and_just_that_is_made_again(act: Callable
 
 def test_rows_that_came_and_went_are_counted(cache, tmp_path):
     rows = dataset(tiny.write_dataset(tmp_path / "data", count=10))
-    assert changes(cache, rows)[0] == "there are 10 samples, the cache holds 8"
+    assert changes(cache, rows)[0] == "the data set has 10 samples, the cache has 8"
     assert make(cache, rows).made == {IMAGES: 2, PROMPTS: 2}
 
 
@@ -471,10 +471,10 @@ def test_tidying_deletes_what_a_changed_caption_left_and_nothing_else(cache, tmp
     changed_caption(folder)
     make(cache, dataset(folder))
     before = content(cache)
-    assert len(stored(cache)) == 17 and "of which 1 are needed no more" in stats(cache)
-    assert collect_garbage(cache).startswith("1 of 2 files packed anew")
+    assert len(stored(cache)) == 17 and "of which 1 are no longer needed" in stats(cache)
+    assert collect_garbage(cache).startswith("1 of 2 files rewritten")
     assert content(cache) == before and stored(cache) == sorted(before)
-    assert collect_garbage(cache).startswith("0 of 2 files packed anew")
+    assert collect_garbage(cache).startswith("0 of 2 files rewritten")
     assert changes(cache, dataset(folder)) == [] and make(cache, dataset(folder)).made == {}
 
 
@@ -605,7 +605,7 @@ def test_a_cache_is_made_verified_and_tidied_on_the_command_line(tmp_path, monke
         return capsys.readouterr().out
 
     assert "8 samples of 16 entries, made now: 8 of InputImageEmbedder, 8 of " in run()
-    assert "0 of 1 files packed anew" in run("gc")
+    assert "0 of 1 files rewritten" in run("gc")
     first_shard(tmp_path / "cache").unlink()
     with pytest.raises(SystemExit, match="1"):
         run("verify")

@@ -422,7 +422,7 @@ def test_a_shard_that_is_gone_and_one_that_is_damaged_are_mended_together(tmp_pa
 def test_tidying_deletes_what_no_sample_needs_and_keeps_the_rest_byte_for_byte(tmp_path):
     needed = ["key0", "key3"]
     before = content(cache(tmp_path, entries(6), needed, shard_bytes=3 * 64))
-    assert collect_garbage(tmp_path).startswith("2 of 2 files packed anew")
+    assert collect_garbage(tmp_path).startswith("2 of 2 files rewritten")
     assert content(tmp_path) == {key: before[key] for key in needed}
     assert len(CacheIndex(tmp_path)) == 2
 
@@ -431,7 +431,7 @@ def test_tidying_again_does_nothing(tmp_path):
     cache(tmp_path, entries(6), ["key0", "key3"], shard_bytes=3 * 64)
     collect_garbage(tmp_path)
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "shards").iterdir()}
-    assert collect_garbage(tmp_path) == "0 of 1 files packed anew, 0.0 MB freed"
+    assert collect_garbage(tmp_path) == "0 of 1 files rewritten, 0.0 MB freed"
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "shards").iterdir()} == before
 
 
@@ -471,6 +471,6 @@ def test_counts_are_right(tmp_path):
     cache(tmp_path, entries(5, size=1000), ["key0", "key0", "key1"], shard_bytes=2 * 8000)
     lines = dict(line.split(maxsplit=1) for line in stats(tmp_path).splitlines())
     assert lines["samples"] == "3, of 32 x 32 pixels"
-    assert lines["entries"] == "5, of which 3 are needed no more"
+    assert lines["entries"] == "5, of which 3 are no longer needed"
     assert lines["shared"] == "1 entries by several samples"
     assert lines["files"].startswith("3, 0.0 MB, 13.")

@@ -21,7 +21,7 @@ from diffsynth.diffusion.pipeline import networks as models
 from diffsynth.diffusion.training_module import PipelineTrainingModule
 from diffsynth.plan.budget import Budget
 from diffsynth.plan.few_blocks import FewBlocks
-from diffsynth.plan.footprint import MemoryFootprint, kept
+from diffsynth.plan.footprint import MemoryFootprint, static_footprint
 from diffsynth.plan.meta_module import copied, read
 from diffsynth.plan.meta_pipeline import architectures
 from diffsynth.plan.optimizer_cost import optimizer_cost
@@ -96,7 +96,7 @@ def rehearsed(benchmark, monkeypatch, **recipe) -> tuple[MemoryFootprint, Rehear
     module = PipelineTrainingModule(module.pipe, module.task, module.lora, memory=MemoryRecipe(**recipe))
     rehearsal = Rehearsal(read(module, cached=True))
     passes = rehearsal.train([benchmark.row_of("qwen_image", 256)], accumulates=False)
-    footprint = kept(rehearsal.module, rehearsal.at_rest, rehearsal.unreached, benchmark.OPTIMIZER)
+    footprint = static_footprint(rehearsal.module, rehearsal.at_rest, rehearsal.unreached, benchmark.OPTIMIZER)
     return replace(footprint, working=passes.peak, activations=passes.activations, host=passes.host), rehearsal
 
 
@@ -288,10 +288,10 @@ def test_what_streaming_spares_is_known_without_streaming(tmp_path):
     budget = Budget(planner_of(tmp_path, cached=True), device=0)
     recipe = replace(budget.run.memory, checkpointing="blocks", stream_blocks=4, stream_buffers=1)
     streamed = Option(recipe, micro_batch_size=1, slowdown=1)
-    reckoned, rehearsed = budget.about(streamed), budget.need(budget.plan(streamed))
-    assert reckoned.device == pytest.approx(rehearsed.device, rel=0.005)
-    assert reckoned.host == pytest.approx(rehearsed.host, rel=0.005)
-    assert reckoned.device < budget.about(replace(streamed, recipe=replace(recipe, stream_blocks=0))).device
+    estimated, rehearsed = budget.estimate(streamed), budget.need(budget.plan(streamed))
+    assert estimated.device == pytest.approx(rehearsed.device, rel=0.005)
+    assert estimated.host == pytest.approx(rehearsed.host, rel=0.005)
+    assert estimated.device < budget.estimate(replace(streamed, recipe=replace(recipe, stream_blocks=0))).device
 
 
 def test_a_budget_that_nothing_fits_says_what_is_missing_and_what_would_help(tmp_path):

@@ -233,7 +233,7 @@ def test_no_room_is_told_in_numbers_and_loses_nothing(checkpoints, kept, full_di
 def test_without_room_a_run_goes_on_but_does_not_end_as_if_it_were_saved(checkpoints, kept, state, full_disk, caplog):
     take_step(state)
     checkpoints.keep(state.accelerator, state, {}, last=False)
-    assert "Step 3 is not kept: " in caplog.text and "make room" in caplog.text
+    assert "The checkpoint of step 3 is not saved: " in caplog.text and "make room" in caplog.text
     with pytest.raises(OSError, match="make room"):
         checkpoints.keep(state.accelerator, state, {}, last=True)
 
@@ -243,13 +243,17 @@ def test_without_room_a_run_goes_on_but_does_not_end_as_if_it_were_saved(checkpo
 
 def test_another_data_set_is_refused_by_name(checkpoints, state):
     checkpoints.save(1, state.trees(), {"data set": "aaaa"})
-    with pytest.raises(ValueError, match=r"step-000001 .*another data set \(aaaa, now bbbb\).*set name="):
+    with pytest.raises(
+        ValueError, match=r"step-000001 .*another data set: its fingerprint was aaaa and is bbbb now.*set name="
+    ):
         checkpoints.resume(state.accelerator, state, {"data set": "bbbb"})
 
 
 def test_the_weights_of_another_model_are_refused_by_name(checkpoints, kept):
     other = training_state(width=5)
     before = weights(other)
-    with pytest.raises(ValueError, match=r"another model: head\.weight is \(1, 3\) there and \(1, 5\) here"):
+    with pytest.raises(
+        ValueError, match=r"another model: the shape of head\.weight is \(1, 3\) in the checkpoint and \(1, 5\) in"
+    ):
         checkpoints.resume(other.accelerator, other, {})
     assert all(map(torch.equal, weights(other), before))

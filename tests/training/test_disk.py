@@ -32,10 +32,10 @@ def test_a_disk_that_fills_up_costs_nothing_that_was_saved(disk, tmp_path, caplo
     with (
         tiny.in_step(3, lambda: fill(disk)),
         caplog.at_level(logging.WARNING),
-        pytest.raises(OSError, match="make room, or set output_root.*The last good one, of step 2, is kept"),
+        pytest.raises(OSError, match="make room, or set output_root.*The newest, of step 2, is kept"),
     ):
         tiny.train(disk, *STEPS)
-    assert "Step 3 is not kept: A checkpoint takes" in caplog.text
+    assert "The checkpoint of step 3 is not saved: A checkpoint takes" in caplog.text
     (checkpoints,) = disk.glob("*/checkpoints")
     assert sorted(folder.name for folder in checkpoints.iterdir()) == ["step-000001", "step-000002"]
     (disk / "filler").unlink()
@@ -46,7 +46,10 @@ def test_a_disk_that_fills_up_costs_nothing_that_was_saved(disk, tmp_path, caplo
 
 def test_a_disk_without_room_is_told_before_the_first_step(disk):
     fill(disk)
-    with tiny.in_step(1, lambda: pytest.fail("trains")), pytest.raises(OSError, match="3 checkpoints take.*none yet"):
+    with (
+        tiny.in_step(1, lambda: pytest.fail("trains")),
+        pytest.raises(OSError, match="3 checkpoints take.*no checkpoint yet"),
+    ):
         tiny.train(disk, *STEPS)
 
 

@@ -249,7 +249,7 @@ def test_optimizers_that_look_at_whole_tensors_are_refused(refused, engine, opti
         ("section 'optimizer'", {"optimizer": {"type": "Adam"}}),
         ("section 'scheduler'", {"scheduler": {"type": "WarmupLR"}}),
         ("memory.checkpointing=blocks", {"activation_checkpointing": {}}),
-        ("enables bf16, and model.torch_dtype is float32", {"bf16": {"enabled": True}}),
+        ("enables bf16, but model.torch_dtype is float32", {"bf16": {"enabled": True}}),
         ("enables fp16", {"fp16": {"enabled": True}}),
         ("reduce_bucket_size: auto", {"zero_optimization": {"stage": 2, "reduce_bucket_size": "auto"}}),
         ("offload to cpu", {"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "nvme"}}}),
@@ -266,7 +266,7 @@ def test_another_precision_in_the_launchers_file_is_refused(refused):
 def test_a_launcher_for_gpus_is_not_for_a_cpu(refused, monkeypatch):
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     said = refused("ddp", ACCELERATE_MIXED_PRECISION="no", LOCAL_RANK="0")
-    assert "starts processes for GPUs, and device is cpu" in said
+    assert "starts processes for GPUs, but device is cpu" in said
 
 
 @pytest.mark.parametrize("name", ["tp_size", "sp_size", "dp_replicate_size"])

@@ -128,7 +128,7 @@ def test_the_student_is_drawn_with_its_own_settings_and_the_base_as_ever(compare
     pipe, few = load_pipe(tiny.model()), {"num_inference_steps": 3, "cfg_scale": 1}
     wanted = [distance("base", drawn(pipe, few), drawn(pipe, TEACHER))]
     wanted += [distance("student", drawn(pipe, {**few, **own}), drawn(pipe, TEACHER))]
-    found = few_steps.start(module, tmp_path) | few_steps.look(module, tmp_path, 0)[0]
+    found = few_steps.start(module, tmp_path) | few_steps.evaluate(module, tmp_path, 0)[0]
     for numbers in wanted:
         assert {name: found[name] for name in numbers} == pytest.approx(numbers, rel=1e-4)
 
@@ -158,7 +158,7 @@ def test_metrics_compare_with_the_teachers_pictures_and_those_that_lack_weights_
         validation = Validation("samples", few_steps=few_steps)
         validation.check(None)
     assert "validation.few_steps.metrics.clip_score is left out" in caplog.text
-    assert validation.numbers == ["student_distance", "student_retrieval"]
+    assert validation.metric_names == ["student_distance", "student_retrieval"]
     exact, shifted = few_steps.sample(module, TEACHER), few_steps.sample(module, TEACHER)
     shifted.append(shifted.pop(0))
     assert few_steps.measure(module.pipe, "student", exact)["student_retrieval"] == 1
@@ -177,11 +177,11 @@ def test_every_look_is_a_picture_of_a_column_a_prompt(run_dir):
 
 def test_the_lines_are_teacher_base_and_student(compared, tmp_path):
     module, few_steps = compared()
-    assert lines(few_steps.look(module, tmp_path, 1)[1]) == 2  # where nothing of the base was kept
+    assert lines(few_steps.evaluate(module, tmp_path, 1)[1]) == 2  # where nothing of the base was kept
     few_steps.base = None
     few_steps.start(module, tmp_path)
-    picture = few_steps.look(module, tmp_path, 0)[1]
-    again = compared()[1].look(module, tmp_path, 0)[1]
+    picture = few_steps.evaluate(module, tmp_path, 0)[1]
+    again = compared()[1].evaluate(module, tmp_path, 0)[1]
     assert lines(picture) == 3 and again.tobytes() == picture.tobytes()
 
 
@@ -221,7 +221,7 @@ FOLDER = f"_target_: diffsynth.core.data.UnifiedDataset.from_folder, path: {tiny
                 "dataset.height=32",
                 "dataset.width=32",
             ],
-            "few_steps compares a student with its teacher; FlowMatchSFT has neither",
+            "few_steps compares a student with its teacher, but FlowMatchSFT has neither",
         ),
         (["validation.few_steps.dataset.path={tmp}/nothing"], "nothing"),
         ([f"validation.few_steps.dataset={{{FOLDER}}}"], "UnifiedDataset; expected a CachedDataset"),

@@ -93,7 +93,7 @@ def test_a_run_goes_on_from_the_checkpoint_before_a_damaged_one(cut_off_at_the_e
 
 def test_a_run_does_not_go_on_with_another_data_set(cut_off_at_the_end, tmp_path, monkeypatch):
     monkeypatch.setattr(UnifiedDataset, "fingerprint", lambda dataset: "another")
-    with pytest.raises(ValueError, match="was made with another data set"):
+    with pytest.raises(ValueError, match="was saved with another data set"):
         tiny.train(tmp_path, *STEPS, *DROPOUT)
 
 
@@ -141,7 +141,7 @@ def test_a_run_that_is_asked_to_stop_finishes_its_step_and_saves(tmp_path, caplo
     with tiny.in_step(3, lambda: os.kill(os.getpid(), signal.SIGUSR1)), pytest.raises(Stopped) as stop:
         tiny.train(tmp_path, *STEPS, *DROPOUT)
     (run_dir,) = tmp_path.iterdir()
-    assert stop.value.code == 75 and "Stopped after step 3; the same command goes on" in caplog.text
+    assert stop.value.code == 75 and "Stopped after step 3; run the same command to resume" in caplog.text
     assert kept(run_dir) == [2, 3] and [line["step"] for line in tiny.metrics(run_dir)] == [1, 2, 3]
     assert not (run_dir / "finished.json").exists()
 
@@ -167,7 +167,7 @@ def test_a_process_whose_whole_group_is_asked_to_stop_saves_and_says_that_it_wan
     script = signalled("os.system(f'kill -TERM -{os.getpgrp()}')", tmp_path)  # as Slurm does, its workers too
     overrides = tiny.merged(tiny.train_overrides(tmp_path / "runs"), [*STEPS, *ACCUMULATION])
     said = tiny.process("python", script, *overrides, "dataset.num_workers=1", status=75)
-    assert "Stopped after step 3; the same command goes on from here." in said and "Traceback" not in said
+    assert "Stopped after step 3; run the same command to resume." in said and "Traceback" not in said
     assert_same_run(tiny.train(tmp_path / "runs", *STEPS, *ACCUMULATION), uninterrupted(*ACCUMULATION))
 
 

@@ -54,7 +54,7 @@ def test_an_optimizer_that_counts_over_all_weights_is_refused():
     rounding = StochasticRounding(weights)
     for weight in weights:
         weight.grad = torch.ones_like(weight)
-    with pytest.raises(ValueError, match="Prodigy counts over all weights at once.*trained_dtype=float32"):
+    with pytest.raises(ValueError, match="Prodigy keeps a state over all weights at once.*trained_dtype=float32"):
         rounding.step(prodigy(rounding.fp32_copies), seed=0)
 
 

@@ -63,7 +63,7 @@ def test_the_best_weights_are_those_of_the_lowest_loss(tmp_path):
     "overrides, answer",
     [
         (["export.keep_best=held_out_los"], "validation measures \\['held_out_loss'\\]"),
-        (["validation.weights=[ema]"], "ema where ema=… is chosen"),
+        (["validation.weights=[ema]"], "ema needs an average: choose one by ema="),
     ],
 )
 def test_what_is_not_measured_is_refused_before_weights_are_read(overrides, answer, tmp_path, monkeypatch):

@@ -1,11 +1,11 @@
-"""FSDP2: weights, gradients and the optimizer's state in parts, a network's blocks gathered one at a time.
+"""FSDP2: weights, gradients and optimizer state are sharded; a network's blocks are gathered one at a time.
 
-Zhao et al. 2023 (https://arxiv.org/abs/2304.11277); here by torch's `fully_shard`.
+Zhao et al. 2023 (https://arxiv.org/abs/2304.11277), as torch's `fully_shard` implements it.
 """
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -15,42 +15,56 @@ from ...core.gradient import repeated_blocks
 from .engine import ALTERNATIVE
 from .sharded import ShardedEngine
 
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+    from ...diffusion.training_module import PipelineTrainingModule
+    from ..state import TrainedPart
+
 
 class FSDP2(ShardedEngine):
-    """The networks that the model's function calls are in parts; frozen encoders stay whole.
+    """Shards the networks that `model_fn` calls; frozen encoders stay full on every process.
 
-    Parameters keep their dtypes, so that fp32 adapters stand beside a bf16 base, and the module computes as under DDP.
+    Parameters keep their dtypes, so that an fp32 adapter works with a bf16 base, and the module computes as under DDP.
     """
 
     name, file = "FSDP2", "fsdp2"
 
-    def __init__(self, accelerator, cp_size: int = 1):
+    def __init__(self, accelerator: "Accelerator", cp_size: int = 1):
         super().__init__(accelerator, cp_size)
         from accelerate.utils import FullyShardedDataParallelPlugin
 
-        self.plugin = FullyShardedDataParallelPlugin()  # as the launcher's file says
+        self.plugin = FullyShardedDataParallelPlugin()  # reads the launcher's file from the environment
         self.networks: list[nn.Module] = []
 
-    def check(self, module, optimizer, accumulation: int, max_grad_norm: float | None) -> None:
+    def check(
+        self, module: "PipelineTrainingModule", optimizer: Callable, accumulation: int, max_grad_norm: float | None
+    ) -> None:
         super().check(module, optimizer, accumulation, max_grad_norm)
         if self.plugin.fsdp_version != 2:
-            raise ValueError("The launcher's file asks for the first FSDP; write fsdp_version: 2.")
+            raise ValueError(
+                f"The launcher's file has fsdp_version: {self.plugin.fsdp_version}; this trainer needs FSDP2. Write "
+                "fsdp_version: 2."
+            )
         if self.plugin.activation_checkpointing:
             raise ValueError(
-                "The launcher's file says fsdp_activation_checkpointing: true; leave it out, as "
-                "memory.checkpointing decides."
+                "The launcher's file has fsdp_activation_checkpointing: true, but memory.checkpointing decides that "
+                "here; leave it out of the file."
             )
         if others := sorted(module.trained_roots - set(module.pipe.in_iteration_models)):
-            raise ValueError(f"FSDP2 trains what predicts, {others} are called in other ways; {ALTERNATIVE}")
+            raise ValueError(
+                f"FSDP2 shards only the networks that model_fn calls, but this run also trains {others}; {ALTERNATIVE}"
+            )
         if module.trained_dtype == torch.bfloat16:
             raise ValueError(
-                "FSDP2 keeps fp32 weights in parts and has no rounding of its own; set memory.trained_dtype=float32."
+                "memory.trained_dtype is bfloat16, but FSDP2 has no stochastic rounding for sharded weights; set "
+                "memory.trained_dtype=float32."
             )
 
-    def in_host_memory(self, module) -> Collection[str]:
+    def in_host_memory(self, module: "PipelineTrainingModule") -> Collection[str]:
         return module.pipe.in_iteration_models
 
-    def shard(self, module) -> None:
+    def shard(self, module: "PipelineTrainingModule") -> None:
         super().shard(module)
         for name in module.pipe.in_iteration_models:
             network = getattr(module.pipe, name)
@@ -62,8 +76,8 @@ class FSDP2(ShardedEngine):
         offload = {"offload_policy": self.plugin.cpu_offload} if self.plugin.cpu_offload else {}
         return {"mesh": mesh, "reshard_after_forward": bool(self.plugin.reshard_after_forward), **offload}
 
-    def prepare(self, module, parts: Mapping[str, Any]) -> nn.Module:
-        self.take(module)
+    def prepare(self, module: "PipelineTrainingModule", parts: "Mapping[str, TrainedPart]") -> nn.Module:
+        self._wrap_forward(module)
         return module
 
     # Every step
@@ -77,14 +91,14 @@ class FSDP2(ShardedEngine):
         norm = torch.nn.utils.clip_grad_norm_(parameters, limit)
         return float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
 
-    # Looking and keeping
+    # Evaluating and saving
 
     def local(self, parameters: Sequence[nn.Parameter]) -> list[Tensor]:
         return [parameter.detach().to_local() for parameter in parameters]
 
     def rewritten(self) -> None:
         for network in self.networks:
-            network.reshard()  # the outermost weights stay gathered after a forward
+            network.reshard()  # the weights outside of the blocks stay gathered after a forward pass
 
     def whole(self, parameter: DTensor, local: Tensor) -> Tensor:
         local = local.to(self.accelerator.device)
@@ -92,39 +106,43 @@ class FSDP2(ShardedEngine):
             local, parameter.device_mesh, parameter.placements, shape=parameter.shape, stride=parameter.stride()
         ).full_tensor()
 
-    def part_of(self, parameter: DTensor, whole: Tensor) -> Tensor:
-        return self._distributed(parameter, whole).to_local()
+    def part_of(self, parameter: DTensor, full: Tensor) -> Tensor:
+        return self._distributed(parameter, full).to_local()
 
-    def _distributed(self, parameter: DTensor, whole: Tensor) -> DTensor:
+    def _distributed(self, parameter: DTensor, full: Tensor) -> DTensor:
         return distribute_tensor(
-            whole.to(self.accelerator.device), parameter.device_mesh, parameter.placements, src_data_rank=None
+            full.to(self.accelerator.device), parameter.device_mesh, parameter.placements, src_data_rank=None
         )
 
-    def weights(self, part) -> dict[str, Tensor]:
+    def weights(self, part: "TrainedPart") -> dict[str, Tensor]:
         named = zip(part.parameters.items(), self.local(part.all), strict=True)
         return {name: self.keep(self.whole(parameter, local)) for (name, parameter), local in named}
 
-    def optimizer_state(self, part) -> dict[str, Any]:
+    def optimizer_state(self, part: "TrainedPart") -> dict[str, Any]:
         state = part.optimizer.state_dict()
-        return {**state, "state": {number: self._gathered(kept) for number, kept in state["state"].items()}}
+        return {**state, "state": {number: self._gathered(values) for number, values in state["state"].items()}}
 
-    def _gathered(self, kept: Mapping[str, Any]) -> dict[str, Any]:
-        return {key: self.keep(v.full_tensor()) if isinstance(v, DTensor) else v for key, v in kept.items()}
+    def _gathered(self, values: Mapping[str, Any]) -> dict[str, Any]:
+        """Return one parameter's optimizer state with full tensors."""
+        return {key: self.keep(v.full_tensor()) if isinstance(v, DTensor) else v for key, v in values.items()}
 
-    def set_optimizer_state(self, part, state: dict[str, Any]) -> None:
-        states = {number: self._spread(part.all[number], kept) for number, kept in state["state"].items()}
+    def set_optimizer_state(self, part: "TrainedPart", state: dict[str, Any]) -> None:
+        states = {number: self._sharded(part.all[number], values) for number, values in state["state"].items()}
         part.optimizer.load_state_dict({**state, "state": states})
 
-    def _spread(self, parameter: DTensor, kept: Mapping[str, Any]) -> dict[str, Any]:
-        is_like = {key: isinstance(value, Tensor) and value.shape == parameter.shape for key, value in kept.items()}
-        return {key: self._distributed(parameter, v) if is_like[key] else v for key, v in kept.items()}
+    def _sharded(self, parameter: DTensor, values: Mapping[str, Any]) -> dict[str, Any]:
+        """Return one parameter's optimizer state with its moments sharded like the parameter."""
+        is_moment = {key: isinstance(v, Tensor) and v.shape == parameter.shape for key, v in values.items()}
+        return {key: self._distributed(parameter, v) if is_moment[key] else v for key, v in values.items()}
 
 
 def shard_network(network: nn.Module, options: Mapping[str, Any]) -> nn.Module:
-    """Put a network's weights in parts, its blocks each on its own; what is trained of a unit has one dtype.
+    """Shard a network's weights: each block is a unit of its own, and the remaining weights are one more.
+
+    FSDP2 requires that the trained weights of a unit have one dtype.
 
     Args:
-        options: Of `fully_shard`.
+        options: Keyword arguments of `fully_shard`.
     """
     from torch.distributed.fsdp import fully_shard
 

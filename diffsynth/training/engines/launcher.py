@@ -1,18 +1,22 @@
-"""What the launcher's file asks for: `accelerate launch` hands it over in the environment."""
+"""Reads and checks what the launcher's file asks for; `accelerate launch` passes it on as environment variables."""
 
 import os
 from importlib.util import find_spec
+from typing import TYPE_CHECKING
 
 import torch
 
-SIZES = ("cp_size", "tp_size", "sp_size", "dp_replicate_size")  # of a parallelism_config
+if TYPE_CHECKING:
+    from accelerate import ParallelismConfig
+
+SIZES = ("cp_size", "tp_size", "sp_size", "dp_replicate_size")  # keys of the file's parallelism_config
 
 
 def asked_cp_size(processes: int) -> int:
-    """How many processes are to have the tokens of a sample together.
+    """Return the context-parallel size that the launcher's file asks for: N processes share one sample's tokens.
 
     Raises:
-        ValueError: It does not divide the number of processes, or tensors are to be split.
+        ValueError: The size does not divide the number of processes, or the file asks for another kind of parallelism.
     """
     if not asked("ACCELERATE_USE_PARALLELISM_CONFIG"):
         return 1
@@ -20,53 +24,58 @@ def asked_cp_size(processes: int) -> int:
     for name, size in zip(SIZES[1:], others, strict=True):
         if size > 1:
             raise ValueError(
-                f"The launcher's parallelism_config_{name} is {size}; leave it out, as only cp_size splits anything "
+                f"The launcher's parallelism_config_{name} is {size}; leave it out, because only cp_size is supported "
                 "here: see conf/accelerate/context_parallel.yaml."
             )
     if processes % cp_size:
         raise ValueError(
-            f"The launcher's parallelism_config_cp_size is {cp_size}, which does not divide its {processes} processes."
+            f"The launcher's parallelism_config_cp_size is {cp_size}, which does not divide its {processes} processes; "
+            "set it to a divisor."
         )
     return cp_size
 
 
-def own_parallelism(device: str):
-    """Accelerate's part in a `parallelism_config`: none, but that FSDP2 shards over all processes.
+def own_parallelism(device: str) -> "ParallelismConfig | None":
+    """Return the parallelism that accelerate itself sets up: none, except that FSDP2 shards over all processes.
 
-    It would split sequences by hooks on every layer that is called `self_attn`, those of text encoders among them.
+    Context parallelism is this project's own, because accelerate splits sequences by hooks on every layer that is named
+    `self_attn`, and text encoders have such layers too.
     """
     from accelerate import ParallelismConfig
 
     if not asked("ACCELERATE_USE_PARALLELISM_CONFIG"):
         return None
-    shards = asked("ACCELERATE_USE_FSDP") and device != "cpu"  # where accelerate starts no FSDP2
+    shards = asked("ACCELERATE_USE_FSDP") and device != "cpu"  # accelerate starts no FSDP2 on a CPU
     sharded = int(os.environ.get("WORLD_SIZE", 1)) if shards else 1
     return ParallelismConfig(dp_replicate_size=1, dp_shard_size=sharded, tp_size=1, cp_size=1, sp_size=1)
 
 
 def check_launch(device: str, torch_dtype: str) -> None:
-    """Compare what the launcher's file says of device and precision with the configuration.
+    """Check that the launcher's file agrees with the configuration on device and precision.
 
     Raises:
-        ValueError: Names both, or what is not installed.
+        ValueError: They disagree, or DeepSpeed is asked for and not installed.
     """
     if asked("ACCELERATE_USE_DEEPSPEED") and find_spec("deepspeed") is None:
         raise ValueError('DeepSpeed is not installed: pip install "diffsynth-hydra[cluster]"')
-    said = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
-    computes = "bf16" if torch_dtype == "bfloat16" else "no"
-    if said not in ("no", computes):
+    launched = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    configured = "bf16" if torch_dtype == "bfloat16" else "no"
+    if launched not in ("no", configured):
         raise ValueError(
-            f"The launcher's file says mixed_precision: {said}, and model.torch_dtype is {torch_dtype}; leave "
-            "mixed_precision out of the file, as model.torch_dtype decides."
+            f"The launcher's file has mixed_precision: {launched}, but model.torch_dtype is {torch_dtype}, which "
+            "decides here; leave mixed_precision out of the file."
         )
     if device != "cpu" and asked("ACCELERATE_USE_CPU"):
-        raise ValueError(f"The launcher's file says use_cpu: true, and device is {device}; set device=cpu.")
-    for_gpus = {"LOCAL_RANK", "ACCELERATE_MIXED_PRECISION"} <= os.environ.keys()  # torchrun sets only the first
-    if device == "cpu" and for_gpus and torch.cuda.is_available():
+        raise ValueError(f"The launcher's file has use_cpu: true, but device is {device}; set device=cpu.")
+    # `torchrun` sets only the first of the two, and may well start processes for a CPU.
+    is_for_gpus = {"LOCAL_RANK", "ACCELERATE_MIXED_PRECISION"} <= os.environ.keys()
+    if device == "cpu" and is_for_gpus and torch.cuda.is_available():
         raise ValueError(
-            "The launcher starts processes for GPUs, and device is cpu; set device=auto, or use_cpu: true."
+            "The launcher starts processes for GPUs, but device is cpu; set device=auto, or write use_cpu: true in the "
+            "launcher's file."
         )
 
 
 def asked(name: str) -> bool:
+    """Whether `accelerate launch` has set the environment variable `name` to true."""
     return os.environ.get(name, "false").lower() == "true"

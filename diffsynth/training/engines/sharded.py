@@ -1,8 +1,8 @@
-"""What engines share that leave each process a part of the training."""
+"""The common part of the engines that shard: ZeRO and FSDP2."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -10,44 +10,51 @@ from torch import Tensor, nn
 from ...core.sharing import together
 from .engine import ALTERNATIVE, Engine
 
-# They treat every number on its own, so that a part of a tensor takes the step that the whole would.
+if TYPE_CHECKING:
+    from ...core.memory import MemoryRecipe
+    from ...diffusion.training_module import PipelineTrainingModule
+    from ..state import TrainedPart
+
+# torch.optim's optimizers that update every number by itself, so that the step of a shard is that of the full tensor.
 ELEMENTWISE = ("Adam", "AdamW", "NAdam", "RAdam", "Adamax", "SGD", "RMSprop")
 
 
 class ShardedEngine(Engine):
-    """Optimizers get parts of tensors; networks may be in parts as well, so that a forward needs all processes."""
+    """Optimizers get shards of tensors. Networks may be sharded too; then all processes run a forward pass together."""
 
     shards_weights = True
     computes_in_bf16 = False
 
-    def check(self, module, optimizer, accumulation: int, max_grad_norm: float | None) -> None:
+    def check(
+        self, module: "PipelineTrainingModule", optimizer: Callable, accumulation: int, max_grad_norm: float | None
+    ) -> None:
         made = getattr(optimizer, "func", optimizer)
         if module.task.has_roles:
             raise ValueError(
-                f"{type(module.task).__name__} trains several roles, each with an optimizer of its own, which "
-                f"{self.name} cannot take; {ALTERNATIVE}"
+                f"{type(module.task).__name__} trains several roles, each with its own optimizer, but {self.name} "
+                f"supports only one optimizer; {ALTERNATIVE}"
             )
         if not (made.__module__.startswith("torch.optim") and made.__name__ in ELEMENTWISE):
             raise ValueError(
-                f"{self.name} gives an optimizer parts of tensors, and {made.__name__} may need whole ones; choose "
+                f"{self.name} gives an optimizer shards of tensors, but {made.__name__} may need full tensors; choose "
                 f"optimizer=adamw, or {ALTERNATIVE}"
             )
         self._check_memory(module.memory)
 
-    def _check_memory(self, memory) -> None:
-        """Refuse other ways of keeping weights, and blocks compiled before they are sharded."""
-        nothing = {"stream_blocks": 0}
+    def _check_memory(self, memory: "MemoryRecipe") -> None:
+        """Refuse memory options that move or store weights in their own way, and blocks compiled before sharding."""
+        required = {"stream_blocks": 0}
         if self.shards_weights:
-            nothing |= {"storage": "none", "compile": "none"}
-        for name, value in nothing.items():
-            if (asked := getattr(memory, name)) != value:
+            required |= {"storage": "none", "compile": "none"}
+        for name, value in required.items():
+            if (found := getattr(memory, name)) != value:
                 raise ValueError(
-                    f"memory.{name}={asked} and {self.name} would both decide where the weights are; set "
-                    f"memory.{name}={value}, or {ALTERNATIVE}"
+                    f"memory.{name}={found} does not work with {self.name}, because both decide where the weights "
+                    f"are; set memory.{name}={value}, or {ALTERNATIVE}"
                 )
 
-    def take(self, module) -> None:
-        """Let a module's forward compute in its pipeline's precision, as accelerate does it for DDP."""
+    def _wrap_forward(self, module: "PipelineTrainingModule") -> None:
+        """Run a module's forward under autocast in its pipeline's precision, as accelerate does for DDP."""
         self.computes_in_bf16 = module.pipe.torch_dtype == torch.bfloat16
         module.forward = self._autocast()(module.forward)
         module.is_whole = not self.shards_weights
@@ -57,23 +64,24 @@ class ShardedEngine(Engine):
 
     @contextmanager
     def evaluating(self) -> Iterator[None]:
-        alike = self.accelerator.num_processes if self.shards_weights else self.cp_size
-        with self._autocast(), together(alike):
+        group_size = self.accelerator.num_processes if self.shards_weights else self.cp_size
+        with self._autocast(), together(group_size):
             yield
 
-    def keep(self, whole: Tensor) -> Tensor:
-        """In the first process's host memory; the others, which save nothing, let go of it."""
-        return whole.cpu() if self.accelerator.is_main_process else whole.new_empty(0, device="cpu")
+    def keep(self, full: Tensor) -> Tensor:
+        """Return a full tensor (of any shape) in host memory on the first process, and an empty one on the others."""
+        return full.cpu() if self.accelerator.is_main_process else full.new_empty(0, device="cpu")
 
     @contextmanager
-    def exporting(self, module, parts: Mapping[str, Any]) -> Iterator[None]:
+    def exporting(self, module: "PipelineTrainingModule", parts: "Mapping[str, TrainedPart]") -> Iterator[None]:
         parameters = [parameter for part in parts.values() for parameter in part.all]
-        copies = {p: self.keep(self.whole(p, x)) for p, x in zip(parameters, self.local(parameters), strict=True)}
-        places = [(owner, key, p) for owner in module.modules() for key, p in owner._parameters.items() if p in copies]
+        pairs = zip(parameters, self.local(parameters), strict=True)
+        full = {parameter: self.keep(self.whole(parameter, local)) for parameter, local in pairs}
+        owners = [(owner, key, p) for owner in module.modules() for key, p in owner._parameters.items() if p in full]
         try:
-            for owner, key, parameter in places:
-                owner._parameters[key] = nn.Parameter(copies[parameter])
+            for owner, key, parameter in owners:
+                owner._parameters[key] = nn.Parameter(full[parameter])
             yield
         finally:
-            for owner, key, parameter in places:
+            for owner, key, parameter in owners:
                 owner._parameters[key] = parameter

@@ -1,1 +1,1 @@
-"""What a run writes down: numbers, trackers, a report of its data."""
+"""What a run writes: metrics (`numbers`, `trackers`), a report of its data (`data_report`), and which data (`data`)."""

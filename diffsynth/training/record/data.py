@@ -1,4 +1,4 @@
-"""Which data a run is trained on, and which rows of it are left out."""
+"""Writes which data a run trains on, and which rows of it are skipped."""
 
 import json
 from typing import TYPE_CHECKING
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 def record_data(accelerator: "Accelerator", dataset: TrainingData, fingerprint: str, run_dir: str) -> None:
-    """Write what is trained on to `data.json`, and the rows that any process left out to `skipped.jsonl`.
+    """Write path and fingerprint of the data to `data.json`, and the rows that any process skipped to `skipped.jsonl`.
 
     All processes call it.
     """

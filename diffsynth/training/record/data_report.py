@@ -1,4 +1,4 @@
-"""What a run is about to train on, written down before its first step."""
+"""The data report of a run, written before its first step: what it trains on, with counts, warnings and samples."""
 
 import json
 import logging
@@ -7,50 +7,70 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
+from ...core.data import MixedOrder, TrainingData
 from ...core.data.order.buckets import is_upscaled
 from ...core.files import write_text
 from ...core.pictures import GRID_COLUMNS, beside, row, save_png, stack
 
+if TYPE_CHECKING:
+    from ...diffusion.base_pipeline import BasePipeline
+
 logger = logging.getLogger(__name__)
 
+# Guesses.
 THREADS = 8
 THUMBNAIL = (16, 16)
-NEAR = 3.0  # mean difference of two thumbnails' values in [0, 255]: what saving an image again changes, and little more
+NEAR = 3.0  # mean difference of two thumbnails' values in [0, 255]; saving an image again changes about as much
 
 
 @dataclass
 class DataReport:
-    """Counts, warnings and a contact sheet of a run's data: `data_report.json` and `data_report.png`.
+    """Writes counts, warnings and a grid of samples of a run's data: `data_report.json` and `data_report.png`.
 
     Args:
         path: The run's folder.
-        rows: How many samples are looked at closely, evenly spread over all: are they enlarged, is their caption cut
-            off, is one of them nearly the same as one that the run is validated on. 0 looks at none.
-        pictures: How many of the first samples are shown, as they will be trained on; from a cache, decoded.
+        rows: Number of samples to check, evenly spread over all: whether their image is enlarged, whether their caption
+            is cut off, and whether a validation sample is nearly equal. 0 checks none.
+        pictures: Number of the first samples to show as they will be trained on; those from a cache are decoded.
     """
 
     path: str | Path
     rows: int = 2000
     pictures: int = 32
 
-    def write(self, pipe, dataset, order, validation: Mapping, seed: int) -> dict:
-        """Write the receipt of `dataset` in the order in which it will be trained on, and return its content."""
-        content = {**self.counts(dataset), **self.look(pipe, dataset, validation)}
+    def write(
+        self,
+        pipe: "BasePipeline",
+        dataset: TrainingData,
+        order: MixedOrder,
+        validation: Mapping[str, TrainingData],
+        seed: int,
+    ) -> dict:
+        """Write the report and return its content.
+
+        Args:
+            pipe: The run's pipeline.
+            dataset: The training data.
+            order: The order in which training reads it.
+            validation: The data sets that the run is validated on, by name.
+            seed: The run's seed, which determines augmentations.
+        """
+        content = {**self.counts(dataset), **self.check(pipe, dataset, validation)}
         write_text(Path(self.path) / "data_report.json", json.dumps(content, indent=1, ensure_ascii=False))
         if self.pictures:
             save_png(self.sheet(pipe, dataset, order, seed), Path(self.path) / "data_report.png")
         logger.info("Data: %s; %s/data_report.json and data_report.png have more.", _summary(content), self.path)
         return content
 
-    def counts(self, dataset) -> dict:
-        """How many samples of which size, and how many rows are left out and why."""
+    def counts(self, dataset: TrainingData) -> dict:
+        """Count the samples by size, and list the skipped rows with the reason."""
         skipped = dataset.skipped
         sizes = {
             "own" if size is None else f"{size[0]}x{size[1]}": len(p.rows) for size, p in dataset.rows_by_size().items()
@@ -58,25 +78,28 @@ class DataReport:
         reasons = [{"row": fault.row, "file": fault.file, "reason": fault.reason} for fault in skipped]
         return {"samples": dataset.size, "an_epoch": len(dataset), "sizes": sizes, "left_out": reasons}
 
-    def look(self, pipe, dataset, validation: Mapping) -> dict:
-        """What is enlarged, cut off, or shown in validation as well; of samples that are not cached."""
-        numbers = spread(dataset.size, self.rows)
-        seen = [look for look in _look_at_all(pipe, dataset, numbers) if look is not None]
-        pairs = {name: self._pairs(seen, pipe, other) for name, other in validation.items()}
+    def check(self, pipe: "BasePipeline", dataset: TrainingData, validation: Mapping[str, TrainingData]) -> dict:
+        """List samples that are enlarged, have their caption cut off, or are in a validation data set as well.
+
+        Samples of a cache are not checked: their images are not there.
+        """
+        checks = _check_samples(pipe, dataset, spread(dataset.size, self.rows))
+        pairs = {name: self._pairs(checks, pipe, other) for name, other in validation.items()}
         return {
-            "looked_at": len(seen),
-            "enlarged": [look.number for look in seen if look.is_enlarged],
-            "caption_cut_off": [look.number for look in seen if look.is_cut_off],
+            "checked": len(checks),
+            "enlarged": [check.number for check in checks if check.is_enlarged],
+            "caption_cut_off": [check.number for check in checks if check.is_cut_off],
             "also_in_validation": pairs,
         }
 
-    def _pairs(self, seen: Sequence["Look"], pipe, other) -> list[list[int]]:
-        others = [look for look in _look_at_all(pipe, other, spread(other.size, self.rows)) if look is not None]
-        near = near_pairs([look.thumbnail for look in seen], [look.thumbnail for look in others])
-        return [[seen[mine].number, others[theirs].number] for mine, theirs in near]
+    def _pairs(self, checks: Sequence["SampleCheck"], pipe: "BasePipeline", other: TrainingData) -> list[list[int]]:
+        """Return the numbers of training samples and of samples of `other` that are nearly equal."""
+        others = _check_samples(pipe, other, spread(other.size, self.rows))
+        near = near_pairs([check.thumbnail for check in checks], [check.thumbnail for check in others])
+        return [[checks[mine].number, others[theirs].number] for mine, theirs in near]
 
-    def sheet(self, pipe, dataset, order, seed: int) -> Image.Image:
-        """The first samples of a run with their captions; under each its other pictures: controls, masks."""
+    def sheet(self, pipe: "BasePipeline", dataset: TrainingData, order: MixedOrder, seed: int) -> Image.Image:
+        """Return a grid of the first samples with captions; under each are its other images, such as masks."""
         addresses = [order.sample(position) for position in range(min(self.pictures, dataset.size))]
         samples = [dataset.sample(address, seed)[0] for address in addresses]
         cells = [_cell(sample) for sample in _decoded(pipe, samples)]
@@ -84,8 +107,15 @@ class DataReport:
 
 
 @dataclass(frozen=True)
-class Look:
-    """What was seen of one sample."""
+class SampleCheck:
+    """The check of one sample.
+
+    Args:
+        number: Number of the sample in its data set.
+        thumbnail: Its first image, reduced, (16, 16, 3) in [0, 255].
+        is_enlarged: Whether its image is smaller than the size at which it is trained on.
+        is_cut_off: Whether its caption has more tokens than the text encoder reads.
+    """
 
     number: int
     thumbnail: np.ndarray
@@ -94,26 +124,28 @@ class Look:
 
 
 def spread(size: int, count: int) -> list[int]:
-    """At most `count` numbers, evenly spread over range(size)."""
+    """Return at most `count` integers, evenly spread over range(size)."""
     return [number * size // min(count, size) for number in range(min(count, size))]
 
 
 def near_pairs(mine: Sequence[np.ndarray], theirs: Sequence[np.ndarray]) -> list[tuple[int, int]]:
-    """Indices of thumbnails that are nearly equal."""
+    """Return the pairs of indices of thumbnails, (H, W, 3) each, that are nearly equal."""
     if not mine or not theirs:
         return []
     table = np.stack(mine).astype(np.float32)
-    close = ((index, np.abs(table - other).mean((1, 2, 3))) for index, other in enumerate(theirs))
-    return [(int(number), index) for index, distance in close for number in np.flatnonzero(distance < NEAR)]
+    distances = ((index, np.abs(table - other).mean((1, 2, 3))) for index, other in enumerate(theirs))
+    return [(int(number), index) for index, distance in distances for number in np.flatnonzero(distance < NEAR)]
 
 
-def _look_at_all(pipe, dataset, numbers: Iterable[int]) -> list[Look | None]:
+def _check_samples(pipe: "BasePipeline", dataset: TrainingData, numbers: Iterable[int]) -> list[SampleCheck]:
+    """Check samples in several threads; those that cannot be checked are left out."""
     with ThreadPoolExecutor(THREADS) as pool:
-        return list(pool.map(partial(_check_row, pipe, dataset), numbers))
+        checks = list(pool.map(partial(_check_sample, pipe, dataset), numbers))
+    return [check for check in checks if check is not None]
 
 
-def _check_row(pipe, dataset, number: int) -> Look | None:
-    """None where a sample is cached, or cannot be decoded: training says so when it comes to it."""
+def _check_sample(pipe: "BasePipeline", dataset: TrainingData, number: int) -> SampleCheck | None:
+    """Return None if a sample is cached or cannot be decoded; in the latter case, training will report it."""
     try:
         sample = dataset[number]
         original = dataset.original_size(number)
@@ -124,15 +156,17 @@ def _check_row(pipe, dataset, number: int) -> Look | None:
         return None
     thumbnail = np.asarray(images[0].convert("RGB").resize(THUMBNAIL, Image.Resampling.BOX))
     enlarged = original is not None and is_upscaled(*original, images[0].size)
-    return Look(number, thumbnail, enlarged, pipe.cuts_off(sample["prompt"]))
+    return SampleCheck(number, thumbnail, enlarged, pipe.cuts_off(sample["prompt"]))
 
 
 def _images(sample: Mapping) -> list[Image.Image]:
+    """Return the images of a sample, those in lists too."""
     values = [value if isinstance(value, list) else [value] for value in sample.values()]
     return [element for value in values for element in value if isinstance(element, Image.Image)]
 
 
 def _cell(sample: Mapping) -> Image.Image:
+    """Return the first image of a sample above its caption, with its other images below."""
     images = _images(sample) or [Image.new("RGB", (128, 128), "lightgray")]
     first = row(images[:1], [sample["prompt"]])
     others = [ImageOps.contain(image.convert("RGB"), (first.width, first.height)) for image in images[1:]]
@@ -140,8 +174,11 @@ def _cell(sample: Mapping) -> Image.Image:
 
 
 @torch.no_grad()
-def _decoded(pipe, samples: Sequence) -> list[Mapping]:
-    """Rows as they are; of those from a cache the prompt and, where the run has a decoder, what their inputs show."""
+def _decoded(pipe: "BasePipeline", samples: Sequence) -> list[Mapping]:
+    """Return rows with images: uncached ones as they are, cached ones decoded if the run has a decoder.
+
+    Without a decoder, a cached row has its prompt only.
+    """
     if not any(sample.made for sample in samples):
         return samples
     rows = [{"prompt": sample.get("prompt", "")} for sample in samples]
@@ -151,13 +188,17 @@ def _decoded(pipe, samples: Sequence) -> list[Mapping]:
         for row, sample in zip(rows, samples, strict=True):
             inputs = dict(sample.made["shared"])
             if (latents := inputs.pop("input_latents", None)) is not None:
-                shown = {"input_latents": latents, **inputs}  # the first, as the largest
+                shown = {"input_latents": latents, **inputs}  # the image itself comes first, which makes it the largest
                 row |= {name: _shown(pipe, value, latents) for name, value in shown.items()}
     return rows
 
 
-def _shown(pipe, value: Any, latents: Tensor) -> list[Image.Image]:
-    """The pictures in an input: images, what is as `latents` are decoded, and masks (1, 1, h, w) in [0, 1] as grey."""
+def _shown(pipe: "BasePipeline", value: Any, latents: Tensor) -> list[Image.Image]:
+    """Return the images in an input of the pipeline.
+
+    These are images themselves, decoded tensors with as many channels as `latents` (1, C, h, w), and masks (1, 1, h, w)
+    in [0, 1] as grey images.
+    """
     if isinstance(value, list):
         return [image for element in value for image in _shown(pipe, element, latents)]
     if isinstance(value, Image.Image):
@@ -170,6 +211,7 @@ def _shown(pipe, value: Any, latents: Tensor) -> list[Image.Image]:
 
 
 def _summary(content: Mapping) -> str:
+    """Return the report's counts in one line of text."""
     sizes, left_out = len(content["sizes"]), len(content["left_out"])
     parts = [f"{content['samples']} samples of {sizes} size{'s' * (sizes != 1)}", f"{left_out} rows left out"]
     for name, text in (("enlarged", "enlarged"), ("caption_cut_off", "with a caption that is cut off")):

@@ -1,4 +1,4 @@
-"""Numbers of a run: lines in a file, and whatever trackers make of them."""
+"""Logs the metrics of a run: to `metrics.jsonl`, and to trackers such as TensorBoard."""
 
 import json
 from collections.abc import Mapping
@@ -14,12 +14,12 @@ from .trackers import Tracker
 
 @dataclass
 class LocalLogger:
-    """Appends numbers to `metrics.jsonl`, and hands numbers and pictures on to trackers.
+    """Appends metrics to `metrics.jsonl`, and passes metrics and pictures to trackers.
 
     Args:
         path: The run's folder.
-        every: Optimizer steps between two lines.
-        trackers: By any name.
+        every: Optimizer steps between two lines of training metrics.
+        trackers: The trackers, by any names.
     """
 
     path: str | Path
@@ -31,15 +31,15 @@ class LocalLogger:
             raise ValueError(f"logger.every is {self.every}; expected at least 1.")
 
     def due(self, step: int, done: bool) -> bool:
-        """Whether the training's own numbers are written after `step` optimizer steps."""
+        """Whether training metrics are written after `step` optimizer steps; `done` after the last one."""
         return step > 0 and (done or step % self.every == 0)
 
     def log(self, step: int, values: Mapping[str, float], pictures: Mapping[str, Path] | None = None) -> None:
-        """Append one line of numbers as they are after `step` optimizer steps, and hand on pictures by name."""
+        """Append one line of metrics after `step` optimizer steps, and pass pictures on to the trackers by name."""
         if values:
             self._append(step, values)
         for name, path in (pictures or {}).items():
-            self._hand_on(step, name, path)
+            self._send_picture(step, name, path)
 
     def _append(self, step: int, values: Mapping[str, float]) -> None:
         self.file.parent.mkdir(parents=True, exist_ok=True)
@@ -48,22 +48,23 @@ class LocalLogger:
         for tracker in self.trackers.values():
             tracker.log(step, values)
 
-    def _hand_on(self, step: int, name: str, path: Path) -> None:
+    def _send_picture(self, step: int, name: str, path: Path) -> None:
         for tracker in self.trackers.values():
             tracker.picture(step, name, Image.open(path).convert("RGB"))
 
     def start(self, step: int, resumed: bool) -> None:
-        """Begin, or go on from `step`: what came after it is forgotten, as it will come again."""
+        """Open the trackers; a resumed run first deletes lines after `step`, because it will take those steps again."""
         forget_after(self.file, step if resumed else -1)
         config = Path(self.path) / "resolved.yaml"
         for tracker in self.trackers.values():
             tracker.start(step, yaml.safe_load(config.read_text(encoding="utf-8")) if config.exists() else {})
 
     def finish(self) -> None:
-        """Nothing more comes."""
+        """Close the trackers."""
         for tracker in self.trackers.values():
             tracker.finish()
 
     @property
     def file(self) -> Path:
+        """Path of `metrics.jsonl`."""
         return Path(self.path) / "metrics.jsonl"

@@ -1,6 +1,6 @@
-"""Where else numbers and pictures of a run go: one class a service, each over accelerate's tracker of it.
+"""Trackers send metrics and pictures of a run to a service; each class wraps accelerate's tracker of that service.
 
-A tracker is opened at the step a run goes on from, so that nothing appears twice.
+A tracker is opened at the step from which a run resumes, so that no step appears twice.
 """
 
 import json
@@ -16,15 +16,20 @@ from PIL import Image
 
 
 class Tracker:
-    """A service; subclasses say how a run is opened there."""
+    """The base class of trackers; subclasses override `open`."""
 
     package: ClassVar[str]
 
     def open(self, step: int, config: Mapping[str, Any]) -> GeneralTracker:
+        """Return accelerate's tracker of the run, which starts or resumes at `step`.
+
+        Args:
+            config: The run's resolved configuration.
+        """
         raise NotImplementedError
 
     def start(self, step: int, config: Mapping[str, Any]) -> None:
-        """Open the run, which goes on from `step`.
+        """Open the run at the service, from `step` on.
 
         Raises:
             ValueError: The service's package is not installed.
@@ -38,45 +43,52 @@ class Tracker:
             ) from error
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
+        """Send metrics by name."""
         self.tracker.log(dict(values), step=step)
 
     def picture(self, step: int, name: str, picture: Image.Image) -> None:
+        """Send one picture."""
         self.tracker.log_images({name: [picture]}, step=step)
 
     def finish(self) -> None:
+        """Close the run at the service."""
         self.tracker.finish()
 
 
 @dataclass
 class TensorBoard(Tracker):
-    """Event files.
+    """Writes TensorBoard event files.
 
     Args:
-        path: Their folder.
+        path: Folder of the event files.
     """
 
     path: str
     package = "tensorboard"
 
-    def open(self, step, config):
+    def open(self, step: int, config: Mapping[str, Any]) -> GeneralTracker:
         folder = Path(self.path)
         return tracking.TensorBoardTracker(folder.name, folder.parent, purge_step=step + 1)
 
-    def start(self, step, config):
+    def start(self, step: int, config: Mapping[str, Any]) -> None:
         super().start(step, config)
         if step == 0:
             self.tracker.tracker.add_text("config", f"```\n{json.dumps(config, indent=1)}\n```", 0)
 
-    def picture(self, step, name, picture):
+    def picture(self, step: int, name: str, picture: Image.Image) -> None:
         self.tracker.log_images({name: np.asarray(picture)[None]}, step=step, dataformats="NHWC")
 
 
 @dataclass
 class WandB(Tracker):
-    """Weights & Biases.
+    """Sends to Weights & Biases.
 
     Args:
-        mode: `offline` keeps everything in `path`, for `wandb sync` later.
+        project: Name of the project there.
+        name: Name of the run there.
+        id: Identifies the run, so that resuming continues it.
+        path: Folder of wandb's own files.
+        mode: `offline` writes to `path` only, for a later `wandb sync`.
     """
 
     project: str
@@ -86,17 +98,21 @@ class WandB(Tracker):
     mode: Literal["online", "offline", "disabled"] = "online"
     package = "wandb"
 
-    def open(self, step, config):
+    def open(self, step: int, config: Mapping[str, Any]) -> GeneralTracker:
         run = {"name": self.name, "id": self.id, "dir": self.path, "mode": self.mode, "config": config}
         return tracking.WandBTracker(self.project, resume="allow", **run)
 
 
 @dataclass
 class SwanLab(Tracker):
-    """SwanLab.
+    """Sends to SwanLab.
 
     Args:
-        mode: `local` and `offline` keep everything in `path`.
+        project: Name of the project there.
+        name: Name of the run there.
+        id: Identifies the run, so that resuming continues it.
+        path: Folder of swanlab's own files.
+        mode: `local` and `offline` write to `path` only.
     """
 
     project: str
@@ -106,26 +122,31 @@ class SwanLab(Tracker):
     mode: Literal["online", "local", "offline", "disabled"] = "online"
     package = "swanlab"
 
-    def open(self, step, config):
+    def open(self, step: int, config: Mapping[str, Any]) -> GeneralTracker:
         run = {"name": self.name, "id": self.id, "log_dir": self.path, "mode": self.mode, "config": config}
         return tracking.SwanLabTracker(self.project, resume="allow", **run)
 
 
 @dataclass
 class Trackio(Tracker):
-    """Trackio, which keeps runs on this machine (`trackio show`)."""
+    """Sends to Trackio, which stores runs on this machine; `trackio show` opens them.
+
+    Args:
+        project: Name of the project there.
+        name: Name of the run there.
+    """
 
     project: str
     name: str
     package = "trackio"
 
-    def open(self, step, config):
+    def open(self, step: int, config: Mapping[str, Any]) -> GeneralTracker:
         return tracking.TrackioTracker(self.project, name=self.name, config=dict(config), resume="allow")
 
-    def log(self, step, values):
+    def log(self, step: int, values: Mapping[str, Any]) -> None:
         self.tracker.tracker.log(dict(values), step=step)  # accelerate's own `log` drops the step before 1.14
 
-    def picture(self, step, name, picture):
+    def picture(self, step: int, name: str, picture: Image.Image) -> None:
         import trackio
 
         self.log(step, {name: trackio.Image(picture)})

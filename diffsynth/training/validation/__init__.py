@@ -1,4 +1,4 @@
-"""Evaluation during a run: held-out losses, sampled pictures, metrics, students beside their teacher."""
+"""Evaluation during a run: held-out losses, sampled images, metrics of them, and students compared with teachers."""
 
 from .validation import BANDS, Validation
 

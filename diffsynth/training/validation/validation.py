@@ -1,12 +1,14 @@
-"""Looking at a run: held-out loss, fixed prompts drawn into a grid, and whether the prompt decides what is drawn.
+"""Validation: evaluates a run before its first step, every N steps, and after the last.
 
-Nothing here touches the training: all noise comes from its own seed.
+It measures the held-out loss, samples fixed prompts into a grid of images, and measures metrics of sampled images.
+Validation does not change the training: all its noise comes from a seed of its own.
 """
 
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from accelerate.utils import broadcast_object_list
@@ -20,28 +22,37 @@ from ...diffusion.randomness import StratifiedRNG
 from .few_steps import FewSteps
 from .metrics import Metric
 
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+    from ...diffusion.base_pipeline import BasePipeline
+    from ...diffusion.training_module import PipelineTrainingModule
+    from ..ema import EMA
+    from ..state import TrainingState
+
 logger = logging.getLogger(__name__)
 
-BANDS = 4  # equal parts of the timesteps' distribution, in each of which a held-out row is measured
+BANDS = 4  # a guess: each held-out row is measured once in each of this many equal parts of the timesteps' distribution
 
 
 @dataclass
 class Validation:
-    """What is looked at, and when: before the first step, after the last, and every `every` steps.
+    """Evaluates a run before its first step, after its last, and every `every` steps.
 
     Args:
-        path: Folder of the grids.
-        every: Optimizer steps between looks; None looks at the start and the end only.
-        prompts: Drawn into `samples/step-N.png`, one row a look in `samples/progress.png`.
-        seed: Of all noise here.
+        path: Folder of the grids of images.
+        every: Optimizer steps between evaluations; None evaluates only before the first step and after the last.
+        prompts: Prompts to sample into `step-N.png`; `progress.png` shows all evaluations below one another.
+        seed: Seed of all noise in the validation.
         options: Other arguments of the pipeline's call (`num_inference_steps`, `cfg_scale`, `height`, …).
-        datasets: Rows to measure the loss on, by name.
-        loss_samples: How many rows of each.
-        metrics: What drawings of the rows' prompts are measured by, by name.
-        metric_samples: How many rows of each are drawn for them.
-        template_samples: How many rows of each are drawn to be seen, where a template reads inputs of theirs.
-        weights: Which weights are looked at: `raw`, the average `ema`, or both; names of the latter start with `ema_`.
-        few_steps: Compares the student of a distillation with its teacher.
+        datasets: Held-out data sets by name; the loss on them is measured.
+        loss_samples: Number of the first rows of each data set whose loss is measured.
+        metrics: Metrics of images that are sampled for the rows' prompts, by name.
+        metric_samples: Number of the first rows of each data set that are sampled for the metrics.
+        template_samples: Number of the first rows of each data set that are sampled into a grid; only with a template.
+        weights: Weights to evaluate: `raw`, their average `ema`, or both; names of the average's metrics start with
+            `ema_`.
+        few_steps: Compares the student of a distillation with its teacher; None compares nothing.
     """
 
     path: str | Path
@@ -59,40 +70,48 @@ class Validation:
 
     @property
     def saved(self) -> list[Path]:
-        """The pictures that show all looks below one another."""
+        """The pictures that show all evaluations below one another."""
         return sorted(Path(self.path).glob("*progress.png"))
 
-    def models(self, module) -> set[str]:
-        """The models of the pipeline that have to be loaded for this.
+    def models(self, module: "PipelineTrainingModule") -> set[str]:
+        """Return the names of the pipeline's models that the validation runs.
 
         Raises:
-            ValueError: The pipeline does not take these options, or there is no student of this teacher.
+            ValueError: The pipeline does not take these options, or `few_steps` cannot compare this task's student.
         """
         module.pipe.complete(self.options)
         compared = self.few_steps.models(module) if self.few_steps else set()
-        draws_rows = self.metrics or (self.template_samples and module.pipe.template is not None)
-        if self.prompts or (draws_rows and self.datasets):
+        samples_rows = self.metrics or (self.template_samples and module.pipe.template is not None)
+        if self.prompts or (samples_rows and self.datasets):
             return compared | module.pipe.models_of(module.pipe.units, model_fn=True)
         encodes = any(dataset.needs_encoders for dataset in self.datasets.values())
         return compared | (module.pipe.models_of(module.units, model_fn=True) if encodes else set())
 
     def due(self, step: int, done: bool) -> bool:
+        """Whether the run is evaluated after `step` optimizer steps; `done` after its last one."""
         return step == 0 or done or (self.every is not None and step % self.every == 0)
 
     @property
-    def numbers(self) -> list[str]:
-        """Names of what is measured."""
+    def metric_names(self) -> list[str]:
+        """Names of the metrics that every evaluation returns, for `export.keep_best`."""
         names = [f"{name}_{kind}" for name in self.datasets for kind in ("loss", *self.metrics)]
-        names += self.few_steps.numbers if self.few_steps else []
+        names += self.few_steps.metric_names if self.few_steps else []
         prefixes = ["" if weights == "raw" else f"{weights}_" for weights in self.weights]
         return [f"{prefix}{name}" for prefix in prefixes for name in names]
 
-    def check(self, ema) -> None:
-        """Refuse to look at what is not there, such as an average; name metrics that lack something, and drop them."""
+    def check(self, ema: "EMA | None") -> None:
+        """Check `weights`, open the data of `few_steps`, and remove metrics that lack a package or weights.
+
+        A warning names each removed metric.
+
+        Raises:
+            ValueError: `weights` names weights that the run does not have, or the cache of `few_steps` is unusable.
+        """
         unknown = sorted(set(self.weights) - {"raw", "ema"})
         if unknown or ("ema" in self.weights and ema is None):
             raise ValueError(
-                f"validation.weights is {list(self.weights)}; it may hold raw, and ema where ema=… is chosen."
+                f"validation.weights is {list(self.weights)}; expected raw, ema or both, and ema needs an average: "
+                "choose one by ema=…."
             )
         self.metrics = _measurable("validation.metrics", self.metrics)
         if self.few_steps:
@@ -100,8 +119,8 @@ class Validation:
             self.few_steps.metrics = _measurable("validation.few_steps.metrics", self.few_steps.metrics)
 
     @torch.no_grad()
-    def run(self, accelerator, state) -> tuple[dict[str, float], dict[str, Path]]:
-        """Measure and draw; returns the numbers, the same on every process, and the pictures that the first saved."""
+    def run(self, accelerator: "Accelerator", state: "TrainingState") -> tuple[dict[str, float], dict[str, Path]]:
+        """Evaluate; return the metrics, equal on every process, and the pictures that the first process saved."""
         values, pictures = {}, {}
         module = accelerator.unwrap_model(state.model)
         if self.few_steps and state.step == 0:
@@ -110,15 +129,18 @@ class Validation:
         for weights in self.weights:
             prefix = "" if weights == "raw" else f"{weights}_"
             with state.using(weights), state.engine.evaluating():
-                measured, picture = self._look(accelerator, module, state.step, prefix)
+                measured, picture = self._evaluate(accelerator, module, state.step, prefix)
             values |= {f"{prefix}{name}": value for name, value in measured.items()}
             pictures |= picture
         return values, pictures
 
-    def _look(self, accelerator, module, step: int, prefix: str) -> tuple[dict[str, float], dict[str, Path]]:
+    def _evaluate(
+        self, accelerator: "Accelerator", module: "PipelineTrainingModule", step: int, prefix: str
+    ) -> tuple[dict[str, float], dict[str, Path]]:
+        """Evaluate one set of weights; `prefix` starts the names of its pictures."""
         values, pictures = {}, {}
         with module.pipe.sampling() as pipe:
-            for name, dataset in self.datasets.items():  # first: drawing changes the noise levels
+            for name, dataset in self.datasets.items():  # losses first, because sampling changes the noise levels
                 losses = self.losses(module, dataset)
                 values |= {f"{name}_{key}": value for key, value in losses.items()}
             for name, dataset in self.datasets.items() if self.metrics else ():
@@ -134,15 +156,15 @@ class Validation:
                     picture = row(images, [f"{step}: {_caption(request)}" for request in own])
                     pictures[f"{prefix}{name}samples"] = self.save(picture, step, prefix + name)
             if self.few_steps:
-                measured, picture = self.few_steps.look(module, self.path, step)
+                measured, picture = self.few_steps.evaluate(module, self.path, step)
                 values |= measured
                 if picture and accelerator.is_main_process:
                     pictures[f"{prefix}few_steps"] = self.save(picture, step, f"{prefix}few_steps_")
         accelerator.wait_for_everyone()
         return values, pictures
 
-    def losses(self, module, dataset: TrainingData) -> dict[str, float]:
-        """The first rows' mean loss, its standard error, and the mean in each quarter of the timesteps.
+    def losses(self, module: "PipelineTrainingModule", dataset: TrainingData) -> dict[str, float]:
+        """Return the mean loss of the first rows, its standard error, and the mean loss in each band of timesteps.
 
         Every row is measured once in each of `BANDS` equal parts of the timesteps' distribution, with fixed noise.
         """
@@ -153,29 +175,30 @@ class Validation:
         by_band = {f"loss_band{number}": value for number, value in enumerate(bands.tolist(), 1)}
         return {"loss": rows.mean().item(), "loss_error": error, **by_band}
 
-    def _row_losses(self, module, row: dict, index: int) -> list[float]:
+    def _row_losses(self, module: "PipelineTrainingModule", row: dict, index: int) -> list[float]:
+        """Return the loss of one row in each band of timesteps."""
         samples = [Sample(row, band, index) for band in range(BANDS)]
         rng = StratifiedRNG(self.seed, [SampleAddress(band, index) for band in range(BANDS)], BANDS)
-        return module.loss(samples, rng, UnitMemory(1.0)).double().tolist()  # one encoding for all bands
+        return module.loss(samples, rng, UnitMemory(1.0)).double().tolist()  # the memory encodes the row only once
 
-    def measure(self, module, dataset: TrainingData) -> dict[str, float]:
-        """Every metric of drawings of the first rows' prompts."""
+    def measure(self, module: "PipelineTrainingModule", dataset: TrainingData) -> dict[str, float]:
+        """Sample images for the prompts of the first rows, and return every metric of them."""
         rows, device = first_rows(dataset, self.metric_samples), module.pipe.device
         prompts, targets = ([row[key] for row in rows] for key in ("prompt", module.pipe.media.column))
-        drawn = self._generate(module.pipe, requests_of(rows, module))
-        values = {name: metric.measure(drawn, prompts, targets, device) for name, metric in self.metrics.items()}
-        return broadcast_object_list([values])[0]  # rounding may differ between processes
+        images = self._generate(module.pipe, requests_of(rows, module))
+        values = {name: metric.measure(images, prompts, targets, device) for name, metric in self.metrics.items()}
+        return broadcast_object_list([values])[0]  # processes may round differently
 
     def save(self, picture: Image.Image, step: int, prefix: str = "") -> Path:
-        """Save the picture of a look, and with those of all earlier looks as `progress.png`; returns the former."""
+        """Save the picture of one evaluation and return its path; all evaluations so far become `progress.png`."""
         newest = Path(self.path) / f"{prefix}step-{step:06d}.png"
         save_png(picture, newest)
-        drawn = [path for path in sorted(newest.parent.glob(f"{prefix}step-*.png")) if path <= newest]
-        save_png(stack([Image.open(path) for path in drawn]), newest.with_name(f"{prefix}progress.png"))
+        paths = [path for path in sorted(newest.parent.glob(f"{prefix}step-*.png")) if path <= newest]
+        save_png(stack([Image.open(path) for path in paths]), newest.with_name(f"{prefix}progress.png"))
         return newest
 
-    def _generate(self, pipe, requests: Sequence[Mapping]) -> list[Image.Image]:
-        """Draw requests, each with a seed of its own; every process draws a part of them and gets all."""
+    def _generate(self, pipe: "BasePipeline", requests: Sequence[Mapping]) -> list[Image.Image]:
+        """Sample requests, each with its own seed; every process samples some of them and gets all images."""
         pipe.progress_bar = iter
         seeded = [{**self.options, "seed": self.seed + number, **own} for number, own in enumerate(requests)]
         if all(own.keys() == {"prompt"} for own in requests):
@@ -184,23 +207,26 @@ class Validation:
 
 
 def first_rows(dataset: TrainingData, count: int) -> list[dict]:
+    """Return the first `count` rows, or all if there are fewer."""
     return [dataset[index] for index in range(min(count, len(dataset)))]
 
 
-def requests_of(rows: Sequence[Mapping], module) -> list[dict]:
-    """What draws rows: their prompts, and what else of them the training's pipeline reads."""
+def requests_of(rows: Sequence[Mapping], module: "PipelineTrainingModule") -> list[dict]:
+    """Return a sampling request for each row: its prompt and the other columns that training gives the pipeline."""
     read = [name for name in module.extra_inputs if name in module.pipe.arguments]
-    names = ["prompt", *(name for name in read if name != "inpaint_mask")]  # which needs a picture to start from
+    names = ["prompt", *(name for name in read if name != "inpaint_mask")]  # inpainting would need an input image
     return [{name: each[name] for name in names} for each in rows]
 
 
 def _caption(request: Mapping) -> str:
+    """Return the caption of a sampled image: the template's inputs, with files by name, and the prompt."""
     inputs = request.get("template_inputs", {})
     named = (f"{name} {Path(value).name if isinstance(value, str) else value}" for name, value in inputs.items())
     return ", ".join([*named, request["prompt"]])
 
 
 def _measurable(where: str, metrics: Mapping[str, Metric]) -> dict[str, Metric]:
+    """Return the metrics that have their packages and weights; log a warning for each of the others."""
     return {name: metric for name, metric in metrics.items() if _can_measure(f"{where}.{name}", metric)}
 
 
