@@ -1,5 +1,7 @@
 """The only package that knows Hydra."""
 
+from . import resolvers as resolvers
+from .choices import check_choices
 from .command_line import explained, run_main
 from .nodes import ConfigError, build, check
 from .run_folder import RankZeroFilter, claim, finish, signature
@@ -9,6 +11,7 @@ __all__ = [
     "RankZeroFilter",
     "build",
     "check",
+    "check_choices",
     "claim",
     "explained",
     "finish",

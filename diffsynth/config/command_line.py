@@ -4,18 +4,21 @@ import difflib
 import logging
 import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import ConfigCompositionException, OverrideParseException
 from omegaconf import DictConfig, OmegaConf
 
 from . import slurm
+from .choices import START
 from .nodes import ConfigError
 
 HELP = ({"-h"}, {"--help"})
+PART = "_"  # what a file is named by that other options are made of
 
 
 def run_main(main: Callable[[], None]) -> None:
@@ -64,8 +67,10 @@ def _explain(error: ConfigCompositionException | OverrideParseException) -> str:
     if not message.startswith("Could not override '"):
         return f"{message}\n{error.__cause__ or ''}".strip()
     path = message.split("'")[1]
+    config = _chosen_groups(other_than=path)
+    if (_conf() / path).is_dir():
+        return _explain_group(path, config.hydra.runtime.choices)
     parent, _, key = path.rpartition(".")
-    config = _chosen_groups()
     while parent and OmegaConf.select(config, parent) is None:  # the first part of the path that is not there
         path, (parent, _, key) = parent, parent.rpartition(".")
     siblings = (OmegaConf.select(config, parent) if parent else config) or ()
@@ -75,9 +80,21 @@ def _explain(error: ConfigCompositionException | OverrideParseException) -> str:
     return f"{path}: no such key {key!r}; {hint}"
 
 
-def _chosen_groups() -> DictConfig:
+def _explain_group(group: str, choices: Mapping[str, str]) -> str:
+    """Why nothing can be chosen of a group that there is: another task has it, or another script."""
+    tasks = _conf() / "task"
+    having = [file for file in sorted(tasks.rglob("*.yaml")) if f"- /{group}: " in file.read_text(encoding="utf-8")]
+    if not having or "task" not in choices:
+        own = sorted(name for name in choices if "hydra/" not in name)
+        return f"{group}: {Path(sys.argv[0]).name} has no such group; it has {', '.join(own)}."
+    names = ", ".join(file.relative_to(tasks).with_suffix("").as_posix() for file in having)
+    return f"{group}: task={choices['task']} has no {group} to choose; these tasks have: {names}."
+
+
+def _chosen_groups(other_than: str) -> DictConfig:
     """The configuration with only the groups that the command line chooses, else the script's own."""
-    chosen = [word for word in sys.argv[1:] if "=" in word and (_conf() / word.split("=")[0]).is_dir()]
+    words = [word for word in sys.argv[1:] if "=" in word and word.split("=")[0] != other_than]
+    chosen = [word for word in words if (_conf() / word.split("=")[0]).is_dir()]
     try:
         return _compose(chosen, return_hydra_config=True)
     except ConfigCompositionException:  # a sweep over groups, or one found through --config-dir
@@ -90,18 +107,33 @@ def help_text(overrides: Sequence[str] = ()) -> str:
     Hydra's own help reads the search path anew for every group it lists, which takes longer than everything else.
     """
     config = _compose(overrides, return_hydra_config=True)
-    choices = {group: choice for group, choice in config.hydra.runtime.choices.items() if "hydra/" not in group}
-    groups = "\n".join(_describe_group(group, choice) for group, choice in sorted(choices.items()))
+    groups = "\n".join(_describe_group(group, chosen) for group, chosen in sorted(_choices(config, overrides).items()))
     yaml = OmegaConf.to_yaml(OmegaConf.masked_copy(config, [key for key in config if key != "hydra"]))
     script = Path(sys.argv[0]).name
     return f"python {script} group=option … key=value …\n\nGroups (* is chosen)\n\n{groups}\nConfiguration\n\n{yaml}"
 
 
-def _describe_group(group: str, choice: str | None) -> str:
+def _choices(config: DictConfig, overrides: Sequence[str]) -> dict[str, list[str]]:
+    """The options that are chosen, by group; Hydra does not count groups whose options add up."""
+    lists = {o.key_or_group: o.value() for o in OverridesParser.create().parse_overrides(list(overrides))}
+    adding_up = [path.parent.name for path in _conf().glob(f"*/{START}.yaml") if path.parent.name in config]
+    chosen = {group: [START, *_as_list(lists.get(group))] for group in adding_up}
+    for group, choice in config.hydra.runtime.choices.items():
+        if "hydra/" not in group:
+            chosen[group] = [*chosen.get(group, ()), choice]
+    return chosen
+
+
+def _as_list(value) -> list:
+    return value if isinstance(value, list) else []
+
+
+def _describe_group(group: str, chosen: Sequence[str]) -> str:
     folder = _conf() / group
-    options = {path.relative_to(folder).with_suffix("").as_posix(): _phrase(path) for path in folder.rglob("*.yaml")}
+    files = [path for path in folder.rglob("*.yaml") if not path.name.startswith(PART)]
+    options = {path.relative_to(folder).with_suffix("").as_posix(): _phrase(path) for path in files}
     width = max(map(len, options))
-    lines = [f"  {'*' if name == choice else ' '} {name:{width}}  {options[name]}".rstrip() for name in sorted(options)]
+    lines = [f"  {'*' if name in chosen else ' '} {name:{width}}  {options[name]}".rstrip() for name in sorted(options)]
     return "\n".join([group, *lines, ""])
 
 

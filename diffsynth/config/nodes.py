@@ -28,7 +28,8 @@ def check(cfg: DictConfig, entry: Callable) -> None:
     for name in [name for name, hint in _type_hints(entry).items() if hint is Any]:  # these are objects
         if isinstance(cfg.get(name), DictConfig) and cfg[name] and "_target_" not in cfg[name]:
             raise ConfigError(
-                f"{name} has no _target_: what is chosen only adds to another option, {name}=[other,this]."
+                f"{name} has no _target_, so that nothing is made of its {', '.join(cfg[name])}: choose another option "
+                f"of {name}, and leave none out of {name}=[…]."
             )
 
 

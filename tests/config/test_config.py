@@ -26,35 +26,32 @@ ENTRIES = sorted(path.stem for path in CONF.glob("*.yaml") if (tiny.ROOT / f"{pa
 # Everything that can be chosen ----------------------------------------------------------------------------------------
 
 
-def groups(entry: str) -> list[str]:
-    """The config groups in an entry's list of defaults, and in the files that this names."""
-    defaults = yaml.safe_load((CONF / f"{entry}.yaml").read_text())["defaults"]
-    named = [next(iter(item)) for item in defaults if isinstance(item, dict)]
+def groups(file: str) -> list[str]:
+    """The config groups in a file's list of defaults, and in the files and the task that this names."""
+    defaults = yaml.safe_load((CONF / f"{file}.yaml").read_text()).get("defaults", [])
+    named = {
+        name.removeprefix("/"): option for item in defaults if isinstance(item, dict) for name, option in item.items()
+    }
     files = [item for item in defaults if isinstance(item, str) and item != "_self_"]
-    return [name for file in files for name in groups(file)] + [name for name in named if " " not in name]
+    files += [f"task/{named['task']}"] if "task" in named else []
+    return [name for file in files for name in groups(file)] + [name for name in named if (CONF / name).is_dir()]
 
 
 def options(group: str) -> list[str]:
     folder = CONF / group
-    return sorted(path.relative_to(folder).with_suffix("").as_posix() for path in folder.rglob("*.yaml"))
-
-
-def choose(group: str, option: str) -> str:
-    """`group=option`, after a whole one where the option only adds to others."""
-    text = (CONF / group / f"{option}.yaml").read_text()
-    adds = yaml.safe_load(text) is not None and not re.search("^(_target_|defaults|_global_)", text, re.M)
-    return f"{group}=[image_folder,{option}]" if group == "validation" and adds else f"{group}={option}"
+    names = [path.relative_to(folder).with_suffix("").as_posix() for path in folder.rglob("*.yaml")]
+    return sorted(name for name in names if not name.startswith("_"))
 
 
 def belongs(entry: str, group: str, option: str) -> bool:
     """Whether an entry is to compose with an option; what train.py has need not be composed with distill.py again."""
     if group == "experiment":
         return option.startswith("emoji_distill/") == (entry == "distill")
-    return entry != "distill" or (group == "task" and option.startswith("distill"))
+    return entry != "distill" or group in ("student", "teacher") or (group == "task" and option.startswith("distill"))
 
 
 CHOICES = [
-    (entry, choose(group, option))
+    (entry, f"{group}={option}")
     for entry in ENTRIES
     for group in groups(entry)
     for option in options(group)
@@ -93,6 +90,54 @@ def assert_names_the_extra(message: str):
     extras = tomllib.loads((tiny.ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
     assert find_spec(package) is None
     assert any(requirement.startswith(package) for requirement in extras[extra])
+
+
+def test_options_of_memory_add_up():
+    memory = tiny.compose("train", "memory=[checkpointing,fp8]").memory
+    assert (memory.checkpointing, memory.storage) == ("blocks", "fp8")
+    plain = tiny.compose("train", "memory=fp8").memory
+    assert (plain.checkpointing, plain.storage) == ("none", "fp8")
+
+
+def test_options_of_an_experiment_are_replaced_by_those_of_the_command_line(tmp_path):
+    (tmp_path / "experiment").mkdir()
+    (tmp_path / "experiment" / "mine.yaml").write_text(
+        "# @package _global_\ndefaults:\n  - override /memory: [checkpointing, fp8]\n  - override /logger: wandb\n"
+    )
+    mine = [f"hydra.searchpath=[file://{tmp_path}]", "experiment=mine"]
+    chosen, replaced = tiny.compose("train", *mine), tiny.compose("train", *mine, "memory=int8")
+    assert (chosen.memory.checkpointing, chosen.memory.storage) == ("blocks", "fp8")
+    assert (replaced.memory.checkpointing, replaced.memory.storage) == ("none", "int8")
+    assert list(chosen.logger.trackers) == ["wandb"]
+
+
+def test_metrics_and_a_data_sets_own_validation_add_up():
+    both = tiny.compose("train", "validation=[emoji,clip_score]").validation
+    assert (list(both.metrics), list(both.datasets)) == (["retrieval", "clip_score"], ["trained", "held_out"])
+    alone = tiny.compose("train", "validation=clip_score").validation
+    assert (list(alone.metrics), list(alone.datasets)) == (["clip_score"], [])
+
+
+def test_a_data_set_of_ones_own_is_one_file(tmp_path):
+    (tmp_path / "dataset").mkdir()
+    (tmp_path / "dataset" / "mine.yaml").write_text("defaults: [image_folder]\npath: my_images\nheight: 512\n")
+    cfg = tiny.compose("train", f"hydra.searchpath=[file://{tmp_path}]", "dataset=mine")
+    check(cfg, tiny.schema("train"))
+    assert (cfg.dataset.path, cfg.validation.options.height, cfg.validation.prompts) == ("my_images", 512, [])
+
+
+@pytest.mark.parametrize("entry, task", [("train", "sft"), ("train", "template"), ("distill", "distill/add")])
+def test_noise_levels_are_chosen_by_a_word_in_every_task_that_trains_some(entry, task):
+    cfg = tiny.compose(entry, f"task={task}", "timesteps=logit_normal", "task.timesteps.mean=0.5")
+    check(cfg, tiny.schema(entry))
+    assert (cfg.task.timesteps._target_.split(".")[-1], cfg.task.timesteps.mean) == ("LogitNormalTimesteps", 0.5)
+
+
+@pytest.mark.parametrize("task", ["distill", *(f"distill/{method}" for method in options("task/distill"))])
+def test_a_student_and_the_lack_of_a_teacher_are_chosen_by_a_word_in_every_distillation(task):
+    cfg = tiny.compose("distill", f"task={task}", "student=renoise", "teacher=none")
+    check(cfg, tiny.schema("distill"))
+    assert cfg.task.student.renoise and cfg.task.teacher is None
 
 
 # The documentation ----------------------------------------------------------------------------------------------------
@@ -242,6 +287,31 @@ def test_a_key_below_one_that_is_not_there_is_answered_for_that_one(monkeypatch)
 
 def test_a_misspelt_group_is_answered_with_the_nearest(monkeypatch):
     assert "did you mean model?" in complaint(monkeypatch, "modle=emoji")
+
+
+@pytest.mark.parametrize(
+    "chosen, answer",
+    [
+        (["memory=[none,checkpointing]"], ["memory=checkpointing and memory=none", "memory.checkpointing is blocks"]),
+        (["memory=[fp8,streaming,int8]"], ["memory=fp8 and memory=int8", "memory.storage is fp8"]),
+        (["timesteps=logit_normal", "task=autoencoder"], ["task=autoencoder has no timesteps", "sft"]),
+        (["teacher=none"], ["task=sft has no teacher", "distill/dmd2"]),
+        (["validation=[none,lpips]"], ["validation has no _target_", "metrics"]),
+    ],
+)
+def test_choices_that_contradict_each_other_are_named(chosen, answer, monkeypatch, tmp_path):
+    message = complaint(monkeypatch, *chosen, f"output_root={tmp_path}")
+    assert all(part in message for part in answer), message
+
+
+def test_options_of_an_experiment_that_contradict_each_other_are_named(experiment):
+    message = experiment("defaults:\n  - override /memory: [fp8, int8]\n")
+    assert "memory=fp8 and memory=int8 contradict each other" in message
+
+
+def test_a_group_that_a_script_has_not_is_answered_with_those_it_has(monkeypatch):
+    message = complaint(monkeypatch, "dataset=emoji", script="generate.py")
+    assert "dataset: generate.py has no such group; it has model." in message
 
 
 def test_a_misspelt_option_is_answered_with_those_there_are(monkeypatch):
