@@ -105,7 +105,7 @@ class Distillation(Objective):
         if self.teacher and not cached:
             raise ValueError(
                 "The teacher's pictures are not there: make them with `make_cache.py` and the same model, task and "
-                "dataset, then train with dataset=cache; or set task.teacher=null where the pictures in the data set "
+                "dataset, then train with dataset=cache; or choose teacher=none where the pictures in the data set "
                 "are the teacher's."
             )
         if self.teacher and lora and lora.preset:
