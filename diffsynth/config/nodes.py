@@ -131,7 +131,8 @@ def build(cfg: DictConfig) -> dict[str, Any]:
     Raises:
         ConfigError: A constructor refuses its values.
     """
-    nodes = {key: value for key, value in cfg.items() if value != {}}
+    resolved = OmegaConf.create(OmegaConf.to_container(cfg, resolve=True))  # Hydra would resolve shared nodes in `cfg`
+    nodes = {key: value for key, value in resolved.items() if value != {}}
     return {key: _build_node(node) if _is_node(node) else node for key, node in nodes.items()}
 
 

@@ -151,9 +151,9 @@ class Planner:
     def sampling(self) -> list[StageMemory]:
         """The validation's prompts, drawn beside what training holds between two steps."""
         validation, pipe = self.run.validation, self.rehearsal.module.pipe
-        if not (validation and validation.prompts):
+        if not (validation and (validation.prompts or validation.shown_rows(pipe))):
             return []
-        request = {"prompt": validation.prompts[0], **validation.options}
+        request = {"prompt": (*validation.prompts, "a picture")[0], **validation.options}
         whole, kept = pipe.complete(request), self.kept
         peak = kept.between_steps + self.sample(request).peak
         size = whole["width"], whole["height"]

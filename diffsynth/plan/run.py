@@ -27,6 +27,7 @@ class PlanRun(Run):
         tokens: Tokens of each prompt, where it is not padded to a length of its own.
         cached: Plan as if the data set were cached already.
         cache_batch_size: Samples that go through an encoder together when a cache is made.
+        fetch_data: Whether `dataset=example` is fetched; else one blank picture is planned where it is absent.
         path: Folder of plan.json and plan.svg.
         processes, engine: How many devices the run is spread over, and by which engine (`plan.shares`).
         on_cuda: Whether the run is to be on CUDA.
@@ -37,6 +38,7 @@ class PlanRun(Run):
     tokens: int = 256
     cached: bool = False
     cache_batch_size: int = 8
+    fetch_data: bool = False
     path: str = "outputs/plan"
     processes: int = 1
     engine: str = "ddp"

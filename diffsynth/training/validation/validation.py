@@ -7,6 +7,7 @@ import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from accelerate.utils import broadcast_object_list
@@ -19,6 +20,9 @@ from ...diffusion.pipeline.remembered import UnitMemory
 from ...diffusion.randomness import StratifiedRNG
 from .few_steps import FewSteps
 from .metrics import Metric
+
+if TYPE_CHECKING:
+    from ...diffusion.base_pipeline import BasePipeline
 
 logger = logging.getLogger(__name__)
 
@@ -39,7 +43,8 @@ class Validation:
         loss_samples: How many rows of each.
         metrics: What drawings of the rows' prompts are measured by, by name.
         metric_samples: How many rows of each are drawn for them.
-        template_samples: How many rows of each are drawn to be seen, where a template reads inputs of theirs.
+        row_samples: How many rows of each are sampled to be seen, with their own prompt and inputs.
+        template_samples: The same where a template is trained, which reads inputs of theirs.
         weights: Which weights are looked at: `raw`, the average `ema`, or both; names of the latter start with `ema_`.
         few_steps: Compares the student of a distillation with its teacher.
     """
@@ -53,6 +58,7 @@ class Validation:
     loss_samples: int = 64
     metrics: Mapping[str, Metric] = field(default_factory=dict)
     metric_samples: int = 64
+    row_samples: int = 0
     template_samples: int = 4
     weights: Sequence[str] = ("raw",)
     few_steps: FewSteps | None = None
@@ -70,11 +76,15 @@ class Validation:
         """
         module.pipe.complete(self.options)
         compared = self.few_steps.models(module) if self.few_steps else set()
-        draws_rows = self.metrics or (self.template_samples and module.pipe.template is not None)
+        draws_rows = self.metrics or self.shown_rows(module.pipe)
         if self.prompts or (draws_rows and self.datasets):
             return compared | module.pipe.models_of(module.pipe.units, model_fn=True)
         encodes = any(dataset.needs_encoders for dataset in self.datasets.values())
         return compared | (module.pipe.models_of(module.units, model_fn=True) if encodes else set())
+
+    def shown_rows(self, pipe: "BasePipeline") -> int:
+        """How many rows of each data set are sampled to be seen."""
+        return self.row_samples if pipe.template is None else self.template_samples
 
     def due(self, step: int, done: bool) -> bool:
         return step == 0 or done or (self.every is not None and step % self.every == 0)
@@ -125,9 +135,8 @@ class Validation:
                 measured = self.measure(module, dataset)
                 values |= {f"{name}_{key}": value for key, value in measured.items()}
             requests = {"": [{"prompt": prompt} for prompt in self.prompts]}
-            if pipe.template is not None:
-                rows = {f"{n}_": first_rows(d, self.template_samples) for n, d in self.datasets.items()}
-                requests |= {name: requests_of(own, module) for name, own in rows.items()}
+            rows = {f"{name}_": first_rows(own, self.shown_rows(pipe)) for name, own in self.datasets.items()}
+            requests |= {name: requests_of(own, module) for name, own in rows.items()}
             for name, own in requests.items():
                 images = self._generate(pipe, own)
                 if own and accelerator.is_main_process:
