@@ -126,6 +126,34 @@ def test_a_data_set_of_ones_own_is_one_file(tmp_path):
     assert (cfg.dataset.path, cfg.validation.options.height, cfg.validation.prompts) == ("my_images", 512, [])
 
 
+def test_full_training_has_a_rate_of_its_own():
+    def rate(*overrides: str) -> float:
+        cfg = tiny.compose("train", "model=qwen_image", *overrides)
+        check(cfg, tiny.schema("train"))
+        return cfg.optimizer.lr
+
+    adapter, full = 1e-4, 1e-5
+    assert (rate(), rate("lora=dora"), rate("optimizer=schedule_free")) == (adapter, adapter, adapter)
+    assert (rate("lora=none"), rate("task=autoencoder", "lora=none")) == (full, full)
+    assert rate("task=template") == adapter  # small and new, as an adapter is
+    assert (rate("lora=none", "model.training.full_learning_rate=1e-6"), rate("lora=none", "optimizer.lr=1")) == (
+        1e-6,
+        1,
+    )
+
+
+@pytest.mark.parametrize("model", options("model"))
+def test_a_model_brings_data_that_it_can_be_trained_on(model):
+    """The embedded ones the embedded emoji, the others their examples: of their size, with what they read."""
+    cfg = tiny.compose("train", f"model={model}")
+    own = (cfg.dataset.height, cfg.dataset.width) == (cfg.model.height, cfg.model.width)
+    assert own and cfg.dataset.path.startswith("data/emoji" if model.startswith("emoji") else "data/diffsynth_example")
+    assert list(cfg.task.extra_inputs) == list(cfg.dataset.data_file_keys[1:])
+    assert bool(cfg.task.extra_inputs) == ("edit" in model)
+    assert cfg.validation.datasets.trained.path == cfg.dataset.path
+    assert tiny.compose("make_cache", f"model={model}").dataset == cfg.dataset
+
+
 @pytest.mark.parametrize("entry, task", [("train", "sft"), ("train", "template"), ("distill", "distill/add")])
 def test_noise_levels_are_chosen_by_a_word_in_every_task_that_trains_some(entry, task):
     cfg = tiny.compose(entry, f"task={task}", "timesteps=logit_normal", "task.timesteps.mean=0.5")

@@ -85,6 +85,6 @@ def test_where_the_pictures_are_kept_changes_no_result_but_what_is_drawn_does():
         assert signature(tiny.compose("distill", override)) != plain
 
 
-def test_the_embedded_models_recipe_is_its_own():
+def test_a_model_may_have_defaults_for_distillation():
     rates = [tiny.compose("distill", f"model={name}").optimizer.lr for name in ("emoji", "qwen_image")]
     assert rates == [2e-3, tiny.compose("train", "model=qwen_image").optimizer.lr]

@@ -30,16 +30,30 @@ class TrainingDefaults:
     """Where a training of one model starts from unless the configuration says otherwise.
 
     Args:
-        learning_rate: Of LoRA training.
+        learning_rate: Of an adapter or a template.
+        full_learning_rate: Of the model itself, trained in full.
+        max_steps: Optimizer steps.
+        batch_size: Samples an optimizer step, over all devices.
         micro_batch_size: Samples a forward on one device; None is all at once.
+        validate_every: Optimizer steps between two evaluations; None evaluates before the first and after the last.
         checkpointing: See `core.memory.MemoryRecipe`.
         lora_target_modules: Layers that LoRA adapts, by model.
+        data_file_keys: Columns of image files that a row of its data has.
+        extra_inputs: Those of them that the pipeline reads beside the image it is to make.
+        example: Folder of its images in the data set `DiffSynth-Studio/diffsynth_example_dataset`; None for none.
     """
 
     learning_rate: float = 1e-4
+    full_learning_rate: float = 1e-5
+    max_steps: int = 300
+    batch_size: int = 8
     micro_batch_size: int | None = 1
+    validate_every: int | None = 100
     checkpointing: str = "blocks"
     lora_target_modules: Mapping[str, Sequence[str] | str] = field(default_factory=dict)
+    data_file_keys: Sequence[str] = ("image",)
+    extra_inputs: Sequence[str] = ()
+    example: str | None = None
 
 
 class PipelineNetworks(nn.Module):
