@@ -16,6 +16,7 @@ from omegaconf import DictConfig
 from ..core.files import write_text
 from ..core.signals import REQUEUE_STATUS
 from .nodes import ConfigError, check
+from .run_folder import is_finished
 from .sweep import record, sweep_folder
 
 OWN = ("hydra.launcher", "hydra/launcher", "hydra.sweep", "hydra/sweep", "hydra.mode")  # overrides that are not a job's
@@ -89,7 +90,7 @@ class SlurmLauncher(Launcher):
         job, folder = self.loader.load_sweep_config(self.config, overrides), sweep_folder(self.config)
         run_dir = Path(job.run_dir)
         record(folder, number, run_dir, overrides)
-        if (run_dir / "finished.json").exists():
+        if is_finished(job):
             return overrides, None
         run_dir.mkdir(parents=True, exist_ok=True)  # Slurm makes no folder for its log
         script = folder / f"{number}.sh"

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from accelerate.utils import broadcast_object_list
 from safetensors.torch import load_file
@@ -18,6 +18,9 @@ from torch import Tensor
 from ..core.files import remove_leftovers, replacing_folder, write_text
 from ..core.loader import save_safetensors
 from ..core.safe_tree import join_state, split_state
+
+if TYPE_CHECKING:
+    from .state import TrainingState
 
 logger = logging.getLogger(__name__)
 
@@ -64,13 +67,19 @@ class Checkpoints:
             identity: What must be as it was when the checkpoint was saved, by name.
 
         Raises:
-            ValueError: The run has other data, or another model, than when it was saved.
+            ValueError: The run has other data, or another model, than when it was saved; or it had another length, and
+                cannot be extended to this one.
         """
         found = [None]
         if accelerator.is_main_process and self.path.is_dir():
             remove_leftovers(self.path)
-            found = [self.newest()]
+            try:
+                found = [self.newest_for(state)]
+            except ValueError as error:  # told by all, or the others would wait
+                found = [str(error)]
         (newest,) = broadcast_object_list(found)
+        if isinstance(newest, str):
+            raise ValueError(newest)
         if newest is None:
             return False
         folder, content = newest
@@ -139,13 +148,41 @@ class Checkpoints:
         self.check_room(size, max(most - len(self.steps()), 1))
 
     def newest(self) -> tuple[Path, dict] | None:
-        """The newest checkpoint that is whole, and its content; those that are damaged are named and passed over."""
+        """The newest checkpoint that is whole, and its content."""
+        return next(self.whole(), None)
+
+    def whole(self) -> Iterator[tuple[Path, dict]]:
+        """Checkpoints and their content, the newest first; those that are damaged are named and passed over."""
         for step in sorted(self.steps(), reverse=True):
             folder = self.path / f"step-{step:06d}"
             try:
-                return folder, read_checkpoint(folder)
+                yield folder, read_checkpoint(folder)
             except DamagedCheckpoint as error:
                 logger.warning("Passing over a damaged checkpoint: %s", error)
+
+    def newest_for(self, state: "TrainingState") -> tuple[Path, dict] | None:
+        """The newest whole checkpoint that a run of this length goes through; None where there is no checkpoint.
+
+        Raises:
+            ValueError: There are checkpoints, but it goes through none of them, or it ends before the newest.
+        """
+        passed_over = []
+        for folder, content in self.whole():
+            if content["step"] > state.steps:
+                raise ValueError(
+                    f"{self.path.parent} is at step {content['step']}, beyond the {state.steps} steps that are asked "
+                    f"for: set name=… for a run of {state.steps} steps."
+                )
+            if state.goes_through(content["parts"]["counters"]):
+                return folder, content
+            passed_over.append(content["step"])
+        if passed_over:
+            raise ValueError(
+                f"{self.path.parent} cannot be extended to {state.steps} steps: in all of its checkpoints (of step "
+                f"{', '.join(map(str, passed_over))}) the learning rate already follows the end of another length. "
+                f"Start from what is in {self.path.parent}/weights by lora.checkpoint=… or model.dit.path=…, or set "
+                "name=… to start anew."
+            )
         return None
 
     def steps(self) -> list[int]:

@@ -399,10 +399,43 @@ def test_what_changes_the_results_changes_the_folder(override):
 
 @pytest.mark.parametrize(
     "override",
-    ["device=cpu", "logger.every=1", "dataset.num_workers=4", "micro_batch_size=2", "name=other", "output_root=there"],
+    [
+        *(
+            "device=cpu",
+            "logger.every=1",
+            "dataset.num_workers=4",
+            "micro_batch_size=2",
+            "name=other",
+            "output_root=there",
+        ),
+        *("validation=none", "validation.prompts=[a cat]", "validation=[emoji,lpips]", "data_report.rows=0"),
+        *("export.save_steps=null", "logger=wandb", "checkpoint.every=1"),
+    ],
 )
 def test_what_does_not_change_the_results_does_not_change_the_folder(override):
     assert signature(tiny.compose("train", override)) == signature(tiny.compose("train"))
+
+
+@pytest.mark.parametrize(
+    "choice, counts",
+    [
+        ("lr_scheduler=constant", False),
+        ("lr_scheduler=constant_with_warmup", False),
+        ("lr_scheduler=warmup_stable_decay", False),
+        ("lr_scheduler=linear", True),
+        ("lr_scheduler=cosine", True),
+    ],
+)
+def test_the_length_of_a_run_counts_where_its_rate_depends_on_it(choice, counts):
+    short, long = (signature(tiny.compose("train", choice, length)) for length in ("max_steps=600", "max_steps=1200"))
+    passes = signature(tiny.compose("train", choice, "max_steps=null", "num_epochs=5"))
+    assert (short != long, short != passes) == (counts, counts)
+
+
+def test_the_length_of_a_run_counts_where_its_task_changes_on_the_way():
+    hyper_sd = ["task=distill/hyper_sd", "lr_scheduler=constant"]
+    short, long = (signature(tiny.compose("distill", *hyper_sd, f"max_steps={steps}")) for steps in (600, 1200))
+    assert short != long
 
 
 def test_the_folder_is_named_after_the_name_and_the_signature():
