@@ -10,6 +10,8 @@ from typing import Any
 from hydra.errors import InstantiationException
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
+from .moved import up_to_date
+
 
 class ConfigError(ValueError):
     """A configuration that cannot run; the message is meant for the person who wrote it."""
@@ -21,6 +23,7 @@ def check(cfg: DictConfig, entry: Callable) -> None:
     Raises:
         ConfigError: An unknown key, a missing one, a value of the wrong type, a target that does not exist.
     """
+    cfg = up_to_date(cfg)
     missing = sorted(OmegaConf.missing_keys(cfg))
     if missing:
         raise ConfigError(f"{missing[0]} has no value: set {missing[0]}=… on the command line.")
@@ -131,7 +134,8 @@ def build(cfg: DictConfig) -> dict[str, Any]:
     Raises:
         ConfigError: A constructor refuses its values.
     """
-    resolved = OmegaConf.create(OmegaConf.to_container(cfg, resolve=True))  # Hydra would resolve shared nodes in `cfg`
+    # Of a copy: Hydra resolves nodes that others refer to in place.
+    resolved = OmegaConf.create(OmegaConf.to_container(up_to_date(cfg), resolve=True))
     nodes = {key: value for key, value in resolved.items() if value != {}}
     return {key: _build_node(node) if _is_node(node) else node for key, node in nodes.items()}
 

@@ -7,6 +7,8 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
+from .moved import with_todays_names
+
 # Keys that change where, how fast or how loudly a run goes, and what is seen of it, but not what comes out of it.
 NOT_SEMANTIC = (
     "hydra",
@@ -21,6 +23,7 @@ NOT_SEMANTIC = (
     "validation",
     "held_out",
     "max_bad_steps",
+    "profile",
     "micro_batch_size",
     "teacher_path",
     "dataset.num_workers",
@@ -40,7 +43,7 @@ TASKS_OF_KNOWN_LENGTH = ("diffsynth.diffusion.loss.HyperSD",)  # what they train
 
 def signature(_root_: DictConfig) -> str:
     """Eight hex digits that change with whatever changes a run's results, and with nothing else."""
-    config = OmegaConf.to_container(_root_, resolve=False)
+    config = _todays(_root_)
     return _digest(config, () if bound_to_length(config) else LENGTH)
 
 
@@ -49,7 +52,7 @@ OmegaConf.register_new_resolver("signature", signature, replace=True)
 
 def but_for_length(cfg: DictConfig) -> str:
     """The signature that runs share which differ in their length only."""
-    return _digest(OmegaConf.to_container(cfg, resolve=False), LENGTH)
+    return _digest(_todays(cfg), LENGTH)
 
 
 def bound_to_length(config: Mapping[str, Any]) -> str | None:
@@ -59,6 +62,10 @@ def bound_to_length(config: Mapping[str, Any]) -> str | None:
     if targets.get("lr_scheduler") not in (None, *OPEN_ENDED_SCHEDULES):
         return targets["lr_scheduler"]
     return targets["task"] if targets.get("task") in TASKS_OF_KNOWN_LENGTH else None
+
+
+def _todays(cfg: DictConfig) -> dict[str, Any]:
+    return with_todays_names(OmegaConf.to_container(cfg, resolve=False))
 
 
 def _digest(config: dict[str, Any], left_out: Sequence[str]) -> str:
