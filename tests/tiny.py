@@ -137,7 +137,12 @@ def call(entry: str, cfg):
 
 def train(output_root: Path, *overrides: str) -> Path:
     """Train in this process, as `python train.py` does, and return the run's folder."""
-    cfg = compose("train", *merged(train_overrides(output_root), overrides))
+    return train_with(*merged(train_overrides(output_root), overrides))
+
+
+def train_with(*overrides: str) -> Path:
+    """What `python train.py <overrides>` does, in this process; returns the run's folder."""
+    cfg = compose("train", *overrides)
     run_dir = claim(cfg)
     finish(run_dir, call("train", cfg))
     return run_dir

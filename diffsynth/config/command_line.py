@@ -3,9 +3,11 @@
 import difflib
 import logging
 import os
+import re
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from itertools import takewhile
 from pathlib import Path
 
 from hydra.core.hydra_config import HydraConfig
@@ -18,6 +20,7 @@ from .choices import START
 from .nodes import ConfigError
 
 HELP = ({"-h"}, {"--help"})
+RUNS_OF = {"plan": "train"}  # scripts that plan runs of another, and so take its experiments
 PART = "_"  # what a file is named by that other options are made of
 
 
@@ -27,6 +30,9 @@ def run_main(main: Callable[[], None]) -> None:
     try:
         if {word for word in sys.argv[1:] if word.startswith("-")} in HELP:  # with other flags: Hydra's own help
             return print(help_text([word for word in sys.argv[1:] if not word.startswith("-")]))
+        for group, check in {"experiment": _check_experiment, "local": _check_local}.items():
+            for name in _named(group):
+                check(name)
         slurm.register()
         main()
     except (ConfigCompositionException, OverrideParseException) as error:
@@ -35,6 +41,30 @@ def run_main(main: Callable[[], None]) -> None:
         sys.exit(f"error: {error}")
     except OSError as error:  # Hydra makes the run's folder before anything of ours runs
         sys.exit(f"error: {error}; set output_root=… to a folder that can be written.")
+
+
+def _named(group: str) -> list[str]:
+    """The options of a group that the command line names; a sweep names several."""
+    words = [word.removeprefix(f"{group}=") for word in sys.argv[1:] if word.startswith(f"{group}=")]
+    return [name for word in words for name in word.split(",")]
+
+
+def _check_experiment(name: str) -> None:
+    """Refuse an experiment of another script, which a comment at its top names by its command."""
+    file = _conf() / "experiment" / f"{name}.yaml"
+    head = "".join(takewhile(lambda line: line.startswith("#"), file.open(encoding="utf-8"))) if file.exists() else ""
+    made_by = re.search(r"(\w+)\.py experiment=", head)
+    script = Path(sys.argv[0]).stem
+    if made_by and made_by[1] not in (script, RUNS_OF.get(script)):
+        command = f"python {made_by[1]}.py experiment={name}"
+        raise ConfigError(f"experiment={name} is {made_by[1]}.py's, not {script}.py's: {command}")
+
+
+def _check_local(name: str) -> None:
+    """Refuse a file that is not there, which Hydra would pass over, as there need not be one."""
+    file = _conf() / "local" / f"{name}.yaml"
+    if not file.exists():
+        raise ConfigError(f"local={name}: there is no file {file}; conf/local/README.md says what belongs there.")
 
 
 class JobFailed(Exception):
@@ -132,7 +162,7 @@ def _describe_group(group: str, chosen: Sequence[str]) -> str:
     folder = _conf() / group
     files = [path for path in folder.rglob("*.yaml") if not path.name.startswith(PART)]
     options = {path.relative_to(folder).with_suffix("").as_posix(): _phrase(path) for path in files}
-    width = max(map(len, options))
+    width = max(map(len, options), default=0)
     lines = [f"  {'*' if name in chosen else ' '} {name:{width}}  {options[name]}".rstrip() for name in sorted(options)]
     return "\n".join([group, *lines, ""])
 

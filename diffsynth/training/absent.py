@@ -1,6 +1,7 @@
 """What stands in a training for a part that it does not have, so that its loop asks nobody whether they are there."""
 
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 from torch import Tensor
@@ -65,3 +66,13 @@ class NoValidation:
 
     def due(self, step: int, done: bool) -> bool:
         return False
+
+
+class NoProfile(AbstractContextManager):
+    """No trace is written."""
+
+    def __exit__(self, *_) -> None:
+        pass
+
+    def step(self) -> None:
+        pass

@@ -15,11 +15,12 @@ from ..core.progress import ProgressBar
 from ..core.signals import leave_to_parent
 from ..diffusion.logger import ModelLogger
 from ..diffusion.training_module import DiffusionTrainingModule
-from .absent import NoCheckpoints, NoEMA, NoLogger, NoValidation
+from .absent import NoCheckpoints, NoEMA, NoLogger, NoProfile, NoValidation
 from .bad_steps import BadSteps
 from .checkpoint import Checkpoints
 from .ema import EMA
 from .engines import Engine, choose_engine
+from .profile import Profile
 from .record.numbers import LocalLogger
 from .state import TrainingState
 from .stopping import Stopped, StopRequest, stop_on_signals
@@ -57,6 +58,7 @@ class Trainer:
     lr_scheduler: Callable | None = None
     max_steps: int | None = None
     num_epochs: float = 1
+    samples: int | None = None
     batch_size: int = 1
     micro_batch_size: int | None = None
     max_grad_norm: float | None = None
@@ -66,6 +68,7 @@ class Trainer:
     identity: Mapping[str, Any] = field(default_factory=dict)
     logger: LocalLogger | NoLogger | None = None
     validation: Validation | NoValidation | None = None
+    profile: Profile | NoProfile | None = None
     bad_steps: BadSteps = field(default_factory=BadSteps)
 
     def __post_init__(self):
@@ -73,8 +76,9 @@ class Trainer:
         self.checkpoint = self.checkpoint or NoCheckpoints()
         self.logger = self.logger or NoLogger()
         self.validation = self.validation or NoValidation()
+        self.profile = self.profile or NoProfile()
         self.layout = BatchLayout(self.batch_size, self.micro_batch_size, self.engine.replicas)
-        self.order = self.dataset.order(self.batch_size, self.seed)
+        self.order = self.dataset.order(self.batch_size, self.seed, self.samples)
         self.steps = self.max_steps or self.order.steps_of(self.num_epochs)
 
     @classmethod
@@ -97,7 +101,7 @@ class Trainer:
         sampler = BatchSampler(self.order, self.layout, self.engine.replica, state.step, self.steps - state.step)
         bar = ProgressBar(self.steps, state.step, self.accelerator.is_main_process)
 
-        with stop_on_signals() as stop, self._batches(sampler) as batches:
+        with stop_on_signals() as stop, self._batches(sampler) as batches, self.profile as profile:
             while True:
                 done, last = self._ends(state, stop)
 
@@ -122,6 +126,7 @@ class Trainer:
                 if not state.update(self.max_grad_norm):
                     self.bad_steps.note(self.accelerator, state, sampler.step(state.step - 1))
                 bar.advance(state.step)
+                profile.step()
 
         bar.close()
         if self.accelerator.is_main_process:
@@ -222,7 +227,8 @@ def launch_training_task(
         optimizer, lr_scheduler: See `TrainingState`.
         max_grad_norm: Clip the gradient's norm to this.
         num_workers: Processes that load the data; None takes the data set's own number.
-        parts: Further fields of `Trainer`: `engine`, `ema`, `checkpoint`, `logger`, `validation`, `bad_steps`.
+        parts: Further fields of `Trainer`: `engine`, `ema`, `checkpoint`, `logger`, `validation`,
+            `profile`, `bad_steps`.
 
     Raises:
         Stopped: A signal asked for it; the state is saved.

@@ -24,6 +24,7 @@ class Run:
         ema: Average of the weights (`training.ema.EMA`); None for none.
         max_steps: Optimizer steps; None counts `num_epochs` instead.
         num_epochs: Passes over the data set, times its `repeat`.
+        samples: How many samples of the data set are trained on, the first ones; None for all.
         batch_size: Samples an optimizer step, over all devices.
         micro_batch_size: Samples a forward on one device; None takes all at once.
         max_grad_norm: Limit of the gradient's norm; None does not clip.
@@ -32,6 +33,7 @@ class Run:
         logger: Where numbers go (`training.record.numbers.LocalLogger`).
         export: Weights to use (`diffusion.logger.ModelLogger`).
         checkpoint: State to resume from (`training.checkpoint.Checkpoints`).
+        profile: Writes a trace of a few steps (`training.profile.Profile`); None writes none.
         data_report: What is written down about the data before the first step (`training.record.data_report`).
     """
 
@@ -52,10 +54,12 @@ class Run:
     template: Any = None
     ema: Any = None
     validation: Any = None
+    profile: Any = None
     device: str = "auto"
     seed: int = 0
     max_steps: int | None = None
     num_epochs: float = 1
+    samples: int | None = None
     batch_size: int = 1
     micro_batch_size: int | None = None
     max_grad_norm: float | None = None

@@ -337,6 +337,41 @@ def test_options_of_an_experiment_that_contradict_each_other_are_named(experimen
     assert "memory=fp8 and memory=int8 contradict each other" in message
 
 
+@pytest.mark.parametrize(
+    "script, experiment, other",
+    [
+        ("train.py", "emoji_distill/dmd2", "distill.py"),
+        ("distill.py", "emoji/pretrain", "train.py"),
+        ("plan.py", "emoji_distill/lcm", "distill.py"),
+    ],
+)
+def test_an_experiment_refuses_the_wrong_script_and_names_the_right_one(script, experiment, other, monkeypatch):
+    message = complaint(monkeypatch, f"experiment={experiment}", script=script)
+    assert message == (
+        f"error: experiment={experiment} is {other}'s, not {script}'s: python {other} experiment={experiment}"
+    )
+
+
+@pytest.mark.parametrize("experiment", options("experiment"))
+def test_an_experiment_says_at_its_top_how_it_is_run(experiment):
+    head = (CONF / "experiment" / f"{experiment}.yaml").read_text().split("\ndefaults:")[0]
+    (command,) = re.findall(r"^# +(?:accelerate launch .*|python )(\w+)\.py experiment=(\S+)$", head, re.MULTILINE)
+    assert command == ("distill" if experiment.startswith("emoji_distill/") else "train", experiment)
+
+
+def test_a_machines_own_file_that_is_not_there_is_named(monkeypatch):
+    assert "there is no file" in complaint(monkeypatch, "local=nowhere")
+
+
+def test_a_machines_own_paths_come_after_an_experiment_and_before_the_command_line(tmp_path):
+    (tmp_path / "local").mkdir()
+    (tmp_path / "local" / "mine.yaml").write_text("# @package _global_\noutput_root: /data\nname: here\n")
+    mine = [f"hydra.searchpath=[file://{tmp_path}]", "local=mine", "experiment=emoji/pretrain"]
+    cfg = tiny.compose("train", *mine)
+    assert (cfg.output_root, cfg.name, cfg.max_steps) == ("/data", "here", 2000)
+    assert tiny.compose("train", *mine, "name=there").name == "there"
+
+
 def test_a_group_that_a_script_has_not_is_answered_with_those_it_has(monkeypatch):
     message = complaint(monkeypatch, "dataset=emoji", script="generate.py")
     assert "dataset: generate.py has no such group; it has model." in message

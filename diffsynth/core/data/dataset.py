@@ -12,7 +12,7 @@ from torch.utils.data import Dataset
 from .operators.unread import Variants
 from .order.addresses import SampleAddress
 from .order.buckets import Size
-from .order.mixing import MixedOrder, WeightedRows, joined
+from .order.mixing import MixedOrder, WeightedRows, first_samples, joined
 from .scan import SkippedRow
 
 
@@ -108,9 +108,10 @@ class TrainingData(Dataset):
         """What each size has from each data set that is mixed; None where each sample has its own size."""
         return {None: [WeightedRows(range(self.size), self.repeat)]}
 
-    def order(self, batch_size: int, seed: int) -> MixedOrder:
-        """An order of batches of one size each."""
-        return MixedOrder(list(self.rows_in_buckets().values()), batch_size, seed)
+    def order(self, batch_size: int, seed: int, samples: int | None = None) -> MixedOrder:
+        """An order of batches of one size each, of the first `samples` only; None takes all."""
+        buckets = list(self.rows_in_buckets().values())
+        return MixedOrder(buckets if samples is None else first_samples(buckets, samples), batch_size, seed)
 
     # Making a cache
 
