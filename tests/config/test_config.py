@@ -82,6 +82,22 @@ def test_the_help_names_every_option_with_a_phrase_and_marks_the_chosen(entry, m
     assert yaml.safe_load(shown.split("Configuration\n")[1])["model"]["height"] == 1328
 
 
+def nodes_in_full() -> list[Path]:
+    """The files that list every tunable of something; others change a few keys, and say why in their first line."""
+    deltas = ("accelerate", "hydra", "experiment", "debug", "distillation_defaults", "local", "model")
+    files = [path for path in sorted(CONF.rglob("*.yaml")) if path.relative_to(CONF).parts[0] not in deltas]
+    return [path for path in files if "_target_: " in path.read_text() and not path.stem.startswith("emoji")]
+
+
+@pytest.mark.parametrize("path", nodes_in_full(), ids=lambda path: str(path.relative_to(CONF)))
+def test_every_tunable_says_what_it_does(path):
+    """In a comment on its line, or on the line above for a pair such as height and width."""
+    lines = path.read_text().split("\nhydra:")[0].splitlines()
+    tunable = re.compile(r" *(?!_target_|_partial_|defaults|origin_file_pattern)\w+: (?!\$\{|\{\})\S")
+    pairs = zip(lines, lines[1:], strict=False)
+    assert [line for above, line in pairs if tunable.match(line) and "#" not in line + above] == []
+
+
 def assert_names_the_extra(message: str):
     """A target may be missing only with its package, and only if an extra of this project installs that."""
     target = re.search(r"_target_ is '(\S+)'", message).group(1)
