@@ -55,7 +55,7 @@ def measure(kind: str, pixels: int, rank: int) -> dict:
 
         def trained_parts(self):
             named = {name: p for name, p in self.named_parameters() if p.requires_grad}
-            others = self.roles.trained(named) if self.roles else {}
+            others = self.roles.partition(named) if self.roles else {}
             apart = {name for part in others.values() for name in part}
             return {MODEL: {name: p for name, p in named.items() if name not in apart}, **others}
 

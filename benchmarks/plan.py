@@ -51,7 +51,7 @@ OPTIMIZER = partial(torch.optim.AdamW, lr=1e-4)
 
 def module_of(family: str, training: str, checkpointing: str) -> PipelineTrainingModule:
     kind = QwenImagePipeline if family == "qwen_image" else Flux2ImagePipeline
-    pipe = kind.from_components(Architecture(CONFIGS[family]), None, None, None)
+    pipe = kind.from_components(dit=Architecture(CONFIGS[family]), text_encoder=None, vae=None, tokenizer=None)
     lora = LoRA(rank=32, target_modules=TARGETS) if training == "lora" else None
     return PipelineTrainingModule(pipe, FlowMatchSFT(), lora, memory=MemoryRecipe(checkpointing=checkpointing))
 

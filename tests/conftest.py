@@ -104,7 +104,9 @@ def rows() -> list[dict]:
 
     pixels = np.random.default_rng(0).integers(0, 256, (3, 48, 32, 3), dtype=np.uint8)
     prompts = ["", "a red apple", "a line emoji of a tiger face, looking at an umbrella"]
-    return [{"image": Image.fromarray(p), "prompt": text} for p, text in zip(pixels, prompts, strict=True)]
+    from diffsynth.core.data import Row
+
+    return [Row({"image": Image.fromarray(p), "prompt": text}) for p, text in zip(pixels, prompts, strict=True)]
 
 
 @pytest.fixture(scope="session")

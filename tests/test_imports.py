@@ -3,6 +3,7 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
@@ -13,9 +14,13 @@ PACKAGE = ROOT / "diffsynth"
 
 def imported(file: Path) -> set[str]:
     """Full names of the modules that a file imports, wherever in it."""
+    return imported_by(ast.walk(ast.parse(file.read_text(encoding="utf-8"))), file)
+
+
+def imported_by(nodes: Iterable[ast.AST], file: Path) -> set[str]:
     package = file.relative_to(ROOT).parent.parts
     names = set()
-    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+    for node in nodes:
         if isinstance(node, ast.Import):
             names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
@@ -41,13 +46,60 @@ def torch_imported_by(*command: str) -> bool:
     return re.search(r"\| +torch$", result.stderr, re.MULTILINE) is not None
 
 
-def test_core_knows_neither_diffusion_nor_pipelines():
-    assert importers(PACKAGE / "core", "diffsynth.diffusion", "diffsynth.pipelines") == set()
+# What each package may import besides itself; `config` and `report` stand beside the others.
+BELOW = {
+    "core": set(),
+    "diffusion": {"core"},
+    "pipelines": {"core", "diffusion"},
+    "cache": {"core", "diffusion"},
+    "training": {"core", "diffusion", "cache"},
+    "plan": {"core", "diffusion", "cache", "training"},
+    "report": {"core"},
+    "config": {"core", "report"},
+}
 
 
-def test_diffusion_knows_no_pipeline():
-    assert importers(PACKAGE / "diffusion", "diffsynth.pipelines") == set()
-    assert importers(PACKAGE / "pipelines", "diffsynth.core") != set()  # the check itself sees relative imports
+def modules() -> dict[str, Path]:
+    """The package's files by the names of their modules."""
+    names = {file: file.relative_to(ROOT).with_suffix("").parts for file in PACKAGE.rglob("*.py")}
+    return {".".join(part for part in parts if part != "__init__"): file for file, parts in names.items()}
+
+
+def needed_modules(file: Path) -> set[str]:
+    """The package's modules that a file imports to run, at once or in a function."""
+    known, tree = modules(), ast.parse(file.read_text(encoding="utf-8"))
+    for_checkers = [node for node in tree.body if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.dump(node.test)]
+    left_out = {inner for node in for_checkers for inner in ast.walk(node)}
+    names = imported_by((node for node in ast.walk(tree) if node not in left_out), file)
+    return {name if name in known else name.rpartition(".")[0] for name in names} & known.keys()
+
+
+def reachable(start: str, edges: dict[str, set[str]]) -> set[str]:
+    found, left = set(), list(edges[start])
+    while left:
+        name = left.pop()
+        if name not in found:
+            found.add(name)
+            left += edges[name]
+    return found
+
+
+@pytest.mark.parametrize("package", BELOW)
+def test_arrows_point_down(package):
+    others = [f"diffsynth.{other}" for other in BELOW if other != package and other not in BELOW[package]]
+    assert importers(PACKAGE / package, *others) == set()
+    assert {file.name for file in PACKAGE.iterdir() if file.is_dir() and file.name != "__pycache__"} <= BELOW.keys()
+
+
+def test_no_import_leads_back():
+    edges = {name: needed_modules(file) - {name} for name, file in modules().items()}
+    assert [name for name in edges if name in reachable(name, edges)] == []
+    assert any(edges.values())
+
+
+def test_a_folder_holds_at_most_20_files():
+    counts = {folder: len(list(folder.glob("*.py"))) for folder in [ROOT / "tests", *PACKAGE.rglob("*/")]}
+    assert {str(folder): count for folder, count in counts.items() if count > 20} == {}
 
 
 @pytest.mark.parametrize("name", ["qwen", "flux", "wan(?!t|db)"])
@@ -68,7 +120,8 @@ def test_the_package_and_the_help_need_no_torch():
 
 
 @pytest.mark.parametrize("script", sorted(path.name for path in ROOT.glob("*.py")))
-def test_entry_scripts_import_only_the_configuration_at_first(script):
+def test_entry_scripts_import_only_the_configuration_and_its_schema_at_first(script):
     tree = ast.parse((ROOT / script).read_text(encoding="utf-8"))
     modules = {node.module for node in tree.body if isinstance(node, ast.ImportFrom)}
-    assert {name for name in modules if name.startswith("diffsynth")} == {"diffsynth.config"}
+    light = {"diffsynth.config", "diffsynth.training.run", "diffsynth.plan.run", "diffsynth.cache.run"}
+    assert {name for name in modules if name.startswith("diffsynth")} <= light

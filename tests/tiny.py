@@ -137,11 +137,11 @@ def call(entry: str, cfg):
 
 def train(output_root: Path, *overrides: str) -> Path:
     """Train in this process, as `python train.py` does, and return the run's folder."""
-    return train_with(*merged(train_overrides(output_root), overrides))
+    return run(merged(train_overrides(output_root), overrides))
 
 
-def train_with(*overrides: str) -> Path:
-    """What `python train.py <overrides>` does, in this process; returns the run's folder."""
+def run(overrides: list[str]) -> Path:
+    """`python train.py <overrides>` in this process; the run's folder."""
     cfg = compose("train", *overrides)
     run_dir = claim(cfg)
     finish(run_dir, call("train", cfg))

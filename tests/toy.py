@@ -1,10 +1,14 @@
 """Two Gaussians in the plane as a model family of its own: its velocity is known, and drawing takes no time."""
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor, nn
 
 from diffsynth.diffusion.base_pipeline import BasePipeline
-from diffsynth.diffusion.flow_match import FlowMatchScheduler
+from diffsynth.diffusion.pipeline.components import Network
+from diffsynth.diffusion.pipeline.request import ImageRequest
+from diffsynth.diffusion.pipeline.vae import Latents
 
 MODES = torch.tensor([[-2.0, -1.0], [2.0, 1.0]])
 WIDTH = 0.2
@@ -35,31 +39,41 @@ def mixture_velocity(x: Tensor, sigma: Tensor) -> Tensor:
     return (which * (noise - clean)).sum(1)
 
 
-class ToyPipeline(BasePipeline):
-    """Draws points (B, 2, 1, 1) instead of images."""
+@dataclass(kw_only=True)
+class ToyRequest(ImageRequest):
+    num_inference_steps: int = 40
 
+
+class ToyPipeline(BasePipeline):
+    """Samples points (B, 2, 1, 1) instead of images."""
+
+    request = ToyRequest
+    components = {"dit": Network("Field", lora="transformer")}
+    latents = Latents(channels=2, factor=1)
+    unit_classes = ()
     decoding_models = ()
-    latent_channels, latent_factor = 2, 1
 
     def __init__(self):
         super().__init__("cpu", torch.float32)
         self.dit = Field()
-        self.scheduler = FlowMatchScheduler(lambda steps, **_: torch.linspace(1, 0, steps + 1)[:-1])
         self.progress_bar = iter
 
     @staticmethod
     def model_fn(dit: Field, latents: Tensor, timestep: Tensor) -> Tensor:
         return dit(latents[..., 0, 0], timestep / 1000)[..., None, None]
 
-    def set_timesteps(self, request) -> None:
-        self.scheduler.set_timesteps(request["num_inference_steps"], sigmas=request["sigmas"])
-
-    def __call__(self, num_inference_steps: int = 40, cfg_scale: float = 1.0, sigmas=None, renoise: bool = False):
-        raise NotImplementedError
+    @staticmethod
+    def sigma_grid(num_inference_steps: int, denoising_strength: float = 1.0) -> Tensor:
+        return torch.linspace(1, 0, num_inference_steps + 1)[:-1]
 
     def points(self, count: int, settings: dict, seed: int = 0) -> Tensor:
         """Where drawings (count, 2) end that start from noise of one generator."""
         noise = torch.randn(count, 2, 1, 1, generator=torch.Generator().manual_seed(seed))
         with self.sampling_steps(settings):
-            shared = {"latents": noise, "cfg_scale": 1, "renoise": settings.get("renoise"), "seed": [*range(count)]}
+            shared = {
+                "latents": noise,
+                "cfg_scale": 1,
+                "sampler": settings.get("sampler", "euler"),
+                "seed": [*range(count)],
+            }
             return self.denoise(shared, {}, {})[..., 0, 0]

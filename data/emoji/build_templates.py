@@ -2,17 +2,22 @@
 
     python data/emoji/build_templates.py
 
-Needs the images and csv files of `build.py`. Committed files were made with pillow 13.0.0; the same bytes every time.
+Needs the images and csv files of `build.py`, and diffsynth. The pictures of each kind are one tar shard, in which the
+rows name them. The committed files were made with pillow 13.0.0 and its libwebp 1.6.0; the same bytes come out every
+time.
 """
 
 import csv
 import json
 import random
-import shutil
+import tarfile
+from io import BytesIO
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
+
+from diffsynth.core.data import read_shards
 
 HERE = Path(__file__).resolve().parent
 QUALITY = 75
@@ -38,48 +43,72 @@ def read_concepts(split):
     return [(Path(row["image"]).stem, row["prompt"].removeprefix("a color emoji of ")) for row in rows]
 
 
-def write_shades(folder, draw_gamma, split):
-    """Shaded pictures, whose white stays white, and a row of each, whose template input is the picture itself."""
-    for slug, name in read_concepts(split)[:: EVERY[split]]:
-        original, draw = np.asarray(Image.open(HERE / f"color/{slug}.webp")) / 255, random.Random(f"{folder} {slug}")
+def shaded_concepts(split):
+    """(slug, name) of those concepts of a split that are shaded."""
+    return read_concepts(split)[:: EVERY[split]]
+
+
+def shades(kind, draw_gamma):
+    """(file name, picture) of every shade of every concept; white stays white."""
+    for slug, _ in [concept for split in EVERY for concept in shaded_concepts(split)]:
+        original, draw = np.asarray(Image.open(HERE / f"color/{slug}.webp")) / 255, random.Random(f"{kind} {slug}")
         for number in range(SHADES):
-            path = f"{folder}/{slug}-{number}.webp"
             pixels = 255 * original ** draw_gamma(draw, number)
-            Image.fromarray(pixels.round().astype(np.uint8)).save(HERE / path, quality=QUALITY, method=6)
+            yield f"{slug}-{number}.webp", Image.fromarray(pixels.round().astype(np.uint8))
+
+
+def mirrored():
+    """(file name, picture) of the colour pictures mirrored, which the base never saw."""
+    for path in sorted((HERE / "color").glob("*.webp")):
+        yield path.name, Image.open(path).transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+
+
+def write_shard(kind, pictures):
+    """Write (file name, picture) into the tar shard of their kind."""
+    with tarfile.open(HERE / f"{kind}.tar", "w", format=tarfile.USTAR_FORMAT) as shard:
+        for name, picture in pictures:
+            picture.save(file := BytesIO(), "webp", quality=QUALITY, method=6)
+            member = tarfile.TarInfo(name)  # without owner and date, so that equal pictures make equal shards
+            member.size = file.tell()
+            file.seek(0)
+            shard.addfile(member, file)
+
+
+def names_in_shard(kind):
+    """What rows call each picture of a shard, by its file name."""
+    return {Path(row["image"]).name: row["image"] for row in read_shards(str(HERE), f"{kind}.tar")}
+
+
+def shade_rows(kind, split):
+    """A row of every shade, whose template input is the picture itself."""
+    names = names_in_shard(kind)
+    for slug, name in shaded_concepts(split):
+        for number in range(SHADES):
+            path = names[f"{slug}-{number}.webp"]
             yield {"image": path, "prompt": f"a color emoji of {name}", "template_inputs": {"image": path}}
 
 
-def write_mirrored():
-    """The colour pictures mirrored, which the base never saw."""
-    make_folder("mirrored")
-    for path in sorted((HERE / "color").glob("*.webp")):
-        image = Image.open(path).transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-        image.save(HERE / "mirrored" / path.name, quality=QUALITY, method=6)
-
-
-def structures(split):
+def structure_rows(split):
     """Line art, and the same in colour; by name, and without."""
+    names = names_in_shard("mirrored")
     for slug, name in read_concepts(split):
-        yield from both_ways("line", slug, f"a color emoji of {name}", "a color emoji")
+        yield from both_ways(names, "line", slug, f"a color emoji of {name}", "a color emoji")
 
 
-def edits(split):
+def edit_rows(split):
     """Flat pictures, and the same in colour."""
+    names = names_in_shard("mirrored")
     for slug, _ in read_concepts(split):
-        yield from both_ways("flat", slug, "a color emoji of this")
+        yield from both_ways(names, "flat", slug, "a color emoji of this")
 
 
-def both_ways(style, slug, *prompts):
+def both_ways(names, style, slug, *prompts):
     """Rows of a concept as it is, and mirrored."""
-    for folder in ("color", "mirrored"):
-        inputs = {"image": f"{style}/{slug}.webp", "mirror": folder == "mirrored"}
+    file = f"{slug}.webp"
+    for target, mirror in ((f"color/{file}", False), (names[file], True)):
         for prompt in prompts:
-            yield {"image": f"{folder}/{slug}.webp", "prompt": prompt, "template_inputs": inputs}
-
-
-def make_folder(name):
-    shutil.rmtree(HERE / name, ignore_errors=True)
-    (HERE / name).mkdir()
+            inputs = {"image": f"{style}/{file}", "mirror": mirror}
+            yield {"image": target, "prompt": prompt, "template_inputs": inputs}
 
 
 def write_rows(name, rows):
@@ -88,14 +117,14 @@ def write_rows(name, rows):
 
 
 def main():
-    write_mirrored()
-    for folder, draw_gamma in {"brightness": grey, "soft_rgb": colour}.items():
-        make_folder(folder)
+    write_shard("mirrored", mirrored())
+    for kind, draw_gamma in {"brightness": grey, "soft_rgb": colour}.items():
+        write_shard(kind, shades(kind, draw_gamma))
         for split in EVERY:
-            write_rows(f"{folder}_{split}", write_shades(folder, draw_gamma, split))
+            write_rows(f"{kind}_{split}", shade_rows(kind, split))
     for split in EVERY:
-        write_rows(f"structure_{split}", structures(split))
-        write_rows(f"edit_{split}", edits(split))
+        write_rows(f"structure_{split}", structure_rows(split))
+        write_rows(f"edit_{split}", edit_rows(split))
 
 
 if __name__ == "__main__":

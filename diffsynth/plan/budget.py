@@ -141,7 +141,7 @@ class Budget:
             f"{shown_size(share.host)} of host memory for each"
             for name, share in first.items()
         ]
-        cache = f"- a cache (make_cache.py, then dataset=cache): {shown_size(plan.held.encoders)} of encoders less"
+        cache = f"- a cache (make_cache.py, then dataset=cache): {shown_size(plan.footprint.encoders)} of encoders less"
         larger = f"- memory.budget={shown_size(need.device).replace(' ', '')}"
         return [larger, *([cache] if plan.footprint.encoders else []), *on]
 

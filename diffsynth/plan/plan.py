@@ -19,7 +19,7 @@ from .rehearsal import Rehearsal, Working
 from .run import PlanRun
 from .shares import Share, shares
 
-STAGES = ("train", "draw", "save", "cache")
+STAGES = ("train", "sample", "save", "cache")
 
 
 @dataclass(frozen=True)
@@ -157,7 +157,7 @@ class Planner:
         whole, kept = pipe.complete(request), self.kept
         peak = kept.between_steps + self.sample(request).peak
         size = whole["width"], whole["height"]
-        return [StageMemory("draw", size, kept.weights, optimizer=kept.optimizer + kept.average, peak=peak)]
+        return [StageMemory("sample", size, kept.weights, optimizer=kept.optimizer + kept.average, peak=peak)]
 
     def sample(self, request: Mapping) -> Working:
         """What drawing takes; it keeps nothing, so that few blocks tell it once for all policies."""

@@ -42,7 +42,7 @@ from diffsynth.training.accelerator import make_accelerator
 KILLS = int(os.environ.get("FAULTS", 5))
 DIT = LoRA(target_modules=["to_q", "to_v"], rank=4)
 TEXT = LoRA(models=("text_encoder",), target_modules=["q_proj"], rank=4)
-IMAGES, PROMPTS = "QwenImageUnit_InputImageEmbedder", "QwenImageUnit_PromptEmbedder"
+IMAGES, PROMPTS = "InputImageEmbedder", "QwenImageUnit_PromptEmbedder"
 LOOKING = ["validation=base", "validation.prompts=[a]", "validation.options={height: 32, width: 32}"]
 CLOSE = {"rel": 1e-6, "abs": 1e-6}
 VARIED = Augmentation(caption_dropout=0.4, flip=0.5)
@@ -144,7 +144,7 @@ def test_what_is_trained_is_not_cached_and_all_else_is_and_losses_are_the_same(t
 
 def test_an_image_that_is_needed_as_it_is_is_cached_as_it_is(tmp_path):
     """Training the autoencoder; the noise that its unit would read must come from a seed."""
-    folder, noise = tiny.write_dataset(tmp_path / "data"), "QwenImageUnit_NoiseInitializer"
+    folder, noise = tiny.write_dataset(tmp_path / "data"), "NoiseInitializer"
     rows = [{"image": f"{n}.png", "prompt": f"a {n}", "seed": n} for n in range(8)]
     (folder / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
     trained = {"lora": None, "task": FlowMatchSFT(trainable_models=["vae"], extra_inputs=["seed"])}
@@ -186,7 +186,7 @@ def test_masks_of_the_loss_are_cached_as_what_their_unit_makes_of_them(tmp_path)
     options = {"data_file_keys": ["image", "loss_mask"], "augmentation": Augmentation(flip=0.5)}
     masked = dataset(tiny.write_rows(folder, rows), **options)
     made = make(tmp_path / "cache", masked, training(task=task)).made
-    assert made == {IMAGES: 16, PROMPTS: 8, "QwenImageUnit_LossMask": 16}
+    assert made == {IMAGES: 16, PROMPTS: 8, "LossMask": 16}
     cached = CachedDataset(str(tmp_path / "cache"), augmentation=options["augmentation"])
     assert losses(cached, training(task=task)) == pytest.approx(losses(masked, training(task=task)), **CLOSE)
 
@@ -601,7 +601,7 @@ def test_a_cache_is_made_verified_and_tidied_on_the_command_line(tmp_path, monke
         tiny.command_line(monkeypatch, "make_cache.py", *words, *tiny.cache_overrides(tmp_path / "cache"))
         return capsys.readouterr().out
 
-    assert "8 samples of 16 entries, made now: 8 of QwenImageUnit_InputImageEmbedder, 8 of " in run()
+    assert "8 samples of 16 entries, made now: 8 of InputImageEmbedder, 8 of " in run()
     assert "0 of 1 files packed anew" in run("gc")
     first_shard(tmp_path / "cache").unlink()
     with pytest.raises(SystemExit, match="1"):

@@ -1,7 +1,8 @@
 """Predictions and gradients of networks whose tokens lie on all processes, against those of whole networks.
 
-`torchrun tests/context_worker.py result.json` writes how far the two are apart at most, next to the largest number,
-and the most bytes that tensors take in the first process: as they are, and as they are planned without the others.
+`torchrun tests/core/context_worker.py result.json` writes how far the two are apart at most, next to the largest
+number, and the most bytes that tensors take in the first process: as they are, and as they are planned without the
+others.
 """
 
 import copy

@@ -49,7 +49,7 @@ def cache(folder: Path, given: dict[str, Entry], needed: list[str] | None = None
     """A finished cache, each sample of one entry."""
     write(folder, given, shard_bytes)
     index = open_index(folder)
-    index.put([(32, 32, record(key)) for key in (given if needed is None else needed)], ABOUT)
+    index.put([((32, 32), record(key)) for key in (given if needed is None else needed)], ABOUT)
     index.close()
     return folder
 
@@ -365,7 +365,7 @@ def test_a_shard_that_is_gone_takes_nothing_along_that_another_one_holds(tmp_pat
     first = write(tmp_path, entries(2))
     write(tmp_path, entries(3))
     index = open_index(tmp_path)
-    index.put([(32, 32, record("key0"))], ABOUT)
+    index.put([((32, 32), record("key0"))], ABOUT)
     first[0].unlink()
     assert index.match_shards() == [first[0].name]
     assert index.keys() == set(entries(3)) and len(index) == 1

@@ -169,7 +169,7 @@ def test_the_attributes_that_code_uses_are_named():
 
 
 def test_loading_weights_is_no_part_of_what_a_unit_runs():
-    for unit in (qwen_image.QwenImageUnit_PromptEmbedder, qwen_image.QwenImageUnit_InputImageEmbedder):
+    for unit in (qwen_image.QwenImageUnit_PromptEmbedder, qwen_image.InputImageEmbedder):
         assert not of_unit(unit)[1] & {"load_state_dict", "from_pretrained", "safe_open"}
 
 

@@ -9,6 +9,7 @@ from torch._subclasses import FakeTensorMode
 from torch.testing import assert_close
 
 from diffsynth.core.data import Sample
+from diffsynth.core.data.dataset import Row
 from diffsynth.core.memory import compile as compiling
 from diffsynth.core.memory.compile import check_compilable, compile_blocks
 from diffsynth.diffusion.adapters.lora import LoRA
@@ -27,10 +28,10 @@ def graphs(monkeypatch, caplog):
     torch.compiler.reset()
 
 
-def gradients(module, samples) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+def gradients(module, samples, progress=None) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """Loss (B,) of a batch, and the gradient of everything trained."""
     module.zero_grad()
-    loss = module(samples)
+    loss = module(samples, progress)
     loss.sum().backward()
     return loss.detach(), {name: p.grad.clone() for name, p in module.named_parameters() if p.grad is not None}
 
@@ -49,7 +50,7 @@ def pair(training_module, *arguments, **options):
 
 
 def resized(samples, width: int) -> list[Sample]:
-    return [Sample({**s.data, "image": s.data["image"].resize((width, 48))}, s.epoch, s.index) for s in samples]
+    return [Sample(Row({**s.data, "image": s.data["image"].resize((width, 48))}), s.epoch, s.index) for s in samples]
 
 
 def assert_same_gradients(compiled, plain, samples) -> None:
@@ -117,8 +118,7 @@ def distilled(training_module, samples, compile: str) -> list:
     module = shaken(training_module(DMD2(), LORA, compile=compile, checkpointing="blocks"))
     found = []
     for step in (0, 1):
-        module.progress = TrainProgress(step, 10)
-        found.append(gradients(module, samples))
+        found.append(gradients(module, samples, TrainProgress(step, 10)))
     return found
 
 

@@ -16,10 +16,10 @@ CASES = ["alone", "padded", "checkpointed", "kv_cache", "further text"]
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory):
-    """What tests/context_worker.py tells of two processes, by family."""
+    """What tests/core/context_worker.py tells of two processes, by family."""
     path = tmp_path_factory.mktemp("apart") / "result.json"
     torchrun = ["torchrun", "--standalone", "--nproc_per_node", "2"]
-    tiny.process(*torchrun, "tests/context_worker.py", str(path), PYTHONPATH=f"{tiny.ROOT}:{tiny.ROOT / 'tests'}")
+    tiny.process(*torchrun, "tests/core/context_worker.py", str(path), PYTHONPATH=f"{tiny.ROOT}:{tiny.ROOT / 'tests'}")
     return json.loads(path.read_text())
 
 

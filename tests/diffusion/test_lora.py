@@ -31,7 +31,7 @@ KINDS = {
 def draw(pipe, **changes):
     """The latents that a call ends with."""
     with pipe.sampling():
-        pipe.decode_image = lambda latents, request: latents
+        pipe.decode = lambda latents, request: latents
         return pipe(**{**REQUEST, **changes})
 
 

@@ -12,6 +12,7 @@ from torch.testing import assert_close
 
 from diffsynth.config import claim
 from diffsynth.core.data import Augmentation, Sample, SampleAddress, UnifiedDataset
+from diffsynth.core.data.dataset import Row
 from diffsynth.diffusion.loss import AutoencoderLoss, FlowMatchSFT
 from diffsynth.diffusion.loss.flow_match_sft import mean_where
 
@@ -28,7 +29,7 @@ def image_of(weights) -> Image.Image:
 
 def with_masks(samples, *masks) -> list[Sample]:
     pairs = zip(samples, masks, strict=True)
-    return [sample._replace(data={**sample.data, "loss_mask": image_of(mask)}) for sample, mask in pairs]
+    return [sample._replace(data=Row({**sample.data, "loss_mask": image_of(mask)})) for sample, mask in pairs]
 
 
 def losses(module, samples) -> torch.Tensor:

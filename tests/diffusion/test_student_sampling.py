@@ -28,11 +28,11 @@ from diffsynth.pipelines.qwen_image import QwenImagePipeline
 from diffsynth.training.accelerator import make_accelerator
 
 SIZE = {"height": 32, "width": 48}
-RENOISED = {"prompt": "a red apple", "seed": 3, "num_inference_steps": 3, "cfg_scale": 1, "renoise": True, **SIZE}
+RENOISED = {"prompt": "a red apple", "seed": 3, "num_inference_steps": 3, "cfg_scale": 1, "sampler": "renoise", **SIZE}
 ALIKE = {"atol": 1e-4, "rtol": 1e-4}
 LAYER = "transformer_blocks.0.attn.to_q"
-MODEL = {"num_inference_steps": 30, "cfg_scale": 4.0, "sigmas": None, "renoise": False}  # what the model itself says
-STUDENT = {"num_inference_steps": 3, "cfg_scale": 1, "sigmas": None, "renoise": False}
+MODEL = {"num_inference_steps": 30, "cfg_scale": 4.0, "sigmas": None, "sampler": "euler"}  # what the model itself says
+STUDENT = {"num_inference_steps": 3, "cfg_scale": 1, "sigmas": None, "sampler": "euler"}
 
 
 # Fresh noise at every step --------------------------------------------------------------------------------------------
@@ -77,7 +77,7 @@ def test_each_step_goes_to_the_data_and_back_with_noise_of_the_seed(family):
         fresh = torch.randn(latents.shape[1:], generator=generator(3, "renoise", 0, index))
         latents = (1 - following) * (latents - sigma * velocity) + following * fresh
     torch.testing.assert_close(end(family, RENOISED), latents, **ALIKE)
-    assert (latents - end(family, {**RENOISED, "renoise": False})).abs().max() > 0.1
+    assert (latents - end(family, {**RENOISED, "sampler": "euler"})).abs().max() > 0.1
 
 
 def test_where_the_velocity_is_exact_a_step_ends_at_the_data_noised_anew():
@@ -91,7 +91,7 @@ def test_where_the_velocity_is_exact_a_step_ends_at_the_data_noised_anew():
 
 def test_one_step_draws_no_further_noise(pipe):
     once = {**RENOISED, "num_inference_steps": 1}
-    assert torch.equal(end(pipe, once), end(pipe, {**once, "renoise": False}))
+    assert torch.equal(end(pipe, once), end(pipe, {**once, "sampler": "euler"}))
 
 
 def test_a_seed_draws_its_picture_again_alone_or_in_company(family):
@@ -109,7 +109,9 @@ def test_without_a_seed_each_drawing_is_another(pipe):
 
 def test_a_mask_is_refused_as_nothing_could_be_kept(pipe):
     image = Image.new("RGB", (48, 32))
-    with pytest.raises(ValueError, match="renoise=true .* inpaint_mask .*; set renoise=false, or leave the mask out"):
+    with pytest.raises(
+        ValueError, match="inpaint_mask needs .* sampler=renoise .*; set sampler=euler, or leave the mask out"
+    ):
         pipe.generate([{**RENOISED, "input_image": image, "inpaint_mask": image.convert("L")}])
 
 
@@ -158,10 +160,10 @@ def test_a_call_that_says_nothing_draws_as_the_student_does():
     pipe, steps = untrained(), []
     pipe.load_models()
     pipe.load_adapter(exported(student()))
-    pipe.decode_image = lambda latents, request: latents
+    pipe.decode = lambda latents, request: latents
     drawn = pipe("a red apple", seed=3, **SIZE, progress_bar_cmd=lambda timesteps: steps.extend(timesteps) or timesteps)
     assert len(steps) == 3
-    torch.testing.assert_close(drawn, end(pipe, {**RENOISED, "renoise": False}))
+    torch.testing.assert_close(drawn, end(pipe, {**RENOISED, "sampler": "euler"}))
 
 
 def test_what_a_request_says_itself_counts():
@@ -170,7 +172,7 @@ def test_what_a_request_says_itself_counts():
     assert says(pipe) == {**STUDENT, "sigmas": [1.0, 0.7, 0.4]}
     assert says(pipe, num_inference_steps=8) == {**STUDENT, "num_inference_steps": 8}  # not at levels for 3 steps
     assert says(pipe, sigmas=[1.0, 0.5])["sigmas"] == [1.0, 0.5]
-    pipe.use_sampling_settings({**STUDENT, "renoise": True})
+    pipe.use_sampling_settings({**STUDENT, "sampler": "renoise"})
     assert says(pipe, cfg_scale=2) == {**STUDENT, "sigmas": [1.0, 0.7, 0.4], "cfg_scale": 2}  # the adapter's before
 
 

@@ -18,18 +18,18 @@ TEXT_TOO = FlowMatchSFT(trainable_models=["dit", "text_encoder"])
 def calls(monkeypatch):
     """Names of the units, once for each sample that they see."""
     seen = []
-    from diffsynth.pipelines.qwen_image import QwenImageUnit_InputImageEmbedder, QwenImageUnit_PromptEmbedder
+    from diffsynth.pipelines.qwen_image import InputImageEmbedder, QwenImageUnit_PromptEmbedder
 
-    def encode_image(self, *args, original=QwenImageUnit_InputImageEmbedder.process, **kwargs):
-        seen.append("QwenImageUnit_InputImageEmbedder")
+    def encode_image(self, *args, original=InputImageEmbedder.process, **kwargs):
+        seen.append("InputImageEmbedder")
         return original(self, *args, **kwargs)
 
     def encode_prompts(self, pipe, batch, original=QwenImageUnit_PromptEmbedder.process_batch):
         seen.extend(["QwenImageUnit_PromptEmbedder"] * len(batch))
         return original(self, pipe, batch)
 
-    encode_image.__signature__ = inspect.signature(QwenImageUnit_InputImageEmbedder.process)
-    monkeypatch.setattr(QwenImageUnit_InputImageEmbedder, "process", encode_image)
+    encode_image.__signature__ = inspect.signature(InputImageEmbedder.process)
+    monkeypatch.setattr(InputImageEmbedder, "process", encode_image)
     monkeypatch.setattr(QwenImageUnit_PromptEmbedder, "process_batch", encode_prompts)
     return seen
 
@@ -62,7 +62,7 @@ def test_a_trained_encoder_runs_every_time(training_module, samples, calls):
     module(samples)
     module(samples)
     assert calls.count("QwenImageUnit_PromptEmbedder") == 6
-    assert calls.count("QwenImageUnit_InputImageEmbedder") == 3
+    assert calls.count("InputImageEmbedder") == 3
 
 
 def test_a_spent_budget_keeps_no_more(training_module, samples):

@@ -1,11 +1,25 @@
+from dataclasses import dataclass
+
 import pytest
 
 from diffsynth.diffusion.base_pipeline import BasePipeline, PipelineUnit
+from diffsynth.diffusion.pipeline.components import Network
+from diffsynth.diffusion.pipeline.request import ImageRequest
 from diffsynth.diffusion.pipeline.units import required_units, run_units, run_units_together
+from diffsynth.diffusion.pipeline.vae import Latents
+
+
+@dataclass(kw_only=True)
+class Request(ImageRequest):
+    steps: int = 4
 
 
 class Pipeline(BasePipeline):
-    def __call__(self, prompt: str, negative_prompt: str = "", steps: int = 4): ...
+    request = Request
+    components = {"dit": Network("Nothing")}
+    latents = Latents(channels=1, factor=1)
+    unit_classes = ()
+    model_fn = sigma_grid = staticmethod(lambda *_: None)
 
 
 def run(units, shared=None, posi=None, nega=None):
@@ -16,8 +30,8 @@ class Noise(PipelineUnit):
     def __init__(self, **declared):
         super().__init__(output_params=("noise",), **declared)
 
-    def process(self, pipe, height, steps, scale=2):
-        return {"noise": (height, steps, scale)}
+    def process(self, pipe, length, steps, scale=2):
+        return {"noise": (length, steps, scale)}
 
 
 class Embed(PipelineUnit):
@@ -40,23 +54,23 @@ class Embed(PipelineUnit):
 
 
 def test_inputs_are_the_parameters_of_process():
-    assert Noise().input_params == ("height", "steps", "scale")
+    assert Noise().input_params == ("length", "steps", "scale")
     assert Embed(separate_cfg=True).fetch_input_params() == ["negative_prompt", "prompt", "steps"]
 
 
 def test_an_input_nobody_set_takes_the_pipelines_default_then_the_units():
-    shared, _, _ = run(Noise(), {"height": 8})
-    assert shared == {"height": 8, "noise": (8, 4, 2)}
+    shared, _, _ = run(Noise(), {"length": 8})
+    assert shared == {"length": 8, "noise": (8, 4, 2)}
 
 
 def test_what_is_given_wins_over_defaults_even_if_none():
-    shared, _, _ = run(Noise(), {"height": 8, "steps": None, "scale": 5})
+    shared, _, _ = run(Noise(), {"length": 8, "steps": None, "scale": 5})
     assert shared["noise"] == (8, None, 5)
 
 
 def test_a_missing_input_is_named_with_what_is_there():
-    with pytest.raises(ValueError, match=r"Noise needs 'height'; have \['heigth', 'width'\]. Did you mean 'heigth'\?"):
-        run(Noise(), {"heigth": 8, "width": 8})
+    with pytest.raises(ValueError, match=r"Noise needs 'length'; have \['lenght', 'width'\]. Did you mean 'lenght'\?"):
+        run(Noise(), {"lenght": 8, "width": 8})
 
 
 def test_a_missing_prompt_is_named_with_its_unit():
@@ -65,9 +79,9 @@ def test_a_missing_prompt_is_named_with_its_unit():
 
 
 def test_declared_inputs_are_checked_against_process():
-    assert Noise(input_params=("scale", "height", "steps")).input_params == ("height", "steps", "scale")
+    assert Noise(input_params=("scale", "length", "steps")).input_params == ("length", "steps", "scale")
     with pytest.raises(ValueError, match=r"Noise declares .* differ in \['scale', 'size'\]"):
-        Noise(input_params=("size", "height", "steps"))
+        Noise(input_params=("size", "length", "steps"))
 
 
 # What a unit returns -------------------------------------------------------------------------------------------------
@@ -95,10 +109,10 @@ def test_later_units_read_what_earlier_ones_return_and_the_callers_dictionaries_
         def process(self, pipe, noise):
             return {"noise": noise * 2}
 
-    given = {"height": 8}
+    given = {"length": 8}
     shared, _, _ = run([Noise(), Double(output_params=("noise",))], given)
     assert shared["noise"] == (8, 4, 2, 8, 4, 2)
-    assert given == {"height": 8}
+    assert given == {"length": 8}
 
 
 # The two sides of guidance -------------------------------------------------------------------------------------------
@@ -137,15 +151,15 @@ class EmbedTogether(Embed):
 
 class Doubled(Noise):
     def process_batch(self, pipe, batch):
-        return [{"noise": (each["height"], each["steps"], each.get("scale", 2))} for each in batch]
+        return [{"noise": (each["length"], each["steps"], each.get("scale", 2))} for each in batch]
 
 
 @pytest.mark.parametrize("cfg_scale", [1, 4])
 def test_several_samples_are_to_units_what_each_is_alone(cfg_scale):
     together = EmbedTogether(separate_cfg=True)
     units, pipe = [Noise(), together, Doubled()], Pipeline()
-    shared = [{"height": height, "cfg_scale": cfg_scale} for height in (8, 16, 24)]
-    samples = [(own, {"prompt": f"a {own['height']}"}, {"negative_prompt": "x"}) for own in shared]
+    shared = [{"length": length, "cfg_scale": cfg_scale} for length in (8, 16, 24)]
+    samples = [(own, {"prompt": f"a {own['length']}"}, {"negative_prompt": "x"}) for own in shared]
     assert run_units_together(units, pipe, samples) == [run_units(units, pipe, *sample) for sample in samples]
     assert (together.encoded[:1] == [3]) == (cfg_scale == 1)
 
@@ -162,7 +176,7 @@ def test_only_the_units_that_lead_to_what_is_wanted_are_required():
     units = [noise, embed, latents, unrelated]
     assert required_units(units, {"latents"}) == [noise, latents]
     assert required_units(units, {"embedding", "mask"}) == [noise, embed, unrelated]
-    assert required_units(units, {"height"}) == []
+    assert required_units(units, {"length"}) == []
 
 
 def test_a_unit_that_takes_over_may_do_anything_and_is_always_required():

@@ -19,10 +19,12 @@ from diffsynth.diffusion.distillation.discriminator import (
     softplus_loss,
 )
 from diffsynth.diffusion.distillation.roles import DISCRIMINATOR, STUDENT, TEACHER, Roles
-from diffsynth.diffusion.flow_match import FlowMatchScheduler
 from diffsynth.diffusion.logger import ModelLogger
 from diffsynth.diffusion.loss import TrainProgress
 from diffsynth.diffusion.loss.add import AdversarialDistillation
+from diffsynth.diffusion.pipeline.components import Network
+from diffsynth.diffusion.pipeline.request import ImageRequest
+from diffsynth.diffusion.pipeline.vae import Latents
 from diffsynth.training.accelerator import make_accelerator
 from diffsynth.training.loop import launch_training_task
 
@@ -50,14 +52,18 @@ class Scaling(nn.Module):
 class ScalingPipeline(BasePipeline):
     """v = θ x + `push`, in steps from the noise levels 1 and 1/2."""
 
-    in_iteration_models = ("dit",)
+    request = ImageRequest
+    components = {"dit": Network("Scaling")}
+    latents = Latents(channels=1, factor=1)
+    unit_classes = ()
 
     def __init__(self):
         super().__init__(torch_dtype=torch.float32)
-        self.dit, self.scheduler = Scaling(), FlowMatchScheduler(None)
+        self.dit = Scaling()
 
-    def set_timesteps(self, request):
-        self.scheduler.set_timesteps(sigmas=[1.0, 0.5])
+    @staticmethod
+    def sigma_grid(num_inference_steps, denoising_strength=1.0):
+        return torch.tensor([1.0, 0.5])
 
     @staticmethod
     def model_fn(dit, latents, timestep, push):
@@ -140,12 +146,11 @@ def test_losses_of_logits_are_means_over_heads():
 
 @pytest.fixture
 def build(training_module):
-    """`build(progress, lora)`: a training whose networks are not what they were, in the middle of it."""
+    """`build(lora)`: a training whose networks are not what they were, in the middle of it."""
 
-    def build(progress=OF_STUDENT, lora=LORA, **options):
+    def build(lora=LORA, **options):
         task = AdversarialDistillation(discriminator=Discriminator(hidden=8), **({} if lora else FULL))
         module = training_module(task, lora, **options)
-        module.progress = progress
         generator = torch.Generator().manual_seed(1)
         for name, parameter in module.named_parameters():
             if "lora_B" in name:
@@ -160,18 +165,17 @@ def build(training_module):
 FULL = {"trainable_models": ["dit"]}
 
 
-def gradients(module, *batches) -> dict[str, torch.Tensor]:
+def gradients(module, *batches, progress=OF_STUDENT) -> dict[str, torch.Tensor]:
     module.zero_grad()
-    torch.cat([module(batch) for batch in batches]).mean().backward()
+    torch.cat([module(batch, progress) for batch in batches]).mean().backward()
     return {name: p.grad.clone() for name, p in module.named_parameters() if p.grad is not None and p.grad.any()}
 
 
 @pytest.mark.parametrize("lora", [LORA, None], ids=["lora", "full"])
 def test_each_step_reaches_its_own_part_alone(build, samples, lora):
-    module = build(OF_DISCRIMINATOR, lora)
+    module = build(lora)
     student, heads = (set(named) for named in module.trained_parts().values())
-    assert set(gradients(module, samples)) == heads
-    module.progress = OF_STUDENT
+    assert set(gradients(module, samples, progress=OF_DISCRIMINATOR)) == heads
     reached = set(gradients(module, samples))
     assert reached <= student and (len(reached) == len(student) or lora is None)
     assert len(reached) > 0.8 * len(student)
@@ -187,16 +191,18 @@ def test_the_teacher_of_a_student_in_full_gets_no_gradient(build, samples):
 
 @pytest.mark.parametrize("progress", [OF_DISCRIMINATOR, OF_STUDENT])
 def test_a_batch_is_what_its_samples_are_alone(build, samples, progress):
-    module = build(progress)
+    module = build()
     alone = [[sample] for sample in samples]
     with torch.no_grad():
         torch.testing.assert_close(module(samples), torch.cat([module(one) for one in alone]), atol=1e-5, rtol=1e-5)
-    torch.testing.assert_close(gradients(module, samples), gradients(module, *alone), atol=1e-5, rtol=1e-3)
+    together = gradients(module, samples, progress=progress)
+    torch.testing.assert_close(together, gradients(module, *alone, progress=progress), atol=1e-5, rtol=1e-3)
 
 
 @pytest.mark.parametrize("progress", [OF_DISCRIMINATOR, OF_STUDENT])
 def test_checkpointing_changes_no_gradient(build, samples, progress):
-    plain, recomputed = (gradients(build(progress, checkpointing=policy), samples) for policy in ("none", "blocks"))
+    modules = (build(checkpointing=policy) for policy in ("none", "blocks"))
+    plain, recomputed = (gradients(module, samples, progress=progress) for module in modules)
     torch.testing.assert_close(recomputed, plain, atol=1e-7, rtol=1e-4)
 
 

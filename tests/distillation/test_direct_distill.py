@@ -7,6 +7,7 @@ from torch.nn.functional import mse_loss
 
 from diffsynth.cache.make import launch_data_process_task
 from diffsynth.core.data import AddressedDataset, CachedDataset, Sample, UnifiedDataset
+from diffsynth.core.data.dataset import Row
 from diffsynth.core.loader import ModelConfig
 from diffsynth.diffusion.adapters.lora import LoRA
 from diffsynth.diffusion.distillation.teacher import Student
@@ -26,7 +27,7 @@ def full(steps: int = 3) -> DirectDistill:
 @pytest.fixture
 def drawn(rows):
     """The pictures, each with the seed it was drawn from."""
-    return [Sample({**row, **HOW, "seed": 7 + n}, epoch=0, index=n) for n, row in enumerate(rows)]
+    return [Sample(Row({**row, **HOW, "seed": 7 + n}), epoch=0, index=n) for n, row in enumerate(rows)]
 
 
 def written_out(pipe, row, steps: int) -> torch.Tensor:
@@ -51,7 +52,7 @@ def gradients(pipe, loss) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("checkpointing", ["none", "blocks"])
 def test_the_loss_is_that_of_the_pseudocode_and_so_are_its_gradients(training_module, drawn, steps, checkpointing):
     module = training_module(full(steps), checkpointing=checkpointing)
-    sample = drawn[1]._replace(data={**drawn[1].data, "num_inference_steps": steps})
+    sample = drawn[1]._replace(data=Row({**drawn[1].data, "num_inference_steps": steps}))
     expected = written_out(module.pipe, sample.data, steps)
     found = module([sample])
     torch.testing.assert_close(found[0], expected, atol=1e-5, rtol=1e-5)
@@ -74,9 +75,9 @@ def test_the_noise_levels_of_other_objectives_come_back(training_module, drawn):
 
 def test_numbers_may_be_text_as_in_a_csv(training_module, drawn):
     module = training_module(full())
-    text = [s._replace(data={**s.data, "seed": str(s.data["seed"]), "num_inference_steps": "3"}) for s in drawn]
+    text = [s._replace(data=Row({**s.data, "seed": str(s.data["seed"]), "num_inference_steps": "3"})) for s in drawn]
     assert torch.equal(module(text), module(drawn))
-    wrong = [s._replace(data={**s.data, "seed": "seven"}) for s in drawn]
+    wrong = [s._replace(data=Row({**s.data, "seed": "seven"})) for s in drawn]
     with pytest.raises(ValueError, match="seed is 'seven', expected a whole number"):
         module(wrong)
 
@@ -89,7 +90,7 @@ def test_numbers_may_be_text_as_in_a_csv(training_module, drawn):
     ],
 )
 def test_what_no_rollout_can_be_made_of_is_named(training_module, drawn, column, values, message):
-    samples = [s._replace(data={**s.data, column: v}) for s, v in zip(drawn, values, strict=True)]
+    samples = [s._replace(data=Row({**s.data, column: v})) for s, v in zip(drawn, values, strict=True)]
     with pytest.raises(ValueError, match=message):
         training_module(full())(samples)
 

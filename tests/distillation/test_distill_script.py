@@ -7,7 +7,7 @@ import tiny
 from PIL import Image
 
 import distill
-from diffsynth.config import build, signature
+from diffsynth.config import signature
 from diffsynth.core.data import CachedDataset, UnifiedDataset
 
 TEACHER = ["task.teacher.num_inference_steps=4", "task.teacher.cfg_scale=2.0", "task.student.num_inference_steps=2"]
@@ -30,7 +30,7 @@ def overrides(folder: Path, output_root: str = "runs") -> list[str]:
 @pytest.fixture(scope="module")
 def run_dir(folder) -> Path:
     said = tiny.process("python", "distill.py", *overrides(folder))
-    assert "2 of TeacherDraw" in said
+    assert "2 of TeacherSampler" in said
     (run_dir,) = (folder / "runs").iterdir()
     return run_dir
 
@@ -40,7 +40,7 @@ def losses(run_dir: Path) -> list[float]:
 
 
 def test_it_leaves_pictures_of_the_teacher_a_student_and_a_comparison(folder, run_dir):
-    seeds = [CachedDataset(f"{folder}/teacher/{name}")[0].row["seed"] for name in ("train", "held_out")]
+    seeds = [CachedDataset(f"{folder}/teacher/{name}")[0]["seed"] for name in ("train", "held_out")]
     assert seeds == [0, 1_000_000]
     assert tiny.weights(run_dir) == ["step-2.safetensors"]
     first, *_, last = tiny.metrics(run_dir)
@@ -52,13 +52,13 @@ def test_it_leaves_pictures_of_the_teacher_a_student_and_a_comparison(folder, ru
 def test_the_same_command_again_says_that_it_is_finished(folder, run_dir, monkeypatch, capsys):
     tiny.command_line(monkeypatch, "distill.py", *overrides(folder))
     said = capsys.readouterr().out
-    assert f"{run_dir} is finished" in said and "TeacherDraw" not in said
+    assert f"{run_dir} is finished" in said and "TeacherSampler" not in said
 
 
 def test_what_the_teacher_drew_is_not_drawn_again(folder, run_dir, monkeypatch, caplog):
-    monkeypatch.setattr(distill, "train", lambda **given: [])
+    monkeypatch.setattr(distill, "train", lambda run: [])
     caplog.set_level("INFO")
-    distill.distill(**build(tiny.compose("distill", *overrides(folder, "others"), "seed=1")))
+    tiny.call("distill", tiny.compose("distill", *overrides(folder, "others"), "seed=1"))
     assert caplog.text.count("made now: none") == 2
 
 
@@ -70,12 +70,11 @@ def test_it_trains_what_train_trains_on_the_same_pictures(folder, run_dir, monke
 
 
 def test_without_a_teacher_the_data_set_is_used_as_it_is(monkeypatch):
-    monkeypatch.setattr(distill, "train", lambda **given: given)
+    monkeypatch.setattr(distill, "train", lambda run: run)
     monkeypatch.setattr("make_cache.make_cache", None)
     cfg = tiny.compose("distill", "task.teacher=null", "dataset=image_folder", f"dataset.path={tiny.dataset()}")
-    given = distill.distill(**build(cfg))
-    assert isinstance(given["dataset"], UnifiedDataset) and given["task"].teacher is None
-    assert not {"prompts", "held_out", "teacher_path"} & given.keys()
+    run = tiny.call("distill", cfg)
+    assert isinstance(run.dataset, UnifiedDataset) and run.task.teacher is None
 
 
 def test_where_the_pictures_are_kept_changes_no_result_but_what_is_drawn_does():

@@ -7,6 +7,7 @@ from torch import Tensor
 from diffsynth.diffusion.adapters.lora import LoRA
 from diffsynth.diffusion.distillation.roles import FAKE_SCORE, RANK_BESIDE_FULL, STUDENT, TEACHER, FakeScore, Roles
 from diffsynth.diffusion.loss import FlowMatchSFT, RoleDistillation
+from diffsynth.diffusion.trained import MODEL
 
 LORA = LoRA(rank=2, target_modules=["to_q", "to_k"])
 FULL = ["dit"]
@@ -46,11 +47,7 @@ def named(module, roles) -> dict:
 
 
 def part(module, roles, role: str) -> list[Tensor]:
-    parts = roles.trained(named(module, roles))
-    if role == STUDENT:
-        apart = {id(p) for own in parts.values() for p in own.values()}
-        return [p for p in named(module, roles).values() if id(p) not in apart]
-    return list(parts[role].values())
+    return list(roles.partition(named(module, roles))[MODEL if role == STUDENT else role].values())
 
 
 KINDS = [(LORA, FakeScore()), (LORA, FakeScore(full=True)), (None, FakeScore()), (None, FakeScore(full=True))]
@@ -141,7 +138,7 @@ def test_guidance_leads_away_from_the_negative_inputs(training_module):
 def test_the_fake_score_is_as_large_as_the_student_unless_said(training_module):
     def rank(lora, fake_score):
         _, roles, module, _ = base_and_roles(training_module, lora, fake_score)
-        return {p.shape[0] for n, p in roles.trained(named(module, roles))[FAKE_SCORE].items() if "lora_A" in n}
+        return {p.shape[0] for n, p in roles.partition(named(module, roles))[FAKE_SCORE].items() if "lora_A" in n}
 
     assert rank(LORA, FakeScore()) == {2}
     assert rank(LORA, FakeScore(rank=3)) == {3}

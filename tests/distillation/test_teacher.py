@@ -27,11 +27,12 @@ from diffsynth.core.loader import ModelConfig
 from diffsynth.diffusion.adapters.lora import LoRA
 from diffsynth.diffusion.distillation.teacher import Student, Teacher, TeacherSampler, points_on_path
 from diffsynth.diffusion.loss import DirectDistill, FlowMatchSFT, RoleDistillation, TrajectoryImitation
+from diffsynth.diffusion.pipeline.media import ImageMedia
 from diffsynth.diffusion.pipeline.units import run_units
-from diffsynth.diffusion.template.rows import required_columns
 from diffsynth.diffusion.training_module import PipelineTrainingModule
 from diffsynth.pipelines.qwen_image import QwenImagePipeline
 from diffsynth.training.accelerator import make_accelerator
+from diffsynth.training.checks import scan
 
 TEACHER, STUDENT = Teacher(num_inference_steps=4, cfg_scale=3.0), Student(num_inference_steps=2)
 SIZE = {"height": 32, "width": 48}
@@ -96,7 +97,7 @@ def test_drawing_leaves_the_noise_levels_of_a_training_as_they_were(pipe):
 def test_settings_that_its_weights_brought_are_not_the_teachers(pipe):
     expected = drawn(pipe)
     with mock.patch.object(
-        pipe, "trained_for", {None: {"num_inference_steps": 2, "sigmas": [1, 0.5], "renoise": True}}
+        pipe, "sampling_settings", {None: {"num_inference_steps": 2, "sigmas": [1, 0.5], "sampler": "renoise"}}
     ):
         torch.testing.assert_close(drawn(pipe), expected)
 
@@ -233,7 +234,7 @@ class Guided(RoleDistillation):
     """The least that reads a guided teacher."""
 
     def loss(self, context) -> Tensor:
-        velocity = context.velocity("teacher", context.clean, context.draw.uniform("sigma"), self.guidance)
+        velocity = context.velocity("teacher", context.clean, context.rng.uniform("sigma"), self.guidance)
         return velocity.flatten(1).sum(1)
 
 
@@ -313,8 +314,8 @@ def test_each_picture_is_made_once_whatever_learns_from_it(cache, tmp_path):
     folder = shutil.copytree(cache(GUIDED), tmp_path / "cache")
     assert make(folder, dataclasses.replace(GUIDED, guidance=2.0)).made == {}
     assert make(folder, DIRECT).made == {}
-    assert make(folder, rows=rows_of(seeds=3)).made == {"TeacherDraw": 3}  # seeds 2, 4 and 5
-    assert make(folder, IMITATION).made == {"TeacherDraw": 4}
+    assert make(folder, rows=rows_of(seeds=3)).made == {"TeacherSampler": 3}  # seeds 2, 4 and 5
+    assert make(folder, IMITATION).made == {"TeacherSampler": 4}
 
 
 def test_the_cache_holds_the_side_that_guidance_leads_away_from(cache):
@@ -337,7 +338,7 @@ def test_a_making_that_is_cut_off_goes_on_with_what_lacks(cache, tmp_path):
         make(tmp_path, **one_by_one)
     with pytest.raises(ValueError, match="is not finished; python make_cache.py"):
         CachedDataset(str(tmp_path))
-    assert make(tmp_path, **one_by_one).made["TeacherDraw"] == 2
+    assert make(tmp_path, **one_by_one).made["TeacherSampler"] == 2
     torch.testing.assert_close(content(tmp_path), content(cache(DIRECT)), **ALIKE)
 
 
@@ -415,7 +416,7 @@ def with_teacher(**changes):
     [
         (
             with_teacher(num_inference_steps=8),
-            r"TeacherDraw: another settings \(teacher.num_inference_steps 4, here 8\)",
+            r"TeacherSampler: another settings \(teacher.num_inference_steps 4, here 8\)",
         ),
         (with_teacher(cfg_scale=4.0), r"another settings \(teacher.cfg_scale 3.0, here 4.0\)"),
         (with_teacher(negative_prompt="ugly"), r"another settings \(teacher.negative_prompt \'\', here \'ugly\'\)"),
@@ -430,7 +431,7 @@ def test_a_cache_of_another_size_or_another_way_of_the_student_is_named(cache):
     refused(cache(DIRECT), "has samples of 32 x 32 pixels, dataset.height=64; leave that null, or make", height=64)
     refused(cache(DIRECT), "holds no variant 'mirrored'", augmentation=Augmentation(flip=0.5))
     other = dataclasses.replace(IMITATION, student=Student(num_inference_steps=3))
-    refused(cache(IMITATION), r"TeacherDraw: another settings \(student.num_inference_steps 2, here 3\)", other)
+    refused(cache(IMITATION), r"TeacherSampler: another settings \(student.num_inference_steps 2, here 3\)", other)
 
 
 def test_guidance_without_the_negative_side_in_the_cache_is_named(tmp_path):
@@ -447,8 +448,8 @@ def test_the_command_line_names_another_base_and_other_steps(cache, tmp_path, no
     save_file({name: tensor * 1.01 for name, tensor in load_file(file).items()}, file)
     ours = ["task.teacher.cfg_scale=3.0", "task.student.num_inference_steps=2", "dataset=cache"]
     message = refusal(tmp_path / "run", *ours, f"dataset.path={cache(DIRECT)}", f"model.dit.path={root}")
-    assert "TeacherDraw: another settings (teacher.num_inference_steps 4, here 40)\n" in message
-    assert "TeacherDraw: another dit" in message and "run make_cache.py again with these" in message
+    assert "TeacherSampler: another settings (teacher.num_inference_steps 4, here 40)\n" in message
+    assert "TeacherSampler: another dit" in message and "run make_cache.py again with these" in message
 
 
 def test_a_cache_of_pictures_that_no_teacher_drew_is_named(tmp_path):
@@ -459,7 +460,7 @@ def test_a_cache_of_pictures_that_no_teacher_drew_is_named(tmp_path):
         )
         make(tmp_path / f"{name} cache", FlowMatchSFT(), rows)
     refused(tmp_path / "plain cache", "holds no seed; make the cache of rows that have it, with this task")
-    refused(tmp_path / "seeded cache", "it holds nothing of TeacherDraw")
+    refused(tmp_path / "seeded cache", "it holds nothing of TeacherSampler")
 
 
 def test_a_training_without_the_teachers_pictures_is_told_how_they_are_made(tmp_path, no_weights_are_read):
@@ -495,7 +496,7 @@ def drawn_before(folder: Path, **options) -> UnifiedDataset:
     how = {"rand_device": "cpu", "num_inference_steps": 2, "cfg_scale": 1}
     tiny.write_rows(folder, [{"image": f"{n}.png", "prompt": f"a {n}", "seed": n, **how} for n in range(4)])
     rows, task = UnifiedDataset.from_folder(str(folder), **options), DirectDistill(student=STUDENT)
-    rows.scan(required=required_columns(rows, task, None))
+    scan(rows, ImageMedia(), task, None)
     return rows
 
 

@@ -19,6 +19,7 @@ from torch.testing import assert_close
 
 from diffsynth.cache.make import launch_data_process_task
 from diffsynth.core.data import CachedDataset, Sample, SampleAddress, UnifiedDataset
+from diffsynth.core.data.dataset import Row
 from diffsynth.core.loader import build_module
 from diffsynth.core.memory import MemoryRecipe
 from diffsynth.diffusion.adapters.lora import LoRA, find_layers
@@ -52,7 +53,7 @@ def loaded(folder: Path, **options) -> Flux2ImagePipeline:
 
 def latents_of(pipe, **changes):
     """The latents that a call ends with."""
-    pipe.decode_image = lambda latents, request: latents
+    pipe.decode = lambda latents, request: latents
     return pipe(**{**REQUEST, **changes})
 
 
@@ -143,13 +144,13 @@ def test_blocks_of_the_released_width_denoise_as_in_diffusers():
     pipe.scheduler.set_timesteps(2, dynamic_shift_len=16)
     found = pipe.denoise({"latents": noise, "cfg_scale": 1.0}, {"prompt_emb": text}, {})
     assert (found - noise).abs().max() > 1e-2
-    mean, std = theirs.vae._statistics(found)
+    mean, std = theirs.vae.statistics(found)
     assert_close(found, (expected - mean) / std, atol=1e-4, rtol=0)
 
 
 def test_requests_of_a_batch_are_drawn_as_if_alone(pipe):
     changes = [{"prompt": "", "seed": n, "edit_image": [picture(n), picture(n + 3)]} for n in range(3)]
-    pipe.decode_image = lambda latents, request: latents
+    pipe.decode = lambda latents, request: latents
     together = pipe.generate([{**REQUEST, **change} for change in changes])
     assert_close(torch.cat(together), torch.cat([latents_of(pipe, **change) for change in changes]), atol=1e-5, rtol=0)
 
@@ -160,8 +161,9 @@ def test_requests_of_a_batch_are_drawn_as_if_alone(pipe):
 @pytest.mark.parametrize("repository", [tiny_flux2.klein, tiny_flux2.dev])
 def test_no_layer_above_three_quarters_is_run(repository):
     pipe = loaded(repository())
-    decoder, tokens = pipe.text_encoder.get_decoder(), pipe.tokenize(["a red apple", ""], tiny_flux2.DEV_TOKENS)
-    ids, mask = tokens.input_ids, tokens.attention_mask
+    decoder = pipe.text_encoder.get_decoder()
+    tokens = [pipe.tokenize(prompt, tiny_flux2.DEV_TOKENS) for prompt in ("a red apple", "")]
+    ids, mask = (torch.cat([own[name] for own in tokens]) for name in ("input_ids", "attention_mask"))
     whole = decoder(ids, mask, output_hidden_states=True).hidden_states
     for module in (decoder.layers[3], *([pipe.text_encoder.lm_head])):
         module.register_forward_pre_hook(lambda *_: pytest.fail("is run"))
@@ -260,7 +262,7 @@ def edited(count: int = 3) -> list[Sample]:
     """Pictures of 32 x 48 pixels, each with two of other shapes to be drawn from."""
     rows = [{"image": picture(n, (32, 48)), "prompt": "red " * n} for n in range(count)]
     edits = [[picture(9 + n, (64, 64)), picture(19 + n, (96, 48))] for n in range(count)]
-    return [Sample({**r, "edit_image": e}, n, 10 + n) for n, (r, e) in enumerate(zip(rows, edits, strict=True))]
+    return [Sample(Row({**r, "edit_image": e}), n, 10 + n) for n, (r, e) in enumerate(zip(rows, edits, strict=True))]
 
 
 def gradients(module, batches):
@@ -312,14 +314,14 @@ def test_a_mask_of_the_loss_has_a_weight_a_latent_pixel():
     whole, halves = training(lora=ADAPTER).load()(samples), []
     for top, bottom in ((255, 0), (0, 255)):
         mask = Image.fromarray(np.repeat([top, bottom], [16, 32]).astype(np.uint8)[:, None].repeat(32, 1))
-        halves.append(module([sample._replace(data={**sample.data, "loss_mask": mask}) for sample in samples]))
+        halves.append(module([sample._replace(data=Row({**sample.data, "loss_mask": mask})) for sample in samples]))
     assert_close((halves[0] + 2 * halves[1]) / 3, whole, atol=1e-5, rtol=1e-5)
 
 
 def test_the_embedded_guidance_of_a_training_is_one_unless_the_rows_say_so():
     dev, samples = tiny_flux2.dev(), edited()
     said = [
-        sample._replace(data={**sample.data, "embedded_guidance": scale})
+        sample._replace(data=Row({**sample.data, "embedded_guidance": scale}))
         for sample, scale in zip(samples, (1.0, 1.0, 4.0), strict=True)
     ]
     with torch.no_grad():
@@ -390,7 +392,7 @@ def test_a_run_trains_an_adapter_that_diffusers_loads(pipe, tmp_path):
     request = {name: value for name, value in REQUEST.items() if name != "seed"}
     tokens = {"max_sequence_length": tiny_flux2.MAX_TOKENS, "text_encoder_out_layers": (1, 2, 3)}
     latents = theirs(**request, **tokens, guidance_scale=1.0, latents=NOISE, output_type="latent").images
-    mean, std = pipe.vae._statistics(found)
+    mean, std = pipe.vae.statistics(found)
     assert_close(found, (F.pixel_unshuffle(latents, 2) - mean) / std, atol=5e-4, rtol=0)
 
 

@@ -25,13 +25,14 @@ from diffsynth.core.memory import MemoryRecipe
 from diffsynth.diffusion.adapters.lora import LoRA
 from diffsynth.diffusion.loss import FlowMatchSFT
 from diffsynth.diffusion.pipeline.image_units import stretch_to_area
+from diffsynth.diffusion.pipeline.media import ImageMedia
 from diffsynth.diffusion.randomness import SampleRNG
 from diffsynth.diffusion.template.code import read_code
 from diffsynth.diffusion.template.model import load_template
-from diffsynth.diffusion.template.rows import required_columns
 from diffsynth.diffusion.training_module import PipelineTrainingModule, prepare_training
 from diffsynth.pipelines.qwen_image import EDIT_PROMPT_TEMPLATE, ModelConfig, QwenImagePipeline, pack_latents
 from diffsynth.training.accelerator import make_accelerator
+from diffsynth.training.checks import scan
 
 NOISE = torch.randn((1, 16, 6, 8), generator=torch.Generator().manual_seed(1))
 ONE, TWO = picture(3, (80, 64)), [picture(3, (80, 64)), picture(4, (130, 60))]
@@ -164,7 +165,7 @@ def test_images_are_resized_as_in_diffusers(size):
 
 def test_requests_of_a_batch_are_drawn_as_if_alone(pipe):
     changes = [{"prompt": "red " * n, "seed": n, "edit_image": [picture(n), picture(n + 3)]} for n in range(3)]
-    pipe.decode_image = lambda latents, request: latents
+    pipe.decode = lambda latents, request: latents
     together = pipe.generate([{**REQUEST, **change} for change in changes])
     assert_close(torch.cat(together), torch.cat([latents_of(pipe, **change) for change in changes]), atol=1e-5, rtol=0)
 
@@ -183,7 +184,7 @@ MEDIA = {
 def test_what_templates_give_reaches_edited_images(name, pipe):
     medium = {name: MEDIA[name]}
     changes = [{"prompt": "red " * n, "seed": n, "edit_image": picture(n)} for n in range(2)]
-    pipe.decode_image = lambda latents, request: latents
+    pipe.decode = lambda latents, request: latents
     found = torch.cat(pipe.generate([{**REQUEST, **change, **medium} for change in changes]))
     alone = torch.cat([latents_of(pipe, **change, **medium) for change in changes])
     assert_close(found, alone, atol=1e-5, rtol=0)
@@ -242,7 +243,7 @@ def data(tmp_path) -> Path:
 def dataset(folder: Path, task=EDITING) -> UnifiedDataset:
     keys = ["image", *task.extra_inputs]
     rows = UnifiedDataset.from_folder(str(folder), "metadata.jsonl", height=32, width=32, data_file_keys=keys)
-    rows.scan(required=required_columns(rows, task, object()))
+    scan(rows, ImageMedia(), task, object())
     return rows
 
 
@@ -273,8 +274,8 @@ def test_another_edit_image_makes_what_depends_on_it_anew(data, tmp_path):
     assert make_cache(tmp_path / "cache", dataset(data), training()) == {}
     Image.new("RGB", (32, 32), "red").save(data / "2.png")  # of row 2, and to be drawn from in row 5
     made = make_cache(tmp_path / "cache", dataset(data), training())
-    names = ("InputImageEmbedder", "EditImageEmbedder", "PromptEmbedder")
-    assert made == {f"QwenImageUnit_{name}": 1 for name in names}
+    names = ("InputImageEmbedder", "QwenImageUnit_EditImageEmbedder", "QwenImageUnit_PromptEmbedder")
+    assert made == dict.fromkeys(names, 1)
 
 
 def test_gradients_reach_all_of_a_template_of_an_editing_base(data, tmp_path):
@@ -386,7 +387,7 @@ def test_what_cannot_be_edited_is_named(pipe, edit_image, options, message):
 
 def test_a_tokenizer_that_cuts_the_template_elsewhere_is_refused():
     pipe = QwenImagePipeline()
-    pipe.build_tokenizer(ModelConfig(path=tiny.model() / "tokenizer"))
+    pipe.build_folder("tokenizer", ModelConfig(path=tiny.model() / "tokenizer"))
     assert isinstance(pipe.tokenizer, Qwen2Tokenizer)
     with pytest.raises(ValueError, match=r"makes \d+ tokens of the template of edit prompts, expected 64"):
-        pipe.build_processor(ModelConfig(path=tiny_qwen_edit.folder() / "processor"))
+        pipe.build_folder("processor", ModelConfig(path=tiny_qwen_edit.folder() / "processor"))

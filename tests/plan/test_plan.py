@@ -218,7 +218,7 @@ def test_every_stage_is_planned_and_no_run_is_begun(tmp_path):
     found = plan(tmp_path, "devices=[1,2]", "memory.checkpointing=blocks")
     assert [stage["name"] for stage in found["stages"]] == ["train", "save", "cache"]
     assert {share["devices"] for share in found["shares"]} == {1, 2}
-    assert found["download"] == 0 and found["peak"] > found["held"]["trained"] > 0
+    assert found["download"] == 0 and found["peak"] > found["footprint"]["trained"] > 0
     assert [path.name for path in tmp_path.iterdir()] == ["plan"]
 
 
@@ -243,8 +243,12 @@ def test_a_training_from_a_cache_is_planned_before_there_is_one(tmp_path):
     made, found = tmp_path / "cache", tmp_path / "from_cache"
     tiny.make_cache(made)
     real = plan(found, "dataset=cache", f"dataset.path={made}")
-    assert cached["held"]["encoders"] == real["held"]["encoders"] == 0 < own["held"]["encoders"]
-    assert cached["held"]["frozen"] == real["held"]["frozen"] == own["held"]["frozen"] - own["held"]["encoders"]
+    assert cached["footprint"]["encoders"] == real["footprint"]["encoders"] == 0 < own["footprint"]["encoders"]
+    assert (
+        cached["footprint"]["frozen"]
+        == real["footprint"]["frozen"]
+        == own["footprint"]["frozen"] - own["footprint"]["encoders"]
+    )
     assert cached["peak"] < own["peak"]
 
 

@@ -1,16 +1,19 @@
 """The templates in models/templates: they load, draw, and do what is said of them."""
 
+import filecmp
 import json
 import re
+import shutil
 from pathlib import Path
 
 import pytest
 import tiny
 import torch
 from conftest import import_file
-from PIL import Image
+from PIL import Image, ImageOps, features
 
 from diffsynth.config import check
+from diffsynth.core.data import UnifiedDataset, open_file
 from diffsynth.diffusion.template import ModelConfig, TemplatePipeline, Templates, load_template_model
 from diffsynth.diffusion.template.code import read_code
 from diffsynth.diffusion.template.model import load_template
@@ -90,7 +93,8 @@ def test_its_rows_name_files_that_its_processor_reads(name, split):
         given = row["template_inputs"].items()
         inputs = {key: str(DATA / value) if isinstance(value, str) else value for key, value in given}
         made = template.process_data(inputs)
-        assert (DATA / row["image"]).is_file() and made.keys() == INPUTS[name][0].keys()
+        with Image.open(open_file(str(DATA / row["image"]))) as image:
+            assert image.size == (64, 64) and made.keys() == INPUTS[name][0].keys()
         assert all(not isinstance(value, float) or 0 <= value <= 1 for value in made.values())
 
 
@@ -100,6 +104,26 @@ def test_its_rows_are_of_the_concepts_of_their_split(name, split):
     files = [Path(row["image"]).stem for row in read_rows(name, split)]
     known = {Path(name).stem for name, _ in benchmark.concepts(split, 1000)}
     assert known >= {re.sub(r"-\d$", "", file) for file in files} != set()
+
+
+@pytest.mark.parametrize("name", ["structure", "edit"])
+def test_a_row_whose_input_is_mirrored_shows_the_mirrored_picture(name):
+    dataset = UnifiedDataset(DATA, f"{name}_held_out.jsonl")
+    for row, shown in zip(dataset.rows, dataset, strict=True):
+        colour = Image.open(DATA / "color" / Path(row["image"]).name)
+        expected = ImageOps.mirror(colour) if row["template_inputs"]["mirror"] else colour
+        assert benchmark.distance([shown["image"]], [expected]) < 0.035  # what storing it once more as WebP loses
+
+
+@pytest.mark.skipif(features.version("webp") != "1.6.0", reason="another libwebp writes other bytes")
+def test_its_shards_and_rows_are_what_their_script_writes(tmp_path, monkeypatch):
+    script = import_file(DATA / "build_templates.py")
+    shutil.copytree(DATA, tmp_path, ignore=shutil.ignore_patterns("*.tar", "*.jsonl"), dirs_exist_ok=True)
+    monkeypatch.setattr(script, "HERE", tmp_path)
+    script.main()
+    written = [path.name for path in DATA.iterdir() if path.suffix in (".tar", ".jsonl")]
+    assert len(written) == 11
+    assert filecmp.cmpfiles(DATA, tmp_path, written, shallow=False) == (written, [], [])
 
 
 @pytest.mark.parametrize("name", INPUTS)

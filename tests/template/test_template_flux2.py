@@ -20,13 +20,14 @@ from diffsynth.core.data.operators.unread import Unread
 from diffsynth.core.memory import MemoryRecipe
 from diffsynth.diffusion.loss import FlowMatchSFT
 from diffsynth.diffusion.pipeline import kv_cache
+from diffsynth.diffusion.pipeline.media import ImageMedia
 from diffsynth.diffusion.template.code import read_code
 from diffsynth.diffusion.template.model import Template, load_template
-from diffsynth.diffusion.template.rows import required_columns
 from diffsynth.diffusion.template.units import FEATURES
 from diffsynth.diffusion.training_module import PipelineTrainingModule
 from diffsynth.pipelines.flux2_image import Flux2ImagePipeline, use_joint_attention
 from diffsynth.training.accelerator import make_accelerator
+from diffsynth.training.checks import scan
 
 EDITING = FlowMatchSFT(trainable_models=["template_model"], extra_inputs=["edit_image"])
 DRAWING = FlowMatchSFT(trainable_models=["template_model"])
@@ -53,7 +54,7 @@ def data(tmp_path) -> Path:
 def dataset(folder: Path, task=EDITING) -> UnifiedDataset:
     keys = ["image", *task.extra_inputs]
     rows = UnifiedDataset.from_folder(str(folder), "metadata.jsonl", height=32, width=32, data_file_keys=keys)
-    rows.scan(required=required_columns(rows, task, object()))
+    scan(rows, ImageMedia(), task, object())
     return rows
 
 

@@ -21,15 +21,16 @@ from diffsynth.core.loader import ModelConfig
 from diffsynth.core.memory import MemoryRecipe
 from diffsynth.diffusion.adapters.lora import LoRA
 from diffsynth.diffusion.loss import FlowMatchSFT
+from diffsynth.diffusion.pipeline.media import ImageMedia
 from diffsynth.diffusion.template import load_template_model
 from diffsynth.diffusion.template.code import read_code
 from diffsynth.diffusion.template.model import load_template
-from diffsynth.diffusion.template.rows import required_columns
 from diffsynth.diffusion.training_module import PipelineTrainingModule
 from diffsynth.pipelines.qwen_image import QwenImagePipeline
 from diffsynth.training.accelerator import make_accelerator
+from diffsynth.training.checks import scan
 
-IMAGES, PROMPTS, INPUTS = "QwenImageUnit_InputImageEmbedder", "QwenImageUnit_PromptEmbedder", "TemplateProcessInputs"
+IMAGES, PROMPTS, INPUTS = "InputImageEmbedder", "QwenImageUnit_PromptEmbedder", "TemplateProcessInputs"
 CLOSE = {"rel": 1e-6, "abs": 1e-6}
 
 # What process_inputs makes of the picture with the pipeline's own autoencoder becomes a LoRA.
@@ -114,7 +115,7 @@ def rows_of(tmp_path):
 
 def dataset(folder: Path, metadata: str = "metadata.jsonl") -> UnifiedDataset:
     rows = UnifiedDataset.from_folder(str(folder), metadata, height=32, width=32)
-    rows.scan(required=required_columns(rows, FlowMatchSFT(), object()))
+    scan(rows, ImageMedia(), FlowMatchSFT(), object())
     return rows
 
 

@@ -61,7 +61,7 @@ def kept(checkpoints, state):
     history = {}
     for step in (1, 2):
         take_step(state)
-        checkpoints.keep(state.accelerator, state, last=False)
+        checkpoints.keep(state.accelerator, state, {}, last=False)
         history[step] = weights(state)
     return history
 
@@ -72,7 +72,7 @@ def folders(checkpoints: Checkpoints) -> list[str]:
 
 def resume(checkpoints: Checkpoints, state: TrainingState | None = None) -> TrainingState:
     fresh = state or training_state()
-    assert checkpoints.resume(fresh.accelerator, fresh)
+    assert checkpoints.resume(fresh.accelerator, fresh, {})
     return fresh
 
 
@@ -102,7 +102,7 @@ def test_only_what_is_trained_is_in_it(checkpoints, kept):
 
 
 def test_nothing_to_go_on_from_is_no_mistake(checkpoints, state):
-    assert not checkpoints.resume(state.accelerator, state)
+    assert not checkpoints.resume(state.accelerator, state, {})
     assert state.step == 0 and not checkpoints.path.exists()
 
 
@@ -193,7 +193,7 @@ def test_a_damaged_checkpoint_is_named_and_passed_over_for_the_one_before(damage
 def test_without_a_whole_one_the_run_starts_anew(checkpoints, kept, state):
     for folder in checkpoints.path.iterdir():
         cut_off(folder)
-    assert not checkpoints.resume(state.accelerator, training_state())
+    assert not checkpoints.resume(state.accelerator, training_state(), {})
 
 
 def test_what_a_killed_process_left_half_written_is_removed(checkpoints, kept):
@@ -232,26 +232,24 @@ def test_no_room_is_told_in_numbers_and_loses_nothing(checkpoints, kept, full_di
 
 def test_without_room_a_run_goes_on_but_does_not_end_as_if_it_were_saved(checkpoints, kept, state, full_disk, caplog):
     take_step(state)
-    checkpoints.keep(state.accelerator, state, last=False)
+    checkpoints.keep(state.accelerator, state, {}, last=False)
     assert "Step 3 is not kept: " in caplog.text and "make room" in caplog.text
     with pytest.raises(OSError, match="make room"):
-        checkpoints.keep(state.accelerator, state, last=True)
+        checkpoints.keep(state.accelerator, state, {}, last=True)
 
 
 # Other runs -----------------------------------------------------------------------------------------------------------
 
 
 def test_another_data_set_is_refused_by_name(checkpoints, state):
-    checkpoints.identity = {"data set": "aaaa"}
-    checkpoints.save(1, state.trees())
-    checkpoints.identity = {"data set": "bbbb"}
+    checkpoints.save(1, state.trees(), {"data set": "aaaa"})
     with pytest.raises(ValueError, match=r"step-000001 .*another data set \(aaaa, now bbbb\).*set name="):
-        checkpoints.resume(state.accelerator, state)
+        checkpoints.resume(state.accelerator, state, {"data set": "bbbb"})
 
 
 def test_the_weights_of_another_model_are_refused_by_name(checkpoints, kept):
     other = training_state(width=5)
     before = weights(other)
     with pytest.raises(ValueError, match=r"another model: head\.weight is \(1, 3\) there and \(1, 5\) here"):
-        checkpoints.resume(other.accelerator, other)
+        checkpoints.resume(other.accelerator, other, {})
     assert all(map(torch.equal, weights(other), before))

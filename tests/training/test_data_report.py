@@ -96,7 +96,7 @@ def test_masks_and_images_of_a_cache_are_shown_under_its_samples():
     pipe = SimpleNamespace(
         device="cpu", call_defaults={}, vae=object(), decoding_models=["vae"], loaded=lambda names: nullcontext()
     )
-    pipe.decode_image = lambda latents, request: Image.new("RGB", (32, 32), (int(latents.mean()), 0, 0))
+    pipe.decode = lambda latents, request: Image.new("RGB", (32, 32), (int(latents.mean()), 0, 0))
     mask = torch.tensor([[0.0, 1.0], [1.0, 0.0]])[None, None]
     latents = {"input_latents": torch.full((1, 16, 4, 4), 50.0), "edit_latents": [torch.full((1, 16, 4, 4), 90.0)]}
     kept = {"loss_mask": mask, "input_image": Image.new("RGB", (8, 8), "blue"), "prompt_emb": torch.zeros(1, 3, 8)}

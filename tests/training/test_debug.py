@@ -17,7 +17,7 @@ def train(folder, debug: str, *overrides: str):
     """A run of the tiny model with what a debug file says in the place of what the tests otherwise leave out."""
     says = ("name=", "max_steps=", "batch_size=", "validation=", "lr_scheduler=", "logger.every=", "export.save_steps=")
     own = [override for override in tiny.train_overrides(folder) if not override.startswith(says)]
-    return tiny.train_with(*own, f"debug={debug}", *overrides)
+    return tiny.run([*own, f"debug={debug}", *overrides])
 
 
 def test_overfit_trains_on_one_sample_and_looks_at_it(tmp_path, monkeypatch):

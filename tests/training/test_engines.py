@@ -48,7 +48,7 @@ def work(folder: Path, processes: int, jobs: list[dict]) -> None:
     (folder / "jobs.json").write_text(json.dumps(jobs))
     torchrun = ["torchrun", "--standalone", "--nproc_per_node", str(processes)]
     path = f"{tiny.ROOT}:{tiny.ROOT / 'tests'}"
-    tiny.process(*torchrun, "tests/engine_worker.py", str(folder / "jobs.json"), PYTHONPATH=path)
+    tiny.process(*torchrun, "tests/training/engine_worker.py", str(folder / "jobs.json"), PYTHONPATH=path)
 
 
 def run_dir(root: Path) -> Path:
@@ -289,7 +289,7 @@ def test_tokens_are_split_over_a_divisor_of_the_processes(refused):
     ],
 )
 def test_what_tokens_cannot_be_split_for_is_refused(refused, monkeypatch, overrides, said):
-    monkeypatch.setattr("diffsynth.training.engines.launcher.asked_cp_size", lambda processes: 3)
+    monkeypatch.setattr("diffsynth.training.engines.asked_cp_size", lambda processes: 3)
     monkeypatch.setattr("diffsynth.training.engines.Engine.replicas", 1)
     assert said in refused("ddp", *overrides)
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..trained import MODEL
 
-GIVEN = {"pipe", "draw", "inputs", "scene"}  # parameters of losses that are no inputs
+GIVEN = {"pipe", "rng", "inputs", "context"}  # parameters of losses that are no inputs
 
 
 @dataclass(frozen=True, kw_only=True)

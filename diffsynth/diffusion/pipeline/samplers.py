@@ -60,7 +60,10 @@ def dpmpp_2m(velocity: Velocity, latents: Tensor, scheduler: FlowMatchScheduler,
         prediction_type="flow_prediction", use_flow_sigmas=True, final_sigmas_type="zero", lower_order_final=True
     )
     solver.set_timesteps(len(scheduler.sigmas))
-    solver.sigmas = torch.cat([scheduler.sigmas, scheduler.sigmas.new_zeros(1)])
+    levels = scheduler.sigmas.clamp(
+        max=1
+    )  # a shifted grid may begin a rounding error above 1, and the solver takes log(1 - σ)
+    solver.sigmas = torch.cat([levels, levels.new_zeros(1)])
     solver.timesteps = scheduler.sigmas * TRAINING_STEPS
     yield latents
     for timestep in scheduler.timesteps:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from ...core import loader
+from ...core.data.sources.storage import open_parts
 from .code import TemplateCode, errors_of, read_code
 
 logger = logging.getLogger(__name__)
@@ -33,15 +34,15 @@ class Template:
         return str(self.code.file)
 
     def process_data(self, template_inputs: Mapping[str, Any]) -> dict[str, Any]:
-        """Arguments of `process_inputs` from a row's `template_inputs`.
+        """Arguments of `process_inputs` from a row's `template_inputs`, of which pictures in tar shards are opened.
 
         Raises:
             ValueError: The data processor raises something, or returns no dict.
         """
         if self.data_processor is None:
-            return dict(template_inputs)
+            return open_parts(template_inputs)
         with errors_of(self.code.file, f"TEMPLATE_DATA_PROCESSOR of {dict(template_inputs)}"):
-            made = self.data_processor(**template_inputs)
+            made = self.data_processor(**open_parts(template_inputs))
         return self._dict(made, "TEMPLATE_DATA_PROCESSOR")
 
     @torch.no_grad()

@@ -5,12 +5,13 @@ import os
 from collections.abc import Callable
 from functools import partial
 from hashlib import blake2b
-from pathlib import Path
 from typing import Any
 
 from ...core.data.dataset import TrainingData
 from ...core.data.operators.images import Operator
 from ...core.data.operators.unread import Unread
+from ...core.data.operators.video import open_bytes
+from ...core.data.sources.storage import absolute, is_part
 from ..loss.base import Objective
 from ..pipeline.media import Media
 from .model import Template
@@ -37,7 +38,8 @@ def as_dict(template_inputs: Any) -> dict[str, Any]:
 class ReadTemplateInputs(Operator):
     """The `template_inputs` of a row, the files that they name at their absolute paths.
 
-    A value names a file if there is one of that name in `base_path`, or anywhere under an absolute path.
+    A value names a file if there is one of that name in `base_path`, or anywhere under an absolute path. A name of
+    a picture in a tar shard, as `read_shards` makes it, is always one.
     """
 
     def __init__(self, base_path: str):
@@ -46,7 +48,8 @@ class ReadTemplateInputs(Operator):
     def __call__(self, data: Any) -> dict[str, Any]:
         return self._with_files(as_dict(data), str)
 
-    check = __call__
+    def check(self, data: Any) -> dict[str, Any]:
+        return self._with_files(as_dict(data), _require_opens)
 
     def unread(self, data: Any) -> dict[str, Any]:
         return self._with_files(as_dict(data), _known_by_content)
@@ -57,8 +60,15 @@ class ReadTemplateInputs(Operator):
             return {name: self._with_files(element, make) for name, element in value.items()}
         if isinstance(value, list):
             return [self._with_files(element, make) for element in value]
-        path = os.path.join(os.path.abspath(self.base_path), value) if isinstance(value, str) else ""
-        return make(path) if os.path.isfile(path) else value
+        if not isinstance(value, str):
+            return value
+        path = os.path.join(absolute(self.base_path), value)
+        return make(path) if is_part(value) or os.path.isfile(path) else value
+
+
+def _require_opens(path: str) -> str:
+    open_bytes(path).close()
+    return path
 
 
 def _known_by_content(path: str) -> Unread:
@@ -66,7 +76,8 @@ def _known_by_content(path: str) -> Unread:
 
 
 def _name_and_digest(path: str) -> list[str]:
-    return [os.path.basename(path), blake2b(Path(path).read_bytes(), digest_size=16).hexdigest()]
+    with open_bytes(path) as file:
+        return [os.path.basename(path), blake2b(file.read(), digest_size=16).hexdigest()]
 
 
 def required_columns(media: Media, task: "Objective", template: Template | None) -> tuple[str, ...]:

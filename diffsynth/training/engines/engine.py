@@ -12,6 +12,8 @@ from ...core.context_parallel import Devices
 from ...core.sharing import together
 from ...diffusion.token_split import check_split, split_predicting
 
+ALTERNATIVE = "launch with --config_file conf/accelerate/ddp.yaml."  # what goes where another engine does not
+
 
 class Engine:
     """Every process has the whole model, and DDP keeps them equal; a single process is one of them.

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from ...core.gradient import repeated_blocks
-from .launcher import ALTERNATIVE
+from .engine import ALTERNATIVE
 from .sharded import ShardedEngine
 
 

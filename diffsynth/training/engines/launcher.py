@@ -6,27 +6,6 @@ from importlib.util import find_spec
 import torch
 
 SIZES = ("cp_size", "tp_size", "sp_size", "dp_replicate_size")  # of a parallelism_config
-ALTERNATIVE = "launch with --config_file conf/accelerate/ddp.yaml."
-
-
-def choose_engine(accelerator):
-    """The engine of the launcher's file.
-
-    Raises:
-        ValueError: It asks for something that is not to be had here.
-    """
-    from .engine import Engine
-
-    cp_size = asked_cp_size(accelerator.num_processes)
-    if _asked("ACCELERATE_USE_DEEPSPEED"):
-        from .zero import ZeRO
-
-        return ZeRO(accelerator, cp_size)
-    if _asked("ACCELERATE_USE_FSDP"):
-        from .fsdp2 import FSDP2
-
-        return FSDP2(accelerator, cp_size)
-    return Engine(accelerator, cp_size)
 
 
 def asked_cp_size(processes: int) -> int:
@@ -35,7 +14,7 @@ def asked_cp_size(processes: int) -> int:
     Raises:
         ValueError: It does not divide the number of processes, or tensors are to be split.
     """
-    if not _asked("ACCELERATE_USE_PARALLELISM_CONFIG"):
+    if not asked("ACCELERATE_USE_PARALLELISM_CONFIG"):
         return 1
     cp_size, *others = (int(os.environ.get(f"PARALLELISM_CONFIG_{name.upper()}", 1)) for name in SIZES)
     for name, size in zip(SIZES[1:], others, strict=True):
@@ -58,9 +37,9 @@ def own_parallelism(device: str):
     """
     from accelerate import ParallelismConfig
 
-    if not _asked("ACCELERATE_USE_PARALLELISM_CONFIG"):
+    if not asked("ACCELERATE_USE_PARALLELISM_CONFIG"):
         return None
-    shards = _asked("ACCELERATE_USE_FSDP") and device != "cpu"  # where accelerate starts no FSDP2
+    shards = asked("ACCELERATE_USE_FSDP") and device != "cpu"  # where accelerate starts no FSDP2
     sharded = int(os.environ.get("WORLD_SIZE", 1)) if shards else 1
     return ParallelismConfig(dp_replicate_size=1, dp_shard_size=sharded, tp_size=1, cp_size=1, sp_size=1)
 
@@ -71,7 +50,7 @@ def check_launch(device: str, torch_dtype: str) -> None:
     Raises:
         ValueError: Names both, or what is not installed.
     """
-    if _asked("ACCELERATE_USE_DEEPSPEED") and find_spec("deepspeed") is None:
+    if asked("ACCELERATE_USE_DEEPSPEED") and find_spec("deepspeed") is None:
         raise ValueError('DeepSpeed is not installed: pip install "diffsynth-hydra[cluster]"')
     said = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
     computes = "bf16" if torch_dtype == "bfloat16" else "no"
@@ -80,7 +59,7 @@ def check_launch(device: str, torch_dtype: str) -> None:
             f"The launcher's file says mixed_precision: {said}, and model.torch_dtype is {torch_dtype}; leave "
             "mixed_precision out of the file, as model.torch_dtype decides."
         )
-    if device != "cpu" and _asked("ACCELERATE_USE_CPU"):
+    if device != "cpu" and asked("ACCELERATE_USE_CPU"):
         raise ValueError(f"The launcher's file says use_cpu: true, and device is {device}; set device=cpu.")
     for_gpus = {"LOCAL_RANK", "ACCELERATE_MIXED_PRECISION"} <= os.environ.keys()  # torchrun sets only the first
     if device == "cpu" and for_gpus and torch.cuda.is_available():
@@ -89,5 +68,5 @@ def check_launch(device: str, torch_dtype: str) -> None:
         )
 
 
-def _asked(name: str) -> bool:
+def asked(name: str) -> bool:
     return os.environ.get(name, "false").lower() == "true"

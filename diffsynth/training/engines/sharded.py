@@ -8,8 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ...core.sharing import together
-from .engine import Engine
-from .launcher import ALTERNATIVE
+from .engine import ALTERNATIVE, Engine
 
 # They treat every number on its own, so that a part of a tensor takes the step that the whole would.
 ELEMENTWISE = ("Adam", "AdamW", "NAdam", "RAdam", "Adamax", "SGD", "RMSprop")

@@ -3,7 +3,7 @@
 import io
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, BinaryIO, NamedTuple
 
@@ -94,9 +94,27 @@ def part_of(archive: str, offset: int, size: int, name: str) -> str:
     return f"{archive}#{offset}+{size}/{os.path.basename(name)}"
 
 
+def is_part(name: str) -> bool:
+    """Whether a name is one that `part_of` makes."""
+    return PART.fullmatch(name) is not None
+
+
+def open_parts(value: Any) -> Any:
+    """A value in which the names of parts of tar files are replaced by open files.
+
+    For code from elsewhere, which opens what it is given as a path: `PIL.Image.open`, `numpy.load` and `torch.load`
+    take an open file as they take a path.
+    """
+    if isinstance(value, Mapping):
+        return {name: open_parts(element) for name, element in value.items()}
+    if isinstance(value, list):
+        return [open_parts(element) for element in value]
+    return open_file(value) if isinstance(value, str) and is_part(value) else value
+
+
 def is_path(file: str | EmbeddedFile) -> bool:
     """Whether a name is one that the operating system knows."""
-    return isinstance(file, str) and not is_remote(file) and not PART.fullmatch(file)
+    return isinstance(file, str) and not is_remote(file) and not is_part(file)
 
 
 def is_remote(path: str) -> bool:

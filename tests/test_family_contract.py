@@ -1,0 +1,235 @@
+"""What holds for every model family; a new one is a row in families.py."""
+
+import inspect
+
+import numpy as np
+import pytest
+import tiny
+import torch
+from families import FAMILIES, Family, of_families
+from PIL import Image
+from torch.testing import assert_close
+
+from diffsynth.cache.make import launch_data_process_task
+from diffsynth.core.data import CachedDataset, Row, Sample, UnifiedDataset
+from diffsynth.core.loader import save_safetensors
+from diffsynth.core.memory.storage import stored_layers
+from diffsynth.diffusion.adapters.lora import LoRA
+from diffsynth.diffusion.base_pipeline import BasePipeline
+from diffsynth.diffusion.pipeline.components import Network
+from diffsynth.diffusion.pipeline.request import ImageRequest, defaults_of
+from diffsynth.diffusion.pipeline.samplers import SAMPLERS
+from diffsynth.diffusion.pipeline.vae import Latents
+from diffsynth.training.accelerator import make_accelerator
+
+REQUEST = {"prompt": "a red apple", "seed": 1, "height": 48, "width": 32, "num_inference_steps": 3, "cfg_scale": 1.0}
+GUIDED = REQUEST | {"negative_prompt": "a line emoji", "cfg_scale": 3.0}
+LORA = LoRA(rank=2)
+
+
+def samples() -> list[Sample]:
+    """Three pictures, taller than wide, with prompts of different lengths."""
+    pixels = np.random.default_rng(0).integers(0, 256, (3, 48, 32, 3), dtype=np.uint8)
+    prompts = ["", "a red apple", "a line emoji of a tiger face, looking at an umbrella"]
+    rows = [Row({"image": Image.fromarray(p), "prompt": text}) for p, text in zip(pixels, prompts, strict=True)]
+    return [Sample(row, epoch=number, index=10 + number) for number, row in enumerate(rows)]
+
+
+def sampled(pipe: BasePipeline, *requests: dict) -> torch.Tensor:
+    """The latents (B, C, h, w) that requests end with."""
+    with torch.no_grad():
+        return pipe.denoise(*pipe.prepare(requests))
+
+
+def shaken(module, strength: float = 0.05):
+    """With weights that the training would have moved."""
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in module.trainable_parameters():
+            parameter += strength * torch.randn(parameter.shape, generator=generator).to(parameter)
+    return module
+
+
+def gradients(module, batches) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """Losses of some batches, and the gradient of their mean."""
+    module.zero_grad()
+    losses = torch.cat([module(batch) for batch in batches])
+    losses.mean().backward()
+    return losses.detach(), {n: p.grad.clone() for n, p in module.named_parameters() if p.grad is not None}
+
+
+# The declaration ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", FAMILIES, ids=str)
+def test_the_call_and_the_constructor_name_their_arguments(family):
+    call, constructor = (
+        inspect.signature(getattr(family.pipeline, name)).parameters for name in ("__call__", "from_components")
+    )
+    assert {"prompt", *defaults_of(family.pipeline.request)} < set(call)
+    assert {*family.pipeline.components, "torch_dtype", "height", "cfg_scale", "training"} <= set(constructor)
+    assert "Args:" in family.pipeline.__call__.__doc__ and "seed:" in family.pipeline.__call__.__doc__
+
+
+@pytest.mark.parametrize("part", ["request", "components", "latents", "model_fn", "sigma_grid", "unit_classes"])
+def test_a_family_whose_declaration_lacks_a_part_is_named_when_its_class_is_made(part):
+    parts = {
+        "request": ImageRequest,
+        "components": {"dit": Network("Nothing")},
+        "latents": Latents(channels=1, factor=1),
+        "model_fn": staticmethod(lambda dit, latents, timestep: latents),
+        "sigma_grid": staticmethod(lambda num_inference_steps, denoising_strength=1.0: torch.ones(1)),
+        "unit_classes": (),
+    }
+    type("Whole", (BasePipeline,), parts)
+    with pytest.raises(TypeError, match=f"Lacking declares no {part}|Lacking.components names no Network"):
+        type("Lacking", (BasePipeline,), {name: value for name, value in parts.items() if name != part})
+
+
+# Sampling -------------------------------------------------------------------------------------------------------------
+
+
+@of_families
+def test_requests_of_a_batch_are_sampled_as_if_alone(family: Family):
+    pipe = family.load()
+    requests = [GUIDED, GUIDED | {"prompt": "", "seed": 2}]
+    alone = torch.cat([sampled(pipe, request) for request in requests])
+    assert_close(sampled(pipe, *requests), alone, atol=1e-5, rtol=1e-4)
+    assert (alone[0] - alone[1]).abs().max() > 1e-2
+
+
+@of_families
+def test_prompt_guidance_and_seed_decide_what_is_sampled(family: Family):
+    pipe = family.load()
+    plain = sampled(pipe, REQUEST)
+    for change in ({"prompt": "a tiger"}, {"seed": 2}, {"cfg_scale": 3.0}):
+        assert (sampled(pipe, REQUEST | change) - plain).abs().max() > 1e-3, change
+    assert torch.equal(sampled(pipe, REQUEST), plain)
+
+
+@of_families
+def test_samplers_that_follow_the_path_end_together(family: Family):
+    pipe = family.load()
+    ends = {name: sampled(pipe, REQUEST | {"sampler": name, "num_inference_steps": 32}) for name in SAMPLERS}
+    off = {name: (end - ends["heun"]).norm() / end.norm() for name, end in ends.items()}
+    assert off["euler"] < 0.1 and off["dpmpp_2m"] < 0.1
+    assert off["renoise"] > 0.3  # it leaves the path
+
+
+@of_families
+def test_black_of_an_inpainting_mask_keeps_the_image(family: Family):
+    pipe = family.load()
+    image = samples()[0].data["image"]
+    mask = Image.new("L", image.size, 0)
+    mask.paste(255, (0, 0, 32, 16))
+    request = REQUEST | {"input_image": image, "inpaint_mask": mask, "num_inference_steps": 2}
+    kept = pipe.vae.encode(pipe.preprocess_image(image))
+    for sampler in ("euler", "heun", "dpmpp_2m"):
+        found = sampled(pipe, request | {"sampler": sampler})
+        below = found.shape[2] // 3
+        assert_close(found[:, :, below:], kept[:, :, below:], atol=1e-4, rtol=1e-4)
+        assert (found[:, :, :below] - kept[:, :, :below]).abs().max() > 1e-2
+
+
+@of_families
+def test_an_image_comes_back_from_its_latents_in_its_size(family: Family):
+    pipe = family.load()
+    (image,) = pipe.generate([REQUEST | {"num_inference_steps": 1}])
+    assert image.size == (32, 48)
+    latents = pipe.vae.encode(torch.rand(2, 3, 48, 32) * 2 - 1)
+    assert latents.shape == (2, *pipe.latents.shape(48, 32)[1:])
+    assert pipe.vae.decode(latents).shape == (2, 3, 48, 32)
+
+
+# Training -------------------------------------------------------------------------------------------------------------
+
+
+@of_families
+def test_a_batch_has_the_mean_loss_and_gradient_of_its_samples(family: Family):
+    module, batch = shaken(family.module(lora=LORA).load()), samples()
+    losses, gradient = gradients(module, [batch])
+    alone, mean = gradients(module, [[sample] for sample in batch])
+    assert_close(losses, alone, atol=1e-5, rtol=1e-5)
+    assert_close(gradient, mean, atol=1e-5, rtol=1e-3)
+
+
+@of_families
+def test_gradients_reach_all_that_is_trained_and_nothing_else(family: Family):
+    module = shaken(family.module(lora=LORA).load())
+    _, found = gradients(module, [samples()])
+    trained = {name for name, p in module.named_parameters() if p.requires_grad}
+    assert trained and found.keys() <= trained
+    moved = {name for name, gradient in found.items() if gradient.abs().max() > 0}
+    assert len(moved) > 0.8 * len(trained)  # a last block may put out text that nobody reads
+
+
+@of_families
+def test_checkpointing_changes_nothing(family: Family):
+    found = [
+        gradients(shaken(family.module(lora=LORA, checkpointing=c).load()), [samples()]) for c in ("none", "blocks")
+    ]
+    assert_close(found[0], found[1], atol=1e-6, rtol=1e-5)
+
+
+@of_families
+def test_weights_in_8_bits_change_the_loss_little(family: Family):
+    plain = family.module(lora=LORA).load()
+    stored = family.module(lora=LORA, storage="int8").load()
+    assert stored_layers(stored.pipe.network) and not stored_layers(plain.pipe.network)
+    assert_close(stored(samples()).detach(), plain(samples()).detach(), atol=0, rtol=0.05)
+
+
+@of_families
+def test_two_stages_have_the_losses_of_one(family: Family, tmp_path):
+    rows = UnifiedDataset.from_folder(str(tiny.dataset()), height=32, width=32)
+    rows.scan()
+    launch_data_process_task(make_accelerator("cpu", "float32"), rows, family.module(lora=LORA), tmp_path)
+    cached = CachedDataset(str(tmp_path))
+    losses = [
+        family.module(lora=LORA).load(cached=not data.needs_encoders)([Sample(data[n], 0, n) for n in range(4)])
+        for data in (rows, cached)
+    ]
+    assert_close(losses[0], losses[1], atol=1e-6, rtol=1e-6)
+
+
+@of_families
+def test_an_adapter_is_saved_and_loads_with_what_it_changes(family: Family, tmp_path):
+    module = shaken(family.module(lora=LORA).load(), strength=0.5)
+    tensors, metadata = module.export_weights()["lora"]
+    save_safetensors(tensors, tmp_path / "lora.safetensors", metadata)
+    pipe = family.load()
+    before = sampled(pipe, REQUEST)
+    pipe.load_lora("dit", tmp_path / "lora.safetensors")
+    after = sampled(pipe, REQUEST)
+    with module.pipe.sampling():
+        assert_close(after, sampled(module.pipe, REQUEST), atol=1e-5, rtol=1e-4)
+    assert (after - before).abs().max() > 1e-3
+
+
+# Runs -----------------------------------------------------------------------------------------------------------------
+
+
+def run(family: Family, folder, *overrides: str):
+    given = [o for o in tiny.train_overrides(folder) if not o.startswith("model.")]
+    return tiny.merged([*family.overrides, *given], overrides)
+
+
+@of_families
+def test_a_run_trains_evaluates_exports_and_resumes(family: Family, tmp_path):
+    evaluated = [
+        "validation=image_folder",
+        "validation.prompts=[a red emoji]",
+        "validation.options.num_inference_steps=1",
+    ]
+    overrides = run(family, tmp_path, *evaluated)
+    run_dir = tiny.run(overrides)
+    assert tiny.weights(run_dir)[-1].endswith(".safetensors")
+    assert all(np.isfinite(line["loss"]) for line in tiny.metrics(run_dir) if "loss" in line)
+    assert len(list((run_dir / "samples").glob("step-*.png"))) == 2
+
+
+@of_families
+def test_a_run_is_planned(family: Family, tmp_path):
+    cfg = tiny.compose("plan", *run(family, tmp_path), f"path={tmp_path}/plan")
+    table = tiny.call("plan", cfg)
+    assert "| train |" in table and "| cache |" in table
