@@ -9,6 +9,7 @@ from typing import Any
 
 from hydra.errors import InstantiationException
 from omegaconf import DictConfig, ListConfig, OmegaConf
+from omegaconf.errors import InterpolationResolutionError
 
 from .moved import up_to_date
 
@@ -23,7 +24,13 @@ def check(cfg: DictConfig, entry: Callable) -> None:
     Raises:
         ConfigError: An unknown key, a missing one, a value of the wrong type, a target that does not exist.
     """
-    cfg = up_to_date(cfg)
+    try:
+        _check(up_to_date(cfg), entry)
+    except InterpolationResolutionError as error:  # such as a model without `training`, which other nodes refer to
+        raise ConfigError(f"{error.full_key}: {str(error).splitlines()[0]}.") from error
+
+
+def _check(cfg: DictConfig, entry: Callable) -> None:
     missing = sorted(OmegaConf.missing_keys(cfg))
     if missing:
         raise ConfigError(f"{missing[0]} has no value: set {missing[0]}=… on the command line.")

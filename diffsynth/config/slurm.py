@@ -11,6 +11,7 @@ from types import ModuleType
 from hydra.core.plugins import Plugins
 from hydra.core.utils import JobReturn, JobStatus, setup_globals
 from hydra.plugins.launcher import Launcher
+from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig
 
 from ..core.files import write_text
@@ -72,7 +73,7 @@ class SlurmLauncher(Launcher):
     before: Sequence[str] = ()
     sbatch: Mapping[str, str | int | bool | None] = field(default_factory=dict)
 
-    def setup(self, *, hydra_context, task_function, config: DictConfig) -> None:
+    def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
         self.loader, self.config = hydra_context.config_loader, config
         check(config.hydra.launcher, SlurmLauncher)
         if self.accelerate_config is not None and not Path(self.accelerate_config).exists():

@@ -424,6 +424,12 @@ def test_a_value_of_the_wrong_type_is_answered_with_the_right_one(override, expe
     assert expected in complaint(monkeypatch, override, f"output_root={tmp_path}")
 
 
+def test_a_value_that_others_refer_to_and_that_is_gone_is_named(monkeypatch, tmp_path):
+    message = complaint(monkeypatch, "~model.training", f"output_root={tmp_path}")
+    first, *others = message.splitlines()
+    assert "Interpolation key 'model.training" in first and "DIFFSYNTH_TRACEBACK" in "".join(others)
+
+
 def test_a_value_that_nobody_gave_is_asked_for(monkeypatch, tmp_path):
     message = complaint(monkeypatch, "dataset=image_folder", f"output_root={tmp_path}")
     assert "dataset.path" in message and "command line" in message

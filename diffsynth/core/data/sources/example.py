@@ -37,10 +37,10 @@ def read_example(
     """
     if folder is None:
         raise ValueError(f"{repository} has no images for this model: {YOUR_OWN}.")
-    if not fetch and not is_whole(Path(path)):
-        _say(f"Planned with one blank picture in the place of {repository}, {folder}.")
-        return blank_rows(columns)
-    with FileLock(_root(path, folder) / ".lock"):  # every process of a run comes here
+    if not is_whole(Path(path)):
+        if not fetch:
+            _say(f"Planned with one blank picture in the place of {repository}, {folder}.")
+            return blank_rows(columns)
         _fetch(Path(path), repository, folder)
     _, rows = find_rows(path, None, "utf-8")
     _say(f"Training data: {len(rows)} rows of {repository}, {folder}, in {path}; {YOUR_OWN}.")
@@ -60,9 +60,8 @@ def blank_rows(columns: Sequence[str]) -> Table:
 
 
 def _fetch(path: Path, repository: str, folder: str) -> None:
-    if is_whole(path):
-        return
-    reason = _download(path, repository, folder)
+    with FileLock(_root(path, folder) / ".lock"):  # every process of a run comes here
+        reason = "" if is_whole(path) else _download(path, repository, folder)
     if not is_whole(path):
         raise ValueError(
             f"{repository} cannot be fetched ({reason}): {YOUR_OWN}, or copy its folder {folder} to {path}."
