@@ -1,8 +1,9 @@
 """What a command line and its experiment chose, where that cannot be seen in the configuration they compose."""
 
+import re
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from itertools import combinations
+from itertools import combinations, takewhile
 from pathlib import PurePosixPath
 from typing import Any
 
@@ -14,8 +15,10 @@ from hydra.types import RunMode
 from omegaconf import OmegaConf
 
 from .nodes import ConfigError
+from .script import conf, script
 
 START = "base"  # the file of a group that its options add to
+RUNS_OF = {"plan": "train"}  # scripts that plan runs of another, and so take its experiments
 
 
 def check_choices() -> None:
@@ -62,3 +65,33 @@ def _flat(settings: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, 
             yield from _flat(value, f"{prefix}{key}.")
         else:
             yield prefix + key, value
+
+
+def check_words(words: Sequence[str]) -> None:
+    """Refuse, before anything is composed, an experiment of another script and a local file that is not there.
+
+    Raises:
+        ConfigError: Names the script or the file.
+    """
+    for word in words:
+        group, _, names = word.partition("=")
+        check = {"experiment": _check_experiment, "local": _check_local}.get(group)
+        for name in names.split(",") if check else ():  # a sweep names several
+            check(name)
+
+
+def _check_experiment(name: str) -> None:
+    """Refuse an experiment of another script, which a comment at its top names by its command."""
+    file = conf() / "experiment" / f"{name}.yaml"
+    head = "".join(takewhile(lambda line: line.startswith("#"), file.open(encoding="utf-8"))) if file.exists() else ""
+    made_by = re.search(r"(\w+)\.py experiment=", head)
+    if made_by and made_by[1] not in (script(), RUNS_OF.get(script())):
+        command = f"python {made_by[1]}.py experiment={name}"
+        raise ConfigError(f"experiment={name} is {made_by[1]}.py's, not {script()}.py's: {command}")
+
+
+def _check_local(name: str) -> None:
+    """Refuse a file that is not there, which Hydra would pass over, as there need not be one."""
+    file = conf() / "local" / f"{name}.yaml"
+    if not file.exists():
+        raise ConfigError(f"local={name}: there is no file {file}; conf/local/README.md says what belongs there.")
