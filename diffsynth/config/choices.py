@@ -27,10 +27,10 @@ def check_choices() -> None:
     Raises:
         ConfigError: Names both options and the key.
     """
-    config, loader = HydraConfig.get(), GlobalHydra.instance().config_loader()
+    config = HydraConfig.get()
     if not any("=[" in word or word.startswith("experiment=") for word in config.overrides.task):
         return  # composing takes a third of a second
-    overrides = [*config.overrides.hydra, *config.overrides.task]
+    loader, overrides = GlobalHydra.instance().config_loader(), [*config.overrides.hydra, *config.overrides.task]
     files = loader.compute_defaults_list(config.job.config_name, overrides, RunMode.RUN).defaults
     for group, options in options_of(files).items():
         for one, other in combinations(options, 2):
