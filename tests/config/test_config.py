@@ -371,7 +371,7 @@ def test_an_experiment_refuses_the_wrong_script_and_names_the_right_one(script, 
 @pytest.mark.parametrize("experiment", options("experiment"))
 def test_an_experiment_says_at_its_top_how_it_is_run(experiment):
     head = (CONF / "experiment" / f"{experiment}.yaml").read_text().split("\ndefaults:")[0]
-    (command,) = re.findall(r"^# +(?:accelerate launch .*|python )(\w+)\.py experiment=(\S+)$", head, re.MULTILINE)
+    (command,) = re.findall(r"^# +(?:accelerate launch .* |python )(\w+)\.py experiment=(\S+)$", head, re.MULTILINE)
     assert command == ("distill" if experiment.startswith("emoji_distill/") else "train", experiment)
 
 
