@@ -9,7 +9,7 @@ from dataclasses import replace
 
 import hydra
 
-from diffsynth.config import build, check, claim, explained, finish, run_main
+from diffsynth.config import build, check, check_choices, claim, explained, finish, run_main
 from diffsynth.training.run import DistillRun
 from train import train
 
@@ -31,6 +31,7 @@ def distill(run: DistillRun) -> list:
 @hydra.main(version_base="1.3", config_path="conf", config_name="distill")
 def main(cfg) -> None:
     with explained():
+        check_choices()
         check(cfg, DistillRun)
         if (run_dir := claim(cfg)) is not None:
             finish(run_dir, distill(DistillRun(**build(cfg))))

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import hydra
 
@@ -15,6 +15,7 @@ def generate(
     prompt: str | Sequence[str],
     negative_prompt: str = "",
     seed: int | Sequence[int] = 0,
+    sampler: Literal["euler", "heun", "dpmpp_2m", "renoise"] | None = None,
     lora_path: str | Sequence[str] | None = None,
     lora_scale: float = 1.0,
     input_image: str | None = None,
@@ -55,6 +56,7 @@ def generate(
             "prompt": text,
             "negative_prompt": negative_prompt,
             "seed": number,
+            "sampler": sampler,
             "denoising_strength": denoising_strength,
             **(options or {}),
         }

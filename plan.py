@@ -10,7 +10,7 @@ from pathlib import Path
 
 import hydra
 
-from diffsynth.config import build, check, explained, run_main
+from diffsynth.config import build, check, check_choices, explained, run_main
 from diffsynth.plan.run import PlanRun
 
 
@@ -40,6 +40,7 @@ def plan(run: PlanRun) -> str:
 @hydra.main(version_base="1.3", config_path="conf", config_name="plan")
 def main(cfg) -> None:
     with explained():
+        check_choices()
         check(cfg, PlanRun)
         print(plan(PlanRun(**build(cfg))))
 

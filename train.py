@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import hydra
 
-from diffsynth.config import build, check, claim, explained, finish, run_main
+from diffsynth.config import build, check, check_choices, claim, explained, finish, run_main
 from diffsynth.training.run import Run
 
 
@@ -53,6 +53,7 @@ def train(run: Run) -> list:
 @hydra.main(version_base="1.3", config_path="conf", config_name="train")
 def main(cfg) -> None:
     with explained():
+        check_choices()
         check(cfg, Run)
         if (run_dir := claim(cfg)) is not None:
             finish(run_dir, train(Run(**build(cfg))))

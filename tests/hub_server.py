@@ -1,4 +1,4 @@
-"""A model hub of one repository on localhost: the few endpoints that both clients call to download a snapshot."""
+"""A hub of one repository on localhost: the few endpoints that both clients call to download a snapshot of it."""
 
 import hashlib
 import json
@@ -26,11 +26,11 @@ def serve(repository: Path, model_id: str):
                 self.answer([{"type": "file", "path": f, "size": s, "oid": h} for f, s, h in files()])
             elif url.path.startswith(f"/{model_id}/resolve/"):
                 self.send(url.path.removeprefix(f"/{model_id}/resolve/{COMMIT}/"))
-            elif url.path == f"/api/v1/models/{model_id}/repo/files":
+            elif url.path in (f"/api/v1/models/{model_id}/repo/files", f"/api/v1/datasets/{model_id}/repo/tree"):
                 within = [row for row in files() if row[0].startswith(query.get("Root", ""))]
                 listed = [{"Path": f, "Type": "blob", "Size": s, "Sha256": h} for f, s, h in within]
                 self.answer({"Code": 200, "Data": {"Files": listed}})
-            elif url.path == f"/api/v1/models/{model_id}/repo":
+            elif url.path in (f"/api/v1/models/{model_id}/repo", f"/api/v1/datasets/{model_id}/repo"):
                 self.send(query["FilePath"])
             else:
                 self.send_error(404)

@@ -217,7 +217,7 @@ def run(family: Family, folder, *overrides: str):
 @of_families
 def test_a_run_trains_evaluates_exports_and_resumes(family: Family, tmp_path):
     evaluated = [
-        "validation=image_folder",
+        "validation=base",
         "validation.prompts=[a red emoji]",
         "validation.options.num_inference_steps=1",
     ]

@@ -4,16 +4,18 @@ import difflib
 import logging
 import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from pathlib import Path
 
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import ConfigCompositionException, OverrideParseException
 from omegaconf import DictConfig, OmegaConf
 
 from . import slurm
+from .choices import check_words
+from .help import help_text
 from .nodes import ConfigError
+from .script import compose, conf, script
 
 HELP = ({"-h"}, {"--help"})
 
@@ -24,6 +26,7 @@ def run_main(main: Callable[[], None]) -> None:
     try:
         if {word for word in sys.argv[1:] if word.startswith("-")} in HELP:  # with other flags: Hydra's own help
             return print(help_text([word for word in sys.argv[1:] if not word.startswith("-")]))
+        check_words(sys.argv[1:])
         slurm.register()
         main()
     except (ConfigCompositionException, OverrideParseException) as error:
@@ -64,8 +67,10 @@ def _explain(error: ConfigCompositionException | OverrideParseException) -> str:
     if not message.startswith("Could not override '"):
         return f"{message}\n{error.__cause__ or ''}".strip()
     path = message.split("'")[1]
+    config = _chosen_groups(other_than=path)
+    if (conf() / path).is_dir():
+        return _explain_group(path, config.hydra.runtime.choices)
     parent, _, key = path.rpartition(".")
-    config = _chosen_groups()
     while parent and OmegaConf.select(config, parent) is None:  # the first part of the path that is not there
         path, (parent, _, key) = parent, parent.rpartition(".")
     siblings = (OmegaConf.select(config, parent) if parent else config) or ()
@@ -75,50 +80,22 @@ def _explain(error: ConfigCompositionException | OverrideParseException) -> str:
     return f"{path}: no such key {key!r}; {hint}"
 
 
-def _chosen_groups() -> DictConfig:
+def _explain_group(group: str, choices: Mapping[str, str]) -> str:
+    """Why nothing can be chosen of a group that there is: another task has it, or another script."""
+    tasks = conf() / "task"
+    having = [file for file in sorted(tasks.rglob("*.yaml")) if f"- /{group}: " in file.read_text(encoding="utf-8")]
+    if not having or "task" not in choices:
+        own = sorted(name for name in choices if "hydra/" not in name)
+        return f"{group}: {script()}.py has no such group; it has {', '.join(own)}."
+    names = ", ".join(file.relative_to(tasks).with_suffix("").as_posix() for file in having)
+    return f"{group}: task={choices['task']} has no {group} to choose; these tasks have: {names}."
+
+
+def _chosen_groups(other_than: str) -> DictConfig:
     """The configuration with only the groups that the command line chooses, else the script's own."""
-    chosen = [word for word in sys.argv[1:] if "=" in word and (_conf() / word.split("=")[0]).is_dir()]
+    words = [word for word in sys.argv[1:] if "=" in word and word.split("=")[0] != other_than]
+    chosen = [word for word in words if (conf() / word.split("=")[0]).is_dir()]
     try:
-        return _compose(chosen, return_hydra_config=True)
+        return compose(chosen, return_hydra_config=True)
     except ConfigCompositionException:  # a sweep over groups, or one found through --config-dir
-        return _compose([], return_hydra_config=True)
-
-
-def help_text(overrides: Sequence[str] = ()) -> str:
-    """Every option of every group with the phrase its file starts with, and the configuration as it is composed.
-
-    Hydra's own help reads the search path anew for every group it lists, which takes longer than everything else.
-    """
-    config = _compose(overrides, return_hydra_config=True)
-    choices = {group: choice for group, choice in config.hydra.runtime.choices.items() if "hydra/" not in group}
-    groups = "\n".join(_describe_group(group, choice) for group, choice in sorted(choices.items()))
-    yaml = OmegaConf.to_yaml(OmegaConf.masked_copy(config, [key for key in config if key != "hydra"]))
-    script = Path(sys.argv[0]).name
-    return f"python {script} group=option … key=value …\n\nGroups (* is chosen)\n\n{groups}\nConfiguration\n\n{yaml}"
-
-
-def _describe_group(group: str, choice: str | None) -> str:
-    folder = _conf() / group
-    options = {path.relative_to(folder).with_suffix("").as_posix(): _phrase(path) for path in folder.rglob("*.yaml")}
-    width = max(map(len, options))
-    lines = [f"  {'*' if name == choice else ' '} {name:{width}}  {options[name]}".rstrip() for name in sorted(options)]
-    return "\n".join([group, *lines, ""])
-
-
-def _phrase(path: Path) -> str:
-    """The comment a YAML file starts with, Hydra's package header aside."""
-    lines = [line for line in path.read_text(encoding="utf-8").splitlines() if not line.startswith("# @package")]
-    return lines[0].removeprefix("# ") if lines and lines[0].startswith("# ") else ""
-
-
-def _compose(overrides: Sequence[str], **options) -> DictConfig:
-    from hydra import compose, initialize_config_dir
-    from hydra.core.global_hydra import GlobalHydra
-
-    GlobalHydra.instance().clear()
-    with initialize_config_dir(str(_conf()), version_base="1.3"):
-        return compose(Path(sys.argv[0]).stem, overrides=list(overrides), **options)
-
-
-def _conf() -> Path:
-    return Path(sys.argv[0]).resolve().parent / "conf"
+        return compose([], return_hydra_config=True)

@@ -10,6 +10,7 @@ import signal
 import sys
 from collections.abc import Sequence
 from subprocess import CalledProcessError
+from types import FrameType
 
 import psutil
 
@@ -38,7 +39,7 @@ def launch(arguments: Sequence[str]) -> int:
     return 0
 
 
-def pass_on(number: int, frame) -> None:
+def pass_on(number: int, frame: FrameType | None) -> None:
     """Send a signal to the processes that were launched."""
     for child in psutil.Process().children():
         child.send_signal(number)

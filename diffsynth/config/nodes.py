@@ -9,6 +9,9 @@ from typing import Any
 
 from hydra.errors import InstantiationException
 from omegaconf import DictConfig, ListConfig, OmegaConf
+from omegaconf.errors import InterpolationResolutionError
+
+from .moved import up_to_date
 
 
 class ConfigError(ValueError):
@@ -21,6 +24,13 @@ def check(cfg: DictConfig, entry: Callable) -> None:
     Raises:
         ConfigError: An unknown key, a missing one, a value of the wrong type, a target that does not exist.
     """
+    try:
+        _check(up_to_date(cfg), entry)
+    except InterpolationResolutionError as error:  # such as a model without `training`, which other nodes refer to
+        raise ConfigError(f"{error.full_key}: {str(error).splitlines()[0]}.") from error
+
+
+def _check(cfg: DictConfig, entry: Callable) -> None:
     missing = sorted(OmegaConf.missing_keys(cfg))
     if missing:
         raise ConfigError(f"{missing[0]} has no value: set {missing[0]}=… on the command line.")
@@ -28,7 +38,8 @@ def check(cfg: DictConfig, entry: Callable) -> None:
     for name in [name for name, hint in _type_hints(entry).items() if hint is Any]:  # these are objects
         if isinstance(cfg.get(name), DictConfig) and cfg[name] and "_target_" not in cfg[name]:
             raise ConfigError(
-                f"{name} has no _target_: what is chosen only adds to another option, {name}=[other,this]."
+                f"{name} has no _target_, so that nothing is made of its {', '.join(cfg[name])}: choose another option "
+                f"of {name}, and leave none out of {name}=[…]."
             )
 
 
@@ -130,7 +141,9 @@ def build(cfg: DictConfig) -> dict[str, Any]:
     Raises:
         ConfigError: A constructor refuses its values.
     """
-    nodes = {key: value for key, value in cfg.items() if value != {}}
+    # Of a copy: Hydra resolves nodes that others refer to in place.
+    resolved = OmegaConf.create(OmegaConf.to_container(up_to_date(cfg), resolve=True))
+    nodes = {key: value for key, value in resolved.items() if value != {}}
     return {key: _build_node(node) if _is_node(node) else node for key, node in nodes.items()}
 
 

@@ -11,11 +11,13 @@ from types import ModuleType
 from hydra.core.plugins import Plugins
 from hydra.core.utils import JobReturn, JobStatus, setup_globals
 from hydra.plugins.launcher import Launcher
+from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig
 
 from ..core.files import write_text
 from ..core.signals import REQUEUE_STATUS
 from .nodes import ConfigError, check
+from .run_folder import is_finished
 from .sweep import record, sweep_folder
 
 OWN = ("hydra.launcher", "hydra/launcher", "hydra.sweep", "hydra/sweep", "hydra.mode")  # overrides that are not a job's
@@ -71,7 +73,7 @@ class SlurmLauncher(Launcher):
     before: Sequence[str] = ()
     sbatch: Mapping[str, str | int | bool | None] = field(default_factory=dict)
 
-    def setup(self, *, hydra_context, task_function, config: DictConfig) -> None:
+    def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
         self.loader, self.config = hydra_context.config_loader, config
         check(config.hydra.launcher, SlurmLauncher)
         if self.accelerate_config is not None and not Path(self.accelerate_config).exists():
@@ -89,7 +91,7 @@ class SlurmLauncher(Launcher):
         job, folder = self.loader.load_sweep_config(self.config, overrides), sweep_folder(self.config)
         run_dir = Path(job.run_dir)
         record(folder, number, run_dir, overrides)
-        if (run_dir / "finished.json").exists():
+        if is_finished(job):
             return overrides, None
         run_dir.mkdir(parents=True, exist_ok=True)  # Slurm makes no folder for its log
         script = folder / f"{number}.sh"

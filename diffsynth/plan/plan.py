@@ -167,9 +167,9 @@ class Planner:
     def sampling(self) -> list[StageMemory]:
         """Return the stage of sampling the validation's prompts, beside what training holds between two steps."""
         validation, pipe = self.run.validation, self.rehearsal.module.pipe
-        if not (validation and validation.prompts):
+        if not (validation and (validation.prompts or validation.shown_rows(pipe))):
             return []
-        request = {"prompt": validation.prompts[0], **validation.options}
+        request = {"prompt": (*validation.prompts, "a picture")[0], **validation.options}
         whole, static = pipe.complete(request), self.static_footprint
         peak = static.between_steps + self.sample(request).peak
         size = whole["width"], whole["height"]

@@ -4,6 +4,7 @@ Their methods are those of `EMA`, `Checkpoints`, `LocalLogger` and `Validation`,
 """
 
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
@@ -77,3 +78,13 @@ class NoValidation:
 
     def due(self, step: int, done: bool) -> bool:
         return False
+
+
+class NoProfile(AbstractContextManager):
+    """No trace is written."""
+
+    def __exit__(self, *_) -> None:
+        pass
+
+    def step(self) -> None:
+        pass

@@ -74,13 +74,19 @@ class Checkpoints:
             identity: Fingerprints by name that must equal those in the checkpoint.
 
         Raises:
-            ValueError: The run's data, template or model differs from the checkpoint's.
+            ValueError: The run's data, template or model differs from the checkpoint's, or its length does and the
+                learning rate schedule does not allow that.
         """
         found = [None]
         if accelerator.is_main_process and self.path.is_dir():
             remove_leftovers(self.path)
-            found = [self.newest()]
+            try:
+                found = [self.newest_for(state)]
+            except ValueError as error:  # told by all, or the others would wait
+                found = [str(error)]
         (newest,) = broadcast_object_list(found)
+        if isinstance(newest, str):
+            raise ValueError(newest)
         if newest is None:
             return False
         folder, content = newest
@@ -161,12 +167,41 @@ class Checkpoints:
 
     def newest(self) -> tuple[Path, dict] | None:
         """Return folder and content of the newest undamaged checkpoint; a warning names each damaged one."""
+        return next(self.whole(), None)
+
+    def whole(self) -> Iterator[tuple[Path, dict]]:
+        """Yield folder and content of undamaged checkpoints, newest first; a warning names each damaged one."""
         for step in sorted(self.steps(), reverse=True):
             folder = self.path / f"step-{step:06d}"
             try:
-                return folder, read_checkpoint(folder)
+                yield folder, read_checkpoint(folder)
             except DamagedCheckpoint as error:
                 logger.warning("Skipping a damaged checkpoint: %s", error)
+
+    def newest_for(self, state: "TrainingState") -> tuple[Path, dict] | None:
+        """Return the newest undamaged checkpoint that a run of this length also reaches; None without checkpoints.
+
+        Raises:
+            ValueError: The run ends before the newest checkpoint, or the schedule of the learning rate differs before
+                each of them.
+        """
+        other_schedule = []
+        for folder, content in self.whole():
+            if content["step"] > state.steps:
+                raise ValueError(
+                    f"{self.path.parent} is at step {content['step']}, beyond the {state.steps} steps that are asked "
+                    f"for: set name=… for a run of {state.steps} steps."
+                )
+            if state.goes_through(content["parts"]["counters"]):
+                return folder, content
+            other_schedule.append(content["step"])
+        if other_schedule:
+            raise ValueError(
+                f"{self.path.parent} cannot be extended to {state.steps} steps: at all of its checkpoints (of steps "
+                f"{', '.join(map(str, other_schedule))}) the schedule of the learning rate already depends on the "
+                f"number of steps. Start from the weights in {self.path.parent}/weights by lora.checkpoint=… or "
+                "model.dit.path=…, or set name=… for a new run."
+            )
         return None
 
     def steps(self) -> list[int]:

@@ -15,11 +15,12 @@ from ..core.progress import ProgressBar
 from ..core.signals import leave_to_parent
 from ..diffusion.logger import ModelLogger
 from ..diffusion.training_module import DiffusionTrainingModule
-from .absent import NoCheckpoints, NoEMA, NoLogger, NoValidation
+from .absent import NoCheckpoints, NoEMA, NoLogger, NoProfile, NoValidation
 from .bad_steps import BadSteps
 from .checkpoint import Checkpoints
 from .ema import EMA
 from .engines import Engine, choose_engine
+from .profile import Profile
 from .record.numbers import LocalLogger
 from .state import TrainingState
 from .stopping import Stopped, StopRequest, stop_on_signals
@@ -59,6 +60,7 @@ class Trainer:
     lr_scheduler: Callable | None = None
     max_steps: int | None = None
     num_epochs: float = 1
+    samples: int | None = None
     batch_size: int = 1
     micro_batch_size: int | None = None
     max_grad_norm: float | None = None
@@ -68,6 +70,7 @@ class Trainer:
     identity: Mapping[str, Any] = field(default_factory=dict)
     logger: LocalLogger | NoLogger | None = None
     validation: Validation | NoValidation | None = None
+    profile: Profile | NoProfile | None = None
     bad_steps: BadSteps = field(default_factory=BadSteps)
 
     def __post_init__(self):
@@ -75,8 +78,9 @@ class Trainer:
         self.checkpoint = self.checkpoint or NoCheckpoints()
         self.logger = self.logger or NoLogger()
         self.validation = self.validation or NoValidation()
+        self.profile = self.profile or NoProfile()
         self.layout = BatchLayout(self.batch_size, self.micro_batch_size, self.engine.replicas)
-        self.order = self.dataset.order(self.batch_size, self.seed)
+        self.order = self.dataset.order(self.batch_size, self.seed, self.samples)
         self.steps = self.max_steps or self.order.steps_of(self.num_epochs)
 
     @classmethod
@@ -101,7 +105,7 @@ class Trainer:
         sampler = BatchSampler(self.order, self.layout, self.engine.replica, state.step, self.steps - state.step)
         bar = ProgressBar(self.steps, state.step, self.accelerator.is_main_process)
 
-        with stop_on_signals() as stop, self._batches(sampler) as batches:
+        with stop_on_signals() as stop, self._batches(sampler) as batches, self.profile as profile:
             while True:
                 done, last = self._ends(state, stop)
 
@@ -126,6 +130,7 @@ class Trainer:
                 if not state.update(self.max_grad_norm):
                     self.bad_steps.note(self.accelerator, state, sampler.step(state.step - 1))
                 bar.advance(state.step)
+                profile.step()
 
         bar.close()
         if self.accelerator.is_main_process:
@@ -231,7 +236,8 @@ def launch_training_task(
         max_grad_norm: The gradient's norm is clipped to this; None does not clip.
         seed: Seed of the order of samples and of networks' random numbers.
         num_workers: Number of processes that load data; None keeps `dataset.num_workers`.
-        parts: Further fields of `Trainer`: `engine`, `ema`, `checkpoint`, `logger`, `validation`, `bad_steps`.
+        parts: Further fields of `Trainer`: `engine`, `ema`, `checkpoint`, `logger`, `validation`, `profile`,
+            `bad_steps`.
 
     Raises:
         Stopped: A signal asked the run to stop; its state is saved.

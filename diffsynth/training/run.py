@@ -24,6 +24,7 @@ class Run:
         ema: The moving average of the weights (`training.ema.EMA`); None keeps no average.
         max_steps: Number of optimizer steps; None counts `num_epochs` instead.
         num_epochs: Number of passes over the data set, of which each shows a sample `repeat` times.
+        samples: Number of samples to train on, from the beginning of the data set; None trains on all.
         batch_size: Samples per optimizer step, summed over all devices.
         micro_batch_size: Samples per forward pass on one device; None takes the device's whole share of the batch.
         max_grad_norm: The gradient's norm is clipped to this; None does not clip.
@@ -32,6 +33,7 @@ class Run:
         logger: Writes the metrics (`training.record.numbers.LocalLogger`).
         export: Saves weights for inference (`diffusion.logger.ModelLogger`).
         checkpoint: Saves the state to resume from (`training.checkpoint.Checkpoints`).
+        profile: Writes a trace of a few steps (`training.profile.Profile`); None writes none.
         data_report: Describes the data set before the first step (`training.record.data_report.DataReport`).
     """
 
@@ -52,10 +54,12 @@ class Run:
     template: Any = None
     ema: Any = None
     validation: Any = None
+    profile: Any = None
     device: str = "auto"
     seed: int = 0
     max_steps: int | None = None
     num_epochs: float = 1
+    samples: int | None = None
     batch_size: int = 1
     micro_batch_size: int | None = None
     max_grad_norm: float | None = None

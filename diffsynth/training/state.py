@@ -21,12 +21,11 @@ from .absent import NoEMA
 from .ema import EMA
 from .engines import Engine, choose_engine
 from .meter import Meter
+from .schedule import make_schedule, same_until
 from .stochastic_rounding import StochasticRounding
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
-    from torch.optim import Optimizer
-    from torch.optim.lr_scheduler import LRScheduler
 
     from ..diffusion.training_module import DiffusionTrainingModule
 
@@ -55,7 +54,7 @@ class TrainedPart:
         in_bf16 = any(parameter.dtype == torch.bfloat16 for parameter in parameters.values())
         self.rounding = StochasticRounding(self.all) if in_bf16 and not has_master_weights else None
         self.optimizer = optimizer(self.rounding.fp32_copies if self.rounding else self.all)
-        self.schedule = _schedule(lr_scheduler, self.optimizer, steps)
+        self.schedule = make_schedule(lr_scheduler, self.optimizer, steps)
 
     @property
     def all(self) -> list[nn.Parameter]:
@@ -125,11 +124,11 @@ class TrainingState:
         ema: EMA | NoEMA,
         engine: Engine | None = None,
     ):
-        self.module, self.steps = model, steps
+        self.module, self.steps, self.lr_scheduler = model, steps, lr_scheduler
         self.tells_progress = "progress" in inspect.signature(model.forward).parameters
         self.engine = engine or choose_engine(accelerator)
         self.engine.shard(model)
-        steps_of = Counter(part for step in range(steps) for part in model.trained_at(step))
+        steps_of = self._steps_of_parts(steps)
         self.parts = {
             name: TrainedPart(
                 named,
@@ -144,6 +143,18 @@ class TrainingState:
         self.model = self.engine.prepare(model, self.parts)
         self.step = self.skipped_steps = self.skipped_in_a_row = 0
         ema.start(self.engine.local(self.main.all))
+
+    def _steps_of_parts(self, steps: int) -> Counter:
+        """How many of the first `steps` train each part."""
+        return Counter(part for step in range(steps) for part in self.module.trained_at(step))
+
+    def goes_through(self, counters: Mapping[str, Any]) -> bool:
+        """Whether this run, of its own length, comes to where a kept state with these counters is."""
+        step, steps = counters["step"], counters.get("steps", self.steps)
+        if steps == self.steps:
+            return True
+        taken, then, now = (self._steps_of_parts(number) for number in (step, steps, self.steps))
+        return all(same_until(self.lr_scheduler, taken[name], then[name], now[name]) for name in self.parts)
 
     @property
     def main(self) -> TrainedPart:
@@ -232,6 +243,7 @@ class TrainingState:
             "ema": self._whole_average(),
             "counters": {
                 "step": self.step,
+                "steps": self.steps,
                 "skipped_steps": self.skipped_steps,
                 "skipped_in_a_row": self.skipped_in_a_row,
                 "meter": self.meter.state(),
@@ -265,13 +277,6 @@ def _prefixed(part: str, key: str) -> str:
 
 def _with_rate(optimizer: Callable, learning_rate: float | None) -> Callable:
     return optimizer if learning_rate is None else partial(optimizer, lr=learning_rate)
-
-
-def _schedule(lr_scheduler: Callable | None, optimizer: "Optimizer", steps: int) -> "LRScheduler | None":
-    if lr_scheduler is None:
-        return None
-    takes_steps = "num_training_steps" in inspect.signature(lr_scheduler).parameters
-    return lr_scheduler(optimizer, num_training_steps=steps) if takes_steps else lr_scheduler(optimizer)
 
 
 def _check_same(found: Mapping[str, tuple], expected: Mapping[str, tuple]) -> None:

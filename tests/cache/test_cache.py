@@ -43,7 +43,7 @@ KILLS = int(os.environ.get("FAULTS", 5))
 DIT = LoRA(target_modules=["to_q", "to_v"], rank=4)
 TEXT = LoRA(models=("text_encoder",), target_modules=["q_proj"], rank=4)
 IMAGES, PROMPTS = "InputImageEmbedder", "QwenImageUnit_PromptEmbedder"
-LOOKING = ["validation=image_folder", "validation.prompts=[a]", "validation.options={height: 32, width: 32}"]
+LOOKING = ["validation=base", "validation.prompts=[a]", "validation.options={height: 32, width: 32}"]
 CLOSE = {"rel": 1e-6, "abs": 1e-6}
 VARIED = Augmentation(caption_dropout=0.4, flip=0.5)
 

@@ -66,7 +66,7 @@ def test_a_value_that_cannot_be_is_named(override, named, refusal):
 
 
 def test_an_option_that_validation_cannot_draw_with_is_answered_with_the_nearest(refusal):
-    message = refusal("validation=image_folder", "validation.prompts=[a red emoji]", "+validation.options.cfg_scal=1")
+    message = refusal("validation=base", "validation.prompts=[a red emoji]", "+validation.options.cfg_scal=1")
     assert "'cfg_scal'" in message and "'cfg_scale'" in message
 
 
@@ -217,7 +217,7 @@ def test_an_image_smaller_than_one_patch_is_named(refusal, pictures):
 def test_a_row_that_validation_cannot_use_is_named(refusal, pictures):
     (pictures / "1.png").unlink()
     node = f"{{_target_: diffsynth.core.data.UnifiedDataset.from_folder, path: {pictures}}}"
-    message = refusal("validation=image_folder", f"+validation.datasets.mine={node}")
+    message = refusal("validation=base", f"+validation.datasets.mine={node}")
     assert "row 2: image '1.png'" in message
 
 

@@ -26,35 +26,32 @@ ENTRIES = sorted(path.stem for path in CONF.glob("*.yaml") if (tiny.ROOT / f"{pa
 # Everything that can be chosen ----------------------------------------------------------------------------------------
 
 
-def groups(entry: str) -> list[str]:
-    """The config groups in an entry's list of defaults, and in the files that this names."""
-    defaults = yaml.safe_load((CONF / f"{entry}.yaml").read_text())["defaults"]
-    named = [next(iter(item)) for item in defaults if isinstance(item, dict)]
+def groups(file: str) -> list[str]:
+    """The config groups in a file's list of defaults, and in the files and the task that this names."""
+    defaults = yaml.safe_load((CONF / f"{file}.yaml").read_text()).get("defaults", [])
+    named = {
+        name.removeprefix("/"): option for item in defaults if isinstance(item, dict) for name, option in item.items()
+    }
     files = [item for item in defaults if isinstance(item, str) and item != "_self_"]
-    return [name for file in files for name in groups(file)] + [name for name in named if " " not in name]
+    files += [f"task/{named['task']}"] if "task" in named else []
+    return [name for file in files for name in groups(file)] + [name for name in named if (CONF / name).is_dir()]
 
 
 def options(group: str) -> list[str]:
     folder = CONF / group
-    return sorted(path.relative_to(folder).with_suffix("").as_posix() for path in folder.rglob("*.yaml"))
-
-
-def choose(group: str, option: str) -> str:
-    """`group=option`, after a whole one where the option only adds to others."""
-    text = (CONF / group / f"{option}.yaml").read_text()
-    adds = yaml.safe_load(text) is not None and not re.search("^(_target_|defaults|_global_)", text, re.M)
-    return f"{group}=[image_folder,{option}]" if group == "validation" and adds else f"{group}={option}"
+    names = [path.relative_to(folder).with_suffix("").as_posix() for path in folder.rglob("*.yaml")]
+    return sorted(name for name in names if not name.startswith("_"))
 
 
 def belongs(entry: str, group: str, option: str) -> bool:
     """Whether an entry is to compose with an option; what train.py has need not be composed with distill.py again."""
     if group == "experiment":
         return option.startswith("emoji_distill/") == (entry == "distill")
-    return entry != "distill" or (group == "task" and option.startswith("distill"))
+    return entry != "distill" or group in ("student", "teacher") or (group == "task" and option.startswith("distill"))
 
 
 CHOICES = [
-    (entry, choose(group, option))
+    (entry, f"{group}={option}")
     for entry in ENTRIES
     for group in groups(entry)
     for option in options(group)
@@ -85,6 +82,22 @@ def test_the_help_names_every_option_with_a_phrase_and_marks_the_chosen(entry, m
     assert yaml.safe_load(shown.split("Configuration\n")[1])["model"]["height"] == 1328
 
 
+def nodes_in_full() -> list[Path]:
+    """The files that list every tunable of something; others change a few keys, and say why in their first line."""
+    deltas = ("accelerate", "hydra", "experiment", "debug", "distillation_defaults", "local", "model")
+    files = [path for path in sorted(CONF.rglob("*.yaml")) if path.relative_to(CONF).parts[0] not in deltas]
+    return [path for path in files if "_target_: " in path.read_text() and not path.stem.startswith("emoji")]
+
+
+@pytest.mark.parametrize("path", nodes_in_full(), ids=lambda path: str(path.relative_to(CONF)))
+def test_every_tunable_says_what_it_does(path):
+    """In a comment on its line, or on the line above for a pair such as height and width."""
+    lines = path.read_text().split("\nhydra:")[0].splitlines()
+    tunable = re.compile(r" *(?!_target_|_partial_|defaults|origin_file_pattern)\w+: (?!\$\{|\{\})\S")
+    pairs = zip(lines, lines[1:], strict=False)
+    assert [line for above, line in pairs if tunable.match(line) and "#" not in line + above] == []
+
+
 def assert_names_the_extra(message: str):
     """A target may be missing only with its package, and only if an extra of this project installs that."""
     target = re.search(r"_target_ is '(\S+)'", message).group(1)
@@ -93,6 +106,82 @@ def assert_names_the_extra(message: str):
     assert find_spec(package) is None
     listed = re.compile(rf'{package}\b.*extra == "{extra}"')
     assert any(map(listed.match, requires("diffsynth-hydra")))
+
+
+def test_options_of_memory_add_up():
+    memory = tiny.compose("train", "memory=[checkpointing,fp8]").memory
+    assert (memory.checkpointing, memory.storage) == ("blocks", "fp8")
+    plain = tiny.compose("train", "memory=fp8").memory
+    assert (plain.checkpointing, plain.storage) == ("none", "fp8")
+
+
+def test_options_of_an_experiment_are_replaced_by_those_of_the_command_line(tmp_path):
+    (tmp_path / "experiment").mkdir()
+    (tmp_path / "experiment" / "mine.yaml").write_text(
+        "# @package _global_\ndefaults:\n  - override /memory: [checkpointing, fp8]\n  - override /logger: wandb\n"
+    )
+    mine = [f"hydra.searchpath=[file://{tmp_path}]", "experiment=mine"]
+    chosen, replaced = tiny.compose("train", *mine), tiny.compose("train", *mine, "memory=int8")
+    assert (chosen.memory.checkpointing, chosen.memory.storage) == ("blocks", "fp8")
+    assert (replaced.memory.checkpointing, replaced.memory.storage) == ("none", "int8")
+    assert list(chosen.logger.trackers) == ["wandb"]
+
+
+def test_metrics_and_a_data_sets_own_validation_add_up():
+    both = tiny.compose("train", "validation=[emoji,clip_score]").validation
+    assert (list(both.metrics), list(both.datasets)) == (["retrieval", "clip_score"], ["trained", "held_out"])
+    alone = tiny.compose("train", "validation=clip_score").validation
+    assert (list(alone.metrics), list(alone.datasets)) == (["clip_score"], [])
+
+
+def test_a_data_set_of_ones_own_is_one_file(tmp_path):
+    (tmp_path / "dataset").mkdir()
+    (tmp_path / "dataset" / "mine.yaml").write_text("defaults: [image_folder]\npath: my_images\nheight: 512\n")
+    cfg = tiny.compose("train", f"hydra.searchpath=[file://{tmp_path}]", "dataset=mine")
+    check(cfg, tiny.schema("train"))
+    assert (cfg.dataset.path, cfg.validation.options.height, cfg.validation.prompts) == ("my_images", 512, [])
+
+
+def test_full_training_has_a_rate_of_its_own():
+    def rate(*overrides: str) -> float:
+        cfg = tiny.compose("train", "model=qwen_image", *overrides)
+        check(cfg, tiny.schema("train"))
+        return cfg.optimizer.lr
+
+    adapter, full = 1e-4, 1e-5
+    assert (rate(), rate("lora=dora"), rate("optimizer=schedule_free")) == (adapter, adapter, adapter)
+    assert (rate("lora=none"), rate("task=autoencoder", "lora=none")) == (full, full)
+    assert rate("task=template") == adapter  # small and new, as an adapter is
+    assert (rate("lora=none", "model.training.full_learning_rate=1e-6"), rate("lora=none", "optimizer.lr=1")) == (
+        1e-6,
+        1,
+    )
+
+
+@pytest.mark.parametrize("model", options("model"))
+def test_a_model_brings_data_that_it_can_be_trained_on(model):
+    """The embedded ones the embedded emoji, the others their examples: of their size, with what they read."""
+    cfg = tiny.compose("train", f"model={model}")
+    own = (cfg.dataset.height, cfg.dataset.width) == (cfg.model.height, cfg.model.width)
+    assert own and cfg.dataset.path.startswith("data/emoji" if model.startswith("emoji") else "data/diffsynth_example")
+    assert list(cfg.task.extra_inputs) == list(cfg.dataset.data_file_keys[1:])
+    assert bool(cfg.task.extra_inputs) == ("edit" in model)
+    assert cfg.validation.datasets.trained.path == cfg.dataset.path
+    assert tiny.compose("make_cache", f"model={model}").dataset == cfg.dataset
+
+
+@pytest.mark.parametrize("entry, task", [("train", "sft"), ("train", "template"), ("distill", "distill/add")])
+def test_noise_levels_are_chosen_by_a_word_in_every_task_that_trains_some(entry, task):
+    cfg = tiny.compose(entry, f"task={task}", "timesteps=logit_normal", "task.timesteps.mean=0.5")
+    check(cfg, tiny.schema(entry))
+    assert (cfg.task.timesteps._target_.split(".")[-1], cfg.task.timesteps.mean) == ("LogitNormalTimesteps", 0.5)
+
+
+@pytest.mark.parametrize("task", ["distill", *(f"distill/{method}" for method in options("task/distill"))])
+def test_a_student_and_the_lack_of_a_teacher_are_chosen_by_a_word_in_every_distillation(task):
+    cfg = tiny.compose("distill", f"task={task}", "student=renoise", "teacher=none")
+    check(cfg, tiny.schema("distill"))
+    assert cfg.task.student.renoise and cfg.task.teacher is None
 
 
 # The documentation ----------------------------------------------------------------------------------------------------
@@ -244,6 +333,66 @@ def test_a_misspelt_group_is_answered_with_the_nearest(monkeypatch):
     assert "did you mean model?" in complaint(monkeypatch, "modle=emoji")
 
 
+@pytest.mark.parametrize(
+    "chosen, answer",
+    [
+        (["memory=[none,checkpointing]"], ["memory=checkpointing and memory=none", "memory.checkpointing is blocks"]),
+        (["memory=[fp8,streaming,int8]"], ["memory=fp8 and memory=int8", "memory.storage is fp8"]),
+        (["timesteps=logit_normal", "task=autoencoder"], ["task=autoencoder has no timesteps", "sft"]),
+        (["teacher=none"], ["task=sft has no teacher", "distill/dmd2"]),
+        (["validation=[none,lpips]"], ["validation has no _target_", "metrics"]),
+    ],
+)
+def test_choices_that_contradict_each_other_are_named(chosen, answer, monkeypatch, tmp_path):
+    message = complaint(monkeypatch, *chosen, f"output_root={tmp_path}")
+    assert all(part in message for part in answer), message
+
+
+def test_options_of_an_experiment_that_contradict_each_other_are_named(experiment):
+    message = experiment("defaults:\n  - override /memory: [fp8, int8]\n")
+    assert "memory=fp8 and memory=int8 contradict each other" in message
+
+
+@pytest.mark.parametrize(
+    "script, experiment, other",
+    [
+        ("train.py", "emoji_distill/dmd2", "distill.py"),
+        ("distill.py", "emoji/pretrain", "train.py"),
+        ("plan.py", "emoji_distill/lcm", "distill.py"),
+    ],
+)
+def test_an_experiment_refuses_the_wrong_script_and_names_the_right_one(script, experiment, other, monkeypatch):
+    message = complaint(monkeypatch, f"experiment={experiment}", script=script)
+    assert message == (
+        f"error: experiment={experiment} is {other}'s, not {script}'s: python {other} experiment={experiment}"
+    )
+
+
+@pytest.mark.parametrize("experiment", options("experiment"))
+def test_an_experiment_says_at_its_top_how_it_is_run(experiment):
+    head = (CONF / "experiment" / f"{experiment}.yaml").read_text().split("\ndefaults:")[0]
+    (command,) = re.findall(r"^# +(?:accelerate launch .* |python )(\w+)\.py experiment=(\S+)$", head, re.MULTILINE)
+    assert command == ("distill" if experiment.startswith("emoji_distill/") else "train", experiment)
+
+
+def test_a_machines_own_file_that_is_not_there_is_named(monkeypatch):
+    assert "there is no file" in complaint(monkeypatch, "local=nowhere")
+
+
+def test_a_machines_own_paths_come_after_an_experiment_and_before_the_command_line(tmp_path):
+    (tmp_path / "local").mkdir()
+    (tmp_path / "local" / "mine.yaml").write_text("# @package _global_\noutput_root: /data\nname: here\n")
+    mine = [f"hydra.searchpath=[file://{tmp_path}]", "local=mine", "experiment=emoji/pretrain"]
+    cfg = tiny.compose("train", *mine)
+    assert (cfg.output_root, cfg.name, cfg.max_steps) == ("/data", "here", 2000)
+    assert tiny.compose("train", *mine, "name=there").name == "there"
+
+
+def test_a_group_that_a_script_has_not_is_answered_with_those_it_has(monkeypatch):
+    message = complaint(monkeypatch, "dataset=emoji", script="generate.py")
+    assert "dataset: generate.py has no such group; it has model." in message
+
+
 def test_a_misspelt_option_is_answered_with_those_there_are(monkeypatch):
     message = complaint(monkeypatch, "lora=dara")
     assert "lora/dara" in message and "dora" in message
@@ -275,6 +424,12 @@ def test_a_value_of_the_wrong_type_is_answered_with_the_right_one(override, expe
     assert expected in complaint(monkeypatch, override, f"output_root={tmp_path}")
 
 
+def test_a_value_that_others_refer_to_and_that_is_gone_is_named(monkeypatch, tmp_path):
+    message = complaint(monkeypatch, "~model.training", f"output_root={tmp_path}")
+    first, *others = message.splitlines()
+    assert "Interpolation key 'model.training" in first and "DIFFSYNTH_TRACEBACK" in "".join(others)
+
+
 def test_a_value_that_nobody_gave_is_asked_for(monkeypatch, tmp_path):
     message = complaint(monkeypatch, "dataset=image_folder", f"output_root={tmp_path}")
     assert "dataset.path" in message and "command line" in message
@@ -301,10 +456,43 @@ def test_what_changes_the_results_changes_the_folder(override):
 
 @pytest.mark.parametrize(
     "override",
-    ["device=cpu", "logger.every=1", "dataset.num_workers=4", "micro_batch_size=2", "name=other", "output_root=there"],
+    [
+        *(
+            "device=cpu",
+            "logger.every=1",
+            "dataset.num_workers=4",
+            "micro_batch_size=2",
+            "name=other",
+            "output_root=there",
+        ),
+        *("validation=none", "validation.prompts=[a cat]", "validation=[emoji,lpips]", "data_report.rows=0"),
+        *("export.save_steps=null", "logger=wandb", "checkpoint.every=1"),
+    ],
 )
 def test_what_does_not_change_the_results_does_not_change_the_folder(override):
     assert signature(tiny.compose("train", override)) == signature(tiny.compose("train"))
+
+
+@pytest.mark.parametrize(
+    "choice, counts",
+    [
+        ("lr_scheduler=constant", False),
+        ("lr_scheduler=constant_with_warmup", False),
+        ("lr_scheduler=warmup_stable_decay", False),
+        ("lr_scheduler=linear", True),
+        ("lr_scheduler=cosine", True),
+    ],
+)
+def test_the_length_of_a_run_counts_where_its_rate_depends_on_it(choice, counts):
+    short, long = (signature(tiny.compose("train", choice, length)) for length in ("max_steps=600", "max_steps=1200"))
+    passes = signature(tiny.compose("train", choice, "max_steps=null", "num_epochs=5"))
+    assert (short != long, short != passes) == (counts, counts)
+
+
+def test_the_length_of_a_run_counts_where_its_task_changes_on_the_way():
+    hyper_sd = ["task=distill/hyper_sd", "lr_scheduler=constant"]
+    short, long = (signature(tiny.compose("distill", *hyper_sd, f"max_steps={steps}")) for steps in (600, 1200))
+    assert short != long
 
 
 def test_the_folder_is_named_after_the_name_and_the_signature():

@@ -9,7 +9,7 @@ import tiny
 from diffsynth.report.sweep import read_runs, write_sweep
 
 LOOKING = [
-    "validation=image_folder",
+    "validation=base",
     "validation.prompts=[a red emoji,a blue emoji]",
     "validation.options={num_inference_steps: 1, height: 32, width: 32}",
     "validation.loss_samples=2",

@@ -543,7 +543,7 @@ def test_an_interrupted_folder_is_not_taken_for_whole(tmp_path, monkeypatch):
     def whole(model_id, local_dir, **_):
         (local_dir / "tokenizer" / "merges.txt").write_text("")
 
-    monkeypatch.setattr(model_config, "_answers", lambda endpoint: True)
+    monkeypatch.setattr(model_config, "answers", lambda endpoint: True)
     config = ModelConfig(model_id=MODEL_ID, origin_file_pattern="tokenizer/", local_model_path=str(tmp_path))
     monkeypatch.setattr(model_config, "_hub", lambda source: ("hub", interrupted))
     for _ in range(2):

@@ -80,10 +80,11 @@ def test_without_a_teacher_the_data_set_is_used_as_it_is(monkeypatch):
 def test_where_the_pictures_are_kept_changes_no_result_but_what_is_drawn_does():
     plain = signature(tiny.compose("distill"))
     assert signature(tiny.compose("distill", "teacher_path=elsewhere")) == plain
-    for override in ("prompts.path=mine.txt", "held_out.seeds=3", "task.teacher.cfg_scale=2"):
+    assert signature(tiny.compose("distill", "held_out.seeds=3")) == plain  # which is only looked at
+    for override in ("prompts.path=mine.txt", "task.teacher.cfg_scale=2"):
         assert signature(tiny.compose("distill", override)) != plain
 
 
-def test_the_embedded_models_recipe_is_its_own():
+def test_a_model_may_have_defaults_for_distillation():
     rates = [tiny.compose("distill", f"model={name}").optimizer.lr for name in ("emoji", "qwen_image")]
     assert rates == [2e-3, tiny.compose("train", "model=qwen_image").optimizer.lr]

@@ -471,7 +471,7 @@ def test_a_cache_of_pictures_that_no_teacher_drew_is_named(tmp_path):
 def test_a_training_without_the_teachers_pictures_is_told_how_they_are_made(tmp_path, no_weights_are_read):
     message = refusal(tmp_path, "dataset=prompts", f"dataset.path={two_prompts()}")
     assert "The teacher's images are not there: make them with `make_cache.py`" in message
-    assert "dataset=cache" in message and "task.teacher=null" in message
+    assert "dataset=cache" in message and "teacher=none" in message
 
 
 def test_a_student_of_more_steps_than_its_teacher_is_refused(tmp_path, no_weights_are_read):

@@ -48,7 +48,7 @@ RUNS: dict[str, tuple[str, list[str]]] = {
         [*SHORT, "task=autoencoder", "lora=none", "dataset.metadata=color_train.csv", "optimizer.lr=1e-3"],
     ),
     "template": ("train", ["experiment=emoji_template/brightness", *SHORT[:4], *TEMPLATE]),
-    "logit_normal": ("train", [*SHORT, "task=sft_logit_normal", "lora=dora"]),
+    "logit_normal": ("train", [*SHORT, "timesteps=logit_normal", "weighting=uniform", "lora=dora"]),
     "buckets": (
         "train",
         [

@@ -315,7 +315,7 @@ def test_a_run_trains_a_template_and_draws_its_rows(data, tmp_path):
         *tiny_qwen_edit.overrides(),
         *templates.overrides(template, data),
         *ROWS,
-        "validation=image_folder",
+        "validation=base",
         "validation.options={height: 32, width: 32, num_inference_steps: 2}",
         f"+validation.datasets.held_out={keys} data_file_keys: [image, edit_image], path: {data}}}",
         "validation.template_samples=2",

@@ -9,6 +9,7 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
+from diffsynth.config import ConfigError
 from diffsynth.core.pictures import LINE_HEIGHT, row
 from diffsynth.diffusion.pipeline import networks as models
 
@@ -70,6 +71,15 @@ def test_a_picture_names_the_adapters_that_drew_it(generate, adapter, tmp_path):
     generate(f"prompt={APPLE}", f"lora_path={adapter}", "lora_scale=0.5")
     (path,) = tmp_path.glob("*/0000.png")
     assert parameters(path)["lora_path"] == [str(adapter)] and parameters(path)["lora_scale"] == 0.5
+
+
+def test_a_sampler_is_chosen_by_a_word(generate, tmp_path):
+    plain, heun = (generate(f"prompt={APPLE}", *chosen)["0000.png"] for chosen in ([], ["sampler=heun"]))
+    assert differs(plain, heun)
+    named = {parameters(path)["sampler"] for path in tmp_path.glob("*/0000.png")}
+    assert named == {"euler", "heun"}
+    with pytest.raises(ConfigError, match=r"sampler is 'heum' \(str\); expected .*'heun'"):
+        generate(f"prompt={APPLE}", "sampler=heum")
 
 
 @pytest.mark.parametrize("words, lines", [(3, 1), (9, 2), (40, 2)])

@@ -170,7 +170,7 @@ def hub(tmp_path, monkeypatch):
         fetched.append((model_id, revision, names))
 
     monkeypatch.setattr(model_config, "_hub", lambda source: ("hub", snapshot_download))
-    monkeypatch.setattr(model_config, "_answers", lambda endpoint: True)
+    monkeypatch.setattr(model_config, "answers", lambda endpoint: True)
     monkeypatch.delenv("DIFFSYNTH_SKIP_DOWNLOAD", raising=False)
     monkeypatch.setenv("DIFFSYNTH_MODEL_BASE_PATH", str(tmp_path / "models"))
     return fetched
@@ -195,7 +195,7 @@ def test_consent_without_a_commit_is_none(revision, hub):
 
 
 def test_a_hub_that_does_not_answer_is_said_to(hub, monkeypatch):
-    monkeypatch.setattr(model_config, "_answers", lambda endpoint: False)
+    monkeypatch.setattr(model_config, "answers", lambda endpoint: False)
     with pytest.raises(ValueError, match="It cannot be shown: .*hub does not answer"):
         find_template(ModelConfig(model_id=MODEL_ID))
 

@@ -116,7 +116,7 @@ def test_a_run_of_an_editing_base_draws_its_rows(folder, data, tmp_path):
         "task.extra_inputs=[edit_image]",
         "dataset.data_file_keys=[image,edit_image]",
         "model.edit_image_pixels=1024",
-        "validation=image_folder",
+        "validation=base",
         "validation.options={height: 32, width: 32, num_inference_steps: 2}",
         f"+validation.datasets.held_out={rows}",
         "validation.template_samples=2",

@@ -613,7 +613,7 @@ def test_a_run_without_a_template_says_where_to_name_it(run):
 
 
 LOOKING = [
-    "validation=image_folder",
+    "validation=base",
     "validation.prompts=[a red apple]",
     "validation.options={height: 32, width: 32, num_inference_steps: 2, cfg_scale: 2.0}",
     "validation.loss_samples=2",

@@ -62,7 +62,7 @@ def test_images_that_are_validated_on_as_well_are_found_though_they_were_saved_a
     picture(9).save(held_out / "other.png")
     tiny.write_rows(held_out, [{"image": name, "prompt": "a dog"} for name in ("other.png", "again.jpg")])
     looks = [
-        "validation=image_folder",
+        "validation=base",
         "validation.loss_samples=1",
         "+validation.datasets.held_out._target_=diffsynth.core.data.UnifiedDataset",
         f"+validation.datasets.held_out.base_path={held_out}",

@@ -29,7 +29,7 @@ STEPS = [
     "export.save_steps=4",
 ]
 LOOKING = [
-    "validation=image_folder",
+    "validation=base",
     "validation.prompts=[a red emoji]",
     "validation.weights=[raw,ema]",
     "validation.options={num_inference_steps: 2, height: 32, width: 32}",

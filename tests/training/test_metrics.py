@@ -95,7 +95,7 @@ def test_equal_pictures_have_no_perceptual_distance(images):
 
 def test_a_metric_without_weights_is_left_out_with_a_clear_line(clip, tmp_path, caplog):
     looks = [
-        "validation=[image_folder,clip_score,frechet_distance]",
+        "validation=[clip_score,frechet_distance]",
         "validation.metric_samples=2",
         "validation.options={num_inference_steps: 1, height: 32, width: 32}",
         f"validation.metrics.clip_score.model.path={clip.path}",

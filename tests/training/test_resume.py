@@ -28,7 +28,7 @@ CLOSE = {"rtol": 1e-5, "atol": 1e-5}
 DROPOUT = ["lora.dropout=0.5", "lr_scheduler=cosine", "lr_scheduler.num_warmup_steps=2"]
 ACCUMULATION = ["micro_batch_size=2", "logger.every=3", "optimizer=prodigy"]
 LOOKING = [
-    "validation=image_folder",
+    "validation=base",
     "validation.every=2",
     "validation.prompts=[a red emoji]",
     "validation.options={num_inference_steps: 1, height: 32, width: 32}",

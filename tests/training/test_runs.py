@@ -135,7 +135,7 @@ def test_two_processes_make_one_run_with_the_losses_of_one(plain, tmp_path):
 # What is looked at ----------------------------------------------------------------------------------------------------
 
 LOOKING = [
-    "validation=image_folder",
+    "validation=base",
     "validation.every=1",
     "validation.prompts=[a red emoji,a blue emoji]",
     "validation.options={num_inference_steps: 2, height: 32, width: 32}",

@@ -12,7 +12,7 @@ import tiny
 from diffsynth.training.record import trackers
 
 LOOKS = [
-    "validation=image_folder",
+    "validation=base",
     "validation.prompts=[a rocket]",
     "validation.options.num_inference_steps=2",
     "validation.options.height=32",

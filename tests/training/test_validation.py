@@ -14,7 +14,7 @@ HELD_OUT = [
     "+validation.datasets.held_out={_target_: diffsynth.core.data.UnifiedDataset.from_folder, height: 32, width: 32}",
     f"+validation.datasets.held_out.path={tiny.dataset()}",
 ]
-LOOKS = ["validation=image_folder", "validation.every=1", "validation.loss_samples=3", *HELD_OUT]
+LOOKS = ["validation=base", "validation.every=1", "validation.loss_samples=3", *HELD_OUT]
 
 
 def looks(run_dir) -> list[dict]:

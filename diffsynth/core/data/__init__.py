@@ -31,6 +31,7 @@ from .order.addresses import (
 from .order.buckets import AspectBuckets
 from .order.mixing import MixedOrder, WeightedRows
 from .scan import SkippedRow
+from .sources.example import read_example
 from .sources.hub_rows import HubRows
 from .sources.metadata import read_metadata
 from .sources.prompts import prompt_dataset
@@ -79,6 +80,7 @@ __all__ = [
     "open_file",
     "permutation",
     "prompt_dataset",
+    "read_example",
     "read_metadata",
     "read_shards",
     "sample_seed",

@@ -12,7 +12,7 @@ from torch.utils.data import Dataset
 from .operators.unread import Variants
 from .order.addresses import SampleAddress
 from .order.buckets import Size
-from .order.mixing import MixedOrder, WeightedRows, joined
+from .order.mixing import MixedOrder, WeightedRows, first_samples, joined
 from .scan import SkippedRow
 
 
@@ -117,9 +117,14 @@ class TrainingData(Dataset):
         """The samples of each size from each mixed data set; the key None is for samples with sizes of their own."""
         return {None: [WeightedRows(range(self.size), self.repeat)]}
 
-    def order(self, batch_size: int, seed: int) -> MixedOrder:
-        """An endless order of samples in which all images of a batch have one size."""
-        return MixedOrder(list(self.rows_in_buckets().values()), batch_size, seed)
+    def order(self, batch_size: int, seed: int, samples: int | None = None) -> MixedOrder:
+        """An endless order of samples in which all images of a batch have one size.
+
+        Args:
+            samples: Number of samples to take from the beginning of the data set; None takes all.
+        """
+        buckets = list(self.rows_in_buckets().values())
+        return MixedOrder(buckets if samples is None else first_samples(buckets, samples), batch_size, seed)
 
     # Making a cache
 

@@ -3,14 +3,14 @@
 import json
 import os
 import re
-import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext, suppress
+from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
+from ..hub import answers, downloads_are_off, is_whole, marked, modelscope_endpoint
+
 SOURCES = ("modelscope", "huggingface")
-PROBE_SECONDS = 5  # that a hub has to answer a first request; a guess
 PICKLE_SUFFIXES = {".bin", ".pt", ".pth", ".ckpt"}
 SHARD_NAME = re.compile(r"(?P<stem>.+)-\d{5}-of-(?P<count>\d{5})(?P<suffix>\..+)")
 
@@ -76,7 +76,7 @@ class ModelConfig:
         """Whether downloads are switched off."""
         if self.skip_download is not None:
             return self.skip_download
-        return os.environ.get("DIFFSYNTH_SKIP_DOWNLOAD", "").lower() in ("1", "true")
+        return downloads_are_off()
 
     @property
     def is_absent(self) -> bool:
@@ -120,9 +120,7 @@ class ModelConfig:
     def _absent(self, pattern: str) -> list[str]:
         """Names of the files of a pattern that are not on this machine, as far as local files tell."""
         if _is_folder(pattern):
-            folder = self.folder / pattern
-            complete = folder.is_dir() and any(folder.iterdir()) and not _marker(folder).exists()
-            return [] if complete else [pattern or "all files"]
+            return [] if is_whole(self.folder / pattern) else [pattern or "all files"]
         files = self._matches(pattern)
         return [file.name for file in missing_shards(files)] if files else [pattern]
 
@@ -136,10 +134,10 @@ class ModelConfig:
         if self.skips_download:
             return "downloads are switched off"
         endpoint, snapshot_download = _hub(self.source)
-        if not _answers(endpoint):
+        if not answers(endpoint):
             return f"{endpoint} does not answer"
         try:
-            with _marked(self.folder / pattern) if _is_folder(pattern) else nullcontext():
+            with marked(self.folder / pattern) if _is_folder(pattern) else nullcontext():
                 snapshot_download(self.model_id, revision=self.revision, local_dir=self.folder, **_selection(pattern))
         except Exception as error:  # the clients' errors have no base class in common
             return f"{endpoint} answered: {type(error).__name__}: {error}"
@@ -205,40 +203,9 @@ def _hub(source: str) -> tuple[str, Callable]:
     """The address of a hub and its client's `snapshot_download`."""
     if source == "modelscope":
         from modelscope import snapshot_download
-        from modelscope_hub.config import HubConfig
 
-        return HubConfig().endpoint, snapshot_download
+        return modelscope_endpoint(), snapshot_download
 
     from huggingface_hub import constants, snapshot_download
 
     return constants.ENDPOINT, snapshot_download
-
-
-def _answers(endpoint: str) -> bool:
-    """Whether a hub is reachable; checked first, because its client would retry for minutes."""
-    import requests
-
-    answers = []
-
-    def ask() -> None:
-        with suppress(requests.RequestException):
-            answers.append(requests.head(endpoint, timeout=PROBE_SECONDS))
-
-    # In a thread, because the timeout does not cover the DNS lookup.
-    probe = threading.Thread(target=ask, daemon=True)
-    probe.start()
-    probe.join(PROBE_SECONDS)
-    return bool(answers)
-
-
-@contextmanager
-def _marked(folder: Path) -> Iterator[None]:
-    """Keep a marker file in a folder while it is downloaded; after an interruption only the marker tells that."""
-    folder.mkdir(parents=True, exist_ok=True)
-    _marker(folder).touch()
-    yield
-    _marker(folder).unlink()
-
-
-def _marker(folder: Path) -> Path:
-    return folder / ".unfinished"

@@ -109,8 +109,8 @@ class Distillation(Objective):
         if self.teacher and not cached:
             raise ValueError(
                 "The teacher's images are not there: make them with `make_cache.py` and the same model, task and "
-                "dataset, then train with dataset=cache; or set task.teacher=null if the images in the data set are "
-                "the teacher's."
+                "dataset, then train with dataset=cache; or choose teacher=none if the images in the data set are the "
+                "teacher's."
             )
         if self.teacher and lora and lora.preset:
             raise ValueError(

@@ -30,16 +30,30 @@ class TrainingDefaults:
     """Defaults of trainings of one model, which the configuration may override.
 
     Args:
-        learning_rate: Learning rate of LoRA training; 1e-4 is DiffSynth-Studio's.
+        learning_rate: Learning rate of an adapter or a template; 1e-4 is DiffSynth-Studio's.
+        full_learning_rate: Learning rate of the whole network (`lora=none`).
+        max_steps: Number of optimizer steps.
+        batch_size: Samples per optimizer step, summed over all devices.
         micro_batch_size: Samples per forward on one device; None takes the whole batch.
+        validate_every: Optimizer steps between two evaluations; None evaluates before the first and after the last.
         checkpointing: Policy of gradient checkpointing, see `core.memory.MemoryRecipe`.
         lora_target_modules: Layers that LoRA adapts, by model.
+        data_file_keys: Columns of image files that a row of its data has.
+        extra_inputs: Those of them that the pipeline reads beside the image it is to make.
+        example: Folder of its images in the data set `DiffSynth-Studio/diffsynth_example_dataset`; None for none.
     """
 
     learning_rate: float = 1e-4
+    full_learning_rate: float = 1e-5
+    max_steps: int = 300
+    batch_size: int = 8
     micro_batch_size: int | None = 1
+    validate_every: int | None = 100
     checkpointing: str = "blocks"
     lora_target_modules: Mapping[str, Sequence[str] | str] = field(default_factory=dict)
+    data_file_keys: Sequence[str] = ("image",)
+    extra_inputs: Sequence[str] = ()
+    example: str | None = None
 
 
 class PipelineNetworks(nn.Module):

@@ -49,7 +49,8 @@ class Validation:
         loss_samples: Number of the first rows of each data set whose loss is measured.
         metrics: Metrics of images that are sampled for the rows' prompts, by name.
         metric_samples: Number of the first rows of each data set that are sampled for the metrics.
-        template_samples: Number of the first rows of each data set that are sampled into a grid; only with a template.
+        row_samples: Number of the first rows of each data set that are sampled into a grid, with their own inputs.
+        template_samples: The same, if a template is trained, which reads inputs of the rows.
         weights: Weights to evaluate: `raw`, their average `ema`, or both; names of the average's metrics start with
             `ema_`.
         few_steps: Compares the student of a distillation with its teacher; None compares nothing.
@@ -64,6 +65,7 @@ class Validation:
     loss_samples: int = 64
     metrics: Mapping[str, Metric] = field(default_factory=dict)
     metric_samples: int = 64
+    row_samples: int = 0
     template_samples: int = 4
     weights: Sequence[str] = ("raw",)
     few_steps: FewSteps | None = None
@@ -81,11 +83,15 @@ class Validation:
         """
         module.pipe.complete(self.options)
         compared = self.few_steps.models(module) if self.few_steps else set()
-        samples_rows = self.metrics or (self.template_samples and module.pipe.template is not None)
+        samples_rows = self.metrics or self.shown_rows(module.pipe)
         if self.prompts or (samples_rows and self.datasets):
             return compared | module.pipe.models_of(module.pipe.units, model_fn=True)
         encodes = any(dataset.needs_encoders for dataset in self.datasets.values())
         return compared | (module.pipe.models_of(module.units, model_fn=True) if encodes else set())
+
+    def shown_rows(self, pipe: "BasePipeline") -> int:
+        """How many rows of each data set are sampled to be seen."""
+        return self.row_samples if pipe.template is None else self.template_samples
 
     def due(self, step: int, done: bool) -> bool:
         """Whether the run is evaluated after `step` optimizer steps; `done` after its last one."""
@@ -147,9 +153,8 @@ class Validation:
                 measured = self.measure(module, dataset)
                 values |= {f"{name}_{key}": value for key, value in measured.items()}
             requests = {"": [{"prompt": prompt} for prompt in self.prompts]}
-            if pipe.template is not None:
-                rows = {f"{n}_": first_rows(d, self.template_samples) for n, d in self.datasets.items()}
-                requests |= {name: requests_of(own, module) for name, own in rows.items()}
+            rows = {f"{name}_": first_rows(own, self.shown_rows(pipe)) for name, own in self.datasets.items()}
+            requests |= {name: requests_of(own, module) for name, own in rows.items()}
             for name, own in requests.items():
                 images = self._generate(pipe, own)
                 if own and accelerator.is_main_process:

@@ -113,6 +113,15 @@ def joined(parts: Sequence[WeightedRows]) -> WeightedRows:
     return WeightedRows(rows, sum(part.rate for part in parts) / len(rows))
 
 
+def first_samples(buckets: Sequence[Sequence[WeightedRows]], count: int) -> list[list[WeightedRows]]:
+    """What buckets have of the samples whose index is below `count`, in buckets that are not empty."""
+    kept = []
+    for parts in buckets:
+        rows = [[int(row) for row in part.rows[:count] if row < count] for part in parts]  # indices of a part rise
+        kept.append([WeightedRows(own, part.weight) for own, part in zip(rows, parts, strict=True) if own])
+    return [parts for parts in kept if parts]
+
+
 class Bucket:
     """The batches of one bucket, cut from the mixture of its parts; the next pass completes a pass's last batch.
 

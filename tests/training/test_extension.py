@@ -1,0 +1,103 @@
+"""A finished run goes on to more steps, and comes out as one that was that long from the start; or it says why not."""
+
+import json
+from pathlib import Path
+
+import pytest
+import tiny
+from resumed import EXACT, artefacts, final_weights, kept, metrics
+from torch.testing import assert_close
+
+from diffsynth.config import ConfigError
+from diffsynth.training.checkpoint import Checkpoints, read_checkpoint
+from diffsynth.training.schedule import same_until
+
+KEEP = ["checkpoint.every=1", "checkpoint.keep_last=9"]
+WARMUP = ["lr_scheduler=constant_with_warmup", "lr_scheduler.num_warmup_steps=2"]
+DECAY = ["lr_scheduler=warmup_stable_decay", "lr_scheduler.num_warmup_steps=1", "lr_scheduler.num_decay_steps=2"]
+
+
+def checkpoint(run_dir: Path, step: int) -> dict:
+    return read_checkpoint(Checkpoints(run_dir / "checkpoints").path / f"step-{step:06d}")
+
+
+@pytest.mark.parametrize(
+    "how",
+    [
+        ["lr_scheduler=constant", "lora.dropout=0.3", "ema=power"],
+        WARMUP,
+        [*DECAY, *KEEP],  # goes on from before its decay
+    ],
+)
+def test_a_finished_run_that_is_extended_is_one_that_was_longer_from_the_start(how, tmp_path):
+    finished = tiny.train(tmp_path / "a", "max_steps=4", *how)
+    extended = tiny.train(tmp_path / "a", "max_steps=6", *how)
+    longer = tiny.train(tmp_path / "b", "max_steps=6", *how)
+    assert finished == extended and extended.name == longer.name
+    assert_close(final_weights(extended), final_weights(longer), **EXACT)
+    assert checkpoint(extended, 6) == checkpoint(longer, 6)
+    assert metrics(extended) == metrics(longer)
+    assert [line["step"] for line in metrics(extended)] == [1, 2, 3, 4, 5, 6]
+    assert artefacts(extended) == artefacts(longer)
+
+
+def test_a_run_of_passes_is_extended_by_more_of_them(tmp_path):
+    short = tiny.train(tmp_path, "max_steps=null", "num_epochs=1")
+    assert tiny.train(tmp_path, "max_steps=null", "num_epochs=2") == short
+    assert [line["step"] for line in metrics(short)] == [1, 2, 3, 4]  # eight pictures, four a step
+
+
+def test_an_extension_that_is_cut_off_goes_on_and_the_shorter_run_stays_finished(tmp_path, caplog):
+    caplog.set_level("INFO")
+    run_dir = tiny.train(tmp_path, "max_steps=2", "checkpoint.every=1")
+    tiny.cut_off(3, tmp_path, "max_steps=4", "checkpoint.every=1")
+    assert json.loads((run_dir / "finished.json").read_text())["length"] == {"max_steps": 2}
+    assert tiny.train(tmp_path, "max_steps=4", "checkpoint.every=1") == run_dir
+    assert "Going on from step 3" in caplog.text and kept(run_dir) == [3, 4]
+
+
+def test_a_run_whose_rate_has_fallen_in_all_checkpoints_cannot_be_extended(tmp_path):
+    run_dir = tiny.train(tmp_path, "max_steps=4", *DECAY)  # keeps a checkpoint of step 4 only
+    with pytest.raises(ValueError, match=r"cannot be extended to 6 steps.*\(of step 4\)") as refused:
+        tiny.train(tmp_path, "max_steps=6", *DECAY)
+    message = str(refused.value)
+    assert f"{run_dir}/weights" in message and "lora.checkpoint=…" in message and "name=…" in message
+    assert "\n" not in message
+    assert json.loads((run_dir / "finished.json").read_text())["length"] == {"max_steps": 4}
+
+
+def test_a_finished_run_is_not_made_shorter(tmp_path):
+    run_dir = tiny.train(tmp_path, "max_steps=3")
+    with pytest.raises(ConfigError, match=rf"{run_dir} is finished at step 3; set name=… for a run of max_steps=2"):
+        tiny.train(tmp_path, "max_steps=2")
+
+
+def test_a_stopped_run_is_not_made_shorter_than_it_is(tmp_path):
+    tiny.cut_off(3, tmp_path, "max_steps=5", "checkpoint.every=1")
+    with pytest.raises(ValueError, match=r"at step 3, beyond the 2 steps that are asked for: set name=…"):
+        tiny.train(tmp_path, "max_steps=2", "checkpoint.every=1")
+
+
+def test_a_run_whose_rate_depends_on_its_length_starts_anew_and_says_why(tmp_path, caplog):
+    caplog.set_level("INFO")
+    short = tiny.train(tmp_path, "max_steps=2", "lr_scheduler=cosine")
+    long = tiny.train(tmp_path, "max_steps=3", "lr_scheduler=cosine")
+    assert short != long
+    assert f"This run starts anew: {short} is the same but for its length" in caplog.text
+    assert f"lora.checkpoint=… starts from what is in {short}/weights" in caplog.text
+    with pytest.raises(ConfigError, match="can't be extended, as transformers.get_cosine_schedule_with_warmup sets"):
+        tiny.train(tmp_path, "max_steps=4", "lr_scheduler=cosine", f"run_dir={short}")
+
+
+def test_rates_are_compared_up_to_the_step_that_is_taken_next():
+    def step(number: int, steps: int) -> float:
+        return 1.0 if number < steps - 2 else 0.5
+
+    def schedule(optimizer, num_training_steps):
+        from torch.optim.lr_scheduler import LambdaLR
+
+        return LambdaLR(optimizer, lambda number: step(number, num_training_steps))
+
+    assert same_until(None, 9, 10, 20)
+    assert same_until(schedule, 7, 10, 20)
+    assert not same_until(schedule, 8, 10, 20)
