@@ -1,8 +1,8 @@
 """Runs of train.py one after another in processes that torchrun started, each under the engine that its job names.
 
-`torchrun tests/training/engine_worker.py jobs.json`; a job is `{engine, overrides}`. With `cut_off` it says after which
-step its power is cut, with `poisoned` in which step its losses are NaN, with `split` that processes share the tokens of
-a sample.
+`torchrun tests/training/engines/engine_worker.py jobs.json`; a job is `{engine, overrides}`. With `cut_off` it says
+after which step its power is cut, with `poisoned` in which step its losses are NaN, with `split` that processes share
+the tokens of a sample.
 """
 
 import json

@@ -48,7 +48,7 @@ def work(folder: Path, processes: int, jobs: list[dict]) -> None:
     (folder / "jobs.json").write_text(json.dumps(jobs))
     torchrun = ["torchrun", "--standalone", "--nproc_per_node", str(processes)]
     path = f"{tiny.ROOT}:{tiny.ROOT / 'tests'}"
-    tiny.process(*torchrun, "tests/training/engine_worker.py", str(folder / "jobs.json"), PYTHONPATH=path)
+    tiny.process(*torchrun, "tests/training/engines/engine_worker.py", str(folder / "jobs.json"), PYTHONPATH=path)
 
 
 def run_dir(root: Path) -> Path:
