@@ -9,6 +9,7 @@ import pytest
 from torch import nn
 
 from diffsynth.core.code_version import code_version, forwards
+from diffsynth.diffusion.pipeline.image_units import InputImageEmbedder
 from diffsynth.pipelines import qwen_image
 from diffsynth.pipelines.qwen_image import QwenImagePipeline, QwenImageVAE
 
@@ -169,7 +170,7 @@ def test_the_attributes_that_code_uses_are_named():
 
 
 def test_loading_weights_is_no_part_of_what_a_unit_runs():
-    for unit in (qwen_image.QwenImageUnit_PromptEmbedder, qwen_image.InputImageEmbedder):
+    for unit in (qwen_image.QwenImageUnit_PromptEmbedder, InputImageEmbedder):
         assert not of_unit(unit)[1] & {"load_state_dict", "from_pretrained", "safe_open"}
 
 
