@@ -30,7 +30,7 @@ test-lowest: .venv-lowest/.installed
 
 # Kills a training and the making of a cache 200 times each and compares what comes out with what was not killed.
 faults: .venv/.installed-test
-	FAULTS=200 OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -s tests/test_faults.py tests/test_cache.py -k killed
+	FAULTS=200 OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -s tests/training/test_faults.py tests/cache/test_cache.py -k killed
 
 format: .venv/.installed-test
 	$(BIN)/python -m ruff check --fix .

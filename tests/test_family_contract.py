@@ -1,12 +1,13 @@
 """What holds for every model family; a new one is a row in families.py."""
 
 import inspect
+from functools import partial
 
 import numpy as np
 import pytest
 import tiny
 import torch
-from families import FAMILIES, Family, of_families
+from families import FAMILIES, Family, of_families, pairs
 from PIL import Image
 from torch.testing import assert_close
 
@@ -25,13 +26,26 @@ from diffsynth.training.accelerator import make_accelerator
 REQUEST = {"prompt": "a red apple", "seed": 1, "height": 48, "width": 32, "num_inference_steps": 3, "cfg_scale": 1.0}
 GUIDED = REQUEST | {"negative_prompt": "a line emoji", "cfg_scale": 3.0}
 LORA = LoRA(rank=2)
+TRAINED = pytest.mark.parametrize("trained, lora", [((), LORA), (("dit", "text_encoder"), None)], ids=["lora", "full"])
 
 
-def samples() -> list[Sample]:
-    """Three pictures, taller than wide, with prompts of different lengths."""
-    pixels = np.random.default_rng(0).integers(0, 256, (3, 48, 32, 3), dtype=np.uint8)
+def image(number: int, size: tuple[int, int] = (32, 48)) -> Image.Image:
+    """A picture, taller than wide."""
+    pixels = np.random.default_rng(number).integers(0, 256, (4, 3, 3), dtype=np.uint8)
+    return Image.fromarray(pixels).resize(size, Image.Resampling.BICUBIC)
+
+
+def edited_from(number: int) -> list[Image.Image]:
+    """Two pictures of other shapes."""
+    return [image(9 + number, (64, 64)), image(19 + number, (96, 48))]
+
+
+def samples(family: Family) -> list[Sample]:
+    """Three pictures with prompts of different lengths, and where a family edits, what they were edited from."""
     prompts = ["", "a red apple", "a line emoji of a tiger face, looking at an umbrella"]
-    rows = [Row({"image": Image.fromarray(p), "prompt": text}) for p, text in zip(pixels, prompts, strict=True)]
+    rows = [Row({"image": image(number), "prompt": prompt}) for number, prompt in enumerate(prompts)]
+    for number, row in enumerate(rows if family.edits else []):
+        row["edit_image"] = edited_from(number)
     return [Sample(row, epoch=number, index=10 + number) for number, row in enumerate(rows)]
 
 
@@ -92,7 +106,9 @@ def test_a_family_whose_declaration_lacks_a_part_is_named_when_its_class_is_made
 @of_families
 def test_requests_of_a_batch_are_sampled_as_if_alone(family: Family):
     pipe = family.load()
-    requests = [GUIDED, GUIDED | {"prompt": "", "seed": 2}]
+    requests = [GUIDED, GUIDED | {"prompt": "", "seed": 2}, GUIDED | {"prompt": "a very long word " * 5, "seed": 3}]
+    if family.edits:
+        requests = [request | {"edit_image": edited_from(number)} for number, request in enumerate(requests)]
     alone = torch.cat([sampled(pipe, request) for request in requests])
     assert_close(sampled(pipe, *requests), alone, atol=1e-5, rtol=1e-4)
     assert (alone[0] - alone[1]).abs().max() > 1e-2
@@ -119,11 +135,10 @@ def test_samplers_that_follow_the_path_end_together(family: Family):
 @of_families
 def test_black_of_an_inpainting_mask_keeps_the_image(family: Family):
     pipe = family.load()
-    image = samples()[0].data["image"]
-    mask = Image.new("L", image.size, 0)
+    mask = Image.new("L", (32, 48), 0)
     mask.paste(255, (0, 0, 32, 16))
-    request = REQUEST | {"input_image": image, "inpaint_mask": mask, "num_inference_steps": 2}
-    kept = pipe.vae.encode(pipe.preprocess_image(image))
+    request = REQUEST | {"input_image": image(0), "inpaint_mask": mask, "num_inference_steps": 2}
+    kept = pipe.vae.encode(pipe.preprocess_image(image(0)))
     for sampler in ("euler", "heun", "dpmpp_2m"):
         found = sampled(pipe, request | {"sampler": sampler})
         below = found.shape[2] // 3
@@ -132,21 +147,57 @@ def test_black_of_an_inpainting_mask_keeps_the_image(family: Family):
 
 
 @of_families
+def test_an_input_image_is_noised_to_the_first_level(family: Family):
+    pipe = family.load()
+    shared, _, _ = pipe.prepare([REQUEST | {"input_image": image(0), "denoising_strength": 0.4}])
+    sigma = pipe.scheduler.sigmas[0]
+    assert 0.3 < sigma < 0.98
+    clean = pipe.vae.encode(pipe.preprocess_image(image(0)))
+    assert_close(shared["latents"], (1 - sigma) * clean + sigma * shared["noise"])
+
+
+@of_families
 def test_an_image_comes_back_from_its_latents_in_its_size(family: Family):
     pipe = family.load()
-    (image,) = pipe.generate([REQUEST | {"num_inference_steps": 1}])
-    assert image.size == (32, 48)
+    (found,) = pipe.generate([REQUEST | {"num_inference_steps": 1}])
+    assert found.size == (32, 48)
     latents = pipe.vae.encode(torch.rand(2, 3, 48, 32) * 2 - 1)
     assert latents.shape == (2, *pipe.latents.shape(48, 32)[1:])
     assert pipe.vae.decode(latents).shape == (2, 3, 48, 32)
+
+
+@of_families
+def test_one_tile_as_large_as_the_image_is_the_whole_image_and_smaller_ones_are_not(family: Family):
+    pipe = family.load()
+    pixels = torch.rand(1, 3, 96, 128) * 2 - 1
+    latents = pipe.vae.encode(pixels)
+    for run, whole in ((pipe.vae.encode, pixels), (pipe.vae.decode, latents)):
+        expected, tiles = run(whole), run(whole, tiled=True, tile_size=8, tile_stride=4)
+        assert_close(run(whole, tiled=True), expected)
+        assert tiles.shape == expected.shape and (tiles - expected).abs().max() > 0
+
+
+@pytest.mark.parametrize("family", [family for family in FAMILIES if family.edits], ids=str)
+@pytest.mark.parametrize(
+    "edit_image, options, message",
+    [
+        ("a.png", {}, "edit_image is or holds 'a.png', expected images; .* dataset.data_file_keys"),
+        ([image(0), 3], {}, "edit_image is or holds 3, expected images"),
+        (image(0, (60, 64)), {"edit_image_auto_resize": False}, "is 60 x 64 pixels, expected multiples of 16"),
+    ],
+)
+def test_what_cannot_be_edited_is_named(family: Family, edit_image, options, message):
+    with pytest.raises(ValueError, match=message):
+        family.build().prepare([REQUEST | {"edit_image": edit_image} | options])
 
 
 # Training -------------------------------------------------------------------------------------------------------------
 
 
 @of_families
-def test_a_batch_has_the_mean_loss_and_gradient_of_its_samples(family: Family):
-    module, batch = shaken(family.module(lora=LORA).load()), samples()
+@TRAINED
+def test_a_batch_has_the_mean_loss_and_gradient_of_its_samples(family: Family, trained, lora):
+    module, batch = shaken(family.module(family.task(*trained), lora).load(), 0.01), samples(family)
     losses, gradient = gradients(module, [batch])
     alone, mean = gradients(module, [[sample] for sample in batch])
     assert_close(losses, alone, atol=1e-5, rtol=1e-5)
@@ -156,7 +207,7 @@ def test_a_batch_has_the_mean_loss_and_gradient_of_its_samples(family: Family):
 @of_families
 def test_gradients_reach_all_that_is_trained_and_nothing_else(family: Family):
     module = shaken(family.module(lora=LORA).load())
-    _, found = gradients(module, [samples()])
+    _, found = gradients(module, [samples(family)])
     trained = {name for name, p in module.named_parameters() if p.requires_grad}
     assert trained and found.keys() <= trained
     moved = {name for name, gradient in found.items() if gradient.abs().max() > 0}
@@ -164,11 +215,15 @@ def test_gradients_reach_all_that_is_trained_and_nothing_else(family: Family):
 
 
 @of_families
-def test_checkpointing_changes_nothing(family: Family):
-    found = [
-        gradients(shaken(family.module(lora=LORA, checkpointing=c).load()), [samples()]) for c in ("none", "blocks")
+@TRAINED
+def test_checkpointing_changes_nothing(family: Family, trained, lora):
+    recipes = [{}, {"checkpointing": "blocks"}, {"checkpointing": "blocks", "offload_activations": True}]
+    plain, *checkpointed = [
+        gradients(shaken(family.module(family.task(*trained), lora, **recipe).load(), 0.01), [samples(family)])
+        for recipe in recipes
     ]
-    assert_close(found[0], found[1], atol=1e-6, rtol=1e-5)
+    for found in checkpointed:
+        assert_close(found, plain, atol=1e-6, rtol=1e-5)
 
 
 @of_families
@@ -176,18 +231,20 @@ def test_weights_in_8_bits_change_the_loss_little(family: Family):
     plain = family.module(lora=LORA).load()
     stored = family.module(lora=LORA, storage="int8").load()
     assert stored_layers(stored.pipe.network) and not stored_layers(plain.pipe.network)
-    assert_close(stored(samples()).detach(), plain(samples()).detach(), atol=0, rtol=0.05)
+    assert_close(stored(samples(family)).detach(), plain(samples(family)).detach(), atol=0, rtol=0.05)
 
 
 @of_families
-def test_two_stages_have_the_losses_of_one(family: Family, tmp_path):
-    rows = UnifiedDataset.from_folder(str(tiny.dataset()), height=32, width=32)
+@TRAINED
+def test_two_stages_have_the_losses_of_one(family: Family, trained, lora, tmp_path):
+    files = ["image", *family.extra_inputs]
+    rows = UnifiedDataset.from_folder(str(pairs()), "metadata.jsonl", height=32, width=32, data_file_keys=files)
     rows.scan()
-    launch_data_process_task(make_accelerator("cpu", "float32"), rows, family.module(lora=LORA), tmp_path)
-    cached = CachedDataset(str(tmp_path))
+    make = partial(family.module, family.task(*trained), lora)
+    launch_data_process_task(make_accelerator("cpu", "float32"), rows, make(), tmp_path)
     losses = [
-        family.module(lora=LORA).load(cached=not data.needs_encoders)([Sample(data[n], 0, n) for n in range(4)])
-        for data in (rows, cached)
+        make().load(cached=not data.needs_encoders)([Sample(data[n], 0, n) for n in range(4)])
+        for data in (rows, CachedDataset(str(tmp_path)))
     ]
     assert_close(losses[0], losses[1], atol=1e-6, rtol=1e-6)
 
@@ -210,8 +267,12 @@ def test_an_adapter_is_saved_and_loads_with_what_it_changes(family: Family, tmp_
 
 
 def run(family: Family, folder, *overrides: str):
+    """Overrides of a run of the family on pairs of pictures."""
     given = [o for o in tiny.train_overrides(folder) if not o.startswith("model.")]
-    return tiny.merged([*family.overrides, *given], overrides)
+    keys = ",".join(["image", *family.extra_inputs])
+    data = [f"dataset.path={pairs()}", "dataset.metadata=metadata.jsonl", f"dataset.data_file_keys=[{keys}]"]
+    own = [*data, f"task.extra_inputs=[{','.join(family.extra_inputs)}]", *overrides]
+    return tiny.merged([*family.overrides, *given], own)
 
 
 @of_families

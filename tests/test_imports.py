@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-PACKAGE = ROOT / "diffsynth"
+PACKAGE, TESTS = ROOT / "diffsynth", ROOT / "tests"
 
 
 def imported(file: Path) -> set[str]:
@@ -98,8 +98,14 @@ def test_no_import_leads_back():
 
 
 def test_a_folder_holds_at_most_20_files():
-    counts = {folder: len(list(folder.glob("*.py"))) for folder in [ROOT / "tests", *PACKAGE.rglob("*/")]}
+    folders = [folder for root in (PACKAGE, TESTS) for folder in [root, *root.rglob("*/")]]
+    counts = {folder: len(list(folder.glob("*.py"))) for folder in folders}
     assert {str(folder): count for folder, count in counts.items() if count > 20} == {}
+
+
+def test_tests_stand_in_the_folders_of_what_they_test():
+    folders = {file.parent.relative_to(TESTS) for file in TESTS.rglob("*/test_*.py")}
+    assert {folder for folder in folders if not (PACKAGE / folder).is_dir()} == {Path("scripts")}
 
 
 @pytest.mark.parametrize("name", ["qwen", "flux", "wan(?!t|db)"])

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from copy import deepcopy
 from functools import cache
 from importlib import import_module
 from pathlib import Path
@@ -18,7 +19,11 @@ from unittest import mock
 import hydra
 import numpy as np
 import torch
+from hydra._internal.config_loader_impl import ConfigLoaderImpl
 from hydra.core.global_hydra import GlobalHydra
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
+from omegaconf import DictConfig
 from PIL import Image
 
 from diffsynth.config import build, check, claim, finish
@@ -86,7 +91,7 @@ def model_overrides(folder: Path | None = None) -> list[str]:
 
 
 def train_overrides(output_root: Path) -> list[str]:
-    """Overrides of a run of two steps of four samples that looks at nothing."""
+    """Overrides of a run of two steps of four samples that evaluates nothing and reports nothing of its data."""
     return [
         *model_overrides(),
         f"dataset.path={dataset()}",
@@ -104,14 +109,31 @@ def train_overrides(output_root: Path) -> list[str]:
         "validation=none",
         "lr_scheduler=constant",
         "export.save_steps=null",
+        "data_report.rows=0",
+        "data_report.pictures=0",
     ]
 
 
-def compose(entry: str, *overrides: str):
-    """The configuration of `python <entry>.py <overrides>`."""
+def compose(entry: str, *overrides: str) -> DictConfig:
+    """The configuration of `python <entry>.py <overrides>`, whose groups are composed once a session."""
+    parsed = OverridesParser.create().parse_overrides([*overrides])
+    choices = [override for override in parsed if _is_choice(override)]
+    cfg = deepcopy(_composed(entry, *(override.input_line for override in choices)))
+    ConfigLoaderImpl._apply_overrides_to_config([override for override in parsed if override not in choices], cfg)
+    return cfg
+
+
+def _is_choice(override: Override) -> bool:
+    """Whether it chooses an option of a group, or where Hydra looks for them."""
+    key = override.key_or_group
+    return key.startswith("hydra.") or (ROOT / "conf" / key).is_dir()
+
+
+@cache
+def _composed(entry: str, *choices: str) -> DictConfig:
     GlobalHydra.instance().clear()
     with hydra.initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-        return hydra.compose(entry, overrides=list(overrides))
+        return hydra.compose(entry, overrides=[*choices])
 
 
 def schema(entry: str) -> Callable:

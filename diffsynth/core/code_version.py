@@ -56,12 +56,13 @@ def code_version(functions: Iterable[Callable], classes: Iterable[type]) -> tupl
         if reference in seen:
             continue
         seen.add(reference)
-        homes = {_home(module, reference, packages) for module in modules}
+        naming = [module for module in modules if _names(module, reference.name)]
+        homes = {_home(module, reference, packages) for module in naming}
         if new := homes - {None, *modules}:
             modules += sorted(new, key=lambda module: module.__name__)
             to_visit, seen = [*seen, *to_visit], set()  # the new modules may define names that were visited before
             continue
-        found = [definition for module in modules for definition in _find(module, reference)]
+        found = [definition for module in naming for definition in _find(module, reference)]
         texts |= {definition.text for definition in found}
         to_visit += [used for definition in found for used in definition.uses]
     version = blake2b("\n".join(sorted(texts)).encode(), digest_size=8).hexdigest()
@@ -90,6 +91,16 @@ def _modules(classes: Iterable[type]) -> list[ModuleType]:
 
 def _package(module: str) -> str:
     return module.split(".")[0]
+
+
+def _names(module: ModuleType, name: str) -> bool:
+    """Whether a module has or defines a name, or may make it when asked; few of them do, and the rest is slower."""
+    return name in vars(module) or name in _defined_names(module) or "__getattr__" in vars(module)
+
+
+@cache
+def _defined_names(module: ModuleType) -> frozenset[str]:
+    return frozenset(reference.name for reference in _definitions(module))
 
 
 def _home(module: ModuleType, reference: Reference, packages: set[str]) -> ModuleType | None:

@@ -5,23 +5,21 @@ FAULTS=200 kills `make_cache.py` 200 times.
 
 import functools
 import json
-import multiprocessing
-import os
-import random
 import shutil
 import signal
 import sqlite3
-import time
 from collections.abc import Callable
 from datetime import date
 from itertools import chain
 from pathlib import Path
 
+import kills
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import tiny
 import torch
+import warm
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -39,7 +37,6 @@ from diffsynth.pipelines import qwen_image
 from diffsynth.pipelines.qwen_image import QwenImagePipeline
 from diffsynth.training.accelerator import make_accelerator
 
-KILLS = int(os.environ.get("FAULTS", 5))
 DIT = LoRA(target_modules=["to_q", "to_v"], rank=4)
 TEXT = LoRA(models=("text_encoder",), target_modules=["q_proj"], rank=4)
 IMAGES, PROMPTS = "InputImageEmbedder", "QwenImageUnit_PromptEmbedder"
@@ -614,56 +611,14 @@ def test_a_cache_is_made_verified_and_tidied_on_the_command_line(tmp_path, monke
 
 # Processes ------------------------------------------------------------------------------------------------------------
 
-# Children start as copies of a process that has imported everything, and are processes like any other.
-SERVER = multiprocessing.get_context("forkserver")
-SERVER.set_forkserver_preload(["tests.tiny", "diffsynth.cache.make", "diffsynth.pipelines.qwen_image", "pytest"])
 
-
-def start(act: Callable, *given):
-    process = SERVER.Process(target=act, args=given)
-    process.start()
-    return process
-
-
-def make_in_process(folder: Path, data: Path, model: Path, fatal_sync: int | None, **environment: str) -> None:
-    """Make a cache and tidy it, in a process of its own, which dies in the middle of its `fatal_sync`-th fsync."""
-    os.environ.update(environment, OMP_NUM_THREADS="1")
-    torch.set_num_threads(1)
-    left, sync = fatal_sync, os.fsync
-
-    def fsync(descriptor):
-        nonlocal left
-        left = None if left is None else left - 1
-        if left == 0:
-            os.kill(os.getpid(), signal.SIGKILL)
-        sync(descriptor)
-
-    os.fsync = fsync
+def make_varied(folder: Path, data: Path, model: Path) -> None:
     make(folder, dataset(data, augmentation=VARIED), training(root=model), batch_size=2, shard_bytes=1000)
-    if not environment:
-        collect_garbage(folder)
 
 
-def make_in_ranks(folder: Path, data: Path, model: Path, count: int) -> list[int]:
-    """Make a cache in several processes, and return their exit codes."""
-    shared = {"WORLD_SIZE": str(count), "MASTER_ADDR": "localhost", "MASTER_PORT": str(free_port())}
-    ranks = [{"RANK": str(rank), "LOCAL_RANK": str(rank), **shared} for rank in range(count)]
-    processes = [start(_make_in_rank, folder, data, model, rank) for rank in ranks]
-    for process in processes:
-        process.join()
-    return [process.exitcode for process in processes]
-
-
-def _make_in_rank(folder: Path, data: Path, model: Path, environment: dict) -> None:
-    make_in_process(folder, data, model, None, **environment)
-
-
-def free_port() -> int:
-    import socket
-
-    with socket.socket() as listener:
-        listener.bind(("localhost", 0))
-        return listener.getsockname()[1]
+def make_and_tidy(folder: Path, data: Path, model: Path) -> None:
+    make_varied(folder, data, model)
+    collect_garbage(folder)
 
 
 @pytest.fixture(scope="module")
@@ -676,7 +631,7 @@ def unbroken(tmp_path_factory) -> Path:
 
 @pytest.mark.slow
 def test_two_processes_make_the_cache_of_one(unbroken, tmp_path):
-    assert make_in_ranks(tmp_path, tiny.dataset(), tiny.model(), 2) == [0, 0]
+    assert warm.ranks(2, make_varied, tmp_path, tiny.dataset(), tiny.model()) == [0, 0]
     assert content(tmp_path) == content(unbroken) and records(tmp_path) == records(unbroken)
     assert CacheIndex(tmp_path).about == CacheIndex(unbroken).about
     assert len(stored(tmp_path)) == len(set(stored(tmp_path))) == 25
@@ -695,30 +650,18 @@ def older(folder: Path, data: Path) -> None:
 
 
 @pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="no SIGKILL on this system")
-def test_a_cache_whose_making_is_killed_at_random_moments_ends_as_one_that_was_not(unbroken, tmp_path):
-    start(os.getpid).join()  # the server is there
-    began = time.monotonic()
-    finish = start(make_in_process, tmp_path / "timed", tiny.dataset(), tiny.model(), None)
-    finish.join()
-    duration, expected = time.monotonic() - began, content(unbroken)
+def test_a_cache_whose_making_is_killed_at_any_moment_ends_as_one_that_was_not(unbroken, tmp_path):
+    data, expected = (tiny.dataset(), tiny.model()), content(unbroken)
+    seconds = kills.duration(make_and_tidy, tmp_path / "timed", *data)
     older(tmp_path, tiny.dataset())
-    moments, killed, number = random.Random(KILLS), 0, 0
-    while killed < KILLS:
-        number, done = number + 1, False
-        folder = Path(shutil.copytree(tmp_path / "cache", tmp_path / f"broken-{number}"))
-        while not done:
-            in_a_write = killed < KILLS and moments.random() < 0.5
-            fatal_sync = moments.randint(1, 12) if in_a_write else None
-            process = start(make_in_process, folder, tiny.dataset(), tiny.model(), fatal_sync)
-            if not in_a_write and killed < KILLS:
-                process.join(moments.uniform(0, duration))
-                process.kill()
-            process.join()
-            assert process.exitcode in (0, -signal.SIGKILL)
-            killed, done = killed + (process.exitcode != 0), process.exitcode == 0
+
+    def work(number: int) -> tuple:
+        return make_and_tidy, Path(shutil.copytree(tmp_path / "cache", tmp_path / f"broken-{number}")), *data
+
+    for number in kills.survived(work, seconds, syncs=50):
+        folder = tmp_path / f"broken-{number}"
         assert content(folder) == expected and records(folder) == records(unbroken)
         assert stored(folder) == sorted(expected)  # nothing twice, nothing too much
-    print(f"killed {killed} times, {number} caches, each as the unbroken one")
 
 
 @pytest.mark.slow
@@ -727,7 +670,7 @@ def test_two_processes_train_from_the_cache_of_two_as_one_from_images(tmp_path):
     said = tiny.process(*torchrun, "make_cache.py", *tiny.cache_overrides(tmp_path / "cache"))
     assert said.count("8 samples of 16 entries") == 1
     chosen = ["dataset=cache", f"dataset.path={tmp_path / 'cache'}"]
-    tiny.process(*torchrun, "train.py", *tiny.merged(tiny.train_overrides(tmp_path / "runs"), chosen))
+    assert warm.ranks(2, tiny.run, tiny.merged(tiny.train_overrides(tmp_path / "runs"), chosen)) == [0, 0]
     (run_dir,) = (tmp_path / "runs").iterdir()
     assert curve(run_dir) == pytest.approx(curve(tiny.train(tmp_path / "one")), rel=1e-5)
 

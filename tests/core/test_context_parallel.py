@@ -2,8 +2,11 @@
 
 import json
 
+import context_ranks
 import pytest
 import tiny
+import tiny_flux2
+import warm
 from bases import Base, load
 from hypothesis import given
 from hypothesis import strategies as st
@@ -16,10 +19,10 @@ CASES = ["alone", "padded", "checkpointed", "kv_cache", "further text"]
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory):
-    """What tests/core/context_worker.py tells of two processes, by family."""
+    """What two processes find, by family."""
     path = tmp_path_factory.mktemp("apart") / "result.json"
-    torchrun = ["torchrun", "--standalone", "--nproc_per_node", "2"]
-    tiny.process(*torchrun, "tests/core/context_worker.py", str(path), PYTHONPATH=f"{tiny.ROOT}:{tiny.ROOT / 'tests'}")
+    folders = {"qwen": tiny.model(), "flux2": tiny_flux2.klein()}
+    assert warm.ranks(2, context_ranks.compare, folders, path) == [0, 0]
     return json.loads(path.read_text())
 
 

@@ -24,7 +24,7 @@ def run_dir(tmp_path_factory):
     """A finished run that looked at its prompts three times, with a warning in its log."""
     options = ["validation=base", "validation.prompts=[a red apple,a rocket]", "validation.every=1"]
     small = ["validation.options.num_inference_steps=2", "validation.options.height=32", "validation.options.width=32"]
-    run_dir = tiny.train(tmp_path_factory.mktemp("report"), *options, *small)
+    run_dir = tiny.train(tmp_path_factory.mktemp("report"), *options, *small, "data_report.pictures=4")
     (run_dir / "train.log").write_text("2026-01-01 WARNING row 3 is <odd>\n2026-01-01 INFO fine\n", encoding="utf-8")
     return run_dir
 

@@ -3,10 +3,10 @@
 import os
 import shutil
 import signal
-from pathlib import Path
 
 import pytest
 import tiny
+import warm
 from resumed import (
     EXACT,
     STEPS,
@@ -118,23 +118,18 @@ def test_a_run_may_go_on_with_other_micro_batches(tmp_path):
 
 # Asked to stop --------------------------------------------------------------------------------------------------------
 
-TRAIN_AND_SIGNAL = """
-import os, runpy, signal, sys
 
-if __name__ == "__main__":
-    sys.path.append("tests")
-    import tiny
-
-    with tiny.in_step(3, lambda: {signal}):
-        runpy.run_path("train.py", run_name="__main__")
-"""
+def train_and_signal_the_group(overrides: list[str]) -> None:
+    """Train in a process group of its own, all of which is signalled in the third step, as Slurm does."""
+    os.setpgrp()
+    with tiny.in_step(3, lambda: os.killpg(0, signal.SIGTERM)):
+        tiny.run(overrides)
 
 
-def signalled(signal: str, folder: Path) -> str:
-    """A script that is train.py, but that calls `signal` in its third step."""
-    script = folder / "train_and_signal.py"
-    script.write_text(TRAIN_AND_SIGNAL.format(signal=signal))
-    return str(script)
+def train_and_signal_the_second(number: int, overrides: list[str]) -> None:
+    """Train in one of two ranks, the second of which is signalled in the third step."""
+    with tiny.in_step(3, lambda: os.environ["RANK"] == "1" and os.kill(os.getpid(), number)):
+        tiny.run(overrides)
 
 
 def test_a_run_that_is_asked_to_stop_finishes_its_step_and_saves(tmp_path, caplog):
@@ -164,21 +159,19 @@ def test_a_second_interrupt_stops_at_once():
 
 
 def test_a_process_whose_whole_group_is_asked_to_stop_saves_and_says_that_it_wants_to_go_on(tmp_path):
-    script = signalled("os.system(f'kill -TERM -{os.getpgrp()}')", tmp_path)  # as Slurm does, its workers too
-    overrides = tiny.merged(tiny.train_overrides(tmp_path / "runs"), [*STEPS, *ACCUMULATION])
-    said = tiny.process("python", script, *overrides, "dataset.num_workers=1", status=75)
-    assert "Stopped after step 3; run the same command to resume." in said and "Traceback" not in said
+    overrides = tiny.merged(tiny.train_overrides(tmp_path / "runs"), [*STEPS, *ACCUMULATION, "dataset.num_workers=1"])
+    process = warm.start(train_and_signal_the_group, overrides, output=tmp_path / "said.txt")
+    process.join()
+    said = (tmp_path / "said.txt").read_text()
+    assert process.exitcode == 75 and "Stopped after step 3; run the same command to resume." in said
+    assert "Traceback" not in said  # nor from the worker, which hears the signal as well
     assert_same_run(tiny.train(tmp_path / "runs", *STEPS, *ACCUMULATION), uninterrupted(*ACCUMULATION))
 
 
-STOPPED = pytest.param("SIGUSR1", [2, 3], marks=pytest.mark.slow)
-
-
-@pytest.mark.parametrize("number, saved", [STOPPED, ("SIGKILL", [2])])
+@pytest.mark.parametrize("number, saved", [(signal.SIGUSR1, [2, 3]), (signal.SIGKILL, [2])])
 def test_one_process_goes_on_where_two_were_stopped_or_killed(number, saved, tmp_path):
-    script = signalled(f"os.environ['RANK'] == '1' and os.kill(os.getpid(), signal.{number})", tmp_path)
     overrides = tiny.merged(tiny.train_overrides(tmp_path / "runs"), [*STEPS, "logger.every=2"])
-    tiny.process("torchrun", "--standalone", "--nproc_per_node", "2", script, *overrides, status=1)
+    assert 0 not in warm.ranks(2, train_and_signal_the_second, number, overrides)
     (run_dir,) = (tmp_path / "runs").iterdir()
     assert kept(run_dir) == saved
     assert tiny.train(tmp_path / "runs", *STEPS, "logger.every=2") == run_dir

@@ -4,10 +4,12 @@ import json
 import math
 from pathlib import Path
 
+import engine_jobs
 import pytest
 import tiny
+import warm
 import yaml
-from engine_worker import ENGINES
+from engine_jobs import ENGINES
 from safetensors.torch import load_file
 from torch.testing import assert_close
 
@@ -43,12 +45,9 @@ def job(folder: Path, engine: str, *overrides: str, **options) -> dict:
     return {"engine": engine, "overrides": tiny.merged(tiny.train_overrides(folder), overrides), **options}
 
 
-def work(folder: Path, processes: int, jobs: list[dict]) -> None:
+def work(processes: int, jobs: list[dict]) -> None:
     """Do the jobs in `processes` processes, one after another."""
-    (folder / "jobs.json").write_text(json.dumps(jobs))
-    torchrun = ["torchrun", "--standalone", "--nproc_per_node", str(processes)]
-    path = f"{tiny.ROOT}:{tiny.ROOT / 'tests'}"
-    tiny.process(*torchrun, "tests/training/engine_worker.py", str(folder / "jobs.json"), PYTHONPATH=path)
+    assert warm.ranks(processes, engine_jobs.do, jobs) == [0] * processes
 
 
 def run_dir(root: Path) -> Path:
@@ -84,7 +83,7 @@ def alone(tmp_path_factory):
     """A folder of runs, a folder each by engine, that one process made."""
     root = tmp_path_factory.mktemp("alone")
     engines = ("ddp", "zero2", "zero3_offload")
-    work(root, 1, [job(root / name, name, *ACCUMULATION, *LOOKING) for name in engines])
+    work(1, [job(root / name, name, *ACCUMULATION, *LOOKING) for name in engines])
     return root
 
 
@@ -126,7 +125,7 @@ def together(tmp_path_factory):
     samples, tokens = (root / "samples", EACH_ALONE), (root / "tokens", [*ACCUMULATION, *LOOKING])
     jobs = [job(samples[0], "ddp", *samples[1], cut_off=3), job(samples[0], "fsdp2", *samples[1])]
     jobs += [job(tokens[0], "ddp", *tokens[1], cut_off=3, split=True), job(tokens[0], "context_parallel", *tokens[1])]
-    work(root, 2, jobs)
+    work(2, jobs)
     return root
 
 
@@ -138,7 +137,7 @@ def test_fsdp2_in_two_processes_trains_what_one_trains_and_takes_its_run_up(toge
 def test_fsdp2_is_looked_at_as_ddp_is_and_leaves_its_run_to_it(tmp_path, alone):
     run = tmp_path / "run"
     jobs = [job(run, "fsdp2", *EACH_ALONE, *LOOKING, cut_off=3), job(run, "ddp", *EACH_ALONE, *LOOKING)]
-    work(tmp_path, 2, [*jobs, job(tmp_path / "fsdp2", "fsdp2", *EACH_ALONE, *LOOKING)])
+    work(2, [*jobs, job(tmp_path / "fsdp2", "fsdp2", *EACH_ALONE, *LOOKING)])
     for root in (run, tmp_path / "fsdp2"):
         assert_same(root, alone / "ddp")
         assert_close(logged(root, "grad_norm"), logged(alone / "ddp", "grad_norm"), **CLOSE)
@@ -157,7 +156,7 @@ def test_zero_in_two_processes_trains_what_one_trains(tmp_path, alone):
     engines = ("zero2", "zero2_offload", "zero3_offload")
     cut = [job(tmp_path / f"{name}_then_on", name, *EACH_ALONE, cut_off=3) for name in engines]
     on = [job(tmp_path / f"{name}_then_on", name, *EACH_ALONE) for name in engines]
-    work(tmp_path, 2, [*(job(tmp_path / name, name, *EACH_ALONE, *LOOKING) for name in engines), *cut, *on])
+    work(2, [*(job(tmp_path / name, name, *EACH_ALONE, *LOOKING) for name in engines), *cut, *on])
     for name in engines:
         assert_same(tmp_path / name, alone / "ddp")
         assert_same(tmp_path / f"{name}_then_on", alone / "ddp")
@@ -166,7 +165,7 @@ def test_zero_in_two_processes_trains_what_one_trains(tmp_path, alone):
 @pytest.mark.slow
 def test_tokens_are_split_under_zero_as_well(tmp_path, alone):
     engines = ("zero2", "zero3_offload")
-    work(tmp_path, 2, [job(tmp_path / name, name, *ACCUMULATION, *LOOKING, split=True) for name in engines])
+    work(2, [job(tmp_path / name, name, *ACCUMULATION, *LOOKING, split=True) for name in engines])
     for name in engines:
         assert_same(tmp_path / name, alone / "ddp")
         assert_close(logged(tmp_path / name, "held_out_loss"), logged(alone / "ddp", "held_out_loss"), **CLOSE)
@@ -181,7 +180,7 @@ def test_full_training_in_bf16_is_that_of_ddp(tmp_path, processes):
     full = ["lora=none", "model.torch_dtype=bfloat16", *STEPS, "micro_batch_size=1", *COARSE]
     engines = {"ddp": [], "zero2": ["memory.trained_dtype=bfloat16"], "zero3_offload": ["memory=checkpointing"]}
     engines |= {"fsdp2": []} if processes == 2 else {}
-    work(tmp_path, processes, [job(tmp_path / name, name, *full, *own) for name, own in engines.items()])
+    work(processes, [job(tmp_path / name, name, *full, *own) for name, own in engines.items()])
     moved = distance(weights(tmp_path / "ddp"), load_file(*(tiny.model() / "transformer").glob("*.safetensors")))
     for name in engines:
         assert_close(losses(tmp_path / name), losses(tmp_path / "ddp"), rtol=1e-2, atol=1e-2)
@@ -196,7 +195,7 @@ def distance(found: dict, expected: dict) -> float:
 @pytest.mark.parametrize("processes", [1, 2])
 def test_a_step_that_is_not_finite_is_left_out(tmp_path, processes):
     engines = ["ddp", "zero2", "zero2_offload", "zero3_offload", *(["fsdp2"] if processes == 2 else [])]
-    work(tmp_path, processes, [job(tmp_path / name, name, *EACH_ALONE, poisoned=2) for name in engines])
+    work(processes, [job(tmp_path / name, name, *EACH_ALONE, poisoned=2) for name in engines])
     for name in engines:
         assert_same(tmp_path / name, tmp_path / "ddp")
         assert logged(tmp_path / name, "skipped_steps") == [1, 1, 1]

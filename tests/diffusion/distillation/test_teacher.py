@@ -12,6 +12,7 @@ from unittest import mock
 import pytest
 import tiny
 import torch
+import warm
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
@@ -346,8 +347,7 @@ def test_a_making_that_is_cut_off_goes_on_with_what_lacks(cache, tmp_path):
 def test_two_processes_make_the_cache_of_one(tmp_path):
     asked = ["task=distill", "task.teacher.num_inference_steps=4", "dataset=prompts", "dataset.seeds=4"]
     asked += [f"dataset.path={two_prompts()}", "dataset.height=32", "dataset.width=32", "batch_size=2"]
-    command = ["make_cache.py", *tiny.merged(tiny.cache_overrides(tmp_path / "two"), asked)]
-    tiny.process("torchrun", "--standalone", "--nproc_per_node", "2", *command)
+    assert warm.ranks(2, tiny.make_cache, tmp_path / "two", *tiny.model_overrides(), *asked) == [0, 0]
     tiny.make_cache(tmp_path / "one", *asked)
     torch.testing.assert_close(content(tmp_path / "two"), content(tmp_path / "one"), **ALIKE)
 

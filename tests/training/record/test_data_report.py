@@ -13,7 +13,7 @@ from PIL import Image
 from diffsynth.core.data import Row
 from diffsynth.training.record import data_report as reports
 
-ONE_STEP = ["max_steps=1", "data_report.pictures=4"]
+ONE_STEP = ["max_steps=1", "data_report.rows=8", "data_report.pictures=4"]
 
 
 def picture(number: int, size: tuple[int, int] = (32, 32)) -> Image.Image:

@@ -1,7 +1,5 @@
 """Every method of distillation on every family: from a teacher's drawing to gradients of what is to be trained."""
 
-from pathlib import Path
-
 import pytest
 import tiny
 import tiny_flux2
@@ -19,7 +17,7 @@ from diffsynth.diffusion.training_module import PipelineTrainingModule
 from diffsynth.pipelines.flux2_image import Flux2ImagePipeline
 from diffsynth.pipelines.qwen_image import QwenImagePipeline
 
-CONF = Path(__file__).parents[2] / "conf" / "task"
+CONF = tiny.ROOT / "conf" / "task"
 METHODS = ["distill", *(f"distill/{path.stem}" for path in sorted((CONF / "distill").glob("*.yaml")))]
 SHORT = [
     "task.teacher.num_inference_steps=4",

@@ -1,10 +1,10 @@
 import re
 from dataclasses import replace
-from pathlib import Path
 
 import diffusers
 import pytest
 import torch
+from conftest import ROOT
 from omegaconf import OmegaConf
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -327,7 +327,7 @@ def test_without_targets_a_model_has_its_own(training_module):
 
 @pytest.mark.parametrize("model", ["qwen_image", "emoji"])
 def test_the_targets_of_a_models_configuration_exist(pipe, model):
-    config = OmegaConf.load(Path(__file__).parents[2] / "conf" / "model" / f"{model}.yaml")
+    config = OmegaConf.load(ROOT / "conf" / "model" / f"{model}.yaml")
     targets = config.training.lora_target_modules
     assert len(find_layers(pipe.dit, list(targets.dit), "dit")) == 12 * 4
     assert len(find_layers(pipe.text_encoder, list(targets.text_encoder), "text_encoder")) == 4 * 2

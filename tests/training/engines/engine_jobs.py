@@ -1,16 +1,12 @@
-"""Runs of train.py one after another in processes that torchrun started, each under the engine that its job names.
+"""Runs of train.py one after another in the ranks of a group, each under the engine that its job names.
 
-`torchrun tests/training/engine_worker.py jobs.json`; a job is `{engine, overrides}`. With `cut_off` it says after which
-step its power is cut, with `poisoned` in which step its losses are NaN, with `split` that processes share the tokens of
-a sample.
+A job is `{engine, overrides}`. With `cut_off` it says after which step its power is cut, with `poisoned` in which step
+its losses are NaN, with `split` that processes share the tokens of a sample.
 """
 
-import json
 import os
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from pathlib import Path
 from unittest import mock
 
 import tiny
@@ -32,6 +28,11 @@ ENGINES = {  # what `accelerate launch` makes of the files in conf/accelerate
     "fsdp2": FSDP2,
     "context_parallel": FSDP2 | TOKENS_SPLIT,
 }
+
+
+def do(jobs: list[dict]) -> None:
+    for job in jobs:
+        run(**job)
 
 
 def run(
@@ -71,8 +72,3 @@ def poison(step: int | None) -> Iterator[None]:
 
     with mock.patch.object(TrainingState, "backward", poisoned):
         yield
-
-
-if __name__ == "__main__":
-    for job in json.loads(Path(sys.argv[1]).read_text()):
-        run(**job)

@@ -4,6 +4,7 @@ import math
 
 import pytest
 import tiny
+import warm
 from resumed import assert_same_run, final_weights, metrics, uninterrupted
 from torch.testing import assert_close
 
@@ -59,7 +60,7 @@ def test_the_average_is_of_the_student_alone_and_moves_when_it_does():
 def test_two_processes_train_the_roles_that_one_does(tmp_path):
     plain = uninterrupted(*ROLES["adapters and discriminator"], "checkpoint.every=1")
     overrides = tiny.merged(tiny.train_overrides(tmp_path), [*ROLES["adapters and discriminator"], "max_steps=5"])
-    tiny.process("torchrun", "--standalone", "--nproc_per_node", "2", "train.py", *overrides)
+    assert warm.ranks(2, tiny.run, overrides) == [0, 0]
     (run_dir,) = tmp_path.iterdir()
     assert [line.keys() for line in metrics(run_dir)] == [line.keys() for line in metrics(plain)]
     assert_close(final_weights(run_dir), final_weights(plain), **CLOSE)

@@ -1,17 +1,9 @@
-"""Predictions and gradients of networks whose tokens lie on all processes, against those of whole networks.
-
-`torchrun tests/core/context_worker.py result.json` writes how far the two are apart at most, next to the largest
-number, and the most bytes that tensors take in the first process: as they are, and as they are planned without the
-others.
-"""
+"""Predictions and gradients of networks whose tokens lie on all ranks of a group, against those of whole networks."""
 
 import copy
 import json
-import sys
 from pathlib import Path
 
-import tiny
-import tiny_flux2
 import torch
 from bases import Base, Flux2Base, load, some
 from torch import Tensor
@@ -20,7 +12,7 @@ from diffsynth.core.context_parallel import Devices, split_tokens
 from diffsynth.core.memory.live import LiveBytes
 from diffsynth.plan.first_device import FirstOf
 
-BASES = {"qwen": (Base, tiny.model), "flux2": (Flux2Base, tiny_flux2.klein)}
+BASES = {"qwen": Base, "flux2": Flux2Base}
 
 
 def cases(base: Base) -> dict[str, tuple[slice, dict]]:
@@ -65,12 +57,17 @@ def peak(base: Base, rows: slice, inputs: dict) -> int:
     return live.device.peak
 
 
-def main(path: str) -> None:
+def compare(folders: dict[str, Path], result_file: Path) -> None:
+    """Write what is found of the families' networks.
+
+    `apart`: how far predictions and gradients are apart at most, relative to the largest number.
+    `taken`: the most bytes that tensors take in the first process, and the most that are planned without the others.
+    """
     torch.distributed.init_process_group("gloo")
     apart, taken = {}, {}
-    for family, (kind, folder) in BASES.items():
+    for family, kind in BASES.items():
         kind.latents = (3, 16, 6, 10) if family == "qwen" else (3, 128, 3, 5)
-        whole = load(kind, folder())
+        whole = load(kind, folders[family])
         whole.dit.requires_grad_(True)
         split = kind(copy.deepcopy(whole.dit))
         planned = kind(copy.deepcopy(whole.dit))
@@ -82,8 +79,4 @@ def main(path: str) -> None:
             if name == "padded":
                 taken[family] = [peak(base, rows, inputs) for base in (split, planned)]
     if torch.distributed.get_rank() == 0:
-        Path(path).write_text(json.dumps({"apart": apart, "taken": taken}))
-
-
-if __name__ == "__main__":
-    main(sys.argv[1])
+        result_file.write_text(json.dumps({"apart": apart, "taken": taken}))
