@@ -197,7 +197,7 @@ class Checkpoints:
             other_schedule.append(content["step"])
         if other_schedule:
             raise ValueError(
-                f"{self.path.parent} cannot be extended to {state.steps} steps: at all of its checkpoints (of steps "
+                f"{self.path.parent} cannot be extended to {state.steps} steps: at all of its checkpoints (step "
                 f"{', '.join(map(str, other_schedule))}) the schedule of the learning rate already depends on the "
                 f"number of steps. Start from the weights in {self.path.parent}/weights by lora.checkpoint=… or "
                 "model.dit.path=…, or set name=… for a new run."

@@ -35,7 +35,7 @@ def test_overfit_trains_on_one_sample_and_looks_at_it(tmp_path, monkeypatch):
 
 
 def test_two_steps_come_through_every_stage_and_can_be_taken_up_again(tmp_path):
-    run_dir = train(tmp_path, "two_steps")
+    run_dir = train(tmp_path, "two_steps", "data_report.rows=8", "data_report.pictures=8")
     assert kept(run_dir) == [1, 2] and tiny.weights(run_dir) == ["step-1.safetensors", "step-2.safetensors"]
     assert [line["step"] for line in tiny.metrics(run_dir) if "trained_loss" in line] == [0, 1, 2]
     assert len(list((run_dir / "samples").glob("trained_step-*.png"))) == 3
