@@ -347,7 +347,7 @@ class QwenImagePipeline(BasePipeline):
                 "edit_image needs a processor, which prepares it for the text encoder, but model.processor is null; "
                 "take a model for editing, such as model=qwen_image_edit, or give from_pretrained a processor_config."
             )
-        patches = self.processor(images, return_tensors="pt")
+        patches = self.processor(images, return_tensors="np")  # whose values a rehearsal of `plan.py` can read
         counts = (patches["image_grid_thw"].prod(1) // self.processor.merge_size**2).tolist()
         texts = [f"<|vision_start|>{IMAGE_TOKEN * count}<|vision_end|>" for count in counts]
         if numbered:
@@ -355,7 +355,8 @@ class QwenImagePipeline(BasePipeline):
         ids = self.tokenizer([EDIT_PROMPT_TEMPLATE.format("".join(texts) + prompt)], return_tensors="pt").input_ids
         # Without types, image tokens would have positions in a line instead of rows and columns.
         types = (ids == self.tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)).int()
-        return {"input_ids": ids, "mm_token_type_ids": types, **patches}
+        tensors = {name: torch.from_numpy(array) for name, array in patches.items()}
+        return {"input_ids": ids, "mm_token_type_ids": types, **tensors}
 
     def cuts_off(self, prompt: str) -> bool:
         if self.tokenizer is None or len(prompt.encode()) <= MAX_PROMPT_TOKENS:  # a token is at least one byte

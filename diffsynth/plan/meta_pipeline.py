@@ -3,7 +3,9 @@
 Architectures come from a model's own config.json; those of released models are in this package.
 """
 
+import inspect
 import json
+import re
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
@@ -11,11 +13,15 @@ from pathlib import Path, PurePosixPath
 
 import torch
 from torch import nn
+from transformers import BatchEncoding
 
 from ..core.loader import ModelConfig
 from ..diffusion.base_pipeline import BasePipeline
+from ..diffusion.pipeline.components import Folder
 
 ARCHITECTURES = Path(__file__).parent / "architectures"  # config.json of released models, so that a plan works offline
+
+IMAGE_INPUTS = ("pixel_values", "image_grid_thw", "mm_token_type_ids")  # of transformers' vision-language models
 
 
 @dataclass(frozen=True)
@@ -29,22 +35,39 @@ class Architecture:
 
 
 class BlankTokenizer:
-    """Returns zeros (B, L) as the token ids of any texts; L is `tokens`, or the length to which prompts are padded."""
+    """Returns zeros (B, L) as the token ids of any texts.
+
+    L is the length to which prompts are padded, or else `tokens` and the tokens of images, which are the special tokens
+    that follow themselves.
+
+    Args:
+        tokens: Number of tokens of every prompt.
+    """
+
+    IMAGE_TOKENS = re.compile(r"(<\|\w+\|>)\1+")
 
     def __init__(self, tokens: int):
         self.tokens = tokens
 
-    def __call__(self, texts: Sequence[str], max_length: int | None = None, padding: str | None = None, **_) -> dict:
-        length = max_length if padding == "max_length" else self.tokens
+    def __call__(
+        self, texts: Sequence[str], max_length: int | None = None, padding: str | None = None, **_
+    ) -> BatchEncoding:
+        images = sum(len(run[0]) // len(run[1]) for run in self.IMAGE_TOKENS.finditer(texts[0]))
+        length = max_length if padding == "max_length" else self.tokens + images
         ids = torch.zeros(len(texts), length, dtype=torch.long)
-        return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+        return BatchEncoding({"input_ids": ids, "attention_mask": torch.ones_like(ids)})
 
     def apply_chat_template(self, *_, **__) -> str:
         return ""
 
+    def convert_tokens_to_ids(self, token: str) -> int:
+        return 0
+
 
 def meta_pipeline(model: Callable[..., BasePipeline], tokens: int) -> BasePipeline:
-    """Build the pipeline of `model` on the meta device, without weights and without tokenizers.
+    """Build the pipeline of `model` on the meta device, without weights, with a blank tokenizer.
+
+    An image processor that is not on disk has the defaults of its library, which the released models use.
 
     Args:
         model: A partial of a family's `from_components`, as the configuration builds it.
@@ -61,7 +84,28 @@ def meta_pipeline(model: Callable[..., BasePipeline], tokens: int) -> BasePipeli
     if text_encoder is not None:  # built apart, because `from_components` wants its tokenizer too
         pipe.build_models([text_encoder])
         pipe.tokenizer = BlankTokenizer(tokens)
+        read_images_as_text(pipe.text_encoder)
+    for name, part in parts.items():
+        component = pipe.components[name]
+        if isinstance(component, Folder) and component.needed_by is None:
+            (folder,) = [None] if part.is_absent else part.resolve()
+            setattr(pipe, name, component.read(folder))
+    pipe.add_units()
     return pipe
+
+
+def read_images_as_text(text_encoder: nn.Module) -> None:
+    """Make a vision-language model read image tokens as text, because their positions would depend on values.
+
+    So the activations of its vision tower are not counted; its weights are.
+    """
+    for module in text_encoder.modules():
+        if "pixel_values" in inspect.signature(module.forward).parameters:
+            module.register_forward_pre_hook(_without_images, with_kwargs=True)
+
+
+def _without_images(_: nn.Module, args: tuple, inputs: dict) -> tuple[tuple, dict]:
+    return args, {name: value for name, value in inputs.items() if name not in IMAGE_INPUTS}
 
 
 def _parts(model: Callable[..., BasePipeline]) -> dict[str, ModelConfig]:

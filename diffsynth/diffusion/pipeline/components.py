@@ -63,12 +63,13 @@ class Folder:
     check: Callable[["BasePipeline"], None] | None = None
     needed_by: str | None = None
 
-    def read(self, folder: Path) -> Any:
-        """Read it from a folder, without running code that the folder may hold."""
+    def read(self, folder: Path | None) -> Any:
+        """Read it from a folder, without running code that the folder may hold; None makes one with the defaults."""
         import transformers
 
+        kind = getattr(transformers, self.kind)
         options = {"trust_remote_code": False} if self.kind.startswith("Auto") else {}
-        return getattr(transformers, self.kind).from_pretrained(folder, **options)
+        return kind() if folder is None else kind.from_pretrained(folder, **options)
 
 
 def library_name(kind: str | type[nn.Module]) -> str:
