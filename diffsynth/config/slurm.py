@@ -81,8 +81,8 @@ class SlurmLauncher(Launcher):
         check(config.hydra.launcher, SlurmLauncher)
         if self.accelerate_config is not None and not Path(self.accelerate_config).exists():
             raise ConfigError(
-                f"hydra.launcher.accelerate_config: there is no file {self.accelerate_config}; set one such as "
-                "conf/accelerate/fsdp2.yaml, relative to the folder of train.py."
+                f"hydra.launcher.accelerate_config: there is no file {self.accelerate_config} in {Path.cwd()}; "
+                "expected one such as conf/accelerate/fsdp2.yaml."
             )
 
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> list[JobReturn]:

@@ -199,7 +199,7 @@ class Checkpoints:
             unreached.append(content["step"])
         if unreached:
             raise ValueError(
-                f"{self.path.parent} cannot be extended to {state.steps} steps: at all of its checkpoints (of steps "
+                f"{self.path.parent} cannot be extended to {state.steps} steps: at each of its checkpoints (step "
                 f"{', '.join(map(str, unreached))}) the schedule of the learning rate already depends on the "
                 f"number of steps. To start from its weights in {self.path.parent}/weights, set lora.checkpoint=… or "
                 "model.dit.path=…; to start a separate run, set name=…."
