@@ -28,7 +28,7 @@ def folder() -> Path:
         pos_embed_max_size=64,
     )
     sizes = {"d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 2, "num_heads": 4}
-    encoder = UMT5EncoderModel(UMT5Config(vocab_size=VOCABULARY, **sizes))
+    encoder = UMT5EncoderModel(UMT5Config(vocab_size=VOCABULARY, dropout_rate=0.0, **sizes))
     channels, blocks = (16, 16, 16, 16), 4
     down, up = (["DownEncoderBlock2D"] * blocks, ["UpDecoderBlock2D"] * blocks)
     vae = AutoencoderKL(

@@ -53,8 +53,8 @@ def meta_pipeline(model: Callable[..., BasePipeline], tokens: int) -> BasePipeli
     Raises:
         FileNotFoundError: The architecture of a model is neither on disk, nor in this package, nor downloadable.
     """
-    parts = {name: part for name, part in model.keywords.items() if isinstance(part, ModelConfig)}
-    architectures_of = {name: Architecture(find_config(part)) for name, part in parts.items() if not is_folder(part)}
+    parts = _parts(model)
+    architectures_of = {name: Architecture(find_config(part)) for name, part in _networks(model).items()}
     text_encoder = architectures_of.pop("text_encoder", None)
     left_out = dict.fromkeys(parts.keys() - architectures_of.keys())
     pipe = model.func(**{**model.keywords, **left_out, **architectures_of}, device="meta")
@@ -64,11 +64,15 @@ def meta_pipeline(model: Callable[..., BasePipeline], tokens: int) -> BasePipeli
     return pipe
 
 
-def is_folder(part: ModelConfig) -> bool:
-    """Whether a component is a folder of a tokenizer or processor, not weights."""
-    if part.path is not None:
-        return (Path(str(part.path)) / "tokenizer_config.json").exists()
-    return str(part.origin_file_pattern or "").endswith("/")
+def _parts(model: Callable[..., BasePipeline]) -> dict[str, ModelConfig]:
+    """The files of each component by its name."""
+    return {name: part for name, part in model.keywords.items() if isinstance(part, ModelConfig)}
+
+
+def _networks(model: Callable[..., BasePipeline]) -> dict[str, ModelConfig]:
+    """Those of networks: tokenizers and processors have no architecture."""
+    networks = model.func.__self__.networks()  # `model.func` is a class method of the family
+    return {name: part for name, part in _parts(model).items() if name in networks}
 
 
 def find_config(part: ModelConfig) -> Path | Mapping:
@@ -94,13 +98,12 @@ def architectures() -> dict[str, dict[str, Mapping]]:
 
 def needs_download(model: Callable[..., BasePipeline]) -> bool:
     """Whether weights of `model` have to be downloaded."""
-    return any(part.is_to_be_downloaded for part in model.keywords.values() if isinstance(part, ModelConfig))
+    return any(part.is_to_be_downloaded for part in _parts(model).values())
 
 
 def download_bytes(pipe: BasePipeline, model: Callable[..., BasePipeline]) -> int:
     """Return the bytes that have to be downloaded, at two bytes per parameter (released weights are bf16)."""
-    parts = {name: part for name, part in model.keywords.items() if isinstance(part, ModelConfig)}
-    absent = [getattr(pipe, name) for name, part in parts.items() if part.is_absent and not is_folder(part)]
+    absent = [getattr(pipe, name) for name, part in _networks(model).items() if part.is_absent]
     stored = [p for model in absent for name, p in model.named_parameters() if name not in tied(model)]
     return sum(2 * parameter.numel() for parameter in stored)
 

@@ -17,11 +17,9 @@ from safetensors.torch import load_file
 from test_qwen_image import picture
 from torch.testing import assert_close
 
-from diffsynth.cache.make import launch_data_process_task
-from diffsynth.core.data import CachedDataset, Sample, SampleAddress, UnifiedDataset
+from diffsynth.core.data import Sample, SampleAddress
 from diffsynth.core.data.dataset import Row
 from diffsynth.core.loader import build_module
-from diffsynth.core.memory import MemoryRecipe
 from diffsynth.diffusion.adapters.lora import LoRA, find_layers
 from diffsynth.diffusion.loss import AutoencoderLoss, FlowMatchSFT
 from diffsynth.diffusion.pipeline.image_units import edit_images
@@ -29,7 +27,6 @@ from diffsynth.diffusion.pipeline.units import run_units
 from diffsynth.diffusion.randomness import SampleRNG
 from diffsynth.diffusion.training_module import PipelineTrainingModule, prepare_training
 from diffsynth.pipelines.flux2_image import Flux2ImagePipeline, Flux2VAE, ModelConfig, text_depths, text_embeddings
-from diffsynth.training.accelerator import make_accelerator
 from models.emoji.build import captions
 
 EMBEDDED = Path(__file__).parents[2] / "models" / "emoji_flux2"
@@ -148,13 +145,6 @@ def test_blocks_of_the_released_width_denoise_as_in_diffusers():
     assert_close(found, (expected - mean) / std, atol=1e-4, rtol=0)
 
 
-def test_requests_of_a_batch_are_drawn_as_if_alone(pipe):
-    changes = [{"prompt": "", "seed": n, "edit_image": [picture(n), picture(n + 3)]} for n in range(3)]
-    pipe.decode = lambda latents, request: latents
-    together = pipe.generate([{**REQUEST, **change} for change in changes])
-    assert_close(torch.cat(together), torch.cat([latents_of(pipe, **change) for change in changes]), atol=1e-5, rtol=0)
-
-
 # The text encoder -----------------------------------------------------------------------------------------------------
 
 
@@ -197,36 +187,6 @@ def test_edit_images_keep_their_proportions_at_the_models_area(pipe, size, resiz
 def test_a_released_model_edits_at_a_megapixel():
     (image,) = edit_images(picture(0, (640, 480)), True, Flux2ImagePipeline().call_defaults["edit_image_pixels"])
     assert image.size == (1184, 896)
-
-
-@pytest.mark.parametrize(
-    "edit_image, options, message",
-    [
-        ("a.png", {}, "edit_image is or holds 'a.png', expected images; .* dataset.data_file_keys"),
-        ([picture(0), 3], {}, "edit_image is or holds 3, expected images"),
-        (picture(0, (60, 64)), {"edit_image_auto_resize": False}, "is 60 x 64 pixels, expected multiples of 16"),
-    ],
-)
-def test_what_cannot_be_edited_is_named(pipe, edit_image, options, message):
-    with pytest.raises(ValueError, match=message):
-        pipe(**REQUEST, edit_image=edit_image, **options)
-
-
-def test_an_input_image_is_noised_to_the_first_level(pipe):
-    shared, _, _ = inputs_of(pipe, input_image=picture(0), denoising_strength=0.3)
-    sigma = pipe.scheduler.sigmas[0]
-    assert 0.5 < sigma < 0.95
-    expected = (1 - sigma) * pipe.vae.encode(pipe.preprocess_image(picture(0))) + sigma * NOISE
-    assert_close(shared["latents"], expected)
-
-
-def test_inpainting_keeps_what_the_mask_leaves_out(pipe):
-    mask = Image.new("L", (64, 48))
-    mask.paste(255, (32, 0, 64, 48))  # the right half is redrawn
-    found = latents_of(pipe, input_image=picture(0), inpaint_mask=mask)
-    encoded = pipe.vae.encode(pipe.preprocess_image(picture(0)))
-    assert_close(found[..., :2], encoded[..., :2], atol=1e-5, rtol=0)
-    assert (found[..., 2:] - encoded[..., 2:]).abs().min(1).values.max() > 1e-2
 
 
 def test_latents_are_normalised_as_the_batch_norm_does(pipe):
@@ -276,30 +236,12 @@ EDITING = FlowMatchSFT(extra_inputs=["edit_image"])
 EVERYTHING = FlowMatchSFT(trainable_models=["dit", "text_encoder"], extra_inputs=["edit_image"])
 
 
-@pytest.mark.parametrize("task, lora", [(EDITING, ADAPTER), (EVERYTHING, None)], ids=["lora", "full"])
-def test_a_batch_has_the_mean_loss_and_gradient_of_its_samples(task, lora):
-    module, samples = training(task, lora).load(), edited()
-    for name, parameter in module.named_parameters():
-        if "lora_B" in name:  # zero at first, which would hide A's gradient
-            torch.nn.init.normal_(parameter, std=0.1)
-    (loss, together), (mean, apart) = (gradients(module, b) for b in ([samples], [[sample] for sample in samples]))
-    assert_close(loss, mean, atol=1e-5, rtol=1e-5)
-    assert_close(together, apart, atol=1e-5, rtol=1e-3)
-
-
 def test_gradients_reach_all_that_is_trained_but_what_is_never_run():
     module = training(EVERYTHING).load()
     _, reached = gradients(module, [edited()])
     never_run = ("pipe.text_encoder.model.layers.3.", "pipe.text_encoder.model.norm.")
     trained = {name for name, parameter in module.named_parameters() if parameter.requires_grad}
     assert trained - reached.keys() == {name for name in trained if name.startswith(never_run)}
-
-
-@pytest.mark.parametrize("offload", [False, True])
-def test_checkpointing_changes_no_gradient(offload):
-    plain, recomputing = training(EDITING, ADAPTER).load(), training(EDITING, ADAPTER).load()
-    recomputing.memory = MemoryRecipe(checkpointing="blocks", offload_activations=offload)
-    assert_close(gradients(recomputing, [edited()]), gradients(plain, [edited()]))
 
 
 def test_the_edit_images_of_a_batch_must_be_equally_many(pipe):
@@ -345,28 +287,6 @@ def test_the_autoencoders_loss_needs_no_other_model():
     expected = error.abs().mean((1, 2, 3)) + error.pow(2).mean((1, 2, 3)) + 0.1 * kl.mean((1, 2, 3))
     assert_close(module(samples), expected)
     assert torch.equal(vae.bn.running_mean, before)
-
-
-@pytest.mark.parametrize("task, lora", [(EDITING, ADAPTER), (FlowMatchSFT(), ADAPTER), (EVERYTHING, None)])
-def test_two_stages_have_the_losses_of_one(task, lora, tmp_path):
-    folder = tiny.write_dataset(tmp_path / "data")
-    rows = [
-        {"image": f"{n}.png", "prompt": "red" + " red" * n, "edit_image": [f"{7 - n}.png", "0.png"]} for n in range(8)
-    ]
-    (folder / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    options = {"metadata": "rows.jsonl", "height": 32, "width": 32, "data_file_keys": ["image", "edit_image"]}
-    dataset = UnifiedDataset.from_folder(str(folder), **options)
-    dataset.scan()
-    accelerator = make_accelerator("cpu", "float32")
-    launch_data_process_task(accelerator, dataset, training(task, lora), tmp_path / "cache")
-    losses = [
-        torch.cat([module([Sample(rows[n], 0, n) for n in batch]) for batch in ((0, 1, 2, 3), (4, 5, 6, 7))])
-        for rows, module in (
-            (dataset, training(task, lora).load()),
-            (CachedDataset(str(tmp_path / "cache")), training(task, lora).load(cached=True)),
-        )
-    ]
-    assert_close(losses[1], losses[0], atol=1e-6, rtol=1e-6)
 
 
 # Runs -----------------------------------------------------------------------------------------------------------------

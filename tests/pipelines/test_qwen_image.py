@@ -127,14 +127,6 @@ def test_a_block_of_the_released_width_denoises_as_in_diffusers():
     torch.testing.assert_close(pack_latents(found), expected, atol=1e-4, rtol=0)
 
 
-def test_requests_of_a_batch_are_drawn_as_if_alone(pipe):
-    changes = [{"prompt": "", "seed": 1}, {"prompt": "a tiger face", "seed": 2}, {"prompt": "a very long word " * 5}]
-    pipe.decode = lambda latents, request: latents
-    together = pipe.generate([{**REQUEST, **change} for change in changes])
-    for change, found in zip(changes, together, strict=True):
-        torch.testing.assert_close(found, latents_of(pipe, **change), atol=1e-4, rtol=0)
-
-
 @pytest.mark.parametrize("change", [{"num_inference_steps": 3}, {"cfg_scale": 1.0}, {"height": 64}])
 def test_requests_that_cannot_share_a_batch_are_refused(pipe, change):
     with pytest.raises(ValueError, match=f"batch differ in .'{next(iter(change))}'"):
@@ -209,14 +201,6 @@ def test_sizes_are_rounded_up_to_16_pixels(pipe):
     assert pipe(**{**REQUEST, "height": 33, "width": 49, "num_inference_steps": 1}).size == (64, 48)
 
 
-def test_an_input_image_is_noised_to_the_first_level(pipe):
-    shared, _, _ = inputs_of(pipe, input_image=picture(0), denoising_strength=0.6)
-    sigma = pipe.scheduler.sigmas[0]
-    assert 0.5 < sigma < 0.9
-    expected = (1 - sigma) * pipe.vae.encode(pipe.preprocess_image(picture(0))) + sigma * shared["noise"]
-    torch.testing.assert_close(shared["latents"], expected)
-
-
 def test_a_weaker_denoising_stays_nearer_to_the_input_image(pipe):
     encoded = pipe.vae.encode(pipe.preprocess_image(picture(0)))
     distances = [
@@ -229,15 +213,6 @@ def test_a_weaker_denoising_stays_nearer_to_the_input_image(pipe):
 def test_an_input_image_is_resized_to_what_is_drawn(pipe):
     shared, _, _ = inputs_of(pipe, input_image=picture(0, size=(90, 30)))
     assert shared["input_latents"].shape == (1, 16, 6, 8)
-
-
-def test_inpainting_keeps_what_the_mask_leaves_out(pipe):
-    mask = Image.new("L", (64, 48))
-    mask.paste(255, (32, 0, 64, 48))  # the right half is redrawn
-    found = latents_of(pipe, input_image=picture(0), inpaint_mask=mask)
-    encoded = pipe.vae.encode(pipe.preprocess_image(picture(0)))
-    torch.testing.assert_close(found[..., :4], encoded[..., :4], atol=1e-5, rtol=0)
-    assert (found[..., 4:] - encoded[..., 4:]).abs().min(1).values.max() > 1e-2
 
 
 def test_a_blurred_mask_fades_between_both(pipe):
@@ -278,11 +253,6 @@ def test_tiles_are_close_to_the_whole_image(load_pipe):
         expected, found = run(whole), run(whole, **tiles)
         assert found.shape == expected.shape
         assert 0 < (found - expected).norm() < 0.5 * (expected - expected.mean()).norm()
-
-
-def test_one_tile_as_large_as_the_image_is_the_whole_image(pipe):
-    pixels = pipe.preprocess_image(picture(0))
-    torch.testing.assert_close(pipe.vae.encode(pixels, tiled=True), pipe.vae.encode(pixels))
 
 
 # Units ---------------------------------------------------------------------------------------------------------------
