@@ -1,4 +1,8 @@
-"""The only package that knows Hydra."""
+"""The configuration: from YAML files and a command line to checked objects and a run's folder.
+
+This is the only package that knows Hydra. An entry script calls `run_main`. Its main function calls, in this order,
+`check_choices`, `check`, `claim`, `build` and `finish`. Read `command_line.py`, `nodes.py` and `run_folder.py` first.
+"""
 
 from . import resolvers as resolvers
 from .choices import check_choices

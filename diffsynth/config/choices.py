@@ -1,4 +1,4 @@
-"""What a command line and its experiment chose, where that cannot be seen in the configuration they compose."""
+"""Checks of the options on a command line and in its experiment, which the composed configuration no longer shows."""
 
 import re
 from collections import defaultdict
@@ -17,19 +17,19 @@ from omegaconf import OmegaConf
 from .nodes import ConfigError
 from .script import conf, script
 
-START = "base"  # the file of a group that its options add to
-RUNS_OF = {"plan": "train"}  # scripts that plan runs of another, and so take its experiments
+BASE = "base"  # name of the file that a group's options add to, if several of them may be chosen
+RUNS_OF = {"plan": "train"}  # scripts that plan the runs of another script, and therefore take its experiments
 
 
 def check_choices() -> None:
-    """Refuse options of one group that set a key to different values, such as memory=[none,checkpointing].
+    """Check that no two chosen options of a group set one key to different values, as memory=[none,checkpointing] do.
 
     Raises:
-        ConfigError: Names both options and the key.
+        ConfigError: Two options do; the message names both, and the key.
     """
     config = HydraConfig.get()
-    if not any("=[" in word or word.startswith("experiment=") for word in config.overrides.task):
-        return  # composing takes a third of a second
+    if not any("=[" in override or override.startswith("experiment=") for override in config.overrides.task):
+        return  # no group can have two options; composing would take a third of a second
     loader, overrides = GlobalHydra.instance().config_loader(), [*config.overrides.hydra, *config.overrides.task]
     files = loader.compute_defaults_list(config.job.config_name, overrides, RunMode.RUN).defaults
     for group, options in options_of(files).items():
@@ -38,11 +38,12 @@ def check_choices() -> None:
 
 
 def options_of(files: Sequence[ResultDefault]) -> dict[str, list[str]]:
-    """The options that were chosen of each group, without those that an option inherits and what all start from."""
+    """Return the chosen options of each group, without `base` and the files that options inherit from."""
     options = defaultdict(set)
     for file in files:
         path, parent = PurePosixPath(file.config_path or ""), PurePosixPath(file.parent or "")
-        if parent.parent != path.parent and path.name != START:
+        is_inherited = parent.parent == path.parent
+        if not is_inherited and path.name != BASE:
             options[str(path.parent), file.package].add(path.name)
     return {group: sorted(names) for (group, _), names in options.items()}
 
@@ -54,12 +55,12 @@ def _check_agreement(loader: ConfigLoader, group: str, *options: str) -> None:
         if one[key] != other[key]:
             raise ConfigError(
                 f"{group}={options[0]} and {group}={options[1]} contradict each other: {group}.{key} is {one[key]} in "
-                f"one, {other[key]} in the other; choose one of the two."
+                f"the first and {other[key]} in the second; choose one of the two."
             )
 
 
 def _flat(settings: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Values within values by their dotted keys."""
+    """Yield the scalars and lists of nested settings with their dotted keys."""
     for key, value in settings.items():
         if isinstance(value, dict):
             yield from _flat(value, f"{prefix}{key}.")
@@ -67,31 +68,33 @@ def _flat(settings: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, 
             yield prefix + key, value
 
 
-def check_words(words: Sequence[str]) -> None:
-    """Refuse, before anything is composed, an experiment of another script and a local file that is not there.
+def check_arguments(arguments: Sequence[str]) -> None:
+    """Check the command line's `experiment=` and `local=` before the configuration is composed.
 
     Raises:
-        ConfigError: Names the script or the file.
+        ConfigError: The experiment is another script's, or the local file does not exist.
     """
-    for word in words:
-        group, _, names = word.partition("=")
+    for argument in arguments:
+        group, _, names = argument.partition("=")
         check = {"experiment": _check_experiment, "local": _check_local}.get(group)
         for name in names.split(",") if check else ():  # a sweep names several
             check(name)
 
 
 def _check_experiment(name: str) -> None:
-    """Refuse an experiment of another script, which a comment at its top names by its command."""
+    """Check that an experiment is one of this script; the comment at its top has the command that runs it."""
     file = conf() / "experiment" / f"{name}.yaml"
     head = "".join(takewhile(lambda line: line.startswith("#"), file.open(encoding="utf-8"))) if file.exists() else ""
-    made_by = re.search(r"(\w+)\.py experiment=", head)
-    if made_by and made_by[1] not in (script(), RUNS_OF.get(script())):
-        command = f"python {made_by[1]}.py experiment={name}"
-        raise ConfigError(f"experiment={name} is {made_by[1]}.py's, not {script()}.py's: {command}")
+    command = re.search(r"(\w+)\.py experiment=", head)
+    if command and command[1] not in (script(), RUNS_OF.get(script())):
+        raise ConfigError(
+            f"experiment={name} is an experiment of {command[1]}.py, not of {script()}.py; run python {command[1]}.py "
+            f"experiment={name}"
+        )
 
 
 def _check_local(name: str) -> None:
-    """Refuse a file that is not there, which Hydra would pass over, as there need not be one."""
+    """Check that the file exists; Hydra would ignore a missing one, because the group is optional."""
     file = conf() / "local" / f"{name}.yaml"
     if not file.exists():
-        raise ConfigError(f"local={name}: there is no file {file}; conf/local/README.md says what belongs there.")
+        raise ConfigError(f"local={name}: {file} does not exist; conf/local/README.md says what to write into it.")

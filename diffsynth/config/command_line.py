@@ -1,4 +1,4 @@
-"""From words on the command line to a run, and mistakes in them to one clear line."""
+"""Runs a script's main function, and turns mistakes on its command line into errors of one line."""
 
 import difflib
 import logging
@@ -12,7 +12,7 @@ from hydra.errors import ConfigCompositionException, OverrideParseException
 from omegaconf import DictConfig, OmegaConf
 
 from . import slurm
-from .choices import check_words
+from .choices import check_arguments
 from .help import help_text
 from .nodes import ConfigError
 from .script import compose, conf, script
@@ -21,29 +21,30 @@ HELP = ({"-h"}, {"--help"})
 
 
 def run_main(main: Callable[[], None]) -> None:
-    """Call a Hydra main; a configuration that cannot be composed ends in one clear line."""
-    os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # Hydra then raises what it would otherwise print and swallow
+    """Call a function that `hydra.main` decorates; a mistake in the configuration exits with an error of one line."""
+    os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # otherwise Hydra prints its errors and exits
     try:
-        if {word for word in sys.argv[1:] if word.startswith("-")} in HELP:  # with other flags: Hydra's own help
-            return print(help_text([word for word in sys.argv[1:] if not word.startswith("-")]))
-        check_words(sys.argv[1:])
+        flags = {argument for argument in sys.argv[1:] if argument.startswith("-")}
+        if flags in HELP:  # with other flags, Hydra shows its own help
+            return print(help_text([argument for argument in sys.argv[1:] if argument not in flags]))
+        check_arguments(sys.argv[1:])
         slurm.register()
         main()
     except (ConfigCompositionException, OverrideParseException) as error:
         sys.exit(f"error: {_explain(error)}")
     except (JobFailed, ConfigError) as error:
         sys.exit(f"error: {error}")
-    except OSError as error:  # Hydra makes the run's folder before anything of ours runs
-        sys.exit(f"error: {error}; set output_root=… to a folder that can be written.")
+    except OSError as error:  # Hydra makes the run's folder before it calls `main`
+        sys.exit(f"error: {error}; set output_root=… to a folder that can be written to.")
 
 
 class JobFailed(Exception):
-    """A job of a sweep ended with an error, which its log has; the others go on."""
+    """A job of a sweep ended with an error, which is in its log; the other jobs go on."""
 
 
 @contextmanager
 def explained() -> Iterator[None]:
-    """Mistakes in a run's configuration or input end it in one clear line instead of a traceback."""
+    """Inside, errors of a run's configuration and input exit with their message instead of a traceback."""
     try:
         yield
     except (ValueError, OSError, FloatingPointError) as error:
@@ -60,7 +61,7 @@ def _is_in_sweep() -> bool:
 
 
 def _explain(error: ConfigCompositionException | OverrideParseException) -> str:
-    """Hydra's message, and for an unknown key the nearest valid one."""
+    """Return Hydra's message; for an unknown key, return the nearest valid one."""
     message = str(error)
     if isinstance(error, OverrideParseException):
         return f"{error.override}: {message}"
@@ -71,7 +72,7 @@ def _explain(error: ConfigCompositionException | OverrideParseException) -> str:
     if (conf() / path).is_dir():
         return _explain_group(path, config.hydra.runtime.choices)
     parent, _, key = path.rpartition(".")
-    while parent and OmegaConf.select(config, parent) is None:  # the first part of the path that is not there
+    while parent and OmegaConf.select(config, parent) is None:  # go up to the first part that does not exist
         path, (parent, _, key) = parent, parent.rpartition(".")
     siblings = (OmegaConf.select(config, parent) if parent else config) or ()
     nearest = difflib.get_close_matches(key, siblings, 1)
@@ -81,21 +82,21 @@ def _explain(error: ConfigCompositionException | OverrideParseException) -> str:
 
 
 def _explain_group(group: str, choices: Mapping[str, str]) -> str:
-    """Why nothing can be chosen of a group that there is: another task has it, or another script."""
+    """Return why no option of an existing group can be chosen: only other tasks have the group, or other scripts."""
     tasks = conf() / "task"
-    having = [file for file in sorted(tasks.rglob("*.yaml")) if f"- /{group}: " in file.read_text(encoding="utf-8")]
-    if not having or "task" not in choices:
-        own = sorted(name for name in choices if "hydra/" not in name)
-        return f"{group}: {script()}.py has no such group; it has {', '.join(own)}."
-    names = ", ".join(file.relative_to(tasks).with_suffix("").as_posix() for file in having)
-    return f"{group}: task={choices['task']} has no {group} to choose; these tasks have: {names}."
+    with_group = [file for file in sorted(tasks.rglob("*.yaml")) if f"- /{group}: " in file.read_text(encoding="utf-8")]
+    if not with_group or "task" not in choices:
+        groups = sorted(name for name in choices if "hydra/" not in name)
+        return f"{group}: {script()}.py has no such group; it has {', '.join(groups)}."
+    names = ", ".join(file.relative_to(tasks).with_suffix("").as_posix() for file in with_group)
+    return f"{group}: task={choices['task']} has no group {group}; these tasks have it: {names}."
 
 
 def _chosen_groups(other_than: str) -> DictConfig:
-    """The configuration with only the groups that the command line chooses, else the script's own."""
-    words = [word for word in sys.argv[1:] if "=" in word and word.split("=")[0] != other_than]
-    chosen = [word for word in words if (conf() / word.split("=")[0]).is_dir()]
+    """Compose the configuration with the groups that the command line chooses, without its other overrides."""
+    overrides = [argument for argument in sys.argv[1:] if "=" in argument and argument.split("=")[0] != other_than]
+    chosen = [override for override in overrides if (conf() / override.split("=")[0]).is_dir()]
     try:
         return compose(chosen, return_hydra_config=True)
-    except ConfigCompositionException:  # a sweep over groups, or one found through --config-dir
+    except ConfigCompositionException:  # a sweep over options, or an option in --config-dir: take the defaults
         return compose([], return_hydra_config=True)

@@ -1,8 +1,8 @@
-"""`accelerate launch` for jobs that are asked to stop: `python -m diffsynth.config.launch <its flags> train.py …`.
+"""`accelerate launch` for jobs that may be stopped: `python -m diffsynth.config.launch <its flags> train.py …`.
 
-Accelerate's own launcher dies of SIGUSR1, gives its processes 30 seconds after SIGTERM, and ends with status 1 whatever
-they end with. Here signals are handed on to the processes that train, which save and end with status 75, as then does
-the launcher. In a Slurm job the rank of the machine is that of the node.
+Accelerate's own launcher is killed by SIGUSR1, gives its processes 30 seconds after SIGTERM, and exits with status 1
+whatever their status is. This launcher passes the signals on to the training processes. These save their state and exit
+with status 75, and the launcher exits with the same status. In a Slurm job, the machine's rank is the node's.
 """
 
 import os
@@ -20,7 +20,7 @@ PASSED_ON = ("SIGTERM", "SIGUSR1")
 
 
 def launch(arguments: Sequence[str]) -> int:
-    """Run `accelerate launch` with these arguments, and return the status of the process that ended first."""
+    """Run `accelerate launch` with these arguments, and return the exit status of the process that failed first."""
     from accelerate.commands.launch import launch_command, launch_command_parser
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
@@ -33,21 +33,21 @@ def launch(arguments: Sequence[str]) -> int:
     try:
         launch_command(parser.parse_args(arguments))
     except CalledProcessError as error:
-        return meaning(error.returncode)
+        return exit_status(error.returncode)
     except ChildFailedError as error:
-        return meaning(error.get_first_failure()[1].exitcode)
+        return exit_status(error.get_first_failure()[1].exitcode)
     return 0
 
 
 def pass_on(number: int, frame: FrameType | None) -> None:
-    """Send a signal to the processes that were launched."""
+    """Send a signal to the launched processes."""
     for child in psutil.Process().children():
         child.send_signal(number)
 
 
-def meaning(status: int) -> int:
-    """A process that was asked to stop before it listened had nothing to save: it goes on by running again."""
-    if status in [-getattr(signal, name) for name in PASSED_ON]:
+def exit_status(status: int) -> int:
+    """Return the launcher's exit status for that of a process, which is negative if a signal killed it."""
+    if status in [-getattr(signal, name) for name in PASSED_ON]:  # killed before it handled signals: nothing to save
         return REQUEUE_STATUS
     return 128 - status if status < 0 else status
 

@@ -1,10 +1,10 @@
-"""Names that saved configurations have and today's code does not: a run of an older layout replays by its own file."""
+"""Old names of targets and keys, mapped to today's, so that the saved configuration of an old run still works."""
 
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-# Modules or targets, as they were called until 2026-11-30.
+# Modules and targets under the names that they had until 2026-11-30.
 MOVED = {
     "diffsynth.diffusion.checkpoint": "diffsynth.training.checkpoint",
     "diffsynth.diffusion.discriminator": "diffsynth.diffusion.distillation.discriminator",
@@ -20,29 +20,32 @@ MOVED = {
     "diffsynth.diffusion.trackers": "diffsynth.training.record.trackers",
     "diffsynth.diffusion.validation": "diffsynth.training.validation.validation",
 }
-RENAMED = {"receipt": "data_report"}  # keys of the top level
+RENAMED = {"receipt": "data_report"}  # keys at the top level
 
 
 def up_to_date(cfg: DictConfig) -> DictConfig:
-    """A configuration under today's names; the same object where it has no others."""
-    said = OmegaConf.to_container(cfg, resolve=False)
-    renamed = with_todays_names(said)
-    return cfg if renamed == said else OmegaConf.create(renamed)
+    """Return a configuration with today's names; the same object if nothing in it has an old name."""
+    saved = OmegaConf.to_container(cfg, resolve=False)
+    renamed = with_current_names(saved)
+    return cfg if renamed == saved else OmegaConf.create(renamed)
 
 
-def with_todays_names(config: dict[str, Any]) -> dict[str, Any]:
-    """The same of a plain dictionary."""
-    return {RENAMED.get(key, key): _with_todays_targets(value) for key, value in config.items()}
+def with_current_names(config: dict[str, Any]) -> dict[str, Any]:
+    """Return a configuration, given as a plain dictionary, with today's names."""
+    return {RENAMED.get(key, key): _with_current_targets(value) for key, value in config.items()}
 
 
-def _with_todays_targets(node: Any) -> Any:
+def _with_current_targets(node: Any) -> Any:
     if isinstance(node, list):
-        return [_with_todays_targets(element) for element in node]
+        return [_with_current_targets(element) for element in node]
     if not isinstance(node, dict):
         return node
-    return {key: _todays(value) if key == "_target_" else _with_todays_targets(value) for key, value in node.items()}
+    return {
+        key: _current_target(value) if key == "_target_" else _with_current_targets(value)
+        for key, value in node.items()
+    }
 
 
-def _todays(target: str) -> str:
+def _current_target(target: str) -> str:
     module, _, name = target.rpartition(".")
     return MOVED.get(target) or (f"{MOVED[module]}.{name}" if module in MOVED else target)

@@ -1,4 +1,4 @@
-"""Configuration nodes: what they may say, and the objects they build."""
+"""Checks configuration nodes against the signatures of their targets, and builds objects from them."""
 
 import difflib
 import inspect
@@ -15,14 +15,14 @@ from .moved import up_to_date
 
 
 class ConfigError(ValueError):
-    """A configuration that cannot run; the message is meant for the person who wrote it."""
+    """The configuration has a mistake; the message says where, what was expected, and what to type."""
 
 
 def check(cfg: DictConfig, entry: Callable) -> None:
-    """Bind every node of a configuration to the signature of its `_target_`, the top level to `entry`'s.
+    """Check every node of a configuration against the signature of its `_target_`, and the top level against `entry`'s.
 
     Raises:
-        ConfigError: An unknown key, a missing one, a value of the wrong type, a target that does not exist.
+        ConfigError: A key is unknown or missing, a value has the wrong type, or a target does not exist.
     """
     try:
         _check(up_to_date(cfg), entry)
@@ -35,11 +35,12 @@ def _check(cfg: DictConfig, entry: Callable) -> None:
     if missing:
         raise ConfigError(f"{missing[0]} has no value: set {missing[0]}=… on the command line.")
     _check_node(cfg, entry, "")
-    for name in [name for name, hint in _type_hints(entry).items() if hint is Any]:  # these are objects
+    objects = [name for name, hint in _type_hints(entry).items() if hint is Any]
+    for name in objects:
         if isinstance(cfg.get(name), DictConfig) and cfg[name] and "_target_" not in cfg[name]:
             raise ConfigError(
-                f"{name} has no _target_, so that nothing is made of its {', '.join(cfg[name])}: choose another option "
-                f"of {name}, and leave none out of {name}=[…]."
+                f"{name} has no _target_, so that its keys ({', '.join(cfg[name])}) have no effect: choose another "
+                f"option of {name}, or remove `none` from {name}=[…]."
             )
 
 
@@ -53,12 +54,15 @@ def _check_node(node: DictConfig, target: Callable, path: str) -> None:
         if key not in parameters:
             raise ConfigError(_unknown(where, key, parameters, target))
         _check_value(node[key], hints.get(key, Any), where)
-    required = [
-        n for n, p in parameters.items() if p.default is p.empty and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)
-    ]
-    absent = [name for name in required if name not in node]
+    absent = [name for name, parameter in parameters.items() if _is_required(parameter) and name not in node]
     if absent and not node.get("_partial_"):
-        raise ConfigError(f"{path or 'configuration'}: {_name(target)} needs {absent[0]!r}, which nothing sets.")
+        key = f"{path}.{absent[0]}".lstrip(".")
+        raise ConfigError(f"{path or 'configuration'}: {_name(target)} needs {absent[0]!r}; set +{key}=…")
+
+
+def _is_required(parameter: inspect.Parameter) -> bool:
+    is_variadic = parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD)
+    return parameter.default is parameter.empty and not is_variadic
 
 
 def _check_value(value: Any, hint: Any, where: str) -> None:
@@ -75,7 +79,7 @@ def _check_value(value: Any, hint: Any, where: str) -> None:
 
 
 def _fits(value: Any, hint: Any) -> bool:
-    """Whether a scalar or list may stand where a parameter is annotated with `hint`; unknown annotations allow all."""
+    """Whether a value may be passed to a parameter annotated with `hint`; an unknown annotation allows every value."""
     origin = typing.get_origin(hint)
     if hint is Any:
         return True
@@ -87,10 +91,10 @@ def _fits(value: Any, hint: Any) -> bool:
         accepted = {float: (int, float)}.get(hint, (hint,))
         return isinstance(value, accepted) and (hint is bool or not isinstance(value, bool))
     if origin in (list, Sequence, tuple):
-        return isinstance(value, (ListConfig, list))  # a resolver's list is a plain one
+        return isinstance(value, (ListConfig, list))  # resolvers return plain lists
     if origin in (dict, Mapping):
         return isinstance(value, DictConfig)
-    # A class or protocol: a node with a target may build it, a bare word or number may not.
+    # A class or protocol: a node may build its object, but a string or number is never one.
     return not (inspect.isclass(hint) and isinstance(value, (bool, int, float, str))) or hint is object
 
 
@@ -123,7 +127,7 @@ def _extra(target: str) -> str:
 def _type_hints(target: Callable) -> dict[str, Any]:
     try:
         return typing.get_type_hints(target.__init__ if inspect.isclass(target) else target)
-    except (NameError, TypeError, AttributeError):  # annotations that only a type checker can resolve
+    except (NameError, TypeError, AttributeError):  # an annotation exists only for type checkers
         return {}
 
 
@@ -136,12 +140,12 @@ def _hint_name(hint: Any) -> str:
 
 
 def build(cfg: DictConfig) -> dict[str, Any]:
-    """The top level of a checked configuration with its nodes built; empty groups (`lora=none`) are left out.
+    """Return the top level of a checked configuration, its nodes built into objects; omit empty nodes (`lora=none`).
 
     Raises:
-        ConfigError: A constructor refuses its values.
+        ConfigError: A constructor raises a ValueError or OSError; the message names the node.
     """
-    # Of a copy: Hydra resolves nodes that others refer to in place.
+    # A copy, because Hydra resolves in place the nodes that others refer to.
     resolved = OmegaConf.create(OmegaConf.to_container(up_to_date(cfg), resolve=True))
     nodes = {key: value for key, value in resolved.items() if value != {}}
     return {key: _build_node(node) if _is_node(node) else node for key, node in nodes.items()}

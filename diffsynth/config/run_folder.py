@@ -1,4 +1,4 @@
-"""Which folder a run owns, and what it writes down there about itself."""
+"""The folder of a run: which run it belongs to, and the files that record how the run was started and finished."""
 
 import json
 import logging
@@ -17,28 +17,28 @@ from .nodes import ConfigError
 from .signature import bound_to_length, but_for_length, signature
 
 RANK = int(os.environ.get("RANK", 0))
-# With it a saved configuration runs again: train.py --config-path <run> --config-name config
+# Appended to a saved configuration, so that it runs again: train.py --config-path <run> --config-name config
 REPLAY = {"hydra": {"run": {"dir": "${run_dir}"}, "output_subdir": None}}
 PACKAGES = ("torch", "diffusers", "transformers", "accelerate", "peft", "safetensors", "hydra-core", "omegaconf")
 
 
 class RankZeroFilter(logging.Filter):
-    """Lets only the first process speak."""
+    """Drops the log records of all processes but the first."""
 
     def filter(self, record: logging.LogRecord) -> bool:
         return RANK == 0
 
 
 def claim(cfg: DictConfig) -> Path | None:
-    """Make the run's folder this run's own and write down what runs in it; None if the run is already finished.
+    """Return the run's folder and write the run's configuration into it; return None if the run is already finished.
 
     Raises:
-        ConfigError: The folder holds another experiment, or this one at another length that it can't have.
+        ConfigError: The folder holds another experiment, or this one at a length from which it cannot go on.
     """
     run_dir = Path(cfg.run_dir)
     if is_finished(cfg):
         artefacts = "\n  ".join(_finished(run_dir)["artefacts"])
-        logging.info("%s is finished:\n  %s\nDelete the folder, or change name=…, to run it again.", run_dir, artefacts)
+        logging.info("%s is finished:\n  %s\nTo run it again, delete the folder or set name=….", run_dir, artefacts)
         return None
     if RANK == 0:
         _check_folder(run_dir, cfg)
@@ -48,13 +48,13 @@ def claim(cfg: DictConfig) -> Path | None:
 
 
 def is_finished(cfg: DictConfig) -> bool:
-    """Whether a run has finished, at the length that it is to have now."""
+    """Whether the run has finished at the length that `cfg` sets."""
     finished = _finished(Path(cfg.run_dir))
     return finished is not None and finished["length"] == _length(cfg)
 
 
 def finish(run_dir: Path, artefacts: Sequence[Path]) -> None:
-    """Mark the run as finished, write its report, and name what it left."""
+    """Mark the run as finished, write its report, and log the files that it made."""
     from ..report import write_report
 
     if RANK == 0:
@@ -72,32 +72,33 @@ def _finished(run_dir: Path) -> dict | None:
 
 
 def _length(cfg: DictConfig) -> dict[str, float]:
-    """A run's length as it was asked for: optimizer steps, else passes over the data."""
+    """Return the length that `cfg` sets: `max_steps`, or `num_epochs` if that is None."""
     return {"num_epochs": cfg.num_epochs} if cfg.max_steps is None else {"max_steps": cfg.max_steps}
 
 
 def _check_folder(run_dir: Path, cfg: DictConfig) -> None:
-    """Refuse the folder of another experiment; say why a run that differs in its length only starts anew."""
+    """Check that the folder does not hold another experiment; log why a run does not extend a shorter one."""
     finished = _finished(run_dir)
     if finished and cfg.max_steps is not None and cfg.max_steps < finished["length"].get("max_steps", 0):
-        past = finished["length"]["max_steps"]
-        raise ConfigError(f"{run_dir} is finished at step {past}; set name=… for a run of max_steps={cfg.max_steps}.")
+        steps = finished["length"]["max_steps"]
+        raise ConfigError(f"{run_dir} is finished at step {steps}; set name=… for a run of max_steps={cfg.max_steps}.")
     if (run_dir / "config.yaml").exists():
         saved = OmegaConf.load(run_dir / "config.yaml")
         if signature(saved) != signature(cfg):
-            same = but_for_length(saved) == but_for_length(cfg)
-            another = f"{run_dir} holds a different experiment; set name=… or delete it."
-            raise ConfigError(_not_extended(run_dir, cfg) if same else another)
+            differs_in_length_only = but_for_length(saved) == but_for_length(cfg)
+            other = f"{run_dir} holds a different experiment; set name=… or delete the folder."
+            raise ConfigError(_not_extended(run_dir, cfg) if differs_in_length_only else other)
         return
     for path in sorted(run_dir.parent.glob(f"{cfg.name}-*/finished.json")):
         if _finished(path.parent)["but_for_length"] == but_for_length(cfg):
-            logging.info("This run starts anew: %s", _not_extended(path.parent, cfg))
+            logging.info("This run starts from step 0: %s", _not_extended(path.parent, cfg))
 
 
 def _not_extended(run_dir: Path, cfg: DictConfig) -> str:
     return (
-        f"{run_dir} is the same but for its length, and can't be extended, as {bound_to_length(cfg)} sets every step "
-        f"by that length; lora.checkpoint=… starts from what is in {run_dir}/weights, name=… in a folder of its own."
+        f"{run_dir} holds the same run with another length and cannot be extended, because every step of "
+        f"{bound_to_length(cfg)} depends on the length. To start from its weights, set lora.checkpoint=… to a file in "
+        f"{run_dir}/weights; to start a separate run, set name=…."
     )
 
 
@@ -109,7 +110,7 @@ def _write_run_files(run_dir: Path, cfg: DictConfig) -> None:
 
 
 def environment() -> dict[str, Any]:
-    """The commit, uncommitted changes and package versions that a run was made with."""
+    """Return the commit, the uncommitted changes, and the versions of Python and packages that this run uses."""
     versions = {name: metadata.version(name) for name in PACKAGES}
     return {"commit": _git("rev-parse", "HEAD"), "diff": _git("diff", "HEAD"), "python": sys.version, **versions}
 
@@ -118,5 +119,5 @@ def _git(*arguments: str) -> str | None:
     try:
         here = Path(__file__).parent
         return subprocess.run(["git", *arguments], capture_output=True, text=True, check=True, cwd=here).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):  # no git, or installed from a package
+    except (OSError, subprocess.CalledProcessError):  # there is no git, or no repository
         return None

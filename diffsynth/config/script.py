@@ -1,4 +1,4 @@
-"""The script that runs, and the folder of configurations beside it."""
+"""The script that is running, its folder `conf`, and its configuration."""
 
 import sys
 from collections.abc import Sequence
@@ -8,17 +8,17 @@ from omegaconf import DictConfig
 
 
 def script() -> str:
-    """Its name without `.py`, which its configuration has too."""
+    """Return the running script's name without `.py`, which is also the name of its configuration."""
     return Path(sys.argv[0]).stem
 
 
 def conf() -> Path:
-    """The folder `conf`."""
+    """Return the folder `conf` beside the script."""
     return Path(sys.argv[0]).resolve().parent / "conf"
 
 
-def compose(overrides: Sequence[str], **options) -> DictConfig:
-    """The script's configuration with these overrides."""
+def compose(overrides: Sequence[str], **options: bool) -> DictConfig:
+    """Compose the script's configuration with these overrides; `options` are those of `hydra.compose`."""
     import hydra
     from hydra.core.global_hydra import GlobalHydra
 

@@ -1,4 +1,4 @@
-"""What a run's results depend on, as eight hex digits that name its folder."""
+"""The signature of a run: eight hex digits of the settings that its results depend on; they name its folder."""
 
 import hashlib
 import json
@@ -7,9 +7,9 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from .moved import with_todays_names
+from .moved import with_current_names
 
-# Keys that change where, how fast or how loudly a run goes, and what is seen of it, but not what comes out of it.
+# Keys that do not change the trained weights: where and how fast a run trains, and what it logs, evaluates and saves.
 NOT_SEMANTIC = (
     "hydra",
     "name",
@@ -30,20 +30,21 @@ NOT_SEMANTIC = (
     "model.training.micro_batch_size",
     "model.training.validate_every",
 )
-# A run's length is left out, too, where no step depends on it, so that a finished run can be extended: these schedules
-# have the same rate at a step of a longer run (the last one until it decays, which `training.checkpoint` looks at).
+# The length of a run is left out as well if no step depends on it, so that a finished run can be extended. With these
+# schedules, the learning rate of a step is the same in a longer run; the last one decays at the end, and
+# `training.checkpoint` therefore resumes from a checkpoint before the decay.
 LENGTH = ("max_steps", "num_epochs", "model.training.max_steps")
 OPEN_ENDED_SCHEDULES = (
     "transformers.get_constant_schedule",
     "transformers.get_constant_schedule_with_warmup",
     "transformers.get_wsd_schedule",
 )
-TASKS_OF_KNOWN_LENGTH = ("diffsynth.diffusion.loss.HyperSD",)  # what they train changes with the part of the run
+TASKS_OF_KNOWN_LENGTH = ("diffsynth.diffusion.loss.HyperSD",)  # their loss depends on the fraction of the run
 
 
 def signature(_root_: DictConfig) -> str:
-    """Eight hex digits that change with whatever changes a run's results, and with nothing else."""
-    config = _todays(_root_)
+    """Return eight hex digits that change with every setting that changes the run's results, and with no other."""
+    config = _plain(_root_)
     return _digest(config, () if bound_to_length(config) else LENGTH)
 
 
@@ -51,12 +52,12 @@ OmegaConf.register_new_resolver("signature", signature, replace=True)
 
 
 def but_for_length(cfg: DictConfig) -> str:
-    """The signature that runs share which differ in their length only."""
-    return _digest(_todays(cfg), LENGTH)
+    """Return a signature without the length: runs that differ only in their length have the same one."""
+    return _digest(_plain(cfg), LENGTH)
 
 
 def bound_to_length(config: Mapping[str, Any]) -> str | None:
-    """What sets every step by the length of the run; None where a longer run takes the same steps, and more."""
+    """Return the target by which every step depends on the run's length; None if a longer run begins the same."""
     nodes = {name: config.get(name) for name in ("lr_scheduler", "task")}
     targets = {name: node.get("_target_") for name, node in nodes.items() if isinstance(node, Mapping)}
     if targets.get("lr_scheduler") not in (None, *OPEN_ENDED_SCHEDULES):
@@ -64,8 +65,8 @@ def bound_to_length(config: Mapping[str, Any]) -> str | None:
     return targets["task"] if targets.get("task") in TASKS_OF_KNOWN_LENGTH else None
 
 
-def _todays(cfg: DictConfig) -> dict[str, Any]:
-    return with_todays_names(OmegaConf.to_container(cfg, resolve=False))
+def _plain(cfg: DictConfig) -> dict[str, Any]:
+    return with_current_names(OmegaConf.to_container(cfg, resolve=False))
 
 
 def _digest(config: dict[str, Any], left_out: Sequence[str]) -> str:

@@ -1,4 +1,4 @@
-"""A sweep as Slurm jobs: `python train.py -m hydra/launcher=slurm lora.rank=8,16 hydra.launcher.nodes=4`."""
+"""Submits a sweep as Slurm jobs: `python train.py -m hydra/launcher=slurm lora.rank=8,16 hydra.launcher.nodes=4`."""
 
 import shlex
 import subprocess
@@ -20,7 +20,8 @@ from .nodes import ConfigError, check
 from .run_folder import is_finished
 from .sweep import record, sweep_folder
 
-OWN = ("hydra.launcher", "hydra/launcher", "hydra.sweep", "hydra/sweep", "hydra.mode")  # overrides that are not a job's
+# Overrides of the sweep itself, which the command of a job does not repeat.
+SWEEP_KEYS = ("hydra.launcher", "hydra/launcher", "hydra.sweep", "hydra/sweep", "hydra.mode")
 
 SCRIPT = f"""\
 #!/usr/bin/env bash
@@ -37,7 +38,7 @@ srun --wait=120 {{python}} -m diffsynth.config.launch {{machines}} \\
   {{command}}
 status=$?
 
-# Asked to stop by a preemption or the end of its time, the run has saved: the same job goes on from there.
+# This status means that a signal (preemption or the time limit) stopped the run, and that its state is saved.
 if [ $status -eq {REQUEUE_STATUS} ]; then
   scontrol requeue "$SLURM_JOB_ID"
   exit $status
@@ -49,17 +50,19 @@ exit $status
 
 @dataclass
 class SlurmLauncher(Launcher):
-    """Writes a readable batch script for every job of a sweep and submits it; each is one launch over all its nodes.
+    """Writes a readable batch script for each job of a sweep and submits it; a job is one launch over all its nodes.
 
-    A job whose run is finished is not submitted. Two jobs of one run wait for each other (`singleton`).
+    A job whose run is finished is not submitted. Two jobs of one run never run at the same time (`singleton`).
 
     Args:
-        nodes, gpus_per_node, cpus_per_node: Of each job; without GPUs a node runs one process.
-        time: Longest time of a job in Slurm's spelling, such as `24:00:00`; None is the partition's.
-        warning: Seconds before its end in which a run that is out of time can save.
-        accelerate_config: Launcher file, such as `conf/accelerate/fsdp2.yaml`; None is DDP.
-        before: Lines of shell before the launch, such as `module load cuda`.
-        sbatch: Further options of `sbatch` by their long names; None leaves one out, True is for those without value.
+        nodes: Number of nodes per job.
+        gpus_per_node: Number of GPUs per node, with one process each; with 0 a node runs one process.
+        cpus_per_node: Number of CPUs per node; None takes the partition's default.
+        time: Time limit of a job as Slurm spells it, such as `24:00:00`; None takes the partition's.
+        warning: Seconds before the time limit at which Slurm signals the run to save its state.
+        accelerate_config: Launcher file, such as `conf/accelerate/fsdp2.yaml`; None trains with DDP.
+        before: Shell lines that run before the launch, such as `module load cuda`.
+        sbatch: Other options of `sbatch` by their long names; None leaves one out, True sets one that takes no value.
     """
 
     __module__ = "hydra_plugins.diffsynth"  # see `register`
@@ -77,31 +80,37 @@ class SlurmLauncher(Launcher):
         self.loader, self.config = hydra_context.config_loader, config
         check(config.hydra.launcher, SlurmLauncher)
         if self.accelerate_config is not None and not Path(self.accelerate_config).exists():
-            raise ConfigError(f"hydra.launcher.accelerate_config: there is no file {self.accelerate_config}.")
+            raise ConfigError(
+                f"hydra.launcher.accelerate_config: there is no file {self.accelerate_config} in {Path.cwd()}; "
+                "expected one such as conf/accelerate/fsdp2.yaml."
+            )
 
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> list[JobReturn]:
-        """Submit all jobs and return at once; what they return is what Slurm calls them, None if already finished."""
+        """Submit all jobs without waiting for them; each returns its Slurm id, or None if its run is finished."""
         setup_globals()
         jobs = enumerate(job_overrides, initial_job_idx)
         scripts = [self._write(number, list(overrides)) for number, overrides in jobs]
-        return [JobReturn(overrides, status=JobStatus.COMPLETED, _return_value=_submit(s)) for overrides, s in scripts]
+        return [
+            JobReturn(overrides, status=JobStatus.COMPLETED, _return_value=_submit(script) if script else None)
+            for overrides, script in scripts
+        ]
 
     def _write(self, number: int, overrides: list[str]) -> tuple[list[str], Path | None]:
-        """The script of one job, in the folder of the sweep; None where its run is finished."""
+        """Write the script of one job into the folder of the sweep; return its overrides and path, None if finished."""
         job, folder = self.loader.load_sweep_config(self.config, overrides), sweep_folder(self.config)
         run_dir = Path(job.run_dir)
         record(folder, number, run_dir, overrides)
         if is_finished(job):
             return overrides, None
-        run_dir.mkdir(parents=True, exist_ok=True)  # Slurm makes no folder for its log
+        run_dir.mkdir(parents=True, exist_ok=True)  # Slurm does not make the folder of its log
         script = folder / f"{number}.sh"
         write_text(script, self._script(run_dir, folder, overrides))
         return overrides, script
 
     def _script(self, run_dir: Path, sweep: Path, overrides: list[str]) -> str:
-        own = [word for word in self.config.hydra.overrides.hydra if not word.startswith(OWN)]
-        given = {*self.config.hydra.overrides.task, *self.config.hydra.overrides.hydra, "-m", "--multirun"}
-        flags = [word for word in sys.argv[1:] if word not in given]  # such as --config-name
+        hydra, task = self.config.hydra.overrides.hydra, self.config.hydra.overrides.task
+        hydra_overrides = [override for override in hydra if not override.startswith(SWEEP_KEYS)]
+        flags = [word for word in sys.argv[1:] if word not in {*task, *hydra, "-m", "--multirun"}]  # as --config-name
         return SCRIPT.format(
             about=f"{' '.join(overrides)} → {run_dir}",
             options="\n".join(f"#SBATCH --{option}" for option in self._options(run_dir)),
@@ -109,7 +118,7 @@ class SlurmLauncher(Launcher):
             before="\n".join(self.before),
             python=shlex.quote(sys.executable),
             machines=shlex.join(self._machines()),
-            command=shlex.join([sys.argv[0], *flags, *own, *overrides]),
+            command=shlex.join([sys.argv[0], *flags, *hydra_overrides, *overrides]),
             sweep=shlex.quote(str(sweep)),
         )
 
@@ -132,7 +141,7 @@ class SlurmLauncher(Launcher):
         return [name if value is True else f"{name}={value}" for name, value in given.items()]
 
     def _machines(self) -> list[str]:
-        """What accelerate's launcher is told of the machines."""
+        """Return the options of accelerate's launcher about machines and processes."""
         processes = self.nodes * max(self.gpus_per_node, 1)
         file = ["--config_file", self.accelerate_config] if self.accelerate_config else []
         kind = ["--multi_gpu"] if processes > 1 and not file else []
@@ -141,20 +150,18 @@ class SlurmLauncher(Launcher):
 
 
 def register() -> None:
-    """Make the launcher known to Hydra, which takes launchers from below `hydra_plugins` only."""
-    Plugins.instance().register(SlurmLauncher)  # first, as it looks for that package itself
-    home = sys.modules.setdefault("hydra_plugins", ModuleType("hydra_plugins"))  # absent where no plugin is installed
-    home.diffsynth = sys.modules[__name__]
+    """Register the launcher with Hydra, which accepts launchers only from the package `hydra_plugins`."""
+    Plugins.instance().register(SlurmLauncher)  # first, because this call imports the package if it is installed
+    package = sys.modules.setdefault("hydra_plugins", ModuleType("hydra_plugins"))
+    package.diffsynth = sys.modules[__name__]
 
 
-def _submit(script: Path | None) -> str | None:
-    """What Slurm calls the job of this script."""
-    if script is None:
-        return None
+def _submit(script: Path) -> str:
+    """Submit a script and return the id of its Slurm job."""
     try:
         done = subprocess.run(["sbatch", "--parsable", script], capture_output=True, text=True, check=True)
     except FileNotFoundError:
-        raise ConfigError(f"There is no sbatch here to submit {script} by; run this where Slurm is.") from None
+        raise ConfigError(f"sbatch was not found, so {script} is not submitted; run this on a Slurm machine.") from None
     except subprocess.CalledProcessError as error:
         raise ConfigError(f"sbatch refuses {script}: {error.stderr.strip()}") from error
     print(f"{script}: job {done.stdout.strip()}")

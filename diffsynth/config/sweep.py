@@ -1,4 +1,4 @@
-"""What a sweep leaves beside its runs: which they are, and a page that compares them."""
+"""The folder of a sweep: a record of each of its runs, and a page that compares them."""
 
 import hashlib
 import json
@@ -14,31 +14,34 @@ from ..core.files import write_text
 
 
 def sweep_folder(config: DictConfig) -> Path:
-    """Of the sweep that a command line asks for; the same command finds it again."""
-    asked = json.dumps(sorted(config.hydra.overrides.task))
-    return Path(config.hydra.sweep.dir) / f"{config.name}-sweep-{hashlib.sha1(asked.encode()).hexdigest()[:8]}"
+    """Return the folder of a sweep; its name hashes the overrides, so that the same command finds it again."""
+    overrides = json.dumps(sorted(config.hydra.overrides.task))
+    return Path(config.hydra.sweep.dir) / f"{config.name}-sweep-{hashlib.sha1(overrides.encode()).hexdigest()[:8]}"
 
 
 def record(folder: Path, number: int, run_dir: Path, overrides: Sequence[str]) -> None:
-    """Note where job `number` of a sweep runs, as seen from `folder`, and with what."""
-    about = {"run": os.path.relpath(run_dir, folder), "overrides": list(overrides)}
-    write_text(folder / f"{number}.json", json.dumps(about, indent=1))
+    """Write `<number>.json` for a job of a sweep: its run's folder, relative to `folder`, and its overrides."""
+    content = {"run": os.path.relpath(run_dir, folder), "overrides": list(overrides)}
+    write_text(folder / f"{number}.json", json.dumps(content, indent=1))
 
 
 class SweepRecord(Callback):
-    """Notes each run of a sweep in this process or its children, and keeps the page about them up to date."""
+    """Hydra callback that records each run of a sweep, and writes the sweep's page after each.
+
+    It sees the jobs that run in this process or its children; `slurm.SlurmLauncher` records its own.
+    """
 
     def __init__(self):
-        self.folder: Path | None = None  # None: a single run
+        self.folder: Path | None = None  # None for a single run
 
-    def on_multirun_start(self, config: DictConfig, **_) -> None:
+    def on_multirun_start(self, config: DictConfig, **_: object) -> None:
         self.folder = sweep_folder(config)
 
-    def on_job_start(self, config: DictConfig, **_) -> None:
+    def on_job_start(self, config: DictConfig, **_: object) -> None:
         if self.folder is not None:
             record(self.folder, config.hydra.job.num, Path(config.run_dir), config.hydra.overrides.task)
 
-    def on_job_end(self, config: DictConfig, job_return: JobReturn, **_) -> None:
+    def on_job_end(self, config: DictConfig, job_return: JobReturn, **_: object) -> None:
         from ..report.sweep import write_sweep
 
         if self.folder is not None:

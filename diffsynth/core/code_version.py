@@ -94,7 +94,7 @@ def _package(module: str) -> str:
 
 
 def _names(module: ModuleType, name: str) -> bool:
-    """Whether a module has or defines a name, or may make it when asked; few of them do, and the rest is slower."""
+    """Whether a module has or defines a name, or has a `__getattr__` that may; a quick test, as few modules do."""
     return name in vars(module) or name in _defined_names(module) or "__getattr__" in vars(module)
 
 

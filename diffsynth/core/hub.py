@@ -1,4 +1,4 @@
-"""Downloads from model hubs: whether they are allowed, whether the hub answers, which folders are complete."""
+"""Downloads from hubs: whether they are allowed, whether the hub answers, and which folders are complete."""
 
 import os
 import threading
@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-PROBE_SECONDS = 5  # that a hub has to answer a first request; a guess
+PROBE_SECONDS = 5  # a guess: time limit of the first request to a hub
 
 
 def downloads_are_off() -> bool:
@@ -15,40 +15,40 @@ def downloads_are_off() -> bool:
 
 
 def modelscope_endpoint() -> str:
-    """The address of ModelScope, which MODELSCOPE_ENDPOINT or MODELSCOPE_DOMAIN override."""
+    """Return the URL of ModelScope; the environment variables MODELSCOPE_ENDPOINT and MODELSCOPE_DOMAIN set another."""
     from modelscope_hub.config import HubConfig
 
     return HubConfig().endpoint
 
 
 def answers(endpoint: str) -> bool:
-    """Whether a hub is reachable; checked first, because its client would retry for minutes."""
+    """Whether a hub is reachable; checked before its client is called, because that would retry for minutes."""
     import requests
 
-    found = []
+    responses = []
 
     def ask() -> None:
         with suppress(requests.RequestException):
-            found.append(requests.head(endpoint, timeout=PROBE_SECONDS))
+            responses.append(requests.head(endpoint, timeout=PROBE_SECONDS))
 
     # In a thread, because the timeout does not cover the DNS lookup.
     probe = threading.Thread(target=ask, daemon=True)
     probe.start()
     probe.join(PROBE_SECONDS)
-    return bool(found)
+    return bool(responses)
 
 
 @contextmanager
 def marked(folder: Path) -> Iterator[None]:
-    """Keep a marker file in a folder while it is downloaded; after an interruption only the marker tells that."""
+    """Inside, a marker file in the folder says that its download is unfinished; an interruption leaves it there."""
     folder.mkdir(parents=True, exist_ok=True)
     _marker(folder).touch()
     yield
     _marker(folder).unlink()
 
 
-def is_whole(folder: Path) -> bool:
-    """Whether a folder has files and no download into it was interrupted."""
+def is_complete(folder: Path) -> bool:
+    """Whether a folder has files, and no download into it was interrupted."""
     return folder.is_dir() and any(folder.iterdir()) and not _marker(folder).exists()
 
 

@@ -81,9 +81,9 @@ class NoValidation:
 
 
 class NoProfile(AbstractContextManager):
-    """No trace is written."""
+    """Writes no trace."""
 
-    def __exit__(self, *_) -> None:
+    def __exit__(self, *_: object) -> None:
         pass
 
     def step(self) -> None:

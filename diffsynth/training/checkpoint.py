@@ -82,7 +82,7 @@ class Checkpoints:
             remove_leftovers(self.path)
             try:
                 found = [self.newest_for(state)]
-            except ValueError as error:  # told by all, or the others would wait
+            except ValueError as error:  # broadcast, so that all processes raise it and none waits
                 found = [str(error)]
         (newest,) = broadcast_object_list(found)
         if isinstance(newest, str):
@@ -167,9 +167,9 @@ class Checkpoints:
 
     def newest(self) -> tuple[Path, dict] | None:
         """Return folder and content of the newest undamaged checkpoint; a warning names each damaged one."""
-        return next(self.whole(), None)
+        return next(self.undamaged(), None)
 
-    def whole(self) -> Iterator[tuple[Path, dict]]:
+    def undamaged(self) -> Iterator[tuple[Path, dict]]:
         """Yield folder and content of undamaged checkpoints, newest first; a warning names each damaged one."""
         for step in sorted(self.steps(), reverse=True):
             folder = self.path / f"step-{step:06d}"
@@ -179,28 +179,30 @@ class Checkpoints:
                 logger.warning("Skipping a damaged checkpoint: %s", error)
 
     def newest_for(self, state: "TrainingState") -> tuple[Path, dict] | None:
-        """Return the newest undamaged checkpoint that a run of this length also reaches; None without checkpoints.
+        """Return the newest undamaged checkpoint that `state`'s run also reaches; None if there is no checkpoint.
+
+        The run may have another length than the one that saved the checkpoint. It reaches the checkpoint if both have
+        the same learning rates up to that step.
 
         Raises:
-            ValueError: The run ends before the newest checkpoint, or the schedule of the learning rate differs before
-                each of them.
+            ValueError: The run ends before the newest checkpoint, or it reaches none of them.
         """
-        other_schedule = []
-        for folder, content in self.whole():
+        unreached = []
+        for folder, content in self.undamaged():
             if content["step"] > state.steps:
                 raise ValueError(
-                    f"{self.path.parent} is at step {content['step']}, beyond the {state.steps} steps that are asked "
-                    f"for: set name=… for a run of {state.steps} steps."
+                    f"{self.path.parent} has a checkpoint of step {content['step']}, but this run has only "
+                    f"{state.steps} steps: set max_steps to at least {content['step']}, or name=… for a separate run."
                 )
             if state.goes_through(content["parts"]["counters"]):
                 return folder, content
-            other_schedule.append(content["step"])
-        if other_schedule:
+            unreached.append(content["step"])
+        if unreached:
             raise ValueError(
-                f"{self.path.parent} cannot be extended to {state.steps} steps: at all of its checkpoints (step "
-                f"{', '.join(map(str, other_schedule))}) the schedule of the learning rate already depends on the "
-                f"number of steps. Start from the weights in {self.path.parent}/weights by lora.checkpoint=… or "
-                "model.dit.path=…, or set name=… for a new run."
+                f"{self.path.parent} cannot be extended to {state.steps} steps: at each of its checkpoints (step "
+                f"{', '.join(map(str, unreached))}) the schedule of the learning rate already depends on the "
+                f"number of steps. To start from its weights in {self.path.parent}/weights, set lora.checkpoint=… or "
+                "model.dit.path=…; to start a separate run, set name=…."
             )
         return None
 

@@ -1,4 +1,4 @@
-"""A trace of a few optimizer steps: what the processor and the GPU did when."""
+"""`Profile`: a trace of a few optimizer steps by torch's profiler, to see where the time goes on CPU and GPU."""
 
 import logging
 from contextlib import AbstractContextManager
@@ -13,12 +13,15 @@ logger = logging.getLogger(__name__)
 
 @dataclass
 class Profile(AbstractContextManager):
-    """Writes a Chrome trace of each process; `step` is to be called after every optimizer step.
+    """Writes a Chrome trace of each process; call `step` after every optimizer step.
 
     Args:
-        path: Folder of the traces, `rank-0.json.gz` and so on.
-        after: Optimizer steps before the trace begins; the last of them warms the profiler up.
-        steps: Optimizer steps in it.
+        path: Folder of the traces `rank-N.json.gz`.
+        after: Number of optimizer steps before the trace begins; the last of them warms up the profiler.
+        steps: Number of optimizer steps in the trace.
+
+    Raises:
+        ValueError: One of the numbers is below 1.
     """
 
     path: str | Path
@@ -27,18 +30,21 @@ class Profile(AbstractContextManager):
 
     def __post_init__(self):
         if self.after < 1 or self.steps < 1:
-            raise ValueError(f"profile.after is {self.after}, profile.steps {self.steps}; expected at least 1 of each.")
+            raise ValueError(
+                f"profile.after is {self.after} and profile.steps is {self.steps}; set both to at least 1."
+            )
 
     def __enter__(self) -> "Profile":
-        plan = torch.profiler.schedule(wait=self.after - 1, warmup=1, active=self.steps, repeat=1)
-        self.profiler = torch.profiler.profile(schedule=plan, on_trace_ready=self._write)
+        phases = torch.profiler.schedule(wait=self.after - 1, warmup=1, active=self.steps, repeat=1)
+        self.profiler = torch.profiler.profile(schedule=phases, on_trace_ready=self._write)
         self.profiler.start()
         return self
 
-    def __exit__(self, *_) -> None:
+    def __exit__(self, *_: object) -> None:
         self.profiler.stop()
 
     def step(self) -> None:
+        """Count one optimizer step; the last traced one writes the trace."""
         self.profiler.step()
 
     def _write(self, profiler: torch.profiler.profile) -> None:

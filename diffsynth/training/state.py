@@ -145,16 +145,20 @@ class TrainingState:
         ema.start(self.engine.local(self.main.all))
 
     def _steps_of_parts(self, steps: int) -> Counter:
-        """How many of the first `steps` train each part."""
+        """The number of the first `steps` optimizer steps that train each part."""
         return Counter(part for step in range(steps) for part in self.module.trained_at(step))
 
     def goes_through(self, counters: Mapping[str, Any]) -> bool:
-        """Whether this run, of its own length, comes to where a kept state with these counters is."""
-        step, steps = counters["step"], counters.get("steps", self.steps)
-        if steps == self.steps:
+        """Whether this run has the learning rates of a saved run, maybe of another length, up to the saved step.
+
+        Args:
+            counters: The `counters` of the saved state.
+        """
+        step, saved_steps = counters["step"], counters.get("steps", self.steps)
+        if saved_steps == self.steps:
             return True
-        taken, then, now = (self._steps_of_parts(number) for number in (step, steps, self.steps))
-        return all(same_until(self.lr_scheduler, taken[name], then[name], now[name]) for name in self.parts)
+        taken, saved, now = (self._steps_of_parts(number) for number in (step, saved_steps, self.steps))
+        return all(same_until(self.lr_scheduler, taken[name], saved[name], now[name]) for name in self.parts)
 
     @property
     def main(self) -> TrainedPart:

@@ -338,8 +338,8 @@ def test_a_misspelt_group_is_answered_with_the_nearest(monkeypatch):
     [
         (["memory=[none,checkpointing]"], ["memory=checkpointing and memory=none", "memory.checkpointing is blocks"]),
         (["memory=[fp8,streaming,int8]"], ["memory=fp8 and memory=int8", "memory.storage is fp8"]),
-        (["timesteps=logit_normal", "task=autoencoder"], ["task=autoencoder has no timesteps", "sft"]),
-        (["teacher=none"], ["task=sft has no teacher", "distill/dmd2"]),
+        (["timesteps=logit_normal", "task=autoencoder"], ["task=autoencoder has no group timesteps", "sft"]),
+        (["teacher=none"], ["task=sft has no group teacher", "distill/dmd2"]),
         (["validation=[none,lpips]"], ["validation has no _target_", "metrics"]),
     ],
 )
@@ -364,7 +364,8 @@ def test_options_of_an_experiment_that_contradict_each_other_are_named(experimen
 def test_an_experiment_refuses_the_wrong_script_and_names_the_right_one(script, experiment, other, monkeypatch):
     message = complaint(monkeypatch, f"experiment={experiment}", script=script)
     assert message == (
-        f"error: experiment={experiment} is {other}'s, not {script}'s: python {other} experiment={experiment}"
+        f"error: experiment={experiment} is an experiment of {other}, not of {script}; run python {other} "
+        f"experiment={experiment}"
     )
 
 
@@ -376,7 +377,7 @@ def test_an_experiment_says_at_its_top_how_it_is_run(experiment):
 
 
 def test_a_machines_own_file_that_is_not_there_is_named(monkeypatch):
-    assert "there is no file" in complaint(monkeypatch, "local=nowhere")
+    assert "nowhere.yaml does not exist" in complaint(monkeypatch, "local=nowhere")
 
 
 def test_a_machines_own_paths_come_after_an_experiment_and_before_the_command_line(tmp_path):

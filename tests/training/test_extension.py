@@ -74,7 +74,7 @@ def test_a_finished_run_is_not_made_shorter(tmp_path):
 
 def test_a_stopped_run_is_not_made_shorter_than_it_is(tmp_path):
     tiny.cut_off(3, tmp_path, "max_steps=5", "checkpoint.every=1")
-    with pytest.raises(ValueError, match=r"at step 3, beyond the 2 steps that are asked for: set name=…"):
+    with pytest.raises(ValueError, match=r"has a checkpoint of step 3, but this run has only 2 steps: set max_steps"):
         tiny.train(tmp_path, "max_steps=2", "checkpoint.every=1")
 
 
@@ -83,9 +83,9 @@ def test_a_run_whose_rate_depends_on_its_length_starts_anew_and_says_why(tmp_pat
     short = tiny.train(tmp_path, "max_steps=2", "lr_scheduler=cosine")
     long = tiny.train(tmp_path, "max_steps=3", "lr_scheduler=cosine")
     assert short != long
-    assert f"This run starts anew: {short} is the same but for its length" in caplog.text
-    assert f"lora.checkpoint=… starts from what is in {short}/weights" in caplog.text
-    with pytest.raises(ConfigError, match="can't be extended, as transformers.get_cosine_schedule_with_warmup sets"):
+    assert f"This run starts from step 0: {short} holds the same run with another length" in caplog.text
+    assert f"set lora.checkpoint=… to a file in {short}/weights" in caplog.text
+    with pytest.raises(ConfigError, match=r"cannot be extended, because every step of transformers\.get_cosine"):
         tiny.train(tmp_path, "max_steps=4", "lr_scheduler=cosine", f"run_dir={short}")
 
 

@@ -8,7 +8,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..hub import answers, downloads_are_off, is_whole, marked, modelscope_endpoint
+from ..hub import answers, downloads_are_off, is_complete, marked, modelscope_endpoint
 
 SOURCES = ("modelscope", "huggingface")
 PICKLE_SUFFIXES = {".bin", ".pt", ".pth", ".ckpt"}
@@ -120,7 +120,7 @@ class ModelConfig:
     def _absent(self, pattern: str) -> list[str]:
         """Names of the files of a pattern that are not on this machine, as far as local files tell."""
         if _is_folder(pattern):
-            return [] if is_whole(self.folder / pattern) else [pattern or "all files"]
+            return [] if is_complete(self.folder / pattern) else [pattern or "all files"]
         files = self._matches(pattern)
         return [file.name for file in missing_shards(files)] if files else [pattern]
 

@@ -31,16 +31,17 @@ class TrainingDefaults:
 
     Args:
         learning_rate: Learning rate of an adapter or a template; 1e-4 is DiffSynth-Studio's.
-        full_learning_rate: Learning rate of the whole network (`lora=none`).
+        full_learning_rate: Learning rate of the model itself (`lora=none`); 1e-5 is DiffSynth-Studio's.
         max_steps: Number of optimizer steps.
         batch_size: Samples per optimizer step, summed over all devices.
         micro_batch_size: Samples per forward on one device; None takes the whole batch.
         validate_every: Optimizer steps between two evaluations; None evaluates before the first and after the last.
         checkpointing: Policy of gradient checkpointing, see `core.memory.MemoryRecipe`.
         lora_target_modules: Layers that LoRA adapts, by model.
-        data_file_keys: Columns of image files that a row of its data has.
-        extra_inputs: Those of them that the pipeline reads beside the image it is to make.
-        example: Folder of its images in the data set `DiffSynth-Studio/diffsynth_example_dataset`; None for none.
+        data_file_keys: Columns of the data set that name image files.
+        extra_inputs: The columns among them that the pipeline reads as inputs, such as `edit_image`.
+        example: Folder of the model's images in the data set `DiffSynth-Studio/diffsynth_example_dataset`; None if
+            it has none.
     """
 
     learning_rate: float = 1e-4

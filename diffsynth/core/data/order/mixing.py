@@ -114,11 +114,12 @@ def joined(parts: Sequence[WeightedRows]) -> WeightedRows:
 
 
 def first_samples(buckets: Sequence[Sequence[WeightedRows]], count: int) -> list[list[WeightedRows]]:
-    """What buckets have of the samples whose index is below `count`, in buckets that are not empty."""
+    """The buckets with only the samples whose index is below `count`; empty parts and buckets are left out."""
     kept = []
     for parts in buckets:
-        rows = [[int(row) for row in part.rows[:count] if row < count] for part in parts]  # indices of a part rise
-        kept.append([WeightedRows(own, part.weight) for own, part in zip(rows, parts, strict=True) if own])
+        # The indices of a part increase, so that only its first `count` can be below `count`.
+        rows = [[int(row) for row in part.rows[:count] if row < count] for part in parts]
+        kept.append([WeightedRows(first, part.weight) for first, part in zip(rows, parts, strict=True) if first])
     return [parts for parts in kept if parts]
 
 

@@ -1,4 +1,4 @@
-"""Example images of a model, fetched from ModelScope where they are not on this machine yet."""
+"""The source `dataset=example`: example images of a model, downloaded from ModelScope once."""
 
 import io
 import logging
@@ -10,45 +10,45 @@ import pyarrow as pa
 from filelock import FileLock
 from PIL import Image
 
-from ...hub import answers, downloads_are_off, is_whole, marked, modelscope_endpoint
+from ...hub import answers, downloads_are_off, is_complete, marked, modelscope_endpoint
 from ..unified_dataset import find_rows
 from .table import Rows, Table
 
 logger = logging.getLogger(__name__)
 
-YOUR_OWN = "train on images of your own by dataset=image_folder dataset.path=…"
-BLANK = 1024  # pixels of a blank image's sides; it is then brought to the size of the data set's images
+YOUR_OWN = "to train on your own images, set dataset=image_folder dataset.path=…"
+BLANK = 1024  # a guess: height and width of a blank image, which the data set resizes to its own size
 
 
 def read_example(
     path: str, repository: str, folder: str | None, columns: Sequence[str] = ("image",), fetch: bool = True
 ) -> Rows:
-    """Rows of the images that DiffSynth-Studio trains a model on, fetched first where they are absent.
+    """Return the rows of DiffSynth-Studio's example images for a model; download the images if they are absent.
 
     Args:
-        path: Where they are kept; it ends as `folder` does.
-        repository: The data set of ModelScope that has them, "owner/name".
-        folder: Theirs in it; None of a model that it has no images for.
-        columns: Those of images.
-        fetch: False gives a single row of blank images where they are absent, which is enough to plan a run.
+        path: Local folder of the images; it ends in `folder`.
+        repository: The data set on ModelScope, "owner/name".
+        folder: Folder of the model's images in the repository; None if the repository has none for the model.
+        columns: Columns that name image files.
+        fetch: False downloads nothing and returns one row of blank images if they are absent, to plan a run.
 
     Raises:
-        ValueError: There are none for this model, or they are neither here nor to be had.
+        ValueError: There are no images for this model, or they are absent and cannot be downloaded.
     """
     if folder is None:
         raise ValueError(f"{repository} has no images for this model: {YOUR_OWN}.")
-    if not is_whole(Path(path)):
+    if not is_complete(Path(path)):
         if not fetch:
-            _say(f"Planned with one blank picture in the place of {repository}, {folder}.")
+            _log_once(f"{path} is absent: this plan has one blank image instead of {repository}, {folder}.")
             return blank_rows(columns)
         _fetch(Path(path), repository, folder)
     _, rows = find_rows(path, None, "utf-8")
-    _say(f"Training data: {len(rows)} rows of {repository}, {folder}, in {path}; {YOUR_OWN}.")
+    _log_once(f"Training data: {len(rows)} rows of {repository}, {folder}, in {path}; {YOUR_OWN}.")
     return rows
 
 
 def blank_rows(columns: Sequence[str]) -> Table:
-    """A table of one row: a white image in each of the columns, and a prompt."""
+    """Return a table of one row: a white image in each of the columns, and a prompt."""
     file = io.BytesIO()
     Image.new("RGB", (BLANK, BLANK), "white").save(file, "png")
     cells = {name: pa.array([file.getvalue()], pa.large_binary()) for name in columns}
@@ -60,16 +60,17 @@ def blank_rows(columns: Sequence[str]) -> Table:
 
 
 def _fetch(path: Path, repository: str, folder: str) -> None:
-    with FileLock(_root(path, folder) / ".lock"):  # every process of a run comes here
-        reason = "" if is_whole(path) else _download(path, repository, folder)
-    if not is_whole(path):
+    with FileLock(_root(path, folder) / ".lock"):  # all processes of a run call this; the first one downloads
+        reason = "" if is_complete(path) else _download(path, repository, folder)
+    if not is_complete(path):
         raise ValueError(
-            f"{repository} cannot be fetched ({reason}): {YOUR_OWN}, or copy its folder {folder} to {path}."
+            f"{path} is absent, and {repository} cannot be downloaded ({reason}); {YOUR_OWN}, or copy the "
+            f"repository's folder {folder} to {path}."
         )
 
 
 def _download(path: Path, repository: str, folder: str) -> str:
-    """Download the folder; returns why it may still be absent."""
+    """Download the folder; return why it is still absent, if it is."""
     if downloads_are_off():
         return "DIFFSYNTH_SKIP_DOWNLOAD is set"
     from modelscope import dataset_snapshot_download
@@ -87,13 +88,13 @@ def _download(path: Path, repository: str, folder: str) -> str:
 
 
 def _root(path: str | Path, folder: str) -> Path:
-    """Where the repository's folders are kept; made where it is not there."""
+    """Make and return the local folder of the repository: `path` without `folder` at its end."""
     root = Path(path).absolute().parents[len(PurePosixPath(folder).parts) - 1]
     root.mkdir(parents=True, exist_ok=True)
     return root
 
 
 @cache
-def _say(text: str) -> None:
-    """Log a line once, also where the data set is opened again for the validation."""
+def _log_once(text: str) -> None:
+    """Log a line once, although the validation opens the data set again."""
     logger.info(text)
