@@ -9,6 +9,7 @@ Esser et al. 2024, "Scaling Rectified Flow Transformers" (https://arxiv.org/abs/
 import math
 from collections.abc import Callable, Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -45,6 +46,7 @@ class FlowMatchScheduler:
         self.sigma_grid = sigma_grid
         self.training = False
         self.sigmas = self.timesteps = torch.empty(0)
+        self.levels: list[float] = []
 
     def set_timesteps(
         self,
@@ -54,11 +56,15 @@ class FlowMatchScheduler:
         sigmas: Sequence[float] | None = None,
         **grid_options,
     ) -> None:
-        """Set `sigmas` and `timesteps` to the family's grid, or to the given `sigmas` (N,)."""
-        if sigmas is not None:
-            self.sigmas = torch.as_tensor(sigmas, dtype=torch.float32)
-        else:
-            self.sigmas = self.sigma_grid(num_inference_steps, denoising_strength=denoising_strength, **grid_options)
+        """Set the noise levels to the family's grid, or to the given `sigmas` (N,).
+
+        `sigmas` and `timesteps` (N,) have one per sampling step; `levels` are the sigmas and 0, as numbers.
+        """
+        if sigmas is None:
+            grid = self.sigma_grid(num_inference_steps, denoising_strength=denoising_strength, **grid_options)
+            sigmas = grid.tolist()
+        self.levels = [*np.float32(sigmas).tolist(), 0.0]
+        self.sigmas = torch.tensor(self.levels[:-1])
         self.timesteps = self.sigmas * TRAINING_STEPS
         self.training = training
 
@@ -76,21 +82,17 @@ class FlowMatchScheduler:
         """The velocity v = ε - x₀ (B, …) that the network is trained to predict; the same at every timestep."""
         return noise - sample
 
-    def next_sigma(self, index: int) -> float:
-        """The noise level that follows level `index` of the grid; 0 follows the last one."""
-        return float(self.sigmas[index + 1]) if index + 1 < len(self.sigmas) else 0.0
-
     def step(self, velocity: Tensor, index: int, sample: Tensor) -> Tensor:
         """Euler step x + (σ_next - σ) v of samples (B, …) from the grid's level `index`; the last one ends at σ = 0."""
-        return sample + velocity * float(self.next_sigma(index) - self.sigmas[index])
+        return sample + velocity * (self.levels[index + 1] - self.levels[index])
 
     def renoise_step(self, velocity: Tensor, index: int, sample: Tensor, noise: Tensor) -> Tensor:
         """Estimate the clean samples (B, …) and add fresh noise: (1 - σ_next) x̂₀ + σ_next ε with x̂₀ = x - σ v.
 
         Multistep consistency sampling: Song et al. 2023, Algorithm 1 (https://arxiv.org/abs/2303.01469).
         """
-        clean = sample - velocity * float(self.sigmas[index])
-        return interpolate(clean, noise, torch.tensor(self.next_sigma(index)))
+        clean = sample - velocity * self.levels[index]
+        return interpolate(clean, noise, torch.tensor(self.levels[index + 1]))
 
     def training_weight(self, timestep: Tensor) -> Tensor:
         """Bell-shaped loss weight around t = 500 for timesteps () or (B,); its mean over the grid is 1.

@@ -29,6 +29,10 @@ class SampleRNG:
         """One uniform number in [0, 1) per sample, fp32 (B,) on CPU."""
         return torch.cat([torch.rand(1, generator=g) for g in self._generators(purpose)])
 
+    def integers(self, purpose: str, end: int) -> list[int]:
+        """One whole number in [0, end) per sample, each as likely."""
+        return (self.uniform(purpose) * end).long().tolist()
+
     def _generators(self, purpose: str):
         return [generator(self.seed, purpose, epoch, index) for epoch, index in self.addresses]
 
@@ -60,3 +64,6 @@ class GlobalRNG:
 
     def uniform(self, purpose: str) -> Tensor:
         return torch.rand(self.batch_size)
+
+    def integers(self, purpose: str, end: int) -> list[int]:
+        return torch.randint(end, (self.batch_size,)).tolist()

@@ -87,7 +87,14 @@ class FewBlocks:
 def block_lists(module: PipelineTrainingModule) -> dict[str, nn.ModuleList]:
     """Return the lists of equal blocks, by name, in the networks to which the memory options apply."""
     candidates = {blocks for network in laid_out_networks(module) for blocks in repeated_lists(network).values()}
-    return {name: part for name, part in module.named_modules() if part in candidates and are_equal(part)}
+    lists = {name: part for name, part in module.named_modules() if part in candidates and are_equal(part)}
+    return {name: part for name, part in lists.items() if not has_discriminated_block(module, name)}
+
+
+def has_discriminated_block(module: PipelineTrainingModule, name: str) -> bool:
+    """Whether a discriminator reads the outputs of blocks of this list, by their numbers."""
+    heads = module.roles and module.roles.heads
+    return heads is not None and any(f".{name}".endswith("." + layer.rpartition(".")[0]) for layer in heads.layers)
 
 
 def are_equal(blocks: nn.ModuleList) -> bool:

@@ -50,7 +50,7 @@ class MetaModules:
     def _unread(self, run: PlanRun) -> PipelineTrainingModule:
         # The template is copied, because planning replaces its weights by ones without values.
         pipe, template = copy.deepcopy(self.meta_pipe), copy.deepcopy(run.template)
-        return PipelineTrainingModule(pipe, run.task, run.lora, run.seed, template, run.memory)
+        return PipelineTrainingModule(pipe, run.task.rehearsed(), run.lora, run.seed, template, run.memory)
 
     def encoded(self, size: Size | None) -> tuple[WorkingMemory, Row]:
         """Return what the frozen units take when a cache is made, and the row of this size as the cache has it."""

@@ -13,10 +13,11 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_map
 
-from ..core.data import Row, Sample
+from ..core.data import Row, Sample, SampleAddress
 from ..core.memory.live import LiveBytes
 from ..diffusion.memory_layout import lay_out, predicting_networks
 from ..diffusion.pipeline.units import run_units_together
+from ..diffusion.randomness import SampleRNG
 from ..diffusion.token_split import check_split, split_predicting
 from ..diffusion.trained import TrainProgress
 from ..diffusion.training_module import PipelineTrainingModule
@@ -55,6 +56,13 @@ class WorkingMemory:
         return WorkingMemory(peaks, grow(self.host, more.host, few.host), activations)
 
 
+class RehearsedRNG(SampleRNG):
+    """Random numbers without values; the whole numbers, by which objectives choose what to do, are the largest."""
+
+    def integers(self, purpose: str, end: int) -> list[int]:
+        return [end - 1] * len(self.addresses)
+
+
 class Rehearsal:
     """Applies memory options to a training module of fake tensors, and rehearses the stages of a run with it.
 
@@ -83,12 +91,15 @@ class Rehearsal:
             accumulates: Whether a step has several micro-batches, so that gradients of earlier ones exist already.
         """
         samples = [Sample(row, 0, number) for number, row in enumerate(rows)]
+        rng = RehearsedRNG(self.module.seed, [SampleAddress(0, number) for number in range(len(rows))])
         steps = {tuple(self.module.trained_at(step)): step for step in reversed(range(STEPS_AHEAD))}.values()
-        stages = [self._train(samples, TrainProgress(step, STEPS_AHEAD), accumulates) for step in steps]
+        stages = [self._train(samples, rng, TrainProgress(step, STEPS_AHEAD), accumulates) for step in steps]
         peaks = tuple(peak for stage in stages for peak in stage.peaks)
         return replace(max(stages, key=lambda stage: stage.peak), peaks=peaks)
 
-    def _train(self, samples: Sequence[Sample], progress: TrainProgress, accumulates: bool) -> WorkingMemory:
+    def _train(
+        self, samples: Sequence[Sample], rng: SampleRNG, progress: TrainProgress, accumulates: bool
+    ) -> WorkingMemory:
         """Rehearse one step; each call of a predicting network starts a phase, and so does the backward pass."""
         self.module.train(True)
         trained = self.module.trainable_parameters()
@@ -104,7 +115,7 @@ class Rehearsal:
             for parameter in trained if accumulates else ():
                 parameter.grad = torch.empty_like(parameter)
             with self.autocast():
-                losses = self.module(samples, progress)
+                losses = self.module.loss(samples, rng, self.module.remembered, progress)
             activations = self.live.device.now - before
             end_phase()
             losses.mean().backward()

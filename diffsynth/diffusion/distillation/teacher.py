@@ -110,7 +110,7 @@ class TeacherSampler(PipelineUnit):
         with pipe.sampling():
             pipe.progress_bar = iter
             path = pipe.trajectory(*pipe.prepare(requests))
-            sigmas = [*pipe.scheduler.sigmas.tolist(), 0.0]
+            sigmas = pipe.scheduler.levels
             points = points_on_path(path, sigmas, [sigmas[0], *levels, 0.0])
         noise, *between, end = (point.split(1) for point in points)
         outputs = [{"latents": a, "input_latents": b} for a, b in zip(noise, end, strict=True)]
@@ -123,7 +123,7 @@ class TeacherSampler(PipelineUnit):
         if self.student is None:
             return []
         with pipe.sampling_steps({"height": size["height"], "width": size["width"], **self.student}) as scheduler:
-            return scheduler.sigmas.tolist()
+            return scheduler.levels[:-1]
 
 
 def points_on_path(path: Iterable[Tensor], sigmas: Sequence[float], wanted: Sequence[float]) -> list[Tensor]:

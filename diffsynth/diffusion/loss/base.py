@@ -67,6 +67,10 @@ class Objective:
         """Sampling settings (steps, guidance, …) stored with the exported weights; None stores none."""
         return None
 
+    def rehearsed(self) -> "Objective":
+        """This objective for a rehearsal by `plan.py`: it takes equal memory, and less time where that is possible."""
+        return self
+
     @property
     def columns(self) -> tuple[str, ...]:
         """Columns that every row must have, besides the image and the prompt."""

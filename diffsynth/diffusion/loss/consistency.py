@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -53,8 +54,8 @@ class Consistency(RoleDistillation):
         """The largest number of segments during the training."""
         return 1
 
-    def edges(self, pipe: BasePipeline, size: Mapping, progress: TrainProgress | None) -> Tensor:
-        """Lower edges (k,) of the segments at this progress of the training, for images of `height` and `width`."""
+    def edges(self, pipe: BasePipeline, size: Mapping, progress: TrainProgress | None) -> list[float]:
+        """Lower edges of the segments at this progress of the training, for images of `height` and `width`."""
         raise NotImplementedError(f"{type(self).__name__} has no segments.")
 
     def loss(self, context: LossContext) -> Tensor:
@@ -80,15 +81,15 @@ class Spans(NamedTuple):
     end: Tensor
 
 
-def spans_at(uniform: Tensor, levels: Tensor, edges: Tensor) -> Spans:
+def spans_at(uniform: Tensor, levels: Sequence[float], edges: Sequence[float]) -> Spans:
     """A random level t per sample, the next lower level t' and the next lower edge s.
 
     Args:
         uniform: Uniform random numbers (B,) in [0, 1).
-        levels: Noise levels (N,) above 0, in any order.
-        edges: Lower edges (k,) of the segments, in any order, among them 0; they become levels too.
+        levels: Noise levels above 0, in any order.
+        edges: Lower edges of the segments, in any order, among them 0; they become levels too.
     """
-    levels, edges = torch.cat([levels, edges]).unique(), edges.unique()  # `unique` sorts them in ascending order
+    levels, edges = (torch.from_numpy(np.unique(np.float32(numbers))) for numbers in ([*levels, *edges], edges))
     index = 1 + (uniform * (len(levels) - 1)).long()
     start = levels[index]
     return Spans(start, levels[index - 1], edges[torch.searchsorted(edges, start) - 1])
@@ -99,7 +100,7 @@ def jump(latents: Tensor, velocity: Tensor, start: Tensor, end: Tensor) -> Tenso
     return latents + per_sample(end - start, latents) * velocity
 
 
-def grid(pipe: BasePipeline, size: Mapping, steps: int, sigmas: Sequence[float] | None = None) -> Tensor:
-    """Noise levels (steps,) at which the family samples images of `height` and `width`; `sigmas` if they are given."""
+def grid(pipe: BasePipeline, size: Mapping, steps: int, sigmas: Sequence[float] | None = None) -> list[float]:
+    """The `steps` noise levels at which the family samples images of `height` and `width`, or the given `sigmas`."""
     with pipe.sampling_steps({**size, "num_inference_steps": steps, "sigmas": sigmas}) as scheduler:
-        return scheduler.sigmas
+        return scheduler.levels[:-1]

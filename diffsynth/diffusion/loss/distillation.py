@@ -2,7 +2,7 @@
 
 import inspect
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
 from torch import Tensor
@@ -62,6 +62,12 @@ class Distillation(Objective):
     @property
     def sampling(self) -> Mapping[str, Any]:
         return self.student.settings
+
+    def rehearsed(self) -> Objective:
+        """The teacher takes as few steps as the student: its memory does not depend on their number."""
+        if self.teacher is None:
+            return self
+        return replace(self, teacher=replace(self.teacher, num_inference_steps=self.student.num_inference_steps))
 
     @property
     def columns(self) -> tuple[str, ...]:

@@ -91,11 +91,11 @@ class DMD2(RoleDistillation):
         Of the batch's clean latents only the shape is used.
         """
         sigmas, rng = context.sigmas(self.student.settings), context.rng
-        last = (rng.uniform("student step") * len(sigmas)).long()
-        latents, earlier_steps = rng.normal("noise", context.clean), int(last.max())
-        last = last.to(latents.device)
+        last_steps = rng.integers("student step", len(sigmas))
+        latents = rng.normal("noise", context.clean)
+        last = torch.tensor(last_steps, device=latents.device)
         with torch.no_grad():
-            for step in range(earlier_steps):
+            for step in range(max(last_steps)):
                 sigma, next_sigma = sigmas[step].expand(len(latents)), sigmas[step + 1].expand(len(latents))
                 velocity = context.velocity(STUDENT, latents, sigma)
                 moved = latents + per_sample(next_sigma - sigma, latents) * velocity

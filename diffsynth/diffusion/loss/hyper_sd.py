@@ -8,9 +8,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
-import torch
-from torch import Tensor
-
 from ..base_pipeline import BasePipeline
 from ..trained import TrainProgress
 from .consistency import Consistency, grid
@@ -48,7 +45,7 @@ class HyperSD(Consistency):
         part = len(self.segments) - 1 if progress is None else progress.step * len(self.segments) // progress.steps
         return self.segments[min(part, len(self.segments) - 1)]
 
-    def edges(self, pipe: BasePipeline, size: Mapping, progress: TrainProgress | None) -> Tensor:
+    def edges(self, pipe: BasePipeline, size: Mapping, progress: TrainProgress | None) -> list[float]:
         count = self.segments_at(progress)
         sigmas = self.student.settings["sigmas"] if count == self.student.num_inference_steps else None
-        return torch.cat([grid(pipe, size, count, sigmas), torch.zeros(1)])
+        return [*grid(pipe, size, count, sigmas), 0.0]

@@ -58,7 +58,7 @@ class TrajectoryImitation(Distillation):
 
     def loss(self, pipe: BasePipeline, trajectory: Tensor, height: int, width: int, **inputs) -> Tensor:
         with pipe.sampling_steps({"height": height, "width": width, **self.student.settings}) as scheduler:
-            sigmas = torch.cat([scheduler.sigmas, torch.zeros(1)]).to(trajectory.device)
+            sigmas = torch.tensor(scheduler.levels, device=trajectory.device)
         points, losses = trajectory.float(), []
         for index, (sigma, next_sigma) in enumerate(zip(sigmas[:-1], sigmas[1:], strict=True)):
             start, end = points[:, index], points[:, index + 1]

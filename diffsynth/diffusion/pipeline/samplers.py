@@ -63,8 +63,7 @@ def dpmpp_2m(velocity: Velocity, latents: Tensor, scheduler: FlowMatchScheduler,
     )
     solver.set_timesteps(len(scheduler.sigmas))
     # A shifted grid may begin a rounding error above 1, and the solver computes log(1 - σ).
-    levels = scheduler.sigmas.clamp(max=1)
-    solver.sigmas = torch.cat([levels, levels.new_zeros(1)])
+    solver.sigmas = torch.tensor(scheduler.levels).clamp(max=1)
     solver.timesteps = scheduler.sigmas * TRAINING_STEPS
     yield latents
     for timestep in scheduler.timesteps:

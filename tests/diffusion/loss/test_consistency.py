@@ -28,7 +28,7 @@ class LinearPipe:
     @contextmanager
     def sampling_steps(self, request):
         steps, sigmas = request["num_inference_steps"], request["sigmas"]
-        yield SimpleNamespace(sigmas=torch.tensor(sigmas or [1 - n / steps for n in range(steps)]))
+        yield SimpleNamespace(levels=[*(sigmas or [1 - n / steps for n in range(steps)]), 0.0])
 
 
 class LinearRoles:
@@ -130,8 +130,8 @@ def test_where_segments_are_shorter_jumps_are_too():
 def test_the_students_own_noise_levels_are_the_last_edges():
     student = Student(num_inference_steps=2, sigmas=[1, 0.875])
     task = HyperSD(student=student, segments=[4, 2])
-    assert task.edges(LinearPipe(), SIZE, None).tolist() == [1, 0.875, 0]
-    assert task.edges(LinearPipe(), SIZE, TrainProgress(0, 9)).tolist() == [1, 0.75, 0.5, 0.25, 0]
+    assert task.edges(LinearPipe(), SIZE, None) == [1, 0.875, 0]
+    assert task.edges(LinearPipe(), SIZE, TrainProgress(0, 9)) == [1, 0.75, 0.5, 0.25, 0]
 
 
 LEVELS = st.floats(2**-10, 1, width=32)
@@ -143,17 +143,17 @@ LEVELS = st.floats(2**-10, 1, width=32)
     st.integers(1, 64),
 )
 def test_no_step_of_the_teacher_crosses_an_edge(grid, edges, count):
-    edges = torch.cat([edges, torch.zeros(1)])
-    for start, following, end in zip(*spans_at(torch.arange(count) / count, grid, edges), strict=True):
+    edges = [*edges.tolist(), 0.0]
+    for start, following, end in zip(*spans_at(torch.arange(count) / count, grid.tolist(), edges), strict=True):
         assert start > following >= end and end in edges
         assert not any(following < edge < start for edge in edges) and not any(end < edge < start for edge in edges)
 
 
 @given(st.integers(1, 60), st.integers(1, 20))
 def test_each_noise_level_that_the_student_draws_at_is_trained(steps, segments):
-    edges = qwen_image_sigmas(segments)
-    starts = spans_at(torch.arange(1000) / 1000, qwen_image_sigmas(steps), torch.cat([edges, torch.zeros(1)])).start
-    assert torch.isin(edges, starts).all() and torch.isin(qwen_image_sigmas(steps), starts).all()
+    levels, edges = qwen_image_sigmas(steps), qwen_image_sigmas(segments)
+    starts = spans_at(torch.arange(1000) / 1000, levels.tolist(), [*edges.tolist(), 0.0]).start
+    assert torch.isin(edges, starts).all() and torch.isin(levels, starts).all()
 
 
 @pytest.mark.parametrize(
