@@ -282,11 +282,12 @@ def test_a_run_trains_evaluates_exports_and_resumes(family: Family, tmp_path):
         "validation.prompts=[a red emoji]",
         "validation.options.num_inference_steps=1",
     ]
-    overrides = run(family, tmp_path, *evaluated)
-    run_dir = tiny.run(overrides)
-    assert tiny.weights(run_dir)[-1].endswith(".safetensors")
-    assert all(np.isfinite(line["loss"]) for line in tiny.metrics(run_dir) if "loss" in line)
+    run_dir = tiny.run(run(family, tmp_path, *evaluated, "max_steps=2"))
     assert len(list((run_dir / "samples").glob("step-*.png"))) == 2
+    tiny.run(run(family, tmp_path, *evaluated, "max_steps=3"))  # goes on where the shorter run has ended
+    assert [line["step"] for line in tiny.metrics(run_dir) if "loss" in line] == [1, 2, 3]
+    assert all(np.isfinite(line["loss"]) for line in tiny.metrics(run_dir) if "loss" in line)
+    assert tiny.weights(run_dir)[-1] == "step-3.safetensors"
 
 
 @of_families
