@@ -6,6 +6,7 @@ import shlex
 import subprocess
 from importlib.metadata import requires
 from importlib.util import find_spec
+from itertools import zip_longest
 from pathlib import Path
 
 import pytest
@@ -44,30 +45,40 @@ def options(group: str) -> list[str]:
 
 
 def belongs(entry: str, group: str, option: str) -> bool:
-    """Whether an entry is to compose with an option; what train.py has need not be composed with distill.py again."""
+    """Whether an entry is to compose with an option; what train.py has need not be composed with others again."""
     if group == "experiment":
-        return option.startswith("emoji_distill/") == (entry == "distill")
+        return entry != "plan" and option.startswith("emoji_distill/") == (entry == "distill")
+    if entry == "plan":
+        return group == "task"
     return entry != "distill" or group in ("student", "teacher") or (group == "task" and option.startswith("distill"))
 
 
-CHOICES = [
-    (entry, f"{group}={option}")
-    for entry in ENTRIES
-    for group in groups(entry)
-    for option in options(group)
-    if belongs(entry, group, option)
-]
+def rows(entry: str) -> list[list[str]]:
+    """All options of an entry, in as few rows as groups allow: an experiment chooses options of other groups itself."""
+    choices = {g: [f"{g}={option}" for option in options(g) if belongs(entry, g, option)] for g in groups(entry)}
+    alone = [[choice] for group in ("experiment", "debug") for choice in choices.pop(group, [])]
+    of_the_task = [choices.pop(g) for g in ("timesteps", "weighting", "student", "teacher") if g in choices]
+    together = [*zip_longest(*of_the_task), *zip_longest(*choices.values())]
+    return [*alone, *([choice for choice in row if choice] for row in together)]
 
 
-@pytest.mark.parametrize("entry, choice", CHOICES)
-def test_every_option_of_every_group_composes_and_passes_the_check(entry, choice):
-    cfg = tiny.compose(entry, choice)
+def compose_and_check(entry: str, *choices: str) -> None:
+    cfg = tiny.compose(entry, *choices)
     for key in OmegaConf.missing_keys(cfg):  # what only the user knows, such as dataset.path
         OmegaConf.update(cfg, key, "given")
+    check(cfg, tiny.schema(entry))
+
+
+@pytest.mark.parametrize("entry, row", [(entry, row) for entry in ENTRIES for row in rows(entry)])
+def test_every_option_of_every_group_composes_and_passes_the_check(entry, row):
     try:
-        check(cfg, tiny.schema(entry))
-    except ConfigError as error:
-        assert_names_the_extra(str(error))
+        compose_and_check(entry, *row)
+    except Exception:  # one of them, which is found out here; or they don't go together
+        for choice in row:
+            try:
+                compose_and_check(entry, choice)
+            except ConfigError as error:
+                assert_names_the_extra(str(error))
 
 
 @pytest.mark.parametrize("entry", ENTRIES)
