@@ -31,6 +31,7 @@ from diffsynth.plan.footprint import static_footprint
 from diffsynth.plan.meta_module import read
 from diffsynth.plan.meta_pipeline import Architecture
 from diffsynth.plan.rehearsal import Rehearsal
+from diffsynth.training.absent import NoEMA
 
 CONFIGS = {
     "qwen_image": {"_class_name": "QwenImageTransformer2DModel", "num_layers": 2},
@@ -72,7 +73,7 @@ def predicted(family: str, training: str, checkpointing: str, size: int) -> int:
     """Return the planned bytes at the peak of a step."""
     rehearsal = Rehearsal(read(module_of(family, training, checkpointing), cached=True))
     passes = rehearsal.train([row_of(family, size)], accumulates=False)
-    footprint = static_footprint(rehearsal.module, rehearsal.at_rest, rehearsal.unreached, OPTIMIZER)
+    footprint = static_footprint(rehearsal.module, rehearsal.at_rest, rehearsal.unreached, OPTIMIZER, NoEMA())
     return replace(footprint, working=passes.peak).peak
 
 

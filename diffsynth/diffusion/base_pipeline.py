@@ -48,7 +48,7 @@ class BasePipeline(PipelineNetworks):
     media: ClassVar[Media] = ImageMedia()
     model_fn: ClassVar[Callable[..., Tensor]]
     sigma_grid: ClassVar[Callable[..., Tensor]]
-    unit_classes: ClassVar[Sequence[Callable[[], PipelineUnit]]]
+    unit_classes: ClassVar[Sequence[type[PipelineUnit]]]
     model_settings: ClassVar[Sequence[str]] = ()
 
     per_sample_arguments: ClassVar[Sequence[str]] = (

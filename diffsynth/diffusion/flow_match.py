@@ -60,11 +60,12 @@ class FlowMatchScheduler:
 
         `sigmas` and `timesteps` (N,) have one per sampling step; `levels` are the sigmas and 0, as numbers.
         """
-        if sigmas is None:
-            grid = self.sigma_grid(num_inference_steps, denoising_strength=denoising_strength, **grid_options)
-            sigmas = grid.tolist()
-        self.levels = [*np.float32(sigmas).tolist(), 0.0]
-        self.sigmas = torch.tensor(self.levels[:-1])
+        with torch.device("cpu"):  # also where models are built on the meta device
+            if sigmas is None:
+                grid = self.sigma_grid(num_inference_steps, denoising_strength=denoising_strength, **grid_options)
+                sigmas = grid.tolist()
+            self.levels = [*np.float32(sigmas).tolist(), 0.0]
+            self.sigmas = torch.tensor(self.levels[:-1])
         self.timesteps = self.sigmas * TRAINING_STEPS
         self.training = training
 

@@ -55,6 +55,8 @@ class ModelLogger:
         unknown = sorted(set(self.formats) - set(FORMATS))
         if unknown or not self.formats:
             raise ValueError(f"export.formats is {list(self.formats)}; expected some of {list(FORMATS)}.")
+        if self.save_steps is not None and self.save_steps < 1:
+            raise ValueError(f"export.save_steps is {self.save_steps}; expected at least 1, or null.")
 
     def check(self, measured: Sequence[str]) -> None:
         """Refuse a `keep_best` that is not among the metrics that validation measures."""

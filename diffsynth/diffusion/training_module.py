@@ -18,6 +18,7 @@ from ..core.memory import MemoryRecipe
 from .adapters import files as lora_files
 from .adapters.lora import Adapter, LoRA
 from .base_pipeline import BasePipeline
+from .flow_match import TRAINING_STEPS
 from .loss import Objective
 from .memory_layout import check_memory, lay_out, stored_models
 from .pipeline.remembered import UnitMemory, to_device
@@ -25,7 +26,7 @@ from .pipeline.units import optional_inputs, run_units, run_units_together, spli
 from .randomness import SampleRNG
 from .template.model import Template
 from .template.units import attach, rehearse
-from .trained import MODEL, TrainProgress, prepare_training
+from .trained import MODEL, TrainProgress
 
 DEFAULT_RECIPE = MemoryRecipe()
 
@@ -341,3 +342,25 @@ def with_made(inputs: Sequence[Mapping], made: Mapping[str, Mapping]) -> tuple[d
     """A row's inputs (shared, positive, negative), with the outputs of frozen units that a cache has of the row."""
     sides = zip(("shared", "posi", "nega"), inputs, strict=True)
     return tuple({**own, **made.get(side, {})} for side, own in sides)
+
+
+def prepare_training(
+    pipe: BasePipeline,
+    trainable_models: Iterable[str],
+    adapter: Adapter | None,
+    seed: int,
+    trained_dtype: torch.dtype = torch.float32,
+) -> None:
+    """Make a pipeline with loaded weights ready: set the training noise levels, freeze, inject the adapter.
+
+    Args:
+        trainable_models: Models trained in full, converted to `trained_dtype`; everything else is frozen.
+        adapter: Injected in fp32; None for none.
+        seed: Of the adapter's initial values.
+    """
+    pipe.scheduler.set_timesteps(TRAINING_STEPS, training=True)
+    pipe.freeze_except(trainable_models := list(trainable_models))
+    for name in trainable_models:
+        pipe.named_model(name).to(trained_dtype)
+    if adapter is not None:
+        adapter.inject(pipe, seed)

@@ -14,6 +14,7 @@ from .optimizer_cost import optimizer_cost
 from .rehearsal import tensors_of
 
 if TYPE_CHECKING:
+    from ..training.absent import NoEMA
     from ..training.ema import EMA
 
 
@@ -72,7 +73,7 @@ def static_footprint(
     at_rest: int,
     unreached: Sequence[nn.Parameter],
     optimizer: Callable,
-    ema: "EMA | None" = None,
+    ema: "EMA | NoEMA",
     on_cuda: bool = False,
 ) -> MemoryFootprint:
     """Return the footprint without `working`, `activations` and `host`, which depend on the samples.
@@ -83,7 +84,7 @@ def static_footprint(
         unreached: Trained parameters that get no gradient, such as those of the text after the last attention; they
             have no optimizer state. They are known after the passes have been rehearsed.
         optimizer: Called as `optimizer(parameters)`.
-        ema: Average of the weights; None keeps none.
+        ema: Average of the weights.
         on_cuda: Whether the run is on CUDA, where optimizers may step all tensors at once.
     """
     parts = [list(part.values()) for part in module.trained_parts().values()]
@@ -92,13 +93,12 @@ def static_footprint(
     numel = [parameter.numel() for parameter in trained]
     reached = sum(numel) - sum(parameter.numel() for parameter in unreached)
     cost = optimizer_cost(optimizer, trained[0].dtype, on_cuda)
-    average_on_device = ema is not None and ema.device is None
     return MemoryFootprint(
         frozen=at_rest - weights,
         trained=weights,
         gradients=bytes_of(trained) - bytes_of(unreached),
         optimizer=math.ceil(cost.state * reached),
-        average=4 * sum(parameter.numel() for parameter in parts[0]) if average_on_device else 0,
+        average=4 * sum(parameter.numel() for parameter in parts[0]) if ema.on_device else 0,
         update=cost.update(reached, max(numel)),
         block=largest_block(module.pipe.network),
         master_weights=4 * sum(parameter.numel() for part in parts for parameter in part),

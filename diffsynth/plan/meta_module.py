@@ -45,7 +45,7 @@ class MetaModules:
 
     def _build(self, run: PlanRun) -> PipelineTrainingModule:
         module = self._unread(run)
-        return read(module, run.validation.models(module) if run.validation else (), run.is_cached)
+        return read(module, run.validation.models(module), run.is_cached)
 
     def _unread(self, run: PlanRun) -> PipelineTrainingModule:
         # The template is copied, because planning replaces its weights by ones without values.

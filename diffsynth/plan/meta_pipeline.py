@@ -8,12 +8,11 @@ import json
 import re
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cache, wraps
+from functools import cache
 from pathlib import Path, PurePosixPath
 
 import torch
 from torch import nn
-from torch._subclasses.fake_tensor import unset_fake_temporarily
 from transformers import BatchEncoding
 
 from ..core.loader import ModelConfig
@@ -92,18 +91,7 @@ def meta_pipeline(model: Callable[..., BasePipeline], tokens: int) -> BasePipeli
             (folder,) = [None] if part.is_absent else part.resolve()
             setattr(pipe, name, component.read(folder))
     pipe.add_units()
-    pipe.scheduler.sigma_grid = with_values(pipe.scheduler.sigma_grid)
     return pipe
-
-
-def with_values(sigma_grid: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
-    """Return a function whose noise levels have values on the meta device and during a rehearsal, too."""
-
-    def real_sigmas(*args, **kwargs) -> torch.Tensor:
-        with torch.device("cpu"), unset_fake_temporarily():
-            return sigma_grid(*args, **kwargs)
-
-    return wraps(sigma_grid)(real_sigmas)
 
 
 def read_images_as_text(text_encoder: nn.Module) -> None:

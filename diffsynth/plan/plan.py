@@ -167,7 +167,7 @@ class Planner:
     def sampling(self) -> list[StageMemory]:
         """Return the stage of sampling the validation's prompts, beside what training holds between two steps."""
         validation, pipe = self.run.validation, self.rehearsal.module.pipe
-        if not (validation and (validation.prompts or validation.shown_rows(pipe))):
+        if not (validation.prompts or validation.shown_rows(pipe)):
             return []
         request = {"prompt": (*validation.prompts, "a picture")[0], **validation.options}
         whole, static = pipe.complete(request), self.static_footprint
@@ -187,11 +187,11 @@ class Planner:
         return self.sampled[storage]
 
     def saving(self) -> StageMemory:
-        """Return the stage of saving: all checkpoints that are kept, one more while it is written, and all exports."""
+        """Return the stage of saving: the most checkpoints that there are at a time, and all exports."""
         static, run = self.static_footprint, self.run
         optimizer = static.optimizer + static.average
         state = static.trained + optimizer
-        disk = (run.checkpoint.keep_last + 1) * state + run.exports * len(run.export.formats) * static.trained
+        disk = run.checkpoint.most(run.steps) * state + run.exports * len(run.export.formats) * static.trained
         host = min(state, FILE_BYTES)
         return StageMemory("save", None, static.weights, 0, optimizer, 0, static.between_steps, host=host, disk=disk)
 

@@ -4,13 +4,14 @@ All of the run's own code is executed; only the arithmetic is left out.
 """
 
 import gc
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
+from functools import wraps
 
 import torch
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 from torch.utils._pytree import tree_map
 
 from ..core.data import Row, Sample, SampleAddress
@@ -75,6 +76,7 @@ class Rehearsal:
         self.module, self.mode, self.live = module, FakeTensorMode(allow_non_fake_inputs=True), LiveBytes()
         self.reached: set[nn.Parameter] = set()  # parameters that have had a gradient in a rehearsal
         module.pipe.device = torch.device("cpu")
+        module.pipe.scheduler.sigma_grid = with_values(module.pipe.scheduler.sigma_grid)
         with self._measured():
             allocate(module)
             lay_out(module)
@@ -182,6 +184,16 @@ class Rehearsal:
 
     def _since(self, before: int) -> WorkingMemory:
         return WorkingMemory((self.live.device.peak - before,), self.live.host.peak)
+
+
+def with_values(sigma_grid: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    """Return a function whose noise levels have values during a rehearsal, too: samplers need them as numbers."""
+
+    def real_sigmas(*args, **kwargs) -> torch.Tensor:
+        with unset_fake_temporarily():
+            return sigma_grid(*args, **kwargs)
+
+    return wraps(sigma_grid)(real_sigmas)
 
 
 def new_inputs(before: Mapping, after: Mapping, wanted: Collection[str]) -> dict:

@@ -86,6 +86,13 @@ class PlanRun(Run):
         return sorted(self.dataset.rows_by_size(), key=lambda size: -math.prod(size or ()))
 
     @property
+    def steps(self) -> int:
+        """Number of optimizer steps."""
+        if self.max_steps is not None:
+            return self.max_steps
+        return self.dataset.order(self.batch_size, self.seed, self.samples).steps_of(self.num_epochs)
+
+    @property
     def exports(self) -> int:
         """How often the run exports weights."""
         epochs, every = self.num_epochs, self.export.save_steps

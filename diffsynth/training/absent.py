@@ -7,11 +7,11 @@ from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
 
-from torch import Tensor
-
 if TYPE_CHECKING:
     from accelerate import Accelerator
+    from torch import Tensor
 
+    from ..diffusion.base_pipeline import BasePipeline
     from ..diffusion.training_module import DiffusionTrainingModule
     from .ema import EMA
     from .state import TrainingState
@@ -21,12 +21,13 @@ class NoEMA:
     """Keeps no average of the weights."""
 
     weights = ("raw",)
-    average: Sequence[Tensor] = ()
+    on_device = False
+    average: Sequence["Tensor"] = ()
 
-    def start(self, parameters: Sequence[Tensor]) -> None:
+    def start(self, parameters: Sequence["Tensor"]) -> None:
         pass
 
-    def update(self, parameters: Sequence[Tensor], step: int) -> None:
+    def update(self, parameters: Sequence["Tensor"], step: int) -> None:
         pass
 
 
@@ -38,10 +39,10 @@ class NoCheckpoints:
     def resume(self, accelerator: "Accelerator", state: "TrainingState", identity: Mapping[str, Any]) -> bool:
         return False
 
-    def check_room_for_run(self, size: int) -> None:
+    def check_room_for_run(self, size: int, steps: int) -> None:
         pass
 
-    def keep_if_due(
+    def save_if_due(
         self, accelerator: "Accelerator", state: "TrainingState", identity: Mapping[str, Any], last: bool
     ) -> None:
         pass
@@ -67,6 +68,7 @@ class NoValidation:
     """Evaluates nothing."""
 
     datasets: Mapping[str, Any] = {}
+    prompts: Sequence[str] = ()
     saved: Sequence = ()
     metric_names: Sequence[str] = ()
 
@@ -75,6 +77,9 @@ class NoValidation:
 
     def models(self, module: "DiffusionTrainingModule") -> set[str]:
         return set()
+
+    def shown_rows(self, pipe: "BasePipeline") -> int:
+        return 0
 
     def due(self, step: int, done: bool) -> bool:
         return False

@@ -95,14 +95,14 @@ class Checkpoints:
         logger.info("Resuming from step %d, from %s.", state.step, folder)
         return True
 
-    def keep_if_due(
+    def save_if_due(
         self, accelerator: "Accelerator", state: "TrainingState", identity: Mapping[str, Any], last: bool
     ) -> None:
         """Save `state` if a checkpoint is due or this is the run's `last` step; all processes call it."""
         if last or self.due(state.step):
-            self.keep(accelerator, state, identity, last)
+            self.save(accelerator, state, identity, last)
 
-    def keep(self, accelerator: "Accelerator", state: "TrainingState", identity: Mapping[str, Any], last: bool) -> None:
+    def save(self, accelerator: "Accelerator", state: "TrainingState", identity: Mapping[str, Any], last: bool) -> None:
         """Save `state`; all processes call it.
 
         A full disk is a warning, because there may be room again at the next checkpoint; for the `last` checkpoint it
@@ -112,14 +112,14 @@ class Checkpoints:
         accelerator.wait_for_everyone()
         if accelerator.is_main_process:
             try:
-                self.save(state.step, parts, identity)
+                self.write(state.step, parts, identity)
             except OSError as error:
                 if last:
                     raise
                 logger.warning("The checkpoint of step %d is not saved: %s", state.step, error)
         accelerator.wait_for_everyone()
 
-    def save(self, step: int, parts: Mapping[str, Any], identity: Mapping[str, Any] | None = None) -> Path:
+    def write(self, step: int, parts: Mapping[str, Any], identity: Mapping[str, Any] | None = None) -> Path:
         """Write the trees of `parts` as the checkpoint of `step`, then delete old checkpoints.
 
         Raises:
@@ -156,14 +156,19 @@ class Checkpoints:
                 f"{self.path} has {_gigabytes(free)} free: make room, or set output_root=… to a larger disk. {state}"
             )
 
-    def check_room_for_run(self, size: int) -> None:
-        """Check that the checkpoints of a whole run fit: all that are kept, and one more while it is written.
+    def most(self, steps: int) -> int:
+        """Return the largest number of checkpoints that a run of `steps` has at a time."""
+        saved = {steps} if self.every is None else {steps, *range(self.every, steps, self.every)}
+        kept_as_well = [] if self.keep_every is None else [step for step in saved if step % self.keep_every == 0]
+        return min(len(saved), len(kept_as_well) + self.keep_last + 1)
+
+    def check_room_for_run(self, size: int, steps: int) -> None:
+        """Check that the checkpoints of a run of `steps` fit, those that it has saved before it was resumed included.
 
         Raises:
             OSError: They do not fit.
         """
-        most = 1 if self.every is None else self.keep_last + 1
-        self.check_room(size, max(most - len(self.steps()), 1))
+        self.check_room(size, max(self.most(steps) - len(self.steps()), 1))
 
     def newest(self) -> tuple[Path, dict] | None:
         """Return folder and content of the newest undamaged checkpoint; a warning names each damaged one."""

@@ -21,11 +21,10 @@ def check_run(run: "Run", engine: Engine) -> None:
     """
     BatchLayout(run.batch_size, run.micro_batch_size, engine.replicas)
     scan(run.dataset, run.media, run.task, run.template)
-    if run.validation:
-        for dataset in run.validation.datasets.values():
-            scan(dataset, run.media, run.task, run.template)
-        run.validation.check(run.ema)
-    run.export.check(run.validation.metric_names if run.validation else ())
+    for dataset in run.validation.datasets.values():
+        scan(dataset, run.media, run.task, run.template)
+    run.validation.check(run.ema)
+    run.export.check(run.validation.metric_names)
 
 
 def scan(dataset: TrainingData, media: "Media", task: "Objective", template: "Template | None") -> None:

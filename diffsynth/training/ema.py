@@ -28,6 +28,11 @@ class EMA:
         self.decay, self.power, self.device = decay, power, device
         self.average: list[Tensor] = []
 
+    @property
+    def on_device(self) -> bool:
+        """Whether the average is where the parameters are."""
+        return self.device is None
+
     def start(self, parameters: Sequence[Tensor]) -> None:
         """Start the average at the parameters' current values (tensors of any shape)."""
         self.average = [p.detach().to(self.device or p.device, torch.float32, copy=True) for p in parameters]

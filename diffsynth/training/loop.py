@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -15,83 +15,56 @@ from ..core.progress import ProgressBar
 from ..core.signals import leave_to_parent
 from ..diffusion.logger import ModelLogger
 from ..diffusion.training_module import DiffusionTrainingModule
-from .absent import NoCheckpoints, NoEMA, NoLogger, NoProfile, NoValidation
 from .bad_steps import BadSteps
-from .checkpoint import Checkpoints
-from .ema import EMA
 from .engines import Engine, choose_engine
-from .profile import Profile
-from .record.numbers import LocalLogger
+from .run import LoopSettings, Run
 from .state import TrainingState
 from .stopping import Stopped, StopRequest, stop_on_signals
-from .validation import BANDS, Validation
+from .validation import BANDS
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
-
-    from .run import Run
 
 # Endings of the names of metrics that are logged but not shown beside the progress bar.
 DETAILS = ("_error", *(f"_band{number}" for number in range(1, BANDS + 1)))
 
 
 @dataclass(kw_only=True)
-class Trainer:
-    """Trains a module whose weights are loaded; optional parts that are None become null objects (`absent`).
+class Trainer(LoopSettings):
+    """Trains a module whose weights are loaded.
 
     Args:
         accelerator: Device and precision.
         engine: Spreads the training over processes.
         module: Computes the losses of a batch of samples, and has the trained parameters.
-        export: Saves weights for inference.
         identity: Fingerprints by name that must be equal when the run is resumed.
         bad_steps: Handles steps whose gradient is not finite.
-        optimizer, lr_scheduler: See `TrainingState`.
 
-    The other arguments are those of `training.run.Run`.
+    The other arguments are those of `LoopSettings`.
     """
 
     accelerator: "Accelerator"
     engine: Engine
     module: DiffusionTrainingModule
-    dataset: TrainingData
-    optimizer: Callable
-    export: ModelLogger
-    lr_scheduler: Callable | None = None
-    max_steps: int | None = None
-    num_epochs: float = 1
-    samples: int | None = None
-    batch_size: int = 1
-    micro_batch_size: int | None = None
-    max_grad_norm: float | None = None
-    seed: int = 0
-    ema: EMA | NoEMA | None = None
-    checkpoint: Checkpoints | NoCheckpoints | None = None
     identity: Mapping[str, Any] = field(default_factory=dict)
-    logger: LocalLogger | NoLogger | None = None
-    validation: Validation | NoValidation | None = None
-    profile: Profile | NoProfile | None = None
     bad_steps: BadSteps = field(default_factory=BadSteps)
 
     def __post_init__(self):
-        self.ema = self.ema or NoEMA()
-        self.checkpoint = self.checkpoint or NoCheckpoints()
-        self.logger = self.logger or NoLogger()
-        self.validation = self.validation or NoValidation()
-        self.profile = self.profile or NoProfile()
+        super().__post_init__()
         self.layout = BatchLayout(self.batch_size, self.micro_batch_size, self.engine.replicas)
         self.order = self.dataset.order(self.batch_size, self.seed, self.samples)
-        self.steps = self.max_steps or self.order.steps_of(self.num_epochs)
+        self.steps = self.order.steps_of(self.num_epochs) if self.max_steps is None else self.max_steps
 
     @classmethod
     def of(
-        cls, run: "Run", accelerator: "Accelerator", engine: Engine, module: DiffusionTrainingModule, identity: Mapping
+        cls, run: Run, accelerator: "Accelerator", engine: Engine, module: DiffusionTrainingModule, identity: Mapping
     ) -> "Trainer":
         """Return the trainer of a configured run and its training module."""
-        shared = {name: value for name, value in vars(run).items() if name in cls.__dataclass_fields__}
+        settings = {each.name: getattr(run, each.name) for each in fields(LoopSettings)}
         bad_steps = BadSteps(f"{run.run_dir}/bad_steps.jsonl", run.max_bad_steps)
-        own = {"accelerator": accelerator, "engine": engine, "module": module, "identity": identity}
-        return cls(**shared, **own, bad_steps=bad_steps)
+        return cls(
+            **settings, accelerator=accelerator, engine=engine, module=module, identity=identity, bad_steps=bad_steps
+        )
 
     def fit(self) -> int:
         """Train and return the number of optimizer steps taken.
@@ -107,15 +80,15 @@ class Trainer:
 
         with stop_on_signals() as stop, self._batches(sampler) as batches, self.profile as profile:
             while True:
-                done, last = self._ends(state, stop)
+                done, ends = self._ends(state, stop)
 
                 # Log, evaluate, export and save the current weights; a resumed run did so before it stopped.
                 state.set_mode("eval")
                 if not resumed:
                     with state.meter.paused():
                         self._record(state, bar, done)
-                        self.checkpoint.keep_if_due(self.accelerator, state, self.identity, last)
-                if last:
+                        self.checkpoint.save_if_due(self.accelerator, state, self.identity, ends)
+                if ends:
                     break
                 resumed = False
 
@@ -150,7 +123,7 @@ class Trainer:
         resumed = self.checkpoint.resume(self.accelerator, state, self.identity)
         if self.accelerator.is_main_process:
             self.bad_steps.start(state.step)
-            self.checkpoint.check_room_for_run(state.expected_bytes)
+            self.checkpoint.check_room_for_run(state.expected_bytes, self.steps)
             self.logger.start(state.step, resumed)
         return resumed
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from ..diffusion.loss.base import MODEL
+from ..diffusion.trained import MODEL
 
 if TYPE_CHECKING:
     from accelerate import Accelerator

@@ -3,37 +3,76 @@
 from dataclasses import dataclass
 from typing import Any
 
+from .absent import NoCheckpoints, NoEMA, NoLogger, NoProfile, NoValidation
+
 
 @dataclass(kw_only=True)
-class Run:
-    """One training run, its parts built by the configuration; the fields are the top level of conf/training.yaml.
+class LoopSettings:
+    """The part of a run that the training loop reads. Optional parts that are None become null objects (`absent`).
 
     Args:
-        name: Name of the run.
-        output_root, run_dir: Folder of all runs, and the folder of this run in it.
-        device: `auto`, `cpu`, `cuda` or `mps`.
-        seed: Seed of all random numbers.
-        model: A partial of a family's `from_components` that lacks only `device`; it builds the pipeline.
         dataset: The training data (`core.data.TrainingData`).
-        task: The objective (`diffusion.loss.Objective`).
-        lora: The adapter (`diffusion.adapters.lora.Adapter`); None trains `task.trainable_models` in full.
-        template: The template to train (`diffusion.template.Templates`); None trains no template.
-        memory: Options that save memory at the cost of time or precision (`core.memory.MemoryRecipe`).
         optimizer: Called as `optimizer(parameters)`.
         lr_scheduler: Called as `lr_scheduler(optimizer)`; stepped once per optimizer step.
-        ema: The moving average of the weights (`training.ema.EMA`); None keeps no average.
+        export: Saves weights for inference (`diffusion.logger.ModelLogger`).
+        ema: The moving average of the weights (`training.ema.EMA`).
+        checkpoint: Saves the state to resume from (`training.checkpoint.Checkpoints`).
+        logger: Writes the metrics (`training.record.numbers.LocalLogger`).
+        validation: What to evaluate, and when (`training.validation.Validation`).
+        profile: Writes a trace of a few steps (`training.profile.Profile`).
         max_steps: Number of optimizer steps; None counts `num_epochs` instead.
         num_epochs: Number of passes over the data set, of which each shows a sample `repeat` times.
         samples: Number of samples to train on, from the beginning of the data set; None trains on all.
         batch_size: Samples per optimizer step, summed over all devices.
         micro_batch_size: Samples per forward pass on one device; None takes the device's whole share of the batch.
         max_grad_norm: The gradient's norm is clipped to this; None does not clip.
+        seed: Seed of all random numbers.
+    """
+
+    dataset: Any
+    optimizer: Any
+    export: Any
+    lr_scheduler: Any = None
+    ema: Any = None
+    checkpoint: Any = None
+    logger: Any = None
+    validation: Any = None
+    profile: Any = None
+    max_steps: int | None = None
+    num_epochs: float = 1
+    samples: int | None = None
+    batch_size: int = 1
+    micro_batch_size: int | None = None
+    max_grad_norm: float | None = None
+    seed: int = 0
+
+    def __post_init__(self):
+        self.ema = self.ema or NoEMA()
+        self.checkpoint = self.checkpoint or NoCheckpoints()
+        self.logger = self.logger or NoLogger()
+        self.validation = self.validation or NoValidation()
+        self.profile = self.profile or NoProfile()
+        for name in ("max_steps", "samples"):
+            if (value := getattr(self, name)) is not None and value < 1:
+                raise ValueError(f"{name} is {value}; expected at least 1, or null.")
+        if self.max_steps is None and self.num_epochs <= 0:
+            raise ValueError(f"num_epochs is {self.num_epochs}; expected more than 0.")
+
+
+@dataclass(kw_only=True)
+class Run(LoopSettings):
+    """One training run, its parts built by the configuration; its fields are the top level of conf/training.yaml.
+
+    Args:
+        name: Name of the run.
+        output_root, run_dir: Folder of all runs, and the folder of this run in it.
+        device: `auto`, `cpu`, `cuda` or `mps`.
+        model: A partial of a family's `from_components` that lacks only `device`; it builds the pipeline.
+        task: The objective (`diffusion.loss.Objective`).
+        lora: The adapter (`diffusion.adapters.lora.Adapter`); None trains `task.trainable_models` in full.
+        template: The template to train (`diffusion.template.Templates`); None trains no template.
+        memory: Options that save memory at the cost of time or precision (`core.memory.MemoryRecipe`).
         max_bad_steps: The run ends after this many steps in a row whose gradient is not finite.
-        validation: What to evaluate, and when (`training.validation.Validation`); None evaluates nothing.
-        logger: Writes the metrics (`training.record.numbers.LocalLogger`).
-        export: Saves weights for inference (`diffusion.logger.ModelLogger`).
-        checkpoint: Saves the state to resume from (`training.checkpoint.Checkpoints`).
-        profile: Writes a trace of a few steps (`training.profile.Profile`); None writes none.
         data_report: Describes the data set before the first step (`training.record.data_report.DataReport`).
     """
 
@@ -41,28 +80,12 @@ class Run:
     output_root: str
     run_dir: str
     model: Any
-    dataset: Any
     task: Any
     memory: Any
-    optimizer: Any
-    lr_scheduler: Any
-    logger: Any
-    export: Any
-    checkpoint: Any
     data_report: Any
     lora: Any = None
     template: Any = None
-    ema: Any = None
-    validation: Any = None
-    profile: Any = None
     device: str = "auto"
-    seed: int = 0
-    max_steps: int | None = None
-    num_epochs: float = 1
-    samples: int | None = None
-    batch_size: int = 1
-    micro_batch_size: int | None = None
-    max_grad_norm: float | None = None
     max_bad_steps: int = 10
 
     @property

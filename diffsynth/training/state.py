@@ -15,8 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from ..diffusion.loss.base import MODEL
-from ..diffusion.trained import TrainProgress
+from ..diffusion.trained import MODEL, TrainProgress
 from .absent import NoEMA
 from .ema import EMA
 from .engines import Engine, choose_engine

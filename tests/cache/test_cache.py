@@ -484,7 +484,7 @@ def refused(cache: Path, message: str, module=None, **options) -> None:
     with pytest.raises(ValueError, match=message):
         rows = CachedDataset(str(cache), **options)
         rows.scan(required=("image", "prompt", *module.task.extra_inputs))
-        rows.check_made_for(CacheKeys(module).about())
+        rows.check_made_for(CacheKeys(module).about)
 
 
 def unfinished(cache: Path) -> None:

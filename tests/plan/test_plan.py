@@ -30,6 +30,7 @@ from diffsynth.plan.plan import Planner
 from diffsynth.plan.rehearsal import Rehearsal
 from diffsynth.plan.run import PlanRun
 from diffsynth.plan.shares import shares
+from diffsynth.training.absent import NoEMA
 from diffsynth.training.run import Run
 
 preflight = import_module("diffsynth.plan.preflight")  # its function has its name
@@ -96,7 +97,7 @@ def rehearsed(benchmark, monkeypatch, **recipe) -> tuple[MemoryFootprint, Rehear
     module = PipelineTrainingModule(module.pipe, module.task, module.lora, memory=MemoryRecipe(**recipe))
     rehearsal = Rehearsal(read(module, cached=True))
     passes = rehearsal.train([benchmark.row_of("qwen_image", 256)], accumulates=False)
-    footprint = static_footprint(rehearsal.module, rehearsal.at_rest, rehearsal.unreached, benchmark.OPTIMIZER)
+    footprint = static_footprint(rehearsal.module, rehearsal.at_rest, rehearsal.unreached, benchmark.OPTIMIZER, NoEMA())
     return replace(footprint, working=passes.peak, activations=passes.activations, host=passes.host), rehearsal
 
 

@@ -3,10 +3,13 @@
 import json
 import shutil
 from functools import partial
+from tempfile import TemporaryDirectory
 from types import SimpleNamespace
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from safetensors.torch import load_file
 from torch import nn
 
@@ -61,7 +64,7 @@ def kept(checkpoints, state):
     history = {}
     for step in (1, 2):
         take_step(state)
-        checkpoints.keep(state.accelerator, state, {}, last=False)
+        checkpoints.save(state.accelerator, state, {}, last=False)
         history[step] = weights(state)
     return history
 
@@ -109,7 +112,7 @@ def test_nothing_to_go_on_from_is_no_mistake(checkpoints, state):
 def test_what_is_large_is_split_over_files(checkpoints, state, monkeypatch):
     take_step(state)
     monkeypatch.setattr(checkpoint, "FILE_BYTES", 40)
-    folder = checkpoints.save(1, state.trees())
+    folder = checkpoints.write(1, state.trees())
     sizes = [[t.nbytes for t in load_file(path).values()] for path in sorted(folder.glob("weights-*.safetensors"))]
     assert len(sizes) > 1 and all(sum(tensors) <= 40 or len(tensors) == 1 for tensors in sizes)
     assert all(map(torch.equal, weights(resume(checkpoints)), weights(state)))
@@ -122,15 +125,32 @@ def test_what_is_large_is_split_over_files(checkpoints, state, monkeypatch):
 def test_the_last_are_kept_and_every_so_many(keep_every, expected, tmp_path):
     checkpoints = Checkpoints(tmp_path, keep_last=2, keep_every=keep_every)
     for step in range(1, 7):
-        checkpoints.save(step, {"weights": {"a": torch.ones(1)}})
+        checkpoints.write(step, {"weights": {"a": torch.ones(1)}})
     assert sorted(checkpoints.steps()) == expected
+
+
+@settings(max_examples=30)
+@given(
+    every=st.none() | st.integers(1, 4),
+    keep_last=st.integers(1, 3),
+    keep_every=st.none() | st.integers(1, 4),
+    steps=st.integers(1, 9),
+)
+def test_no_run_has_more_than_are_expected(every, keep_last, keep_every, steps):
+    with TemporaryDirectory() as folder:
+        checkpoints, most = Checkpoints(folder, every, keep_last, keep_every), 0
+        for step in range(1, steps + 1):
+            if checkpoints.due(step) or step == steps:
+                most = max(most, len(checkpoints.steps()) + 1)  # while it is written
+                checkpoints.write(step, {})
+        assert most <= checkpoints.most(steps) <= most + len(range(0, steps, keep_every or steps)) + 1
 
 
 def test_the_one_just_saved_outlives_those_of_later_steps_that_were_passed_over(checkpoints, kept):
     cut_off(checkpoints.path / "step-000002")
     fresh = resume(checkpoints)
     again = Checkpoints(checkpoints.path, keep_last=1)
-    again.save(1, fresh.trees())
+    again.write(1, fresh.trees())
     assert again.newest()[0].name == "step-000001"
 
 
@@ -209,7 +229,7 @@ def test_a_save_that_fails_half_way_leaves_nothing_and_loses_nothing(checkpoints
 
     monkeypatch.setattr(checkpoint, "write_text", fail)
     with pytest.raises(OSError, match="the disk is gone"):
-        checkpoints.save(2, {"weights": {"a": torch.ones(1)}})
+        checkpoints.write(2, {"weights": {"a": torch.ones(1)}})
     assert folders(checkpoints) == ["step-000001", "step-000002"]
     assert read_checkpoint(checkpoints.path / "step-000002")["parts"].keys() > {"weights", "optimizer"}
 
@@ -224,7 +244,7 @@ def full_disk(monkeypatch):
 
 def test_no_room_is_told_in_numbers_and_loses_nothing(checkpoints, kept, full_disk):
     with pytest.raises(OSError) as error:
-        checkpoints.save(3, {"weights": {"a": torch.ones(10**8, device="meta")}})
+        checkpoints.write(3, {"weights": {"a": torch.ones(10**8, device="meta")}})
     assert "0.467 GB" in str(error.value) and "0.003 GB" in str(error.value)  # 0.4 and a reserve; what is free
     assert str(checkpoints.path) in str(error.value) and "of step 2, is kept" in str(error.value)
     assert folders(checkpoints) == ["step-000001", "step-000002"]
@@ -232,17 +252,17 @@ def test_no_room_is_told_in_numbers_and_loses_nothing(checkpoints, kept, full_di
 
 def test_without_room_a_run_goes_on_but_does_not_end_as_if_it_were_saved(checkpoints, kept, state, full_disk, caplog):
     take_step(state)
-    checkpoints.keep(state.accelerator, state, {}, last=False)
+    checkpoints.save(state.accelerator, state, {}, last=False)
     assert "The checkpoint of step 3 is not saved: " in caplog.text and "make room" in caplog.text
     with pytest.raises(OSError, match="make room"):
-        checkpoints.keep(state.accelerator, state, {}, last=True)
+        checkpoints.save(state.accelerator, state, {}, last=True)
 
 
 # Other runs -----------------------------------------------------------------------------------------------------------
 
 
 def test_another_data_set_is_refused_by_name(checkpoints, state):
-    checkpoints.save(1, state.trees(), {"data set": "aaaa"})
+    checkpoints.write(1, state.trees(), {"data set": "aaaa"})
     with pytest.raises(
         ValueError, match=r"step-000001 .*another data set: its fingerprint was aaaa and is bbbb now.*set name="
     ):

@@ -226,3 +226,8 @@ def test_a_saved_configuration_runs_again(plain, tmp_path, monkeypatch):
     again = ["--config-path", str(plain), "--config-name", "config", f"output_root={tmp_path}"]
     tiny.command_line(monkeypatch, "train.py", *again)
     assert compare(plain, tmp_path / plain.name) == [f"config   output_root: {plain.parent} | {tmp_path}"]
+
+
+def test_a_run_that_reads_no_cache_computes_no_keys(tmp_path, monkeypatch):
+    monkeypatch.setattr("diffsynth.cache.keys.CacheKeys.about", None)
+    assert tiny.weights(tiny.train(tmp_path))

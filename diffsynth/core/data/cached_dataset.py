@@ -1,7 +1,7 @@
 """The data set that `make_cache.py` writes: the outputs of frozen networks for every sample, read from disk."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -113,13 +113,13 @@ class CachedDataset(TrainingData):
         """A hash (16 hex digits) of the samples, their order and the keys of their cache entries."""
         return self.about["samples"]
 
-    def check_made_for(self, expected: Mapping[str, Any]) -> None:
-        """Check that the cache was made by the pipeline, weights and code `expected` (`cache.keys.CacheKeys.about`).
+    def check_made_for(self, expected: Callable[[], Mapping[str, Any]]) -> None:
+        """Check that the cache was made by the networks and code that `expected()` returns.
 
         Raises:
             ValueError: It was not; names every difference.
         """
-        lines = differences(self.about["made_of"], expected)
+        lines = differences(self.about["made_of"], expected())
         if lines:
             raise ValueError(
                 f"{self.metadata_path} was not made for this training:\n  " + "\n  ".join(lines) + "\n"

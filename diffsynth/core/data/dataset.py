@@ -92,8 +92,8 @@ class TrainingData(Dataset):
         """A hash (hex digits) that changes with the samples."""
         return ""
 
-    def check_made_for(self, expected: Mapping[str, Any]) -> None:
-        """Check that a cache was made by the networks and code `expected` (`cache.keys.CacheKeys.about`).
+    def check_made_for(self, expected: Callable[[], Mapping[str, Any]]) -> None:
+        """Check that a cache was made by the networks and code of `expected()` (`cache.keys.CacheKeys.about`).
 
         Raises:
             ValueError: It was not; names every difference.

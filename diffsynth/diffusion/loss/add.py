@@ -17,7 +17,7 @@ from ..distillation.discriminator import Discriminator, generator_hinge, hinge_l
 from ..distillation.roles import DISCRIMINATOR, STUDENT, TEACHER, Roles
 from ..flow_match import clean_estimate, interpolate
 from ..timesteps import LogitNormalTimesteps, UniformTimesteps
-from .base import MODEL
+from ..trained import MODEL
 from .distillation import RoleDistillation
 
 

@@ -14,8 +14,8 @@ from ..distillation.roles import Roles
 from ..distillation.teacher import Student, Teacher, TeacherSampler
 from ..pipeline.units import PipelineUnit, required_units
 from ..randomness import GlobalRNG, SampleRNG
-from ..trained import TrainProgress
-from .base import MODEL, Objective
+from ..trained import MODEL, TrainProgress
+from .base import Objective
 
 
 @dataclass(frozen=True, kw_only=True)

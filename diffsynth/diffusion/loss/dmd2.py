@@ -16,7 +16,7 @@ from ..distillation.context import LossContext
 from ..distillation.discriminator import Discriminator, generator_softplus, softplus_loss
 from ..distillation.roles import DISCRIMINATOR, FAKE_SCORE, STUDENT, TEACHER, FakeScore, Roles
 from ..flow_match import clean_estimate, interpolate, per_sample
-from .base import MODEL
+from ..trained import MODEL
 from .distillation import RoleDistillation
 
 

@@ -125,6 +125,7 @@ class PipelineNetworks(nn.Module):
         device: str | torch.device = "cpu",
         **given: Any,
     ) -> "PipelineNetworks":
+        # `declaration.complete` gives each family's method its signature and docstring.
         configs = {name: given.pop(name, None) for name in cls.components}
         for name, part in cls.components.items():
             if isinstance(part, Folder) and part.needed_by and configs[part.needed_by] and not configs[name]:

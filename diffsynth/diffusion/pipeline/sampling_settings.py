@@ -48,8 +48,8 @@ def agreed(by_file: Mapping[str, Mapping[str, Any]], names: Sequence[str]) -> di
         if differing:
             a, b = (", ".join(f"{name}={values.get(name)}" for name in differing) for values in (settings, its))
             raise ValueError(
-                f"{first} was trained to be sampled with {a}, {other} with {b}; load only one of the two, or set "
-                f"{' and '.join(f'options.{name}' for name in differing)}."
+                f"{first} was trained to be sampled with {a}, {other} with {b}: use one of the two, or set "
+                f"{' and '.join(f'options.{name}=…' for name in differing)} in generate.py."
             )
     return {name: settings[name] for name in names if settings.get(name) is not None}
 

@@ -74,7 +74,7 @@ class FewSteps:
                 f"validation.few_steps compares a student with its teacher, but {type(module.task).__name__} has "
                 "neither; choose task=distill, or leave validation.few_steps out."
             )
-        self.rows.check_made_for(CacheKeys(module).about())
+        self.rows.check_made_for(CacheKeys(module).about)
         decoding = module.pipe.decoding_models if self.pictures or self.metrics else ()
         return {*module.pipe.in_iteration_models, *decoding}
 

@@ -70,6 +70,10 @@ class Validation:
     weights: Sequence[str] = ("raw",)
     few_steps: FewSteps | None = None
 
+    def __post_init__(self):
+        if self.every is not None and self.every < 1:
+            raise ValueError(f"validation.every is {self.every}; expected at least 1, or null.")
+
     @property
     def saved(self) -> list[Path]:
         """The pictures that show all evaluations below one another."""

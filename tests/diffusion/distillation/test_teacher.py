@@ -404,7 +404,7 @@ def refused(cache: Path, message: str, task=DIRECT, **options) -> None:
     with pytest.raises(ValueError, match=message):
         rows = CachedDataset(str(cache), **options)
         rows.scan(required=("image", "prompt", *task.columns))
-        rows.check_made_for(CacheKeys(training(task)).about())
+        rows.check_made_for(CacheKeys(training(task)).about)
 
 
 def with_teacher(**changes):
@@ -441,7 +441,7 @@ def test_guidance_without_the_negative_side_in_the_cache_is_named(tmp_path):
     make(tmp_path, dataclasses.replace(DIRECT, teacher=teacher), rows_of(seeds=1))
     refused(tmp_path, "it holds no negative prompt_emb", dataclasses.replace(GUIDED, teacher=teacher))
     unguided = training(dataclasses.replace(GUIDED, teacher=teacher, guidance=1.0))
-    CachedDataset(str(tmp_path)).check_made_for(CacheKeys(unguided).about())
+    CachedDataset(str(tmp_path)).check_made_for(CacheKeys(unguided).about)
 
 
 def test_the_command_line_names_another_base_and_other_steps(cache, tmp_path, no_weights_are_read):

@@ -14,10 +14,9 @@ from diffsynth.diffusion.distillation.roles import FAKE_SCORE, FakeScore
 from diffsynth.diffusion.distillation.teacher import Student
 from diffsynth.diffusion.logger import ModelLogger
 from diffsynth.diffusion.loss import DMD2
-from diffsynth.diffusion.loss.base import MODEL
 from diffsynth.diffusion.loss.dmd2 import matching_gradient
 from diffsynth.diffusion.randomness import GlobalRNG, SampleRNG
-from diffsynth.diffusion.trained import TrainProgress
+from diffsynth.diffusion.trained import MODEL, TrainProgress
 from diffsynth.diffusion.training_module import DiffusionTrainingModule
 from diffsynth.training.accelerator import make_accelerator
 from diffsynth.training.loop import launch_training_task

@@ -205,7 +205,7 @@ def test_students_that_draw_alike_go_together_and_others_are_named_unless_the_re
         pipe.use_sampling_settings_of(path)
     assert says(pipe) == STUDENT
     pipe.use_sampling_settings_of(other)
-    message = f"{file} was .* num_inference_steps=3, {other} with num_inference_steps=5; .*options.num_inference_steps"
+    message = f"{file} was .* num_inference_steps=3, {other} with num_inference_steps=5: .*options.num_inference_steps"
     with pytest.raises(ValueError, match=message):
         pipe.generate([{"prompt": "a", **SIZE}])
     assert says(pipe, num_inference_steps=4) == {**STUDENT, "num_inference_steps": 4}
@@ -282,7 +282,7 @@ def test_a_merged_student_stays_one_and_an_adapter_of_its_own_comes_first(tmp_pa
 def test_adapters_that_draw_differently_are_refused_before_weights_are_read(tmp_path, monkeypatch, entry):
     files = [exported(student(num_inference_steps=steps)) for steps in (3, 5)]
     monkeypatch.setattr(models, "load_weights", None)
-    with pytest.raises(ValueError, match=f"{files[0]} .*=3, {files[1]} .*=5; load only one of the two, or set options"):
+    with pytest.raises(ValueError, match=f"{files[0]} .*=3, {files[1]} .*=5: use one of the two, or set options"):
         script(entry, f"lora_path=[{','.join(map(str, files))}]", f"output={tmp_path}/out")
 
 

@@ -99,7 +99,7 @@ def test_two_stages_are_the_same_training_as_one(task, folder, data, tmp_path):
     made = launch_data_process_task(make_accelerator("cpu", "float32"), rows, module, tmp_path / "cache").made
     assert made["TemplateProcessInputs"] == 8
     cached, stage_two = CachedDataset(str(tmp_path / "cache")), training(folder, task)
-    cached.check_made_for(CacheKeys(stage_two).about())
+    cached.check_made_for(CacheKeys(stage_two).about)
     assert losses(cached, stage_two) == pytest.approx(losses(rows, module), rel=1e-6)
     assert stage_two.pipe.text_encoder is None
 

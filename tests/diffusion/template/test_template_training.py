@@ -241,7 +241,7 @@ def test_two_stages_are_the_same_training_as_one(kind, of_kind, rows_of, tmp_pat
     rows, module = rows_of(kind), of_kind(kind)
     assert make(tmp_path / "cache", rows, module) == {IMAGES: 8, PROMPTS: 8, INPUTS: 8}
     cached, stage_two = CachedDataset(str(tmp_path / "cache")), of_kind(kind)
-    cached.check_made_for(CacheKeys(stage_two).about())
+    cached.check_made_for(CacheKeys(stage_two).about)
     assert losses(cached, stage_two) == pytest.approx(losses(rows, module), **CLOSE)
     assert stage_two.pipe.vae is None and stage_two.pipe.text_encoder is None
 
@@ -289,7 +289,7 @@ def test_any_change_of_the_code_makes_its_part_anew(of_kind, rows_of, tmp_path):
     change = lambda: of_kind("part", ("import torch", "import torch  # a remark"))  # noqa: E731
     assert entries_made_after(change, of_kind, "part", rows_of, tmp_path) == {INPUTS: 8}
     with pytest.raises(ValueError, match=f"{INPUTS}: another template"):
-        CachedDataset(str(tmp_path / "cache")).check_made_for(CacheKeys(of_kind("part")).about())
+        CachedDataset(str(tmp_path / "cache")).check_made_for(CacheKeys(of_kind("part")).about)
 
 
 @pytest.mark.parametrize("key, made", [("encoder.bias", {INPUTS: 8}), ("mlp.bias", {})])
@@ -344,7 +344,7 @@ def test_files_are_named_from_the_data_set_or_by_their_absolute_path(of_kind, ro
 def test_a_cache_without_the_template_is_refused(of_kind, rows_of, tmp_path):
     make(tmp_path / "cache", rows_of("kv_cache"), without_template())
     with pytest.raises(ValueError, match=f"it holds nothing of {INPUTS}"):
-        CachedDataset(str(tmp_path / "cache")).check_made_for(CacheKeys(of_kind("kv_cache")).about())
+        CachedDataset(str(tmp_path / "cache")).check_made_for(CacheKeys(of_kind("kv_cache")).about)
 
 
 def test_what_process_inputs_makes_comes_back_from_a_cache_as_it_was(of_kind, rows_of, tmp_path):

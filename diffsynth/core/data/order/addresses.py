@@ -13,6 +13,7 @@ from torch.utils.data import Dataset
 
 if TYPE_CHECKING:
     from ..dataset import TrainingData
+    from .mixing import MixedOrder
 
 FEISTEL_ROUNDS = 8  # four make a Feistel network strongly pseudorandom (Luby & Rackoff 1988); twice that is a guess
 
@@ -156,27 +157,27 @@ class BatchSampler:
 
     Args:
         order: The order of samples.
-        plan: How a step is divided.
-        rank: Number of this device.
+        layout: How a step is divided.
+        rank: Number of this device; under context parallelism, of the group of devices that share a sample's tokens.
         start_step: First step.
         num_steps: Number of steps.
     """
 
-    order: SampleOrder
-    plan: BatchLayout
+    order: "SampleOrder | MixedOrder"
+    layout: BatchLayout
     rank: int
     start_step: int
     num_steps: int
 
     def __post_init__(self):
-        if not 0 <= self.rank < self.plan.world_size:
+        if not 0 <= self.rank < self.layout.world_size:
             raise ValueError(
-                f"rank={self.rank} is not one of the {self.plan.world_size} devices; expected a number from 0 to "
-                f"{self.plan.world_size - 1}"
+                f"rank={self.rank} is not one of the {self.layout.world_size} devices; expected a number from 0 to "
+                f"{self.layout.world_size - 1}"
             )
 
     def __len__(self) -> int:
-        return self.num_steps * self.plan.accumulation
+        return self.num_steps * self.layout.accumulation
 
     def __iter__(self) -> Iterator[list[SampleAddress]]:
         for step in range(self.start_step, self.start_step + self.num_steps):
@@ -184,8 +185,8 @@ class BatchSampler:
 
     def step(self, step: int) -> list[list[SampleAddress]]:
         """The micro-batches of one step on this device."""
-        size = self.plan.micro_batch_size
-        starts = (self._number(step, number) * size for number in range(self.plan.accumulation))
+        size = self.layout.micro_batch_size
+        starts = (self._number(step, number) * size for number in range(self.layout.accumulation))
         return [[self.order.sample(position) for position in range(start, start + size)] for start in starts]
 
     def seed(self, step: int, number: int) -> int:
@@ -194,7 +195,7 @@ class BatchSampler:
 
     def _number(self, step: int, number: int) -> int:
         """The number of a micro-batch over the whole run and all devices."""
-        return (step * self.plan.accumulation + number) * self.plan.world_size + self.rank
+        return (step * self.layout.accumulation + number) * self.layout.world_size + self.rank
 
 
 class AddressedDataset(Dataset):
