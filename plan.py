@@ -11,7 +11,7 @@ from pathlib import Path
 import hydra
 
 from diffsynth.config import build, check, check_choices, explained, run_main
-from diffsynth.plan.run import PlanRun
+from diffsynth.plan.run import PlacedRun, PlanRun
 
 
 def plan(run: PlanRun) -> str:
@@ -24,8 +24,8 @@ def plan(run: PlanRun) -> str:
 
     on_cuda = run.device in ("auto", "cuda")  # `auto` plans for CUDA even on a machine without it
     template = run.template and run.template.load_one(run.seed)
-    run = replace(run, template=template, processes=run.cp_size, on_cuda=on_cuda)
     scan(run.dataset, run.media, run.task, template)
+    run = PlacedRun.of(replace(run, template=template), processes=run.cp_size, on_cuda=on_cuda)
     planner, budgets, why = Planner(run), (None, None), ""
     if run.memory.budget is not None:
         budgets = run.memory.budgets

@@ -254,13 +254,14 @@ class BasePipeline(PipelineNetworks):
 
     @contextmanager
     def sampling(self) -> Iterator["BasePipeline"]:
-        """Inside, the pipeline is in evaluation mode, to sample during training; afterwards it is as it was before."""
+        """Inside, the pipeline samples during a training: in evaluation mode, without a progress bar of its own."""
         training = {name: module.training for name, module in self.named_modules()}
-        scheduler = copy.copy(self.scheduler)
+        scheduler, progress_bar = copy.copy(self.scheduler), self.progress_bar
+        self.progress_bar = iter
         try:
             yield self.eval()
         finally:
-            self.scheduler = scheduler
+            self.scheduler, self.progress_bar = scheduler, progress_bar
             for name, module in self.named_modules():
                 module.training = training[name]
 

@@ -7,7 +7,7 @@ from functools import cached_property
 from ..core.memory.sizes import shown_size
 from .options import NOTHING_STREAMED, Option, Options, Streamed
 from .plan import Plan, Planner
-from .run import PlanRun
+from .run import PlacedRun
 
 DEVICES = (2, 4, 8, 16, 32, 64)  # numbers of devices that the message suggests where nothing fits
 
@@ -78,7 +78,7 @@ class Budget:
         return Options(self.run, self.planner.meta_modules)
 
     @property
-    def run(self) -> PlanRun:
+    def run(self) -> PlacedRun:
         """The run that is planned."""
         return self.planner.run
 

@@ -16,7 +16,7 @@ from ..diffusion.pipeline.remembered import UnitMemory
 from ..diffusion.training_module import PipelineTrainingModule
 from .meta_pipeline import download_bytes, meta_pipeline
 from .rehearsal import Rehearsal, WorkingMemory
-from .run import PlanRun
+from .run import PlacedRun
 
 Counts = Mapping[str, int]  # number of blocks to keep, by the name of the module list
 
@@ -27,7 +27,7 @@ class MetaModules:
     Results of rehearsals that are equal for all memory options are remembered here too.
     """
 
-    def __init__(self, run: PlanRun):
+    def __init__(self, run: PlacedRun):
         self.meta_pipe = meta_pipeline(run.model, run.tokens)
         self.download = download_bytes(self.meta_pipe, run.model)
         self.modules: dict[tuple[str, bool], PipelineTrainingModule] = {}
@@ -36,18 +36,18 @@ class MetaModules:
         self.rows: dict[Size | None, tuple[WorkingMemory, Row]] = {}
         self.sampled: dict[str, WorkingMemory] = {}  # by storage
 
-    def of(self, run: PlanRun) -> PipelineTrainingModule:
+    def of(self, run: PlacedRun) -> PipelineTrainingModule:
         """Return the run's module with its adapters, before memory options are applied; copy it before changing it."""
         key = run.memory.storage, run.is_cached
         if key not in self.modules:
             self.modules[key] = self._build(run)
         return self.modules[key]
 
-    def _build(self, run: PlanRun) -> PipelineTrainingModule:
+    def _build(self, run: PlacedRun) -> PipelineTrainingModule:
         module = self._unread(run)
         return read(module, run.validation.models(module), run.is_cached)
 
-    def _unread(self, run: PlanRun) -> PipelineTrainingModule:
+    def _unread(self, run: PlacedRun) -> PipelineTrainingModule:
         # The template is copied, because planning replaces its weights by ones without values.
         pipe, template = copy.deepcopy(self.meta_pipe), copy.deepcopy(run.template)
         return PipelineTrainingModule(pipe, run.task.rehearsed(), run.lora, run.seed, template, run.memory)

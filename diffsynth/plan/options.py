@@ -14,7 +14,7 @@ from ..core.memory.streaming import spread
 from ..diffusion.training_module import PipelineTrainingModule
 from .meta_module import MetaModules
 from .rehearsal import tensors_of
-from .run import PlanRun
+from .run import PlacedRun
 
 # All of these are guesses, unless a line says otherwise; only the order in which options are tried depends on them.
 # Times are in units of a forward pass. A step that saves no memory takes three, as its backward pass takes two.
@@ -63,7 +63,7 @@ NOTHING_STREAMED = Streamed()
 class Options:
     """Lists the memory options that a run could be trained with; options that the run sets itself stay set."""
 
-    run: PlanRun
+    run: PlacedRun
     meta_modules: MetaModules
 
     @property

@@ -16,7 +16,7 @@ from .few_blocks import FewBlocks
 from .footprint import MemoryFootprint, static_footprint
 from .meta_module import MetaModules, copied
 from .rehearsal import Rehearsal, WorkingMemory
-from .run import PlanRun
+from .run import PlacedRun
 from .shares import Share, shares
 
 STAGES = ("train", "sample", "save", "cache")
@@ -87,7 +87,7 @@ class Planner:
         few_blocks: Rehearse with few blocks of each network, and extrapolate to all of them.
     """
 
-    def __init__(self, run: PlanRun, meta_modules: MetaModules | None = None, few_blocks: bool = False):
+    def __init__(self, run: PlacedRun, meta_modules: MetaModules | None = None, few_blocks: bool = False):
         self.run, self.meta_modules, self.few_blocks = run, meta_modules or MetaModules(run), few_blocks
         self.trained: dict[Size | None, WorkingMemory] = {}
         self.sampled: dict[str, WorkingMemory] = self.meta_modules.sampled if few_blocks else {}

@@ -20,7 +20,7 @@ from ..training.run import Run
 from .budget import Budget, BudgetChoice
 from .meta_pipeline import file_bytes
 from .plan import Plan, Planner
-from .run import PlanRun
+from .run import PlacedRun
 from .shares import shares
 
 if TYPE_CHECKING:
@@ -47,7 +47,7 @@ def preflight(run: Run, accelerator: "Accelerator", engine: Engine) -> Run:
     if recipe.budget is None and (not recipe.check or is_small(run.model, free_bytes(device))):
         return run
     placement = {"processes": accelerator.num_processes, "engine": engine.file, "cp_size": engine.cp_size}
-    planned = PlanRun.of(run, **placement, on_cuda=device.type == "cuda")
+    planned = PlacedRun.of(run, **placement, on_cuda=device.type == "cuda")
     found = [None]
     if accelerator.is_main_process:
         try:
@@ -103,7 +103,7 @@ def is_small(model: Callable, free: int) -> bool:
     return None not in sizes and MOST_BYTES * sum(sizes) < SMALL * free
 
 
-def check(run: PlanRun, plan: Plan, device: torch.device) -> None:
+def check(run: PlacedRun, plan: Plan, device: torch.device) -> None:
     """Check that the device has enough free memory for a run.
 
     Raises:

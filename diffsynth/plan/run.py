@@ -1,4 +1,4 @@
-"""The configuration of plan.py: a training run, and the devices it is planned for."""
+"""The configuration of plan.py, and a run with the devices that it is planned for."""
 
 import math
 from collections.abc import Sequence
@@ -30,8 +30,6 @@ class PlanRun(Run):
         cache_batch_size: Samples per forward pass of an encoder when a cache is made.
         fetch_data: Whether `dataset=example` is downloaded; otherwise a blank image stands for it where it is absent.
         path: Folder of plan.json and plan.svg.
-        processes, engine: Number of devices that the run is spread over, and the engine that does so (`plan.shares`).
-        on_cuda: Whether the run is planned for CUDA.
     """
 
     devices: Sequence[int] = (1,)
@@ -41,21 +39,28 @@ class PlanRun(Run):
     cache_batch_size: int = 8
     fetch_data: bool = False
     path: str = "outputs/plan"
+
+
+@dataclass(kw_only=True)
+class PlacedRun(PlanRun):
+    """A run to plan, and where it is to run.
+
+    Args:
+        processes, engine: Number of devices that the run is spread over, and the engine that does so (`plan.shares`).
+        on_cuda: Whether the run is planned for CUDA.
+    """
+
     processes: int = 1
     engine: str = "ddp"
     on_cuda: bool = True
 
     @classmethod
-    def of(cls, run: Run, **placement) -> "PlanRun":
-        """Return the plan's configuration of a training run.
+    def of(cls, run: Run, **placement) -> "PlacedRun":
+        """Place a run: `placement` has `processes`, `engine`, `cp_size`, `on_cuda`."""
+        names = {field.name for field in fields(cls)} & {field.name for field in fields(run)}
+        return cls(**{**{name: getattr(run, name) for name in names}, **placement})
 
-        Args:
-            placement: Where the run is to be: `processes`, `engine`, `cp_size`, `on_cuda`.
-        """
-        own = {field.name: getattr(run, field.name) for field in fields(Run)}
-        return cls(**own, **placement)
-
-    def variant(self, memory: "MemoryRecipe", micro_batch_size: int | None = None) -> "PlanRun":
+    def variant(self, memory: "MemoryRecipe", micro_batch_size: int | None = None) -> "PlacedRun":
         """Return the same run with other memory options."""
         return replace(self, memory=memory, micro_batch_size=micro_batch_size or self.micro_batch_size)
 

@@ -72,7 +72,7 @@ class NoValidation:
     saved: Sequence = ()
     metric_names: Sequence[str] = ()
 
-    def check(self, ema: "EMA | None") -> None:
+    def check(self, ema: "EMA | NoEMA") -> None:
         pass
 
     def models(self, module: "DiffusionTrainingModule") -> set[str]:

@@ -1,13 +1,12 @@
 """Every task of every released architecture is planned at its own size: its code holds for the whole model."""
 
-from dataclasses import replace
 from itertools import product
 
 import pytest
 import tiny
 
 from diffsynth.plan.plan import Plan, Planner
-from diffsynth.plan.run import PlanRun
+from diffsynth.plan.run import PlacedRun
 from diffsynth.training.checks import scan
 
 MODELS = ["qwen_image", "qwen_image_edit_2511", "flux2_klein_4b", "flux2_dev"]
@@ -25,7 +24,8 @@ BY_DEFAULT = {("qwen_image_edit_2511", "sft"), ("flux2_klein_4b", "full")}
 
 def planned(tmp_path, *overrides: str) -> Plan:
     """A plan of the largest size, from few blocks of each network."""
-    run = replace(PlanRun(**tiny.build(tiny.compose("plan", *overrides, f"output_root={tmp_path}"))), on_cuda=True)
+    cfg = tiny.compose("plan", *overrides, f"output_root={tmp_path}")
+    run = PlacedRun(**tiny.build(cfg), on_cuda=True)
     scan(run.dataset, run.media, run.task, None)
     return Planner(run, few_blocks=True).plan(largest_only=True)
 

@@ -28,7 +28,7 @@ from diffsynth.plan.optimizer_cost import optimizer_cost
 from diffsynth.plan.options import Option
 from diffsynth.plan.plan import Planner
 from diffsynth.plan.rehearsal import Rehearsal
-from diffsynth.plan.run import PlanRun
+from diffsynth.plan.run import PlacedRun
 from diffsynth.plan.shares import shares
 from diffsynth.training.absent import NoEMA
 from diffsynth.training.run import Run
@@ -257,7 +257,7 @@ def planner_of(tmp_path, cached: bool = False) -> Planner:
     parts = tiny.build(tiny.compose("train", *tiny.merged(tiny.train_overrides(tmp_path), ["batch_size=1"])))
     parts["dataset"].scan(required=())
     names = Run.__dataclass_fields__.keys() & parts.keys()
-    return Planner(PlanRun(**{name: parts[name] for name in names}, cached=cached, on_cuda=False))
+    return Planner(PlacedRun(**{name: parts[name] for name in names}, cached=cached, on_cuda=False))
 
 
 def test_devices_that_have_a_samples_tokens_together_keep_their_part_of_the_activations(tmp_path):

@@ -108,7 +108,6 @@ class TeacherSampler(PipelineUnit):
         requests = [{**self.teacher, **inputs} for inputs in group]
         levels = self._student_levels(pipe, group[0])
         with pipe.sampling():
-            pipe.progress_bar = iter
             path = pipe.trajectory(*pipe.prepare(requests))
             sigmas = pipe.scheduler.levels
             points = points_on_path(path, sigmas, [sigmas[0], *levels, 0.0])

@@ -121,7 +121,6 @@ class FewSteps:
 
         The latents are in host memory, on every process.
         """
-        module.pipe.progress_bar = iter
         return share(self.indices, lambda mine: self._sample_rows(module, [self.rows[i] for i in mine], settings))
 
     def _sample_rows(self, module: "PipelineTrainingModule", rows: Sequence[Row], settings: Mapping) -> list[Tensor]:

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
     from ...diffusion.base_pipeline import BasePipeline
     from ...diffusion.training_module import PipelineTrainingModule
+    from ..absent import NoEMA
     from ..ema import EMA
     from ..state import TrainingState
 
@@ -109,7 +110,7 @@ class Validation:
         prefixes = ["" if weights == "raw" else f"{weights}_" for weights in self.weights]
         return [f"{prefix}{name}" for prefix in prefixes for name in names]
 
-    def check(self, ema: "EMA | None") -> None:
+    def check(self, ema: "EMA | NoEMA") -> None:
         """Check `weights`, open the data of `few_steps`, and remove metrics that lack a package or weights.
 
         A warning names each removed metric.
@@ -118,7 +119,7 @@ class Validation:
             ValueError: `weights` names weights that the run does not have, or the cache of `few_steps` is unusable.
         """
         unknown = sorted(set(self.weights) - {"raw", "ema"})
-        if unknown or ("ema" in self.weights and ema is None):
+        if unknown or ("ema" in self.weights and "ema" not in ema.weights):
             raise ValueError(
                 f"validation.weights is {list(self.weights)}; expected raw, ema or both, and ema needs an average: "
                 "choose one by ema=…."
@@ -208,7 +209,6 @@ class Validation:
 
     def _generate(self, pipe: "BasePipeline", requests: Sequence[Mapping]) -> list[Image.Image]:
         """Sample requests, each with its own seed; every process samples some of them and gets all images."""
-        pipe.progress_bar = iter
         seeded = [{**self.options, "seed": self.seed + number, **own} for number, own in enumerate(requests)]
         if all(own.keys() == {"prompt"} for own in requests):
             return share(seeded, pipe.generate)
