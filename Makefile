@@ -6,7 +6,7 @@ SITE := $(shell $(PYTHON) -c "import torch; v = torch.__version__.split('.'); pr
 
 # Networks this small gain nothing from a second thread, so that the second core takes tests of its own.
 ONE_THREAD := OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE
-PYTEST := $(ONE_THREAD) $(BIN)/python -m pytest -n 2 --dist loadfile
+PYTEST := $(ONE_THREAD) $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --durations=10
 
 .PHONY: demo test test-all test-lowest faults format
 
@@ -26,7 +26,7 @@ TORCH ?= 2.13.0
 LOWEST := .venv-lowest/bin
 
 test-lowest: .venv-lowest/.installed
-	$(ONE_THREAD) $(LOWEST)/python -m pytest -n 2 --dist loadfile
+	$(ONE_THREAD) $(LOWEST)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --durations=10
 
 # Kills a training and the making of a cache 200 times each and compares what comes out with what was not killed.
 faults: .venv/.installed-test

@@ -13,6 +13,52 @@ settings.load_profile("shared cores")
 ROOT = Path(__file__).parents[1]
 EMBEDDED = ROOT / "models" / "emoji"
 
+# Seconds that the longest files take (one idle core, 2026-11-30). They start first: no worker waits at the end.
+SECONDS = {
+    "config/test_config.py": 71,
+    "diffusion/template/test_template_training.py": 59,
+    "training/test_runs.py": 58,
+    "training/test_resume.py": 41,
+    "training/engines/test_engines.py": 40,
+    "pipelines/test_flux2_image.py": 38,
+    "plan/test_plan.py": 38,
+    "training/test_extension.py": 34,
+    "core/memory/test_storage.py": 33,
+    "cache/test_cache.py": 32,
+    "plan/test_every_task.py": 30,
+    "test_family_contract.py": 24,
+    "core/gradient/test_checkpointing.py": 23,
+    "diffusion/adapters/test_lora.py": 23,
+    "core/memory/test_compile.py": 22,
+    "test_golden.py": 20,
+    "training/validation/test_few_steps.py": 20,
+    "pipelines/test_qwen_image.py": 18,
+    "scripts/test_distill_script.py": 17,
+    "core/test_context_parallel.py": 15,
+    "core/memory/test_streaming.py": 15,
+    "pipelines/test_qwen_image_edit.py": 15,
+    "diffusion/loss/test_distillation.py": 15,
+    "training/test_role_runs.py": 14,
+    "config/test_slurm.py": 14,
+    "training/test_debug.py": 14,
+    "training/record/test_data_report.py": 12,
+    "diffusion/distillation/test_teacher.py": 12,
+    "diffusion/template/test_template_flux2.py": 11,
+    "config/test_bad_input.py": 10,
+    "core/loader/test_loader.py": 10,
+    "report/test_report.py": 10,
+    "diffusion/distillation/test_roles.py": 10,
+    "diffusion/test_training.py": 9,
+    "config/test_sweep.py": 9,
+    "training/test_faults.py": 8,
+    "training/record/test_trackers.py": 8,
+}
+
+
+def pytest_collection_modifyitems(items):
+    """Put the longest files first; `--no-loadscope-reorder` keeps that order."""
+    items.sort(key=lambda item: -SECONDS.get(item.path.relative_to(ROOT / "tests").as_posix(), 0))
+
 
 def import_file(path: Path):
     """A script outside any package, as a module."""

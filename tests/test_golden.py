@@ -13,7 +13,7 @@ TOLERANCE = (
     2e-3  # relative; the largest difference between processors that was seen after three steps is 4e-4: see docs
 )
 # The distillations' own runs are tested elsewhere; these are one of each entry and kind of data.
-DEFAULT = ["default", "flux2", "template", "buckets", "direct"]
+DEFAULT = ["default", "flux2", "template", "direct"]
 
 
 @pytest.fixture(scope="module")

@@ -19,7 +19,7 @@ TASKS = {
     "distill/hyper_sd": GIVEN,
     "distill/lcm": GIVEN,
 }
-BY_DEFAULT = {("qwen_image_edit_2511", "sft"), ("flux2_klein_4b", "full")}
+BY_DEFAULT = {("qwen_image_edit_2511", "sft")}
 
 
 def planned(tmp_path, *overrides: str) -> Plan:
