@@ -4,6 +4,7 @@ import json
 import re
 import shlex
 import subprocess
+from fnmatch import fnmatch
 from importlib.metadata import requires
 from importlib.util import find_spec
 from itertools import zip_longest
@@ -225,6 +226,14 @@ def errors_in(markdown: str) -> list[tuple[str, str]]:
     return re.findall(ANSWERED, "\n".join(BLOCK.findall(markdown)))
 
 
+def filled_in(word: str) -> str:
+    """A word of a command line, its `…` replaced by a value: an option if its key is a group, else a text."""
+    group, _, option = word.partition("=")
+    if "…" in option and (CONF / group).is_dir():
+        return f"{group}={next(name for name in options(group) if fnmatch(name, option.replace('…', '*')))}"
+    return word.replace("…", "x")
+
+
 def jobs(line: str) -> list[tuple[str, list[str]]]:
     """The (entry, overrides) that a command line runs, a sweep several; `…` stands for what the reader puts there."""
     lexer = shlex.shlex(line, posix=True, punctuation_chars=True)
@@ -232,7 +241,7 @@ def jobs(line: str) -> list[tuple[str, list[str]]]:
     words = list(lexer)
     start, entry = next((n, w.removesuffix(".py")) for n, w in enumerate(words) if w in [f"{e}.py" for e in ENTRIES])
     end = next((n for n, word in enumerate(words) if n > start and set(word) <= set("();<>|&")), len(words))
-    given = [word.replace("…", "x") for word in words[start + 1 : end] if not word.endswith(("…", "..."))]
+    given = [filled_in(word) for word in words[start + 1 : end] if word not in ("…", "...")]
     given = [f"command={word}" if entry == "make_cache" and word in COMMANDS else word for word in given]
     arguments = get_args_parser().parse_args(given)
     overrides = OverridesParser.create().parse_overrides(arguments.overrides)
@@ -272,6 +281,7 @@ CUDA_VISIBLE_DEVICES=0 torchrun --nproc_per_node 2 train.py device=cpu && python
 train.py generate.py   # 40 lines each
 python train.py model=… optimizer.lr=1e-4 …
 accelerate launch examples/qwen_image/model_training/train.py --of another
+python generate.py lora_path=outputs/sft-…
 $ python train.py lora.rnak=8
 error: no such key
 ```
@@ -285,7 +295,8 @@ def test_commands_are_found_in_documents():
         [("train", [f"lora.rank={r}", f"optimizer.lr={lr}"]) for r in (4, 8) for lr in ("0.0001", "0.0002")],
         [("train", ["model=qwen_image", "dataset.path=my pictures"])],
         [("train", ["device=cpu"])],
-        [("train", ["optimizer.lr=1e-4"])],
+        [("train", ["model=emoji", "optimizer.lr=1e-4"])],
+        [("generate", ["lora_path=outputs/sft-x"])],
         [("train", ["lora.rank=2"])],
     ]
     assert errors_in(DOCUMENT) == [("train.py lora.rnak=8", "error: no such key")]
@@ -330,6 +341,23 @@ def test_a_misspelt_key_at_the_top_of_an_experiment_is_answered_with_the_nearest
 
 def test_the_first_of_several_misspelt_keys_is_answered(monkeypatch):
     assert "did you mean lora.rank?" in complaint(monkeypatch, "-m", "lora.rnak=8", "optimiser.lr=1", "lora=dora,lora")
+
+
+@pytest.mark.parametrize(
+    "script, key",
+    [
+        ("train.py", "output_root"),
+        ("distill.py", "output_root"),
+        ("make_cache.py", "path"),
+        ("plan.py", "path"),
+        ("generate.py", "output"),
+        ("fuse.py", "output"),
+    ],
+)
+def test_a_folder_that_cannot_be_written_to_is_answered_with_its_key(script, key, monkeypatch, tmp_path):
+    (tmp_path / "file").write_text("where a folder should be")
+    message = complaint(monkeypatch, f"{key}={tmp_path}/file/folder", script=script)
+    assert f"{tmp_path}/file" in message and f"; set {key}=… to a folder that can be written to." in message
 
 
 def test_what_is_no_override_is_answered_in_one_line(monkeypatch):
