@@ -95,7 +95,7 @@ def _fits(value: Any, hint: Any) -> bool:
     if origin in (dict, Mapping):
         return isinstance(value, DictConfig)
     # A class or protocol: a node may build its object, but a string or number is never one.
-    return not (inspect.isclass(hint) and isinstance(value, (bool, int, float, str))) or hint is object
+    return not (inspect.isclass(hint) and isinstance(value, (bool, int, float, str, type(None)))) or hint is object
 
 
 def _unknown(where: str, key: str, known: Mapping, target: Callable) -> str:

@@ -51,14 +51,20 @@ def belongs(entry: str, group: str, option: str) -> bool:
         return entry != "plan" and option.startswith("emoji_distill/") == (entry == "distill")
     if entry == "plan":
         return group == "task"
-    return entry != "distill" or group in ("student", "teacher") or (group == "task" and option.startswith("distill"))
+    return (
+        entry != "distill"
+        or group in ("student", "teacher", "discriminator")
+        or (group == "task" and option.startswith("distill"))
+    )
 
 
 def rows(entry: str) -> list[list[str]]:
     """All options of an entry, in as few rows as groups allow: an experiment chooses options of other groups itself."""
     choices = {g: [f"{g}={option}" for option in options(g) if belongs(entry, g, option)] for g in groups(entry)}
     alone = [[choice] for group in ("experiment", "debug") for choice in choices.pop(group, [])]
-    of_the_task = [choices.pop(g) for g in ("timesteps", "weighting", "student", "teacher") if g in choices]
+    of_the_task = [
+        choices.pop(g) for g in ("timesteps", "weighting", "student", "teacher", "discriminator") if g in choices
+    ]
     together = [*zip_longest(*of_the_task), *zip_longest(*choices.values())]
     return [*alone, *([choice for choice in row if choice] for row in together)]
 
@@ -194,6 +200,17 @@ def test_a_student_and_the_lack_of_a_teacher_are_chosen_by_a_word_in_every_disti
     cfg = tiny.compose("distill", f"task={task}", "student=renoise", "teacher=none")
     check(cfg, tiny.schema("distill"))
     assert cfg.task.student.renoise and cfg.task.teacher is None
+
+
+def test_a_discriminator_is_chosen_by_a_word_in_the_distillations_that_have_one():
+    plain, chosen = (tiny.compose("distill", "task=distill/dmd2", *word).task for word in ([], ["discriminator=heads"]))
+    assert (
+        plain.discriminator is None
+        and chosen.discriminator == tiny.compose("distill", "task=distill/add").task.discriminator
+    )
+    check(tiny.compose("distill", "task=distill/dmd2", "discriminator=heads"), tiny.schema("distill"))
+    with pytest.raises(ConfigError, match="task.discriminator is None .*expected Discriminator"):
+        check(tiny.compose("distill", "task=distill/add", "discriminator=none"), tiny.schema("distill"))
 
 
 # The documentation ----------------------------------------------------------------------------------------------------
