@@ -1,4 +1,4 @@
-"""`accelerate launch` for jobs that may be stopped: `python -m diffsynth.config.launch <its flags> train.py …`.
+"""`accelerate launch` for jobs that may be stopped; `python -m diffsynth.config.launch_with_signals` takes its flags.
 
 Accelerate's own launcher is killed by SIGUSR1, gives its processes 30 seconds after SIGTERM, and exits with status 1
 whatever their status is. This launcher passes the signals on to the training processes. These save their state and exit
