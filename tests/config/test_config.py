@@ -116,6 +116,17 @@ def test_every_tunable_says_what_it_does(path):
     assert [line for above, line in pairs if tunable.match(line) and "#" not in line + above] == []
 
 
+def replacements() -> list[list[str]]:
+    """What may replace options that an experiment of train.py chooses: every debug, and a word for each group."""
+    return [*([f"debug={name}"] for name in options("debug")), ["validation=none", "lr_scheduler=constant"]]
+
+
+@pytest.mark.parametrize("experiment", [name for name in options("experiment") if belongs("train", "experiment", name)])
+def test_an_experiment_leaves_nothing_behind_where_its_options_are_replaced(experiment):
+    for replacement in replacements():
+        compose_and_check("train", f"experiment={experiment}", *replacement)
+
+
 def assert_names_the_extra(message: str):
     """A target may be missing only with its package, and only if an extra of this project installs that."""
     target = re.search(r"_target_ is '(\S+)'", message).group(1)
@@ -479,6 +490,21 @@ def test_a_target_of_a_package_that_is_not_installed_is_answered_with_the_extra(
 )
 def test_a_value_of_the_wrong_type_is_answered_with_the_right_one(override, expected, monkeypatch, tmp_path):
     assert expected in complaint(monkeypatch, override, f"output_root={tmp_path}")
+
+
+@pytest.mark.parametrize(
+    "override, expected",
+    [
+        (
+            "+validation.datasets.mine.metadata=mine.csv",
+            r"validation.datasets.mine has no _target_.*\(metadata\).*builds TrainingData",
+        ),
+        ("+validation.metrics.mine.batch_size=2", r"validation.metrics.mine has no _target_.*builds Metric"),
+        ("~task.timesteps._target_", r"task.timesteps has no _target_.*builds UniformTimesteps"),
+    ],
+)
+def test_keys_that_would_build_nothing_are_named(override, expected, monkeypatch, tmp_path):
+    assert re.search(expected, complaint(monkeypatch, override, f"output_root={tmp_path}"))
 
 
 def test_a_value_that_others_refer_to_and_that_is_gone_is_named(monkeypatch, tmp_path):
