@@ -199,6 +199,15 @@ def test_a_model_brings_data_that_it_can_be_trained_on(model):
     assert tiny.compose("make_cache", f"model={model}").dataset == cfg.dataset
 
 
+@pytest.mark.parametrize("model", options("model"))
+def test_the_revision_and_the_config_of_every_network_are_set_without_a_plus(model):
+    networks = [name for name, node in tiny.compose("fuse", f"model={model}").model.items() if "model_id" in str(node)]
+    settings = [f"model.{name}.{key}=main" for name in networks for key in ("revision", "config")]
+    chosen = tiny.compose("fuse", f"model={model}", "lora_path=x", *settings)
+    check(chosen, tiny.schema("fuse"))
+    assert len(networks) >= 4 and {chosen.model[name].revision for name in networks} == {"main"}
+
+
 @pytest.mark.parametrize("entry, task", [("train", "sft"), ("train", "template"), ("distill", "distill/add")])
 def test_noise_levels_are_chosen_by_a_word_in_every_task_that_trains_some(entry, task):
     cfg = tiny.compose(entry, f"task={task}", "timesteps=logit_normal", "task.timesteps.mean=0.5")
