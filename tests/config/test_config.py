@@ -541,7 +541,9 @@ def test_scripts_that_hand_arguments_on_to_a_training_know_what_these_may_be(scr
 # Run folders ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("override", ["lora.rank=8", "seed=1", "max_steps=3", "dataset.repeat=2", "lora=none"])
+@pytest.mark.parametrize(
+    "override", ["lora.rank=8", "seed=1", "max_steps=3", "dataset.repeat=2", "lora=none", "memory.checkpointing=blocks"]
+)
 def test_what_changes_the_results_changes_the_folder(override):
     assert signature(tiny.compose("train", override)) != signature(tiny.compose("train"))
 
@@ -559,6 +561,7 @@ def test_what_changes_the_results_changes_the_folder(override):
         ),
         *("validation=none", "validation.prompts=[a cat]", "validation=[emoji,lpips]", "data_report.rows=0"),
         *("export.save_steps=null", "logger=wandb", "checkpoint.every=1"),
+        *("memory.check=false", "memory.remember=0"),
     ],
 )
 def test_what_does_not_change_the_results_does_not_change_the_folder(override):
