@@ -10,7 +10,7 @@ from omegaconf import DictConfig, OmegaConf
 from .moved import with_current_names
 
 # Keys that do not change the trained weights: where and how fast a run trains, and what it logs, evaluates and saves.
-# `device` and `micro_batch_size` change rounding, and are here so that a run may continue on other devices. Not here are
+# `device` and `micro_batch_size` change rounding; they are here so that a run may continue on other devices. Absent are
 # memory.checkpointing and its like, which may change rounding on a GPU, and dataset.scan_rows: it decides which rows
 # on_error=skip leaves out, and a checkpoint's fingerprint of the data depends on it.
 NOT_SEMANTIC = (
