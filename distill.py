@@ -15,11 +15,20 @@ from train import train
 
 
 def distill(run: DistillRun) -> list:
-    """Sample the teacher's images that are missing, train on them, and return the paths of the exported files."""
+    """Sample the teacher's images that are missing, train on them, and return the paths of the exported files.
+
+    Raises:
+        ValueError: The task is no distillation.
+    """
     from diffsynth.cache.run import CacheRun
     from make_cache import make_cache
 
-    if getattr(run.task, "teacher", None) is not None:
+    if not run.task.is_distillation:
+        raise ValueError(
+            f"The task is {type(run.task).__name__}, which is no distillation: run it by python train.py, or choose "
+            "task=distill or task=distill/…."
+        )
+    if run.task.teacher is not None:
         shared = {"model": run.model, "task": run.task, "lora": run.lora, "device": run.device}
         for name, prompts in {"train": run.prompts, "held_out": run.held_out}.items():
             if prompts is not None:

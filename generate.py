@@ -36,6 +36,7 @@ def generate(
         prompt: A prompt, a list of prompts, or a text file with a prompt per line.
         negative_prompt: What guidance leads away from.
         seed: A seed, or a list of seeds.
+        sampler: How the velocity is integrated; None takes what is stored with the weights, else `euler`.
         lora_path: Files of adapters.
         lora_scale: Factor of the adapters' updates.
         input_image: File of an image to start from.
@@ -63,25 +64,25 @@ def generate(
         for text in read_prompts(prompt)
         for number in ([seed] if isinstance(seed, int) else seed)
     ]
-    images = load_images(input_image=input_image, inpaint_mask=inpaint_mask)
+    shared = load_images(input_image=input_image, inpaint_mask=inpaint_mask)
     pipe.check_adapters(paths := [lora_path] if isinstance(lora_path, str) else lora_path or [])
     for path in paths:
         pipe.use_sampling_settings_of(path)
-    completed = [pipe.complete({**images, **request}) for request in requests]  # raises before any weight is read
+    completed = [pipe.complete({**shared, **request}) for request in requests]  # raises before any weight is read
     templates = template.load_all(pipe)
     templates.check(template_inputs, negative_template_inputs)
     sides = [[open_files(inputs) for inputs in side] for side in (template_inputs, negative_template_inputs)]
     pipe.load_models()
     for path in paths:
         pipe.load_adapter(path, lora_scale)
-    images |= templates.arguments(pipe, *sides)
+    shared |= templates.arguments(pipe, *sides)
     source = {"lora_path": [str(path) for path in paths], "lora_scale": lora_scale}
     if templates.codes:
         source |= {"templates": [str(code.file) for code in templates.codes], "template_inputs": template_inputs}
         source |= {"negative_template_inputs": negative_template_inputs}
     sampling = [{name: whole[name] for name in pipe.sampling_arguments} for whole in completed]
     requests = [{**request, **own} for request, own in zip(requests, sampling, strict=True)]
-    return sample_to_files(pipe, requests, images, batch_size, Path(output), source)
+    return sample_to_files(pipe, requests, shared, batch_size, Path(output), source)
 
 
 @hydra.main(version_base="1.3", config_path="conf", config_name="generate")

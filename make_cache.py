@@ -6,19 +6,19 @@ counts what it has; `gc` deletes entries that no sample needs any more.
 
 import logging
 import sys
-from typing import TYPE_CHECKING
 
 import hydra
 
 from diffsynth.cache.run import COMMANDS, CacheRun
 from diffsynth.config import build, check, explained, run_main
 
-if TYPE_CHECKING:
-    from diffsynth.cache.make import CacheReport
 
+def make_cache(run: CacheRun) -> str:
+    """Run one command on a cache and return a report of it.
 
-def make_cache(run: CacheRun) -> "CacheReport | list[str] | str":
-    """Run one command on a cache; `make` returns a report, `verify` a list of differences, `stats` and `gc` text."""
+    Raises:
+        ValueError: `verify` finds differences; the message lists them.
+    """
     from diffsynth.cache.make import launch_data_process_task
     from diffsynth.cache.verify import collect_garbage, stats, verify
     from diffsynth.diffusion.training_module import PipelineTrainingModule
@@ -32,22 +32,18 @@ def make_cache(run: CacheRun) -> "CacheReport | list[str] | str":
     scan(run.dataset, run.model.func.__self__.media, run.task, template)
     module = PipelineTrainingModule(run.model(device=accelerator.device), run.task, run.lora, run.seed, template)
     if run.command == "verify":
-        return verify(run.dataset, module, run.path)
+        if differences := verify(run.dataset, module, run.path):
+            raise ValueError("\n  ".join([f"{run.path}: {len(differences)} differences", *differences]))
+        return "no differences"
     sizes = run.batch_size, run.dataset.num_workers, run.shard_megabytes << 20
-    return launch_data_process_task(accelerator, run.dataset, module, run.path, *sizes)
+    return str(launch_data_process_task(accelerator, run.dataset, module, run.path, *sizes))
 
 
 @hydra.main(version_base="1.3", config_path="conf", config_name="make_cache")
 def main(cfg) -> None:
     with explained():
         check(cfg, CacheRun)
-        result = make_cache(CacheRun(**build(cfg)))
-    differences = result if isinstance(result, list) else []
-    if isinstance(result, list):
-        result = "\n  ".join([f"{len(result) or 'no'} differences", *result])
-    logging.info("%s: %s", cfg.path, result)
-    if differences:
-        sys.exit(1)
+        logging.info("%s: %s", cfg.path, make_cache(CacheRun(**build(cfg))))
 
 
 if __name__ == "__main__":

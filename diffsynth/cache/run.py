@@ -1,9 +1,10 @@
 """The configuration of make_cache.py: one dataclass whose fields are the top level of conf/make_cache.yaml."""
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
-COMMANDS = ("make", "verify", "stats", "gc")
+Command = Literal["make", "verify", "stats", "gc"]
+COMMANDS = get_args(Command)
 
 
 @dataclass(kw_only=True)
@@ -27,7 +28,7 @@ class CacheRun:
     task: Any
     lora: Any = None
     template: Any = None
-    command: Literal["make", "verify", "stats", "gc"] = "make"
+    command: Command = "make"
     batch_size: int = 8
     shard_megabytes: int = 256
     device: str = "auto"

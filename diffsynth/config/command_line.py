@@ -35,7 +35,12 @@ def run_main(main: Callable[[], None]) -> None:
     except (JobFailed, ConfigError) as error:
         sys.exit(f"error: {error}")
     except OSError as error:  # Hydra makes the run's folder before it calls `main`
-        sys.exit(f"error: {error}; set output_root=… to a folder that can be written to.")
+        sys.exit(f"error: {error}; set {_folder_key()}=… to a folder that can be written to.")
+
+
+def _folder_key() -> str:
+    """Return the key of the folder that the running script writes to; plan.py also has that of the runs it plans."""
+    return next(key for key in ("path", "output", "output_root") if key in compose([]))
 
 
 class JobFailed(Exception):

@@ -32,7 +32,12 @@ def up_to_date(cfg: DictConfig) -> DictConfig:
 
 def with_current_names(config: dict[str, Any]) -> dict[str, Any]:
     """Return a configuration, given as a plain dictionary, with today's names."""
-    return {RENAMED.get(key, key): _with_current_targets(value) for key, value in config.items()}
+    current = {RENAMED.get(key, key): _with_current_targets(value) for key, value in config.items()}
+    validation = current.get("validation") or {}
+    if "template_samples" in validation:  # the number of rows if a template is trained, beside `row_samples`
+        of_template = validation.pop("template_samples")
+        validation["row_samples"] = of_template if current.get("template") else validation.get("row_samples")
+    return current
 
 
 def _with_current_targets(node: Any) -> Any:

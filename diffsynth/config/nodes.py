@@ -13,6 +13,8 @@ from omegaconf.errors import InterpolationResolutionError
 
 from .moved import up_to_date
 
+SCALARS = (int, float, bool, str, type(None))
+
 
 class ConfigError(ValueError):
     """The configuration has a mistake; the message says where, what was expected, and what to type."""
@@ -70,12 +72,22 @@ def _check_value(value: Any, hint: Any, where: str) -> None:
         _check_node(value, _locate(value["_target_"], where), where)
     elif isinstance(value, DictConfig):
         for key in value:
-            _check_value(value[key], Any, f"{where}.{key}")
+            _check_value(value[key], _hint_of_values(hint), f"{where}.{key}")
     elif isinstance(value, ListConfig):
         for index, item in enumerate(value):
             _check_value(item, Any, f"{where}[{index}]")
     if not _fits(value, hint):
+        if isinstance(value, DictConfig) and hint not in SCALARS:
+            raise ConfigError(
+                f"{where} has no _target_, so that its keys ({', '.join(value)}) build nothing; expected a node that "
+                f"builds {_hint_name(hint)}: choose an option that sets it, or leave these keys out."
+            )
         raise ConfigError(f"{where} is {value!r} ({type(value).__name__}); expected {_hint_name(hint)}.")
+
+
+def _hint_of_values(hint: Any) -> Any:
+    """Return the annotation of a mapping's values: `T` of `Mapping[str, T]`."""
+    return typing.get_args(hint)[1] if typing.get_origin(hint) in (dict, Mapping) else Any
 
 
 def _fits(value: Any, hint: Any) -> bool:
@@ -87,15 +99,19 @@ def _fits(value: Any, hint: Any) -> bool:
         return any(_fits(value, option) for option in typing.get_args(hint))
     if origin is typing.Literal:
         return value in typing.get_args(hint)
-    if hint in (int, float, bool, str, type(None)):
+    if hint in SCALARS:
         accepted = {float: (int, float)}.get(hint, (hint,))
         return isinstance(value, accepted) and (hint is bool or not isinstance(value, bool))
     if origin in (list, Sequence, tuple):
         return isinstance(value, (ListConfig, list))  # resolvers return plain lists
     if origin in (dict, Mapping):
         return isinstance(value, DictConfig)
+    if not inspect.isclass(hint) or hint is object:
+        return True
+    if isinstance(value, DictConfig):
+        return "_target_" in value or issubclass(hint, (dict, Mapping))
     # A class or protocol: a node may build its object, but a string or number is never one.
-    return not (inspect.isclass(hint) and isinstance(value, (bool, int, float, str))) or hint is object
+    return not isinstance(value, SCALARS)
 
 
 def _unknown(where: str, key: str, known: Mapping, target: Callable) -> str:

@@ -12,6 +12,7 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
+from ..core.advice import how_to_start_from
 from ..core.files import remove_leftovers, write_text
 from .nodes import ConfigError
 from .signature import bound_to_length, but_for_length, signature
@@ -60,15 +61,28 @@ def finish(run_dir: Path, artefacts: Sequence[Path]) -> None:
     if RANK == 0:
         cfg = OmegaConf.load(run_dir / "config.yaml")
         paths = [str(path) for path in [*artefacts, run_dir / "report.html"]]
-        record = {"artefacts": paths, "length": _length(cfg), "but_for_length": but_for_length(cfg)}
-        write_text(run_dir / "finished.json", json.dumps(record, indent=1))
+        _write_finished(run_dir, {"artefacts": paths, **_identity(cfg)})
         write_report(run_dir)
         logging.info("Finished. %s holds:\n  %s", run_dir, "\n  ".join(paths))
 
 
 def _finished(run_dir: Path) -> dict | None:
+    """Return what `finish` recorded about a run; None if the run is not finished."""
     path = run_dir / "finished.json"
-    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+    if not path.exists():
+        return None
+    record = json.loads(path.read_text(encoding="utf-8"))
+    if "length" not in record:  # until 2026-11-30 only the artefacts were recorded; the rest is in the configuration
+        record |= _identity(OmegaConf.load(run_dir / "config.yaml"))
+    return record
+
+
+def _write_finished(run_dir: Path, record: dict) -> None:
+    write_text(run_dir / "finished.json", json.dumps(record, indent=1))
+
+
+def _identity(cfg: DictConfig) -> dict[str, Any]:
+    return {"length": _length(cfg), "but_for_length": but_for_length(cfg)}
 
 
 def _length(cfg: DictConfig) -> dict[str, float]:
@@ -97,12 +111,13 @@ def _check_folder(run_dir: Path, cfg: DictConfig) -> None:
 def _not_extended(run_dir: Path, cfg: DictConfig) -> str:
     return (
         f"{run_dir} holds the same run with another length and cannot be extended, because every step of "
-        f"{bound_to_length(cfg)} depends on the length. To start from its weights, set lora.checkpoint=… to a file in "
-        f"{run_dir}/weights; to start a separate run, set name=…."
+        f"{bound_to_length(cfg)} depends on the length. {how_to_start_from(run_dir)}"
     )
 
 
 def _write_run_files(run_dir: Path, cfg: DictConfig) -> None:
+    if finished := _finished(run_dir):  # an old record lacks the length, which config.yaml will no longer tell
+        _write_finished(run_dir, finished)
     write_text(run_dir / "config.yaml", OmegaConf.to_yaml(cfg) + OmegaConf.to_yaml(OmegaConf.create(REPLAY)))
     write_text(run_dir / "resolved.yaml", OmegaConf.to_yaml(cfg, resolve=True))
     write_text(run_dir / "command.json", json.dumps(sys.argv))

@@ -10,6 +10,9 @@ from omegaconf import DictConfig, OmegaConf
 from .moved import with_current_names
 
 # Keys that do not change the trained weights: where and how fast a run trains, and what it logs, evaluates and saves.
+# `device` and `micro_batch_size` change rounding; they are here so that a run may continue on other devices. Absent are
+# memory.checkpointing and its like, which may change rounding on a GPU, and dataset.scan_rows: it decides which rows
+# on_error=skip leaves out, and a checkpoint's fingerprint of the data depends on it.
 NOT_SEMANTIC = (
     "hydra",
     "name",
@@ -27,6 +30,8 @@ NOT_SEMANTIC = (
     "micro_batch_size",
     "teacher_path",
     "dataset.num_workers",
+    "memory.check",
+    "memory.remember",
     "model.training.micro_batch_size",
     "model.training.validate_every",
 )
@@ -43,7 +48,7 @@ TASKS_OF_KNOWN_LENGTH = ("diffsynth.diffusion.loss.HyperSD",)  # their loss depe
 
 
 def signature(_root_: DictConfig) -> str:
-    """Return eight hex digits that change with every setting that changes the run's results, and with no other."""
+    """Return eight hex digits that change with every setting that may change the weights, except `NOT_SEMANTIC`."""
     config = _plain(_root_)
     return _digest(config, () if bound_to_length(config) else LENGTH)
 

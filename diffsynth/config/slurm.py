@@ -33,7 +33,7 @@ cd {{folder}}
 main_address=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 main_port=$((20000 + SLURM_JOB_ID % 10000))
 
-srun --wait=120 {{python}} -m diffsynth.config.launch {{machines}} \\
+srun --wait=120 {{python}} -m diffsynth.config.launch_with_signals {{machines}} \\
   --main_process_ip "$main_address" --main_process_port "$main_port" \\
   {{command}}
 status=$?

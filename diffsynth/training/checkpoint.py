@@ -19,6 +19,7 @@ from accelerate.utils import broadcast_object_list
 from safetensors.torch import load_file
 from torch import Tensor
 
+from ..core.advice import how_to_start_from
 from ..core.files import digest_of, remove_leftovers, replacing_folder, write_text
 from ..core.loader import save_safetensors
 from ..core.safe_tree import join_state, split_state
@@ -206,8 +207,7 @@ class Checkpoints:
             raise ValueError(
                 f"{self.path.parent} cannot be extended to {state.steps} steps: at each of its checkpoints (step "
                 f"{', '.join(map(str, unreached))}) the schedule of the learning rate already depends on the "
-                f"number of steps. To start from its weights in {self.path.parent}/weights, set lora.checkpoint=… or "
-                "model.dit.path=…; to start a separate run, set name=…."
+                f"number of steps. {how_to_start_from(self.path.parent)}"
             )
         return None
 

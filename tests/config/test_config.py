@@ -4,6 +4,7 @@ import json
 import re
 import shlex
 import subprocess
+from fnmatch import fnmatch
 from importlib.metadata import requires
 from importlib.util import find_spec
 from itertools import zip_longest
@@ -50,14 +51,20 @@ def belongs(entry: str, group: str, option: str) -> bool:
         return entry != "plan" and option.startswith("emoji_distill/") == (entry == "distill")
     if entry == "plan":
         return group == "task"
-    return entry != "distill" or group in ("student", "teacher") or (group == "task" and option.startswith("distill"))
+    return (
+        entry != "distill"
+        or group in ("student", "teacher", "discriminator")
+        or (group == "task" and option.startswith("distill"))
+    )
 
 
 def rows(entry: str) -> list[list[str]]:
     """All options of an entry, in as few rows as groups allow: an experiment chooses options of other groups itself."""
     choices = {g: [f"{g}={option}" for option in options(g) if belongs(entry, g, option)] for g in groups(entry)}
     alone = [[choice] for group in ("experiment", "debug") for choice in choices.pop(group, [])]
-    of_the_task = [choices.pop(g) for g in ("timesteps", "weighting", "student", "teacher") if g in choices]
+    of_the_task = [
+        choices.pop(g) for g in ("timesteps", "weighting", "student", "teacher", "discriminator") if g in choices
+    ]
     together = [*zip_longest(*of_the_task), *zip_longest(*choices.values())]
     return [*alone, *([choice for choice in row if choice] for row in together)]
 
@@ -107,6 +114,17 @@ def test_every_tunable_says_what_it_does(path):
     tunable = re.compile(r" *(?!_target_|_partial_|defaults|origin_file_pattern)\w+: (?!\$\{|\{\})\S")
     pairs = zip(lines, lines[1:], strict=False)
     assert [line for above, line in pairs if tunable.match(line) and "#" not in line + above] == []
+
+
+def replacements() -> list[list[str]]:
+    """What may replace options that an experiment of train.py chooses: every debug, and a word for each group."""
+    return [*([f"debug={name}"] for name in options("debug")), ["validation=none", "lr_scheduler=constant"]]
+
+
+@pytest.mark.parametrize("experiment", [name for name in options("experiment") if belongs("train", "experiment", name)])
+def test_an_experiment_leaves_nothing_behind_where_its_options_are_replaced(experiment):
+    for replacement in replacements():
+        compose_and_check("train", f"experiment={experiment}", *replacement)
 
 
 def assert_names_the_extra(message: str):
@@ -181,6 +199,15 @@ def test_a_model_brings_data_that_it_can_be_trained_on(model):
     assert tiny.compose("make_cache", f"model={model}").dataset == cfg.dataset
 
 
+@pytest.mark.parametrize("model", options("model"))
+def test_the_revision_and_the_config_of_every_network_are_set_without_a_plus(model):
+    networks = [name for name, node in tiny.compose("fuse", f"model={model}").model.items() if "model_id" in str(node)]
+    settings = [f"model.{name}.{key}=main" for name in networks for key in ("revision", "config")]
+    chosen = tiny.compose("fuse", f"model={model}", "lora_path=x", *settings)
+    check(chosen, tiny.schema("fuse"))
+    assert len(networks) >= 4 and {chosen.model[name].revision for name in networks} == {"main"}
+
+
 @pytest.mark.parametrize("entry, task", [("train", "sft"), ("train", "template"), ("distill", "distill/add")])
 def test_noise_levels_are_chosen_by_a_word_in_every_task_that_trains_some(entry, task):
     cfg = tiny.compose(entry, f"task={task}", "timesteps=logit_normal", "task.timesteps.mean=0.5")
@@ -193,6 +220,17 @@ def test_a_student_and_the_lack_of_a_teacher_are_chosen_by_a_word_in_every_disti
     cfg = tiny.compose("distill", f"task={task}", "student=renoise", "teacher=none")
     check(cfg, tiny.schema("distill"))
     assert cfg.task.student.renoise and cfg.task.teacher is None
+
+
+def test_a_discriminator_is_chosen_by_a_word_in_the_distillations_that_have_one():
+    plain, chosen = (tiny.compose("distill", "task=distill/dmd2", *word).task for word in ([], ["discriminator=heads"]))
+    assert (
+        plain.discriminator is None
+        and chosen.discriminator == tiny.compose("distill", "task=distill/add").task.discriminator
+    )
+    check(tiny.compose("distill", "task=distill/dmd2", "discriminator=heads"), tiny.schema("distill"))
+    with pytest.raises(ConfigError, match="task.discriminator is None .*expected Discriminator"):
+        check(tiny.compose("distill", "task=distill/add", "discriminator=none"), tiny.schema("distill"))
 
 
 # The documentation ----------------------------------------------------------------------------------------------------
@@ -225,6 +263,14 @@ def errors_in(markdown: str) -> list[tuple[str, str]]:
     return re.findall(ANSWERED, "\n".join(BLOCK.findall(markdown)))
 
 
+def filled_in(word: str) -> str:
+    """A word of a command line, its `…` replaced by a value: an option if its key is a group, else a text."""
+    group, _, option = word.partition("=")
+    if "…" in option and (CONF / group).is_dir():
+        return f"{group}={next(name for name in options(group) if fnmatch(name, option.replace('…', '*')))}"
+    return word.replace("…", "x")
+
+
 def jobs(line: str) -> list[tuple[str, list[str]]]:
     """The (entry, overrides) that a command line runs, a sweep several; `…` stands for what the reader puts there."""
     lexer = shlex.shlex(line, posix=True, punctuation_chars=True)
@@ -232,7 +278,7 @@ def jobs(line: str) -> list[tuple[str, list[str]]]:
     words = list(lexer)
     start, entry = next((n, w.removesuffix(".py")) for n, w in enumerate(words) if w in [f"{e}.py" for e in ENTRIES])
     end = next((n for n, word in enumerate(words) if n > start and set(word) <= set("();<>|&")), len(words))
-    given = [word.replace("…", "x") for word in words[start + 1 : end] if not word.endswith(("…", "..."))]
+    given = [filled_in(word) for word in words[start + 1 : end] if word not in ("…", "...")]
     given = [f"command={word}" if entry == "make_cache" and word in COMMANDS else word for word in given]
     arguments = get_args_parser().parse_args(given)
     overrides = OverridesParser.create().parse_overrides(arguments.overrides)
@@ -272,6 +318,7 @@ CUDA_VISIBLE_DEVICES=0 torchrun --nproc_per_node 2 train.py device=cpu && python
 train.py generate.py   # 40 lines each
 python train.py model=… optimizer.lr=1e-4 …
 accelerate launch examples/qwen_image/model_training/train.py --of another
+python generate.py lora_path=outputs/sft-…
 $ python train.py lora.rnak=8
 error: no such key
 ```
@@ -285,7 +332,8 @@ def test_commands_are_found_in_documents():
         [("train", [f"lora.rank={r}", f"optimizer.lr={lr}"]) for r in (4, 8) for lr in ("0.0001", "0.0002")],
         [("train", ["model=qwen_image", "dataset.path=my pictures"])],
         [("train", ["device=cpu"])],
-        [("train", ["optimizer.lr=1e-4"])],
+        [("train", ["model=emoji", "optimizer.lr=1e-4"])],
+        [("generate", ["lora_path=outputs/sft-x"])],
         [("train", ["lora.rank=2"])],
     ]
     assert errors_in(DOCUMENT) == [("train.py lora.rnak=8", "error: no such key")]
@@ -330,6 +378,23 @@ def test_a_misspelt_key_at_the_top_of_an_experiment_is_answered_with_the_nearest
 
 def test_the_first_of_several_misspelt_keys_is_answered(monkeypatch):
     assert "did you mean lora.rank?" in complaint(monkeypatch, "-m", "lora.rnak=8", "optimiser.lr=1", "lora=dora,lora")
+
+
+@pytest.mark.parametrize(
+    "script, key",
+    [
+        ("train.py", "output_root"),
+        ("distill.py", "output_root"),
+        ("make_cache.py", "path"),
+        ("plan.py", "path"),
+        ("generate.py", "output"),
+        ("fuse.py", "output"),
+    ],
+)
+def test_a_folder_that_cannot_be_written_to_is_answered_with_its_key(script, key, monkeypatch, tmp_path):
+    (tmp_path / "file").write_text("where a folder should be")
+    message = complaint(monkeypatch, f"{key}={tmp_path}/file/folder", script=script)
+    assert f"{tmp_path}/file" in message and f"; set {key}=… to a folder that can be written to." in message
 
 
 def test_what_is_no_override_is_answered_in_one_line(monkeypatch):
@@ -436,6 +501,21 @@ def test_a_value_of_the_wrong_type_is_answered_with_the_right_one(override, expe
     assert expected in complaint(monkeypatch, override, f"output_root={tmp_path}")
 
 
+@pytest.mark.parametrize(
+    "override, expected",
+    [
+        (
+            "+validation.datasets.mine.metadata=mine.csv",
+            r"validation.datasets.mine has no _target_.*\(metadata\).*builds TrainingData",
+        ),
+        ("+validation.metrics.mine.batch_size=2", r"validation.metrics.mine has no _target_.*builds Metric"),
+        ("~task.timesteps._target_", r"task.timesteps has no _target_.*builds UniformTimesteps"),
+    ],
+)
+def test_keys_that_would_build_nothing_are_named(override, expected, monkeypatch, tmp_path):
+    assert re.search(expected, complaint(monkeypatch, override, f"output_root={tmp_path}"))
+
+
 def test_a_value_that_others_refer_to_and_that_is_gone_is_named(monkeypatch, tmp_path):
     message = complaint(monkeypatch, "~model.training", f"output_root={tmp_path}")
     first, *others = message.splitlines()
@@ -461,7 +541,9 @@ def test_scripts_that_hand_arguments_on_to_a_training_know_what_these_may_be(scr
 # Run folders ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("override", ["lora.rank=8", "seed=1", "max_steps=3", "dataset.repeat=2", "lora=none"])
+@pytest.mark.parametrize(
+    "override", ["lora.rank=8", "seed=1", "max_steps=3", "dataset.repeat=2", "lora=none", "memory.checkpointing=blocks"]
+)
 def test_what_changes_the_results_changes_the_folder(override):
     assert signature(tiny.compose("train", override)) != signature(tiny.compose("train"))
 
@@ -479,6 +561,7 @@ def test_what_changes_the_results_changes_the_folder(override):
         ),
         *("validation=none", "validation.prompts=[a cat]", "validation=[emoji,lpips]", "data_report.rows=0"),
         *("export.save_steps=null", "logger=wandb", "checkpoint.every=1"),
+        *("memory.check=false", "memory.remember=0"),
     ],
 )
 def test_what_does_not_change_the_results_does_not_change_the_folder(override):

@@ -9,7 +9,7 @@ import tiny
 from hydra.core.global_hydra import GlobalHydra
 
 from diffsynth.config import check, signature
-from diffsynth.config.moved import MOVED, up_to_date
+from diffsynth.config.moved import MOVED, up_to_date, with_current_names
 
 GOLDEN = tiny.ROOT / "tests" / "golden"
 SAVED = sorted((GOLDEN / "saved").glob("*.yaml"))
@@ -35,6 +35,13 @@ def test_a_saved_configuration_is_one_of_todays(name, folder):
     check(cfg, tiny.schema("distill" if "prompts" in cfg else "train"))
     assert signature(cfg) == signature(up_to_date(cfg))
     assert "receipt" not in up_to_date(cfg) and up_to_date(up_to_date(cfg)) == up_to_date(cfg)
+
+
+@pytest.mark.parametrize("template, rows", [({"path": "mine"}, 3), (None, 1)])
+def test_the_number_of_rows_for_templates_is_the_one_number_of_rows(template, rows):
+    validation = {"row_samples": 1, "template_samples": 3}
+    current = with_current_names({"template": template, "validation": validation})["validation"]
+    assert current == {"row_samples": rows} and validation["template_samples"] == 3
 
 
 def test_a_configuration_of_today_is_left_as_it_is():

@@ -148,14 +148,23 @@ time.sleep(60)
 def test_processes_are_signalled_through_their_launcher_which_ends_as_they_do(state, tmp_path):
     (tmp_path / "listening.py").write_text(LISTENING)
     script = [str(tmp_path / "listening.py"), str(tmp_path / "process"), state]
-    command = [sys.executable, "-m", "diffsynth.config.launch", "--multi_gpu", "--num_processes", "2", *script]
+    command = [
+        sys.executable,
+        "-m",
+        "diffsynth.config.launch_with_signals",
+        "--multi_gpu",
+        "--num_processes",
+        "2",
+        *script,
+    ]
     job = subprocess.Popen(command, cwd=tiny.ROOT, stdout=subprocess.PIPE, text=True)
     wait_for(lambda: len(list(tmp_path.glob("process?"))) == 2, job)
     job.send_signal(signal.SIGUSR1)
     assert job.wait(60) == 75
 
 
-def test_a_run_that_fails_does_not_ask_to_be_run_again(tmp_path):
+@pytest.mark.parametrize("module", ["launch_with_signals", "launch"])  # the second is in the scripts of queued jobs
+def test_a_run_that_fails_does_not_ask_to_be_run_again(module, tmp_path):
     (tmp_path / "failing.py").write_text("raise SystemExit(3)")
-    launcher = [sys.executable, "-m", "diffsynth.config.launch", "--num_processes", "1"]
+    launcher = [sys.executable, "-m", f"diffsynth.config.{module}", "--num_processes", "1"]
     assert subprocess.run([*launcher, str(tmp_path / "failing.py")], cwd=tiny.ROOT).returncode == 3

@@ -286,7 +286,7 @@ def test_a_run_trains_a_template_and_draws_its_rows(data, tmp_path):
         "validation=base",
         "validation.options={height: 32, width: 32, num_inference_steps: 2}",
         f"+validation.datasets.held_out={keys} data_file_keys: [image, edit_image], path: {data}}}",
-        "validation.template_samples=2",
+        "validation.row_samples=2",
         "validation.loss_samples=2",
     )
     assert Image.open(run_dir / "samples" / "held_out_step-000002.png").width == 2 * 128

@@ -88,3 +88,8 @@ def test_where_the_pictures_are_kept_changes_no_result_but_what_is_drawn_does():
 def test_a_model_may_have_defaults_for_distillation():
     rates = [tiny.compose("distill", f"model={name}").optimizer.lr for name in ("emoji", "qwen_image")]
     assert rates == [2e-3, tiny.compose("train", "model=qwen_image").optimizer.lr]
+
+
+def test_a_task_that_is_no_distillation_is_refused_with_the_script_that_runs_it(folder, monkeypatch):
+    with pytest.raises(SystemExit, match=r"FlowMatchSFT, which is no distillation: run it by python train\.py"):
+        tiny.command_line(monkeypatch, "distill.py", "task=sft", f"output_root={folder}/refused")

@@ -8,7 +8,7 @@ import tiny
 from resumed import EXACT, artefacts, final_weights, kept, metrics
 from torch.testing import assert_close
 
-from diffsynth.config import ConfigError
+from diffsynth.config import ConfigError, claim, finish
 from diffsynth.training.checkpoint import Checkpoints, read_checkpoint
 from diffsynth.training.schedule import same_until
 
@@ -61,7 +61,9 @@ def test_a_run_whose_rate_has_fallen_in_all_checkpoints_cannot_be_extended(tmp_p
     with pytest.raises(ValueError, match=r"cannot be extended to 6 steps.*\(step 4\)") as refused:
         tiny.train(tmp_path, "max_steps=6", *DECAY)
     message = str(refused.value)
-    assert f"{run_dir}/weights" in message and "lora.checkpoint=…" in message and "name=…" in message
+    assert f"{run_dir}/weights" in message and "name=…" in message
+    for key_of_what_is_trained in ("lora.checkpoint=…", "model.dit.path=…", "TEMPLATE_MODEL_PATH"):
+        assert key_of_what_is_trained in message
     assert "\n" not in message
     assert json.loads((run_dir / "finished.json").read_text())["length"] == {"max_steps": 4}
 
@@ -84,9 +86,52 @@ def test_a_run_whose_rate_depends_on_its_length_starts_anew_and_says_why(tmp_pat
     long = tiny.train(tmp_path, "max_steps=3", "lr_scheduler=cosine")
     assert short != long
     assert f"This run starts from step 0: {short} holds the same run with another length" in caplog.text
-    assert f"set lora.checkpoint=… to a file in {short}/weights" in caplog.text
-    with pytest.raises(ConfigError, match=r"cannot be extended, because every step of transformers\.get_cosine"):
+    advice = f"To start from its weights in {short}/weights, set lora.checkpoint=…"
+    assert advice in caplog.text
+    with pytest.raises(
+        ConfigError, match=r"cannot be extended, because every step of transformers\.get_cosine"
+    ) as error:
         tiny.train(tmp_path, "max_steps=4", "lr_scheduler=cosine", f"run_dir={short}")
+    assert advice in str(error.value)
+
+
+@pytest.fixture
+def as_of_old():
+    """Rewrites the record of a finished run as it was until 2026-11-30."""
+
+    def rewrite(run_dir: Path) -> Path:
+        record = json.loads((run_dir / "finished.json").read_text())
+        (run_dir / "finished.json").write_text(json.dumps({"artefacts": record["artefacts"]}))
+        return run_dir
+
+    return rewrite
+
+
+def finished(output_root: Path, *overrides: str) -> Path:
+    """The folder of a run that is finished without having been trained."""
+    run_dir = claim(tiny.compose("train", *tiny.merged(tiny.train_overrides(output_root), overrides)))
+    finish(run_dir, [])
+    return run_dir
+
+
+def test_a_run_that_an_older_version_finished_is_finished_and_may_stand_beside_a_new_one(tmp_path, as_of_old, caplog):
+    caplog.set_level("INFO")
+    old = as_of_old(finished(tmp_path, "lr_scheduler=cosine"))
+    same, longer = (
+        tiny.merged(tiny.train_overrides(tmp_path), ["lr_scheduler=cosine", n]) for n in ("seed=0", "max_steps=9")
+    )
+    assert claim(tiny.compose("train", *same)) is None
+    assert claim(tiny.compose("train", *longer)) not in (None, old)
+    assert f"{old} holds the same run with another length" in caplog.text
+
+
+def test_a_run_that_an_older_version_finished_keeps_its_length_while_it_is_extended(tmp_path, as_of_old):
+    old = as_of_old(finished(tmp_path))
+    shorter, longer = (
+        tiny.compose("train", *tiny.merged(tiny.train_overrides(tmp_path), [f"max_steps={n}"])) for n in (2, 4)
+    )
+    assert claim(longer) == old and claim(longer) == old  # stopped, and begun again
+    assert claim(shorter) is None
 
 
 def test_rates_are_compared_up_to_the_step_that_is_taken_next():

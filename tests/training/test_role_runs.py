@@ -12,10 +12,10 @@ from diffsynth.training.checkpoint import load_part, read_checkpoint
 
 CLOSE = {"rtol": 1e-4, "atol": 1e-5}
 DMD2 = ["task=distill/dmd2", "task.teacher=null", "task.student.num_inference_steps=2", "task.student_every=3"]
-GAN = "task.discriminator={_target_: diffsynth.diffusion.distillation.discriminator.Discriminator, hidden: 4}"
+GAN = ["discriminator=heads", "task.discriminator.hidden=4"]
 FULL = ["lora=none", "ema=constant", "ema.decay=0.5", "task.fake_score.rank=2"]
 ROLES = {
-    "adapters and discriminator": [*DMD2, GAN, "micro_batch_size=2", "lr_scheduler=cosine"],
+    "adapters and discriminator": [*DMD2, *GAN, "micro_batch_size=2", "lr_scheduler=cosine"],
     "full student": [*DMD2, *FULL],
 }
 

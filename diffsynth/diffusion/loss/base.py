@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from ..adapters.lora import Adapter
     from ..base_pipeline import BasePipeline
     from ..distillation.roles import Roles
+    from ..distillation.teacher import Teacher
     from ..pipeline.units import PipelineUnit
 
 NOT_INPUTS = {"pipe", "rng", "inputs", "context"}  # parameters of `loss` that are no inputs of the pipeline
@@ -40,6 +41,10 @@ class Objective:
     provides: ClassVar[Sequence[str]] = ("latents", "timestep")  # inputs of `model_fn` that the objective computes
     reads_negative: ClassVar[bool] = False  # whether a guided prediction in training reads `negative_prompt`
     negative_prompt: ClassVar[str] = ""
+    is_distillation: ClassVar[bool] = (
+        False  # whether a student learns to sample in few steps, so that distill.py can run it
+    )
+    teacher: "ClassVar[Teacher | None]" = None  # how a teacher samples the images to learn from; None: none does
     optional_columns: ClassVar[Sequence[str]] = ()  # columns that are extra inputs of the rows that have them
 
     def __call__(self, pipe: "BasePipeline", rng: SampleRNG | GlobalRNG | None = None, **inputs) -> Tensor:

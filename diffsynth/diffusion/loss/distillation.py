@@ -31,6 +31,7 @@ class Distillation(Objective):
     student: Student = field(default_factory=Student)
     teacher: Teacher | None = None
 
+    is_distillation: ClassVar[bool] = True
     optional_columns: ClassVar[Sequence[str]] = ("rand_device",)
     keeps_trajectory: ClassVar[bool] = False  # whether the loss reads the teacher's latents between noise and image
 

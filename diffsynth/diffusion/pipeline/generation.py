@@ -36,18 +36,18 @@ def open_files(inputs: Mapping[str, object]) -> dict[str, object]:
 
 
 def sample_to_files(
-    pipe: "BasePipeline", requests: Sequence[Mapping], images: Mapping, batch_size: int, folder: Path, source: Mapping
+    pipe: "BasePipeline", requests: Sequence[Mapping], shared: Mapping, batch_size: int, folder: Path, source: Mapping
 ) -> list[Path]:
     """Sample requests in batches and save each result, and a grid if there are several; returns the paths.
 
     Args:
-        images: Images that all requests share, such as `input_image`.
+        shared: Arguments that all requests share, such as `input_image` and the outputs of templates.
         source: Where the weights come from; it becomes metadata of each file, together with the request.
     """
     pictures, paths = [], []
     for start in range(0, len(requests), batch_size):
         batch = requests[start : start + batch_size]
-        results = pipe.generate([{**images, **request} for request in batch])
+        results = pipe.generate([{**shared, **request} for request in batch])
         for result, request in zip(results, batch, strict=True):
             paths.append(folder / f"{len(paths):04d}{pipe.media.suffix}")
             pipe.media.write(result, paths[-1], {**request, **source})

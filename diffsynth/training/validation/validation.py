@@ -35,6 +35,8 @@ logger = logging.getLogger(__name__)
 
 BANDS = 4  # a guess: each held-out row is measured once in each of this many equal parts of the timesteps' distribution
 
+TEMPLATE_ROWS = 4  # a guess: rows of each data set that are sampled if a template is trained and no number is set
+
 
 @dataclass
 class Validation:
@@ -51,7 +53,7 @@ class Validation:
         metrics: Metrics of images that are sampled for the rows' prompts, by name.
         metric_samples: Number of the first rows of each data set that are sampled for the metrics.
         row_samples: Number of the first rows of each data set that are sampled into a grid, with their own inputs.
-        template_samples: The same, if a template is trained, which reads inputs of the rows.
+            None samples 4 if a template is trained, which reads inputs of the rows, and otherwise none.
         weights: Weights to evaluate: `raw`, their average `ema`, or both; names of the average's metrics start with
             `ema_`.
         few_steps: Compares the student of a distillation with its teacher; None compares nothing.
@@ -66,8 +68,7 @@ class Validation:
     loss_samples: int = 64
     metrics: Mapping[str, Metric] = field(default_factory=dict)
     metric_samples: int = 64
-    row_samples: int = 0
-    template_samples: int = 4
+    row_samples: int | None = None
     weights: Sequence[str] = ("raw",)
     few_steps: FewSteps | None = None
 
@@ -96,7 +97,9 @@ class Validation:
 
     def shown_rows(self, pipe: "BasePipeline") -> int:
         """How many rows of each data set are sampled to be seen."""
-        return self.row_samples if pipe.template is None else self.template_samples
+        if self.row_samples is not None:
+            return self.row_samples
+        return 0 if pipe.template is None else TEMPLATE_ROWS
 
     def due(self, step: int, done: bool) -> bool:
         """Whether the run is evaluated after `step` optimizer steps; `done` after its last one."""

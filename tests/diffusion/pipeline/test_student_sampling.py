@@ -264,7 +264,7 @@ def test_a_trained_adapter_needs_no_hints_and_neither_does_what_it_is_merged_int
 
 def test_a_fully_trained_student_needs_no_hints(data, drawn, tmp_path):
     file = weights_of(tmp_path / "run", data, "lora=none", "optimizer.lr=1e-3")
-    model = [f"model.dit.path={file}", f"+model.dit.config={tiny.model()}/transformer"]
+    model = [f"model.dit.path={file}", f"model.dit.config={tiny.model()}/transformer"]
     found, pixels = drawn(*model)
     assert found == STUDENT and np.array_equal(pixels, drawn(*model, *EXPLICIT)[1])
 

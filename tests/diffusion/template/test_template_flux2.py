@@ -119,7 +119,7 @@ def test_a_run_of_an_editing_base_draws_its_rows(folder, data, tmp_path):
         "validation=base",
         "validation.options={height: 32, width: 32, num_inference_steps: 2}",
         f"+validation.datasets.held_out={rows}",
-        "validation.template_samples=2",
+        "validation.row_samples=2",
         "validation.loss_samples=2",
     ]
     run_dir = tiny.train(tmp_path / "runs", *overrides)

@@ -618,7 +618,7 @@ LOOKING = [
     "validation.prompts=[a red apple]",
     "validation.options={height: 32, width: 32, num_inference_steps: 2, cfg_scale: 2.0}",
     "validation.loss_samples=2",
-    "validation.template_samples=3",
+    "validation.row_samples=3",
     "+validation.datasets.held_out={_target_: diffsynth.core.data.UnifiedDataset.from_folder, height: 32, width: 32}",
     "+validation.datasets.held_out.metadata=metadata.jsonl",
 ]
