@@ -44,6 +44,7 @@ class TrainingData(Dataset):
         repeat: Number of passes over the samples in one epoch.
         num_workers: Number of DataLoader processes that should load the data set.
         needs_encoders: Whether the run has to load encoders; a cache has their outputs already.
+        undecodable: Whether each row failed to decode (N,), bool; empty if the data set does not keep count.
     """
 
     size: int
@@ -51,15 +52,7 @@ class TrainingData(Dataset):
     repeat: int = 1
     num_workers: int = 0
     needs_encoders = True
-
-    @property
-    def undecodable(self) -> Tensor:
-        """Whether each row failed to decode (N,), bool."""
-        return self.__dict__.setdefault("_undecodable", torch.zeros(0, dtype=torch.bool))
-
-    @undecodable.setter
-    def undecodable(self, flags: Tensor) -> None:
-        self.__dict__["_undecodable"] = flags
+    undecodable: Tensor = torch.zeros(0, dtype=torch.bool)
 
     @property
     def datasets(self) -> Mapping[str, "TrainingData"]:
