@@ -100,11 +100,11 @@ class MixedDataset(TrainingData):
         with self._dataset_of(number) as (dataset, own_number):
             return dataset.variants(own_number)
 
-    def scan(self, required: Sequence[str] = (), prompt_key: str = "prompt") -> list[SkippedRow]:
+    def scan(self, required: Sequence[str] = ()) -> list[SkippedRow]:
         """See `UnifiedDataset.scan`."""
         for name, dataset in self.datasets.items():
             with _named(name):
-                dataset.scan(required, prompt_key)
+                dataset.scan(required)
         return self.skipped
 
     def fingerprint(self) -> str:

@@ -96,29 +96,25 @@ class SortedRows:
         return {(int(w), int(h)): np.flatnonzero(which == number) for number, (w, h) in enumerate(sizes)}
 
 
-def check_rows(
-    dataset: "UnifiedDataset", prompt_key: str, required: Sequence[str]
-) -> tuple[list[SkippedRow], list[tuple[int, Size]]]:
+def check_rows(dataset: "UnifiedDataset", required: Sequence[str]) -> tuple[list[SkippedRow], list[tuple[int, Size]]]:
     """The rows that cannot be used, and with buckets also the number and stored size of each other row."""
     strides = [dataset.scanned[start::SCAN_THREADS] for start in range(SCAN_THREADS)]
     with ThreadPoolExecutor(SCAN_THREADS) as pool:
-        found = pool.map(_check_some, repeat(dataset), strides, repeat(prompt_key), repeat(required))
+        found = pool.map(_check_some, repeat(dataset), strides, repeat(required))
         results = list(chain.from_iterable(found))
     faults = sorted((fault for fault in results if isinstance(fault, SkippedRow)), key=lambda fault: fault.row)
     return faults, sorted(size for size in results if not isinstance(size, SkippedRow))
 
 
-def _check_some(dataset: "UnifiedDataset", numbers: Sequence[int], prompt_key: str, required: Sequence[str]) -> list:
-    results = (_check_row(dataset, number, prompt_key, required) for number in numbers)
+def _check_some(dataset: "UnifiedDataset", numbers: Sequence[int], required: Sequence[str]) -> list:
+    results = (_check_row(dataset, number, required) for number in numbers)
     return [result for result in results if result is not None]
 
 
-def _check_row(
-    dataset: "UnifiedDataset", number: int, prompt_key: str, required: Sequence[str]
-) -> SkippedRow | tuple[int, Size] | None:
+def _check_row(dataset: "UnifiedDataset", number: int, required: Sequence[str]) -> SkippedRow | tuple[int, Size] | None:
     """The fault of a row, or with buckets its number and stored size, or None."""
     row, size = dataset.rows[number], None
-    if fault := _fault_of_cells(dataset, row, prompt_key, required):
+    if fault := _fault_of_cells(dataset, row, required):
         return SkippedRow(number + 1, None, fault)
     for key in [key for key in dataset.operators if key in row]:
         try:
@@ -134,7 +130,7 @@ def _check_row(
     return dataset.buckets and (number, size)
 
 
-def _fault_of_cells(dataset: "UnifiedDataset", row: dict, prompt_key: str, required: Sequence[str]) -> str | None:
+def _fault_of_cells(dataset: "UnifiedDataset", row: dict, required: Sequence[str]) -> str | None:
     """Why a row's cells cannot be used, its files not considered; None if they can."""
     needed = [*required, *dataset.data_file_keys[:1]] if dataset.buckets else required
     given = {*row, "prompt"} if any(column in row for column in dataset.augmentation.captions) else row
@@ -142,9 +138,7 @@ def _fault_of_cells(dataset: "UnifiedDataset", row: dict, prompt_key: str, requi
         return f"has no {absent[0]}, but {', '.join(row)}"
     if empty := [key for key in dataset.data_file_keys if key in row and is_empty(row[key])]:
         return f"{empty[0]} is empty"
-    if prompt_key == "prompt":
-        return _fault_of_captions(dataset.augmentation, row)
-    return f"{prompt_key} is empty" if is_empty(row.get(prompt_key)) else None
+    return _fault_of_captions(dataset.augmentation, row)
 
 
 def _fault_of_captions(augmentation: "Augmentation", row: dict) -> str | None:

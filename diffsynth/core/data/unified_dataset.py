@@ -306,14 +306,11 @@ class UnifiedDataset(TrainingData):
         """The bucket (width, height) of a sample; None without buckets."""
         return None if self.sorted is None else self.sorted.size_of(number)
 
-    def scan(self, required: Sequence[str] = (), prompt_key: str = "prompt") -> list[SkippedRow]:
+    def scan(self, required: Sequence[str] = ()) -> list[SkippedRow]:
         """Check the first `scan_rows` rows, reading only headers of files, and return the rows that are left out.
 
         A row needs a caption and the `required` columns, and each file in its `data_file_keys` must open. URLs are not
         fetched, except for the image sizes that buckets need.
-
-        Args:
-            prompt_key: Column of the caption; `prompt` stands for the caption columns of `augmentation`.
 
         Raises:
             ValueError: Rows cannot be used and on_error="raise", or none is left; buckets need the size of rows beyond
@@ -323,7 +320,7 @@ class UnifiedDataset(TrainingData):
         unchecked = len(self.rows) - len(self.scanned)
         if unchecked and self.buckets:
             raise ValueError(f"dataset.buckets need the size of every row; set dataset.scan_rows={len(self.rows)}.")
-        faults, sizes = check_rows(self, prompt_key, required)
+        faults, sizes = check_rows(self, required)
         if faults and (self.on_error == "raise" or len(faults) == len(self.scanned)):
             raise ValueError(self._describe(faults))
         if unchecked:

@@ -201,11 +201,6 @@ def test_scan_fetches_no_url_and_calls_no_plain_function(folder):
     assert UnifiedDataset(folder, special_operator_map={"x": Operator() >> pytest.fail}).scan() == []
 
 
-def test_scan_uses_the_prompt_key(folder):
-    write_rows(folder, [{"image": "a.png", "caption": "p"}])
-    assert UnifiedDataset(folder).scan(prompt_key="caption") == []
-
-
 def test_undecodable_file_is_named(folder):
     save_truncated(folder / "b.png")
     with pytest.raises(ValueError, match="row 2: image 'b.png': .*truncated.*dataset.on_error=skip"):

@@ -86,12 +86,10 @@ class SampleOrder:
     Args:
         size: Number of samples.
         seed: Seed of the orders.
-        shuffle: Shuffle each pass; False keeps the order of the data set.
     """
 
     size: int
     seed: int
-    shuffle: bool = True
 
     def __post_init__(self):
         if self.size < 1:
@@ -100,7 +98,7 @@ class SampleOrder:
     def sample(self, position: int) -> SampleAddress:
         """The address of the sample at `position`, counted from 0 over all passes."""
         epoch, index = divmod(position, self.size)
-        return SampleAddress(epoch, permutation(index, self.size, (self.seed, epoch)) if self.shuffle else index)
+        return SampleAddress(epoch, permutation(index, self.size, (self.seed, epoch)))
 
 
 @dataclass(frozen=True)
