@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 
 from diffsynth.core.data import Row
+from diffsynth.diffusion.pipeline.media import ImageMedia
 from diffsynth.training.record import data_report as reports
 
 ONE_STEP = ["max_steps=1", "data_report.rows=8", "data_report.pictures=4"]
@@ -94,12 +95,17 @@ def test_samples_of_a_cache_are_decoded_where_there_is_a_decoder(folder, tmp_pat
 
 def test_masks_and_images_of_a_cache_are_shown_under_its_samples():
     pipe = SimpleNamespace(
-        device="cpu", call_defaults={}, vae=object(), decoding_models=["vae"], loaded=lambda names: nullcontext()
+        device="cpu",
+        call_defaults={},
+        vae=object(),
+        decoding_models=["vae"],
+        loaded=lambda names: nullcontext(),
+        media=ImageMedia(),
     )
     pipe.decode = lambda latents, request: Image.new("RGB", (32, 32), (int(latents.mean()), 0, 0))
     mask = torch.tensor([[0.0, 1.0], [1.0, 0.0]])[None, None]
     latents = {"input_latents": torch.full((1, 16, 4, 4), 50.0), "edit_latents": [torch.full((1, 16, 4, 4), 90.0)]}
     kept = {"loss_mask": mask, "input_image": Image.new("RGB", (8, 8), "blue"), "prompt_emb": torch.zeros(1, 3, 8)}
-    (row,) = reports._decoded(pipe, [Row({"prompt": "a"}, {"shared": latents | kept})])
-    shown = [image.convert("RGB").getpixel((0, 0)) for image in reports._images(row)]
-    assert shown == [(50, 0, 0), (90, 0, 0), (0, 0, 0), (0, 0, 255)] and row["prompt"] == "a"
+    (images,) = reports._pictures(pipe, [Row({"prompt": "a"}, {"shared": latents | kept})])
+    shown = [image.convert("RGB").getpixel((0, 0)) for image in images]
+    assert shown == [(50, 0, 0), (90, 0, 0), (0, 0, 0), (0, 0, 255)]
