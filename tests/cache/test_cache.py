@@ -214,7 +214,7 @@ def test_samples_of_several_data_sets_are_shown_as_often_and_in_the_same_order(t
     assert images == cached
 
 
-def test_a_sample_that_is_left_out_leaves_the_others_as_often(tmp_path):
+def test_a_sample_that_is_skipped_leaves_the_others_as_often(tmp_path):
     make(tmp_path / "cache", mixture(tmp_path, truncated(tmp_path / "data")))
     parts = CachedDataset(str(tmp_path / "cache")).rows_in_buckets()
     assert parts[(32, 32)][0].rate == 7 * 2
@@ -325,10 +325,10 @@ def test_a_picture_that_cannot_be_decoded_is_named_with_the_remedy(tmp_path):
         make(tmp_path / "cache", dataset(truncated(tmp_path / "data")))
 
 
-def test_a_picture_that_cannot_be_decoded_may_be_left_out(tmp_path):
+def test_a_picture_that_cannot_be_decoded_may_be_skipped(tmp_path):
     rows = dataset(truncated(tmp_path / "data"), on_error="skip")
     report = make(tmp_path / "cache", rows)
-    assert report.left_out == [3] and len(CachedDataset(str(tmp_path / "cache"))) == 7
+    assert report.skipped == [3] and len(CachedDataset(str(tmp_path / "cache"))) == 7
     assert report.made == {IMAGES: 7, PROMPTS: 7} and make(tmp_path / "cache", rows).made == {}
     assert changes(tmp_path / "cache", rows) == []
 

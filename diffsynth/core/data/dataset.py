@@ -34,7 +34,7 @@ class TrainingData(Dataset):
     """Base class of the data sets that a run can train on or evaluate on.
 
     A subclass has a `size` and a `__getitem__`. It overrides the methods whose defaults are wrong for it. By default
-    each sample has an image size of its own, appears once in a pass and has one variant, and no row is left out.
+    each sample has an image size of its own, appears once in a pass and has one variant, and no row is skipped.
 
     A pass shows each sample as often as its weight says; an epoch is `repeat` passes.
 
@@ -74,7 +74,7 @@ class TrainingData(Dataset):
         """Read the column `name` by the operator `reader(base_path)`, unless it has an operator already."""
 
     def scan(self, required: Sequence[str] = ()) -> list[SkippedRow]:
-        """Check the rows, reading only headers of files, and return the rows that are left out.
+        """Check the rows, reading only headers of files, and return the rows that are skipped.
 
         Raises:
             ValueError: Rows cannot be used, or lack one of the `required` columns.
@@ -137,7 +137,7 @@ class TrainingData(Dataset):
         )
 
     def skips(self, number: int) -> bool:
-        """Whether sample `number` is left out, instead of an error, if it cannot be read."""
+        """Whether sample `number` is skipped, instead of an error, if it cannot be read."""
         return False
 
     # Reports
@@ -148,7 +148,7 @@ class TrainingData(Dataset):
 
     @property
     def skipped(self) -> list[SkippedRow]:
-        """The rows that are left out."""
+        """The rows that are skipped."""
         return []
 
     def write_skipped(self, path: str | Path) -> None:

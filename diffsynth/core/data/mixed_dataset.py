@@ -91,7 +91,7 @@ class MixedDataset(TrainingData):
         return {name: exact(self.weights[name]) * dataset.repeat for name, dataset in self.datasets.items()}
 
     def skips(self, number: int) -> bool:
-        """Whether a sample is left out, instead of an error, if it cannot be read."""
+        """Whether a sample is skipped, instead of an error, if it cannot be read."""
         with self._dataset_of(number) as (dataset, own_number):
             return dataset.skips(own_number)
 
@@ -114,7 +114,7 @@ class MixedDataset(TrainingData):
 
     @property
     def skipped(self) -> list[SkippedRow]:
-        """The rows that the data sets leave out."""
+        """The rows that the data sets skip."""
         rows = [(name, row) for name, dataset in self.datasets.items() for row in dataset.skipped]
         return [replace(row, reason=f"{name}: {row.reason}") for name, row in rows]
 

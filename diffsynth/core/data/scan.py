@@ -44,14 +44,14 @@ class SkippedRow:
 
 
 class AllBut(Sequence[int]):
-    """The numbers of range(size) except `left_out`, which is sorted.
+    """The numbers of range(size) except the `skipped` ones, which are sorted.
 
-    Memory is proportional to the numbers left out, not to `size`.
+    Memory is proportional to the skipped numbers, not to `size`.
     """
 
-    def __init__(self, size: int, left_out: Sequence[int]):
-        self.before = np.asarray(left_out, dtype=np.int64) - np.arange(len(left_out))  # numbers that remain before each
-        self.size = size - len(left_out)
+    def __init__(self, size: int, skipped: Sequence[int]):
+        self.before = np.asarray(skipped, dtype=np.int64) - np.arange(len(skipped))  # numbers that remain before each
+        self.size = size - len(skipped)
 
     def __len__(self) -> int:
         return self.size
@@ -168,10 +168,10 @@ def _first(value: Any) -> Any:
 
 
 def write_skipped(path: str | Path, skipped: Sequence[SkippedRow], count: int, source: str) -> None:
-    """Write the rows that are left out as JSON lines, and log how many of the `count` rows of `source` they are."""
+    """Write the rows that are skipped as JSON lines, and log how many of the `count` rows of `source` they are."""
     write_text(path, "".join(json.dumps(asdict(row), ensure_ascii=False) + "\n" for row in skipped))
     if skipped:
-        logger.warning("%d of %d rows of %s are left out; %s lists them.", len(skipped), count, source, path)
+        logger.warning("%d of %d rows of %s are skipped; %s lists them.", len(skipped), count, source, path)
 
 
 def is_empty(value: Any) -> bool:

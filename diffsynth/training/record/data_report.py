@@ -4,7 +4,7 @@ import json
 import logging
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -72,12 +72,11 @@ class DataReport:
 
     def counts(self, dataset: TrainingData) -> dict:
         """Count the samples by size, and list the skipped rows with the reason."""
-        skipped = dataset.skipped
         sizes = {
             "own" if size is None else f"{size[0]}x{size[1]}": len(p.rows) for size, p in dataset.rows_by_size().items()
         }
-        reasons = [{"row": fault.row, "file": fault.file, "reason": fault.reason} for fault in skipped]
-        return {"samples": dataset.size, "an_epoch": len(dataset), "sizes": sizes, "left_out": reasons}
+        skipped = [asdict(row) for row in dataset.skipped]
+        return {"samples": dataset.size, "an_epoch": len(dataset), "sizes": sizes, "skipped": skipped}
 
     def check(self, pipe: "BasePipeline", dataset: TrainingData, validation: Mapping[str, TrainingData]) -> dict:
         """List samples that are enlarged, have their caption cut off, or are in a validation data set as well.
@@ -140,7 +139,7 @@ def near_pairs(mine: Sequence[np.ndarray], theirs: Sequence[np.ndarray]) -> list
 
 
 def _check_samples(pipe: "BasePipeline", dataset: TrainingData, numbers: Iterable[int]) -> list[SampleCheck]:
-    """Check samples in several threads; those that cannot be checked are left out."""
+    """Check samples in several threads; those that cannot be checked are skipped."""
     with ThreadPoolExecutor(THREADS) as pool:
         checks = list(pool.map(partial(_check_sample, pipe, dataset), numbers))
     return [check for check in checks if check is not None]
@@ -222,8 +221,8 @@ def _shown(pipe: "BasePipeline", value: Any, latents: Tensor) -> list[Image.Imag
 
 def _summary(content: Mapping) -> str:
     """Return the report's counts in one line of text."""
-    sizes, left_out = len(content["sizes"]), len(content["left_out"])
-    parts = [f"{content['samples']} samples of {sizes} size{'s' * (sizes != 1)}", f"{left_out} rows left out"]
+    sizes, skipped = len(content["sizes"]), len(content["skipped"])
+    parts = [f"{content['samples']} samples of {sizes} size{'s' * (sizes != 1)}", f"{skipped} rows skipped"]
     for name, text in (("enlarged", "enlarged"), ("caption_cut_off", "with a caption that is cut off")):
         parts += [f"{len(content[name])} {text}"] * bool(content[name])
     for name, pairs in content["also_in_validation"].items():

@@ -244,7 +244,7 @@ def test_rows_that_any_data_set_leaves_out_are_listed_whoever_finds_them(damaged
     assert [(line["row"], line["file"]) for line in lines] == [(2, "1.png"), (1, "0.png")]
 
 
-def test_what_another_process_could_not_decode_is_left_out_here_too(damaged):
+def test_what_another_process_could_not_decode_is_skipped_here_too(damaged):
     here, there = mixed(damaged, on_error="skip"), mixed(damaged, on_error="skip")
     assert there[2]["prompt"] == "icons 1"
     here.undecodable |= torch.stack([here.undecodable, there.undecodable]).any(0)  # as `record_data` does

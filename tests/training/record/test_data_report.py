@@ -46,14 +46,14 @@ def data_report(run_dir) -> dict:
 def test_a_run_counts_its_samples_and_names_what_is_enlarged_or_cut_off(folder, tmp_path):
     content = data_report(tiny.train(tmp_path / "runs", *ONE_STEP, f"dataset.path={folder}", "dataset.repeat=3"))
     assert (content["samples"], content["an_epoch"], content["sizes"]) == (4, 12, {"32x32": 4})
-    assert (content["enlarged"], content["caption_cut_off"], content["left_out"]) == ([1], [3], [])
+    assert (content["enlarged"], content["caption_cut_off"], content["skipped"]) == ([1], [3], [])
 
 
-def test_rows_that_are_left_out_are_listed_with_the_reason(folder, tmp_path):
+def test_rows_that_are_skipped_are_listed_with_the_reason(folder, tmp_path):
     (folder / "2.png").write_bytes(b"<html>")
     content = data_report(tiny.train(tmp_path / "runs", *ONE_STEP, f"dataset.path={folder}", "dataset.on_error=skip"))
-    (left_out,) = content["left_out"]
-    assert left_out["row"] == 3 and "begins with b'<html>'" in left_out["reason"] and content["samples"] == 3
+    (skipped,) = content["skipped"]
+    assert skipped["row"] == 3 and "begins with b'<html>'" in skipped["reason"] and content["samples"] == 3
 
 
 def test_images_that_are_validated_on_as_well_are_found_though_they_were_saved_again(folder, tmp_path, caplog):
