@@ -2,18 +2,17 @@
 
 import json
 import logging
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from itertools import chain, repeat
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from ..files import write_text
 from .operators.base import check, unread
-from .order.buckets import AspectBuckets, Size
+from .order.buckets import Size
+from .sources.table import is_empty
 
 if TYPE_CHECKING:
     from .operators.augmentation import Augmentation
@@ -41,59 +40,6 @@ class SkippedRow:
 
     def __str__(self) -> str:
         return f"row {self.row}: {self.reason}"
-
-
-class AllBut(Sequence[int]):
-    """The numbers of range(size) except the `skipped` ones, which are sorted.
-
-    Memory is proportional to the skipped numbers, not to `size`.
-    """
-
-    def __init__(self, size: int, skipped: Sequence[int]):
-        self.before = np.asarray(skipped, dtype=np.int64) - np.arange(len(skipped))  # numbers that remain before each
-        self.size = size - len(skipped)
-
-    def __len__(self) -> int:
-        return self.size
-
-    def __getitem__(self, index: int) -> int:
-        if not 0 <= index < self.size:
-            raise IndexError(f"number {index} of {self.size}")
-        return index + int(np.searchsorted(self.before, index, side="right"))
-
-
-@dataclass(frozen=True)
-class SortedRows:
-    """Samples sorted into buckets: one sample for each size that a row is trained at.
-
-    Args:
-        rows: The row number of each sample (N,).
-        sizes: Width and height in pixels of each sample (N, 2).
-    """
-
-    rows: np.ndarray
-    sizes: np.ndarray
-
-    @classmethod
-    def of(cls, buckets: AspectBuckets, sizes: Iterable[tuple[int, Size]]) -> "SortedRows":
-        """The samples of rows, which are given by number and stored size."""
-        samples = [(row, *bucket) for row, size in sizes for bucket in buckets.assign(*size).values()]
-        table = np.array(samples, dtype=np.int64).reshape(-1, 3)
-        return cls(table[:, 0], table[:, 1:])
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def size_of(self, number: int) -> Size:
-        """(width, height) at which sample `number` is trained."""
-        width, height = self.sizes[number].tolist()
-        return width, height
-
-    def by_size(self, count: int | None = None) -> dict[Size, np.ndarray]:
-        """The numbers of the samples of each size, counting only the first `count` samples."""
-        sizes, which = np.unique(self.sizes[:count], axis=0, return_inverse=True)
-        which = which.reshape(-1)
-        return {(int(w), int(h)): np.flatnonzero(which == number) for number, (w, h) in enumerate(sizes)}
 
 
 def check_rows(dataset: "UnifiedDataset", required: Sequence[str]) -> tuple[list[SkippedRow], list[tuple[int, Size]]]:
@@ -172,10 +118,3 @@ def write_skipped(path: str | Path, skipped: Sequence[SkippedRow], count: int, s
     write_text(path, "".join(json.dumps(asdict(row), ensure_ascii=False) + "\n" for row in skipped))
     if skipped:
         logger.warning("%d of %d rows of %s are skipped; %s lists them.", len(skipped), count, source, path)
-
-
-def is_empty(value: Any) -> bool:
-    """Whether a cell is empty: None, blank text, an empty list, or NaN, which other programs write for empty cells."""
-    if isinstance(value, str):
-        return value.strip().lower() in ("", "nan")
-    return value is None or value == [] or value != value

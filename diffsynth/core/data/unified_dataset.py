@@ -20,7 +20,8 @@ from .operators.video import LoadGIF, LoadVideo
 from .order.addresses import SampleAddress
 from .order.buckets import AspectBuckets, Size
 from .order.mixing import WeightedRows
-from .scan import AllBut, SkippedRow, SortedRows, check_rows, known_size, write_skipped
+from .order.row_index import AllBut, SortedRows
+from .scan import SkippedRow, check_rows, known_size, write_skipped
 from .sources.find_rows import find_rows
 from .sources.storage import EmbeddedFile, size_on_disk
 

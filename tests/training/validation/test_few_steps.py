@@ -13,7 +13,7 @@ from PIL import Image
 
 from diffsynth.core.data import CachedDataset
 from diffsynth.core.loader import ModelConfig
-from diffsynth.diffusion.distillation.teacher import Student, Teacher
+from diffsynth.diffusion.distillation.settings import Student, Teacher
 from diffsynth.diffusion.loss import DirectDistill
 from diffsynth.diffusion.pipeline.media import ImageMedia
 from diffsynth.diffusion.training_module import PipelineTrainingModule

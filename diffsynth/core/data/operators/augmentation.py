@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..order.addresses import SampleAddress, sample_seed
-from ..scan import is_empty
+from ..sources.table import is_empty
 
 CENTRE = (0.5, 0.5)
 

@@ -24,7 +24,7 @@ from PIL import Image
 from torch.utils.data import ConcatDataset, DataLoader
 
 from diffsynth.core.data import HubRows, UnifiedDataset, open_file, read_shards
-from diffsynth.core.data.scan import AllBut
+from diffsynth.core.data.order.row_index import AllBut
 from diffsynth.core.data.sources import table
 from diffsynth.core.data.sources.storage import EmbeddedFile, part_of
 from diffsynth.core.data.sources.tar_shards import expand
