@@ -148,12 +148,12 @@ class CacheMaker:
         }
 
     def _parts(self) -> list[tuple[int, str]]:
-        """Return, for each data set, its number of samples and how often a pass shows each of them."""
+        """Return, for each data set, its number of samples and how often an epoch shows each of them."""
         parts, start = [], 0
-        passes = self.dataset.passes()
-        for dataset, times in zip(self.datasets, passes.values(), strict=True):
+        weights = self.dataset.cached_weights()
+        for dataset, weight in zip(self.datasets, weights.values(), strict=True):
             skipped = sum(start <= number < start + dataset.size for number in self.skipped)
-            parts.append((dataset.size - skipped, str(times)))
+            parts.append((dataset.size - skipped, str(weight)))
             start += dataset.size
         return parts
 

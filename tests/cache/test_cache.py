@@ -288,7 +288,7 @@ def test_all_captions_of_a_row_are_cached_and_chosen_from(tmp_path):
 
 @pytest.mark.parametrize("option", ["shuffle_tags", "random_crop"])
 def test_what_has_no_end_is_refused_by_name(option, tmp_path):
-    with pytest.raises(ValueError, match=f"{option}=true makes new variants in every pass, which cannot be cached"):
+    with pytest.raises(ValueError, match=f"{option}=true makes new variants each time, which cannot be cached"):
         make(tmp_path, dataset(augmentation=Augmentation(**{option: True}), on_error="skip"))
 
 
@@ -522,7 +522,7 @@ def test_a_cache_whose_samples_lost_entries_is_as_one_that_was_never_finished(ca
         ({"caption_dropout": 0.1}, "no variant 'no caption'"),
         ({"prefix": "sks"}, "was made with dataset.augmentation.prefix='', not 'sks'; leave that option out"),
         ({"captions": {"tags": 1.0}}, "was made with dataset.augmentation.captions={'prompt': 1.0}, not {'tags': 1.0}"),
-        ({"shuffle_tags": True}, "shuffle_tags=true makes new variants in every pass"),
+        ({"shuffle_tags": True}, "shuffle_tags=true makes new variants each time"),
     ],
 )
 def test_a_cache_of_other_samples_is_refused(options, message, whole):

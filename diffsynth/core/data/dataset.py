@@ -34,14 +34,14 @@ class TrainingData(Dataset):
     """Base class of the data sets that a run can train on or evaluate on.
 
     A subclass has a `size` and a `__getitem__`. It overrides the methods whose defaults are wrong for it. By default
-    each sample has an image size of its own, appears once in a pass and has one variant, and no row is skipped.
+    each sample has an image size of its own and one variant, and no row is skipped.
 
-    A pass shows each sample as often as its weight says; an epoch is `repeat` passes.
+    An epoch shows each sample `repeat` times; in a mixture, the weight of the sample's data set multiplies this.
 
     Attributes:
         size: Number of samples.
         metadata_path: File or folder that the rows are from, for messages.
-        repeat: Number of passes over the samples in one epoch.
+        repeat: How often an epoch shows each sample.
         num_workers: Number of DataLoader processes that should load the data set.
         needs_encoders: Whether the run has to load encoders; a cache has their outputs already.
         undecodable: Whether each row failed to decode (N,), bool; empty if the data set does not keep count.
@@ -121,8 +121,11 @@ class TrainingData(Dataset):
 
     # Making a cache
 
-    def passes(self) -> dict[str, Fraction | int]:
-        """How often a pass shows each sample of each data set, by the data set's name."""
+    def cached_weights(self) -> dict[str, Fraction | int]:
+        """How often an epoch of the cache shows each sample of each mixed data set, by the data set's name.
+
+        The cache has a `repeat` of its own, which multiplies this.
+        """
         return dict.fromkeys(self.datasets, 1)
 
     def variants(self, number: int) -> Variants:

@@ -26,8 +26,8 @@ class MixedDataset(TrainingData):
 
     Args:
         datasets: The data sets by name.
-        weights: How often a pass shows each sample of a data set, by name; 1 by default. 2.5 shows each sample 2 or 3
-            times, 0.1 shows a different tenth of the samples in each pass. A data set's own `repeat` multiplies this.
+        weights: How often an epoch shows each sample of a data set, by name; 1 by default. 2.5 shows each sample 2 or 3
+            times, 0.1 shows a different tenth of the samples in each epoch. A data set's own `repeat` multiplies this.
         num_workers: Number of DataLoader processes that should load the data set.
 
     Raises:
@@ -86,8 +86,8 @@ class MixedDataset(TrainingData):
             start += dataset.size
         return {size: buckets[size] for size in sorted(buckets, key=lambda size: size or (0, 0))}
 
-    def passes(self) -> dict[str, Fraction]:
-        """How often a pass shows each sample of each data set."""
+    def cached_weights(self) -> dict[str, Fraction]:
+        """How often an epoch of the cache shows each sample of each data set, by the data set's name."""
         return {name: exact(self.weights[name]) * dataset.repeat for name, dataset in self.datasets.items()}
 
     def skips(self, number: int) -> bool:

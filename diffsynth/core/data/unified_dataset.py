@@ -37,7 +37,7 @@ class UnifiedDataset(TrainingData):
         metadata_path: A table that `read_metadata` reads, or a function from a folder to its `Rows`, such as
             `read_shards`. None looks for `metadata.csv`, `.json`, `.jsonl` or `.parquet` in `base_path`, then calls
             `read_captions`.
-        repeat: Number of passes over the rows in one epoch.
+        repeat: How often an epoch shows each sample.
         data_file_keys: Columns that `main_data_operator` is applied to; also one comma-separated string.
         main_data_operator: Loads the files of these columns; None takes `default_image_operator(base_path)`.
         special_operator_map: Operators by column; the columns need not be among `data_file_keys`.

@@ -59,14 +59,14 @@ def mixed(folders: Path, weights=None, photos=FIXED, icons=FIXED, **options) -> 
 
 
 def batches(made, batch_size: int, seed: int, start: int, stop: int) -> list[list[int]]:
-    """The samples of some passes, by their numbers."""
+    """The samples of some epochs, by their numbers."""
     order = made.order(batch_size, seed)
     steps = range(order.steps_of(start), order.steps_of(stop))
     return [[order.sample(step * batch_size + slot).index for slot in range(batch_size)] for step in steps]
 
 
 def counted(made, seed: int, start: int, stop: int) -> Counter:
-    """How often some passes show each sample, by its caption."""
+    """How often some epochs show each sample, by its caption."""
     return Counter(made[number]["prompt"] for (number,) in batches(made, 1, seed, start, stop))
 
 

@@ -124,7 +124,7 @@ class Augmentation:
         unlisted = [name for name in ("shuffle_tags", "random_crop") if getattr(self, name)]
         if unlisted:
             raise ValueError(
-                f"dataset.augmentation.{unlisted[0]}=true makes new variants in every pass, which cannot be cached; "
+                f"dataset.augmentation.{unlisted[0]}=true makes new variants each time, which cannot be cached; "
                 "set it to false."
             )
         captions = [number for number, weight in enumerate(weights) if weight > 0]
