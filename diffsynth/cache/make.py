@@ -46,20 +46,20 @@ class CacheReport:
         needed: Number of entries that these samples need.
         made: Number of entries that this run made, by unit; the others existed before.
         lost: Names of shard files that were missing or damaged.
-        left_out: Numbers of samples that cannot be read and were skipped, as on_error="skip" of the data set allows.
+        skipped: Numbers of samples that cannot be read and were skipped, as on_error="skip" of the data set allows.
     """
 
     samples: int
     needed: int
     made: dict[str, int]
     lost: Sequence[str]
-    left_out: Sequence[int]
+    skipped: Sequence[int]
 
     def __str__(self) -> str:
         made = ", ".join(f"{count} of {name}" for name, count in self.made.items()) or "none"
         lost = f"; {len(self.lost)} damaged or missing files were replaced" if self.lost else ""
-        left_out = f"; {len(self.left_out)} samples cannot be read and are left out" if self.left_out else ""
-        return f"{self.samples} samples of {self.needed} entries, made now: {made}{lost}{left_out}"
+        skipped = f"; {len(self.skipped)} samples cannot be read and are skipped" if self.skipped else ""
+        return f"{self.samples} samples of {self.needed} entries, made now: {made}{lost}{skipped}"
 
 
 def launch_data_process_task(
@@ -104,7 +104,7 @@ def launch_data_process_task(
         index.match_shards()
         index.put(requests.samples(), maker.about(requests))
     accelerator.wait_for_everyone()
-    report = CacheReport(len(index), len(requests), made, lost, maker.left_out)
+    report = CacheReport(len(index), len(requests), made, lost, maker.skipped)
     requests.close()
     index.close()
     accelerator.wait_for_everyone()
@@ -128,7 +128,7 @@ class CacheMaker:
         self.accelerator, self.dataset, self.module, self.index = accelerator, dataset, module, index
         self.batch_size, self.num_workers = batch_size, num_workers
         self.rank, self.world = accelerator.process_index, accelerator.num_processes
-        self.keys, self.left_out = CacheKeys(module), []
+        self.keys, self.skipped = CacheKeys(module), []
         self.keys.check()
         self.datasets = [*dataset.datasets.values()]
         self.augmentations = [own.augmentation for own in self.datasets]
@@ -144,16 +144,16 @@ class CacheMaker:
             "variants": requests.variants(),
             "by_size": len(self.dataset.order(batch_size=1, seed=0).buckets) > 1,
             "parts": self._parts(),
-            "left_out": self.left_out,
+            "left_out": self.skipped,  # the name in the files of existing caches
         }
 
     def _parts(self) -> list[tuple[int, str]]:
-        """Return, for each data set, its number of samples and how often a pass shows each of them."""
+        """Return, for each data set, its number of samples and how often an epoch shows each of them."""
         parts, start = [], 0
-        passes = self.dataset.passes()
-        for dataset, times in zip(self.datasets, passes.values(), strict=True):
-            skipped = sum(start <= number < start + dataset.size for number in self.left_out)
-            parts.append((dataset.size - skipped, str(times)))
+        weights = self.dataset.cached_weights()
+        for dataset, weight in zip(self.datasets, weights.values(), strict=True):
+            skipped = sum(start <= number < start + dataset.size for number in self.skipped)
+            parts.append((dataset.size - skipped, str(weight)))
             start += dataset.size
         return parts
 
@@ -175,8 +175,8 @@ class CacheMaker:
         progress = self._progress(len(numbers), "sample planned")
         for count, (number, variants) in enumerate(self._load(_HashedVariants(self.dataset), numbers), 1):
             if isinstance(variants, str):
-                logger.warning("Sample %d is left out: %s", number, variants)
-                self.left_out.append(number)
+                logger.warning("Sample %d is skipped: %s", number, variants)
+                self.skipped.append(number)
             else:
                 record, wanted = describe(self.module, self.keys, variants)
                 wanted = [CacheRequest(job, shape, number, name) for job, shape, name in wanted]
@@ -184,7 +184,7 @@ class CacheMaker:
             progress.advance(count)
         progress.close()
         own.close()
-        self.left_out = sorted(gather_object(self.left_out))
+        self.skipped = sorted(gather_object(self.skipped))
         self.accelerator.wait_for_everyone()
         if self.rank == 0:
             merged = CacheRequests(paths[0], new=False)

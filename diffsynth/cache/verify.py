@@ -119,8 +119,8 @@ def _changed_samples(
     dataset: TrainingData, module: "PipelineTrainingModule", keys: CacheKeys, index: CacheIndex
 ) -> Iterator[str]:
     """Yield the differences between the data set's samples and those in the cache."""
-    entries, left_out = index.keys(), set(index.about["left_out"])
-    numbers = [number for number in range(dataset.size) if number not in left_out]
+    entries, skipped = index.keys(), set(index.about["left_out"])
+    numbers = [number for number in range(dataset.size) if number not in skipped]
     if len(numbers) != len(index):
         yield f"the data set has {len(numbers)} samples, the cache has {len(index)}"
     for number, record in zip(numbers, index.records(), strict=False):

@@ -4,10 +4,12 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-# Modules and targets under the names that they had until 2026-11-30.
+# Modules and targets under the names that they once had.
 MOVED = {
+    "diffsynth.core.data.sources.prompts.prompt_dataset": "diffsynth.core.data.prompt_dataset",
     "diffsynth.diffusion.checkpoint": "diffsynth.training.checkpoint",
     "diffsynth.diffusion.discriminator": "diffsynth.diffusion.distillation.discriminator",
+    "diffsynth.diffusion.distillation.teacher": "diffsynth.diffusion.distillation.settings",
     "diffsynth.diffusion.ema": "diffsynth.training.ema",
     "diffsynth.diffusion.few_steps": "diffsynth.training.validation.few_steps",
     "diffsynth.diffusion.logger.LocalLogger": "diffsynth.training.record.numbers.LocalLogger",
@@ -16,7 +18,7 @@ MOVED = {
     "diffsynth.diffusion.models": "diffsynth.diffusion.pipeline.networks",
     "diffsynth.diffusion.receipt.DataReceipt": "diffsynth.training.record.data_report.DataReport",
     "diffsynth.diffusion.roles": "diffsynth.diffusion.distillation.roles",
-    "diffsynth.diffusion.teacher": "diffsynth.diffusion.distillation.teacher",
+    "diffsynth.diffusion.teacher": "diffsynth.diffusion.distillation.settings",
     "diffsynth.diffusion.trackers": "diffsynth.training.record.trackers",
     "diffsynth.diffusion.validation": "diffsynth.training.validation.validation",
 }

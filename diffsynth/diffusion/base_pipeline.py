@@ -148,11 +148,11 @@ class BasePipeline(PipelineNetworks):
         return sampling_settings.agreed(adapters or self.sampling_settings, names)
 
     def split_request(self, request: Mapping) -> tuple[dict, dict, dict]:
-        """Split a request into the units' dictionaries (shared, positive, negative), its `input_image` resized."""
-        image = request.get("input_image")
-        if image is not None:
+        """Split a request into the units' dictionaries (shared, positive, negative); what it starts from is resized."""
+        argument = self.media.argument
+        if request.get(argument) is not None:
             height, width = self.latents.fitted(request["height"], request["width"])
-            request = {**request, "input_image": image.convert("RGB").resize((width, height))}
+            request = {**request, argument: self.media.resized(request[argument], height, width)}
         sides = [{n: request.get(sign + n) for n in self.one_sided_arguments} for sign in ("", "negative_")]
         posi, nega = (as_inputs(self, side, type(self).__name__) for side in sides)
         posi["prompt"], nega["negative_prompt"] = request["prompt"], request.get("negative_prompt", "")
@@ -268,8 +268,11 @@ class BasePipeline(PipelineNetworks):
     # Media
 
     def preprocess_image(self, image: Image.Image) -> Tensor:
-        """An RGB image as a tensor (1, 3, H, W) in [-1, 1], in the pipeline's dtype on its device."""
-        return ImageMedia().preprocess(image, self.device, self.torch_dtype)
+        """An RGB image as the tensor that the autoencoder encodes, in the pipeline's dtype on its device.
+
+        It is (1, 3, H, W) in [-1, 1] for a family of images.
+        """
+        return self.media.preprocess(image, self.device, self.torch_dtype)
 
     def decode(self, latents: Tensor, request: Mapping) -> Any:
         """Decode latents (1, …) to the family's media, for example to an image."""

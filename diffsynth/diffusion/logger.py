@@ -86,7 +86,7 @@ class ModelLogger:
         Args:
             model: The training module, wrapped by `accelerator` or not.
             step: Number of optimizer steps taken.
-            epoch: Index, from 0, of the pass over the data set that this step finished; None if it finished none.
+            epoch: Number, from 0, of the epoch that ended with this step; None if none did.
             done: Whether this was the last step.
             measured: Metrics of this step, by name.
             weights: The kind of weights that the model holds now, `raw` or their average `ema`.

@@ -28,7 +28,6 @@ HALF_A_BATCH = 1.05  # factor of a step's time each time the samples of a forwar
 STORED = {"none": 1.0, "nf4": 4.5 / 16}
 DEVICE_FLOPS, HOST_BYTES = 2e14, 2.5e10  # per second: a large GPU in bf16, and PCIe 4 (its x16 bandwidth is 3.2e10)
 STREAMED_PARTS = 10  # the numbers of streamed blocks that are tried are tenths of all
-PIXELS_A_TOKEN = 16 * 16  # pixels per token of the families so far: a VAE of factor 8, patches of 2
 
 
 @dataclass(frozen=True)
@@ -147,10 +146,10 @@ class Options:
     @cached_property
     def forward_seconds(self) -> float:
         """Predicted seconds of a forward pass of one sample of the largest size: 2 FLOPs per parameter and token."""
-        defaults = self.module.pipe.call_defaults
-        width, height = self.run.sizes[0] or (defaults["width"], defaults["height"])
-        tokens = self.run.tokens + width * height / PIXELS_A_TOKEN
-        numel = sum(parameter.numel() for parameter in self.module.pipe.network.parameters())
+        pipe = self.module.pipe
+        width, height = self.run.sizes[0] or pipe.media.requested_size(pipe.call_defaults)
+        tokens = self.run.tokens + pipe.latents.tokens(height, width)
+        numel = sum(parameter.numel() for parameter in pipe.network.parameters())
         return 2 * numel * tokens / DEVICE_FLOPS
 
     @cached_property

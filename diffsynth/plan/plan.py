@@ -170,9 +170,8 @@ class Planner:
         if not (validation.prompts or validation.shown_rows(pipe)):
             return []
         request = {"prompt": (*validation.prompts, "a picture")[0], **validation.options}
-        whole, static = pipe.complete(request), self.static_footprint
+        size, static = pipe.media.requested_size(pipe.complete(request)), self.static_footprint
         peak = static.between_steps + self.sample(request).peak
-        size = whole["width"], whole["height"]
         return [StageMemory("sample", size, static.weights, optimizer=static.optimizer + static.average, peak=peak)]
 
     def sample(self, request: Mapping) -> WorkingMemory:

@@ -44,7 +44,7 @@ class BadSteps:
         Raises:
             FloatingPointError: The last `max_in_a_row` steps were bad.
         """
-        pairs = zip(chain(*batches), torch.cat(state.left_out).tolist(), strict=True)
+        pairs = zip(chain(*batches), torch.cat(state.skipped_losses).tolist(), strict=True)
         # Processes that share one sample's tokens report the same sample.
         losses = dict(gather_object([(address, loss) for address, loss in pairs]))
         samples = [{**address._asdict(), "loss": loss} for address, loss in losses.items()]

@@ -201,7 +201,7 @@ def launch_training_task(
         model: The training module.
         model_logger: Saves weights for inference.
         learning_rate, weight_decay: Options of AdamW; unused if an `optimizer` is given.
-        num_epochs: Number of passes over the data set; unused if `max_steps` is given.
+        num_epochs: Number of epochs; each shows every sample `repeat` times. Unused if `max_steps` is given.
         max_steps: Number of optimizer steps.
         batch_size: Samples per optimizer step, summed over all devices; None is one micro-batch per device.
         micro_batch_size: Samples per forward pass on one device.
@@ -239,6 +239,6 @@ def launch_training_task(
 
 
 def _ended_epoch(order: MixedOrder, step: int) -> int | None:
-    """Return the number, from 0, of the pass over the data set that ended with this step; None if none did."""
-    before, now = (order.pass_of(max(n, 0)) for n in (step - 1, step))
+    """Return the number, from 0, of the epoch that ended with this step; None if none did."""
+    before, now = (order.epoch_of(max(n, 0)) for n in (step - 1, step))
     return now - 1 if now > before else None

@@ -21,7 +21,7 @@ class LoopSettings:
         validation: What to evaluate, and when (`training.validation.Validation`).
         profile: Writes a trace of a few steps (`training.profile.Profile`).
         max_steps: Number of optimizer steps; None counts `num_epochs` instead.
-        num_epochs: Number of passes over the data set, of which each shows a sample `repeat` times.
+        num_epochs: Number of epochs; each shows every sample `repeat` times.
         samples: Number of samples to train on, from the beginning of the data set; None trains on all.
         batch_size: Samples per optimizer step, summed over all devices.
         micro_batch_size: Samples per forward pass on one device; None takes the device's whole share of the batch.

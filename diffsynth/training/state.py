@@ -7,7 +7,7 @@ such as DMD2's fake score, is another.
 import inspect
 import math
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -141,6 +141,7 @@ class TrainingState:
         self.accelerator, self.meter, self.ema = accelerator, Meter(accelerator, self.engine.cp_size), ema
         self.model = self.engine.prepare(model, self.parts)
         self.step = self.skipped_steps = self.skipped_in_a_row = 0
+        self.skipped_losses: Sequence[Tensor] = ()  # (b,) of each micro-batch, if the last step was skipped
         ema.start(self.engine.local(self.main.all))
 
     def _steps_of_parts(self, steps: int) -> Counter:
@@ -199,7 +200,7 @@ class TrainingState:
         self.step += 1
         self.skipped_in_a_row = 0 if finite else self.skipped_in_a_row + 1
         self.skipped_steps += not finite
-        self.left_out = () if finite else self.meter.losses
+        self.skipped_losses = () if finite else self.meter.losses
         self.meter.end_step(norms[0] if finite else None, names[0])
         if self.main in trained:
             self.ema.update(self.engine.local(self.main.all), self.step)

@@ -214,7 +214,7 @@ def test_samples_of_several_data_sets_are_shown_as_often_and_in_the_same_order(t
     assert images == cached
 
 
-def test_a_sample_that_is_left_out_leaves_the_others_as_often(tmp_path):
+def test_a_sample_that_is_skipped_leaves_the_others_as_often(tmp_path):
     make(tmp_path / "cache", mixture(tmp_path, truncated(tmp_path / "data")))
     parts = CachedDataset(str(tmp_path / "cache")).rows_in_buckets()
     assert parts[(32, 32)][0].rate == 7 * 2
@@ -288,7 +288,7 @@ def test_all_captions_of_a_row_are_cached_and_chosen_from(tmp_path):
 
 @pytest.mark.parametrize("option", ["shuffle_tags", "random_crop"])
 def test_what_has_no_end_is_refused_by_name(option, tmp_path):
-    with pytest.raises(ValueError, match=f"{option}=true makes new variants in every pass, which cannot be cached"):
+    with pytest.raises(ValueError, match=f"{option}=true makes new variants each time, which cannot be cached"):
         make(tmp_path, dataset(augmentation=Augmentation(**{option: True}), on_error="skip"))
 
 
@@ -325,10 +325,10 @@ def test_a_picture_that_cannot_be_decoded_is_named_with_the_remedy(tmp_path):
         make(tmp_path / "cache", dataset(truncated(tmp_path / "data")))
 
 
-def test_a_picture_that_cannot_be_decoded_may_be_left_out(tmp_path):
+def test_a_picture_that_cannot_be_decoded_may_be_skipped(tmp_path):
     rows = dataset(truncated(tmp_path / "data"), on_error="skip")
     report = make(tmp_path / "cache", rows)
-    assert report.left_out == [3] and len(CachedDataset(str(tmp_path / "cache"))) == 7
+    assert report.skipped == [3] and len(CachedDataset(str(tmp_path / "cache"))) == 7
     assert report.made == {IMAGES: 7, PROMPTS: 7} and make(tmp_path / "cache", rows).made == {}
     assert changes(tmp_path / "cache", rows) == []
 
@@ -522,7 +522,7 @@ def test_a_cache_whose_samples_lost_entries_is_as_one_that_was_never_finished(ca
         ({"caption_dropout": 0.1}, "no variant 'no caption'"),
         ({"prefix": "sks"}, "was made with dataset.augmentation.prefix='', not 'sks'; leave that option out"),
         ({"captions": {"tags": 1.0}}, "was made with dataset.augmentation.captions={'prompt': 1.0}, not {'tags': 1.0}"),
-        ({"shuffle_tags": True}, "shuffle_tags=true makes new variants in every pass"),
+        ({"shuffle_tags": True}, "shuffle_tags=true makes new variants each time"),
     ],
 )
 def test_a_cache_of_other_samples_is_refused(options, message, whole):

@@ -246,8 +246,8 @@ def test_rows_that_cannot_be_used_are_skipped_counted_and_listed(pictures, tmp_p
     run_dir = tiny.train(tmp_path / "outputs", f"dataset.path={pictures}", "dataset.on_error=skip")
     listed = [json.loads(line) for line in (run_dir / "skipped.jsonl").read_text().splitlines()]
     assert [(row["row"], row["file"]) for row in listed] == [(2, "gone.png"), (4, None), (3, "2.png")]
-    assert f"2 of 4 rows of {pictures}/metadata.csv are left out" in caplog.text  # before the first step
-    assert f"3 of 4 rows of {pictures}/metadata.csv are left out; {run_dir}/skipped.jsonl lists them" in caplog.text
+    assert f"2 of 4 rows of {pictures}/metadata.csv are skipped" in caplog.text  # before the first step
+    assert f"3 of 4 rows of {pictures}/metadata.csv are skipped; {run_dir}/skipped.jsonl lists them" in caplog.text
     assert len(tiny.metrics(run_dir)) == 2
 
 

@@ -1,4 +1,4 @@
-"""A step whose gradient is not finite is left out and written down; too many in a row end the run."""
+"""A step whose gradient is not finite is skipped and written down; too many in a row end the run."""
 
 import json
 import math

@@ -68,10 +68,10 @@ def test_every_batch_is_of_one_size(batch_size, seed):
 @given(st.integers(1, 4), st.integers(0, 2**63))
 @settings(max_examples=20)
 def test_no_pass_leaves_a_picture_out(batch_size, seed):
-    order, passes = dataset(repeat=2).order(batch_size, seed), 3
-    shown = Counter(number for batch in batches(order, order.steps_of(passes)) for number in batch)
-    assert min(shown[number] for number in range(len(SIZES))) >= 2 * passes
-    assert shown.total() - 2 * passes * len(SIZES) < len(SHAPES) * batch_size  # the last batches are filled up
+    order, epochs = dataset(repeat=2).order(batch_size, seed), 3
+    shown = Counter(number for batch in batches(order, order.steps_of(epochs)) for number in batch)
+    assert min(shown[number] for number in range(len(SIZES))) >= 2 * epochs
+    assert shown.total() - 2 * epochs * len(SIZES) < len(SHAPES) * batch_size  # the last batches are filled up
 
 
 @given(st.integers(0, 2**63))

@@ -6,6 +6,7 @@ from .dataset import PlainData, Row, TrainingData
 from .mixed_dataset import MixedDataset
 from .operators.augmentation import Augmentation
 from .operators.base import (
+    Operator,
     RouteByExtensionName,
     RouteByType,
     SequentialProcess,
@@ -15,7 +16,7 @@ from .operators.base import (
     ToList,
     ToStr,
 )
-from .operators.images import ImageCropAndResize, LoadImage, Operator
+from .operators.images import ImageCropAndResize, LoadImage
 from .operators.video import LoadGIF, LoadVideo
 from .order.addresses import (
     AddressedDataset,
@@ -30,11 +31,11 @@ from .order.addresses import (
 )
 from .order.buckets import AspectBuckets
 from .order.mixing import MixedOrder, WeightedRows
+from .prompt_dataset import prompt_dataset
 from .scan import SkippedRow
 from .sources.example import read_example
 from .sources.hub_rows import HubRows
 from .sources.metadata import read_metadata
-from .sources.prompts import prompt_dataset
 from .sources.storage import EmbeddedFile, open_file
 from .sources.table import Rows, Table
 from .sources.tar_shards import read_shards

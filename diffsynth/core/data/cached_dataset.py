@@ -21,7 +21,7 @@ class CachedDataset(TrainingData):
     Args:
         path: Folder of the cache.
         height, width: Size in pixels that all samples must have; None accepts any.
-        repeat: Number of passes over the samples in one epoch.
+        repeat: How often an epoch shows each sample; the weights of a cached mixture multiply this.
         num_workers: Number of DataLoader processes that should load the data set.
         augmentation: Random choices about each sample; the cache must hold all variants that they may select.
 

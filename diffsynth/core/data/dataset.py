@@ -34,16 +34,17 @@ class TrainingData(Dataset):
     """Base class of the data sets that a run can train on or evaluate on.
 
     A subclass has a `size` and a `__getitem__`. It overrides the methods whose defaults are wrong for it. By default
-    each sample has an image size of its own, appears once in a pass and has one variant, and no row is left out.
+    each sample has an image size of its own and one variant, and no row is skipped.
 
-    A pass shows each sample as often as its weight says; an epoch is `repeat` passes.
+    An epoch shows each sample `repeat` times; in a mixture, the weight of the sample's data set multiplies this.
 
     Attributes:
         size: Number of samples.
         metadata_path: File or folder that the rows are from, for messages.
-        repeat: Number of passes over the samples in one epoch.
+        repeat: How often an epoch shows each sample.
         num_workers: Number of DataLoader processes that should load the data set.
         needs_encoders: Whether the run has to load encoders; a cache has their outputs already.
+        undecodable: Whether each row failed to decode (N,), bool; empty if the data set does not keep count.
     """
 
     size: int
@@ -51,15 +52,7 @@ class TrainingData(Dataset):
     repeat: int = 1
     num_workers: int = 0
     needs_encoders = True
-
-    @property
-    def undecodable(self) -> Tensor:
-        """Whether each row failed to decode (N,), bool."""
-        return self.__dict__.setdefault("_undecodable", torch.zeros(0, dtype=torch.bool))
-
-    @undecodable.setter
-    def undecodable(self, flags: Tensor) -> None:
-        self.__dict__["_undecodable"] = flags
+    undecodable: Tensor = torch.zeros(0, dtype=torch.bool)
 
     @property
     def datasets(self) -> Mapping[str, "TrainingData"]:
@@ -81,7 +74,7 @@ class TrainingData(Dataset):
         """Read the column `name` by the operator `reader(base_path)`, unless it has an operator already."""
 
     def scan(self, required: Sequence[str] = ()) -> list[SkippedRow]:
-        """Check the rows, reading only headers of files, and return the rows that are left out.
+        """Check the rows, reading only headers of files, and return the rows that are skipped.
 
         Raises:
             ValueError: Rows cannot be used, or lack one of the `required` columns.
@@ -128,8 +121,11 @@ class TrainingData(Dataset):
 
     # Making a cache
 
-    def passes(self) -> dict[str, Fraction | int]:
-        """How often a pass shows each sample of each data set, by the data set's name."""
+    def cached_weights(self) -> dict[str, Fraction | int]:
+        """How often an epoch of the cache shows each sample of each mixed data set, by the data set's name.
+
+        The cache has a `repeat` of its own, which multiplies this.
+        """
         return dict.fromkeys(self.datasets, 1)
 
     def variants(self, number: int) -> Variants:
@@ -144,7 +140,7 @@ class TrainingData(Dataset):
         )
 
     def skips(self, number: int) -> bool:
-        """Whether sample `number` is left out, instead of an error, if it cannot be read."""
+        """Whether sample `number` is skipped, instead of an error, if it cannot be read."""
         return False
 
     # Reports
@@ -155,7 +151,7 @@ class TrainingData(Dataset):
 
     @property
     def skipped(self) -> list[SkippedRow]:
-        """The rows that are left out."""
+        """The rows that are skipped."""
         return []
 
     def write_skipped(self, path: str | Path) -> None:

@@ -26,8 +26,8 @@ class MixedDataset(TrainingData):
 
     Args:
         datasets: The data sets by name.
-        weights: How often a pass shows each sample of a data set, by name; 1 by default. 2.5 shows each sample 2 or 3
-            times, 0.1 shows a different tenth of the samples in each pass. A data set's own `repeat` multiplies this.
+        weights: How often an epoch shows each sample of a data set, by name; 1 by default. 2.5 shows each sample 2 or 3
+            times, 0.1 shows a different tenth of the samples in each epoch. A data set's own `repeat` multiplies this.
         num_workers: Number of DataLoader processes that should load the data set.
 
     Raises:
@@ -86,12 +86,12 @@ class MixedDataset(TrainingData):
             start += dataset.size
         return {size: buckets[size] for size in sorted(buckets, key=lambda size: size or (0, 0))}
 
-    def passes(self) -> dict[str, Fraction]:
-        """How often a pass shows each sample of each data set."""
+    def cached_weights(self) -> dict[str, Fraction]:
+        """How often an epoch of the cache shows each sample of each data set, by the data set's name."""
         return {name: exact(self.weights[name]) * dataset.repeat for name, dataset in self.datasets.items()}
 
     def skips(self, number: int) -> bool:
-        """Whether a sample is left out, instead of an error, if it cannot be read."""
+        """Whether a sample is skipped, instead of an error, if it cannot be read."""
         with self._dataset_of(number) as (dataset, own_number):
             return dataset.skips(own_number)
 
@@ -100,11 +100,11 @@ class MixedDataset(TrainingData):
         with self._dataset_of(number) as (dataset, own_number):
             return dataset.variants(own_number)
 
-    def scan(self, required: Sequence[str] = (), prompt_key: str = "prompt") -> list[SkippedRow]:
+    def scan(self, required: Sequence[str] = ()) -> list[SkippedRow]:
         """See `UnifiedDataset.scan`."""
         for name, dataset in self.datasets.items():
             with _named(name):
-                dataset.scan(required, prompt_key)
+                dataset.scan(required)
         return self.skipped
 
     def fingerprint(self) -> str:
@@ -114,7 +114,7 @@ class MixedDataset(TrainingData):
 
     @property
     def skipped(self) -> list[SkippedRow]:
-        """The rows that the data sets leave out."""
+        """The rows that the data sets skip."""
         rows = [(name, row) for name, dataset in self.datasets.items() for row in dataset.skipped]
         return [replace(row, reason=f"{name}: {row.reason}") for name, row in rows]
 

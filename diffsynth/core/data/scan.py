@@ -2,18 +2,17 @@
 
 import json
 import logging
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from itertools import chain, repeat
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from ..files import write_text
 from .operators.base import check, unread
-from .order.buckets import AspectBuckets, Size
+from .order.buckets import Size
+from .sources.table import is_empty
 
 if TYPE_CHECKING:
     from .operators.augmentation import Augmentation
@@ -43,82 +42,25 @@ class SkippedRow:
         return f"row {self.row}: {self.reason}"
 
 
-class AllBut(Sequence[int]):
-    """The numbers of range(size) except `left_out`, which is sorted.
-
-    Memory is proportional to the numbers left out, not to `size`.
-    """
-
-    def __init__(self, size: int, left_out: Sequence[int]):
-        self.before = np.asarray(left_out, dtype=np.int64) - np.arange(len(left_out))  # numbers that remain before each
-        self.size = size - len(left_out)
-
-    def __len__(self) -> int:
-        return self.size
-
-    def __getitem__(self, index: int) -> int:
-        if not 0 <= index < self.size:
-            raise IndexError(f"number {index} of {self.size}")
-        return index + int(np.searchsorted(self.before, index, side="right"))
-
-
-@dataclass(frozen=True)
-class SortedRows:
-    """Samples sorted into buckets: one sample for each size that a row is trained at.
-
-    Args:
-        rows: The row number of each sample (N,).
-        sizes: Width and height in pixels of each sample (N, 2).
-    """
-
-    rows: np.ndarray
-    sizes: np.ndarray
-
-    @classmethod
-    def of(cls, buckets: AspectBuckets, sizes: Iterable[tuple[int, Size]]) -> "SortedRows":
-        """The samples of rows, which are given by number and stored size."""
-        samples = [(row, *bucket) for row, size in sizes for bucket in buckets.assign(*size).values()]
-        table = np.array(samples, dtype=np.int64).reshape(-1, 3)
-        return cls(table[:, 0], table[:, 1:])
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def size_of(self, number: int) -> Size:
-        """(width, height) at which sample `number` is trained."""
-        width, height = self.sizes[number].tolist()
-        return width, height
-
-    def by_size(self, count: int | None = None) -> dict[Size, np.ndarray]:
-        """The numbers of the samples of each size, counting only the first `count` samples."""
-        sizes, which = np.unique(self.sizes[:count], axis=0, return_inverse=True)
-        which = which.reshape(-1)
-        return {(int(w), int(h)): np.flatnonzero(which == number) for number, (w, h) in enumerate(sizes)}
-
-
-def check_rows(
-    dataset: "UnifiedDataset", prompt_key: str, required: Sequence[str]
-) -> tuple[list[SkippedRow], list[tuple[int, Size]]]:
+def check_rows(dataset: "UnifiedDataset", required: Sequence[str]) -> tuple[list[SkippedRow], list[tuple[int, Size]]]:
     """The rows that cannot be used, and with buckets also the number and stored size of each other row."""
     strides = [dataset.scanned[start::SCAN_THREADS] for start in range(SCAN_THREADS)]
     with ThreadPoolExecutor(SCAN_THREADS) as pool:
-        found = pool.map(_check_some, repeat(dataset), strides, repeat(prompt_key), repeat(required))
+        found = pool.map(_check_some, repeat(dataset), strides, repeat(required))
         results = list(chain.from_iterable(found))
     faults = sorted((fault for fault in results if isinstance(fault, SkippedRow)), key=lambda fault: fault.row)
     return faults, sorted(size for size in results if not isinstance(size, SkippedRow))
 
 
-def _check_some(dataset: "UnifiedDataset", numbers: Sequence[int], prompt_key: str, required: Sequence[str]) -> list:
-    results = (_check_row(dataset, number, prompt_key, required) for number in numbers)
+def _check_some(dataset: "UnifiedDataset", numbers: Sequence[int], required: Sequence[str]) -> list:
+    results = (_check_row(dataset, number, required) for number in numbers)
     return [result for result in results if result is not None]
 
 
-def _check_row(
-    dataset: "UnifiedDataset", number: int, prompt_key: str, required: Sequence[str]
-) -> SkippedRow | tuple[int, Size] | None:
+def _check_row(dataset: "UnifiedDataset", number: int, required: Sequence[str]) -> SkippedRow | tuple[int, Size] | None:
     """The fault of a row, or with buckets its number and stored size, or None."""
     row, size = dataset.rows[number], None
-    if fault := _fault_of_cells(dataset, row, prompt_key, required):
+    if fault := _fault_of_cells(dataset, row, required):
         return SkippedRow(number + 1, None, fault)
     for key in [key for key in dataset.operators if key in row]:
         try:
@@ -134,7 +76,7 @@ def _check_row(
     return dataset.buckets and (number, size)
 
 
-def _fault_of_cells(dataset: "UnifiedDataset", row: dict, prompt_key: str, required: Sequence[str]) -> str | None:
+def _fault_of_cells(dataset: "UnifiedDataset", row: dict, required: Sequence[str]) -> str | None:
     """Why a row's cells cannot be used, its files not considered; None if they can."""
     needed = [*required, *dataset.data_file_keys[:1]] if dataset.buckets else required
     given = {*row, "prompt"} if any(column in row for column in dataset.augmentation.captions) else row
@@ -142,9 +84,7 @@ def _fault_of_cells(dataset: "UnifiedDataset", row: dict, prompt_key: str, requi
         return f"has no {absent[0]}, but {', '.join(row)}"
     if empty := [key for key in dataset.data_file_keys if key in row and is_empty(row[key])]:
         return f"{empty[0]} is empty"
-    if prompt_key == "prompt":
-        return _fault_of_captions(dataset.augmentation, row)
-    return f"{prompt_key} is empty" if is_empty(row.get(prompt_key)) else None
+    return _fault_of_captions(dataset.augmentation, row)
 
 
 def _fault_of_captions(augmentation: "Augmentation", row: dict) -> str | None:
@@ -174,14 +114,7 @@ def _first(value: Any) -> Any:
 
 
 def write_skipped(path: str | Path, skipped: Sequence[SkippedRow], count: int, source: str) -> None:
-    """Write the rows that are left out as JSON lines, and log how many of the `count` rows of `source` they are."""
+    """Write the rows that are skipped as JSON lines, and log how many of the `count` rows of `source` they are."""
     write_text(path, "".join(json.dumps(asdict(row), ensure_ascii=False) + "\n" for row in skipped))
     if skipped:
-        logger.warning("%d of %d rows of %s are left out; %s lists them.", len(skipped), count, source, path)
-
-
-def is_empty(value: Any) -> bool:
-    """Whether a cell is empty: None, blank text, an empty list, or NaN, which other programs write for empty cells."""
-    if isinstance(value, str):
-        return value.strip().lower() in ("", "nan")
-    return value is None or value == [] or value != value
+        logger.warning("%d of %d rows of %s are skipped; %s lists them.", len(skipped), count, source, path)

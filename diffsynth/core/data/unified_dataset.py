@@ -20,7 +20,8 @@ from .operators.video import LoadGIF, LoadVideo
 from .order.addresses import SampleAddress
 from .order.buckets import AspectBuckets, Size
 from .order.mixing import WeightedRows
-from .scan import AllBut, SkippedRow, SortedRows, check_rows, known_size, write_skipped
+from .order.row_index import AllBut, SortedRows
+from .scan import SkippedRow, check_rows, known_size, write_skipped
 from .sources.find_rows import find_rows
 from .sources.storage import EmbeddedFile, size_on_disk
 
@@ -36,11 +37,11 @@ class UnifiedDataset(TrainingData):
         metadata_path: A table that `read_metadata` reads, or a function from a folder to its `Rows`, such as
             `read_shards`. None looks for `metadata.csv`, `.json`, `.jsonl` or `.parquet` in `base_path`, then calls
             `read_captions`.
-        repeat: Number of passes over the rows in one epoch.
+        repeat: How often an epoch shows each sample.
         data_file_keys: Columns that `main_data_operator` is applied to; also one comma-separated string.
         main_data_operator: Loads the files of these columns; None takes `default_image_operator(base_path)`.
         special_operator_map: Operators by column; the columns need not be among `data_file_keys`.
-        on_error: "raise" raises an error that names unusable rows, "skip" leaves them out.
+        on_error: "raise" raises an error that names unusable rows, "skip" skips them.
         max_data_items: Upper limit of the length.
         encoding: Text encoding of metadata and captions.
         scan_rows: `scan` checks this number of rows, the first ones.
@@ -86,7 +87,7 @@ class UnifiedDataset(TrainingData):
             raise ValueError("buckets choose sizes, and without fit images are not resized to them; pass fit as well")
         self.usable = AllBut(len(self.rows), [])
         self.sorted: SortedRows | None = None
-        self.faults: list[SkippedRow] = []
+        self.skipped_by_scan: list[SkippedRow] = []
         # In shared memory, so that the reporting process sees the flags that DataLoader workers set.
         self.undecodable = torch.zeros(len(self.rows), dtype=torch.bool).share_memory_()
 
@@ -268,7 +269,7 @@ class UnifiedDataset(TrainingData):
         return (self.fit.width, self.fit.height) if self.fit and self.fit.height else None
 
     def skips(self, number: int) -> bool:
-        """Whether a sample is left out, instead of an error, if it cannot be read."""
+        """Whether a sample is skipped, instead of an error, if it cannot be read."""
         return self.on_error == "skip"
 
     def variants(self, number: int) -> Variants:
@@ -306,14 +307,11 @@ class UnifiedDataset(TrainingData):
         """The bucket (width, height) of a sample; None without buckets."""
         return None if self.sorted is None else self.sorted.size_of(number)
 
-    def scan(self, required: Sequence[str] = (), prompt_key: str = "prompt") -> list[SkippedRow]:
-        """Check the first `scan_rows` rows, reading only headers of files, and return the rows that are left out.
+    def scan(self, required: Sequence[str] = ()) -> list[SkippedRow]:
+        """Check the first `scan_rows` rows, reading only headers of files, and return the rows that are skipped.
 
         A row needs a caption and the `required` columns, and each file in its `data_file_keys` must open. URLs are not
         fetched, except for the image sizes that buckets need.
-
-        Args:
-            prompt_key: Column of the caption; `prompt` stands for the caption columns of `augmentation`.
 
         Raises:
             ValueError: Rows cannot be used and on_error="raise", or none is left; buckets need the size of rows beyond
@@ -323,14 +321,14 @@ class UnifiedDataset(TrainingData):
         unchecked = len(self.rows) - len(self.scanned)
         if unchecked and self.buckets:
             raise ValueError(f"dataset.buckets need the size of every row; set dataset.scan_rows={len(self.rows)}.")
-        faults, sizes = check_rows(self, prompt_key, required)
+        faults, sizes = check_rows(self, required)
         if faults and (self.on_error == "raise" or len(faults) == len(self.scanned)):
             raise ValueError(self._describe(faults))
         if unchecked:
             counts = unchecked, len(self.rows), self.metadata_path, len(self.scanned)
             logger.info("%d of %d rows of %s were not checked; dataset.scan_rows=%d sets how many are.", *counts)
         self.usable = AllBut(len(self.rows), [fault.row - 1 for fault in faults])
-        self.faults, self.sorted = faults, self.buckets and SortedRows.of(self.buckets, sizes)
+        self.skipped_by_scan, self.sorted = faults, self.buckets and SortedRows.of(self.buckets, sizes)
         return faults
 
     def _check_captions(self) -> None:
@@ -358,9 +356,9 @@ class UnifiedDataset(TrainingData):
 
     @property
     def skipped(self) -> list[SkippedRow]:
-        """The rows that `scan` left out, then the rows that could not be decoded during training."""
+        """The rows that `scan` skipped, then the rows that could not be decoded during training."""
         numbers = self.undecodable.nonzero().flatten().tolist()
-        return self.faults + [SkippedRow(n + 1, self._files(n), "could not be decoded") for n in numbers]
+        return self.skipped_by_scan + [SkippedRow(n + 1, self._files(n), "could not be decoded") for n in numbers]
 
     def write_skipped(self, path: str | Path) -> None:
         """Write `skipped` as JSON lines, atomically, and log how many rows there are."""
@@ -399,7 +397,7 @@ class UnifiedDataset(TrainingData):
         """Mark a row as not decodable, or raise with on_error="raise"."""
         message = f"row {number + 1}: {error}"
         if self.on_error == "raise":
-            message += "; correct it, or leave such rows out with dataset.on_error=skip"
+            message += "; correct it, or skip such rows with dataset.on_error=skip"
             raise ValueError(message) from error.__cause__
         if not self.undecodable[number]:
             logger.warning("The next row replaces %s", message)
@@ -412,7 +410,7 @@ class UnifiedDataset(TrainingData):
     def _describe(self, faults: list[SkippedRow]) -> str:
         first = "\n  ".join(map(str, faults[:5]))
         more = f"\n  and {len(faults) - 5} more" if len(faults) > 5 else ""
-        or_skip = ", or leave them out with dataset.on_error=skip" if len(faults) < len(self.scanned) else ""
+        or_skip = ", or skip them with dataset.on_error=skip" if len(faults) < len(self.scanned) else ""
         return (
             f"{len(faults)} of {len(self.scanned)} rows of {self.metadata_path} cannot be used:\n  {first}{more}\n"
             f"Correct them{or_skip}."

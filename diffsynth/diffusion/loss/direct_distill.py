@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ...core.gradient import gradient_checkpoint_forward
 from ..base_pipeline import BasePipeline
-from ..distillation.teacher import Student
+from ..distillation.settings import Student
 from ..flow_match import FlowMatchScheduler
 from ..randomness import GlobalRNG, SampleRNG
 from .distillation import Distillation

@@ -11,7 +11,8 @@ from ..adapters.lora import Adapter
 from ..base_pipeline import BasePipeline
 from ..distillation.context import LossContext
 from ..distillation.roles import Roles
-from ..distillation.teacher import Student, Teacher, TeacherSampler
+from ..distillation.settings import Student, Teacher
+from ..distillation.teacher_sampler import TeacherSampler
 from ..pipeline.units import PipelineUnit, required_units
 from ..randomness import GlobalRNG, SampleRNG
 from ..trained import MODEL, TrainProgress

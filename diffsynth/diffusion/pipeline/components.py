@@ -13,7 +13,6 @@ if TYPE_CHECKING:
 LIBRARIES = ("diffusers", "transformers")
 
 
-@dataclass(frozen=True)
 class Network:
     """A network of a family.
 
@@ -24,13 +23,13 @@ class Network:
         lora: First part of the network's keys in LoRA files; None for a network that has no LoRA.
     """
 
-    kinds: tuple[str | type[nn.Module], ...]
-    after: Callable[[nn.Module], Any] | None = None
-    lora: str | None = None
-
-    def __init__(self, *kinds: str | type[nn.Module], after: Callable | None = None, lora: str | None = None):
-        for name, value in {"kinds": kinds, "after": after, "lora": lora}.items():
-            object.__setattr__(self, name, value)
+    def __init__(
+        self,
+        *kinds: str | type[nn.Module],
+        after: Callable[[nn.Module], Any] | None = None,
+        lora: str | None = None,
+    ):
+        self.kinds, self.after, self.lora = kinds, after, lora
 
     @property
     def subclasses(self) -> dict[str, type[nn.Module]]:

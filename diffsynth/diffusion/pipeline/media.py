@@ -19,22 +19,32 @@ class Media:
 
     Class attributes:
         column: Column of a data set that holds it.
+        argument: Argument of the pipeline's call that holds a value to start from, or to train on.
         suffix: Suffix of its files.
     """
 
     column: str
+    argument: str
     suffix: str
 
     def size(self, value: Any) -> Size:
         """Size of a value, which may not be read yet (`core.data.operators.unread.Unread`)."""
         raise NotImplementedError(f"{type(self).__name__} does not define `size`.")
 
+    def requested_size(self, request: Mapping[str, Any]) -> Size:
+        """Size of the value that a request asks for; the request is complete."""
+        raise NotImplementedError(f"{type(self).__name__} does not define `requested_size`.")
+
+    def resized(self, value: Any, height: int, width: int) -> Any:
+        """A value as the `argument` of a request of `height` and `width` in pixels."""
+        raise NotImplementedError(f"{type(self).__name__} does not define `resized`.")
+
     def inputs(self, value: Any) -> dict[str, Any]:
         """Inputs of the pipeline that train it to generate `value`."""
         raise NotImplementedError(f"{type(self).__name__} does not define `inputs`.")
 
     def preprocess(self, value: Any, device: torch.device, dtype: torch.dtype) -> Tensor:
-        """Convert a value to the tensor (1, …) in [-1, 1] that the autoencoder encodes."""
+        """Convert a value, or a single image, to the tensor (1, …) in [-1, 1] that the autoencoder encodes."""
         raise NotImplementedError(f"{type(self).__name__} does not define `preprocess`.")
 
     def postprocess(self, pixels: Tensor) -> Any:
@@ -46,21 +56,27 @@ class Media:
         raise NotImplementedError(f"{type(self).__name__} does not define `write`.")
 
     def thumbnail(self, value: Any) -> Image.Image:
-        """An image of the value, for grids and reports."""
+        """An image of the value, for grids, reports and metrics."""
         raise NotImplementedError(f"{type(self).__name__} does not define `thumbnail`.")
 
 
 class ImageMedia(Media):
     """RGB images."""
 
-    column, suffix = "image", ".png"
+    column, argument, suffix = "image", "input_image", ".png"
 
     def size(self, value: Any) -> Size:
         return tuple(value.size)
 
+    def requested_size(self, request: Mapping[str, Any]) -> Size:
+        return request["width"], request["height"]
+
+    def resized(self, value: Image.Image, height: int, width: int) -> Image.Image:
+        return value.convert("RGB").resize((width, height))
+
     def inputs(self, value: Any) -> dict[str, Any]:
         width, height = self.size(value)
-        return {"input_image": value, "height": height, "width": width}
+        return {self.argument: value, "height": height, "width": width}
 
     def preprocess(self, value: Image.Image, device: torch.device, dtype: torch.dtype) -> Tensor:
         """RGB (1, 3, H, W) in [-1, 1]; pixels are rounded to `dtype` before they are scaled, as in DiffSynth-Studio."""

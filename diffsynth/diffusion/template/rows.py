@@ -8,7 +8,7 @@ from hashlib import blake2b
 from typing import Any
 
 from ...core.data.dataset import TrainingData
-from ...core.data.operators.images import Operator
+from ...core.data.operators.base import Operator
 from ...core.data.operators.unread import Unread
 from ...core.data.operators.video import open_bytes
 from ...core.data.sources.storage import absolute, is_part

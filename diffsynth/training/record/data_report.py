@@ -4,7 +4,7 @@ import json
 import logging
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,13 +14,14 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from ...core.data import MixedOrder, TrainingData
+from ...core.data import MixedOrder, Row, TrainingData
 from ...core.data.order.buckets import is_upscaled
 from ...core.files import write_text
 from ...core.pictures import GRID_COLUMNS, beside, row, save_png, stack
 
 if TYPE_CHECKING:
     from ...diffusion.base_pipeline import BasePipeline
+    from ...diffusion.pipeline.media import Media
 
 logger = logging.getLogger(__name__)
 
@@ -71,12 +72,11 @@ class DataReport:
 
     def counts(self, dataset: TrainingData) -> dict:
         """Count the samples by size, and list the skipped rows with the reason."""
-        skipped = dataset.skipped
         sizes = {
             "own" if size is None else f"{size[0]}x{size[1]}": len(p.rows) for size, p in dataset.rows_by_size().items()
         }
-        reasons = [{"row": fault.row, "file": fault.file, "reason": fault.reason} for fault in skipped]
-        return {"samples": dataset.size, "an_epoch": len(dataset), "sizes": sizes, "left_out": reasons}
+        skipped = [asdict(row) for row in dataset.skipped]
+        return {"samples": dataset.size, "an_epoch": len(dataset), "sizes": sizes, "skipped": skipped}
 
     def check(self, pipe: "BasePipeline", dataset: TrainingData, validation: Mapping[str, TrainingData]) -> dict:
         """List samples that are enlarged, have their caption cut off, or are in a validation data set as well.
@@ -102,7 +102,8 @@ class DataReport:
         """Return a grid of the first samples with captions; under each are its other images, such as masks."""
         addresses = [order.sample(position) for position in range(min(self.pictures, dataset.size))]
         samples = [dataset.sample(address, seed)[0] for address in addresses]
-        cells = [_cell(sample) for sample in _decoded(pipe, samples)]
+        pictures = zip(_pictures(pipe, samples), samples, strict=True)
+        cells = [_cell(images, sample.get("prompt", "")) for images, sample in pictures]
         return stack([beside(cells[start : start + GRID_COLUMNS]) for start in range(0, len(cells), GRID_COLUMNS)])
 
 
@@ -112,8 +113,8 @@ class SampleCheck:
 
     Args:
         number: Number of the sample in its data set.
-        thumbnail: Its first image, reduced, (16, 16, 3) in [0, 255].
-        is_enlarged: Whether its image is smaller than the size at which it is trained on.
+        thumbnail: Its thumbnail, reduced, (16, 16, 3) in [0, 255].
+        is_enlarged: Whether its image or video is smaller than the size at which it is trained on.
         is_cut_off: Whether its caption has more tokens than the text encoder reads.
     """
 
@@ -138,7 +139,7 @@ def near_pairs(mine: Sequence[np.ndarray], theirs: Sequence[np.ndarray]) -> list
 
 
 def _check_samples(pipe: "BasePipeline", dataset: TrainingData, numbers: Iterable[int]) -> list[SampleCheck]:
-    """Check samples in several threads; those that cannot be checked are left out."""
+    """Check samples in several threads; those that cannot be checked are skipped."""
     with ThreadPoolExecutor(THREADS) as pool:
         checks = list(pool.map(partial(_check_sample, pipe, dataset), numbers))
     return [check for check in checks if check is not None]
@@ -151,69 +152,77 @@ def _check_sample(pipe: "BasePipeline", dataset: TrainingData, number: int) -> S
         original = dataset.original_size(number)
     except ValueError:
         return None
-    images = _images(sample)
-    if not images:
+    media = pipe.media
+    if sample.made or media.column not in sample:
         return None
-    thumbnail = np.asarray(images[0].convert("RGB").resize(THUMBNAIL, Image.Resampling.BOX))
-    enlarged = original is not None and is_upscaled(*original, images[0].size)
+    value = sample[media.column]
+    thumbnail = np.asarray(media.thumbnail(value).convert("RGB").resize(THUMBNAIL, Image.Resampling.BOX))
+    enlarged = original is not None and is_upscaled(*original, media.size(value)[:2])
     return SampleCheck(number, thumbnail, enlarged, pipe.cuts_off(sample["prompt"]))
 
 
-def _images(sample: Mapping) -> list[Image.Image]:
-    """Return the images of a sample, those in lists too."""
-    values = [value if isinstance(value, list) else [value] for value in sample.values()]
-    return [element for value in values for element in value if isinstance(element, Image.Image)]
-
-
-def _cell(sample: Mapping) -> Image.Image:
-    """Return the first image of a sample above its caption, with its other images below."""
-    images = _images(sample) or [Image.new("RGB", (128, 128), "lightgray")]
-    first = row(images[:1], [sample["prompt"]])
+def _cell(images: Sequence[Image.Image], prompt: str) -> Image.Image:
+    """Return the first image above the prompt, with the other images below."""
+    images = images or [Image.new("RGB", (128, 128), "lightgray")]
+    first = row(images[:1], [prompt])
     others = [ImageOps.contain(image.convert("RGB"), (first.width, first.height)) for image in images[1:]]
     return stack([first, *others])
 
 
 @torch.no_grad()
-def _decoded(pipe: "BasePipeline", samples: Sequence) -> list[Mapping]:
-    """Return rows with images: uncached ones as they are, cached ones decoded if the run has a decoder.
+def _pictures(pipe: "BasePipeline", samples: Sequence[Row]) -> list[list[Image.Image]]:
+    """Return the pictures of each sample: its thumbnail first, then the images of its other columns, such as masks.
 
-    Without a decoder, a cached row has its prompt only.
+    Samples of a cache are decoded; without a decoder they have no pictures.
     """
     if not any(sample.made for sample in samples):
-        return samples
-    rows = [{"prompt": sample.get("prompt", "")} for sample in samples]
+        return [_images(pipe.media, sample) for sample in samples]
     if any(getattr(pipe, name) is None for name in pipe.decoding_models):
-        return rows
+        return [[] for _ in samples]
     with pipe.loaded(pipe.decoding_models):
-        for row, sample in zip(rows, samples, strict=True):
-            inputs = dict(sample.made["shared"])
-            if (latents := inputs.pop("input_latents", None)) is not None:
-                shown = {"input_latents": latents, **inputs}  # the image itself comes first, which makes it the largest
-                row |= {name: _shown(pipe, value, latents) for name, value in shown.items()}
-    return rows
+        return [_decoded(pipe, sample.made["shared"]) for sample in samples]
+
+
+def _images(media: "Media", sample: Row) -> list[Image.Image]:
+    """Return the thumbnail of a sample that is not cached, then the images of its other columns, those in lists too."""
+    shown = [media.thumbnail(sample[media.column])] if media.column in sample else []
+    values = [value for name, value in sample.items() if name != media.column]
+    elements = [element for value in values for element in (value if isinstance(value, list) else [value])]
+    return shown + [element for element in elements if isinstance(element, Image.Image)]
+
+
+def _decoded(pipe: "BasePipeline", inputs: Mapping) -> list[Image.Image]:
+    """Return the pictures of the pipeline's `inputs` that a cache holds for a sample."""
+    latents = inputs.get("input_latents")
+    if latents is None:
+        return []
+    shown = {"input_latents": latents, **inputs}  # what is trained on comes first, which makes it the largest
+    return [image for value in shown.values() for image in _shown(pipe, value, latents)]
 
 
 def _shown(pipe: "BasePipeline", value: Any, latents: Tensor) -> list[Image.Image]:
-    """Return the images in an input of the pipeline.
+    """Return the pictures in an input of the pipeline.
 
-    These are images themselves, decoded tensors with as many channels as `latents` (1, C, h, w), and masks (1, 1, h, w)
-    in [0, 1] as grey images.
+    These are images themselves, masks (1, 1, h, w) in [0, 1] as grey images, and the thumbnails of decoded tensors that
+    have as many dimensions and channels as `latents` (1, C, …).
     """
     if isinstance(value, list):
         return [image for element in value for image in _shown(pipe, element, latents)]
     if isinstance(value, Image.Image):
         return [value]
-    if not isinstance(value, Tensor) or value.dim() != 4 or value.shape[1] not in (1, latents.shape[1]):
+    if not isinstance(value, Tensor):
         return []
-    if value.shape[1] == 1:
+    if value.dim() == 4 and value.shape[1] == 1:
         return [Image.fromarray((value[0, 0].float() * 255).to(torch.uint8).cpu().numpy())]
-    return [pipe.decode(value.to(pipe.device), pipe.call_defaults)]
+    if value.dim() != latents.dim() or value.shape[1] != latents.shape[1]:
+        return []
+    return [pipe.media.thumbnail(pipe.decode(value.to(pipe.device), pipe.call_defaults))]
 
 
 def _summary(content: Mapping) -> str:
     """Return the report's counts in one line of text."""
-    sizes, left_out = len(content["sizes"]), len(content["left_out"])
-    parts = [f"{content['samples']} samples of {sizes} size{'s' * (sizes != 1)}", f"{left_out} rows left out"]
+    sizes, skipped = len(content["sizes"]), len(content["skipped"])
+    parts = [f"{content['samples']} samples of {sizes} size{'s' * (sizes != 1)}", f"{skipped} rows skipped"]
     for name, text in (("enlarged", "enlarged"), ("caption_cut_off", "with a caption that is cut off")):
         parts += [f"{len(content[name])} {text}"] * bool(content[name])
     for name, pairs in content["also_in_validation"].items():

@@ -144,7 +144,7 @@ class FewSteps:
         error = (distances.std() / len(distances) ** 0.5).item() if len(distances) > 1 else 0.0
         values = {f"{name}_distance": distances.mean().item(), f"{name}_distance_error": error}
         if self.metrics:
-            images, targets = decode(pipe, latents), decode(pipe, teachers)
+            images, targets = thumbnails(pipe, latents), thumbnails(pipe, teachers)
             prompts = self._prompts(len(latents))
             for key, metric in self.metrics.items():
                 values[f"{name}_{key}"] = metric.measure(images, prompts, targets, pipe.device)
@@ -154,11 +154,11 @@ class FewSteps:
         """Return a picture with a column per prompt, and the rows teacher, base and student."""
         count = min(self.pictures, len(latents))
         teachers, prompts = self._teachers(count), self._prompts(count)
-        lines = [row(decode(module.pipe, teachers), [f"teacher: {prompt}" for prompt in prompts])]
+        lines = [row(thumbnails(module.pipe, teachers), [f"teacher: {prompt}" for prompt in prompts])]
         base, student = f"base, {module.task.student.num_inference_steps} steps", f"student, step {step}"
         for name, shown in [(base, self.base), (student, latents[:count])]:
             if shown:
-                lines.append(row(decode(module.pipe, shown), [name] * count))
+                lines.append(row(thumbnails(module.pipe, shown), [name] * count))
         return stack(lines)
 
     def _teachers(self, count: int) -> list[Tensor]:
@@ -188,10 +188,13 @@ def _inputs_of(module: "PipelineTrainingModule", row: Row) -> list[dict]:
     return [{**own, **row.made[side]} for own, side in zip(inputs, ("shared", "posi", "nega"), strict=True)]
 
 
-def decode(pipe: "BasePipeline", latents: Sequence[Tensor]) -> list[Image.Image]:
-    """Decode latents, (1, C, h, w) each, to images."""
-    request = pipe.call_defaults
-    return share(latents, lambda mine: [pipe.decode(each.to(pipe.device), request) for each in mine])
+def thumbnails(pipe: "BasePipeline", latents: Sequence[Tensor]) -> list[Image.Image]:
+    """Decode latents, (1, …) each, and return the thumbnails of the results."""
+
+    def thumbnail(each: Tensor) -> Image.Image:
+        return pipe.media.thumbnail(pipe.decode(each.to(pipe.device), pipe.call_defaults))
+
+    return share(latents, lambda mine: [thumbnail(each) for each in mine])
 
 
 def _base_file(folder: str | Path) -> Path:

@@ -1,4 +1,7 @@
-"""Metrics of images that a model samples for held-out prompts; their networks are transformers' and torchmetrics'."""
+"""Metrics of what a model samples for held-out prompts; their networks are transformers' and torchmetrics'.
+
+They compare images. Of other media they get the thumbnails (`diffusion.pipeline.media.Media.thumbnail`).
+"""
 
 from collections.abc import Callable, Sequence
 from functools import cached_property

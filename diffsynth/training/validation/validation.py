@@ -195,9 +195,10 @@ class Validation:
         return module.loss(samples, rng, UnitMemory(1.0)).double().tolist()  # the memory encodes the row only once
 
     def measure(self, module: "PipelineTrainingModule", dataset: TrainingData) -> dict[str, float]:
-        """Sample images for the prompts of the first rows, and return every metric of them."""
-        rows, device = first_rows(dataset, self.metric_samples), module.pipe.device
-        prompts, targets = ([row[key] for row in rows] for key in ("prompt", module.pipe.media.column))
+        """Sample the prompts of the first rows, and return every metric of the results' thumbnails."""
+        rows, media, device = first_rows(dataset, self.metric_samples), module.pipe.media, module.pipe.device
+        prompts = [row["prompt"] for row in rows]
+        targets = [media.thumbnail(row[media.column]) for row in rows]
         images = self._generate(module.pipe, requests_of(rows, module))
         values = {name: metric.measure(images, prompts, targets, device) for name, metric in self.metrics.items()}
         return broadcast_object_list([values])[0]  # processes may round differently
@@ -211,11 +212,15 @@ class Validation:
         return newest
 
     def _generate(self, pipe: "BasePipeline", requests: Sequence[Mapping]) -> list[Image.Image]:
-        """Sample requests, each with its own seed; every process samples some of them and gets all images."""
+        """Sample requests, each with its own seed; every process samples some of them and gets all thumbnails."""
         seeded = [{**self.options, "seed": self.seed + number, **own} for number, own in enumerate(requests)]
-        if all(own.keys() == {"prompt"} for own in requests):
-            return share(seeded, pipe.generate)
-        return share(seeded, lambda mine: [pipe.generate([own])[0] for own in mine])  # inputs may differ in shape
+        together = all(own.keys() == {"prompt"} for own in requests)  # other inputs may differ in shape
+
+        def sample(mine: Sequence[Mapping]) -> list[Image.Image]:
+            results = pipe.generate(mine) if together else [pipe.generate([own])[0] for own in mine]
+            return [pipe.media.thumbnail(result) for result in results]
+
+        return share(seeded, sample)
 
 
 def first_rows(dataset: TrainingData, count: int) -> list[dict]:

@@ -181,7 +181,7 @@ def test_scan_reports_the_first_five_rows_and_counts_all(folder):
     lines = str(error.value).splitlines()
     assert lines[0].startswith("40 of 41 rows")
     assert [line.split(":")[0].strip() for line in lines[1:6]] == [f"row {n}" for n in range(2, 7)]
-    assert lines[6:] == ["  and 35 more", "Correct them, or leave them out with dataset.on_error=skip."]
+    assert lines[6:] == ["  and 35 more", "Correct them, or skip them with dataset.on_error=skip."]
 
 
 def test_scan_that_leaves_nothing_is_an_error(folder):
@@ -199,11 +199,6 @@ def test_scan_fetches_no_url_and_calls_no_plain_function(folder):
     write_rows(folder, [{"image": "https://example.invalid/a.png", "prompt": "p", "x": 1}])
     assert UnifiedDataset(folder, special_operator_map={"x": pytest.fail}).scan() == []
     assert UnifiedDataset(folder, special_operator_map={"x": Operator() >> pytest.fail}).scan() == []
-
-
-def test_scan_uses_the_prompt_key(folder):
-    write_rows(folder, [{"image": "a.png", "caption": "p"}])
-    assert UnifiedDataset(folder).scan(prompt_key="caption") == []
 
 
 def test_undecodable_file_is_named(folder):

@@ -59,14 +59,14 @@ def mixed(folders: Path, weights=None, photos=FIXED, icons=FIXED, **options) -> 
 
 
 def batches(made, batch_size: int, seed: int, start: int, stop: int) -> list[list[int]]:
-    """The samples of some passes, by their numbers."""
+    """The samples of some epochs, by their numbers."""
     order = made.order(batch_size, seed)
     steps = range(order.steps_of(start), order.steps_of(stop))
     return [[order.sample(step * batch_size + slot).index for slot in range(batch_size)] for step in steps]
 
 
 def counted(made, seed: int, start: int, stop: int) -> Counter:
-    """How often some passes show each sample, by its caption."""
+    """How often some epochs show each sample, by its caption."""
     return Counter(made[number]["prompt"] for (number,) in batches(made, 1, seed, start, stop))
 
 
@@ -244,7 +244,7 @@ def test_rows_that_any_data_set_leaves_out_are_listed_whoever_finds_them(damaged
     assert [(line["row"], line["file"]) for line in lines] == [(2, "1.png"), (1, "0.png")]
 
 
-def test_what_another_process_could_not_decode_is_left_out_here_too(damaged):
+def test_what_another_process_could_not_decode_is_skipped_here_too(damaged):
     here, there = mixed(damaged, on_error="skip"), mixed(damaged, on_error="skip")
     assert there[2]["prompt"] == "icons 1"
     here.undecodable |= torch.stack([here.undecodable, there.undecodable]).any(0)  # as `record_data` does

@@ -26,7 +26,8 @@ from diffsynth.core.data import Augmentation, CachedDataset, Row, Sample, Unifie
 from diffsynth.core.data.cache import CacheIndex, keys_of
 from diffsynth.core.loader import ModelConfig
 from diffsynth.diffusion.adapters.lora import LoRA
-from diffsynth.diffusion.distillation.teacher import Student, Teacher, TeacherSampler, points_on_path
+from diffsynth.diffusion.distillation.settings import Student, Teacher
+from diffsynth.diffusion.distillation.teacher_sampler import TeacherSampler, points_on_path
 from diffsynth.diffusion.loss import DirectDistill, FlowMatchSFT, RoleDistillation, TrajectoryImitation
 from diffsynth.diffusion.pipeline.media import ImageMedia
 from diffsynth.diffusion.pipeline.units import run_units

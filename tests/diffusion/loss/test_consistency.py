@@ -12,7 +12,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from diffsynth.diffusion.adapters.lora import LoRA
 from diffsynth.diffusion.distillation.context import LossContext
 from diffsynth.diffusion.distillation.roles import STUDENT, TEACHER
-from diffsynth.diffusion.distillation.teacher import Student
+from diffsynth.diffusion.distillation.settings import Student
 from diffsynth.diffusion.loss.consistency import Consistency, spans_at
 from diffsynth.diffusion.loss.hyper_sd import HyperSD
 from diffsynth.diffusion.loss.lcm import LatentConsistency

@@ -10,7 +10,7 @@ from diffsynth.core.data import AddressedDataset, CachedDataset, Sample, Unified
 from diffsynth.core.data.dataset import Row
 from diffsynth.core.loader import ModelConfig
 from diffsynth.diffusion.adapters.lora import LoRA
-from diffsynth.diffusion.distillation.teacher import Student
+from diffsynth.diffusion.distillation.settings import Student
 from diffsynth.diffusion.loss import DirectDistill, DirectDistillLoss
 from diffsynth.diffusion.pipeline.units import run_units
 from diffsynth.diffusion.training_module import PipelineTrainingModule

@@ -11,7 +11,7 @@ from torch import Tensor
 from diffsynth.core.data import SampleAddress
 from diffsynth.diffusion.distillation.context import LossContext
 from diffsynth.diffusion.distillation.roles import FAKE_SCORE, FakeScore
-from diffsynth.diffusion.distillation.teacher import Student
+from diffsynth.diffusion.distillation.settings import Student
 from diffsynth.diffusion.logger import ModelLogger
 from diffsynth.diffusion.loss import DMD2
 from diffsynth.diffusion.loss.dmd2 import matching_gradient

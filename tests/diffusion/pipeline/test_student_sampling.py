@@ -17,7 +17,7 @@ from diffsynth.core.data import generator
 from diffsynth.core.loader import ModelConfig
 from diffsynth.diffusion.adapters.formats import FORMATS
 from diffsynth.diffusion.adapters.lora import LoRA
-from diffsynth.diffusion.distillation.teacher import Student
+from diffsynth.diffusion.distillation.settings import Student
 from diffsynth.diffusion.flow_match import FlowMatchScheduler
 from diffsynth.diffusion.logger import ModelLogger
 from diffsynth.diffusion.loss import DirectDistill, FlowMatchSFT

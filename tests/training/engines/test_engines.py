@@ -193,7 +193,7 @@ def distance(found: dict, expected: dict) -> float:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("processes", [1, 2])
-def test_a_step_that_is_not_finite_is_left_out(tmp_path, processes):
+def test_a_step_that_is_not_finite_is_skipped(tmp_path, processes):
     engines = ["ddp", "zero2", "zero2_offload", "zero3_offload", *(["fsdp2"] if processes == 2 else [])]
     work(processes, [job(tmp_path / name, name, *EACH_ALONE, poisoned=2) for name in engines])
     for name in engines:

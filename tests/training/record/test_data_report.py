@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 
 from diffsynth.core.data import Row
+from diffsynth.diffusion.pipeline.media import ImageMedia
 from diffsynth.training.record import data_report as reports
 
 ONE_STEP = ["max_steps=1", "data_report.rows=8", "data_report.pictures=4"]
@@ -45,14 +46,14 @@ def data_report(run_dir) -> dict:
 def test_a_run_counts_its_samples_and_names_what_is_enlarged_or_cut_off(folder, tmp_path):
     content = data_report(tiny.train(tmp_path / "runs", *ONE_STEP, f"dataset.path={folder}", "dataset.repeat=3"))
     assert (content["samples"], content["an_epoch"], content["sizes"]) == (4, 12, {"32x32": 4})
-    assert (content["enlarged"], content["caption_cut_off"], content["left_out"]) == ([1], [3], [])
+    assert (content["enlarged"], content["caption_cut_off"], content["skipped"]) == ([1], [3], [])
 
 
-def test_rows_that_are_left_out_are_listed_with_the_reason(folder, tmp_path):
+def test_rows_that_are_skipped_are_listed_with_the_reason(folder, tmp_path):
     (folder / "2.png").write_bytes(b"<html>")
     content = data_report(tiny.train(tmp_path / "runs", *ONE_STEP, f"dataset.path={folder}", "dataset.on_error=skip"))
-    (left_out,) = content["left_out"]
-    assert left_out["row"] == 3 and "begins with b'<html>'" in left_out["reason"] and content["samples"] == 3
+    (skipped,) = content["skipped"]
+    assert skipped["row"] == 3 and "begins with b'<html>'" in skipped["reason"] and content["samples"] == 3
 
 
 def test_images_that_are_validated_on_as_well_are_found_though_they_were_saved_again(folder, tmp_path, caplog):
@@ -94,12 +95,17 @@ def test_samples_of_a_cache_are_decoded_where_there_is_a_decoder(folder, tmp_pat
 
 def test_masks_and_images_of_a_cache_are_shown_under_its_samples():
     pipe = SimpleNamespace(
-        device="cpu", call_defaults={}, vae=object(), decoding_models=["vae"], loaded=lambda names: nullcontext()
+        device="cpu",
+        call_defaults={},
+        vae=object(),
+        decoding_models=["vae"],
+        loaded=lambda names: nullcontext(),
+        media=ImageMedia(),
     )
     pipe.decode = lambda latents, request: Image.new("RGB", (32, 32), (int(latents.mean()), 0, 0))
     mask = torch.tensor([[0.0, 1.0], [1.0, 0.0]])[None, None]
     latents = {"input_latents": torch.full((1, 16, 4, 4), 50.0), "edit_latents": [torch.full((1, 16, 4, 4), 90.0)]}
     kept = {"loss_mask": mask, "input_image": Image.new("RGB", (8, 8), "blue"), "prompt_emb": torch.zeros(1, 3, 8)}
-    (row,) = reports._decoded(pipe, [Row({"prompt": "a"}, {"shared": latents | kept})])
-    shown = [image.convert("RGB").getpixel((0, 0)) for image in reports._images(row)]
-    assert shown == [(50, 0, 0), (90, 0, 0), (0, 0, 0), (0, 0, 255)] and row["prompt"] == "a"
+    (images,) = reports._pictures(pipe, [Row({"prompt": "a"}, {"shared": latents | kept})])
+    shown = [image.convert("RGB").getpixel((0, 0)) for image in images]
+    assert shown == [(50, 0, 0), (90, 0, 0), (0, 0, 0), (0, 0, 255)]

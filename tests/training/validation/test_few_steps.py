@@ -5,6 +5,7 @@ import logging
 from pathlib import Path
 from statistics import mean, stdev
 
+import numpy as np
 import pytest
 import tiny
 import torch
@@ -12,8 +13,9 @@ from PIL import Image
 
 from diffsynth.core.data import CachedDataset
 from diffsynth.core.loader import ModelConfig
-from diffsynth.diffusion.distillation.teacher import Student, Teacher
+from diffsynth.diffusion.distillation.settings import Student, Teacher
 from diffsynth.diffusion.loss import DirectDistill
+from diffsynth.diffusion.pipeline.media import ImageMedia
 from diffsynth.diffusion.training_module import PipelineTrainingModule
 from diffsynth.pipelines.qwen_image import QwenImagePipeline
 from diffsynth.training.validation.few_steps import FewSteps
@@ -166,6 +168,13 @@ def test_metrics_compare_with_the_teachers_pictures_and_those_that_lack_weights_
 
 
 # What is shown and kept -----------------------------------------------------------------------------------------------
+
+
+def test_what_is_shown_are_the_thumbnails_of_the_familys_media(compared, monkeypatch):
+    monkeypatch.setattr(ImageMedia, "thumbnail", lambda self, value: Image.new("RGB", value.size, "red"))
+    module, few_steps = compared()
+    red = np.asarray(few_steps._show(module, few_steps.sample(module, TEACHER), 0))[:128]
+    assert (red == (255, 0, 0)).all()
 
 
 def test_every_look_is_a_picture_of_a_column_a_prompt(run_dir):

@@ -5,9 +5,12 @@ from types import SimpleNamespace
 
 import pytest
 import tiny
+from PIL import Image
 from safetensors.torch import load_file
 
 from diffsynth.core import sharing
+from diffsynth.diffusion.base_pipeline import BasePipeline
+from diffsynth.diffusion.pipeline.media import ImageMedia
 from diffsynth.training.ema import EMA
 
 HELD_OUT = [
@@ -15,6 +18,17 @@ HELD_OUT = [
     f"+validation.datasets.held_out.path={tiny.dataset()}",
 ]
 LOOKS = ["validation=base", "validation.every=1", "validation.loss_samples=3", *HELD_OUT]
+
+
+class Pairs(ImageMedia):
+    """Sampled values are pairs of images, and every thumbnail is red."""
+
+    def postprocess(self, pixels):
+        return (super().postprocess(pixels),) * 2
+
+    def thumbnail(self, value):
+        image = value[0] if isinstance(value, tuple) else value
+        return Image.new("RGB", image.size, "red")
 
 
 def looks(run_dir) -> list[dict]:
@@ -70,3 +84,14 @@ def test_what_is_not_measured_is_refused_before_weights_are_read(overrides, answ
     monkeypatch.setattr("diffsynth.diffusion.pipeline.networks.load_weights", None)
     with pytest.raises(ValueError, match=answer):
         tiny.train(tmp_path, *LOOKS, *overrides)
+
+
+def test_what_is_shown_and_measured_are_the_thumbnails_of_the_familys_media(tmp_path, monkeypatch):
+    monkeypatch.setattr(BasePipeline, "media", Pairs())
+    sampled = ["validation.prompts=[a dog]", "validation.metric_samples=2", "validation.row_samples=1"]
+    metric = "+validation.metrics.retrieval._target_=diffsynth.training.validation.metrics.Retrieval"
+    report = ["data_report.pictures=2", "data_report.rows=2", "max_steps=1"]
+    run_dir = tiny.train(tmp_path, *LOOKS, *sampled, metric, *report)
+    assert looks(run_dir)[0]["held_out_retrieval"] == 0.5  # all thumbnails are equal, and the first counts as nearest
+    pictures = [run_dir / "data_report.png", *(run_dir / "samples").glob("*step-000000.png")]
+    assert [Image.open(picture).convert("RGB").getpixel((0, 0)) for picture in pictures] == [(255, 0, 0)] * 3

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..order.addresses import SampleAddress, sample_seed
-from ..scan import is_empty
+from ..sources.table import is_empty
 
 CENTRE = (0.5, 0.5)
 
@@ -124,7 +124,7 @@ class Augmentation:
         unlisted = [name for name in ("shuffle_tags", "random_crop") if getattr(self, name)]
         if unlisted:
             raise ValueError(
-                f"dataset.augmentation.{unlisted[0]}=true makes new variants in every pass, which cannot be cached; "
+                f"dataset.augmentation.{unlisted[0]}=true makes new variants each time, which cannot be cached; "
                 "set it to false."
             )
         captions = [number for number, weight in enumerate(weights) if weight > 0]

@@ -19,7 +19,11 @@ FEISTEL_ROUNDS = 8  # four make a Feistel network strongly pseudorandom (Luby & 
 
 
 class SampleAddress(NamedTuple):
-    """The address of a sample in an endless run: its `index` in the data set, and the pass `epoch`."""
+    """The address of a sample in an endless run: its `index` in the data set, and the `epoch` in which it is shown.
+
+    If an epoch of the run shows the sample more or less often than once, `epoch` numbers the times that it is shown,
+    from 0. Those within one epoch of the run may come in any order.
+    """
 
     epoch: int
     index: int
@@ -82,26 +86,24 @@ def generator(seed: int, purpose: str, epoch: int, index: int, device: str | tor
 
 @dataclass(frozen=True)
 class SampleOrder:
-    """Endless passes over range(size), each in a different order.
+    """Shows range(size) again and again, each time in a different order.
 
     Args:
         size: Number of samples.
         seed: Seed of the orders.
-        shuffle: Shuffle each pass; False keeps the order of the data set.
     """
 
     size: int
     seed: int
-    shuffle: bool = True
 
     def __post_init__(self):
         if self.size < 1:
             raise ValueError(f"size={self.size}: the data set has no samples; expected at least one")
 
     def sample(self, position: int) -> SampleAddress:
-        """The address of the sample at `position`, counted from 0 over all passes."""
+        """The address of the sample at `position`, counted from 0 without end."""
         epoch, index = divmod(position, self.size)
-        return SampleAddress(epoch, permutation(index, self.size, (self.seed, epoch)) if self.shuffle else index)
+        return SampleAddress(epoch, permutation(index, self.size, (self.seed, epoch)))
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """The order of samples over buckets and weighted data sets, as a function of the position, like `SampleOrder`.
 
 There are two levels. The samples of a bucket are a mixture of the samples of its data sets. The batches of a run are a
-mixture of the batches of the buckets. A mixture orders the items of each pass by a permutation that the pass keys.
+mixture of the batches of the buckets. A mixture orders the items of each epoch by a permutation that the epoch keys.
 """
 
 from bisect import bisect_right
@@ -17,17 +17,17 @@ from .addresses import SampleAddress, SampleOrder, permutation, sample_seed
 
 
 class Stream(Protocol):
-    """An endless sequence of items, with `rate` items per pass."""
+    """An endless sequence of items, with `rate` items per epoch."""
 
     rate: Fraction
 
-    def before(self, passes: int | Fraction) -> int:
-        """The number of items in that many passes: `passes * rate`, rounded."""
+    def before(self, epochs: int | Fraction) -> int:
+        """The number of items in that many epochs: `epochs * rate`, rounded."""
 
 
 @dataclass(frozen=True)
 class Mixture:
-    """A stream of the items of several streams, in random order within each pass.
+    """A stream of the items of several streams, in random order within each epoch.
 
     Args:
         streams: The streams.
@@ -41,12 +41,12 @@ class Mixture:
     def rate(self) -> Fraction:
         return sum(stream.rate for stream in self.streams)
 
-    def before(self, passes: int | Fraction) -> int:
-        return sum(stream.before(passes) for stream in self.streams)
+    def before(self, epochs: int | Fraction) -> int:
+        return sum(stream.before(epochs) for stream in self.streams)
 
-    def pass_of(self, position: int) -> int:
-        """The pass of the item at `position`."""
-        # Rounding moves each stream by less than one item, so that only a few passes have to be compared.
+    def epoch_of(self, position: int) -> int:
+        """The epoch of the item at `position`."""
+        # Rounding moves each stream by less than one item, so that only a few epochs have to be compared.
         rounding = len(self.streams)
         first, last = max(position - rounding, 0) // self.rate, (position + rounding) // self.rate
         return bisect_right(range(first, last + 1), position, key=self.before) + first - 1
@@ -55,7 +55,7 @@ class Mixture:
         """The number of the stream that the item at `position` is from, and the item's number in that stream."""
         if len(self.streams) == 1:
             return 0, position
-        epoch = self.pass_of(position)
+        epoch = self.epoch_of(position)
         starts = [stream.before(epoch) for stream in self.streams]
         ends = [stream.before(epoch + 1) for stream in self.streams]
         counts = [end - start for start, end in zip(starts, ends, strict=True)]
@@ -72,8 +72,8 @@ class WeightedRows:
     Args:
         rows: Indices of the samples, as a range or an array. An index may be in one part only: a data set that is
             trained at two sizes has two ranges of indices.
-        weight: How often a pass shows each sample: 2.5 shows each 2 or 3 times, 0.1 shows a different tenth in each
-            pass.
+        weight: How often an epoch shows each sample: 2.5 shows each 2 or 3 times, 0.1 shows a different tenth in each
+            epoch.
 
     Raises:
         ValueError: There are no rows, or the weight is not positive.
@@ -93,8 +93,8 @@ class WeightedRows:
     def rate(self) -> Fraction:
         return exact(self.weight) * len(self.rows)
 
-    def before(self, passes: int | Fraction) -> int:
-        return passes * self.rate.numerator // self.rate.denominator
+    def before(self, epochs: int | Fraction) -> int:
+        return epochs * self.rate.numerator // self.rate.denominator
 
     def moved(self, start: int, times: float | Fraction = 1) -> "WeightedRows":
         """The same samples with indices raised by `start`, shown `times` as often."""
@@ -124,7 +124,7 @@ def first_samples(buckets: Sequence[Sequence[WeightedRows]], count: int) -> list
 
 
 class Bucket:
-    """The batches of one bucket, cut from the mixture of its parts; the next pass completes a pass's last batch.
+    """The batches of one bucket, cut from the mixture of its parts; the next epoch completes an epoch's last batch.
 
     Args:
         parts: The samples of each data set.
@@ -137,9 +137,9 @@ class Bucket:
         self.orders = [SampleOrder(len(part.rows), sample_seed(seed, "part", 0, n)) for n, part in enumerate(parts)]
         self.rate = self.samples.rate / batch_size
 
-    def before(self, passes: int | Fraction) -> int:
-        """The number of batches in that many passes, rounded up."""
-        return -(-passes * self.rate.numerator // self.rate.denominator)
+    def before(self, epochs: int | Fraction) -> int:
+        """The number of batches in that many epochs, rounded up."""
+        return -(-epochs * self.rate.numerator // self.rate.denominator)
 
     def sample(self, position: int) -> SampleAddress:
         """The address of the sample at `position` of this bucket's batches."""
@@ -149,11 +149,11 @@ class Bucket:
 
 
 class MixedOrder:
-    """Endless passes over buckets of mixed data sets, in random order; each batch is from one bucket.
+    """Endless epochs of buckets of mixed data sets, in random order; each batch is from one bucket.
 
-    A pass shows each sample as often as its weight says. If the samples of a bucket do not fill its last batch of a
-    pass, the first samples of its next pass do. No sample is left out, and no batch is incomplete. The `epoch` of an
-    address counts the passes over its part; addresses never repeat.
+    An epoch shows each sample as often as its weight says. If the samples of a bucket do not fill its last batch of an
+    epoch, the first samples of its next epoch do. No sample is omitted, and no batch is incomplete. The `epoch` of an
+    address numbers the times that the sample is shown, so that addresses never repeat.
 
     Args:
         buckets: The parts of each bucket.
@@ -177,13 +177,13 @@ class MixedOrder:
         bucket, batch = self.batches.locate(step)
         return self.buckets[bucket].sample(batch * self.batch_size + slot)
 
-    def steps_of(self, passes: float) -> int:
-        """The number of steps after which that many passes are complete."""
-        return self.batches.before(exact(passes))
+    def steps_of(self, epochs: float) -> int:
+        """The number of steps after which that many epochs are complete."""
+        return self.batches.before(exact(epochs))
 
-    def pass_of(self, step: int) -> int:
-        """The number of the pass that a step belongs to, which is also the number of passes completed before it."""
-        return self.batches.pass_of(step)
+    def epoch_of(self, step: int) -> int:
+        """The number of the epoch that a step belongs to, which is also the number of epochs completed before it."""
+        return self.batches.epoch_of(step)
 
 
 def exact(number: float | Fraction) -> Fraction:

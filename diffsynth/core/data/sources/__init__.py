@@ -1,1 +1,1 @@
-"""Readers of rows: metadata tables, captions beside images, tar shards, Hugging Face data sets, prompts."""
+"""Readers of rows: metadata tables, captions beside images, tar shards, Hugging Face data sets, example images."""

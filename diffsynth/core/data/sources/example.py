@@ -11,7 +11,7 @@ from filelock import FileLock
 from PIL import Image
 
 from ...hub import answers, downloads_are_off, is_complete, marked, modelscope_endpoint
-from ..unified_dataset import find_rows
+from .find_rows import find_rows
 from .table import Rows, Table
 
 logger = logging.getLogger(__name__)

@@ -143,3 +143,10 @@ def _write(batches: Iterator[pa.RecordBatch], sink: pa.NativeFile) -> None:
     with pa.ipc.new_file(sink, first.schema) as writer:
         for batch in chain([first], batches):
             writer.write_batch(batch)
+
+
+def is_empty(value: Any) -> bool:
+    """Whether a cell is empty: None, blank text, an empty list, or NaN, which other programs write for empty cells."""
+    if isinstance(value, str):
+        return value.strip().lower() in ("", "nan")
+    return value is None or value == [] or value != value

@@ -159,7 +159,7 @@ def test_all_that_may_be_drawn_is_among_the_choices_each_by_a_name_of_its_own(dr
 @pytest.mark.parametrize("option", ["shuffle_tags", "random_crop"])
 def test_what_is_another_one_in_every_pass_has_no_name_and_is_not_listed(option):
     assert {choice.variant for choice in drawn(50, **{option: True})} == {None}
-    with pytest.raises(ValueError, match=f"{option}=true makes new variants in every pass, .* set it to false"):
+    with pytest.raises(ValueError, match=f"{option}=true makes new variants each time, .* set it to false"):
         Augmentation(**{option: True}).choices([1])
 
 

@@ -45,7 +45,7 @@ def bucket_of(batch, buckets) -> int:
 
 @PASSES_TAKE_TIME
 @given(tables(), st.integers(1, 5), SEEDS, st.integers(0, 9))
-def test_every_batch_is_of_one_bucket_and_every_bucket_gets_its_share_of_each_pass(buckets, batch_size, seed, number):
+def test_every_batch_is_of_one_bucket_and_every_bucket_gets_its_share_of_each_epoch(buckets, batch_size, seed, number):
     order = MixedOrder(buckets, batch_size, seed)
     batches = batches_of(order, order.steps_of(number), order.steps_of(number + 1))
     counts = Counter(bucket_of(batch, buckets) for batch in batches)
@@ -56,11 +56,11 @@ def test_every_batch_is_of_one_bucket_and_every_bucket_gets_its_share_of_each_pa
 
 @PASSES_TAKE_TIME
 @given(tables(), st.integers(1, 5), SEEDS)
-def test_passes_show_every_sample_as_often_as_its_weight_says(buckets, batch_size, seed):
-    order, passes = MixedOrder(buckets, batch_size, seed), 2
-    counts = Counter(a.index for batch in batches_of(order, 0, order.steps_of(passes)) for a in batch)
+def test_epochs_show_every_sample_as_often_as_its_weight_says(buckets, batch_size, seed):
+    order, epochs = MixedOrder(buckets, batch_size, seed), 2
+    counts = Counter(a.index for batch in batches_of(order, 0, order.steps_of(epochs)) for a in batch)
     for parts in buckets:
-        due = [floor(passes * exact(part.weight) * len(part.rows)) for part in parts]
+        due = [floor(epochs * exact(part.weight) * len(part.rows)) for part in parts]
         for part, samples in zip(parts, due, strict=True):
             assert min(counts[index] for index in part.rows) >= samples // len(part.rows)
             assert sum(counts[index] for index in part.rows) >= samples
@@ -87,12 +87,19 @@ def test_addresses_never_repeat(buckets, batch_size, seed):
 
 
 @given(st.integers(1, 60), st.integers(1, 8), SEEDS, st.integers(0, 10**6))
-def test_one_bucket_of_one_data_set_is_shuffled_pass_by_pass(size, batch_size, seed, passes):
+def test_one_bucket_of_one_data_set_is_shuffled_epoch_by_epoch(size, batch_size, seed, epochs):
     order = MixedOrder([[WeightedRows(range(size))]], batch_size, seed)
-    assert order.steps_of(passes) == ceil(passes * size / batch_size)
+    assert order.steps_of(epochs) == ceil(epochs * size / batch_size)
     first = [a for batch in batches_of(order, 0, order.steps_of(1)) for a in batch]
     assert sorted(a.index for a in first if a.epoch == 0) == list(range(size))
     assert len(first) - size < batch_size
+
+
+def test_the_epoch_of_an_address_numbers_the_times_that_its_sample_is_shown():
+    order = MixedOrder([[WeightedRows(range(10), 2)], [WeightedRows(range(10, 15))]], 5, seed=0)
+    shown = [address for batch in batches_of(order, 0, order.steps_of(3)) for address in batch]
+    for index in range(15):
+        assert sorted(a.epoch for a in shown if a.index == index) == list(range(6 if index < 10 else 3))
 
 
 def test_weight_of_two_and_a_half_shows_each_sample_twice_or_thrice():
@@ -103,36 +110,36 @@ def test_weight_of_two_and_a_half_shows_each_sample_twice_or_thrice():
         assert all(counts[index] == 1 for index in range(10, 40))
 
 
-def test_weight_of_a_tenth_shows_another_tenth_in_each_pass():
+def test_weight_of_a_tenth_shows_another_tenth_in_each_epoch():
     order = MixedOrder([[WeightedRows(range(100), 0.1), WeightedRows(range(100, 110))]], 4, seed=0)
-    passes = [{order.sample(position).index for position in range(20 * n, 20 * (n + 1))} for n in range(10)]
-    assert all(len(shown) == 20 for shown in passes)
-    assert set.union(*passes) == set(range(110))
+    epochs = [{order.sample(position).index for position in range(20 * n, 20 * (n + 1))} for n in range(10)]
+    assert all(len(shown) == 20 for shown in epochs)
+    assert set.union(*epochs) == set(range(110))
 
 
 @given(tables(), st.integers(1, 5), SEEDS, st.integers(0, 10**20))
 def test_step_is_in_the_pass_whose_steps_enclose_it(buckets, batch_size, seed, step):
     order = MixedOrder(buckets, batch_size, seed)
-    number = order.pass_of(step)
+    number = order.epoch_of(step)
     assert order.steps_of(number) <= step < order.steps_of(number + 1)
 
 
-def test_passes_may_be_broken_and_count_as_they_are_written():
+def test_epochs_may_be_broken_and_count_as_they_are_written():
     order = MixedOrder([[WeightedRows(range(10))]], 1, seed=0)
-    assert [order.steps_of(passes) for passes in (0, 0.1, 0.3, 1.5, 7)] == [0, 1, 3, 15, 70]
+    assert [order.steps_of(epochs) for epochs in (0, 0.1, 0.3, 1.5, 7)] == [0, 1, 3, 15, 70]
     assert MixedOrder([[WeightedRows(range(10), 0.3)]], 1, seed=0).steps_of(10) == 30
 
 
-def test_passes_and_seeds_have_orders_of_their_own_in_which_buckets_take_turns():
+def test_epochs_and_seeds_have_orders_of_their_own_in_which_buckets_take_turns():
     buckets = [[WeightedRows(range(50))], [WeightedRows(range(50, 75)), WeightedRows(range(75, 100))]]
-    passes = [
+    epochs = [
         tuple(order.sample(position).index for position in range(start, start + 100))
         for order in (MixedOrder(buckets, 5, seed=0), MixedOrder(buckets, 5, seed=1))
         for start in (0, 100, 10**9)
     ]
-    assert len(set(passes)) == 6
-    assert all(sorted(order) == list(range(100)) for order in passes)
-    turns = [[index < 50 for index in order[::5]] for order in passes]
+    assert len(set(epochs)) == 6
+    assert all(sorted(order) == list(range(100)) for order in epochs)
+    turns = [[index < 50 for index in order[::5]] for order in epochs]
     assert len(set(map(tuple, turns))) == 6
     assert all(sum(a != b for a, b in zip(order, order[1:], strict=False)) > 3 for order in turns)
 

@@ -44,15 +44,6 @@ def test_epochs_and_seeds_have_orders_of_their_own():
     assert [order.sample(position).epoch for position in (0, 99, 100, 250)] == [0, 0, 1, 2]
 
 
-def test_unshuffled_order_counts():
-    assert [SampleOrder(3, seed=0, shuffle=False).sample(position) for position in range(4)] == [
-        (0, 0),
-        (0, 1),
-        (0, 2),
-        (1, 0),
-    ]
-
-
 def test_order_of_nothing_is_refused():
     with pytest.raises(ValueError, match="size=0"):
         SampleOrder(0, seed=0)

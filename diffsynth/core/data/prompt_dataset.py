@@ -8,12 +8,12 @@ from pathlib import Path
 
 from PIL import Image
 
-from ..operators.augmentation import Augmentation
-from ..operators.images import Operator
-from ..operators.unread import Unread, identity
-from ..unified_dataset import UnifiedDataset
-from .metadata import open_text, read_metadata
-from .table import Rows, Table, json_batches, make_table
+from .operators.augmentation import Augmentation
+from .operators.base import Operator
+from .operators.unread import Unread, identity
+from .sources.metadata import open_text, read_metadata
+from .sources.table import Rows, Table, json_batches, make_table
+from .unified_dataset import UnifiedDataset
 
 
 def prompt_dataset(
