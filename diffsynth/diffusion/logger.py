@@ -59,9 +59,9 @@ class ModelLogger:
     def check(self, measured: Sequence[str]) -> None:
         """Refuse a `keep_best` that is not among the metrics that validation measures."""
         if self.keep_best is not None and self.keep_best not in measured:
-            raise ValueError(
-                f"export.keep_best is {self.keep_best!r}; validation measures {list(measured) or 'nothing'}."
-            )
+            known = ", ".join(measured)
+            remedy = f"set export.keep_best to one of {known}" if known else "choose an option of validation"
+            raise ValueError(f"export.keep_best is {self.keep_best!r}, which validation does not measure; {remedy}.")
 
     @property
     def saved(self) -> list[Path]:

@@ -589,7 +589,7 @@ def test_a_model_that_is_not_there_is_named_with_what_needs_it(model, user, no_w
 
 
 def test_a_model_that_is_not_there_cannot_be_trained():
-    with pytest.raises(ValueError, match="has no model 'dit'; it has"):
+    with pytest.raises(ValueError, match="has no model 'dit'; set lora.models to some of text_encoder, vae"):
         training(dit=None)
 
 

@@ -296,7 +296,7 @@ def test_training_the_transformer_needs_no_inpainting_unit(pipe):
 
 
 def test_an_unknown_argument_is_answered_with_the_nearest(pipe):
-    with pytest.raises(ValueError, match="no argument 'promt'; nearest: .'prompt'"):
+    with pytest.raises(ValueError, match=r"no argument 'promt'; did you mean 'prompt'\?"):
         pipe.generate([{**REQUEST, "promt": ""}])
 
 

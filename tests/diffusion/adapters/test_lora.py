@@ -353,6 +353,9 @@ def test_a_file_of_another_model_is_refused_by_its_key(training_module, pipe, tm
         training_module(lora=LoRA(rank=3, target_modules=TARGETS, **{field: str(file)}))
     with pytest.raises(ValueError, match="belongs to no layer of QwenImageTransformer2DModel"):
         pipe.check_adapters([file])
+    strange = adapter_file(tmp_path / "strange.safetensors", ["transformer.unet"])
+    with pytest.raises(ValueError, match="no layer has a similar name.; choose an adapter that was made for this"):
+        pipe.check_adapters([strange])
 
 
 def test_a_file_of_another_width_is_refused(pipe, tmp_path):

@@ -225,7 +225,7 @@ FOLDER = f"_target_: diffsynth.core.data.UnifiedDataset.from_folder, path: {tiny
         ),
         (["validation.few_steps.dataset.path={tmp}/nothing"], "nothing"),
         ([f"validation.few_steps.dataset={{{FOLDER}}}"], "UnifiedDataset; expected a CachedDataset"),
-        (["export.keep_best=studnet_distance"], r"validation measures \['student_distance'\]"),
+        (["export.keep_best=studnet_distance"], "set export.keep_best to one of student_distance"),
     ],
 )
 def test_what_cannot_be_compared_is_refused_before_weights_are_read(overrides, message, teacher, tmp_path, monkeypatch):

@@ -62,8 +62,9 @@ def test_the_best_weights_are_those_of_the_lowest_loss(tmp_path):
 @pytest.mark.parametrize(
     "overrides, answer",
     [
-        (["export.keep_best=held_out_los"], "validation measures \\['held_out_loss'\\]"),
-        (["validation.weights=[ema]"], "ema needs an average: choose one by ema="),
+        (["export.keep_best=held_out_los"], "'held_out_los', .* set export.keep_best to one of held_out_loss"),
+        (["validation.weights=[raw,emma]"], "validation.weights names 'emma'; expected raw, ema or both"),
+        (["validation.weights=[ema]"], "has no average of its weights; set ema=constant or ema=power"),
     ],
 )
 def test_what_is_not_measured_is_refused_before_weights_are_read(overrides, answer, tmp_path, monkeypatch):
