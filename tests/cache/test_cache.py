@@ -5,6 +5,7 @@ FAULTS=200 kills `make_cache.py` 200 times.
 
 import functools
 import json
+import re
 import shutil
 import signal
 import sqlite3
@@ -426,16 +427,17 @@ def other_merges(part: Path) -> None:
 @pytest.mark.parametrize(
     "part, change, said, made",
     [
-        ("vae", other_weights, f"{IMAGES}: another vae", {IMAGES: 8}),
-        ("vae", other_statistics, f"{IMAGES}: another vae", {IMAGES: 8}),
-        ("text_encoder", other_weights, f"{PROMPTS}: another text_encoder", {PROMPTS: 8}),
-        ("tokenizer", other_merges, f"{PROMPTS}: another tokenizer", {PROMPTS: 8}),
+        ("vae", other_weights, f"{IMAGES}: the cache was made with vae", {IMAGES: 8}),
+        ("vae", other_statistics, f"{IMAGES}: the cache was made with vae", {IMAGES: 8}),
+        ("text_encoder", other_weights, f"{PROMPTS}: the cache was made with text_encoder", {PROMPTS: 8}),
+        ("tokenizer", other_merges, f"{PROMPTS}: the cache was made with tokenizer", {PROMPTS: 8}),
         ("transformer", other_weights, None, {}),
     ],
 )
 def test_a_change_of_a_model_is_named_and_just_its_entries_are_made_again(part, change, said, made, cache, tmp_path):
     root = with_other(part, change, tmp_path / "model")
-    assert [line.split(" (")[0] for line in changes(cache, module=training(root=root))] == ([said] if said else [])
+    lines = changes(cache, module=training(root=root))
+    assert [bool(re.fullmatch(rf"{said} \S+, this run has \S+", line)) for line in lines] == ([True] if said else [])
     assert make(cache, module=training(root=root)).made == made
     assert changes(cache, module=training(root=root)) == []
 
@@ -444,7 +446,7 @@ def test_a_change_of_the_code_is_named_and_just_its_entries_are_made_again(cache
     template = qwen_image.PROMPT_TEMPLATE.replace("color, shape", "shape, color")  # as many tokens
     monkeypatch.setattr(qwen_image, "PROMPT_TEMPLATE", template)
     (line,) = changes(cache)
-    assert line.startswith(f"{PROMPTS}: another code")
+    assert line.startswith(f"{PROMPTS}: the cache was made with code ")
     assert make(cache).made == {PROMPTS: 8}
     assert changes(cache) == []
 
@@ -533,8 +535,11 @@ def test_a_cache_of_other_samples_is_refused(options, message, whole):
 @pytest.mark.parametrize(
     "options, message",
     [
-        ({"dtype": "bfloat16"}, rf"{IMAGES}: another dtype \(torch.float32\)\n  {PROMPTS}: another dtype"),
-        ({"lora": TEXT}, "it holds no prompt"),
+        (
+            {"dtype": "bfloat16"},
+            f"{IMAGES}: the cache was made with dtype torch.float32, this run has torch.bfloat16\n  {PROMPTS}: ",
+        ),
+        ({"lora": TEXT}, "the cache holds no prompt, which this run reads"),
         (
             {"task": FlowMatchSFT(extra_inputs=["inpaint_mask"])},
             "holds no inpaint_mask, which this task needs; add the column",
@@ -547,11 +552,15 @@ def test_a_cache_of_another_training_is_refused(options, message, whole):
 
 def test_a_cache_that_was_made_for_training_the_text_encoder_holds_no_embeddings(tmp_path):
     make(tmp_path, module=training(lora=TEXT))
-    refused(tmp_path, f"it holds nothing of {PROMPTS}")
+    refused(tmp_path, f"{PROMPTS}: the cache holds none of its outputs")
 
 
 @pytest.mark.parametrize(
-    "part, said", [("vae", f"{IMAGES}: another vae"), ("text_encoder", f"{PROMPTS}: another text_encoder")]
+    "part, said",
+    [
+        ("vae", f"{IMAGES}: the cache was made with vae"),
+        ("text_encoder", f"{PROMPTS}: the cache was made with text_encoder"),
+    ],
 )
 def test_a_cache_of_another_model_is_refused(part, said, whole, tmp_path):
     message = (
@@ -562,13 +571,13 @@ def test_a_cache_of_another_model_is_refused(part, said, whole, tmp_path):
 
 def test_a_cache_of_other_code_is_refused(whole, monkeypatch):
     monkeypatch.setattr(qwen_image, "MAX_PROMPT_TOKENS", 512)
-    refused(whole, f"{PROMPTS}: another code")
+    refused(whole, f"{PROMPTS}: the cache was made with code")
 
 
 @pytest.mark.parametrize(
     "overrides, message",
     [
-        (["model.torch_dtype=bfloat16"], "another dtype"),
+        (["model.torch_dtype=bfloat16"], "made with dtype torch.float32, this run has torch.bfloat16"),
         (["model.vae=null", *LOOKING], "validation needs vae, but model.vae is null"),
     ],
 )

@@ -416,11 +416,14 @@ def with_teacher(**changes):
     [
         (
             with_teacher(num_inference_steps=8),
-            r"TeacherSampler: another settings \(teacher.num_inference_steps 4, here 8\)",
+            "TeacherSampler: the cache was made with teacher.num_inference_steps 4, this run has 8",
         ),
-        (with_teacher(cfg_scale=4.0), r"another settings \(teacher.cfg_scale 3.0, here 4.0\)"),
-        (with_teacher(negative_prompt="ugly"), r"another settings \(teacher.negative_prompt \'\', here \'ugly\'\)"),
-        (IMITATION, r"student.num_inference_steps None, here 2.*\)\n.*it holds no trajectory"),
+        (with_teacher(cfg_scale=4.0), "made with teacher.cfg_scale 3.0, this run has 4.0"),
+        (with_teacher(negative_prompt="ugly"), "made with teacher.negative_prompt '', this run has 'ugly'"),
+        (
+            IMITATION,
+            r"student.num_inference_steps None, this run has 2\n(.*\n)*.*the cache holds no trajectory, which this run",
+        ),
     ],
 )
 def test_a_cache_of_another_teacher_is_named_with_what_differs(cache, task, message):
@@ -433,13 +436,15 @@ def test_a_cache_of_another_size_or_another_way_of_the_student_is_named(cache):
     )
     refused(cache(DIRECT), "holds no variant 'mirrored'", augmentation=Augmentation(flip=0.5))
     other = dataclasses.replace(IMITATION, student=Student(num_inference_steps=3))
-    refused(cache(IMITATION), r"TeacherSampler: another settings \(student.num_inference_steps 2, here 3\)", other)
+    refused(
+        cache(IMITATION), "TeacherSampler: the cache was made with student.num_inference_steps 2, this run has 3", other
+    )
 
 
 def test_guidance_without_the_negative_side_in_the_cache_is_named(tmp_path):
     teacher = Teacher(num_inference_steps=4, cfg_scale=1.0)
     make(tmp_path, dataclasses.replace(DIRECT, teacher=teacher), rows_of(seeds=1))
-    refused(tmp_path, "it holds no negative prompt_emb", dataclasses.replace(GUIDED, teacher=teacher))
+    refused(tmp_path, "the cache holds no negative prompt_emb", dataclasses.replace(GUIDED, teacher=teacher))
     unguided = training(dataclasses.replace(GUIDED, teacher=teacher, guidance=1.0))
     CachedDataset(str(tmp_path)).check_made_for(CacheKeys(unguided).about())
 
@@ -450,8 +455,8 @@ def test_the_command_line_names_another_base_and_other_steps(cache, tmp_path, no
     save_file({name: tensor * 1.01 for name, tensor in load_file(file).items()}, file)
     ours = ["task.teacher.cfg_scale=3.0", "task.student.num_inference_steps=2", "dataset=cache"]
     message = refusal(tmp_path / "run", *ours, f"dataset.path={cache(DIRECT)}", f"model.dit.path={root}")
-    assert "TeacherSampler: another settings (teacher.num_inference_steps 4, here 40)\n" in message
-    assert "TeacherSampler: another dit" in message and "run make_cache.py again with these" in message
+    assert "TeacherSampler: the cache was made with teacher.num_inference_steps 4, this run has 40\n" in message
+    assert "TeacherSampler: the cache was made with dit " in message and "run make_cache.py again with these" in message
 
 
 def test_a_cache_of_pictures_that_no_teacher_drew_is_named(tmp_path):
@@ -465,7 +470,7 @@ def test_a_cache_of_pictures_that_no_teacher_drew_is_named(tmp_path):
         tmp_path / "plain cache",
         "holds no seed, which this task needs; add the column to the data set and run",
     )
-    refused(tmp_path / "seeded cache", "it holds nothing of TeacherSampler")
+    refused(tmp_path / "seeded cache", "TeacherSampler: the cache holds none of its outputs")
 
 
 def test_a_training_without_the_teachers_pictures_is_told_how_they_are_made(tmp_path, no_weights_are_read):
