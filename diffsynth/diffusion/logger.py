@@ -135,7 +135,7 @@ class ModelLogger:
             stems = [name, part if len(files) > 1 else "", format if is_adapter and len(self.formats) > 1 else ""]
             path = Path(self.output_path) / f"{'.'.join(filter(None, stems))}.safetensors"
             save_safetensors(tensors, path, {**metadata, **self._about(module, is_adapter)})
-            if is_adapter and module.is_whole:  # one process cannot call a layer of which it has a part
+            if is_adapter and module.is_whole:  # one process cannot call a layer whose weights are split
                 self._check(module, path)
 
     def _about(self, module: "DiffusionTrainingModule", is_adapter: bool) -> dict[str, str]:

@@ -23,7 +23,7 @@ class Run:
         lr_scheduler: Called as `lr_scheduler(optimizer)`; stepped once per optimizer step.
         ema: The moving average of the weights (`training.ema.EMA`); None keeps no average.
         max_steps: Number of optimizer steps; None counts `num_epochs` instead.
-        num_epochs: Number of passes over the data set, of which each shows a sample `repeat` times.
+        num_epochs: Number of passes over the data set; each pass shows a sample `repeat` times.
         samples: Number of samples to train on, from the beginning of the data set; None trains on all.
         batch_size: Samples per optimizer step, summed over all devices.
         micro_batch_size: Samples per forward pass on one device; None takes the device's whole share of the batch.

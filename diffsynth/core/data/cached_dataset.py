@@ -162,7 +162,7 @@ def captions_of(augmentation: Augmentation) -> dict[str, Any]:
 
 
 def _restored(value: Any) -> Any:
-    """A value of a cached row; an image, of which the cache knows the size only, becomes an `Unread`."""
+    """A value of a cached row. An image becomes an `Unread`, because the cache knows only its size."""
     if isinstance(value, dict) and value.keys() == {"unread"}:
         return Unread(tuple(value["unread"][:2]), _refuse, _refuse)
     return value
