@@ -1,4 +1,4 @@
-"""One recorded curve a task: a change that is to change no number changes none of these.
+"""One recorded curve per task: a change that is to change no number changes none of these.
 
 `python tests/golden/runs.py check` compares all of them, and weights and latents, to the last bit.
 """

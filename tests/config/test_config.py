@@ -334,7 +334,7 @@ def test_a_misspelt_key_at_the_top_of_an_experiment_is_answered_with_the_nearest
         ("~data_report", "data_report is missing: add `data_report: …` to the YAML file of the experiment."),
         (
             "~export.output_path",
-            "missing, and ModelLogger requires it: add `output_path: …` to the YAML file of export.",
+            "and ModelLogger requires it: add `output_path: …` to the YAML file of export.",
         ),
     ],
 )

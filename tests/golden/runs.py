@@ -1,7 +1,7 @@
 """Short runs of every task, and what they compute: losses, exported tensors, cache keys, sampled latents.
 
 `python tests/golden/runs.py record` writes them to `record.json`; `… check` compares them with it to the last bit,
-which holds on the machine that recorded them. `test_golden.py` compares one curve a task on any machine, with a
+which holds on the machine that recorded them. `test_golden.py` compares one curve per task on any machine, with a
 tolerance.
 """
 

@@ -343,7 +343,7 @@ class UnifiedDataset(TrainingData):
             )
 
     def fingerprint(self) -> str:
-        """A hash (16 hex digits) of all rows, of the numbers of the used rows, and of the file sizes that `scan` read."""
+        """A hash (16 hex digits) of all rows, the numbers of the used rows, and the file sizes that `scan` read."""
         digest = blake2b(self.rows.digest().encode() + self.usable.before.tobytes(), digest_size=8)
         for number in self.scanned:
             row = self.rows[number]
