@@ -41,7 +41,7 @@ from diffsynth.training.accelerator import make_accelerator
 DIT = LoRA(target_modules=["to_q", "to_v"], rank=4)
 TEXT = LoRA(models=("text_encoder",), target_modules=["q_proj"], rank=4)
 IMAGES, PROMPTS = "InputImageEmbedder", "QwenImageUnit_PromptEmbedder"
-LOOKING = ["validation=base", "validation.prompts=[a]", "validation.options={height: 32, width: 32}"]
+EVALUATING = ["validation=base", "validation.prompts=[a]", "validation.options={height: 32, width: 32}"]
 CLOSE = {"rel": 1e-6, "abs": 1e-6}
 VARIED = Augmentation(caption_dropout=0.4, flip=0.5)
 
@@ -161,7 +161,7 @@ def mixed_sizes(folder: Path) -> Path:
     return tiny.write_rows(folder, rows)
 
 
-@pytest.mark.parametrize("augmentation", [VARIED, Augmentation(prefix="a sketch: ", suffix=", in ink")])
+@pytest.mark.parametrize("augmentation", [VARIED, Augmentation(prefix="a photo: ", suffix=", in ink")])
 def test_what_is_left_to_chance_falls_alike(augmentation, tmp_path):
     rows = dataset(augmentation=augmentation)
     make(tmp_path, rows)
@@ -190,8 +190,8 @@ def test_masks_of_the_loss_are_cached_as_what_their_unit_makes_of_them(tmp_path)
 
 
 def test_samples_of_several_data_sets_keep_their_sizes_and_captions(tmp_path):
-    sketches = dataset(mixed_sizes(tmp_path), height=16, width=16, augmentation=Augmentation(prefix="a sketch: "))
-    mixed = MixedDataset({"flipped": dataset(augmentation=Augmentation(flip=0.5)), "sketches": sketches})
+    photos = dataset(mixed_sizes(tmp_path), height=16, width=16, augmentation=Augmentation(prefix="a photo: "))
+    mixed = MixedDataset({"flipped": dataset(augmentation=Augmentation(flip=0.5)), "photos": photos})
     make(tmp_path / "cache", mixed)
     cached, module = CachedDataset(str(tmp_path / "cache")), training().load()
     for number in (0, 15):
@@ -223,10 +223,10 @@ def test_a_sample_that_is_left_out_leaves_the_others_as_often(tmp_path):
 
 
 def test_a_whole_run_is_the_same_from_a_cache_and_needs_no_encoders(tmp_path):
-    chances = ["dataset.augmentation.caption_dropout=0.3", "dataset.augmentation.flip=0.5"]
+    augmentation = ["dataset.augmentation.caption_dropout=0.3", "dataset.augmentation.flip=0.5"]
     absent = [f"model.{name}=null" for name in ("vae", "text_encoder", "tokenizer")]
-    tiny.make_cache(tmp_path / "cache", *chances)
-    images, cached = tiny.train(tmp_path / "images", *chances), from_cache(tmp_path, *chances, *absent)
+    tiny.make_cache(tmp_path / "cache", *augmentation)
+    images, cached = tiny.train(tmp_path / "images", *augmentation), from_cache(tmp_path, *augmentation, *absent)
     assert curve(cached) == pytest.approx(curve(images), **CLOSE)
 
 
@@ -308,7 +308,7 @@ def test_a_network_that_is_needed_and_not_there_is_named_with_what_needs_it(tmp_
         make(tmp_path, module=training(vae=None))
 
 
-def test_what_is_drawn_at_random_is_refused(tmp_path):
+def test_what_is_chosen_at_random_is_refused(tmp_path):
     module = training(lora=None, task=FlowMatchSFT(trainable_models=["vae"]))
     with pytest.raises(ValueError, match="NoiseInitializer uses random numbers.*task.extra_inputs=.seed."):
         make(tmp_path, module=module)
@@ -481,7 +481,7 @@ def test_tidying_deletes_what_a_changed_caption_left_and_nothing_else(cache, tmp
 
 
 def refused(cache: Path, message: str, module=None, **options) -> None:
-    """A training that is not to be had from this cache, as train.py looks at it before weights are read."""
+    """A training that is not to be had from this cache, as train.py refuses it before weights are read."""
     module = module or unloaded()
     with pytest.raises(ValueError, match=message):
         rows = CachedDataset(str(cache), **options)
@@ -578,7 +578,7 @@ def test_a_cache_of_other_code_is_refused(whole, monkeypatch):
     "overrides, message",
     [
         (["model.torch_dtype=bfloat16"], "made with dtype torch.float32, this run has torch.bfloat16"),
-        (["model.vae=null", *LOOKING], "validation needs vae, but model.vae is null"),
+        (["model.vae=null", *EVALUATING], "validation needs vae, but model.vae is null"),
     ],
 )
 def test_what_does_not_fit_is_said_before_weights_are_read(overrides, message, cache, no_weights_are_read):

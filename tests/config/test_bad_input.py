@@ -70,7 +70,7 @@ def test_a_value_that_cannot_be_is_named(override, named, refusal):
     assert all(part in message for part in named), message
 
 
-def test_an_option_that_validation_cannot_draw_with_is_answered_with_the_nearest(refusal):
+def test_an_option_that_validation_cannot_sample_with_is_answered_with_the_nearest(refusal):
     message = refusal("validation=base", "validation.prompts=[a red emoji]", "+validation.options.cfg_scal=1")
     assert "'cfg_scal'; did you mean 'cfg_scale'?" in message
 

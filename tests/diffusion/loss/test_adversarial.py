@@ -71,7 +71,7 @@ class ScalingPipeline(BasePipeline):
 
 
 class Given:
-    """Draws that are given by purpose."""
+    """Random numbers that are given by purpose."""
 
     def __init__(self, **given):
         self.given = {name.replace("_", " "): value for name, value in given.items()}

@@ -613,7 +613,7 @@ def test_a_run_without_a_template_says_where_to_name_it(run):
         run("template.path=null")
 
 
-LOOKING = [
+EVALUATING = [
     "validation=base",
     "validation.prompts=[a red apple]",
     "validation.options={height: 32, width: 32, num_inference_steps: 2, cfg_scale: 2.0}",
@@ -624,9 +624,9 @@ LOOKING = [
 ]
 
 
-def test_rows_are_drawn_with_their_inputs(run, tmp_path):
+def test_rows_are_sampled_with_their_inputs(run, tmp_path):
     run_dir = run(
-        *LOOKING, f"+validation.datasets.held_out.path={tmp_path / 'rows'}", "optimizer.eps=1e-8", "optimizer.lr=0.5"
+        *EVALUATING, f"+validation.datasets.held_out.path={tmp_path / 'rows'}", "optimizer.eps=1e-8", "optimizer.lr=0.5"
     )
     names = {path.name for path in (run_dir / "samples").iterdir()}
     assert {"held_out_step-000000.png", "held_out_step-000002.png", "held_out_progress.png", "progress.png"} <= names
@@ -636,8 +636,8 @@ def test_rows_are_drawn_with_their_inputs(run, tmp_path):
     assert pictures[0] != pictures[1]  # what was trained is seen
 
 
-def test_looking_changes_nothing(run, tmp_path):
-    seen = run(*LOOKING, f"+validation.datasets.held_out.path={tmp_path / 'rows'}")
+def test_evaluating_changes_nothing(run, tmp_path):
+    seen = run(*EVALUATING, f"+validation.datasets.held_out.path={tmp_path / 'rows'}")
     files = [run_dir / "weights" / "epoch-0.safetensors" for run_dir in (seen, run(root="unseen"))]
     first, second = map(load_file, files)
     assert all(torch.equal(first[key], second[key]) for key in first)
