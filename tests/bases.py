@@ -19,7 +19,7 @@ def some(*shape: int, seed: int = 0) -> Tensor:
 
 
 class Base:
-    """A transformer of a pipeline with random weights, and its prediction for a batch of three."""
+    """Qwen-Image's transformer with random weights, and its prediction for a batch of three samples."""
 
     module, latents = qwen_image, (3, 16, 4, 8)
     stock = {"block": qwen_image.QwenDoubleStreamAttnProcessor2_0}
@@ -54,7 +54,7 @@ class Base:
 
 
 class Flux2Base(Base):
-    """The same of a model whose prompts all have one length, and which is editing a picture."""
+    """The same for FLUX.2, whose prompts all have one length; each sample edits an image."""
 
     module, latents = flux2_image, (3, 128, 2, 4)
     stock = {"double": flux2_image.Flux2AttnProcessor, "single": flux2_image.Flux2ParallelSelfAttnProcessor}
@@ -70,7 +70,7 @@ class Flux2Base(Base):
 
 
 def load(kind: type[Base], folder: Path) -> Base:
-    """A base whose weights are those of a released folder."""
+    """A base with the weights of a model repository in a folder."""
     pipe = (QwenImagePipeline if kind is Base else Flux2ImagePipeline)("cpu", torch.float32)
     pipe.build_models([ModelConfig(path=str(folder / "transformer"))])
     pipe.load_models()

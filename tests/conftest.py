@@ -1,4 +1,4 @@
-"""Shared by the tests: Qwen-Image in miniature with random weights, in a folder laid out like the released one."""
+"""Fixtures of all tests: Qwen-Image in miniature with random weights, in a folder like the released one."""
 
 import importlib.util
 import json
@@ -61,7 +61,7 @@ def pytest_collection_modifyitems(items):
 
 
 def import_file(path: Path):
-    """A script outside any package, as a module."""
+    """Import a script outside of any package as a module."""
     spec = importlib.util.spec_from_file_location(f"script_{path.parent.name}_{path.stem}", path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -70,7 +70,7 @@ def import_file(path: Path):
 
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory) -> Path:
-    """A repository of random weights: every parameter of the transformer counts, latents have statistics to undo."""
+    """A model repository with random weights, where every parameter changes the output and latents have statistics."""
     import torch
     from diffusers import QwenImageTransformer2DModel
 
@@ -90,13 +90,13 @@ def tiny(tmp_path_factory) -> Path:
 
 @pytest.fixture(params=["random", *(["embedded"] if (EMBEDDED / "transformer").is_dir() else [])])
 def repository(request, tiny) -> Path:
-    """Each folder of weights there is: the random ones, and the embedded ones once they are trained."""
+    """The repository with random weights, and the embedded one if it exists."""
     return {"random": tiny, "embedded": EMBEDDED}[request.param]
 
 
 @pytest.fixture
 def load_pipe():
-    """`load_pipe(folder)`: our pipeline in fp32."""
+    """`load_pipe(folder)` returns our pipeline in fp32."""
     import torch
 
     from diffsynth.pipelines.qwen_image import ModelConfig, QwenImagePipeline
@@ -121,7 +121,7 @@ def pipe(tiny, load_pipe):
 
 @pytest.fixture
 def training_module(tiny):
-    """`training_module(task, lora)`: a loaded training module around a pipeline with random weights."""
+    """`training_module(task, lora)` returns a loaded training module of a pipeline with random weights."""
     from diffsynth.core.loader import ModelConfig
     from diffsynth.core.memory import MemoryRecipe
     from diffsynth.diffusion.loss import FlowMatchSFT
@@ -144,7 +144,7 @@ def training_module(tiny):
 
 @pytest.fixture(scope="session")
 def rows() -> list[dict]:
-    """Three pictures, taller than wide, with prompts of different lengths."""
+    """Three images, taller than wide, with prompts of different lengths."""
     import numpy as np
     from PIL import Image
 

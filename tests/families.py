@@ -1,11 +1,12 @@
-"""The model families, as a table: what a statement about all of them needs to know of each."""
+"""A table of the model families in miniature, for statements that hold for all of them."""
 
 import json
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 from typing import Any
+from zlib import crc32
 
 import pytest
 import tiny
@@ -25,37 +26,37 @@ from diffsynth.pipelines.flux2_image import Flux2ImagePipeline
 from diffsynth.pipelines.qwen_image import QwenImagePipeline
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Family:
     """A family in miniature.
 
     Args:
-        name: Of its option in conf/model or tests/conf/model.
-        folder: Makes its repository of random weights.
-        layers: Ends of the names of layers that a LoRA adapts.
+        name: Name of its file in conf/model or tests/conf/model.
+        folder: Function that writes a model repository with random weights and returns its folder.
+        layers: Ends of the names of the layers that a LoRA adapts.
         settings: Arguments of `from_components` beside the components.
-        edits: Whether it is trained on pairs of images: rows have an `edit_image`.
-        parts: Folders of the components, by their names.
+        edits: Whether the rows of its trainings have an `edit_image`.
+        parts: Folder in the repository of each component.
     """
 
     name: str
     pipeline: type[BasePipeline]
     folder: Callable[[], Path]
     layers: tuple[str, ...]
-    settings: tuple[tuple[str, Any], ...] = ()
+    settings: dict[str, Any] = field(default_factory=dict)
     edits: bool = False
-    parts: tuple[tuple[str, str], ...] = tuple(tiny.COMPONENTS.items())
+    parts: dict[str, str] = field(default_factory=lambda: tiny.COMPONENTS)
 
     @property
     def extra_inputs(self) -> list[str]:
-        """Columns of its rows beside image and prompt."""
+        """Columns of the rows besides image and prompt that the pipeline reads."""
         return ["edit_image"] if self.edits else []
 
     def build(self, torch_dtype: str = "float32") -> BasePipeline:
-        """The pipeline, built and not loaded."""
-        parts = {name: ModelConfig(path=str(self.folder() / part)) for name, part in self.parts}
+        """The pipeline without its weights."""
+        parts = {name: ModelConfig(path=str(self.folder() / part)) for name, part in self.parts.items()}
         training = TrainingDefaults(lora_target_modules={"dit": list(self.layers)})
-        pipe = self.pipeline.from_components(**parts, torch_dtype=torch_dtype, training=training, **dict(self.settings))
+        pipe = self.pipeline.from_components(**parts, torch_dtype=torch_dtype, training=training, **self.settings)
         pipe.progress_bar = iter
         return pipe
 
@@ -66,20 +67,20 @@ class Family:
         return pipe
 
     def module(self, task=None, lora: LoRA | None = None, torch_dtype: str = "float32", **memory):
-        """A training module around the pipeline, built and not loaded."""
+        """A training module of the pipeline without its weights."""
         return PipelineTrainingModule(
             self.build(torch_dtype), task or self.task(), lora, seed=0, memory=MemoryRecipe(**memory)
         )
 
     def task(self, *trained: str) -> FlowMatchSFT:
-        """The objective on its rows, in which whole networks are trained."""
+        """The flow-matching objective on this family's rows; `trained` names the networks that are trained in full."""
         return FlowMatchSFT(trainable_models=list(trained) or None, extra_inputs=self.extra_inputs)
 
     @property
     def overrides(self) -> list[str]:
-        """What puts the miniature in the place of the configured model, in a run of 32 × 32 pixels."""
-        parts = [f"model.{name}.path={self.folder() / part}" for name, part in self.parts]
-        settings = [f"model.{name}={value}" for name, value in self.settings]
+        """Overrides that replace the configured model by the miniature, at 32 × 32 pixels."""
+        parts = [f"model.{name}.path={self.folder() / part}" for name, part in self.parts.items()]
+        settings = [f"model.{name}={value}" for name, value in self.settings.items()]
         dtype = "model.torch_dtype=float32"
         return [
             f"model={self.name}",
@@ -93,7 +94,7 @@ class Family:
         return self.name
 
 
-SIZES = (("height", 32), ("width", 32))
+SIZES = {"height": 32, "width": 32}
 FAMILIES = [
     Family("emoji", QwenImagePipeline, tiny.model, ("to_q", "add_k_proj", "img_mlp.net.2", "txt_mod.1"), SIZES),
     Family(
@@ -101,7 +102,7 @@ FAMILIES = [
         Flux2ImagePipeline,
         tiny_flux2.klein,
         ("to_q", "add_k_proj", "to_qkv_mlp_proj", "to_out"),
-        (*SIZES, ("max_sequence_length", tiny_flux2.MAX_TOKENS), ("edit_image_pixels", 64 * 64)),
+        SIZES | {"max_sequence_length": tiny_flux2.MAX_TOKENS, "edit_image_pixels": 64 * 64},
         edits=True,
     ),
     Family(
@@ -109,23 +110,23 @@ FAMILIES = [
         AuraFlowPipeline,
         tiny_auraflow.folder,
         ("to_q", "to_k"),
-        (*SIZES, ("max_sequence_length", 16)),
+        SIZES | {"max_sequence_length": 16},
     ),
     Family(
         "qwen_image_edit",
         QwenImagePipeline,
         tiny_qwen_edit.folder,
         ("to_q", "add_k_proj", "img_mod.1", "to_out.0"),
-        (*SIZES, ("edit_image_pixels", 64 * 64), ("edit_vision_pixels", 96 * 96)),
+        SIZES | {"edit_image_pixels": 64 * 64, "edit_vision_pixels": 96 * 96},
         edits=True,
-        parts=tuple(tiny_qwen_edit.PARTS.items()),
+        parts=tiny_qwen_edit.PARTS,
     ),
 ]
 
 
 @cache
 def pairs() -> Path:
-    """The tiny data set, each of its pictures with two others that it was edited from; made once a session."""
+    """The folder of a data set of images, each with two images to edit; written once per session."""
     folder = tiny.write_dataset(tiny.kept_folder() / "pairs")
     rows = [
         {"image": f"{n}.png", "prompt": "red" + " red" * n, "edit_image": [f"{7 - n}.png", "0.png"]} for n in range(8)
@@ -134,16 +135,13 @@ def pairs() -> Path:
     return folder
 
 
-@cache
-def _statements() -> list[str]:
-    return []
-
-
 def of_families(statement: Callable) -> Callable:
-    """Make a statement about `family` one about each: by default about the first and one other, in turn; else slow."""
+    """Parametrize a test over all families.
+
+    The default suite tests the first family and one other, which the hash of the test's name selects; the other
+    families are slow tests. So a new test changes no other test.
+    """
     others = FAMILIES[1:]
-    mine = others[len(_statements()) % len(others)]
-    _statements().append(statement.__name__)
-    chosen = [FAMILIES[0], mine]
+    chosen = [FAMILIES[0], others[crc32(statement.__name__.encode()) % len(others)]]
     params = [pytest.param(f, id=str(f), marks=[] if f in chosen else pytest.mark.slow) for f in FAMILIES]
     return pytest.mark.parametrize("family", params)(statement)

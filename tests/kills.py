@@ -1,4 +1,4 @@
-"""Kills of a process in the middle of its work, in a save or between two. FAULTS=200 makes 200 of them."""
+"""Kill a process in the middle of its work, inside a save or between two. FAULTS=200 kills 200 times."""
 
 import itertools
 import os
@@ -14,15 +14,15 @@ KILLS = int(os.environ.get("FAULTS", 2))
 
 
 def moments() -> Iterator[tuple[bool, float]]:
-    """Whether each kill comes in a save, and when, as a share of the work; the first two are no matter of chance."""
+    """For each kill, whether it comes inside a save, and when, as a fraction of the work; the first two are fixed."""
     yield from ((True, 0.5), (False, 0.25))
-    chance = random.Random(0)
+    rng = random.Random(0)
     while True:
-        yield chance.random() < 0.5, chance.random()
+        yield rng.random() < 0.5, rng.random()
 
 
 def killed_in_fsync(number: int | None, act: Callable, *given) -> None:
-    """Do some work and die in the middle of its fsync of this number."""
+    """Call `act(*given)` and kill the process inside its fsync of this number."""
     count, fsync = itertools.count(1), os.fsync
 
     def fatal(descriptor: int) -> None:
@@ -35,19 +35,19 @@ def killed_in_fsync(number: int | None, act: Callable, *given) -> None:
 
 
 def duration(act: Callable, *given) -> float:
-    """Seconds that the work takes undisturbed."""
-    warm.start(os.getpid).join()  # the server is there
+    """Seconds that `act(*given)` takes without a kill."""
+    warm.start(os.getpid).join()  # starts the server
     began = time.monotonic()
     assert _ended(warm.start(act, *given))
     return time.monotonic() - began
 
 
 def survived(work: Callable[[int], tuple], seconds: float, syncs: int) -> Iterator[int]:
-    """Do works one after another, each begun again until it is done, though kills end it; yield the number of each.
+    """Start works one after another, each again after every kill until it is done; yield the numbers of done works.
 
     Args:
-        work: The function and arguments of the work of a number.
-        seconds, syncs: What a work takes undisturbed.
+        work: Returns the function and arguments of the work of a number.
+        seconds, syncs: Duration of a work and number of its fsyncs without a kill.
     """
     chosen, killed, number = moments(), 0, 0
     while killed < KILLS:
@@ -60,7 +60,7 @@ def survived(work: Callable[[int], tuple], seconds: float, syncs: int) -> Iterat
 
 
 def _survives(moment: tuple[bool, float] | None, seconds: float, syncs: int, act: Callable, *given) -> bool:
-    """Whether the work is done when a kill at that moment comes, if one does."""
+    """Start the work, kill it at a moment (None does not), and return whether it was done before the kill."""
     in_save, share = moment or (False, None)
     process = warm.start(killed_in_fsync, 1 + int(share * syncs) if in_save else None, act, *given)
     if moment and not in_save:
@@ -70,7 +70,7 @@ def _survives(moment: tuple[bool, float] | None, seconds: float, syncs: int, act
 
 
 def _ended(process: BaseProcess) -> bool:
-    """Whether the process came to its end rather than was killed."""
+    """Wait for a process, and return whether it ended by itself; False if it was killed."""
     process.join()
     assert process.exitcode in (0, -signal.SIGKILL)
     return process.exitcode == 0

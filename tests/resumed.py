@@ -1,4 +1,4 @@
-"""Runs that were cut off, beside runs that nothing happened to."""
+"""Compare resumed runs with uninterrupted runs."""
 
 import json
 from functools import cache
@@ -16,12 +16,12 @@ EXACT = {"rtol": 0, "atol": 0}
 
 @cache
 def uninterrupted(*overrides: str) -> Path:
-    """The folder of a run that nothing happened to; made once."""
+    """The folder of an uninterrupted run; trained once per session."""
     return tiny.train(tiny.kept_folder(), *STEPS, *overrides)
 
 
 def metrics(run_dir: Path) -> list[dict]:
-    """The logged lines, less what depends on the machine."""
+    """The logged lines without the metrics that depend on the machine."""
     machine = ("samples_per_second", "memory_gb")
     return [{name: n for name, n in line.items() if name not in machine} for line in tiny.metrics(run_dir)]
 
@@ -39,7 +39,7 @@ def kept(run_dir: Path) -> list[int]:
 
 
 def final_state(run_dir: Path) -> dict:
-    """All that the last checkpoint holds; tensors, such as the optimizer's and the average, by their checksum."""
+    """The content of the last checkpoint; tensors, such as the optimizer's and the average, as checksums."""
     return read_checkpoint(run_dir / "checkpoints" / "step-000005")
 
 
@@ -58,6 +58,3 @@ def assert_same_run(found: Path, expected: Path) -> None:
     assert_close(final_weights(found), final_weights(expected), **EXACT)
     assert final_state(found) == final_state(expected)
     assert artefacts(found) == artefacts(expected)
-
-
-# Cut off --------------------------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""Templates of a few numbers for the tests, written as their users write them, and rows for them."""
+"""Small templates, written like those of users, and rows for them."""
 
 import json
 from pathlib import Path
@@ -137,7 +137,7 @@ SMALL_KLEIN = f"{KLEIN}\nTEMPLATE_MODEL_CONFIG = {SMALL}\n"
 
 
 def write(folder: Path, text: str, *changes: tuple[str, str]) -> Path:
-    """A template's folder; each of `changes` replaces a text by another."""
+    """Write a template's folder; each of `changes` replaces a text of the code by another."""
     folder.mkdir(parents=True, exist_ok=True)
     for old, new in changes:
         assert old in text
@@ -147,7 +147,7 @@ def write(folder: Path, text: str, *changes: tuple[str, str]) -> Path:
 
 
 def write_rows(folder: Path, inputs=None, count: int = 8) -> Path:
-    """The tiny data set, whose rows have `template_inputs`: a number each, or what `inputs(number)` makes."""
+    """Write a tiny data set whose rows have `template_inputs`: a number each, or the result of `inputs(number)`."""
     tiny.write_dataset(folder, count)
     (folder / "metadata.csv").unlink()
     make = inputs or (lambda number: {"scale": round(number / count, 3)})
@@ -160,6 +160,6 @@ def write_rows(folder: Path, inputs=None, count: int = 8) -> Path:
 
 
 def overrides(template: Path, rows: Path) -> list[str]:
-    """Of a run that trains a template on these rows."""
+    """Overrides of a run that trains a template on these rows."""
     data = [f"dataset.path={rows}", "dataset.metadata=metadata.jsonl"]
     return ["task=template", f"template.path={template}", "lora=none", *data]

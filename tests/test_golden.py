@@ -1,4 +1,4 @@
-"""One recorded curve a task: a change that is to change no number changes none of these.
+"""One recorded curve per task: a change that is to change no number changes none of these.
 
 `python tests/golden/runs.py check` compares all of them, and weights and latents, to the last bit.
 """
@@ -9,9 +9,8 @@ import pytest
 from golden import runs
 
 RECORDED = json.loads(runs.RECORD.read_text(encoding="utf-8"))
-TOLERANCE = (
-    2e-3  # relative; the largest difference between processors that was seen after three steps is 4e-4: see docs
-)
+# Relative; the largest difference between processors that was seen after three steps is 4e-4: see docs.
+TOLERANCE = 2e-3
 # The distillations' own runs are tested elsewhere; these are one of each entry and kind of data.
 DEFAULT = ["default", "flux2", "template", "direct"]
 

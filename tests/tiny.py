@@ -1,4 +1,4 @@
-"""Runs of the entry scripts in miniature: a random model of 64-pixel pictures, eight pictures of 32, a few steps."""
+"""Run the entry scripts in miniature: a model with random weights, eight images of 32 × 32 pixels, a few steps."""
 
 import csv
 import json
@@ -37,13 +37,13 @@ COMPONENTS = {"dit": "transformer", "text_encoder": "text_encoder", "vae": "vae"
 
 @cache
 def model() -> Path:
-    """A repository laid out as Qwen-Image's, all of it random; made once a session."""
+    """The folder of a model repository like Qwen-Image's, with random weights; written once per session."""
     return _write_model(kept_folder() / "model")
 
 
 @cache
 def dataset() -> Path:
-    """A folder of eight 32 × 32 pictures and metadata.csv; made once a session."""
+    """A folder of eight 32 × 32 images and metadata.csv; written once per session."""
     return write_dataset(kept_folder() / "dataset")
 
 
@@ -67,7 +67,7 @@ def _write_model(folder: Path) -> Path:
     build_script = runpy.run_path(str(ROOT / "models" / "emoji" / "build.py"))
     build_script["init"](folder)
     transformer = build_script["transformer"]()
-    for parameter in transformer.parameters():  # a fresh one draws nothing: its output is zero
+    for parameter in transformer.parameters():  # with its initial weights, its output is zero
         torch.nn.init.normal_(parameter, std=0.05)
     transformer.save_pretrained(folder / "transformer")
     return folder
@@ -85,13 +85,13 @@ _folders: list[TemporaryDirectory] = []  # each is removed at exit
 
 
 def model_overrides(folder: Path | None = None) -> list[str]:
-    """Overrides that put the tiny model in the place of the configured one."""
+    """Overrides that replace the configured model by the tiny one."""
     folder = folder or model()
     return [f"model.{name}.path={folder / part}" for name, part in COMPONENTS.items()]
 
 
 def train_overrides(output_root: Path) -> list[str]:
-    """Overrides of a run of two steps of four samples that evaluates nothing and reports nothing of its data."""
+    """Overrides of a run of two steps with four samples each, without validation and data report."""
     return [
         *model_overrides(),
         f"dataset.path={dataset()}",
@@ -115,7 +115,7 @@ def train_overrides(output_root: Path) -> list[str]:
 
 
 def compose(entry: str, *overrides: str) -> DictConfig:
-    """The configuration of `python <entry>.py <overrides>`, whose groups are composed once a session."""
+    """The configuration of `python <entry>.py <overrides>`; each choice of groups is composed once per session."""
     parsed = OverridesParser.create().parse_overrides([*overrides])
     choices = [override for override in parsed if _is_choice(override)]
     cfg = deepcopy(_composed(entry, *(override.input_line for override in choices)))
@@ -124,7 +124,7 @@ def compose(entry: str, *overrides: str) -> DictConfig:
 
 
 def _is_choice(override: Override) -> bool:
-    """Whether it chooses an option of a group, or where Hydra looks for them."""
+    """Whether an override chooses an option of a group, or sets a key of Hydra such as its search path."""
     key = override.key_or_group
     return key.startswith("hydra.") or (ROOT / "conf" / key).is_dir()
 
@@ -137,7 +137,7 @@ def _composed(entry: str, *choices: str) -> DictConfig:
 
 
 def schema(entry: str) -> Callable:
-    """What an entry script's configuration is checked against."""
+    """The class or function whose signature the configuration of an entry script is checked against."""
     from diffsynth.cache.run import CacheRun
     from diffsynth.plan.run import PlanRun
     from diffsynth.training.run import DistillRun, Run
@@ -163,7 +163,7 @@ def train(output_root: Path, *overrides: str) -> Path:
 
 
 def run(overrides: list[str]) -> Path:
-    """`python train.py <overrides>` in this process; the run's folder."""
+    """Run `python train.py <overrides>` in this process, and return the run's folder."""
     cfg = compose("train", *overrides)
     run_dir = claim(cfg)
     finish(run_dir, call("train", cfg))
@@ -171,28 +171,28 @@ def run(overrides: list[str]) -> Path:
 
 
 def cache_overrides(folder: Path) -> list[str]:
-    """Overrides of a cache of what `train_overrides` trains."""
+    """Overrides of make_cache.py for the training of `train_overrides`."""
     kept = ("model.", "dataset.", "device=", "lora.")
     return [f"path={folder}", *(override for override in train_overrides(folder) if override.startswith(kept))]
 
 
 def make_cache(folder: Path, *overrides: str):
-    """What `python make_cache.py` does, in this process."""
+    """Run `python make_cache.py` in this process."""
     return call("make_cache", compose("make_cache", *merged(cache_overrides(folder), overrides)))
 
 
 def merged(overrides: list[str], others) -> list[str]:
-    """Both lists, less those of the first that the second sets again or whose group it replaces."""
+    """Both lists of overrides, without those of the first whose key or group the second sets again."""
     keys = [override.split("=")[0] for override in others]
     kept = [o for o in overrides if not any(o.startswith((f"{key}=", f"{key}.")) for key in keys)]
     return [*kept, *others]
 
 
 def command_line(monkeypatch, script: str, *arguments: str) -> None:
-    """`python <script> <arguments>` in this process."""
+    """Run `python <script> <arguments>` in this process."""
     handlers, level = logging.root.handlers[:], logging.root.level
     monkeypatch.setattr(sys, "argv", [str(ROOT / script), *arguments])
-    monkeypatch.setenv("HYDRA_FULL_ERROR", "1")  # what `run` would set for good
+    monkeypatch.setenv("HYDRA_FULL_ERROR", "1")  # otherwise `run_main` sets it for all later tests
     GlobalHydra.instance().clear()
     try:
         runpy.run_path(str(ROOT / script), run_name="__main__")
@@ -218,11 +218,11 @@ def in_step(number: int, act: Callable[[], None]) -> Iterator[None]:
 
 
 class PowerCut(BaseException):
-    """Nothing catches it, so nothing is put in order."""
+    """No code catches it, so no code cleans up."""
 
 
 def cut_off(after: int, output_root: Path, *overrides: str) -> None:
-    """Train in this process until a power cut, when `after` steps are taken and looked at."""
+    """Train in this process until a power cut, which comes when `after` steps have been taken and evaluated."""
 
     def cut():
         raise PowerCut

@@ -13,7 +13,7 @@ from models.emoji.build import VOCABULARY, train_tokenizer
 
 @cache
 def folder() -> Path:
-    """A repository of random weights; made once a session."""
+    """The folder of a model repository with random weights; written once per session."""
     path = kept_folder() / "auraflow"
     train_tokenizer([], ["<|endoftext|>"]).save_pretrained(path / "tokenizer")
     torch.manual_seed(0)

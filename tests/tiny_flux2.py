@@ -1,4 +1,4 @@
-"""FLUX.2 in miniature with random weights, in folders laid out as klein's (Qwen3) and dev's (Mistral 3) are."""
+"""FLUX.2 in miniature with random weights, in folders like those of klein (Qwen3) and dev (Mistral 3)."""
 
 import json
 from functools import cache
@@ -16,7 +16,7 @@ from models.emoji_flux2 import build
 
 MAX_TOKENS = 24
 DEV_TOKENS = 120  # the system message takes 103 of them
-# As Mistral's: what is said comes in parts, the first token and the roles are written out.
+# Like Mistral's: a message has parts, and the template writes the first token and the roles.
 DEV_TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}"
     "{{ '[SYSTEM_PROMPT]' if message.role == 'system' else '[INST]' }}"
@@ -30,7 +30,7 @@ DEV_SPECIAL_TOKENS = [
 
 @cache
 def klein() -> Path:
-    """A repository laid out as FLUX.2-klein's; made once a session."""
+    """The folder of a model repository like FLUX.2-klein's; written once per session."""
     folder = kept_folder() / "klein"
     build.init(str(folder))
     _randomise(Flux2Transformer2DModel.from_pretrained(folder / "transformer"), folder / "transformer")
@@ -40,7 +40,7 @@ def klein() -> Path:
 
 @cache
 def dev() -> Path:
-    """A repository laid out as FLUX.2-dev's, whose network is told the guidance scale; made once a session."""
+    """The folder of a model repository like FLUX.2-dev's, whose network reads the guidance scale; written once."""
     folder = kept_folder() / "dev"
     build.init(str(folder))
     config = json.loads((folder / "transformer" / "config.json").read_text()) | {"guidance_embeds": True}
@@ -56,7 +56,7 @@ def dev() -> Path:
 
 
 def _randomise(model: ModelMixin, folder: Path) -> None:
-    """So that every parameter counts, gates among them."""
+    """Add noise to all weights, so that every parameter changes the output; gates would be zero."""
     generator = torch.Generator().manual_seed(0)
     for parameter in model.parameters():
         parameter.data += 0.05 * torch.randn(parameter.shape, generator=generator)
@@ -93,7 +93,7 @@ def _write_mistral(folder: Path) -> None:
 
 
 def pipeline(folder: Path | None = None, **options) -> Flux2ImagePipeline:
-    """Our pipeline on a folder, its weights in fp32, its sizes those of 64-pixel pictures."""
+    """Our pipeline with the weights of a folder in fp32, for images of 64 × 64 pixels."""
     folder = folder or klein()
     tokens = DEV_TOKENS if folder == dev() else MAX_TOKENS
     sizes = {"height": 64, "width": 64, "max_sequence_length": tokens, "edit_image_pixels": 64 * 64}
@@ -104,6 +104,6 @@ def pipeline(folder: Path | None = None, **options) -> Flux2ImagePipeline:
 
 
 def overrides(folder: Path | None = None) -> list[str]:
-    """Overrides that put the miniature in the place of the configured model."""
+    """Overrides that replace the configured model by the miniature."""
     parts = [f"model.{name}.path={(folder or klein()) / part}" for name, part in COMPONENTS.items()]
     return ["model=emoji_flux2", *parts]

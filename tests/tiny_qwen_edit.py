@@ -18,7 +18,7 @@ SIZES = {"height": 64, "width": 64, "edit_image_pixels": 64 * 64, "edit_vision_p
 
 @cache
 def folder(zero_cond_t: bool = False) -> Path:
-    """A repository laid out as Qwen-Image-Edit's, or -2511's with `zero_cond_t`; each made once a session."""
+    """The folder of a model repository like Qwen-Image-Edit's, or -2511's with `zero_cond_t`; written once each."""
     root = kept_folder() / "qwen_image_edit"
     build.init(str(root))
     templates = [PROMPT_TEMPLATE, EDIT_PROMPT_TEMPLATE]
@@ -36,7 +36,7 @@ def folder(zero_cond_t: bool = False) -> Path:
 
 
 def _randomise(model: torch.nn.Module, folder: Path) -> None:
-    """So that every parameter counts, gates and what is seen of images among them."""
+    """Add noise to all weights, so that every parameter changes the output; gates would be zero."""
     generator = torch.Generator().manual_seed(0)
     for parameter in model.parameters():
         parameter.data += 0.05 * torch.randn(parameter.shape, generator=generator)
@@ -56,7 +56,7 @@ def image_processor() -> Qwen2VLImageProcessorPil:
 
 
 def pipeline(root: Path | None = None, **options) -> QwenImagePipeline:
-    """Our pipeline on a folder, its weights in fp32, its sizes those of 64-pixel pictures."""
+    """Our pipeline with the weights of a folder in fp32, for images of 64 × 64 pixels."""
     configs = {name: ModelConfig(path=str((root or folder()) / part)) for name, part in PARTS.items()}
     pipe = QwenImagePipeline.from_components(**{**configs, "torch_dtype": "float32", **SIZES, **options})
     pipe.progress_bar = iter
@@ -64,7 +64,7 @@ def pipeline(root: Path | None = None, **options) -> QwenImagePipeline:
 
 
 def overrides(root: Path | None = None) -> list[str]:
-    """Overrides that put the miniature in the place of the configured model."""
+    """Overrides that replace the configured model by the miniature."""
     parts = [f"model.{name}.path={(root or folder()) / part}" for name, part in PARTS.items()]
     sizes = [f"model.{name}={size}" for name, size in SIZES.items()]
     return ["model=qwen_image_edit", "model.torch_dtype=float32", *sizes, *parts]

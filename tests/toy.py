@@ -1,4 +1,4 @@
-"""Two Gaussians in the plane as a model family of its own: its velocity is known, and drawing takes no time."""
+"""Two Gaussians in the plane as a model family of its own: its velocity is known, and sampling takes milliseconds."""
 
 from dataclasses import dataclass
 
@@ -67,7 +67,7 @@ class ToyPipeline(BasePipeline):
         return torch.linspace(1, 0, num_inference_steps + 1)[:-1]
 
     def points(self, count: int, settings: dict, seed: int = 0) -> Tensor:
-        """Where drawings (count, 2) end that start from noise of one generator."""
+        """Sampled points (count, 2), from the noise of one generator."""
         noise = torch.randn(count, 2, 1, 1, generator=torch.Generator().manual_seed(seed))
         with self.sampling_steps(settings):
             shared = {

@@ -15,7 +15,7 @@ SECONDS = 300  # that ranks may take; a minute would do
 
 
 def start(act: Callable, *given, output: Path | None = None, **environment: str) -> BaseProcess:
-    """A process that calls `act(*given)`, a function of a module, and writes what it says to `output`."""
+    """Start a process that calls `act(*given)`, a function of a module, and writes its output streams to `output`."""
     process = SERVER.Process(target=_act, args=(act, given, output, environment))
     process.start()
     return process
@@ -38,7 +38,7 @@ def _act(act: Callable, given: tuple, output: Path | None, environment: dict[str
     from diffsynth.config import run_folder
 
     os.environ.update(environment)
-    run_folder.RANK = int(os.environ.get("RANK", 0))  # which the server has read before
+    run_folder.RANK = int(os.environ.get("RANK", 0))  # the server read it before RANK was set
     torch.set_num_threads(1)
     if output:
         for stream in (1, 2):

@@ -97,7 +97,7 @@ def verify(dataset: TrainingData, module: "PipelineTrainingModule", path: str | 
     """List missing and damaged files of a cache, and everything that `dataset` and `module` would make differently now.
 
     Args:
-        dataset: The data set of which the cache was made.
+        dataset: The data set that was cached.
         module: The training module that will read the cache; its models are built but not loaded.
         path: Folder of the cache.
     """

@@ -59,7 +59,8 @@ def _check_node(node: DictConfig, target: Callable, path: str) -> None:
     absent = [name for name, parameter in parameters.items() if _is_required(parameter) and name not in node]
     if absent and not node.get("_partial_"):
         key = f"{path}.{absent[0]}".lstrip(".")
-        raise ConfigError(f"{path or 'configuration'}: {_name(target)} needs {absent[0]!r}; set +{key}=…")
+        user, file = (f", and {_name(target)} requires it", path) if path else ("", "the experiment")
+        raise ConfigError(f"{key} is missing{user}: add `{absent[0]}: …` to the YAML file of {file}.")
 
 
 def _is_required(parameter: inspect.Parameter) -> bool:
@@ -118,7 +119,7 @@ def _unknown(where: str, key: str, known: Mapping, target: Callable) -> str:
     nearest = difflib.get_close_matches(key, known, 1)
     parent = where.removesuffix(key)
     hint = f"did you mean {parent}{nearest[0]}?" if nearest else f"it takes {sorted(known)}."
-    return f"{where}: {_name(target)} has no option {key!r}; {hint}"
+    return f"{where}: {_name(target) if parent else 'the configuration'} has no option {key!r}; {hint}"
 
 
 def _locate(target: str, where: str) -> Callable:

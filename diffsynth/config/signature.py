@@ -57,12 +57,12 @@ OmegaConf.register_new_resolver("signature", signature, replace=True)
 
 
 def but_for_length(cfg: DictConfig) -> str:
-    """Return a signature without the length: runs that differ only in their length have the same one."""
+    """Return a signature that leaves out the run's length: runs that differ only in their length share it."""
     return _digest(_plain(cfg), LENGTH)
 
 
 def bound_to_length(config: Mapping[str, Any]) -> str | None:
-    """Return the target by which every step depends on the run's length; None if a longer run begins the same."""
+    """Return the `_target_` (schedule or task) whose values depend on the run's length; None if there is none."""
     nodes = {name: config.get(name) for name in ("lr_scheduler", "task")}
     targets = {name: node.get("_target_") for name, node in nodes.items() if isinstance(node, Mapping)}
     if targets.get("lr_scheduler") not in (None, *OPEN_ENDED_SCHEDULES):

@@ -182,7 +182,7 @@ class _Hooks:
         return self.split.gathered(tokens) if self.split else tokens
 
     def own_inputs(self, plan: Mapping, inputs: Mapping[str, Any]) -> dict[str, Any]:
-        """A module's inputs, of which those in its plan are cut to this device's tokens.
+        """A module's inputs. Those that its plan names are cut to this device's tokens.
 
         The mask of the text stays whole, because attention attends to all text tokens.
         """

@@ -10,10 +10,10 @@ from PIL.PngImagePlugin import PngInfo
 
 from .files import replacing
 
-# Of captions. Height and width in pixels fit Pillow's built-in font.
-LINE_HEIGHT, CAPTION_LINES, LETTER_WIDTH = 14, 2, 6
-GRID_COLUMNS = 8
-CELL_WIDTH = 128  # pixels; grids enlarge narrower images, so that captions fit below them
+LINE_HEIGHT, LETTER_WIDTH = 14, 6  # pixels of a caption in Pillow's built-in font
+CAPTION_LINES = 2  # longer captions are cut; a guess
+GRID_COLUMNS = 8  # images side by side in a grid; a guess
+CELL_WIDTH = 128  # pixels; grids enlarge narrower images, so that captions fit below them; a guess
 
 
 def save_png(image: Image.Image, path: Path, parameters: Mapping | None = None) -> None:

@@ -24,11 +24,9 @@ class ProgressBar:
         self.visible, self.unit, self.done = visible, unit, start
         hidden = not (visible and self.terminal)
         self.bar = tqdm(total=steps, initial=start, unit=unit, disable=hidden, dynamic_ncols=True)
-        self.steps, self.start, self.values = (
-            steps,
-            start + 1,
-            "",
-        )  # the estimate leaves out the first step, which is slower
+        self.steps = steps
+        self.start = start + 1  # the estimate leaves out the first step, which is slower
+        self.values = ""
         self.began = self.last_line = time.monotonic()
 
     def show(self, values: Mapping[str, float]) -> None:

@@ -120,9 +120,8 @@ class BasePipeline(PipelineNetworks):
         unknown = sorted(set(request) - known)
         if unknown:
             nearest = difflib.get_close_matches(unknown[0], known, 1)
-            raise ValueError(
-                f"{type(self).__name__} has no argument {unknown[0]!r}; nearest: {nearest or sorted(known)}."
-            )
+            hint = f"did you mean {nearest[0]!r}?" if nearest else f"it takes {', '.join(sorted(known))}."
+            raise ValueError(f"{type(self).__name__} has no argument {unknown[0]!r}; {hint}")
         given = {name: value for name, value in request.items() if value is not None}
         completed = {**self.call_defaults, **self.settings_for(given), **given}
         if completed["sampler"] not in SAMPLERS:

@@ -61,9 +61,9 @@ class ModelLogger:
     def check(self, measured: Sequence[str]) -> None:
         """Refuse a `keep_best` that is not among the metrics that validation measures."""
         if self.keep_best is not None and self.keep_best not in measured:
-            raise ValueError(
-                f"export.keep_best is {self.keep_best!r}; validation measures {list(measured) or 'nothing'}."
-            )
+            known = ", ".join(measured)
+            remedy = f"set export.keep_best to one of {known}" if known else "choose an option of validation"
+            raise ValueError(f"export.keep_best is {self.keep_best!r}, which validation does not measure; {remedy}.")
 
     @property
     def saved(self) -> list[Path]:
@@ -137,7 +137,7 @@ class ModelLogger:
             stems = [name, part if len(files) > 1 else "", format if is_adapter and len(self.formats) > 1 else ""]
             path = Path(self.output_path) / f"{'.'.join(filter(None, stems))}.safetensors"
             save_safetensors(tensors, path, {**metadata, **self._about(module, is_adapter)})
-            if is_adapter and module.is_whole:  # one process cannot call a layer of which it has a part
+            if is_adapter and module.is_whole:  # one process cannot call a layer whose weights are split
                 self._check(module, path)
 
     def _about(self, module: "DiffusionTrainingModule", is_adapter: bool) -> dict[str, str]:

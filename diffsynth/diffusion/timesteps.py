@@ -25,7 +25,10 @@ class UniformTimesteps:
 
     def __post_init__(self):
         if not 0 <= self.min_boundary < self.max_boundary <= 1:
-            raise ValueError(f"Expected 0 <= min_boundary < max_boundary <= 1; got {self}.")
+            raise ValueError(
+                f"task.timesteps.min_boundary={self.min_boundary}, task.timesteps.max_boundary={self.max_boundary}; "
+                "expected 0 <= min_boundary < max_boundary <= 1."
+            )
 
     def __call__(self, scheduler: FlowMatchScheduler, u: Tensor) -> Tensor:
         """Noise levels (B,) in (0, 1] of uniform numbers (B,) in [0, 1)."""
@@ -38,13 +41,17 @@ class LogitNormalTimesteps:
     """σ = shift_μ(sigmoid(mean + std · n)), n normal; Esser et al. 2024, §3.1 (https://arxiv.org/abs/2403.03206).
 
     Args:
-        mean, std: Of the normal distribution; a larger mean trains noisier levels.
+        mean, std: Of the normal distribution, `std` above 0; a larger mean trains noisier levels.
         mu: Shift towards noise, see `exponential_shift`.
     """
 
     mean: float = 0.0
     std: float = 1.0
     mu: float = 0.0
+
+    def __post_init__(self):
+        if self.std <= 0:
+            raise ValueError(f"task.timesteps.std is {self.std}; expected a number above 0.")
 
     def __call__(self, scheduler: FlowMatchScheduler, u: Tensor) -> Tensor:
         """Noise levels (B,) in (0, 1) of uniform numbers (B,) in [0, 1)."""

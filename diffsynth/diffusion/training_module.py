@@ -311,7 +311,7 @@ class PipelineTrainingModule(DiffusionTrainingModule):
 
     def _check(self) -> None:
         for name in self.trainable_models:
-            self.pipe.named_model(name)
+            self.pipe.named_model(name, key="task.trainable_models")
         known = {*self.pipe.call_defaults, *optional_inputs(self.units)}
         unknown = set(self.extra_inputs) - known
         if unknown:
@@ -325,7 +325,7 @@ class PipelineTrainingModule(DiffusionTrainingModule):
                 "by LoRA at once; take it out of one of them."
             )
         if not self.trained_roots:
-            raise ValueError("Nothing is trained: set task.trainable_models, or choose a lora.")
+            raise ValueError("Nothing is trained: set task.trainable_models=[dit], or lora=lora.")
         if self.trained_dtype == torch.bfloat16 != self.pipe.torch_dtype:
             found = str(self.pipe.torch_dtype).removeprefix("torch.")
             raise ValueError(

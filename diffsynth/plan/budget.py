@@ -9,7 +9,7 @@ from .options import NOTHING_STREAMED, Option, Options, Streamed
 from .plan import Plan, Planner
 from .run import PlacedRun
 
-DEVICES = (2, 4, 8, 16, 32, 64)  # numbers of devices that the message suggests where nothing fits
+DEVICES = (2, 4, 8, 16, 32, 64)  # numbers of devices that the message suggests where nothing fits; a guess
 
 
 @dataclass(frozen=True)
@@ -87,12 +87,15 @@ class Budget:
         return need.device <= self.device and (self.host is None or need.host <= self.host)
 
     def need(self, plan: Plan, streamed: Streamed = NOTHING_STREAMED) -> Need:
-        """Return what a plan needs; if it was made without streaming, with `streamed` bytes moved to the host."""
+        """Return the bytes that a plan needs.
+
+        If the plan was made without streaming, subtract the `streamed` bytes from the device and add them to the host.
+        """
         training = plan.stages[0].host + streamed.host
         return Need(self.run.estimated(plan.worst.peak - streamed.spared), max(plan.host, training))
 
     def lower_bound(self, option: Option) -> Need:
-        """Return what an option needs between two steps, without activations."""
+        """Return the bytes that an option needs between two steps, without activations."""
         storage, streamed = option.recipe.storage, self.options.streamed(option.recipe)
         if storage not in self.between_steps:
             resident = replace(option.recipe, stream_blocks=0)
@@ -101,7 +104,7 @@ class Budget:
         return Need(self.run.estimated(self.between_steps[storage] - streamed.spared), streamed.host)
 
     def estimate(self, option: Option) -> Need:
-        """Return what an option needs, extrapolated from rehearsals with few blocks."""
+        """Return the bytes that an option needs, extrapolated from rehearsals with few blocks."""
         recipe, key = option.recipe, _passes_key(option)
         if key not in self.estimates:
             resident = replace(recipe, stream_blocks=0)
@@ -136,7 +139,7 @@ class Budget:
         return "\n  ".join(lines)
 
     def refusal(self) -> str:
-        """Return the error message where no option fits: the smallest need, what is missing, and what would help."""
+        """Return the error message where no option fits: the smallest need, the missing bytes, and remedies."""
         option, _ = min(self.rejected, key=_memory_key)
         plan = self.plan(option)
         need = self.need(plan)

@@ -42,7 +42,7 @@ class FewBlocks:
         return len(blocks) > self.count(FEW, blocks) + self.count(MORE, blocks)
 
     def count(self, checkpointed: int, blocks: nn.ModuleList) -> int:
-        """Number of blocks of which `checkpointed` are checkpointed, with the same remainder as in the full list."""
+        """Length of a list that has `checkpointed` checkpointed blocks and the same remainder as the full list."""
         every = self.recipe.checkpoint_every
         return checkpointed * every + len(blocks) % every
 

@@ -7,7 +7,7 @@ from ..core.context_parallel import Devices
 
 
 class FirstOf(Devices):
-    """The first of `count` devices, which has the most tokens; what it receives is zeros of the right shape."""
+    """The first of `count` devices, which has the most tokens. It receives zeros of the right shape."""
 
     def __init__(self, count: int):
         self.rank, self.count = 0, count

@@ -1,4 +1,4 @@
-"""The memory footprint of a training: what it holds between two optimizer steps, and what it adds within one."""
+"""The memory footprint of a training: bytes between two optimizer steps, and the extra bytes during a step."""
 
 import math
 from collections.abc import Callable, Iterable, Sequence
@@ -25,12 +25,12 @@ class MemoryFootprint:
     Args:
         frozen, trained: Frozen and trained weights.
         gradients, optimizer, average: Gradients, optimizer state and EMA of the trained weights.
-        update: What an optimizer step takes in addition.
+        update: Extra bytes during the optimizer step.
         block: Weights of the largest block, which engines that shard weights gather.
         master_weights: fp32 copies of the trained weights, which ZeRO keeps.
         encoders: The part of `frozen` that belongs to models other than the trained network; no engine shards it.
         working: Peak of forward and backward pass beyond weights, optimizer state and average.
-        activations: What the forward pass saves for the backward pass.
+        activations: Tensors that the forward pass saves for the backward pass.
         host: Tensors that wait in host memory.
     """
 
@@ -54,17 +54,17 @@ class MemoryFootprint:
 
     @property
     def between_steps(self) -> int:
-        """What is held between two steps: weights, optimizer state and average."""
+        """Bytes between two steps: weights, optimizer state and average."""
         return self.weights + self.optimizer + self.average
 
     @property
     def passing(self) -> int:
-        """What a step adds at its peak, which is in the two passes or while the optimizer steps."""
+        """Extra bytes at the peak of a step, which is in the two passes or in the optimizer step."""
         return max(self.working, self.gradients + self.update)
 
     @property
     def peak(self) -> int:
-        """The most that is held at any moment of a step."""
+        """Most bytes at any moment of a step."""
         return self.between_steps + self.passing
 
 

@@ -53,7 +53,7 @@ class MetaModules:
         return PipelineTrainingModule(pipe, run.task.rehearsed(), run.lora, run.seed, template, run.memory)
 
     def encoded(self, size: Size | None) -> tuple[WorkingMemory, Row]:
-        """Return what the frozen units take when a cache is made, and the row of this size as the cache has it."""
+        """Return the memory of the frozen units when a cache is made, and the cached row of this size."""
         if size not in self.rows:
             self.rows[size] = self.encoding.encode([self.caching.row(size)] * self.caching.cache_batch_size)
         return self.rows[size]

@@ -82,7 +82,7 @@ class Planner:
     """Plans a run by rehearsing its stages.
 
     Args:
-        run: The run, and where it is to be.
+        run: The run, with its number of devices and its engine.
         meta_modules: Modules on the meta device, shared with other planners of the run; None builds them.
         few_blocks: Rehearse with few blocks of each network, and extrapolate to all of them.
     """

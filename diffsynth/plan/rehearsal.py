@@ -58,7 +58,7 @@ class WorkingMemory:
 
 
 class RehearsedRNG(SampleRNG):
-    """Random numbers without values; the whole numbers, by which objectives choose what to do, are the largest."""
+    """Random numbers without values, except whole numbers: objectives choose by them, so they are the largest."""
 
     def integers(self, purpose: str, end: int) -> list[int]:
         return [end - 1] * len(self.addresses)

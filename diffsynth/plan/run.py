@@ -28,7 +28,7 @@ class PlanRun(Run):
         tokens: Tokens of each prompt, unless the family pads prompts to a length of its own.
         cached: Plan as if the data set were cached already.
         cache_batch_size: Samples per forward pass of an encoder when a cache is made.
-        fetch_data: Whether `dataset=example` is downloaded; otherwise a blank image stands for it where it is absent.
+        fetch_data: Whether `dataset=example` is downloaded; otherwise a blank image replaces it if it is absent.
         path: Folder of plan.json and plan.svg.
     """
 

@@ -46,7 +46,7 @@ def chart(plan: Plan, budget: int | None = None) -> str:
 
 
 def filling(stage: StageMemory) -> dict[str, int]:
-    """Return what a stage's peak consists of, in bytes; `passing` is what a step adds besides gradients."""
+    """Return the parts of a stage's peak in bytes; `passing` is the part that a step adds besides gradients."""
     static = stage.weights + stage.optimizer
     gradients = min(stage.gradients, stage.peak - static)
     parts = {"weights": stage.weights, "optimizer": stage.optimizer, "gradients": gradients}

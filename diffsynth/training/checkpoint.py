@@ -45,7 +45,7 @@ class Checkpoints:
     """Saves the training state every N steps, deletes old checkpoints, and resumes from the newest one.
 
     Args:
-        path: Folder of the checkpoints, each of which is a folder `step-N` in it.
+        path: Folder of the checkpoints; each checkpoint is a folder `step-N` in it.
         every: Optimizer steps between checkpoints; None saves only at the end and when a signal stops the run.
         keep_last: Number of the newest checkpoints to keep.
         keep_every: Checkpoints of steps that are multiples of this are kept as well; None keeps no others.

@@ -16,7 +16,7 @@ class EMA:
 
     Args:
         decay: β, or its upper limit, in [0, 1).
-        power: Exponent of the power form; None keeps β constant.
+        power: Exponent of the power form, in (0, 1]; None keeps β constant.
         device: Device of the average; None is the parameters' own, `cpu` saves GPU memory.
     """
 
@@ -25,6 +25,8 @@ class EMA:
     def __init__(self, decay: float = 0.999, power: float | None = None, device: str | None = None):
         if not 0 <= decay < 1:
             raise ValueError(f"ema.decay is {decay}; expected a number in [0, 1).")
+        if power is not None and not 0 < power <= 1:
+            raise ValueError(f"ema.power is {power}; expected a number in (0, 1], or null for a constant decay.")
         self.decay, self.power, self.device = decay, power, device
         self.average: list[Tensor] = []
 

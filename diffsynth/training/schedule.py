@@ -1,4 +1,4 @@
-"""Learning rate schedules: how one is made, and up to which step those of two lengths of a run are equal."""
+"""Make a learning rate schedule, and tell whether two runs of different lengths have equal rates up to a step."""
 
 import inspect
 from collections.abc import Callable

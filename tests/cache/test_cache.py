@@ -5,6 +5,7 @@ FAULTS=200 kills `make_cache.py` 200 times.
 
 import functools
 import json
+import re
 import shutil
 import signal
 import sqlite3
@@ -40,7 +41,7 @@ from diffsynth.training.accelerator import make_accelerator
 DIT = LoRA(target_modules=["to_q", "to_v"], rank=4)
 TEXT = LoRA(models=("text_encoder",), target_modules=["q_proj"], rank=4)
 IMAGES, PROMPTS = "InputImageEmbedder", "QwenImageUnit_PromptEmbedder"
-LOOKING = ["validation=base", "validation.prompts=[a]", "validation.options={height: 32, width: 32}"]
+EVALUATING = ["validation=base", "validation.prompts=[a]", "validation.options={height: 32, width: 32}"]
 CLOSE = {"rel": 1e-6, "abs": 1e-6}
 VARIED = Augmentation(caption_dropout=0.4, flip=0.5)
 
@@ -160,7 +161,7 @@ def mixed_sizes(folder: Path) -> Path:
     return tiny.write_rows(folder, rows)
 
 
-@pytest.mark.parametrize("augmentation", [VARIED, Augmentation(prefix="a sketch: ", suffix=", in ink")])
+@pytest.mark.parametrize("augmentation", [VARIED, Augmentation(prefix="a photo: ", suffix=", in ink")])
 def test_what_is_left_to_chance_falls_alike(augmentation, tmp_path):
     rows = dataset(augmentation=augmentation)
     make(tmp_path, rows)
@@ -189,8 +190,8 @@ def test_masks_of_the_loss_are_cached_as_what_their_unit_makes_of_them(tmp_path)
 
 
 def test_samples_of_several_data_sets_keep_their_sizes_and_captions(tmp_path):
-    sketches = dataset(mixed_sizes(tmp_path), height=16, width=16, augmentation=Augmentation(prefix="a sketch: "))
-    mixed = MixedDataset({"flipped": dataset(augmentation=Augmentation(flip=0.5)), "sketches": sketches})
+    photos = dataset(mixed_sizes(tmp_path), height=16, width=16, augmentation=Augmentation(prefix="a photo: "))
+    mixed = MixedDataset({"flipped": dataset(augmentation=Augmentation(flip=0.5)), "photos": photos})
     make(tmp_path / "cache", mixed)
     cached, module = CachedDataset(str(tmp_path / "cache")), training().load()
     for number in (0, 15):
@@ -222,10 +223,10 @@ def test_a_sample_that_is_skipped_leaves_the_others_as_often(tmp_path):
 
 
 def test_a_whole_run_is_the_same_from_a_cache_and_needs_no_encoders(tmp_path):
-    chances = ["dataset.augmentation.caption_dropout=0.3", "dataset.augmentation.flip=0.5"]
+    augmentation = ["dataset.augmentation.caption_dropout=0.3", "dataset.augmentation.flip=0.5"]
     absent = [f"model.{name}=null" for name in ("vae", "text_encoder", "tokenizer")]
-    tiny.make_cache(tmp_path / "cache", *chances)
-    images, cached = tiny.train(tmp_path / "images", *chances), from_cache(tmp_path, *chances, *absent)
+    tiny.make_cache(tmp_path / "cache", *augmentation)
+    images, cached = tiny.train(tmp_path / "images", *augmentation), from_cache(tmp_path, *augmentation, *absent)
     assert curve(cached) == pytest.approx(curve(images), **CLOSE)
 
 
@@ -307,7 +308,7 @@ def test_a_network_that_is_needed_and_not_there_is_named_with_what_needs_it(tmp_
         make(tmp_path, module=training(vae=None))
 
 
-def test_what_is_drawn_at_random_is_refused(tmp_path):
+def test_what_is_chosen_at_random_is_refused(tmp_path):
     module = training(lora=None, task=FlowMatchSFT(trainable_models=["vae"]))
     with pytest.raises(ValueError, match="NoiseInitializer uses random numbers.*task.extra_inputs=.seed."):
         make(tmp_path, module=module)
@@ -426,16 +427,17 @@ def other_merges(part: Path) -> None:
 @pytest.mark.parametrize(
     "part, change, said, made",
     [
-        ("vae", other_weights, f"{IMAGES}: another vae", {IMAGES: 8}),
-        ("vae", other_statistics, f"{IMAGES}: another vae", {IMAGES: 8}),
-        ("text_encoder", other_weights, f"{PROMPTS}: another text_encoder", {PROMPTS: 8}),
-        ("tokenizer", other_merges, f"{PROMPTS}: another tokenizer", {PROMPTS: 8}),
+        ("vae", other_weights, f"{IMAGES}: the cache was made with vae", {IMAGES: 8}),
+        ("vae", other_statistics, f"{IMAGES}: the cache was made with vae", {IMAGES: 8}),
+        ("text_encoder", other_weights, f"{PROMPTS}: the cache was made with text_encoder", {PROMPTS: 8}),
+        ("tokenizer", other_merges, f"{PROMPTS}: the cache was made with tokenizer", {PROMPTS: 8}),
         ("transformer", other_weights, None, {}),
     ],
 )
 def test_a_change_of_a_model_is_named_and_just_its_entries_are_made_again(part, change, said, made, cache, tmp_path):
     root = with_other(part, change, tmp_path / "model")
-    assert [line.split(" (")[0] for line in changes(cache, module=training(root=root))] == ([said] if said else [])
+    lines = changes(cache, module=training(root=root))
+    assert [bool(re.fullmatch(rf"{said} \S+, this run has \S+", line)) for line in lines] == ([True] if said else [])
     assert make(cache, module=training(root=root)).made == made
     assert changes(cache, module=training(root=root)) == []
 
@@ -444,7 +446,7 @@ def test_a_change_of_the_code_is_named_and_just_its_entries_are_made_again(cache
     template = qwen_image.PROMPT_TEMPLATE.replace("color, shape", "shape, color")  # as many tokens
     monkeypatch.setattr(qwen_image, "PROMPT_TEMPLATE", template)
     (line,) = changes(cache)
-    assert line.startswith(f"{PROMPTS}: another code")
+    assert line.startswith(f"{PROMPTS}: the cache was made with code ")
     assert make(cache).made == {PROMPTS: 8}
     assert changes(cache) == []
 
@@ -479,7 +481,7 @@ def test_tidying_deletes_what_a_changed_caption_left_and_nothing_else(cache, tmp
 
 
 def refused(cache: Path, message: str, module=None, **options) -> None:
-    """A training that is not to be had from this cache, as train.py looks at it before weights are read."""
+    """A training that is not to be had from this cache, as train.py refuses it before weights are read."""
     module = module or unloaded()
     with pytest.raises(ValueError, match=message):
         rows = CachedDataset(str(cache), **options)
@@ -533,8 +535,11 @@ def test_a_cache_of_other_samples_is_refused(options, message, whole):
 @pytest.mark.parametrize(
     "options, message",
     [
-        ({"dtype": "bfloat16"}, rf"{IMAGES}: another dtype \(torch.float32\)\n  {PROMPTS}: another dtype"),
-        ({"lora": TEXT}, "it holds no prompt"),
+        (
+            {"dtype": "bfloat16"},
+            f"{IMAGES}: the cache was made with dtype torch.float32, this run has torch.bfloat16\n  {PROMPTS}: ",
+        ),
+        ({"lora": TEXT}, "the cache holds no prompt, which this run reads"),
         (
             {"task": FlowMatchSFT(extra_inputs=["inpaint_mask"])},
             "holds no inpaint_mask, which this task needs; add the column",
@@ -547,11 +552,15 @@ def test_a_cache_of_another_training_is_refused(options, message, whole):
 
 def test_a_cache_that_was_made_for_training_the_text_encoder_holds_no_embeddings(tmp_path):
     make(tmp_path, module=training(lora=TEXT))
-    refused(tmp_path, f"it holds nothing of {PROMPTS}")
+    refused(tmp_path, f"{PROMPTS}: the cache holds none of its outputs")
 
 
 @pytest.mark.parametrize(
-    "part, said", [("vae", f"{IMAGES}: another vae"), ("text_encoder", f"{PROMPTS}: another text_encoder")]
+    "part, said",
+    [
+        ("vae", f"{IMAGES}: the cache was made with vae"),
+        ("text_encoder", f"{PROMPTS}: the cache was made with text_encoder"),
+    ],
 )
 def test_a_cache_of_another_model_is_refused(part, said, whole, tmp_path):
     message = (
@@ -562,14 +571,14 @@ def test_a_cache_of_another_model_is_refused(part, said, whole, tmp_path):
 
 def test_a_cache_of_other_code_is_refused(whole, monkeypatch):
     monkeypatch.setattr(qwen_image, "MAX_PROMPT_TOKENS", 512)
-    refused(whole, f"{PROMPTS}: another code")
+    refused(whole, f"{PROMPTS}: the cache was made with code")
 
 
 @pytest.mark.parametrize(
     "overrides, message",
     [
-        (["model.torch_dtype=bfloat16"], "another dtype"),
-        (["model.vae=null", *LOOKING], "validation needs vae, but model.vae is null"),
+        (["model.torch_dtype=bfloat16"], "made with dtype torch.float32, this run has torch.bfloat16"),
+        (["model.vae=null", *EVALUATING], "validation needs vae, but model.vae is null"),
     ],
 )
 def test_what_does_not_fit_is_said_before_weights_are_read(overrides, message, cache, no_weights_are_read):
@@ -589,7 +598,7 @@ def test_a_model_that_is_not_there_is_named_with_what_needs_it(model, user, no_w
 
 
 def test_a_model_that_is_not_there_cannot_be_trained():
-    with pytest.raises(ValueError, match="has no model 'dit'; it has"):
+    with pytest.raises(ValueError, match="has no model 'dit'; set lora.models to some of text_encoder, vae"):
         training(dit=None)
 
 

@@ -58,19 +58,24 @@ def repository(tmp_path):
         ("export.save_steps=0", ["export.save_steps is 0", "at least 1"]),
         ("device=tpu", ["device=tpu", "cpu"]),
         ("dataset.height=30", ["height=30", "multiple", "16"]),
-        ("task.trainable_models=[unet]", ["'unet'", "dit", "text_encoder", "vae"]),
+        (
+            "task.trainable_models=[unet]",
+            ["no model 'unet'; set task.trainable_models to some of dit, text_encoder, vae"],
+        ),
         ("task.timesteps.min_boundary=2", ["min_boundary=2", "max_boundary"]),
+        ("lora.models=[unet]", ["no model 'unet'; set lora.models to some of dit, text_encoder, vae"]),
+        ("lora=none task.trainable_models=[]", ["Nothing is trained", "task.trainable_models=[dit]", "lora=lora"]),
         ("memory.checkpointing=all", ["memory.checkpointing", "'all'", "blocks"]),
     ],
 )
 def test_a_value_that_cannot_be_is_named(override, named, refusal):
-    message = refusal(override)
+    message = refusal(*override.split())
     assert all(part in message for part in named), message
 
 
-def test_an_option_that_validation_cannot_draw_with_is_answered_with_the_nearest(refusal):
+def test_an_option_that_validation_cannot_sample_with_is_answered_with_the_nearest(refusal):
     message = refusal("validation=base", "validation.prompts=[a red emoji]", "+validation.options.cfg_scal=1")
-    assert "'cfg_scal'" in message and "'cfg_scale'" in message
+    assert "'cfg_scal'; did you mean 'cfg_scale'?" in message
 
 
 @pytest.mark.parametrize(
@@ -160,6 +165,7 @@ def test_a_lora_of_another_model_is_named_with_the_key_that_does_not_fit(key, re
     path = adapter(tmp_path / "flux.safetensors", "single_transformer_blocks.0.attn.to_q")
     message = refusal(f"{key}={path}")
     assert str(path) in message and "single_transformer_blocks.0.attn.to_q" in message
+    assert "the nearest name is" in message and "choose an adapter that was made for this model" in message
 
 
 def test_a_lora_of_another_width_is_named_with_both(refusal, tmp_path):

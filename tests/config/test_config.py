@@ -373,7 +373,21 @@ def test_a_misspelt_key_in_an_experiment_is_answered_with_the_nearest(experiment
 
 
 def test_a_misspelt_key_at_the_top_of_an_experiment_is_answered_with_the_nearest(experiment):
-    assert "did you mean batch_size?" in experiment("batchsize: 8")
+    assert "the configuration has no option 'batchsize'; did you mean batch_size?" in experiment("batchsize: 8")
+
+
+@pytest.mark.parametrize(
+    "removed, answer",
+    [
+        ("~data_report", "data_report is missing: add `data_report: …` to the YAML file of the experiment."),
+        (
+            "~export.output_path",
+            "and ModelLogger requires it: add `output_path: …` to the YAML file of export.",
+        ),
+    ],
+)
+def test_a_key_that_is_missing_is_answered_with_the_line_to_add(removed, answer, monkeypatch, tmp_path):
+    assert answer in complaint(monkeypatch, removed, f"output_root={tmp_path}")
 
 
 def test_the_first_of_several_misspelt_keys_is_answered(monkeypatch):

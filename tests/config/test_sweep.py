@@ -8,7 +8,7 @@ import tiny
 
 from diffsynth.report.sweep import read_runs, write_sweep
 
-LOOKING = [
+EVALUATING = [
     "validation=base",
     "validation.prompts=[a red emoji,a blue emoji]",
     "validation.options={num_inference_steps: 1, height: 32, width: 32}",
@@ -26,7 +26,7 @@ def overrides(folder, *others: str) -> list[str]:
 def sweep(tmp_path_factory):
     """Two learning rates of one step, and a third that the optimizer refuses: the sweep's folder."""
     folder = tmp_path_factory.mktemp("sweep")
-    given = overrides(folder, "optimizer.lr=-1,1e-3,1e-2", "max_steps=1", "batch_size=2", *LOOKING)
+    given = overrides(folder, "optimizer.lr=-1,1e-3,1e-2", "max_steps=1", "batch_size=2", *EVALUATING)
     with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit, match="error: .*learning rate"):
         tiny.command_line(patch, "train.py", "-m", *given)
     (found,) = folder.glob("tiny-sweep-*")
@@ -50,7 +50,7 @@ def test_the_page_shows_only_what_differs_and_marks_the_best(sweep):
     assert all(row["memory_gb"] > 0 and row["minutes"] >= 0 for row in rows[1:])
 
 
-def test_the_page_shows_what_each_run_drew(sweep):
+def test_the_page_shows_what_each_run_sampled(sweep):
     page = (sweep / "sweep.html").read_text(encoding="utf-8")
     assert re.findall(r'alt="(tiny-\w{8}) after 1 steps"', page) == [run.name for run in read_runs(sweep)][1:]
 

@@ -1,4 +1,4 @@
-"""Predictions and gradients of networks whose tokens lie on all ranks of a group, against those of whole networks."""
+"""Predictions and gradients of networks whose tokens are split across ranks, against those of one process."""
 
 import copy
 import json
@@ -38,7 +38,7 @@ def result(base: Base, rows: slice, inputs: dict) -> dict[str, Tensor]:
 
 
 def averaged(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Over processes, as DDP averages gradients."""
+    """Average over processes, as DDP averages gradients."""
     for tensor in tensors.values():
         torch.distributed.all_reduce(tensor)
     return {name: tensor / torch.distributed.get_world_size() for name, tensor in tensors.items()}
@@ -58,10 +58,10 @@ def peak(base: Base, rows: slice, inputs: dict) -> int:
 
 
 def compare(folders: dict[str, Path], result_file: Path) -> None:
-    """Write what is found of the families' networks.
+    """Compare each family's network with tokens split across ranks with the whole network, and write the results.
 
-    `apart`: how far predictions and gradients are apart at most, relative to the largest number.
-    `taken`: the most bytes that tensors take in the first process, and the most that are planned without the others.
+    `apart`: largest difference of predictions and gradients, relative to the largest number.
+    `taken`: peak of bytes of tensors in the first process, and the peak that is planned without the other processes.
     """
     torch.distributed.init_process_group("gloo")
     apart, taken = {}, {}

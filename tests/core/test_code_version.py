@@ -31,7 +31,7 @@ class Base:
         self.offset: int = 5
 
     def rounded(self, size: int) -> int:
-        """A size that can be drawn."""
+        """A size that can be generated."""
         return size // self.factor * self.factor
 
     def unused(self):

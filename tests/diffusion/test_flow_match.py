@@ -189,8 +189,15 @@ def test_boundaries_keep_to_their_part_of_the_grid():
 
 @pytest.mark.parametrize("low, high", [(0.5, 0.5), (-0.1, 1), (0, 1.1)])
 def test_boundaries_out_of_order_are_refused(low, high):
-    with pytest.raises(ValueError, match="min_boundary < max_boundary"):
+    named = f"task.timesteps.min_boundary={low}, task.timesteps.max_boundary={high}; expected 0 <= min_boundary < max"
+    with pytest.raises(ValueError, match=named):
         UniformTimesteps(min_boundary=low, max_boundary=high)
+
+
+@pytest.mark.parametrize("std", [0, -0.5])
+def test_a_spread_of_noise_levels_that_is_not_above_0_is_refused(std):
+    with pytest.raises(ValueError, match=f"task.timesteps.std is {std}; expected a number above 0"):
+        LogitNormalTimesteps(std=std)
 
 
 def test_logit_normal_timesteps_have_the_quantiles_they_are_named_after():

@@ -31,7 +31,7 @@ UNREACHED = re.compile(
 
 
 class Thousandths:
-    """A draw whose uniform numbers reach every level of the training grid."""
+    """A SampleRNG whose uniform numbers reach every level of the training grid."""
 
     def uniform(self, purpose):
         return (torch.arange(1000) + 0.5) / 1000
@@ -163,7 +163,7 @@ def test_frozen_weights_may_be_bf16_what_is_trained_is_fp32(training_module, sam
     torch.testing.assert_close(found, expected, atol=0, rtol=0.03)
 
 
-def test_drawing_in_the_middle_of_training_changes_nothing_of_it(training_module, samples):
+def test_sampling_in_the_middle_of_training_changes_nothing_of_it(training_module, samples):
     module = training_module(EVERYTHING)
     modes = [part.training for part in module.modules()]
     before = gradients(module, samples)

@@ -1,7 +1,7 @@
-"""Short runs of every task, and what they compute: losses, exported tensors, cache keys, sampled latents.
+"""Short runs of every task, and their results: losses, exported tensors, cache keys, sampled latents.
 
 `python tests/golden/runs.py record` writes them to `record.json`; `… check` compares them with it to the last bit,
-which holds on the machine that recorded them. `test_golden.py` compares one curve a task on any machine, with a
+which holds on the machine that recorded them. `test_golden.py` compares one curve per task on any machine, with a
 tolerance.
 """
 
@@ -92,7 +92,7 @@ REQUESTS = {
 
 
 def write_data(folder: Path) -> Path:
-    """Eight pictures of different shapes with captions, and four prompts."""
+    """Write eight images of different shapes with captions, and four prompts."""
     from PIL import Image
 
     folder.mkdir(parents=True, exist_ok=True)
@@ -119,7 +119,7 @@ def write_csv(path: Path, rows: list[dict]) -> None:
 
 
 def run(name: str, folder: Path) -> dict:
-    """Run one of `RUNS` in this process, and what it computed."""
+    """Run one of `RUNS` in this process, and return its results."""
     entry, arguments = RUNS[name]
     own, data = folder / name, folder / "data"
     given = [word.replace("{folder}", str(own)).replace("{data}", str(data)) for word in arguments]
@@ -136,7 +136,7 @@ def run(name: str, folder: Path) -> dict:
 
 
 def command(entry: str, arguments: list[str]) -> None:
-    """`python <entry>.py <arguments>` in this process."""
+    """Run `python <entry>.py <arguments>` in this process."""
     from hydra.core.global_hydra import GlobalHydra
 
     os.chdir(ROOT)
@@ -157,7 +157,7 @@ def losses(run_dir: Path) -> list[dict[str, float]]:
 
 
 def tensor_digests(folder: Path) -> dict[str, str]:
-    """A digest of the tensors of every exported file, and how large they are together."""
+    """A digest and the norm of the tensors of every exported file."""
     from safetensors.torch import load_file
 
     found = {}
@@ -210,7 +210,7 @@ def everything(folder: Path, names=None, say: Callable = print) -> dict:
 
 
 def differences(found: dict, recorded: dict) -> list[str]:
-    """What differs, run by run and kind by kind."""
+    """The differences between two records, by run and kind of result."""
     lines = []
     for name, now in found.items():
         before = recorded[name]

@@ -1,4 +1,4 @@
-"""FLUX.2: what the released pipelines draw, editing, training in batches and in two stages, the released sizes."""
+"""FLUX.2: what the released pipelines sample, editing, training in batches and in two stages, the released sizes."""
 
 import json
 import shutil
@@ -65,7 +65,7 @@ def inputs_of(pipe, **changes):
 # The released models' results -----------------------------------------------------------------------------------------
 
 
-def drawn_by_diffusers(folder, output_type, edit_image=None, guidance=1.0):
+def sampled_by_diffusers(folder, output_type, edit_image=None, guidance=1.0):
     pipe = diffusers.DiffusionPipeline.from_pretrained(folder, dtype=torch.float32)
     pipe.set_progress_bar_config(disable=True)
     return pipe(
@@ -82,26 +82,26 @@ def drawn_by_diffusers(folder, output_type, edit_image=None, guidance=1.0):
 @pytest.mark.parametrize("edit_image", EDITS.values(), ids=EDITS)
 @pytest.mark.parametrize("guidance", [1.0, 3.0])
 @pytest.mark.parametrize("folder", [tiny_flux2.klein, lambda: EMBEDDED], ids=["random", "embedded"])
-def test_klein_draws_the_latents_that_diffusers_does(folder, edit_image, guidance):
+def test_klein_samples_the_latents_that_diffusers_does(folder, edit_image, guidance):
     pipe = loaded(folder())
     found = latents_of(pipe, cfg_scale=guidance, edit_image=edit_image, edit_image_auto_resize=False)
     bn = pipe.vae.bn
     scale, shift = ((s.view(1, -1, 1, 1)) for s in ((bn.running_var + 1e-4).sqrt(), bn.running_mean))
-    expected = drawn_by_diffusers(folder(), "latent", edit_image, guidance)
+    expected = sampled_by_diffusers(folder(), "latent", edit_image, guidance)
     assert_close(F.pixel_shuffle(found * scale + shift, 2), expected, atol=1e-4, rtol=0)
 
 
 @pytest.mark.parametrize("edit_image", EDITS.values(), ids=EDITS)
 @pytest.mark.parametrize("guidance", [1.0, 3.0])
-def test_dev_draws_the_latents_that_diffusers_does(edit_image, guidance):
+def test_dev_samples_the_latents_that_diffusers_does(edit_image, guidance):
     options = {"embedded_guidance": guidance, "edit_image": edit_image, "edit_image_auto_resize": False}
     found = latents_of(loaded(tiny_flux2.dev()), **options)
-    expected = drawn_by_diffusers(tiny_flux2.dev(), "latent", edit_image, guidance)
+    expected = sampled_by_diffusers(tiny_flux2.dev(), "latent", edit_image, guidance)
     assert_close(found.flatten(2).transpose(1, 2), expected, atol=1e-4, rtol=0)
 
 
 def test_an_image_is_that_of_diffusers(pipe):
-    found, expected = pipe(**REQUEST), drawn_by_diffusers(tiny_flux2.klein(), "pil")[0]
+    found, expected = pipe(**REQUEST), sampled_by_diffusers(tiny_flux2.klein(), "pil")[0]
     assert found.size == expected.size == (64, 48)
     np.testing.assert_allclose(np.array(found, dtype=int), np.array(expected, dtype=int), atol=1)  # one grey level
 
@@ -110,11 +110,11 @@ def test_what_is_asked_for_matters():
     """Else the comparisons with diffusers would show little."""
     klein, dev = loaded(tiny_flux2.klein()), loaded(tiny_flux2.dev())
     changes = [{"prompt": "a rocket"}, {"cfg_scale": 2.0}, {"cfg_scale": 2.0, "negative_prompt": "a rocket"}]
-    drawn = [
+    sampled = [
         latents_of(klein, **change) for change in [{}, *changes, *({"edit_image": e} for e in EDITS.values() if e)]
     ]
-    drawn_by_dev = [latents_of(dev, **change) for change in ({}, {"prompt": "a rocket"}, {"embedded_guidance": 1.0})]
-    for several in (drawn, drawn_by_dev):
+    sampled_by_dev = [latents_of(dev, **change) for change in ({}, {"prompt": "a rocket"}, {"embedded_guidance": 1.0})]
+    for several in (sampled, sampled_by_dev):
         pairs = [(a - b).abs().max() for number, a in enumerate(several) for b in several[:number]]
         assert min(pairs) > 1e-2
 
@@ -219,7 +219,7 @@ def training(task=None, lora=None, **options) -> PipelineTrainingModule:
 
 
 def edited(count: int = 3) -> list[Sample]:
-    """Pictures of 32 x 48 pixels, each with two of other shapes to be drawn from."""
+    """Pictures of 32 x 48 pixels, each with two images of other shapes to edit."""
     rows = [{"image": picture(n, (32, 48)), "prompt": "red " * n} for n in range(count)]
     edits = [[picture(9 + n, (64, 64)), picture(19 + n, (96, 48))] for n in range(count)]
     return [Sample(Row({**r, "edit_image": e}), n, 10 + n) for n, (r, e) in enumerate(zip(rows, edits, strict=True))]

@@ -1,4 +1,4 @@
-"""Editing with Qwen-Image: what the released pipelines draw, training in batches and in two stages, released size."""
+"""Editing with Qwen-Image: what the released pipelines sample, training in batches and in two stages, released size."""
 
 import json
 from pathlib import Path
@@ -69,7 +69,7 @@ def tell_kinds_of_tokens(text_encoder, args, inputs):
     return args, {**inputs, "mm_token_type_ids": kinds}
 
 
-def drawn_by_diffusers(monkeypatch, edit_image, cfg_scale, folder):
+def sampled_by_diffusers(monkeypatch, edit_image, cfg_scale, folder):
     """By the pipeline for one image, or that for several."""
     areas, dimensions = tiny_qwen_edit.SIZES, diffusers_edit.calculate_dimensions
     monkeypatch.setattr(
@@ -96,7 +96,7 @@ def drawn_by_diffusers(monkeypatch, edit_image, cfg_scale, folder):
 def test_latents_are_those_of_diffusers(pipe, edit_image, cfg_scale, monkeypatch):
     numbered = NUMBERED if edit_image == [ONE] else {}
     found = latents_of(pipe, cfg_scale=cfg_scale, edit_image=edit_image, **numbered)
-    expected = drawn_by_diffusers(monkeypatch, edit_image, cfg_scale, tiny_qwen_edit.folder())
+    expected = sampled_by_diffusers(monkeypatch, edit_image, cfg_scale, tiny_qwen_edit.folder())
     assert_close(pack_latents(found)[0], expected, atol=1e-4, rtol=0)
 
 
@@ -104,7 +104,7 @@ def test_latents_are_those_of_diffusers_where_edit_images_are_at_time_zero(monke
     """As in Qwen-Image-Edit-2511, whose config says so."""
     folder = tiny_qwen_edit.folder(zero_cond_t=True)
     found = latents_of(loaded(folder), edit_image=TWO)
-    expected = drawn_by_diffusers(monkeypatch, TWO, 3.0, folder)
+    expected = sampled_by_diffusers(monkeypatch, TWO, 3.0, folder)
     assert_close(pack_latents(found)[0], expected, atol=1e-4, rtol=0)
     assert (found - latents_of(loaded(), edit_image=TWO)).abs().max() > 1e-2
 
@@ -123,8 +123,8 @@ def test_what_is_asked_for_matters(pipe):
         {"edit_image_pixels": 96 * 96},
         NUMBERED,
     ]
-    drawn = [latents_of(pipe, **{**base, **change}) for change in changes]
-    assert min((a - b).abs().max() for number, a in enumerate(drawn) for b in drawn[:number]) > 1e-2
+    sampled = [latents_of(pipe, **{**base, **change}) for change in changes]
+    assert min((a - b).abs().max() for number, a in enumerate(sampled) for b in sampled[:number]) > 1e-2
 
 
 def test_the_text_encoder_sees_images_and_where_their_parts_are(pipe):
@@ -203,7 +203,7 @@ def test_gradients_reach_the_vision_tower_too():
 
 @pytest.fixture
 def data(tmp_path) -> Path:
-    """Rows with two pictures to be drawn from, and what a template reads."""
+    """Rows with two images to edit, and the inputs of a template."""
     folder = templates.write_rows(tmp_path / "rows")
     rows = [json.loads(line) for line in (folder / "metadata.jsonl").read_text().splitlines()]
     rows = [{**row, "edit_image": [f"{7 - n}.png", "0.png"]} for n, row in enumerate(rows)]
@@ -240,7 +240,7 @@ def test_a_template_of_an_editing_base_has_in_two_stages_the_losses_of_one(data,
 def test_another_edit_image_makes_what_depends_on_it_anew(data, tmp_path):
     make_cache(tmp_path / "cache", dataset(data), training())
     assert make_cache(tmp_path / "cache", dataset(data), training()) == {}
-    Image.new("RGB", (32, 32), "red").save(data / "2.png")  # of row 2, and to be drawn from in row 5
+    Image.new("RGB", (32, 32), "red").save(data / "2.png")  # the image of row 2, and an image to edit of row 5
     made = make_cache(tmp_path / "cache", dataset(data), training())
     names = ("InputImageEmbedder", "QwenImageUnit_EditImageEmbedder", "QwenImageUnit_PromptEmbedder")
     assert made == dict.fromkeys(names, 1)
@@ -264,7 +264,7 @@ ROWS = [
 ]
 
 
-def test_a_run_trains_an_adapter_that_changes_what_is_drawn(pipe, data, tmp_path):
+def test_a_run_trains_an_adapter_that_changes_what_is_sampled(pipe, data, tmp_path):
     run_dir = tiny.train(tmp_path, *tiny_qwen_edit.overrides(), f"dataset.path={data}", *ROWS, "optimizer.lr=0.05")
     (file,) = (run_dir / "weights").glob("*.safetensors")
     assert "transformer.transformer_blocks.0.attn.to_q.lora_A.weight" in load_file(file)
@@ -273,7 +273,7 @@ def test_a_run_trains_an_adapter_that_changes_what_is_drawn(pipe, data, tmp_path
     assert (latents_of(pipe, edit_image=TWO) - base).abs().max() > 0.02
 
 
-def test_a_run_trains_a_template_and_draws_its_rows(data, tmp_path):
+def test_a_run_trains_a_template_and_samples_its_rows(data, tmp_path):
     template = templates.write(tmp_path / "template", templates.SCALE)
     keys = (
         "{_target_: diffsynth.core.data.UnifiedDataset.from_folder, metadata: metadata.jsonl, height: 32, width: 32, "

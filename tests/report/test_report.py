@@ -21,7 +21,7 @@ QUIET = (
 
 @pytest.fixture(scope="module")
 def run_dir(tmp_path_factory):
-    """A finished run that looked at its prompts three times, with a warning in its log."""
+    """A finished run that sampled its prompts three times, with a warning in its log."""
     options = ["validation=base", "validation.prompts=[a red apple,a rocket]", "validation.every=1"]
     small = ["validation.options.num_inference_steps=2", "validation.options.height=32", "validation.options.width=32"]
     run_dir = tiny.train(tmp_path_factory.mktemp("report"), *options, *small, "data_report.pictures=4")
@@ -69,7 +69,7 @@ def chromium(page, folder, width: int, *options: str) -> subprocess.CompletedPro
 
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine")
 @pytest.mark.parametrize("width", [1280, 400])
-def test_a_browser_draws_the_page_without_complaint(run_dir, tmp_path, width):
+def test_a_browser_renders_the_page_without_complaint(run_dir, tmp_path, width):
     shot = tmp_path / "shot.png"
     done = chromium(write_report(run_dir), tmp_path, width, "--hide-scrollbars", f"--screenshot={shot}")
     assert b"CONSOLE" not in done.stderr

@@ -1,4 +1,4 @@
-"""`python distill.py`: a teacher draws, a student is trained on that, on the embedded model."""
+"""`python distill.py`: a teacher samples images, and a student is trained on them, on the embedded model."""
 
 from pathlib import Path
 
@@ -55,7 +55,7 @@ def test_the_same_command_again_says_that_it_is_finished(folder, run_dir, monkey
     assert f"{run_dir} is finished" in said and "TeacherSampler" not in said
 
 
-def test_what_the_teacher_drew_is_not_drawn_again(folder, run_dir, monkeypatch, caplog):
+def test_what_the_teacher_sampled_is_not_sampled_again(folder, run_dir, monkeypatch, caplog):
     monkeypatch.setattr(distill, "train", lambda run: [])
     caplog.set_level("INFO")
     tiny.call("distill", tiny.compose("distill", *overrides(folder, "others"), "seed=1"))
@@ -77,10 +77,10 @@ def test_without_a_teacher_the_data_set_is_used_as_it_is(monkeypatch):
     assert isinstance(run.dataset, UnifiedDataset) and run.task.teacher is None
 
 
-def test_where_the_pictures_are_kept_changes_no_result_but_what_is_drawn_does():
+def test_where_the_pictures_are_kept_changes_no_result_but_what_is_sampled_does():
     plain = signature(tiny.compose("distill"))
     assert signature(tiny.compose("distill", "teacher_path=elsewhere")) == plain
-    assert signature(tiny.compose("distill", "held_out.seeds=3")) == plain  # which is only looked at
+    assert signature(tiny.compose("distill", "held_out.seeds=3")) == plain  # which is only evaluated
     for override in ("prompts.path=mine.txt", "task.teacher.cfg_scale=2"):
         assert signature(tiny.compose("distill", override)) != plain
 

@@ -1,4 +1,4 @@
-"""Drawing from the command line."""
+"""Sampling from the command line."""
 
 import json
 
@@ -19,14 +19,14 @@ APPLE, ROCKET = "a red apple", "a rocket, flying"
 
 @pytest.fixture
 def generate(tmp_path):
-    """Draws with these overrides and returns the pixels of each file by its name."""
+    """Samples with these overrides and returns the pixels of each file by its name."""
 
-    def draw(*overrides: str) -> dict[str, np.ndarray]:
+    def sample(*overrides: str) -> dict[str, np.ndarray]:
         output = tmp_path / str(len(list(tmp_path.iterdir())))
         cfg = tiny.compose("generate", *tiny.model_overrides(), *SMALL, f"output={output}", *overrides)
         return {path.name: np.array(Image.open(path), dtype=int) for path in tiny.call("generate", cfg)}
 
-    return draw
+    return sample
 
 
 @pytest.fixture
@@ -45,19 +45,19 @@ def differs(image: np.ndarray, other: np.ndarray) -> bool:
     return np.abs(image - other).max() > 1
 
 
-# What is drawn --------------------------------------------------------------------------------------------------------
+# What is sampled ------------------------------------------------------------------------------------------------------
 
 
 def test_one_prompt_makes_one_picture_of_the_size_asked_for(generate):
-    drawn = generate(f"prompt={APPLE}")
-    assert {name: pixels.shape for name, pixels in drawn.items()} == {"0000.png": (32, 48, 3)}
+    sampled = generate(f"prompt={APPLE}")
+    assert {name: pixels.shape for name, pixels in sampled.items()} == {"0000.png": (32, 48, 3)}
 
 
-def test_every_prompt_is_drawn_with_every_seed_and_all_in_a_grid(generate):
-    drawn = generate(f"prompt=['{APPLE}','{ROCKET}']", "seed=[0,1,2]")
-    assert list(drawn) == [*(f"000{number}.png" for number in range(6)), "grid.png"]
-    assert drawn["grid.png"].shape[1] >= 6 * 48
-    pictures = [drawn[f"000{number}.png"] for number in range(6)]
+def test_every_prompt_is_sampled_with_every_seed_and_all_in_a_grid(generate):
+    sampled = generate(f"prompt=['{APPLE}','{ROCKET}']", "seed=[0,1,2]")
+    assert list(sampled) == [*(f"000{number}.png" for number in range(6)), "grid.png"]
+    assert sampled["grid.png"].shape[1] >= 6 * 48
+    pictures = [sampled[f"000{number}.png"] for number in range(6)]
     assert all(differs(a, b) for i, a in enumerate(pictures) for b in pictures[:i])
 
 
@@ -67,7 +67,7 @@ def test_prompts_come_from_a_text_file(generate, tmp_path):
     assert parameters(tmp_path / "1" / "0001.png")["prompt"] == ROCKET
 
 
-def test_a_picture_names_the_adapters_that_drew_it(generate, adapter, tmp_path):
+def test_a_picture_names_the_adapters_that_sampled_it(generate, adapter, tmp_path):
     generate(f"prompt={APPLE}", f"lora_path={adapter}", "lora_scale=0.5")
     (path,) = tmp_path.glob("*/0000.png")
     assert parameters(path)["lora_path"] == [str(adapter)] and parameters(path)["lora_scale"] == 0.5
@@ -94,20 +94,20 @@ def parameters(path) -> dict:
     return json.loads(Image.open(path).text["parameters"])
 
 
-def test_a_picture_carries_the_parameters_that_draw_it_again(generate, tmp_path):
-    drawn = generate("prompt='„Ein roter Apfel“, 红苹果'", "seed=3", "negative_prompt=blurry")
+def test_a_picture_carries_the_parameters_that_sample_it_again(generate, tmp_path):
+    sampled = generate("prompt='„Ein roter Apfel“, 红苹果'", "seed=3", "negative_prompt=blurry")
     kept = parameters(tmp_path / "0" / "0000.png")
     assert kept["prompt"] == "„Ein roter Apfel“, 红苹果" and kept["negative_prompt"] == "blurry" and kept["seed"] == 3
     options = [f"options.{name}={kept[name]}" for name in ("cfg_scale", "num_inference_steps", "height", "width")]
     again = generate(f"prompt='{kept['prompt']}'", f"seed={kept['seed']}", "negative_prompt=blurry", *options)
-    assert np.array_equal(again["0000.png"], drawn["0000.png"])
+    assert np.array_equal(again["0000.png"], sampled["0000.png"])
 
 
 def test_a_picture_does_not_depend_on_its_company(generate):
     alone = generate(f"prompt='{ROCKET}'", "seed=1")["0000.png"]
     for batch_size in (2, 4):  # a long and a short prompt in one batch, and all four at once
-        drawn = generate(f"prompt=['{APPLE}','{ROCKET}']", "seed=[0,1]", f"batch_size={batch_size}")
-        assert np.abs(drawn["0003.png"] - alone).max() <= 1
+        sampled = generate(f"prompt=['{APPLE}','{ROCKET}']", "seed=[0,1]", f"batch_size={batch_size}")
+        assert np.abs(sampled["0003.png"] - alone).max() <= 1
 
 
 # What changes it ------------------------------------------------------------------------------------------------------
@@ -140,7 +140,7 @@ def test_an_input_image_is_kept_as_far_as_its_strength_says(generate):
     assert differs(kept, redrawn)
 
 
-def test_a_fused_model_draws_what_the_adapter_draws(generate, adapter, tmp_path):
+def test_a_fused_model_samples_what_the_adapter_samples(generate, adapter, tmp_path):
     cfg = tiny.compose("fuse", *tiny.model_overrides(), f"lora_path={adapter}", f"output={tmp_path / 'fused'}")
     (folder,) = tiny.call("fuse", cfg)
     fused, adapted = (
@@ -201,7 +201,7 @@ def test_a_device_that_is_not_there_is_named(refusal):
     assert "device=tpu" in refusal("device=tpu")
 
 
-def test_the_command_line_names_what_it_drew(monkeypatch, capsys, tmp_path):
-    overrides = tiny.merged(tiny.model_overrides(), [*SMALL, f"output={tmp_path}/drawn", f"prompt={APPLE}"])
+def test_the_command_line_names_what_it_sampled(monkeypatch, capsys, tmp_path):
+    overrides = tiny.merged(tiny.model_overrides(), [*SMALL, f"output={tmp_path}/sampled", f"prompt={APPLE}"])
     tiny.command_line(monkeypatch, "generate.py", *overrides)
-    assert f"{tmp_path}/drawn/0000.png" in capsys.readouterr().out
+    assert f"{tmp_path}/sampled/0000.png" in capsys.readouterr().out

@@ -144,6 +144,6 @@ def test_the_training_script_trains_and_saves_an_epoch(changes, run, tmp_path):
     assert all(torch.count_nonzero(matrix) for matrix in pair)
 
 
-def test_the_drawing_script_draws(run, tmp_path):
+def test_the_sampling_script_samples_an_image(run, tmp_path):
     run(DRAWING_SCRIPT, {'"cuda"': '"cpu"', "num_inference_steps=40": "num_inference_steps=2, height=64, width=64"})
     assert Image.open(tmp_path / "image.jpg").size == (64, 64)

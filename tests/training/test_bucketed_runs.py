@@ -24,10 +24,10 @@ BUCKETS = {"buckets": True, "max_pixels": 2048}
 
 def write_pictures(folder: Path, sizes, suffix="png", **options) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
-    chance = np.random.default_rng(0)
+    rng = np.random.default_rng(0)
     names = [f"{number}.{suffix}" for number in range(len(sizes))]
     for name, (width, height) in zip(names, sizes, strict=True):
-        Image.fromarray(chance.integers(0, 256, (height, width, 3), dtype=np.uint8)).save(folder / name, **options)
+        Image.fromarray(rng.integers(0, 256, (height, width, 3), dtype=np.uint8)).save(folder / name, **options)
     with (folder / "metadata.csv").open("w", newline="") as file:
         csv.writer(file).writerows([("image", "prompt"), *((name, f"picture {n}") for n, name in enumerate(names))])
     return folder
@@ -208,12 +208,12 @@ def test_buckets_need_the_size_of_every_row():
 # Runs -----------------------------------------------------------------------------------------------------------------
 
 
-CHANCE = ["dataset.augmentation.flip=0.5", "dataset.augmentation.caption_dropout=0.3"]
+AUGMENTATION = ["dataset.augmentation.flip=0.5", "dataset.augmentation.caption_dropout=0.3"]
 
 
 def overrides(*others: str) -> list[str]:
     sizes = ["dataset.height=null", "dataset.width=null", "dataset.buckets=true", "dataset.max_pixels=2048"]
-    return [f"dataset.path={pictures()}", *sizes, *CHANCE, "max_steps=3", "batch_size=2", "seed=1", *others]
+    return [f"dataset.path={pictures()}", *sizes, *AUGMENTATION, "max_steps=3", "batch_size=2", "seed=1", *others]
 
 
 def losses(run_dir: Path) -> list[float]:
@@ -238,7 +238,7 @@ def test_training_from_a_cache_of_several_sizes_is_training_from_the_pictures(bu
     cache = tiny.compose("make_cache", *own, f"path={tmp_path}/cache", "device=cpu", "lora.rank=4")
     tiny.call("make_cache", cache)
     others = [override for override in given if not override.startswith("dataset.")]
-    cached = tiny.compose("train", "dataset=cache", f"dataset.path={tmp_path}/cache", *CHANCE, *others)
+    cached = tiny.compose("train", "dataset=cache", f"dataset.path={tmp_path}/cache", *AUGMENTATION, *others)
     run_dir = claim(cached)
     tiny.call("train", cached)
     assert_close(losses(run_dir), losses(bucketed), **CLOSE)

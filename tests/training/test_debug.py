@@ -20,7 +20,7 @@ def train(folder, debug: str, *overrides: str):
     return tiny.run([*own, f"debug={debug}", *overrides])
 
 
-def test_overfit_trains_on_one_sample_and_looks_at_it(tmp_path, monkeypatch):
+def test_overfit_trains_on_one_sample_and_evaluates_on_it(tmp_path, monkeypatch):
     seen, sample = set(), UnifiedDataset.sample
 
     def noted(dataset, address, *others):

@@ -83,3 +83,9 @@ def test_the_average_is_kept_beside_the_weights_or_where_it_is_asked_to_be(devic
 def test_a_decay_that_is_none_is_refused(decay):
     with pytest.raises(ValueError, match=r"ema\.decay is .*expected a number in \[0, 1\)"):
         EMA(decay=decay)
+
+
+@pytest.mark.parametrize("power", [0, -0.5, 1.5])
+def test_a_power_that_is_none_is_refused(power):
+    with pytest.raises(ValueError, match=rf"ema\.power is {power}; expected a number in \(0, 1\]"):
+        EMA(power=power)

@@ -27,7 +27,7 @@ from diffsynth.training.stopping import Stopped, stop_on_signals
 CLOSE = {"rtol": 1e-5, "atol": 1e-5}
 DROPOUT = ["lora.dropout=0.5", "lr_scheduler=cosine", "lr_scheduler.num_warmup_steps=2"]
 ACCUMULATION = ["micro_batch_size=2", "logger.every=3", "optimizer=prodigy"]
-LOOKING = [
+EVALUATING = [
     "validation=base",
     "validation.every=2",
     "validation.prompts=[a red emoji]",
@@ -54,17 +54,17 @@ def test_a_run_that_was_cut_off_goes_on_as_if_nothing_had_been(overrides, after,
 
 
 @pytest.mark.parametrize("after", [1, 3])
-def test_a_run_that_is_looked_at_goes_on_with_its_pictures(after, tmp_path):
-    tiny.cut_off(after, tmp_path, *STEPS, *DROPOUT, *LOOKING)
-    run_dir, looked = tiny.train(tmp_path, *STEPS, *DROPOUT, *LOOKING), uninterrupted(*DROPOUT, *LOOKING)
-    assert_same_run(run_dir, looked)
+def test_a_run_that_is_evaluated_goes_on_with_its_pictures(after, tmp_path):
+    tiny.cut_off(after, tmp_path, *STEPS, *DROPOUT, *EVALUATING)
+    run_dir, evaluated = tiny.train(tmp_path, *STEPS, *DROPOUT, *EVALUATING), uninterrupted(*DROPOUT, *EVALUATING)
+    assert_same_run(run_dir, evaluated)
     assert [line["step"] for line in tiny.metrics(run_dir) if "held_out_loss" in line] == [0, 2, 4, 5]
-    assert pictures(run_dir) == pictures(looked) and len(pictures(run_dir)) == 5
+    assert pictures(run_dir) == pictures(evaluated) and len(pictures(run_dir)) == 5
 
 
-def test_looking_at_a_run_with_dropout_changes_nothing():
-    looked = uninterrupted(*DROPOUT, *LOOKING)
-    assert_close(final_weights(looked), final_weights(uninterrupted(*DROPOUT)), **EXACT)
+def test_evaluating_a_run_with_dropout_changes_nothing():
+    evaluated = uninterrupted(*DROPOUT, *EVALUATING)
+    assert_close(final_weights(evaluated), final_weights(uninterrupted(*DROPOUT)), **EXACT)
 
 
 @pytest.fixture

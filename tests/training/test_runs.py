@@ -108,10 +108,10 @@ def test_accumulation_changes_nothing(plain, tmp_path):
     assert_close(final_weights(accumulated), final_weights(plain), **CLOSE)
 
 
-def test_looking_at_a_run_changes_nothing(plain, tmp_path):
-    looked = tiny.train(tmp_path, *LOOKING)
-    assert_close(losses(looked), losses(plain), **EXACT)
-    assert_close(final_weights(looked), final_weights(plain), **EXACT)
+def test_evaluating_a_run_changes_nothing(plain, tmp_path):
+    evaluated = tiny.train(tmp_path, *EVALUATING)
+    assert_close(losses(evaluated), losses(plain), **EXACT)
+    assert_close(final_weights(evaluated), final_weights(plain), **EXACT)
 
 
 def test_gradient_checkpointing_changes_nothing(plain, tmp_path):
@@ -132,9 +132,9 @@ def test_two_processes_make_one_run_with_the_losses_of_one(plain, tmp_path):
     assert (run_dir / "train.log").read_text().count("Finished.") == said.count("Finished.") == 1
 
 
-# What is looked at ----------------------------------------------------------------------------------------------------
+# What is evaluated ----------------------------------------------------------------------------------------------------
 
-LOOKING = [
+EVALUATING = [
     "validation=base",
     "validation.every=1",
     "validation.prompts=[a red emoji,a blue emoji]",
@@ -147,12 +147,12 @@ LOOKING = [
 ]
 
 
-def test_validation_draws_grids_and_logs_numbers_before_between_and_after(tmp_path):
-    run_dir = tiny.train(tmp_path, *LOOKING)
-    looks = [line for line in tiny.metrics(run_dir) if "held_out_loss" in line]
-    assert [line["step"] for line in looks] == [0, 1, 2]
-    assert looks[0]["held_out_loss"] != looks[2]["held_out_loss"]
-    assert all(0 <= line["held_out_retrieval"] <= 1 for line in looks)
+def test_validation_samples_grids_and_logs_numbers_before_between_and_after(tmp_path):
+    run_dir = tiny.train(tmp_path, *EVALUATING)
+    lines = [line for line in tiny.metrics(run_dir) if "held_out_loss" in line]
+    assert [line["step"] for line in lines] == [0, 1, 2]
+    assert lines[0]["held_out_loss"] != lines[2]["held_out_loss"]
+    assert all(0 <= line["held_out_retrieval"] <= 1 for line in lines)
     pictures = {path.name: Image.open(path).size for path in (run_dir / "samples").iterdir()}
     assert pictures.keys() == {"step-000000.png", "step-000001.png", "step-000002.png", "progress.png"}
     width, height = pictures["step-000000.png"]

@@ -162,7 +162,7 @@ def captions_of(augmentation: Augmentation) -> dict[str, Any]:
 
 
 def _restored(value: Any) -> Any:
-    """A value of a cached row; an image, of which the cache knows the size only, becomes an `Unread`."""
+    """A value of a cached row. An image becomes an `Unread`, because the cache knows only its size."""
     if isinstance(value, dict) and value.keys() == {"unread"}:
         return Unread(tuple(value["unread"][:2]), _refuse, _refuse)
     return value
@@ -175,30 +175,35 @@ def _refuse() -> None:
 def differences(found: Mapping[str, Any], expected: Mapping[str, Any]) -> list[str]:
     """The differences, one line each, between two results of `CacheKeys.about`: a cache's and the current run's."""
     if found["pipeline"] != expected["pipeline"]:
-        return [f"it is {found['pipeline']}'s, not {expected['pipeline']}'s"]
+        return [_difference("pipeline", found["pipeline"], expected["pipeline"])]
     lines = []
     for name, unit in expected["units"].items():
-        made_of = found["units"].get(name)
-        if made_of is None:
-            lines.append(f"it holds nothing of {name}")
-            continue
-        changed = [key for key in unit if key != "weights" and made_of.get(key) != unit[key]]
-        lines += [f"{name}: another {key} ({_found(made_of.get(key), unit[key])})" for key in changed]
-        cached = made_of["weights"]
-        others = [model for model, weights in unit["weights"].items() if weights not in (None, cached.get(model))]
-        lines += [f"{name}: another {model} ({cached.get(model)})" for model in others]
+        if name in found["units"]:
+            lines += [f"{name}: {line}" for line in _unit_differences(found["units"][name], unit)]
+        else:
+            lines.append(f"{name}: the cache holds none of its outputs, which this run reads")
     absent = sorted(set(expected["inputs"]) - set(found["inputs"]))
-    return lines + [f"it holds no {name}" for name in absent]
+    return lines + [f"the cache holds no {name}, which this run reads" for name in absent]
 
 
-def _found(found: Any, expected: Any) -> str:
-    """The cache's value as text; for a dict of settings, which are JSON texts, the settings that differ."""
-    if not isinstance(found, dict):
-        return str(found)
-    cached = _by_dotted_name({name: json.loads(text) for name, text in found.items()})
-    current = _by_dotted_name({name: json.loads(text) for name, text in expected.items()})
-    differing = [name for name in sorted({*cached, *current}) if cached.get(name) != current.get(name)]
-    return "; ".join(f"{name} {cached.get(name)!r}, here {current.get(name)!r}" for name in differing)
+def _unit_differences(found: Mapping[str, Any], expected: Mapping[str, Any]) -> list[str]:
+    """The differences between two results of `unit_identity`; models that the current run lacks do not count."""
+    cached, current = _settings(found), _settings(expected)
+    pairs = {name: (cached.get(name, "None"), current.get(name, "None")) for name in sorted({*cached, *current})}
+    pairs |= {key: (found.get(key), expected[key]) for key in expected if key not in ("settings", "weights")}
+    models = {name: weights for name, weights in expected["weights"].items() if weights is not None}
+    pairs |= {name: (found["weights"].get(name), weights) for name, weights in models.items()}
+    return [_difference(name, old, new) for name, (old, new) in pairs.items() if old != new]
+
+
+def _difference(name: str, found: Any, expected: Any) -> str:
+    return f"the cache was made with {name} {found}, this run has {expected}"
+
+
+def _settings(unit: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings of a unit, which are JSON texts, by dotted names; texts in quotes."""
+    values = _by_dotted_name({name: json.loads(text) for name, text in unit["settings"].items()})
+    return {name: repr(value) for name, value in values.items()}
 
 
 def _by_dotted_name(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -341,7 +341,7 @@ class UnifiedDataset(TrainingData):
             )
 
     def fingerprint(self) -> str:
-        """A hash (16 hex digits) of the rows, of which rows are used, and of the sizes of the files of `scan`."""
+        """A hash (16 hex digits) of all rows, the numbers of the used rows, and the file sizes that `scan` read."""
         digest = blake2b(self.rows.digest().encode() + self.usable.before.tobytes(), digest_size=8)
         for number in self.scanned:
             row = self.rows[number]

@@ -17,10 +17,9 @@ from ..files import replacing
 from ..memory.storage import store, stored_layers
 from .model_config import ModelConfig, missing_shards, refuse_pickle
 
-FINGERPRINT_BLOCKS, FINGERPRINT_BYTES = (
-    64,
-    4096,
-)  # blocks that `fingerprint` reads of each file, and their size; a guess
+# Blocks that `fingerprint` reads of each file, and their size in bytes; guesses.
+FINGERPRINT_BLOCKS = 64
+FINGERPRINT_BYTES = 4096
 
 
 def load_model(model_config: ModelConfig, dtype: torch.dtype | None = None, device: str = "cpu") -> nn.Module:

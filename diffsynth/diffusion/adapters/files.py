@@ -102,9 +102,10 @@ def check_layers(module: nn.Module, tensors: Mapping[str, Tensor], path: str | P
         layer = layers.get(name)
         if layer is None or not hasattr(layer, "weight"):
             nearest = difflib.get_close_matches(name, layers, 1)
+            hint = f"the nearest name is {nearest[0]!r}" if nearest else "no layer has a similar name"
             raise ValueError(
-                f"{path}: {key!r} belongs to no layer of {type(module).__name__} (nearest: {nearest}); "
-                f"the file holds {len(tensors)} tensors of another model."
+                f"{path}: {key!r} belongs to no layer of {type(module).__name__} ({hint}); choose an adapter that was "
+                "made for this model."
             )
         if key.endswith("lora_A.weight") and value.dim() == 2 and value.shape[1] != layer.weight.shape[1]:
             raise ValueError(

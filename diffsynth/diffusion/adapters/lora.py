@@ -52,7 +52,7 @@ class Adapter:
         targets = self.target_modules or pipe.training_defaults.lora_target_modules
         if isinstance(targets, Mapping):
             targets = targets.get(name, ())
-        return find_layers(pipe.named_model(name), targets, name)
+        return find_layers(pipe.named_model(name, key="lora.models"), targets, name)
 
     def check(self, pipe: "BasePipeline") -> None:
         """Refuse targets and adapter files that do not fit the models; works on the meta device.

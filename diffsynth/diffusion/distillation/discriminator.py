@@ -55,10 +55,9 @@ class Discriminator:
         known = [name for name, _ in network.named_modules()]
         for name in self.layers:
             if name not in known:
-                nearest = difflib.get_close_matches(name, known, 3)
-                raise ValueError(
-                    f"task.discriminator.layers: {type(network).__name__} has no layer {name!r}; nearest: {nearest}."
-                )
+                nearest = " or ".join(difflib.get_close_matches(name, known, 3))
+                hint = f"did you mean {nearest}?" if nearest else "null chooses four of its blocks."
+                raise ValueError(f"task.discriminator.layers: {type(network).__name__} has no layer {name!r}; {hint}")
         return list(self.layers)
 
 

@@ -268,8 +268,11 @@ class PipelineNetworks(nn.Module):
         for name in names:
             self.named_model(name).train().requires_grad_(True)
 
-    def named_model(self, name: str) -> nn.Module:
+    def named_model(self, name: str, key: str | None = None) -> nn.Module:
         """The module of a dotted name such as `dit` or `dit.transformer_blocks.3`.
+
+        Args:
+            key: The key of the configuration that chose the name; the error tells to set it.
 
         Raises:
             ValueError: There is no such module; the message lists the modules at that level.
@@ -279,7 +282,9 @@ class PipelineNetworks(nn.Module):
         except AttributeError:
             module = None
         if module is None:
-            raise ValueError(f"{type(self).__name__} has no model {name!r}; it has {sorted(self._siblings(name))}.")
+            known = ", ".join(sorted(self._siblings(name)))
+            remedy = f"set {key} to some of" if key else "it has"
+            raise ValueError(f"{type(self).__name__} has no model {name!r}; {remedy} {known}.")
         return module
 
     def _siblings(self, name: str) -> set[str]:

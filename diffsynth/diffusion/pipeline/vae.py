@@ -26,7 +26,7 @@ class Latents:
 
     @property
     def multiple(self) -> int:
-        """Pixels of which both sides of an image must be a multiple."""
+        """Both sides of an image, in pixels, must be multiples of this."""
         return self.factor * self.patch
 
     def shape(self, height: int, width: int) -> tuple[int, ...]:

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-LISTED_PROBLEMS = 3  # of weights that do not fit
+LISTED_PROBLEMS = 3  # most tensors that an error about weights lists; a guess
 CHECKPOINTING = ("use_gradient_checkpointing", "use_gradient_checkpointing_offload")
 
 

@@ -10,7 +10,7 @@ from ...core.loader import ModelConfig
 from .code import CODE
 
 COMMIT = re.compile(r"[0-9a-f]{40}")
-PREVIEW_LINES = 8  # of code that has not been allowed
+PREVIEW_LINES = 8  # lines of code that the error about untrusted code shows; a guess
 
 
 def find_template(config: ModelConfig) -> Path:

@@ -122,10 +122,12 @@ class Validation:
             ValueError: `weights` names weights that the run does not have, or the cache of `few_steps` is unusable.
         """
         unknown = sorted(set(self.weights) - {"raw", "ema"})
-        if unknown or ("ema" in self.weights and "ema" not in ema.weights):
+        if unknown:
+            raise ValueError(f"validation.weights names {unknown[0]!r}; expected raw, ema or both.")
+        if "ema" in self.weights and "ema" not in ema.weights:
             raise ValueError(
-                f"validation.weights is {list(self.weights)}; expected raw, ema or both, and ema needs an average: "
-                "choose one by ema=…."
+                "validation.weights names ema, but the run has no average of its weights; set ema=constant or "
+                "ema=power, or set validation.weights=[raw]."
             )
         self.metrics = _measurable("validation.metrics", self.metrics)
         if self.few_steps:

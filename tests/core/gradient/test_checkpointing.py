@@ -150,8 +150,9 @@ def test_what_one_role_computed_is_computed_again_as_that_role(training_module, 
         text = torch.ones(1, 3, module.pipe.dit.config.joint_attention_dim)
         inputs = {"prompt_emb": text, "prompt_emb_mask": torch.ones(1, 3, dtype=torch.bool), **module.memory.inputs}
         moved(module).train()
-        drawn, sigma = roles.velocity(FAKE_SCORE, seen, torch.tensor([0.5]), inputs, trained=True), torch.tensor([0.3])
-        judged = roles.velocity(TEACHER, drawn, sigma, inputs)
+        sampled = roles.velocity(FAKE_SCORE, seen, torch.tensor([0.5]), inputs, trained=True)
+        sigma = torch.tensor([0.3])
+        judged = roles.velocity(TEACHER, sampled, sigma, inputs)
         roles.velocity(STUDENT, judged, sigma, inputs, trained=True).sum().backward()
         found.append([seen.grad, *(p.grad for p in module.parameters() if p.grad is not None)])
     assert_equal(*found)

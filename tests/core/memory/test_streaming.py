@@ -52,7 +52,7 @@ def flux2(task=None, lora=None, **options) -> PipelineTrainingModule:
 
 
 def steps(module, samples) -> list[torch.Tensor]:
-    """Losses and gradients of two steps of two forward passes and one backward, with a look at losses in between."""
+    """Losses and gradients of two steps of two forward passes and one backward, with an evaluation in between."""
     found = []
     for _ in range(2):
         torch.manual_seed(1)  # of dropout
@@ -105,8 +105,8 @@ def test_roles_on_one_base_are_recomputed_with_its_weights(training_module, stre
         text, sigma = torch.ones(1, 3, module.pipe.dit.config.joint_attention_dim), torch.tensor([0.5])
         inputs = {"prompt_emb": text, "prompt_emb_mask": torch.ones(1, 3, dtype=torch.bool), **module.memory.inputs}
         moved(module)
-        drawn = roles.velocity(FAKE_SCORE, seen, sigma, inputs, trained=True)
-        judged = roles.velocity(TEACHER, drawn, sigma, inputs)
+        sampled = roles.velocity(FAKE_SCORE, seen, sigma, inputs, trained=True)
+        judged = roles.velocity(TEACHER, sampled, sigma, inputs)
         roles.velocity(STUDENT, judged, sigma, inputs, trained=True).sum().backward()
         found.append([seen.grad, *(p.grad for p in module.parameters() if p.grad is not None)])
     assert_equal(*found)

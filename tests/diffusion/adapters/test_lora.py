@@ -28,14 +28,14 @@ KINDS = {
 }
 
 
-def draw(pipe, **changes):
+def sample(pipe, **changes):
     """The latents that a call ends with."""
     with pipe.sampling():
         pipe.decode = lambda latents, request: latents
         return pipe(**{**REQUEST, **changes})
 
 
-def drawn_by_diffusers(folder, adapter):
+def sampled_by_diffusers(folder, adapter):
     pipe = diffusers.QwenImagePipeline.from_pretrained(folder, dtype=torch.float32)
     pipe.set_progress_bar_config(disable=True)
     pipe.load_lora_weights(adapter)
@@ -78,27 +78,27 @@ def assert_close(found, expected, atol=1e-4):
 
 @pytest.fixture
 def base(pipe):
-    """What the model draws without any adapter."""
-    return draw(pipe)
+    """What the model samples without any adapter."""
+    return sample(pipe)
 
 
 # Files of ours -------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_trained_adapter_draws_the_same_wherever_it_is_loaded(
+def test_a_trained_adapter_samples_the_same_wherever_it_is_loaded(
     training_module, load_pipe, base, rows, tiny, tmp_path, kind
 ):
     module = training_module(lora=KINDS[kind])
     file = train(module, rows, tmp_path)
-    expected = draw(module.pipe)
+    expected = sample(module.pipe)
     assert (expected - base).abs().max() > 0.02
     pipe = load_pipe(tiny)
     pipe.load_lora(pipe.dit, file)
-    assert_close(draw(pipe), expected)
+    assert_close(sample(pipe), expected)
     if "lora" in kind or kind == "dora":
         # rsLoRA on random weights of this size magnifies rounding: latents here reach several units.
-        assert_close(drawn_by_diffusers(tiny, file), pack_latents(expected), atol=5e-4)
+        assert_close(sampled_by_diffusers(tiny, file), pack_latents(expected), atol=5e-4)
 
 
 def test_a_file_says_what_diffusers_needs_to_know(training_module, rows, tmp_path):
@@ -118,10 +118,10 @@ def test_adapters_of_two_models_share_a_file(training_module, load_pipe, base, r
     pipe.check_adapters([file])
     pipe.load_adapter(file)
     assert hasattr(pipe.text_encoder, "peft_config") and hasattr(pipe.dit, "peft_config")
-    assert_close(draw(pipe), draw(module.pipe))
+    assert_close(sample(pipe), sample(module.pipe))
     half = load_pipe(tiny)
     half.load_lora(half.dit, file)
-    assert (draw(half) - draw(pipe)).abs().max() > 1e-3
+    assert (sample(half) - sample(pipe)).abs().max() > 1e-3
 
 
 def test_a_file_with_the_originals_keys_can_be_saved(training_module, load_pipe, rows, tiny, tmp_path):
@@ -130,7 +130,7 @@ def test_a_file_with_the_originals_keys_can_be_saved(training_module, load_pipe,
     assert f"{LAYER}.lora_A.default.weight" in load_file(file)
     pipe = load_pipe(tiny)
     pipe.load_lora("dit", file)
-    assert_close(draw(pipe), draw(module.pipe))
+    assert_close(sample(pipe), sample(module.pipe))
 
 
 # Files of others -----------------------------------------------------------------------------------------------------
@@ -147,11 +147,11 @@ def test_a_file_with_the_originals_keys_can_be_saved(training_module, load_pipe,
 )
 def test_every_spelling_of_the_keys_is_read(load_pipe, base, tiny, tmp_path, prefix, keys):
     file = adapter_file(tmp_path / "lora.safetensors", [prefix + LAYER], keys=keys)
-    expected = draw(with_update(load_pipe(tiny), file))
+    expected = sample(with_update(load_pipe(tiny), file))
     assert (expected - base).abs().max() > 0.02
     pipe = load_pipe(tiny)
     pipe.load_lora(pipe.dit, file)
-    assert_close(draw(pipe), expected)
+    assert_close(sample(pipe), expected)
 
 
 def test_alpha_in_a_file_scales_by_alpha_over_rank(load_pipe, tiny, tmp_path):
@@ -159,7 +159,7 @@ def test_alpha_in_a_file_scales_by_alpha_over_rank(load_pipe, tiny, tmp_path):
     file = adapter_file(tmp_path / "l.safetensors", rank=3, keys=("lora_down.weight", "lora_up.weight"), **alpha)
     pipe = load_pipe(tiny)
     pipe.load_lora(pipe.dit, file)
-    assert_close(draw(pipe), draw(with_update(load_pipe(tiny), file, scale=2.0)))
+    assert_close(sample(pipe), sample(with_update(load_pipe(tiny), file, scale=2.0)))
 
 
 def test_layers_may_have_ranks_of_their_own(load_pipe, tiny, tmp_path):
@@ -170,7 +170,7 @@ def test_layers_may_have_ranks_of_their_own(load_pipe, tiny, tmp_path):
     for file in (low, high):
         expected.load_lora("dit", file, fuse=True)
     pipe.load_lora("dit", tmp_path / "both.safetensors")
-    assert_close(draw(pipe), draw(expected))
+    assert_close(sample(pipe), sample(expected))
 
 
 def test_adapters_add_up_each_with_its_scale(load_pipe, tiny, tmp_path):
@@ -179,19 +179,21 @@ def test_adapters_add_up_each_with_its_scale(load_pipe, tiny, tmp_path):
     pipe.load_lora("dit", file, alpha=0.5)
     pipe.load_lora("dit", other, alpha=-1.0)
     expected = with_update(with_update(load_pipe(tiny), file, 0.5), other, -1.0)
-    assert_close(draw(pipe), draw(expected))
+    assert_close(sample(pipe), sample(expected))
     assert not any(parameter.requires_grad for parameter in pipe.parameters())
 
 
 @pytest.mark.parametrize("kind", ["lora", "dora", "lokr"])
-def test_a_fused_adapter_leaves_plain_layers_that_draw_the_same(training_module, load_pipe, rows, tiny, tmp_path, kind):
+def test_a_fused_adapter_leaves_plain_layers_that_sample_the_same(
+    training_module, load_pipe, rows, tiny, tmp_path, kind
+):
     file = train(training_module(lora=KINDS[kind]), rows, tmp_path)
     added, fused = load_pipe(tiny), load_pipe(tiny)
     names = [name for name, _ in fused.named_parameters()]
     added.load_lora("dit", file, alpha=0.7 if kind == "lora" else 1.0)
     fused.load_lora("dit", file, alpha=0.7 if kind == "lora" else 1.0, fuse=True)
     assert [name for name, _ in fused.named_parameters()] == names
-    assert_close(draw(fused), draw(added))
+    assert_close(sample(fused), sample(added))
 
 
 def test_merging_comes_before_adding(pipe, tmp_path):
@@ -216,7 +218,7 @@ def test_a_warm_start_begins_where_the_file_ended(training_module, rows, tmp_pat
     first = training_module(lora=KINDS["lora"])
     file = train(first, rows, tmp_path)
     second = training_module(lora=replace(KINDS["lora"], checkpoint=str(file)))
-    assert_close(draw(second.pipe), draw(first.pipe))
+    assert_close(sample(second.pipe), sample(first.pipe))
     assert second.export_trainable_state_dict().keys() == first.export_trainable_state_dict().keys()
 
 
@@ -224,7 +226,7 @@ def test_a_warm_start_reads_the_originals_keys(training_module, load_pipe, tiny,
     keys = ("lora_A.default.weight", "lora_B.default.weight")
     file = adapter_file(tmp_path / "lora.safetensors", rank=3, keys=keys)
     module = training_module(lora=LoRA(rank=3, target_modules=[LAYER], checkpoint=str(file)))
-    assert_close(draw(module.pipe), draw(with_update(load_pipe(tiny), file)))
+    assert_close(sample(module.pipe), sample(with_update(load_pipe(tiny), file)))
 
 
 def test_a_warm_start_with_other_ranks_or_layers_is_refused(training_module, tmp_path):
@@ -247,15 +249,15 @@ def test_a_warm_start_at_another_scale_is_refused(training_module, rows, tmp_pat
 def test_a_preset_is_merged_and_the_new_adapter_learns_the_difference(training_module, load_pipe, rows, tiny, tmp_path):
     preset = adapter_file(tmp_path / "preset.safetensors")
     module = training_module(lora=LoRA(rank=4, target_modules=TARGETS, preset=str(preset)))
-    assert_close(draw(module.pipe), draw(with_update(load_pipe(tiny), preset)))
+    assert_close(sample(module.pipe), sample(with_update(load_pipe(tiny), preset)))
     file = train(module, rows, tmp_path)
     pipe = load_pipe(tiny)
     pipe.load_lora("dit", preset)
     pipe.load_lora("dit", file)
-    assert_close(draw(pipe), draw(module.pipe))
+    assert_close(sample(pipe), sample(module.pipe))
 
 
-def test_dropout_is_on_in_training_and_off_in_drawing(training_module, samples):
+def test_dropout_is_on_in_training_and_off_in_sampling(training_module, samples):
     module = training_module(lora=LoRA(rank=4, target_modules=TARGETS, dropout=0.5))
     for name, parameter in module.named_parameters():
         if "lora_B" in name:
@@ -269,7 +271,7 @@ def test_dropout_is_on_in_training_and_off_in_drawing(training_module, samples):
 
 def test_an_adapter_starts_as_nothing_and_the_same_for_the_same_seed(training_module, base):
     a, again, b = (training_module(lora=KINDS["lora"], seed=seed) for seed in (0, 0, 1))
-    assert_close(draw(a.pipe), base, atol=1e-6)
+    assert_close(sample(a.pipe), base, atol=1e-6)
     first, same, other = (module.export_trainable_state_dict() for module in (a, again, b))
     assert all(torch.equal(first[key], same[key]) for key in first)
     assert not all(torch.equal(first[key], other[key]) for key in first)
@@ -353,6 +355,9 @@ def test_a_file_of_another_model_is_refused_by_its_key(training_module, pipe, tm
         training_module(lora=LoRA(rank=3, target_modules=TARGETS, **{field: str(file)}))
     with pytest.raises(ValueError, match="belongs to no layer of QwenImageTransformer2DModel"):
         pipe.check_adapters([file])
+    strange = adapter_file(tmp_path / "strange.safetensors", ["transformer.unet"])
+    with pytest.raises(ValueError, match="no layer has a similar name.; choose an adapter that was made for this"):
+        pipe.check_adapters([strange])
 
 
 def test_a_file_of_another_width_is_refused(pipe, tmp_path):

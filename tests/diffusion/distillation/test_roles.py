@@ -86,7 +86,7 @@ def test_gradients_reach_the_role_that_is_trained_and_the_inputs_of_all(training
     assert named(module, roles).keys() == parameters.keys()  # the flags are as they were
 
 
-def test_outside_of_roles_the_pipeline_draws_as_the_student(training_module):
+def test_outside_of_roles_the_pipeline_samples_as_the_student(training_module):
     _, roles, module, asked = base_and_roles(training_module, LORA, FakeScore())
     shake(part(module, roles, STUDENT))
     shake(part(module, roles, FAKE_SCORE))

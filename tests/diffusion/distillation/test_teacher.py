@@ -1,4 +1,4 @@
-"""A teacher's pictures: drawn as the pipeline draws, of prompts with seeds, kept in a cache, and learned from."""
+"""A teacher's images: sampled by the pipeline from prompts and seeds, kept in a cache, and learned from."""
 
 import contextlib
 import dataclasses
@@ -42,12 +42,12 @@ BATCH = [{"prompt": text, "seed": seed, "rand_device": "cpu", **SIZE} for text, 
 ALIKE = {"atol": 1e-4, "rtol": 1e-4}
 
 
-# What the teacher draws -----------------------------------------------------------------------------------------------
+# What the teacher samples ---------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
 def pipe() -> QwenImagePipeline:
-    """A pipeline that is only drawn with."""
+    """A pipeline used for sampling only."""
     pipe = untrained()
     pipe.load_models()
     pipe.progress_bar = iter
@@ -59,12 +59,12 @@ def untrained(**models) -> QwenImagePipeline:
     return QwenImagePipeline.from_components(**configs | models, torch_dtype="float32")
 
 
-def drawn(pipe, teacher=TEACHER, student=None, batch=BATCH) -> list[dict]:
+def sampled(pipe, teacher=TEACHER, student=None, batch=BATCH) -> list[dict]:
     return TeacherSampler(pipe, teacher, student).process_batch(pipe, batch)
 
 
-def test_its_pictures_are_those_that_the_pipeline_draws_from_the_noise_of_their_seeds(pipe):
-    made = drawn(pipe)
+def test_its_pictures_are_those_that_the_pipeline_samples_from_the_noise_of_their_seeds(pipe):
+    made = sampled(pipe)
     requests = [{**TEACHER.settings, **each} for each in BATCH]
     with pipe.sampling():
         expected = pipe.denoise(*pipe.prepare(requests))
@@ -75,7 +75,7 @@ def test_its_pictures_are_those_that_the_pipeline_draws_from_the_noise_of_their_
 
 def test_guidance_and_what_it_leads_away_from_are_the_teachers(pipe):
     plain, guided, away = (
-        drawn(pipe, Teacher(num_inference_steps=2, cfg_scale=scale, negative_prompt=text))[0]["input_latents"]
+        sampled(pipe, Teacher(num_inference_steps=2, cfg_scale=scale, negative_prompt=text))[0]["input_latents"]
         for scale, text in [(1.0, ""), (4.0, ""), (4.0, "a dog")]
     )
     assert (guided - plain).abs().max() > 1e-3 < (guided - away).abs().max()
@@ -83,31 +83,31 @@ def test_guidance_and_what_it_leads_away_from_are_the_teachers(pipe):
 
 def test_a_picture_does_not_depend_on_its_company(pipe):
     other = {**BATCH[0], "height": 48, "width": 32, "seed": 5}
-    together = drawn(pipe, student=STUDENT, batch=[BATCH[0], other, BATCH[1]])
+    together = sampled(pipe, student=STUDENT, batch=[BATCH[0], other, BATCH[1]])
     for own, request in zip(together, [BATCH[0], other, BATCH[1]], strict=True):
         alone = TeacherSampler(pipe, TEACHER, STUDENT).process(pipe, **request)
         torch.testing.assert_close(own, alone, **ALIKE)
     assert together[1]["input_latents"].shape == (1, 16, 6, 4)
 
 
-def test_drawing_leaves_the_noise_levels_of_a_training_as_they_were(pipe):
+def test_sampling_leaves_the_noise_levels_of_a_training_as_they_were(pipe):
     pipe.scheduler.set_timesteps(1000, training=True)
-    drawn(pipe, student=STUDENT)
+    sampled(pipe, student=STUDENT)
     assert len(pipe.scheduler.timesteps) == 1000 and pipe.scheduler.training
 
 
 def test_settings_that_its_weights_brought_are_not_the_teachers(pipe):
-    expected = drawn(pipe)
+    expected = sampled(pipe)
     with mock.patch.object(
         pipe, "sampling_settings", {None: {"num_inference_steps": 2, "sigmas": [1, 0.5], "sampler": "renoise"}}
     ):
-        torch.testing.assert_close(drawn(pipe), expected)
+        torch.testing.assert_close(sampled(pipe), expected)
 
 
 @pytest.mark.parametrize("sigmas", [None, (1.0, 0.5, 0.01)])
 def test_a_trajectory_leads_from_the_noise_through_the_students_levels_to_the_picture(pipe, sigmas):
     student = Student(num_inference_steps=4 if sigmas is None else 3, sigmas=sigmas)
-    (made, *_) = drawn(pipe, student=student)
+    (made, *_) = sampled(pipe, student=student)
     trajectory = made["trajectory"][0]
     with pipe.sampling():
         path = [point[0] for point in pipe.trajectory(*pipe.prepare([{**TEACHER.settings, **each} for each in BATCH]))]
@@ -165,7 +165,7 @@ def seeds_of(rows) -> list[tuple[str, int]]:
     return [(rows[number]["prompt"], rows[number]["seed"]) for number in range(len(rows))]
 
 
-def test_each_prompt_is_drawn_from_each_seed_and_counted_seeds_are_never_the_same(prompts):
+def test_each_prompt_is_sampled_from_each_seed_and_counted_seeds_are_never_the_same(prompts):
     assert seeds_of(prompts()) == [("a cat", 0), ("a dog, asleep", 1), ("红苹果", 2)]
     counted = [("a cat", 7), ("a cat", 8), ("a dog, asleep", 9), ("a dog, asleep", 10), ("红苹果", 11), ("红苹果", 12)]
     assert seeds_of(prompts(seeds=2, first_seed=7)) == counted
@@ -202,7 +202,7 @@ def test_what_changes_the_pictures_changes_the_fingerprint(prompts):
         ({"augmentation": Augmentation(random_crop=True)}, "flip and random_crop change images"),
     ],
 )
-def test_what_nothing_can_be_drawn_of_is_named(prompts, options, message):
+def test_prompts_that_cannot_be_sampled_are_named(prompts, options, message):
     with pytest.raises(ValueError, match=message):
         prompts(**options)
 
@@ -256,7 +256,7 @@ def two_prompts() -> Path:
 
 
 def rows_of(**options) -> UnifiedDataset:
-    """Two prompts, each drawn twice."""
+    """Two prompts, each sampled twice."""
     rows = prompt_dataset(str(two_prompts()), **{"height": 32, "width": 32, "seeds": 2, **options})
     rows.scan()
     return rows
@@ -304,7 +304,7 @@ def directly(module, pipe) -> list[Sample]:
 
 
 @pytest.mark.parametrize("task", [DIRECT, IMITATION, GUIDED], ids=lambda task: type(task).__name__)
-def test_a_training_from_the_cache_sees_what_the_teacher_draws(cache, pipe, task):
+def test_a_training_from_the_cache_sees_what_the_teacher_samples(cache, pipe, task):
     module = training(task).load(cached=True)
     losses = module(samples_of(cache(task)))
     assert module.pipe.text_encoder is None and module.pipe.vae is None
@@ -375,7 +375,7 @@ def test_imitation_is_the_sum_of_what_each_step_misses(cache):
 
 
 @pytest.mark.parametrize("learns", [DirectDistill, TrajectoryImitation])
-def test_a_student_that_draws_as_its_teacher_has_nothing_to_learn(learns, pipe, tmp_path):
+def test_a_student_that_samples_as_its_teacher_has_nothing_to_learn(learns, pipe, tmp_path):
     task = learns(teacher=Teacher(num_inference_steps=2, cfg_scale=1.0), student=STUDENT)
     make(tmp_path, task, rows_of(seeds=1))
     module, samples = training(task).load(cached=True), samples_of(tmp_path)
@@ -417,11 +417,14 @@ def with_teacher(**changes):
     [
         (
             with_teacher(num_inference_steps=8),
-            r"TeacherSampler: another settings \(teacher.num_inference_steps 4, here 8\)",
+            "TeacherSampler: the cache was made with teacher.num_inference_steps 4, this run has 8",
         ),
-        (with_teacher(cfg_scale=4.0), r"another settings \(teacher.cfg_scale 3.0, here 4.0\)"),
-        (with_teacher(negative_prompt="ugly"), r"another settings \(teacher.negative_prompt \'\', here \'ugly\'\)"),
-        (IMITATION, r"student.num_inference_steps None, here 2.*\)\n.*it holds no trajectory"),
+        (with_teacher(cfg_scale=4.0), "made with teacher.cfg_scale 3.0, this run has 4.0"),
+        (with_teacher(negative_prompt="ugly"), "made with teacher.negative_prompt '', this run has 'ugly'"),
+        (
+            IMITATION,
+            r"student.num_inference_steps None, this run has 2\n(.*\n)*.*the cache holds no trajectory, which this run",
+        ),
     ],
 )
 def test_a_cache_of_another_teacher_is_named_with_what_differs(cache, task, message):
@@ -434,13 +437,15 @@ def test_a_cache_of_another_size_or_another_way_of_the_student_is_named(cache):
     )
     refused(cache(DIRECT), "holds no variant 'mirrored'", augmentation=Augmentation(flip=0.5))
     other = dataclasses.replace(IMITATION, student=Student(num_inference_steps=3))
-    refused(cache(IMITATION), r"TeacherSampler: another settings \(student.num_inference_steps 2, here 3\)", other)
+    refused(
+        cache(IMITATION), "TeacherSampler: the cache was made with student.num_inference_steps 2, this run has 3", other
+    )
 
 
 def test_guidance_without_the_negative_side_in_the_cache_is_named(tmp_path):
     teacher = Teacher(num_inference_steps=4, cfg_scale=1.0)
     make(tmp_path, dataclasses.replace(DIRECT, teacher=teacher), rows_of(seeds=1))
-    refused(tmp_path, "it holds no negative prompt_emb", dataclasses.replace(GUIDED, teacher=teacher))
+    refused(tmp_path, "the cache holds no negative prompt_emb", dataclasses.replace(GUIDED, teacher=teacher))
     unguided = training(dataclasses.replace(GUIDED, teacher=teacher, guidance=1.0))
     CachedDataset(str(tmp_path)).check_made_for(CacheKeys(unguided).about)
 
@@ -451,11 +456,11 @@ def test_the_command_line_names_another_base_and_other_steps(cache, tmp_path, no
     save_file({name: tensor * 1.01 for name, tensor in load_file(file).items()}, file)
     ours = ["task.teacher.cfg_scale=3.0", "task.student.num_inference_steps=2", "dataset=cache"]
     message = refusal(tmp_path / "run", *ours, f"dataset.path={cache(DIRECT)}", f"model.dit.path={root}")
-    assert "TeacherSampler: another settings (teacher.num_inference_steps 4, here 40)\n" in message
-    assert "TeacherSampler: another dit" in message and "run make_cache.py again with these" in message
+    assert "TeacherSampler: the cache was made with teacher.num_inference_steps 4, this run has 40\n" in message
+    assert "TeacherSampler: the cache was made with dit " in message and "run make_cache.py again with these" in message
 
 
-def test_a_cache_of_pictures_that_no_teacher_drew_is_named(tmp_path):
+def test_a_cache_of_pictures_that_no_teacher_sampled_is_named(tmp_path):
     for name, column in {"plain": {}, "seeded": {"seed": 1}}.items():
         folder = tiny.write_dataset(tmp_path / name, count=1)
         rows = UnifiedDataset.from_folder(
@@ -466,7 +471,7 @@ def test_a_cache_of_pictures_that_no_teacher_drew_is_named(tmp_path):
         tmp_path / "plain cache",
         "holds no seed, which this task needs; add the column to the data set and run",
     )
-    refused(tmp_path / "seeded cache", "it holds nothing of TeacherSampler")
+    refused(tmp_path / "seeded cache", "TeacherSampler: the cache holds none of its outputs")
 
 
 def test_a_training_without_the_teachers_pictures_is_told_how_they_are_made(tmp_path, no_weights_are_read):
@@ -492,11 +497,11 @@ def test_what_the_teacher_did_not_have_is_refused(tmp_path):
         training(dataclasses.replace(DIRECT, trainable_models=["text_encoder"]))
 
 
-# Pictures that say how they were drawn --------------------------------------------------------------------------------
+# Pictures that say how they were sampled ------------------------------------------------------------------------------
 
 
-def drawn_before(folder: Path, **options) -> UnifiedDataset:
-    """Rows as the original's guide has them, the third picture larger than the others, as a training looks at them."""
+def sampled_before(folder: Path, **options) -> UnifiedDataset:
+    """Rows as the original's guide has them, the third picture larger than the others, as a training reads them."""
     tiny.write_dataset(folder, count=4)
     Image.new("RGB", (48, 48)).save(folder / "2.png")
     how = {"rand_device": "cpu", "num_inference_steps": 2, "cfg_scale": 1}
@@ -511,20 +516,20 @@ def test_a_picture_that_would_be_resized_is_named_with_its_row(tmp_path, options
     with pytest.raises(
         ValueError, match="row 3: image '2.png': it is 48x48 pixels and would become 32x32, .* its seed"
     ):
-        drawn_before(tmp_path / "data", **options)
-    assert len(drawn_before(tmp_path / "free")) == 4
+        sampled_before(tmp_path / "data", **options)
+    assert len(sampled_before(tmp_path / "free")) == 4
 
 
-@pytest.mark.parametrize("chance", [{"flip": 0.5}, {"random_crop": True}])
-def test_a_picture_that_chance_would_change_is_refused(tmp_path, chance):
+@pytest.mark.parametrize("augmentation", [{"flip": 0.5}, {"random_crop": True}])
+def test_a_picture_that_a_random_choice_would_change_is_refused(tmp_path, augmentation):
     with pytest.raises(
         ValueError, match="no longer belong to the noise of their seeds; set flip=0 and random_crop=false"
     ):
-        drawn_before(tmp_path / "data", augmentation=Augmentation(**chance))
+        sampled_before(tmp_path / "data", augmentation=Augmentation(**augmentation))
 
 
 def test_the_command_line_refuses_them_before_it_reads_weights(tmp_path, no_weights_are_read):
     with contextlib.suppress(ValueError):
-        drawn_before(tmp_path / "data", height=32, width=32)
+        sampled_before(tmp_path / "data", height=32, width=32)
     message = refusal(tmp_path / "run", "task.teacher=null", f"dataset.path={tmp_path}/data")
     assert "1 of 4 rows" in message and "row 3: image '2.png': it is 48x48 pixels and would become 32x32" in message

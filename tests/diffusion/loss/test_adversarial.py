@@ -71,7 +71,7 @@ class ScalingPipeline(BasePipeline):
 
 
 class Given:
-    """Draws that are given by purpose."""
+    """Random numbers that are given by purpose."""
 
     def __init__(self, **given):
         self.given = {name.replace("_", " "): value for name, value in given.items()}
@@ -309,7 +309,7 @@ def test_a_layer_that_cannot_be_read_is_named(training_module, rows, pipe):
         task = AdversarialDistillation(discriminator=Discriminator(layers=[layer]))
         return training_module(task, LORA)([Sample(rows[0], 0, 0)])
 
-    nearest = r"has no layer 'transformer_blocks.7'; nearest: \['transformer_blocks.3'"
+    nearest = "has no layer 'transformer_blocks.7'; did you mean transformer_blocks.3 or "
     with pytest.raises(ValueError, match="QwenImageTransformer2DModel " + nearest):
         trained_on("transformer_blocks.7")
     with pytest.raises(ValueError, match=r"'proj_out' is \(1, 6, 64\), expected tokens \(B, L, 128\)"):

@@ -23,7 +23,7 @@ SIZE = {"height": 16, "width": 16}
 
 
 class LinearPipe:
-    """A family that draws in n steps at 1, (n - 1) / n, …, 1 / n."""
+    """A family that samples in n steps at 1, (n - 1) / n, …, 1 / n."""
 
     @contextmanager
     def sampling_steps(self, request):
@@ -150,7 +150,7 @@ def test_no_step_of_the_teacher_crosses_an_edge(grid, edges, count):
 
 
 @given(st.integers(1, 60), st.integers(1, 20))
-def test_each_noise_level_that_the_student_draws_at_is_trained(steps, segments):
+def test_each_noise_level_that_the_student_samples_at_is_trained(steps, segments):
     levels, edges = qwen_image_sigmas(steps), qwen_image_sigmas(segments)
     starts = spans_at(torch.arange(1000) / 1000, levels.tolist(), [*edges.tolist(), 0.0]).start
     assert torch.isin(edges, starts).all() and torch.isin(levels, starts).all()

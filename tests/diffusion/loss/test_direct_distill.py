@@ -25,21 +25,21 @@ def full(steps: int = 3) -> DirectDistill:
 
 
 @pytest.fixture
-def drawn(rows):
-    """The pictures, each with the seed it was drawn from."""
+def sampled(rows):
+    """The pictures, each with the seed it was sampled from."""
     return [Sample(Row({**row, **HOW, "seed": 7 + n}), epoch=0, index=n) for n, row in enumerate(rows)]
 
 
 def written_out(pipe, row, steps: int) -> torch.Tensor:
-    """The pseudocode: `mse_loss` between what the pipeline draws from the seed, gradients kept, and the picture."""
+    """The pseudocode: `mse_loss` between what the pipeline samples from the seed, gradients kept, and the picture."""
     image = row["image"]
     request = {"prompt": row["prompt"], "seed": row["seed"], "num_inference_steps": steps, "cfg_scale": 1}
     request = pipe.complete({**request, "height": image.height, "width": image.width})
     with pipe.sampling():
         pipe.set_timesteps(request)
         sides = run_units(pipe.units, pipe, *pipe.split_request(request))
-        drawn = pipe.denoise.__wrapped__(pipe, *sides)
-    return mse_loss(drawn, pipe.vae.encode(pipe.preprocess_image(image)))
+        sampled = pipe.denoise.__wrapped__(pipe, *sides)
+    return mse_loss(sampled, pipe.vae.encode(pipe.preprocess_image(image)))
 
 
 def gradients(pipe, loss) -> dict[str, torch.Tensor]:
@@ -50,9 +50,9 @@ def gradients(pipe, loss) -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize("steps", [1, 2, 4])
 @pytest.mark.parametrize("checkpointing", ["none", "blocks"])
-def test_the_loss_is_that_of_the_pseudocode_and_so_are_its_gradients(training_module, drawn, steps, checkpointing):
+def test_the_loss_is_that_of_the_pseudocode_and_so_are_its_gradients(training_module, sampled, steps, checkpointing):
     module = training_module(full(steps), checkpointing=checkpointing)
-    sample = drawn[1]._replace(data=Row({**drawn[1].data, "num_inference_steps": steps}))
+    sample = sampled[1]._replace(data=Row({**sampled[1].data, "num_inference_steps": steps}))
     expected = written_out(module.pipe, sample.data, steps)
     found = module([sample])
     torch.testing.assert_close(found[0], expected, atol=1e-5, rtol=1e-5)
@@ -61,23 +61,25 @@ def test_the_loss_is_that_of_the_pseudocode_and_so_are_its_gradients(training_mo
     assert sum(gradient.abs().sum() for gradient in own.values()) > 0
 
 
-def test_a_batch_is_what_its_samples_are_alone(training_module, drawn):
+def test_a_batch_is_what_its_samples_are_alone(training_module, sampled):
     module = training_module(full())
-    torch.testing.assert_close(module(drawn), torch.cat([module([sample]) for sample in drawn]), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(
+        module(sampled), torch.cat([module([sample]) for sample in sampled]), atol=1e-5, rtol=1e-5
+    )
 
 
-def test_the_noise_levels_of_other_objectives_come_back(training_module, drawn):
+def test_the_noise_levels_of_other_objectives_come_back(training_module, sampled):
     module = training_module(full())
     before = module.pipe.scheduler.timesteps.clone()
-    module(drawn)
+    module(sampled)
     assert torch.equal(module.pipe.scheduler.timesteps, before) and module.pipe.scheduler.training
 
 
-def test_numbers_may_be_text_as_in_a_csv(training_module, drawn):
+def test_numbers_may_be_text_as_in_a_csv(training_module, sampled):
     module = training_module(full())
-    text = [s._replace(data=Row({**s.data, "seed": str(s.data["seed"]), "num_inference_steps": "3"})) for s in drawn]
-    assert torch.equal(module(text), module(drawn))
-    wrong = [s._replace(data=Row({**s.data, "seed": "seven"})) for s in drawn]
+    text = [s._replace(data=Row({**s.data, "seed": str(s.data["seed"]), "num_inference_steps": "3"})) for s in sampled]
+    assert torch.equal(module(text), module(sampled))
+    wrong = [s._replace(data=Row({**s.data, "seed": "seven"})) for s in sampled]
     with pytest.raises(ValueError, match="seed is 'seven', expected a whole number"):
         module(wrong)
 
@@ -89,16 +91,16 @@ def test_numbers_may_be_text_as_in_a_csv(training_module, drawn):
         ("cfg_scale", [4, 4, 4], "cfg_scale is 4; expected 1.*write 1"),
     ],
 )
-def test_what_no_rollout_can_be_made_of_is_named(training_module, drawn, column, values, message):
-    samples = [s._replace(data=Row({**s.data, column: v})) for s, v in zip(drawn, values, strict=True)]
+def test_what_no_rollout_can_be_made_of_is_named(training_module, sampled, column, values, message):
+    samples = [s._replace(data=Row({**s.data, column: v})) for s, v in zip(sampled, values, strict=True)]
     with pytest.raises(ValueError, match=message):
         training_module(full())(samples)
 
 
 def test_a_cache_gives_the_same_losses(tmp_path):
     folder = tiny.write_dataset(tmp_path / "data")
-    drawn = [{"image": f"{n}.png", "prompt": f"a {n}", **HOW, "seed": n} for n in range(4)]
-    rows = UnifiedDataset.from_folder(str(tiny.write_rows(folder, drawn)), height=32, width=32)
+    sampled = [{"image": f"{n}.png", "prompt": f"a {n}", **HOW, "seed": n} for n in range(4)]
+    rows = UnifiedDataset.from_folder(str(tiny.write_rows(folder, sampled)), height=32, width=32)
     configs = {name: ModelConfig(path=str(tiny.model() / part)) for name, part in tiny.COMPONENTS.items()}
 
     def losses(dataset, cached: bool):

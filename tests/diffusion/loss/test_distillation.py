@@ -1,4 +1,4 @@
-"""Every method of distillation on every family: from a teacher's drawing to gradients of what is to be trained."""
+"""Every method of distillation on every family: from the teacher's samples to gradients of the trained parameters."""
 
 import pytest
 import tiny
@@ -37,7 +37,7 @@ ROW = {"prompt": "a red apple", "image": Image.new("RGB", (32, 32)), "seed": 5}
 
 
 def trained(family: str, method: str, lora: LoRA | None) -> tuple[PipelineTrainingModule, list[Sample]]:
-    """A module ready to train, and two samples that its teacher drew."""
+    """A module ready to train, and two samples that its teacher sampled."""
     kind, folder, options = FAMILIES[family]
     parts = {name: ModelConfig(path=str(folder() / part)) for name, part in tiny.COMPONENTS.items()}
     pipe = kind.from_components(**parts, torch_dtype="float32", training=DEFAULTS, **options)
@@ -53,7 +53,7 @@ def trained(family: str, method: str, lora: LoRA | None) -> tuple[PipelineTraini
     return module.load(cached=True), samples
 
 
-def test_a_network_that_is_told_the_guidance_is_told_the_same_in_training_as_in_drawing():
+def test_a_network_that_is_told_the_guidance_is_told_the_same_in_training_as_in_sampling():
     kind, folder, options = FAMILIES["dev"]
     parts = {name: ModelConfig(path=str(folder() / part)) for name, part in tiny.COMPONENTS.items()}
     module = PipelineTrainingModule(kind.from_components(**parts, torch_dtype="float32", **options), DirectDistill())

@@ -52,11 +52,11 @@ class ToyTraining(DiffusionTrainingModule):
         return self.task(self.pipe, rng=rng, input_latents=torch.zeros(count, 2, 1, 1), height=1, width=1, **sides)
 
 
-def a_draw(count: int = 4) -> SampleRNG:
+def an_rng(count: int = 4) -> SampleRNG:
     return SampleRNG(3, [SampleAddress(0, n) for n in range(count)])
 
 
-def drawn_by(module: ToyTraining, rng: SampleRNG, count: int = 4) -> Tensor:
+def sampled_by(module: ToyTraining, rng: SampleRNG, count: int = 4) -> Tensor:
     """Points (count, 2) that the student is trained on."""
     about = {"roles": module.roles, "progress": None, "size": {"height": 1, "width": 1}, "inputs": {}, "negative": {}}
     context = LossContext(pipe=module.pipe, rng=rng, clean=torch.zeros(count, 2, 1, 1), **about)
@@ -75,41 +75,41 @@ def shaken(task: DMD2 = TOY) -> ToyTraining:
 
 
 def test_the_gradient_is_the_papers():
-    drawn = torch.tensor([[1.0, 3.0], [0.0, 0.0]])
+    sampled = torch.tensor([[1.0, 3.0], [0.0, 0.0]])
     teacher = torch.tensor([[0.0, 1.0], [2.0, -4.0]])  # 1 and 2 away: 1.5 in the mean; 2 and 4: 3
     fake = torch.tensor([[3.0, 4.0], [2.0, 2.0]])
     expected = torch.tensor([[3.0 / 1.5, 3.0 / 1.5], [0.0, 6.0 / 3.0]])
-    torch.testing.assert_close(matching_gradient(drawn, teacher, fake), expected)
+    torch.testing.assert_close(matching_gradient(sampled, teacher, fake), expected)
 
 
-def test_the_loss_hands_that_gradient_to_what_the_student_draws(monkeypatch):
+def test_the_loss_hands_that_gradient_to_what_the_student_samples(monkeypatch):
     module, seen = shaken(), {}
     own = DMD2.sample_as_student
 
-    def drawn(*args):
-        seen["drawn"] = own(*args)
-        seen["drawn"].retain_grad()
-        return seen["drawn"]
+    def sampled(*args):
+        seen["sampled"] = own(*args)
+        seen["sampled"].retain_grad()
+        return seen["sampled"]
 
-    monkeypatch.setattr(DMD2, "sample_as_student", drawn)
-    module.loss(a_draw(), 4, STUDENT_STEP).sum().backward()
-    x = seen["drawn"].detach()
-    sigma = (0.02 + 0.96 * a_draw().uniform("matching"))[:, None]
-    noisy = (1 - sigma) * x[..., 0, 0] + sigma * a_draw().normal("matching noise", x)[..., 0, 0]
+    monkeypatch.setattr(DMD2, "sample_as_student", sampled)
+    module.loss(an_rng(), 4, STUDENT_STEP).sum().backward()
+    x = seen["sampled"].detach()
+    sigma = (0.02 + 0.96 * an_rng().uniform("matching"))[:, None]
+    noisy = (1 - sigma) * x[..., 0, 0] + sigma * an_rng().normal("matching noise", x)[..., 0, 0]
     teacher = noisy - sigma * toy.mixture_velocity(noisy, sigma[:, 0])
     fake = noisy - sigma * module.roles.networks[FAKE_SCORE](noisy, sigma[:, 0])
     gradient = (fake - teacher) / (x[..., 0, 0] - teacher).abs().mean(1, keepdim=True)
-    torch.testing.assert_close(seen["drawn"].grad[..., 0, 0], gradient.detach() / 2, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(seen["sampled"].grad[..., 0, 0], gradient.detach() / 2, atol=1e-5, rtol=1e-4)
 
 
-def test_the_fake_score_learns_what_the_student_draws_by_flow_matching():
+def test_the_fake_score_learns_what_the_student_samples_by_flow_matching():
     module = shaken()
-    found = module.loss(a_draw(), 4, FAKE_STEP)
+    found = module.loss(an_rng(), 4, FAKE_STEP)
     with torch.no_grad():
-        x = drawn_by(module, a_draw())
+        x = sampled_by(module, an_rng())
         sigma, noise = (
-            (0.02 + 0.96 * a_draw().uniform("matching"))[:, None],
-            a_draw().normal("matching noise", x[..., None, None]),
+            (0.02 + 0.96 * an_rng().uniform("matching"))[:, None],
+            an_rng().normal("matching noise", x[..., None, None]),
         )
         velocity = module.roles.networks[FAKE_SCORE]((1 - sigma) * x + sigma * noise[..., 0, 0], sigma[:, 0])
     torch.testing.assert_close(found, (velocity - (noise[..., 0, 0] - x)).pow(2).mean(1))
@@ -120,9 +120,9 @@ def test_the_fake_score_learns_what_the_student_draws_by_flow_matching():
 def test_the_student_is_trained_on_points_that_it_comes_to_by_itself(renoise, steps):
     """Backward simulation of both kinds: the steps before the trained one are the sampler's own."""
     task = replace(TOY, student=Student(num_inference_steps=steps, renoise=renoise))
-    module, rng, like = shaken(task), a_draw(16), torch.zeros(16, 2, 1, 1)
+    module, rng, like = shaken(task), an_rng(16), torch.zeros(16, 2, 1, 1)
     sigmas = torch.linspace(1, 0, steps + 1)[:-1]
-    found = drawn_by(module, rng, 16)
+    found = sampled_by(module, rng, 16)
     last = (rng.uniform("student step") * steps).long()
     assert set(last.tolist()) == set(range(steps))
     x = rng.normal("noise", like)[..., 0, 0]
@@ -140,7 +140,7 @@ def test_the_student_is_trained_on_points_that_it_comes_to_by_itself(renoise, st
 @pytest.mark.parametrize("progress", [STUDENT_STEP, FAKE_STEP, None])
 def test_a_batch_has_the_losses_of_its_samples(progress):
     module = shaken()
-    together = module.loss(a_draw(), 4, progress)
+    together = module.loss(an_rng(), 4, progress)
     alone = [module.loss(SampleRNG(3, [SampleAddress(0, n)]), 1, progress) for n in range(4)]
     torch.testing.assert_close(together, torch.cat(alone), atol=1e-5, rtol=1e-4)
 
@@ -149,7 +149,7 @@ def test_each_step_reaches_its_own_part_and_nothing_else():
     module = shaken()
     for progress, trained in ((STUDENT_STEP, MODEL), (FAKE_STEP, FAKE_SCORE)):
         module.zero_grad()
-        module.loss(a_draw(), 4, progress).mean().backward()
+        module.loss(an_rng(), 4, progress).mean().backward()
         reached = {name for name, p in module.named_parameters() if p.grad is not None and p.grad.abs().sum() > 0}
         assert reached == set(module.trained_parts()[trained])
 

@@ -88,7 +88,7 @@ def test_a_batch_has_the_losses_of_its_samples(training_module, samples):
     assert_close(losses(module, masked), torch.cat([losses(module, [sample]) for sample in masked]))
 
 
-def test_without_the_extra_input_a_mask_changes_no_bit_and_no_unit_looks_at_it(training_module, samples):
+def test_without_the_extra_input_a_mask_changes_no_bit_and_no_unit_reads_it(training_module, samples):
     module = training_module()
     masked = with_masks(samples, *np.zeros((3, *LATENTS)))
     assert torch.equal(losses(module, masked), losses(module, samples))
@@ -106,7 +106,7 @@ def test_an_objective_that_knows_no_mask_refuses_it(training_module):
         training_module(AutoencoderLoss(extra_inputs=["loss_mask"]))
 
 
-def test_drawing_knows_no_mask(pipe):
+def test_sampling_reads_no_mask(pipe):
     assert "loss_mask" not in pipe.call_defaults
     with pytest.raises(ValueError, match="has no argument 'loss_mask'"):
         pipe.generate([{"prompt": "a", "loss_mask": None}])
@@ -128,9 +128,9 @@ def folder(tmp_path_factory):
 
 @pytest.mark.parametrize("size", [{"height": 32, "width": 32}, {"buckets": True, "max_pixels": 1024}, {}])
 def test_a_mask_is_mirrored_and_cropped_as_its_image(folder, size):
-    chance = Augmentation(flip=0.5, random_crop=True)
+    augmentation = Augmentation(flip=0.5, random_crop=True)
     keys = ["image", "loss_mask"]
-    made = UnifiedDataset.from_folder(str(folder), data_file_keys=keys, augmentation=chance, **size)
+    made = UnifiedDataset.from_folder(str(folder), data_file_keys=keys, augmentation=augmentation, **size)
     made.scan(required=keys)
     rows = [made.sample(SampleAddress(epoch, n), seed=0)[0] for epoch in range(8) for n in range(3)]
     assert all(row["image"] == row["loss_mask"] for row in rows)

@@ -1,4 +1,4 @@
-"""How a few-step student draws: with fresh noise at each step if it learned so, and in the steps its weights bring."""
+"""A few-step student samples with fresh noise at each step if it learned so, and in the steps that its weights name."""
 
 import functools
 import json
@@ -40,7 +40,7 @@ STUDENT = {"num_inference_steps": 3, "cfg_scale": 1, "sigmas": None, "sampler": 
 
 @pytest.fixture(scope="module")
 def families() -> dict:
-    """A pipeline of each family, which are only drawn with."""
+    """A pipeline of each family, used for sampling only."""
     pipes = {"qwen_image": untrained(), "flux2": tiny_flux2.pipeline()}
     for pipe in pipes.values():
         pipe.load_models()
@@ -89,12 +89,12 @@ def test_where_the_velocity_is_exact_a_step_ends_at_the_data_noised_anew():
     torch.testing.assert_close(found[1], clean - 0.25 * (noise - clean))  # the last one ends at the data
 
 
-def test_one_step_draws_no_further_noise(pipe):
+def test_one_step_adds_no_further_noise(pipe):
     once = {**RENOISED, "num_inference_steps": 1}
     assert torch.equal(end(pipe, once), end(pipe, {**once, "sampler": "euler"}))
 
 
-def test_a_seed_draws_its_picture_again_alone_or_in_company(family):
+def test_a_seed_samples_its_picture_again_alone_or_in_company(family):
     seeds = [{**RENOISED, "seed": seed} for seed in (3, 4)]
     together = end(family, *seeds)
     torch.testing.assert_close(together, torch.cat([end(family, own) for own in seeds]), **ALIKE)
@@ -102,7 +102,7 @@ def test_a_seed_draws_its_picture_again_alone_or_in_company(family):
     assert (together[0] - together[1]).abs().max() > 0.1
 
 
-def test_without_a_seed_each_drawing_is_another(pipe):
+def test_without_a_seed_each_sample_is_another(pipe):
     shared, posi, nega = pipe.prepare([{**RENOISED, "seed": None}])
     assert (pipe.denoise(shared, posi, nega) - pipe.denoise(shared, posi, nega)).abs().max() > 0.1
 
@@ -143,7 +143,7 @@ def exported(task=None, seed: int = 0, **options) -> Path:
 
 
 def says(pipe, **request) -> dict:
-    """How a request is drawn."""
+    """How a request is sampled."""
     whole = pipe.complete(request)
     return {name: whole[name] for name in pipe.sampling_arguments}
 
@@ -156,14 +156,16 @@ def test_a_students_adapter_brings_its_settings_under_any_names(options):
     assert says(pipe) == STUDENT
 
 
-def test_a_call_that_says_nothing_draws_as_the_student_does():
+def test_a_call_that_says_nothing_samples_as_the_student_does():
     pipe, steps = untrained(), []
     pipe.load_models()
     pipe.load_adapter(exported(student()))
     pipe.decode = lambda latents, request: latents
-    drawn = pipe("a red apple", seed=3, **SIZE, progress_bar_cmd=lambda timesteps: steps.extend(timesteps) or timesteps)
+    sampled = pipe(
+        "a red apple", seed=3, **SIZE, progress_bar_cmd=lambda timesteps: steps.extend(timesteps) or timesteps
+    )
     assert len(steps) == 3
-    torch.testing.assert_close(drawn, end(pipe, {**RENOISED, "sampler": "euler"}))
+    torch.testing.assert_close(sampled, end(pipe, {**RENOISED, "sampler": "euler"}))
 
 
 def test_what_a_request_says_itself_counts():
@@ -185,7 +187,7 @@ def test_an_adapter_that_says_nothing_changes_nothing(tmp_path):
 
 
 @pytest.mark.parametrize("student_first", [True, False])
-def test_a_students_adapter_and_a_style_add_up_and_the_student_says_how_to_draw(student_first):
+def test_a_students_adapter_and_a_style_add_up_and_the_student_says_how_to_sample(student_first):
     pipe, files = untrained(), [exported(student()), exported(seed=1)]
     pipe.load_models(["dit"])
     noise, layer = torch.randn(2, 128), pipe.dit.get_submodule(LAYER)
@@ -199,7 +201,7 @@ def test_a_students_adapter_and_a_style_add_up_and_the_student_says_how_to_draw(
     assert says(pipe) == STUDENT
 
 
-def test_students_that_draw_alike_go_together_and_others_are_named_unless_the_request_decides():
+def test_students_that_sample_alike_go_together_and_others_are_named_unless_the_request_decides():
     pipe, file, other = untrained(), exported(student()), exported(student(num_inference_steps=5))
     for path in (file, exported(student(), seed=1)):
         pipe.use_sampling_settings_of(path)
@@ -221,23 +223,29 @@ def script(entry: str, *overrides: str) -> list[Path]:
 
 
 @pytest.fixture
-def drawn(tmp_path):
-    """How generate.py says that it drew, and what."""
+def sampled(tmp_path):
+    """The sampling settings that generate.py reports, and the pixels."""
 
-    def draw(*overrides: str) -> tuple[dict, np.ndarray]:
-        options = ["prompt=an apple", "options.height=32", "options.width=32", f"output={tmp_path}/drawn", "device=cpu"]
+    def sample(*overrides: str) -> tuple[dict, np.ndarray]:
+        options = [
+            "prompt=an apple",
+            "options.height=32",
+            "options.width=32",
+            f"output={tmp_path}/sampled",
+            "device=cpu",
+        ]
         (path,) = script("generate", *options, *overrides)
         image = Image.open(path)
         kept = json.loads(image.text["parameters"])
         return {name: kept[name] for name in MODEL}, np.array(image, dtype=int)
 
-    return draw
+    return sample
 
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory) -> Path:
-    """Pictures that say from which seed they were drawn."""
-    folder = tiny.write_dataset(tmp_path_factory.mktemp("drawn") / "data", count=4)
+    """Images with the seeds that they were sampled from."""
+    folder = tiny.write_dataset(tmp_path_factory.mktemp("sampled") / "data", count=4)
     rows = [{"image": f"{n}.png", "prompt": f"a {n}", "seed": n, "rand_device": "cpu"} for n in range(4)]
     return tiny.write_rows(folder, rows)
 
@@ -252,21 +260,21 @@ def weights_of(folder: Path, data: Path, *overrides: str) -> Path:
     return file
 
 
-def test_a_trained_adapter_needs_no_hints_and_neither_does_what_it_is_merged_into(data, drawn, tmp_path):
+def test_a_trained_adapter_needs_no_hints_and_neither_does_what_it_is_merged_into(data, sampled, tmp_path):
     file = weights_of(tmp_path / "run", data, "optimizer.lr=0.05")
-    found, pixels = drawn(f"lora_path={file}")
-    told, the_same = drawn(f"lora_path={file}", *EXPLICIT)
+    found, pixels = sampled(f"lora_path={file}")
+    told, the_same = sampled(f"lora_path={file}", *EXPLICIT)
     assert found == told == STUDENT and np.array_equal(pixels, the_same)
     (merged,) = script("fuse", f"lora_path={file}", f"output={tmp_path}/merged")
-    found, again = drawn(f"model.dit.path={merged}")
+    found, again = sampled(f"model.dit.path={merged}")
     assert found == STUDENT and np.abs(pixels - again).max() <= 1
 
 
-def test_a_fully_trained_student_needs_no_hints(data, drawn, tmp_path):
+def test_a_fully_trained_student_needs_no_hints(data, sampled, tmp_path):
     file = weights_of(tmp_path / "run", data, "lora=none", "optimizer.lr=1e-3")
     model = [f"model.dit.path={file}", f"model.dit.config={tiny.model()}/transformer"]
-    found, pixels = drawn(*model)
-    assert found == STUDENT and np.array_equal(pixels, drawn(*model, *EXPLICIT)[1])
+    found, pixels = sampled(*model)
+    assert found == STUDENT and np.array_equal(pixels, sampled(*model, *EXPLICIT)[1])
 
 
 def test_a_merged_student_stays_one_and_an_adapter_of_its_own_comes_first(tmp_path):
@@ -279,7 +287,7 @@ def test_a_merged_student_stays_one_and_an_adapter_of_its_own_comes_first(tmp_pa
 
 
 @pytest.mark.parametrize("entry", ["generate", "fuse"])
-def test_adapters_that_draw_differently_are_refused_before_weights_are_read(tmp_path, monkeypatch, entry):
+def test_adapters_that_sample_differently_are_refused_before_weights_are_read(tmp_path, monkeypatch, entry):
     files = [exported(student(num_inference_steps=steps)) for steps in (3, 5)]
     monkeypatch.setattr(models, "load_weights", None)
     with pytest.raises(ValueError, match=f"{files[0]} .*=3, {files[1]} .*=5: use one of the two, or set options"):
@@ -295,7 +303,7 @@ FLUX2 = {
 
 
 @pytest.mark.parametrize("name", FLUX2)
-def test_models_of_one_family_are_drawn_each_in_its_own_way(name):
+def test_models_of_one_family_are_sampled_each_in_its_own_way(name):
     model, own = tiny.compose("generate", f"model={name}").model, FLUX2[name]
     assert {key: model[key] for key in own} == own
     assert says(tiny_flux2.pipeline(**own)) == {**MODEL, **own}

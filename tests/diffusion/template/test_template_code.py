@@ -202,7 +202,7 @@ def test_a_hub_that_does_not_answer_is_said_to(hub, monkeypatch):
 
 def test_with_consent_the_whole_repository_comes_each_commit_by_itself(hub):
     asked = [ModelConfig(model_id=MODEL_ID, revision=COMMIT[name], trust_remote_code=True) for name in "ab"]
-    with pytest.raises(ValueError):  # its code is looked at first, which must not be taken for all of it
+    with pytest.raises(ValueError):  # an earlier read of its code must not be taken for all of it
         find_template(ModelConfig(model_id=MODEL_ID, revision=COMMIT["a"]))
     folders = [find_template(config) for config in [*asked, asked[0]]]
     assert folders[0] == folders[2] != folders[1]

@@ -1,4 +1,4 @@
-"""Templates of FLUX.2, for drawing and for editing; the guide's code; and the released size."""
+"""Templates of FLUX.2, for generation and for editing; the guide's code; and the released size."""
 
 import shutil
 from functools import partial
@@ -30,7 +30,7 @@ from diffsynth.training.accelerator import make_accelerator
 from diffsynth.training.checks import scan
 
 EDITING = FlowMatchSFT(trainable_models=["template_model"], extra_inputs=["edit_image"])
-DRAWING = FlowMatchSFT(trainable_models=["template_model"])
+GENERATING = FlowMatchSFT(trainable_models=["template_model"])
 
 
 @pytest.fixture
@@ -78,7 +78,7 @@ def gradients(module: PipelineTrainingModule, samples: list[Sample]) -> dict[str
     return {name: p.grad.clone() for name, p in module.named_parameters() if p.grad is not None}
 
 
-@pytest.mark.parametrize("task", [DRAWING, EDITING])
+@pytest.mark.parametrize("task", [GENERATING, EDITING])
 def test_gradients_reach_all_of_the_template_and_nothing_else_and_a_batch_is_its_samples(task, folder, data):
     module, rows = training(folder, task).load(), dataset(data, task)
     samples = [Sample(rows[number], 0, number) for number in range(3)]
@@ -93,7 +93,7 @@ def test_gradients_reach_all_of_the_template_and_nothing_else_and_a_batch_is_its
         assert torch.allclose(gradient, whole[name], atol=1e-7), name
 
 
-@pytest.mark.parametrize("task", [DRAWING, EDITING])
+@pytest.mark.parametrize("task", [GENERATING, EDITING])
 def test_two_stages_are_the_same_training_as_one(task, folder, data, tmp_path):
     rows, module = dataset(data, task), training(folder, task)
     made = launch_data_process_task(make_accelerator("cpu", "float32"), rows, module, tmp_path / "cache").made
@@ -104,7 +104,7 @@ def test_two_stages_are_the_same_training_as_one(task, folder, data, tmp_path):
     assert stage_two.pipe.text_encoder is None
 
 
-def test_a_run_of_an_editing_base_draws_its_rows(folder, data, tmp_path):
+def test_a_run_of_an_editing_base_samples_its_rows(folder, data, tmp_path):
     """As the guide says: only what is edited has to be named."""
     rows = (
         "{_target_: diffsynth.core.data.UnifiedDataset.from_folder, metadata: metadata.jsonl, height: 32, width: 32, "
@@ -163,7 +163,7 @@ image.save("image.png")
 """  # noqa: E501
 
 
-def test_the_drawing_code_of_the_guide_draws(tmp_path, monkeypatch):
+def test_the_sampling_code_of_the_guide_runs(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("DIFFSYNTH_SKIP_DOWNLOAD", "1")
     monkeypatch.delenv("DIFFSYNTH_MODEL_BASE_PATH", raising=False)
@@ -197,7 +197,9 @@ def test_a_template_as_its_users_write_it_trains_klein_4b_without_a_change(tmp_p
         template = Template(code, code.model())
     use_joint_attention(pipe.dit)
     options = {"trained_dtype": "bfloat16", "checkpointing": "blocks"}  # there is no autocast of no values
-    module = PipelineTrainingModule(pipe, DRAWING, template=template, memory=MemoryRecipe(**options)).load(cached=True)
+    module = PipelineTrainingModule(pipe, GENERATING, template=template, memory=MemoryRecipe(**options)).load(
+        cached=True
+    )
     optimizer = torch.optim.AdamW(module.trainable_parameters())
     losses = module([Sample(cached_row(), 0, number) for number in range(2)])
     losses.mean().backward()

@@ -1,4 +1,4 @@
-"""Drawing with templates: several at once, on either side of guidance, one in memory at a time."""
+"""Sampling with templates: several at once, on either side of guidance, one in memory at a time."""
 
 import gc
 import json
@@ -77,27 +77,27 @@ def some_text(seed: int, length: int = 2) -> torch.Tensor:
 # One template ---------------------------------------------------------------------------------------------------------
 
 
-def test_a_template_draws_another_picture_and_its_input_decides_which(load, pipe):
+def test_a_template_samples_another_picture_and_its_input_decides_which(load, pipe):
     template = load(0)
-    plain, *drawn = (
+    plain, *sampled = (
         template(pipe, prompt=PROMPT, **SIZE)
         if scale is None
         else template(pipe, prompt=PROMPT, template_inputs=[{"scale": scale}], **SIZE)
         for scale in (None, 0.1, 0.9)
     )
     assert np.array_equal(pixels(plain), pixels(pipe(PROMPT, **SIZE)))
-    assert not any(np.array_equal(pixels(plain), pixels(image)) for image in drawn)
-    assert not np.array_equal(pixels(drawn[0]), pixels(drawn[1]))
+    assert not any(np.array_equal(pixels(plain), pixels(image)) for image in sampled)
+    assert not np.array_equal(pixels(sampled[0]), pixels(sampled[1]))
 
 
 def test_what_a_template_makes_is_what_the_pipeline_takes(load, pipe):
     template = load(0)
-    drawn = template(
+    sampled = template(
         pipe, prompt=PROMPT, template_inputs=[{"scale": 0.9}], negative_template_inputs=[{"scale": 0.2}], **SIZE
     )
     made = template.arguments(pipe, [{"scale": 0.9}], [{"scale": 0.2}])
     assert made.keys() == {"kv_cache", "negative_kv_cache"}
-    assert np.array_equal(pixels(drawn), pixels(pipe(PROMPT, **made, **SIZE)))
+    assert np.array_equal(pixels(sampled), pixels(pipe(PROMPT, **made, **SIZE)))
 
 
 @pytest.mark.parametrize("name, make", [("lora", some_lora), ("extra_text_embedding", some_text), ("kv_cache", None)])
@@ -121,7 +121,7 @@ def test_each_prediction_reads_its_own_side(name, make, pipe, load):
     assert not torch.allclose(predict(**{f"negative_{name}": None}), predict(), atol=1e-3)
 
 
-def test_a_lora_input_draws_what_the_file_draws(load, pipe, load_pipe, tiny, tmp_path):
+def test_a_lora_input_samples_what_the_file_samples(load, pipe, load_pipe, tiny, tmp_path):
     from safetensors.torch import save_file
 
     save_file(some_lora(0), tmp_path / "a.safetensors")
@@ -200,10 +200,10 @@ def test_lazy_loading_holds_one_at_a_time_and_loads_each_once(load, pipe, monkey
 
     monkeypatch.setattr(template_model, "_construct", counted)
     sides = [{"model_id": n, "scale": 0.5, "give": {}} for n in (0, 1, 2, 1, 0)], [{"model_id": 0, "scale": 0.1}]
-    drawn = lazy(pipe, *sides, prompt=PROMPT, **SIZE)
+    sampled = lazy(pipe, *sides, prompt=PROMPT, **SIZE)
     assert loads == ["ScaleTemplate", "Template", "Gives"] and most == [1]
     monkeypatch.undo()
-    assert np.array_equal(pixels(drawn), pixels(load(0, 1, 2)(pipe, *sides, prompt=PROMPT, **SIZE)))
+    assert np.array_equal(pixels(sampled), pixels(load(0, 1, 2)(pipe, *sides, prompt=PROMPT, **SIZE)))
 
 
 # Mistakes -------------------------------------------------------------------------------------------------------------
@@ -231,7 +231,7 @@ def test_lazy_loading_holds_one_at_a_time_and_loads_each_once(load, pipe, monkey
         ({"model_id": 2, "give": {"extra_text_embedding": torch.ones(1, 2, 128) / 0}}, "holds NaN or infinite"),
     ],
 )
-def test_what_cannot_be_drawn_is_named(inputs, message, load, pipe):
+def test_what_cannot_be_sampled_is_named(inputs, message, load, pipe):
     with pytest.raises(ValueError, match=message):
         load(0, 1, 2)(pipe, prompt=PROMPT, template_inputs=[inputs], **SIZE)
 
@@ -262,10 +262,10 @@ def test_a_template_that_is_not_in_order_is_refused_at_once(load, folders):
 
 @pytest.fixture
 def generate(tmp_path):
-    """The pixels of a file and its parameters, as `python generate.py` draws it."""
+    """The pixels of a file and its parameters, as `python generate.py` samples it."""
 
-    def draw(*overrides: str) -> tuple[np.ndarray, dict]:
-        output = tmp_path / f"drawn-{len(list(tmp_path.iterdir()))}"
+    def sample(*overrides: str) -> tuple[np.ndarray, dict]:
+        output = tmp_path / f"sampled-{len(list(tmp_path.iterdir()))}"
         small = [
             "options.num_inference_steps=2",
             "options.height=32",
@@ -277,29 +277,29 @@ def generate(tmp_path):
         (path, *_) = tiny.call("generate", cfg)
         return np.array(Image.open(path), dtype=int), json.loads(Image.open(path).text["parameters"])
 
-    return draw
+    return sample
 
 
-def test_the_command_line_draws_with_templates(generate, folders):
+def test_the_command_line_samples_with_templates(generate, folders):
     one = [f"template.path={folders[0]}", "template_inputs=[{scale: 0.8}]"]
     plain, _ = generate()
-    drawn, parameters = generate(*one)
+    sampled, parameters = generate(*one)
     guided, _ = generate(*one, "negative_template_inputs=[{scale: 0.2}]")
-    assert not np.array_equal(plain, drawn) and not np.array_equal(drawn, guided)
+    assert not np.array_equal(plain, sampled) and not np.array_equal(sampled, guided)
     assert parameters["template_inputs"] == [{"scale": 0.8}] and parameters["negative_template_inputs"] == []
     assert parameters["templates"] == [str(folders[0] / "model.py")]
     several = [
         f"template.path=[{folders[0]},{folders[1]}]",
         "template_inputs=[{scale: 0.8}, {model_id: 1, scale: 0.1}]",
     ]
-    assert not np.array_equal(generate(*several)[0], drawn)
+    assert not np.array_equal(generate(*several)[0], sampled)
 
 
 def test_the_command_line_opens_files(generate, tmp_path):
     takes = GIVES.replace('return {"give": give}', 'return {"give": {"exponential_shift_mu": give.size[0] / 32}}')
     folder = templates.write(tmp_path / "takes", takes)
-    drawn, parameters = generate(f"template.path={folder}", f"template_inputs=[{{give: {tiny.dataset()}/0.png}}]")
-    assert np.array_equal(drawn, generate("+options.exponential_shift_mu=1.0")[0])
+    sampled, parameters = generate(f"template.path={folder}", f"template_inputs=[{{give: {tiny.dataset()}/0.png}}]")
+    assert np.array_equal(sampled, generate("+options.exponential_shift_mu=1.0")[0])
     assert parameters["template_inputs"][0]["give"].endswith("0.png")
 
 

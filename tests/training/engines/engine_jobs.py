@@ -1,4 +1,4 @@
-"""Runs of train.py one after another in the ranks of a group, each under the engine that its job names.
+"""Run train.py several times in the ranks of a group, each time under the engine that the job names.
 
 A job is `{engine, overrides}`. With `cut_off` it says after which step its power is cut, with `poisoned` in which step
 its losses are NaN, with `split` that processes share the tokens of a sample.
@@ -48,7 +48,7 @@ def run(
 
 @contextmanager
 def power(cut_off: int | None) -> Iterator[None]:
-    """Until it is cut in the middle of the step after `cut_off`."""
+    """Inside, training ends by a power cut in the middle of the step after `cut_off`; None cuts nothing."""
 
     def cut():
         raise tiny.PowerCut
@@ -62,7 +62,7 @@ def power(cut_off: int | None) -> Iterator[None]:
 
 @contextmanager
 def poison(step: int | None) -> Iterator[None]:
-    """The losses of one step, counted from 1, are NaN."""
+    """Inside, the losses of one step, counted from 1, are NaN."""
     from diffsynth.training.state import TrainingState
 
     backward = TrainingState.backward

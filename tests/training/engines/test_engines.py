@@ -30,7 +30,7 @@ STEPS = [
     "ema.decay=0.5",
     "export.save_steps=4",
 ]
-LOOKING = [
+EVALUATING = [
     "validation=base",
     "validation.prompts=[a red emoji]",
     "validation.weights=[raw,ema]",
@@ -83,7 +83,7 @@ def alone(tmp_path_factory):
     """A folder of runs, a folder each by engine, that one process made."""
     root = tmp_path_factory.mktemp("alone")
     engines = ("ddp", "zero2", "zero3_offload")
-    work(1, [job(root / name, name, *ACCUMULATION, *LOOKING) for name in engines])
+    work(1, [job(root / name, name, *ACCUMULATION, *EVALUATING) for name in engines])
     return root
 
 
@@ -94,7 +94,7 @@ def test_zero_trains_what_ddp_trains(alone, engine):
 
 
 @pytest.mark.parametrize("engine", ["zero2", "zero3_offload"])
-def test_zero_is_looked_at_as_ddp_is(alone, engine):
+def test_zero_is_evaluated_as_ddp_is(alone, engine):
     for name in ("held_out_loss", "ema_held_out_loss"):
         assert_close(logged(alone / engine, name), logged(alone / "ddp", name), **CLOSE)
     assert len(logged(alone / engine, "held_out_loss")) == 2
@@ -122,7 +122,7 @@ EACH_ALONE = [*STEPS, "micro_batch_size=1", "memory=checkpointing"]
 def together(tmp_path_factory):
     """A folder of runs of two processes with samples, or tokens, of their own; cut off under DDP, FSDP2 goes on."""
     root = tmp_path_factory.mktemp("together")
-    samples, tokens = (root / "samples", EACH_ALONE), (root / "tokens", [*ACCUMULATION, *LOOKING])
+    samples, tokens = (root / "samples", EACH_ALONE), (root / "tokens", [*ACCUMULATION, *EVALUATING])
     jobs = [job(samples[0], "ddp", *samples[1], cut_off=3), job(samples[0], "fsdp2", *samples[1])]
     jobs += [job(tokens[0], "ddp", *tokens[1], cut_off=3, split=True), job(tokens[0], "context_parallel", *tokens[1])]
     work(2, jobs)
@@ -134,10 +134,10 @@ def test_fsdp2_in_two_processes_trains_what_one_trains_and_takes_its_run_up(toge
 
 
 @pytest.mark.slow
-def test_fsdp2_is_looked_at_as_ddp_is_and_leaves_its_run_to_it(tmp_path, alone):
+def test_fsdp2_is_evaluated_as_ddp_is_and_leaves_its_run_to_it(tmp_path, alone):
     run = tmp_path / "run"
-    jobs = [job(run, "fsdp2", *EACH_ALONE, *LOOKING, cut_off=3), job(run, "ddp", *EACH_ALONE, *LOOKING)]
-    work(2, [*jobs, job(tmp_path / "fsdp2", "fsdp2", *EACH_ALONE, *LOOKING)])
+    jobs = [job(run, "fsdp2", *EACH_ALONE, *EVALUATING, cut_off=3), job(run, "ddp", *EACH_ALONE, *EVALUATING)]
+    work(2, [*jobs, job(tmp_path / "fsdp2", "fsdp2", *EACH_ALONE, *EVALUATING)])
     for root in (run, tmp_path / "fsdp2"):
         assert_same(root, alone / "ddp")
         assert_close(logged(root, "grad_norm"), logged(alone / "ddp", "grad_norm"), **CLOSE)
@@ -156,7 +156,7 @@ def test_zero_in_two_processes_trains_what_one_trains(tmp_path, alone):
     engines = ("zero2", "zero2_offload", "zero3_offload")
     cut = [job(tmp_path / f"{name}_then_on", name, *EACH_ALONE, cut_off=3) for name in engines]
     on = [job(tmp_path / f"{name}_then_on", name, *EACH_ALONE) for name in engines]
-    work(2, [*(job(tmp_path / name, name, *EACH_ALONE, *LOOKING) for name in engines), *cut, *on])
+    work(2, [*(job(tmp_path / name, name, *EACH_ALONE, *EVALUATING) for name in engines), *cut, *on])
     for name in engines:
         assert_same(tmp_path / name, alone / "ddp")
         assert_same(tmp_path / f"{name}_then_on", alone / "ddp")
@@ -165,7 +165,7 @@ def test_zero_in_two_processes_trains_what_one_trains(tmp_path, alone):
 @pytest.mark.slow
 def test_tokens_are_split_under_zero_as_well(tmp_path, alone):
     engines = ("zero2", "zero3_offload")
-    work(2, [job(tmp_path / name, name, *ACCUMULATION, *LOOKING, split=True) for name in engines])
+    work(2, [job(tmp_path / name, name, *ACCUMULATION, *EVALUATING, split=True) for name in engines])
     for name in engines:
         assert_same(tmp_path / name, alone / "ddp")
         assert_close(logged(tmp_path / name, "held_out_loss"), logged(alone / "ddp", "held_out_loss"), **CLOSE)
@@ -233,7 +233,7 @@ def test_several_optimizers_are_refused_with_the_way_out(refused):
 
 @pytest.mark.parametrize("engine", ["zero2", "zero3_offload", "fsdp2"])
 @pytest.mark.parametrize("optimizer", ["prodigy", "schedule_free"])
-def test_optimizers_that_look_at_whole_tensors_are_refused(refused, engine, optimizer):
+def test_optimizers_that_read_whole_tensors_are_refused(refused, engine, optimizer):
     assert "choose optimizer=adamw" in refused(engine, BLOCKS, f"optimizer={optimizer}")
 
 

@@ -34,7 +34,7 @@ def folder(tmp_path):
 
 
 def colours(run_dir) -> int:
-    """How many colours there are in a receipt's picture, roughly."""
+    """How many colours there are in a data report's picture, roughly."""
     sheet = Image.open(run_dir / "data_report.png").convert("RGB").resize((64, 16))
     return len(np.unique(np.asarray(sheet).reshape(-1, 3), axis=0))
 
@@ -62,14 +62,14 @@ def test_images_that_are_validated_on_as_well_are_found_though_they_were_saved_a
     picture(3).save(held_out / "again.jpg", quality=95, subsampling=0)
     picture(9).save(held_out / "other.png")
     tiny.write_rows(held_out, [{"image": name, "prompt": "a dog"} for name in ("other.png", "again.jpg")])
-    looks = [
+    validation = [
         "validation=base",
         "validation.loss_samples=1",
         "+validation.datasets.held_out._target_=diffsynth.core.data.UnifiedDataset",
         f"+validation.datasets.held_out.base_path={held_out}",
     ]
     with caplog.at_level("INFO"):
-        content = data_report(tiny.train(tmp_path / "runs", *ONE_STEP, f"dataset.path={folder}", *looks))
+        content = data_report(tiny.train(tmp_path / "runs", *ONE_STEP, f"dataset.path={folder}", *validation))
     assert content["also_in_validation"] == {"held_out": [[3, 1]]}
     assert "1 nearly equal to one of validation.datasets.held_out" in caplog.text
 

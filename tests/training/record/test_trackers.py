@@ -1,4 +1,4 @@
-"""Numbers and pictures where people look at them: read back by the services' own libraries."""
+"""Metrics and images in the trackers, read back by the services' own libraries."""
 
 import json
 import struct
@@ -11,7 +11,7 @@ import tiny
 
 from diffsynth.training.record import trackers
 
-LOOKS = [
+EVALUATING = [
     "validation=base",
     "validation.prompts=[a rocket]",
     "validation.options.num_inference_steps=2",
@@ -33,7 +33,7 @@ def expected(run_dir: Path) -> dict[str, list]:
 def test_tensorboard_files_hold_every_number_once_and_the_pictures(tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    run_dir = tiny.train(tmp_path, "logger=tensorboard", "logger.every=1", *LOOKS)
+    run_dir = tiny.train(tmp_path, "logger=tensorboard", "logger.every=1", *EVALUATING)
     events = EventAccumulator(str(run_dir / "tensorboard"))
     events.Reload()
     for name, points in expected(run_dir).items():
@@ -63,7 +63,7 @@ def wandb_history(file: Path) -> dict[str, list]:
 
 def test_an_offline_wandb_run_holds_every_number_once_and_the_pictures(tmp_path, monkeypatch):
     monkeypatch.setenv("WANDB_SILENT", "true")
-    run_dir = tiny.train(tmp_path, "logger=wandb", "logger.trackers.wandb.mode=offline", "logger.every=1", *LOOKS)
+    run_dir = tiny.train(tmp_path, "logger=wandb", "logger.trackers.wandb.mode=offline", "logger.every=1", *EVALUATING)
     (file,) = run_dir.glob("wandb/offline-run-*/*.wandb")
     history = wandb_history(file)
     for name, points in expected(run_dir).items():
@@ -89,7 +89,7 @@ def test_a_trackio_run_holds_every_number_once(tmp_path, monkeypatch):
     storage = pytest.importorskip("trackio.sqlite_storage")
     for module in [module for name, module in sys.modules.items() if name.startswith("trackio")]:
         monkeypatch.setattr(module, "TRACKIO_DIR", tmp_path / "trackio", raising=False)
-    run_dir = tiny.train(tmp_path, "logger=trackio", "logger.every=1", *LOOKS)
+    run_dir = tiny.train(tmp_path, "logger=trackio", "logger.every=1", *EVALUATING)
     logs = storage.SQLiteStorage.get_logs("diffsynth", run_dir.name)
     for name, points in expected(run_dir).items():
         assert [(log["step"], log[name]) for log in logs if name in log] == points
@@ -97,5 +97,7 @@ def test_a_trackio_run_holds_every_number_once(tmp_path, monkeypatch):
 
 def test_a_swanlab_run_stays_here_when_it_is_told_to(tmp_path):
     pytest.importorskip("swanlab")
-    run_dir = tiny.train(tmp_path, "logger=swanlab", "logger.trackers.swanlab.mode=local", "logger.every=1", *LOOKS)
+    run_dir = tiny.train(
+        tmp_path, "logger=swanlab", "logger.trackers.swanlab.mode=local", "logger.every=1", *EVALUATING
+    )
     assert any(path.is_file() for path in (run_dir / "swanlab").rglob("*"))

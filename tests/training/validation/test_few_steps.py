@@ -36,11 +36,11 @@ def teacher(tmp_path_factory) -> Path:
     """The teacher's pictures: `train`, and `held_out` of seeds from 100 on."""
     folder = tmp_path_factory.mktemp("teacher")
     for name, first_seed in {"train": 0, "held_out": 100}.items():
-        draw(folder / name, f"dataset.first_seed={first_seed}")
+        sample(folder / name, f"dataset.first_seed={first_seed}")
     return folder
 
 
-def draw(folder: Path, *overrides: str) -> None:
+def sample(folder: Path, *overrides: str) -> None:
     prompts = folder.with_suffix(".txt")
     prompts.write_text("\n".join(PROMPTS))
     size = ["dataset.height=32", "dataset.width=32"]
@@ -48,7 +48,7 @@ def draw(folder: Path, *overrides: str) -> None:
 
 
 def evaluating(teacher: Path, *overrides: str) -> list[str]:
-    """A training that looks at three rows, and shows two of them."""
+    """A training that evaluates on three rows and shows two of them."""
     small = ["validation=few_steps", "validation.few_steps.pictures=2", "validation.few_steps.batch_size=2"]
     data = [f"dataset.path={teacher}/train", f"validation.few_steps.dataset.path={teacher}/held_out"]
     return [*HOW, "dataset=cache", "optimizer.lr=0.01", *small, *data, *overrides]
@@ -56,7 +56,7 @@ def evaluating(teacher: Path, *overrides: str) -> list[str]:
 
 @pytest.fixture(scope="module")
 def run_dir(teacher, tmp_path_factory) -> Path:
-    """Two steps, looked at before each and after the last."""
+    """A run of two steps, evaluated before each step and after the last."""
     return tiny.train(tmp_path_factory.mktemp("run"), *evaluating(teacher, *BOTH))
 
 
@@ -76,12 +76,12 @@ def compared(teacher):
     return build
 
 
-def looks(run_dir: Path) -> list[dict]:
+def evaluations(run_dir: Path) -> list[dict]:
     return [line for line in tiny.metrics(run_dir) if "student_distance" in line]
 
 
-def drawn(pipe, settings: dict) -> list[torch.Tensor]:
-    """What a pipeline draws of the held-out rows, each alone, from prompt and seed."""
+def sampled(pipe, settings: dict) -> list[torch.Tensor]:
+    """The latents that a pipeline samples for the held-out rows, each alone, from prompt and seed."""
     requests = [{"prompt": prompt, "height": 32, "width": 32, **settings} for prompt in PROMPTS]
     seeded = [{**request, "seed": seed} for seed, request in enumerate(requests, 100)]
     return [pipe.denoise(*pipe.prepare([request])) for request in seeded]
@@ -95,23 +95,23 @@ def distance(name: str, found: list[torch.Tensor], teachers: list[torch.Tensor])
 # What is measured -----------------------------------------------------------------------------------------------------
 
 
-def test_distances_are_those_of_drawing_row_by_row(run_dir, load_pipe):
+def test_distances_are_those_of_sampling_row_by_row(run_dir, load_pipe):
     pipe, few = load_pipe(tiny.model()), {"num_inference_steps": 2, "cfg_scale": 1}
-    teachers = drawn(pipe, TEACHER)
-    base, guided = drawn(pipe, few), drawn(pipe, {**few, "cfg_scale": 3.0})
+    teachers = sampled(pipe, TEACHER)
+    base, guided = sampled(pipe, few), sampled(pipe, {**few, "cfg_scale": 3.0})
     wanted = distance("base", base, teachers) | distance("base_guided", guided, teachers)
-    first, *_, last = looks(run_dir)
+    first, *_, last = evaluations(run_dir)
     assert {name: first[name] for name in wanted} == pytest.approx(wanted, rel=1e-4)
     untrained = distance("student", base, teachers)
     assert {name: first[name] for name in untrained} == pytest.approx(untrained, rel=1e-4)
     pipe.load_adapter(run_dir / "weights" / "step-2.safetensors")
-    trained = distance("student", drawn(pipe, few), teachers)
+    trained = distance("student", sampled(pipe, few), teachers)
     assert {name: last[name] for name in trained} == pytest.approx(trained, rel=1e-4)
     assert trained["student_distance"] != pytest.approx(untrained["student_distance"], rel=1e-3)
 
 
-def test_the_base_is_measured_once_the_student_and_its_average_at_every_look(run_dir):
-    lines = looks(run_dir)
+def test_the_base_is_measured_once_the_student_and_its_average_at_every_evaluation(run_dir):
+    lines = evaluations(run_dir)
     assert [line["step"] for line in lines] == [0, 1, 2]
     assert [any("base" in name for name in line) for line in lines] == [True, False, False]
     assert not any("ema_base" in name for name in lines[0])
@@ -121,27 +121,27 @@ def test_the_base_is_measured_once_the_student_and_its_average_at_every_look(run
 
 def test_the_nearest_student_is_kept(run_dir):
     best = json.loads((run_dir / "weights" / "best.json").read_text())
-    assert best["value"] == min(line["student_distance"] for line in looks(run_dir))
+    assert best["value"] == min(line["student_distance"] for line in evaluations(run_dir))
 
 
-def test_the_student_is_drawn_with_its_own_settings_and_the_base_as_ever(compared, tmp_path, load_pipe):
+def test_the_student_is_sampled_with_its_own_settings_and_the_base_as_ever(compared, tmp_path, load_pipe):
     own = {"sigmas": [1.0, 0.6, 0.3]}
     module, few_steps = compared(student=Student(num_inference_steps=3, **own))
     pipe, few = load_pipe(tiny.model()), {"num_inference_steps": 3, "cfg_scale": 1}
-    wanted = [distance("base", drawn(pipe, few), drawn(pipe, TEACHER))]
-    wanted += [distance("student", drawn(pipe, {**few, **own}), drawn(pipe, TEACHER))]
+    wanted = [distance("base", sampled(pipe, few), sampled(pipe, TEACHER))]
+    wanted += [distance("student", sampled(pipe, {**few, **own}), sampled(pipe, TEACHER))]
     found = few_steps.start(module, tmp_path) | few_steps.evaluate(module, tmp_path, 0)[0]
     for numbers in wanted:
         assert {name: found[name] for name in numbers} == pytest.approx(numbers, rel=1e-4)
 
 
-def test_a_student_that_draws_fresh_noise_draws_it_from_the_rows_seeds(compared, load_pipe):
+def test_a_student_that_adds_fresh_noise_takes_it_from_the_rows_seeds(compared, load_pipe):
     settings = Student(num_inference_steps=3, renoise=True).settings
     module, few_steps = compared()
-    torch.testing.assert_close(few_steps.sample(module, settings), drawn(load_pipe(tiny.model()), settings), **CLOSE)
+    torch.testing.assert_close(few_steps.sample(module, settings), sampled(load_pipe(tiny.model()), settings), **CLOSE)
 
 
-def test_rows_of_several_sizes_are_drawn_in_batches_of_one(tmp_path, compared):
+def test_rows_of_several_sizes_are_sampled_in_batches_of_one(tmp_path, compared):
     (tmp_path / "prompts.txt").write_text("\n".join(PROMPTS))
     node = f"_target_: diffsynth.core.data.prompt_dataset, path: {tmp_path}/prompts.txt, height: 32"
     parts = [f"+dataset.datasets.{name}={{{node}, width: {width}}}" for name, width in {"a": 32, "b": 48}.items()]
@@ -177,7 +177,7 @@ def test_what_is_shown_are_the_thumbnails_of_the_familys_media(compared, monkeyp
     assert (red == (255, 0, 0)).all()
 
 
-def test_every_look_is_a_picture_of_a_column_a_prompt(run_dir):
+def test_every_evaluation_is_a_picture_with_a_column_per_prompt(run_dir):
     shown = [Image.open(path) for path in sorted((run_dir / "samples").glob("few_steps_step-*.png"))]
     assert len(shown) == 3 and {picture.width // 128 for picture in shown} == {2}
     assert Image.open(run_dir / "samples" / "few_steps_progress.png").height == sum(each.height for each in shown)
@@ -234,7 +234,7 @@ FOLDER = f"_target_: diffsynth.core.data.UnifiedDataset.from_folder, path: {tiny
         ),
         (["validation.few_steps.dataset.path={tmp}/nothing"], "nothing"),
         ([f"validation.few_steps.dataset={{{FOLDER}}}"], "UnifiedDataset; expected a CachedDataset"),
-        (["export.keep_best=studnet_distance"], r"validation measures \['student_distance'\]"),
+        (["export.keep_best=studnet_distance"], "set export.keep_best to one of student_distance"),
     ],
 )
 def test_what_cannot_be_compared_is_refused_before_weights_are_read(overrides, message, teacher, tmp_path, monkeypatch):
@@ -247,6 +247,7 @@ def test_what_cannot_be_compared_is_refused_before_weights_are_read(overrides, m
 def test_pictures_of_another_teacher_are_refused(compared, monkeypatch):
     monkeypatch.setattr("diffsynth.diffusion.pipeline.networks.load_weights", None)
     with pytest.raises(
-        ValueError, match="held_out was not made for this training:\n  TeacherSampler: another settings"
+        ValueError,
+        match="held_out was not made for this training:\n  TeacherSampler: the cache was made with teacher.num_",
     ):
         compared(teacher=Teacher(num_inference_steps=3, cfg_scale=3.0))

@@ -1,4 +1,4 @@
-"""What drawings are measured by, on random networks of the real classes."""
+"""The metrics of sampled images, on networks of the real classes with random weights."""
 
 import logging
 import string
@@ -53,12 +53,12 @@ def images() -> list[Image.Image]:
     return [Image.fromarray(p) for p in pixels]
 
 
-def measured(metric, drawn, prompts, targets) -> float:
+def measured(metric, sampled, prompts, targets) -> float:
     metric.find()
-    return metric.measure(drawn, prompts, targets, CPU)
+    return metric.measure(sampled, prompts, targets, CPU)
 
 
-def test_every_drawing_finds_its_own_target_or_another(images):
+def test_every_sampled_image_finds_its_own_target_or_another(images):
     assert measured(Retrieval(), images, [], images) == 1
     assert measured(Retrieval(), images[1:] + images[:1], [], images) == 0
 
@@ -94,7 +94,7 @@ def test_equal_pictures_have_no_perceptual_distance(images):
 
 
 def test_a_metric_without_weights_is_left_out_with_a_clear_line(clip, tmp_path, caplog):
-    looks = [
+    validation = [
         "validation=[clip_score,frechet_distance]",
         "validation.metric_samples=2",
         "validation.options={num_inference_steps: 1, height: 32, width: 32}",
@@ -104,7 +104,7 @@ def test_a_metric_without_weights_is_left_out_with_a_clear_line(clip, tmp_path, 
         f"+validation.datasets.held_out.base_path={tiny.dataset()}",
     ]
     with caplog.at_level(logging.WARNING):
-        run_dir = tiny.train(tmp_path, *looks)
+        run_dir = tiny.train(tmp_path, *validation)
     assert "validation.metrics.frechet_distance is left out" in caplog.text and "nowhere does not exist" in caplog.text
     assert [name for name in tiny.metrics(run_dir)[0] if name.endswith(("score", "distance"))] == [
         "held_out_clip_score"

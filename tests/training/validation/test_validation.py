@@ -17,7 +17,7 @@ HELD_OUT = [
     "+validation.datasets.held_out={_target_: diffsynth.core.data.UnifiedDataset.from_folder, height: 32, width: 32}",
     f"+validation.datasets.held_out.path={tiny.dataset()}",
 ]
-LOOKS = ["validation=base", "validation.every=1", "validation.loss_samples=3", *HELD_OUT]
+EVALUATING = ["validation=base", "validation.every=1", "validation.loss_samples=3", *HELD_OUT]
 
 
 class Pairs(ImageMedia):
@@ -31,21 +31,21 @@ class Pairs(ImageMedia):
         return Image.new("RGB", image.size, "red")
 
 
-def looks(run_dir) -> list[dict]:
+def evaluations(run_dir) -> list[dict]:
     return [line for line in tiny.metrics(run_dir) if "held_out_loss" in line]
 
 
 def test_the_loss_is_the_mean_of_its_bands_and_has_an_error(tmp_path):
-    for look in looks(tiny.train(tmp_path, *LOOKS)):
-        bands = [look[f"held_out_loss_band{number}"] for number in (1, 2, 3, 4)]
-        assert look["held_out_loss"] == pytest.approx(sum(bands) / 4)
-        assert len(set(bands)) == 4 and 0 < look["held_out_loss_error"] < look["held_out_loss"]
+    for evaluation in evaluations(tiny.train(tmp_path, *EVALUATING)):
+        bands = [evaluation[f"held_out_loss_band{number}"] for number in (1, 2, 3, 4)]
+        assert evaluation["held_out_loss"] == pytest.approx(sum(bands) / 4)
+        assert len(set(bands)) == 4 and 0 < evaluation["held_out_loss_error"] < evaluation["held_out_loss"]
 
 
-def test_the_average_is_looked_at_and_exported_beside_the_raw_weights(tmp_path):
+def test_the_average_is_evaluated_and_exported_beside_the_raw_weights(tmp_path):
     average = ["ema=constant", "ema.decay=0.9", "validation.weights=[raw,ema]", "optimizer.lr=0.1"]
-    run_dir = tiny.train(tmp_path, *LOOKS, *average)
-    first, *_, last = looks(run_dir)
+    run_dir = tiny.train(tmp_path, *EVALUATING, *average)
+    first, *_, last = evaluations(run_dir)
     assert first["ema_held_out_loss"] == first["held_out_loss"] and last["ema_held_out_loss"] != last["held_out_loss"]
     raw, averaged = (load_file(run_dir / "weights" / f"epoch-0{mark}.safetensors") for mark in ("", ".ema"))
     assert raw.keys() == averaged.keys() and any((raw[key] != averaged[key]).any() for key in raw)
@@ -67,23 +67,25 @@ def test_a_process_without_an_item_gets_what_the_others_made(monkeypatch):
 
 def test_the_best_weights_are_those_of_the_lowest_loss(tmp_path):
     steps = ["max_steps=3", "export.save_steps=1", "optimizer.lr=0.3", "export.keep_best=held_out_loss"]
-    run_dir = tiny.train(tmp_path, *LOOKS, *steps)
+    run_dir = tiny.train(tmp_path, *EVALUATING, *steps)
     best = json.loads((run_dir / "weights" / "best.json").read_text())
-    lowest = min(looks(run_dir)[1:] + looks(run_dir)[:1], key=lambda look: look["held_out_loss"])
+    first, *later = evaluations(run_dir)
+    lowest = min([*later, first], key=lambda evaluation: evaluation["held_out_loss"])
     assert (best["step"], best["value"]) == (lowest["step"], lowest["held_out_loss"])
 
 
 @pytest.mark.parametrize(
     "overrides, answer",
     [
-        (["export.keep_best=held_out_los"], "validation measures \\['held_out_loss'\\]"),
-        (["validation.weights=[ema]"], "ema needs an average: choose one by ema="),
+        (["export.keep_best=held_out_los"], "'held_out_los', .* set export.keep_best to one of held_out_loss"),
+        (["validation.weights=[raw,emma]"], "validation.weights names 'emma'; expected raw, ema or both"),
+        (["validation.weights=[ema]"], "has no average of its weights; set ema=constant or ema=power"),
     ],
 )
 def test_what_is_not_measured_is_refused_before_weights_are_read(overrides, answer, tmp_path, monkeypatch):
     monkeypatch.setattr("diffsynth.diffusion.pipeline.networks.load_weights", None)
     with pytest.raises(ValueError, match=answer):
-        tiny.train(tmp_path, *LOOKS, *overrides)
+        tiny.train(tmp_path, *EVALUATING, *overrides)
 
 
 def test_what_is_shown_and_measured_are_the_thumbnails_of_the_familys_media(tmp_path, monkeypatch):
@@ -91,7 +93,9 @@ def test_what_is_shown_and_measured_are_the_thumbnails_of_the_familys_media(tmp_
     sampled = ["validation.prompts=[a dog]", "validation.metric_samples=2", "validation.row_samples=1"]
     metric = "+validation.metrics.retrieval._target_=diffsynth.training.validation.metrics.Retrieval"
     report = ["data_report.pictures=2", "data_report.rows=2", "max_steps=1"]
-    run_dir = tiny.train(tmp_path, *LOOKS, *sampled, metric, *report)
-    assert looks(run_dir)[0]["held_out_retrieval"] == 0.5  # all thumbnails are equal, and the first counts as nearest
+    run_dir = tiny.train(tmp_path, *EVALUATING, *sampled, metric, *report)
+    assert (
+        evaluations(run_dir)[0]["held_out_retrieval"] == 0.5
+    )  # all thumbnails are equal, and the first counts as nearest
     pictures = [run_dir / "data_report.png", *(run_dir / "samples").glob("*step-000000.png")]
     assert [Image.open(picture).convert("RGB").getpixel((0, 0)) for picture in pictures] == [(255, 0, 0)] * 3

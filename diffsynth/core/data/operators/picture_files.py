@@ -87,6 +87,6 @@ def upright_size(image: Image.Image) -> tuple[int, int]:
 
 
 def describe_file(file: str | EmbeddedFile, description: list) -> list:
-    """The hash of a file's bytes, followed by a description of what is done to them."""
+    """The hash of a file's bytes, followed by a description of how they are decoded and resized."""
     with read_url(file) if is_url(file) else open_file(file) as stream:
         return [blake2b(stream.read(), digest_size=16).hexdigest(), *description]

@@ -101,7 +101,7 @@ class LoadFrames(Operator):
         return number
 
     def open(self, data: str | EmbeddedFile) -> AbstractContextManager:
-        """A context manager of the open file, of which only the header is read."""
+        """A context manager of the open file. Opening reads only the header."""
         raise NotImplementedError
 
     def size(self, file: Any) -> tuple[int, int]:

@@ -126,9 +126,16 @@ class BatchLayout:
     def __post_init__(self):
         forward = self.world_size * (1 if self.micro_batch_size is None else self.micro_batch_size)
         if self.batch_size < 1 or forward < 1:
-            raise ValueError(f"{self}: every number must be at least 1")
+            raise ValueError(
+                f"batch_size={self.batch_size} and micro_batch_size={self.micro_batch_size} on {self.world_size} "
+                "device(s); every number must be at least 1"
+            )
         if self.batch_size % forward:
-            raise ValueError(f"{self} gives no whole number of micro-batches per device: {self._remedies(forward)}")
+            parts = f"micro-batches of {self.micro_batch_size} on" if self.micro_batch_size else "equal parts for"
+            raise ValueError(
+                f"batch_size={self.batch_size} cannot be divided into {parts} {self.world_size} device(s): "
+                f"{self._remedies(forward)}"
+            )
         if self.micro_batch_size is None:
             object.__setattr__(self, "micro_batch_size", self.batch_size // self.world_size)
 

@@ -1,4 +1,4 @@
-"""What is left to chance: the same at the same address, as often as asked, and never in what is measured."""
+"""Random choices about a sample: equal at equal addresses, as frequent as configured, and never made in validation."""
 
 import json
 from collections import Counter
@@ -33,7 +33,7 @@ TAGS = st.lists(st.text("abc", min_size=1, max_size=3), max_size=6)
 EVERYTHING = {"caption_dropout": 0.25, "flip": 0.5, "shuffle_tags": True, "random_crop": True}
 
 
-def drawn(count: int, weights=(1.0,), **options) -> list[AugmentationChoice]:
+def chosen(count: int, weights=(1.0,), **options) -> list[AugmentationChoice]:
     augmentation = Augmentation(**options)
     return [augmentation.choose(weights, 0, SampleAddress(n // 1000, n % 1000)) for n in range(count)]
 
@@ -72,7 +72,7 @@ def test_options_do_not_move_one_another(dropout, flip, tags, crop, weights, see
 
 
 def test_shares_come_out_as_asked_and_independently():
-    choices = drawn(20_000, caption_dropout=0.1, flip=0.3)
+    choices = chosen(20_000, caption_dropout=0.1, flip=0.3)
     pairs = Counter((choice.caption is None, choice.mirrored) for choice in choices)
     shares = {pair: count / len(choices) for pair, count in pairs.items()}
     expected = {(False, False): 0.63, (False, True): 0.27, (True, False): 0.07, (True, True): 0.03}
@@ -140,7 +140,7 @@ def test_shuffled_tags_are_all_there_behind_those_that_are_kept(tags, keep, sepa
 
 def test_shuffled_tags_come_in_every_order_and_the_trigger_word_stays_before_them():
     augmentation = Augmentation(shuffle_tags=True, prefix="sks, ")
-    prompts = {augmentation.prompt({"prompt": "a,b , c,"}, choice) for choice in drawn(200, shuffle_tags=True)}
+    prompts = {augmentation.prompt({"prompt": "a,b , c,"}, choice) for choice in chosen(200, shuffle_tags=True)}
     assert prompts == {f"sks, {x}, {y}, {z}" for x, y, z in ("abc", "acb", "bac", "bca", "cab", "cba")}
 
 
@@ -148,7 +148,7 @@ def test_shuffled_tags_come_in_every_order_and_the_trigger_word_stays_before_the
 
 
 @given(SHARES, SHARES, WEIGHTS, SEEDS, st.lists(ADDRESSES, min_size=10, max_size=10))
-def test_all_that_may_be_drawn_is_among_the_choices_each_by_a_name_of_its_own(dropout, flip, weights, seed, addresses):
+def test_all_that_may_be_chosen_is_among_the_choices_each_by_a_name_of_its_own(dropout, flip, weights, seed, addresses):
     augmentation = Augmentation(caption_dropout=dropout, flip=flip)
     choices = augmentation.choices(weights)
     names = [choice.variant for choice in choices]
@@ -158,7 +158,7 @@ def test_all_that_may_be_drawn_is_among_the_choices_each_by_a_name_of_its_own(dr
 
 @pytest.mark.parametrize("option", ["shuffle_tags", "random_crop"])
 def test_what_is_another_one_in_every_pass_has_no_name_and_is_not_listed(option):
-    assert {choice.variant for choice in drawn(50, **{option: True})} == {None}
+    assert {choice.variant for choice in chosen(50, **{option: True})} == {None}
     with pytest.raises(ValueError, match=f"{option}=true makes new variants each time, .* set it to false"):
         Augmentation(**{option: True}).choices([1])
 

@@ -409,7 +409,7 @@ def test_what_is_left_of_many_rows_takes_the_room_of_what_is_not():
     assert len(pickle.dumps(left)) < 1000
 
 
-def test_no_more_rows_are_looked_at_than_said(tmp_path, caplog):
+def test_no_more_rows_are_read_than_configured(tmp_path, caplog):
     caplog.set_level("INFO")
     write_files(tmp_path, {"a.png": png(), "metadata.csv": "image,prompt\n" + "a.png,p\n" * 2 + "no.png,p\n" * 5})
     dataset = UnifiedDataset.from_folder(str(tmp_path), scan_rows=2)
