@@ -18,7 +18,7 @@ from memory_options import Trained, sample
 from torch.multiprocessing import spawn
 
 from diffsynth.core.context_parallel import Devices, split_tokens
-from diffsynth.core.memory.live import LiveBytes
+from diffsynth.core.live_bytes import LiveBytes
 from diffsynth.pipelines.qwen_image import use_joint_attention
 
 OPTIONS = {"none": {}, "blocks": {"checkpointing": "blocks"}}

@@ -15,8 +15,8 @@ from accelerate import init_empty_weights
 from diffusers import QwenImageTransformer2DModel
 
 from diffsynth.core.gradient import checkpoint_blocks, follow
+from diffsynth.core.live_bytes import LiveBytes
 from diffsynth.core.memory import MemoryRecipe
-from diffsynth.core.memory.live import LiveBytes
 from diffsynth.core.memory.streaming import stream_blocks
 from diffsynth.diffusion.adapters.lora import LoRA
 

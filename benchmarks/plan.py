@@ -20,8 +20,8 @@ from torch import nn
 from torch.utils._pytree import tree_leaves
 
 from diffsynth.core.data import Row, Sample
+from diffsynth.core.live_bytes import LiveBytes
 from diffsynth.core.memory import MemoryRecipe
-from diffsynth.core.memory.live import LiveBytes
 from diffsynth.diffusion.adapters.lora import LoRA
 from diffsynth.diffusion.loss import FlowMatchSFT
 from diffsynth.diffusion.training_module import PipelineTrainingModule

@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 from load_memory import peak_of, write_checkpoint
 
-from diffsynth.core.memory.live import LiveBytes
+from diffsynth.core.live_bytes import LiveBytes
 
 STORAGES = ("none", "fp8", "fp8_cast", "int8", "nf4")
 

@@ -7,8 +7,8 @@ from torch import nn
 
 from ..core.data import Row
 from ..core.gradient import repeated_lists
+from ..core.live_bytes import bytes_of
 from ..core.memory import MemoryRecipe
-from ..core.memory.live import bytes_of
 from ..diffusion.memory_layout import laid_out_networks
 from ..diffusion.training_module import PipelineTrainingModule
 from .meta_module import copied

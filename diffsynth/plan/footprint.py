@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from torch import nn
 
-from ..core.memory.live import bytes_of
+from ..core.live_bytes import bytes_of
 from ..diffusion.base_pipeline import BasePipeline
 from ..diffusion.training_module import PipelineTrainingModule
 from .optimizer_cost import optimizer_cost

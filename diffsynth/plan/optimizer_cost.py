@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_leaves
 
-from ..core.memory.live import LiveBytes, bytes_of
+from ..core.live_bytes import LiveBytes, bytes_of
 from ..training.stochastic_rounding import StochasticRounding
 
 NUMEL = 1 << 16  # of the measured tensor; a guess: large enough that state per tensor does not count

@@ -8,8 +8,8 @@ from itertools import product
 from torch import nn
 
 from ..core.gradient import honoured_policies, repeated_blocks
+from ..core.live_bytes import bytes_of
 from ..core.memory import MemoryRecipe
-from ..core.memory.live import bytes_of
 from ..core.memory.streaming import spread
 from ..diffusion.training_module import PipelineTrainingModule
 from .meta_module import MetaModules

@@ -9,8 +9,8 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from ..core.data.order.buckets import Size
+from ..core.live_bytes import bytes_of
 from ..core.memory import MemoryRecipe
-from ..core.memory.live import bytes_of
 from ..training.checkpoint import FILE_BYTES
 from .few_blocks import FewBlocks
 from .footprint import MemoryFootprint, static_footprint

@@ -15,7 +15,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 from torch.utils._pytree import tree_map
 
 from ..core.data import Row, Sample, SampleAddress
-from ..core.memory.live import LiveBytes
+from ..core.live_bytes import LiveBytes
 from ..diffusion.memory_layout import lay_out, predicting_networks
 from ..diffusion.pipeline.units import run_units_together
 from ..diffusion.randomness import SampleRNG

@@ -9,7 +9,7 @@ from bases import Base, Flux2Base, load, some
 from torch import Tensor
 
 from diffsynth.core.context_parallel import Devices, split_tokens
-from diffsynth.core.memory.live import LiveBytes
+from diffsynth.core.live_bytes import LiveBytes
 from diffsynth.plan.first_device import FirstOf
 
 BASES = {"qwen": Base, "flux2": Flux2Base}

@@ -14,9 +14,9 @@ from conftest import import_file
 from PIL import Image
 from torch.utils._pytree import tree_leaves
 
+from diffsynth.core.live_bytes import LiveBytes, in_host_memory
 from diffsynth.core.loader import ModelConfig, build_module
 from diffsynth.core.memory import MemoryRecipe
-from diffsynth.core.memory.live import LiveBytes, in_host_memory
 from diffsynth.diffusion.pipeline import networks as models
 from diffsynth.diffusion.training_module import PipelineTrainingModule
 from diffsynth.plan.budget import Budget

@@ -8,7 +8,7 @@ from itertools import chain
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
-from ..memory import host
+from .. import host_memory
 
 
 @contextmanager
@@ -42,9 +42,9 @@ class _Activations:
         if tensor.numel() == 0 or tensor.untyped_storage()._cdata in self.weights:
             return tensor
         self.device = tensor.device
-        lane = host.lane(tensor.device)
+        lane = host_memory.lane(tensor.device)
         with lane.after_computation():
-            self.in_host_memory.append(host.to_host(tensor))
+            self.in_host_memory.append(host_memory.to_host(tensor))
         lane.keep(tensor)
         return len(self.in_host_memory) - 1
 
@@ -53,19 +53,19 @@ class _Activations:
         if isinstance(saved, Tensor):
             return saved
         self.fetch()
-        lane, previous = host.lane(self.device), self.previous and self.previous()
+        lane, previous = host_memory.lane(self.device), self.previous and self.previous()
         lane.wait(self.arrival)
         if previous is not None:
             previous.fetch()
         if saved not in self.on_device:  # unpacked before: this is a second backward pass through the same graph
-            return host.to_device(self.in_host_memory[saved], self.device)
+            return host_memory.to_device(self.in_host_memory[saved], self.device)
         return lane.hand_over(self.on_device.pop(saved))
 
     def fetch(self) -> None:
         """Begin to copy all tensors back to their device."""
         if self.is_fetched or self.device is None:
             return
-        lane = host.lane(self.device)
+        lane = host_memory.lane(self.device)
         with lane.after_computation():
-            self.on_device = {n: host.to_device(t, self.device) for n, t in enumerate(self.in_host_memory)}
+            self.on_device = {n: host_memory.to_device(t, self.device) for n, t in enumerate(self.in_host_memory)}
         self.arrival, self.is_fetched = lane.mark(), True

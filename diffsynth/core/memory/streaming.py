@@ -17,8 +17,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from .. import host_memory
 from ..gradient import is_checkpointed, repeated_blocks
-from . import host
 
 
 def check_streaming(network: nn.Module, count: int, trained: Collection[str]) -> None:
@@ -86,8 +86,8 @@ class StreamedBlock:
                 f"memory.stream_blocks: a parameter is a {wrapped[0]}, and only plain tensors can be streamed; set "
                 "memory.stream_blocks=0."
             )
-        self.host = host.empty(host.flat_size(self.tensors), device)
-        self.views = host.flat_views(self.host, self.tensors)
+        self.host = host_memory.empty(host_memory.flat_size(self.tensors), device)
+        self.views = host_memory.flat_views(self.host, self.tensors)
         for tensor, view in zip(self.tensors, self.views, strict=True):
             view.copy_(tensor)
             tensor.data = view  # frees the loaded tensors one at a time
@@ -99,17 +99,17 @@ class StreamedBlock:
         """Bytes of the streamed tensors."""
         return len(self.host)
 
-    def copy_into(self, buffer: Tensor, lane: host.Lane) -> None:
+    def copy_into(self, buffer: Tensor, lane: host_memory.Lane) -> None:
         """Begin to copy the weights into a uint8 buffer (bytes,) on the device, after computation that uses it."""
         self.buffer = buffer[: self.size]
         with lane.after_computation():
-            host.fill(self.buffer, self.host)
+            host_memory.fill(self.buffer, self.host)
         self.arrival = lane.mark()
 
-    def bind(self, lane: host.Lane) -> None:
+    def bind(self, lane: host_memory.Lane) -> None:
         """Point the block's tensors to the device buffer; the computation waits until the copy is done."""
         lane.wait(self.arrival)
-        self._point_to(host.flat_views(self.buffer, self.tensors))
+        self._point_to(host_memory.flat_views(self.buffer, self.tensors))
 
     def leave(self) -> None:
         """Point the block's tensors to host memory again and release the device buffer."""
@@ -146,7 +146,7 @@ class BlockStream:
 
     def __init__(self, blocks: Sequence[nn.Module], buffers: int, device: torch.device):
         self.blocks = [StreamedBlock(block, device) for block in blocks]
-        self.lane = host.lane(device)
+        self.lane = host_memory.lane(device)
         size = max(block.size for block in self.blocks)
         self.buffers = [torch.empty(size, dtype=torch.uint8, device=device) for _ in range(buffers)]
         self.occupants: list[int | None] = [None] * buffers  # the block in each buffer

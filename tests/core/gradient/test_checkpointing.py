@@ -9,8 +9,9 @@ import tiny_flux2
 import torch
 from torch.autograd.graph import saved_tensors_hooks
 
+from diffsynth.core import host_memory
 from diffsynth.core.gradient import gradient_checkpoint_forward
-from diffsynth.core.memory import MemoryRecipe, host
+from diffsynth.core.memory import MemoryRecipe
 from diffsynth.diffusion.adapters.lora import LoRA
 from diffsynth.diffusion.distillation.roles import FAKE_SCORE, STUDENT, TEACHER, FakeScore, Roles
 from diffsynth.diffusion.loss import AutoencoderLoss, FlowMatchSFT
@@ -125,9 +126,11 @@ def test_policies_keep_less_and_less(training_module, samples):
 
 def test_what_is_offloaded_is_put_away_once_and_comes_back_as_often_as_it_is_asked_for(monkeypatch):
     put, fetched = [], []
-    to_host, to_device = host.to_host, host.to_device
-    monkeypatch.setattr(host, "to_host", lambda tensor: put.append(tensor.shape) or to_host(tensor))
-    monkeypatch.setattr(host, "to_device", lambda tensor, d: fetched.append(tensor.shape) or to_device(tensor, d))
+    to_host, to_device = host_memory.to_host, host_memory.to_device
+    monkeypatch.setattr(host_memory, "to_host", lambda tensor: put.append(tensor.shape) or to_host(tensor))
+    monkeypatch.setattr(
+        host_memory, "to_device", lambda tensor, d: fetched.append(tensor.shape) or to_device(tensor, d)
+    )
     layers = [torch.nn.Sequential(torch.nn.Linear(3, 3), torch.nn.Tanh()) for _ in range(3)]
     found = x = torch.randn(2, 3, requires_grad=True)
     for layer in layers:

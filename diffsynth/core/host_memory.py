@@ -13,7 +13,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from .live import in_host_memory
+from .live_bytes import in_host_memory
 
 ALIGNMENT = 256  # bytes; CUDA's own allocations have it (CUDA C++ Programming Guide, "Device Memory Accesses")
 
