@@ -9,8 +9,9 @@ import pytest
 from golden import runs
 
 RECORDED = json.loads(runs.RECORD.read_text(encoding="utf-8"))
-# Relative; the largest difference between processors that was seen after three steps is 4e-4: see docs.
-TOLERANCE = 2e-3
+# Relative. ATEN_CPU_CAPABILITY=default and avx2 change losses by at most 1.4e-6 (torch 2.13, 2026-11-30); that other
+# releases of torch change them by less than this is a guess.
+TOLERANCE = 1e-3
 # The distillations' own runs are tested elsewhere; these are one of each entry and kind of data.
 DEFAULT = ["default", "flux2", "template", "direct"]
 
