@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from ..core.code_version import code_version, forwards, plain_text
-from ..core.data.cache import UnitJob
+from ..core.data.cache import KEPT_FILE, UnitJob
 from ..core.data.operators.unread import Unread, Variants, identity, is_unread
 from ..diffusion.pipeline.units import PipelineUnit, check_outputs, read_inputs, required_units
 
@@ -86,7 +86,7 @@ class CacheKeys:
                     jobs.append(UnitJob(key, number, side))
         unchanged = [(side, n) for side in inputs for n in inputs[side] if known[side][n] is inputs[side][n]]
         files = [(side, name) for side, name in unchanged if name in self.kept and is_unread(inputs[side][name])]
-        return jobs + [UnitJob(identity(inputs[side][name]), -1, side, name) for side, name in files]
+        return jobs + [UnitJob(identity(inputs[side][name]), KEPT_FILE, side, name) for side, name in files]
 
     def sides_of(self, unit: PipelineUnit) -> tuple[str, ...]:
         """Return the sides to which the outputs of a unit belong: `shared`, or `posi` and, if it is read, `nega`."""
@@ -101,8 +101,8 @@ class CacheKeys:
         return read_inputs(unit, self.pipe, sides["shared"], unit.input_params_posi, sides["posi"])
 
     def needed_units(self, number: int) -> list[PipelineUnit]:
-        """Return a unit and, before it, the units whose outputs it needs; no units for a kept file (number -1)."""
-        if number < 0:
+        """Return a unit and, before it, the units whose outputs it needs; none for a kept file."""
+        if number == KEPT_FILE:
             return []
         unit = self.units[number]
         return [*required_units(self.units[:number], unit.fetch_input_params()), unit]

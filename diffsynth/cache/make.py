@@ -20,7 +20,7 @@ from accelerate.utils import gather_object
 from torch.utils.data import DataLoader, Dataset
 
 from ..core.data import TrainingData
-from ..core.data.cache import FORMAT, CacheIndex, CacheRequest, CacheRequests, Shard, ShardWriter
+from ..core.data.cache import FORMAT, KEPT_FILE, CacheIndex, CacheRequest, CacheRequests, Shard, ShardWriter
 from ..core.data.cached_dataset import captions_of
 from ..core.data.operators.unread import Unread, Variants, read, unread_in
 from ..core.files import remove_leftovers
@@ -209,7 +209,7 @@ class CacheMaker:
                     for request, entry in zip(batch, entries, strict=True):
                         if request.job.key not in self.index:
                             writer.add(request.job.key, entry)
-                            made["images" if unit < 0 else type(self.keys.units[unit]).__name__] += 1
+                            made["images" if unit == KEPT_FILE else type(self.keys.units[unit]).__name__] += 1
                     progress.advance(progress.done + 1)
         progress.close()
         self.accelerator.wait_for_everyone()

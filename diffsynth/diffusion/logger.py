@@ -143,7 +143,7 @@ class ModelLogger:
     def _about(self, module: "DiffusionTrainingModule", is_adapter: bool) -> dict[str, str]:
         """Metadata of a file: the base model, the run's configuration, the adapter, the sampling settings."""
         about = {"base_model": module.pipe.sources(), "trigger_prompts": list(self.trigger_prompts)}
-        about |= {"sampling": module.sampling} if module.sampling else {}
+        about |= {"sampling": module.sampling_settings} if module.sampling_settings else {}
         config = Path(self.output_path).parent / "resolved.yaml"
         about["config"] = config.read_text(encoding="utf-8") if config.exists() else None
         about |= module.describe_adapters() if is_adapter else {}

@@ -46,7 +46,7 @@ class DiffusionTrainingModule(nn.Module):
     pipe: BasePipeline
     collate_fn = staticmethod(single_sample)
     is_whole = True  # an engine that leaves this process only a part of each weight sets it to False
-    sampling: Mapping[str, Any] | None = None  # sampling settings (steps, guidance, …) stored with the exported weights
+    sampling_settings: Mapping[str, Any] | None = None  # steps, guidance, …, stored with the exported weights
 
     def switch_pipe_to_training_mode(
         self,
@@ -248,8 +248,8 @@ class PipelineTrainingModule(DiffusionTrainingModule):
         return self.task.learning_rate(role)
 
     @property
-    def sampling(self) -> Mapping[str, Any] | None:
-        return self.task.sampling
+    def sampling_settings(self) -> Mapping[str, Any] | None:
+        return self.task.sampling_settings
 
     @torch.no_grad()
     def _frozen_inputs(self, sample: Sample, memory: UnitMemory) -> tuple[dict, dict, dict]:

@@ -155,7 +155,7 @@ class Trainer(LoopSettings):
         """Log the metrics, evaluate, and export the weights of the current step, each if it is due."""
         values, pictures = {}, {}
         if self.logger.due(state.step, done):
-            values = {**state.numbers(), "memory_gb": peak_memory(self.accelerator.device)}
+            values = {**state.metrics(), "memory_gb": peak_memory(self.accelerator.device)}
         if self.validation.due(state.step, done):
             measured, pictures = self.validation.run(self.accelerator, state)
             values |= measured

@@ -170,7 +170,7 @@ class TrainingState:
         """The model's learning rate in the next step."""
         return self.main.optimizer.param_groups[0]["lr"]
 
-    def numbers(self) -> dict[str, float]:
+    def metrics(self) -> dict[str, float]:
         """Return the training metrics since the last call: means, learning rate, and skipped steps if there are any."""
         skipped = {"skipped_steps": self.skipped_steps} if self.skipped_steps else {}
         return {**self.meter.read(), "lr": self.learning_rate, **skipped}

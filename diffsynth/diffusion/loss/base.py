@@ -68,7 +68,7 @@ class Objective:
         return False
 
     @property
-    def sampling(self) -> Mapping[str, Any] | None:
+    def sampling_settings(self) -> Mapping[str, Any] | None:
         """Sampling settings (steps, guidance, …) stored with the exported weights; None stores none."""
         return None
 

@@ -62,7 +62,7 @@ class Distillation(Objective):
         return self.teacher is None and "seed" in self.extra_inputs
 
     @property
-    def sampling(self) -> Mapping[str, Any]:
+    def sampling_settings(self) -> Mapping[str, Any]:
         return self.student.settings
 
     def rehearsed(self) -> Objective:

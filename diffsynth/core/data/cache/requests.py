@@ -16,12 +16,15 @@ CREATE TABLE requests (
 """
 
 
+KEPT_FILE = -1  # in the place of a unit's number: an input of the pipeline is stored unchanged
+
+
 class UnitJob(NamedTuple):
     """The work of one unit on one sample.
 
     Args:
         key: Key of the cache entry that holds the unit's outputs.
-        unit: Number of the unit among the frozen ones; -1 for an input of the pipeline that is stored unchanged.
+        unit: Number of the unit among the frozen ones; or `KEPT_FILE`.
         side: Side of the pipeline's inputs that the outputs belong to: `shared`, `posi` or `nega`.
         name: Name of the input that is stored unchanged.
     """
