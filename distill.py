@@ -42,8 +42,8 @@ def main(cfg) -> None:
     with explained():
         check_choices()
         check(cfg, DistillRun)
-        if (run_dir := claim(cfg)) is not None:
-            finish(run_dir, distill(DistillRun(**build(cfg))))
+        if claim(cfg) is not None:
+            finish(cfg, distill(DistillRun(**build(cfg))))
 
 
 if __name__ == "__main__":

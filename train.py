@@ -55,8 +55,8 @@ def main(cfg) -> None:
     with explained():
         check_choices()
         check(cfg, Run)
-        if (run_dir := claim(cfg)) is not None:
-            finish(run_dir, train(Run(**build(cfg))))
+        if claim(cfg) is not None:
+            finish(cfg, train(Run(**build(cfg))))
 
 
 if __name__ == "__main__":

@@ -103,6 +103,32 @@ def test_a_family_whose_declaration_lacks_a_part_is_named_when_its_class_is_made
 # Sampling -------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize(
+    "part, value, message",
+    [
+        ("components", {"dit": "a network"}, "expected a Network or Folder by each name"),
+        ("unit_classes", ("ShapeChecker",), "expected classes of units"),
+        ("request", dict, "expected a dataclass such as ImageRequest"),
+    ],
+)
+def test_a_part_of_another_kind_is_refused_when_the_class_is_made(part, value, message):
+    with pytest.raises(TypeError, match=f"Wrong.{part} is .*{message}"):
+        type("Wrong", (FAMILIES[0].pipeline,), {part: value})
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"denoising_strength": 1.5}, r"denoising_strength is 1.5; expected a number in \(0, 1\]"),
+        ({"num_inference_steps": 0}, "num_inference_steps is 0; expected at least 1"),
+        ({"inpaint_mask": image(0)}, "give input_image too"),
+    ],
+)
+def test_a_request_that_cannot_be_sampled_is_refused(change, message):
+    with pytest.raises(ValueError, match=message):
+        FAMILIES[0].build().prepare([REQUEST | change])
+
+
 @of_families
 def test_requests_of_a_batch_are_sampled_as_if_alone(family: Family):
     pipe = family.load()

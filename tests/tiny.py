@@ -166,7 +166,7 @@ def run(overrides: list[str]) -> Path:
     """Run `python train.py <overrides>` in this process, and return the run's folder."""
     cfg = compose("train", *overrides)
     run_dir = claim(cfg)
-    finish(run_dir, call("train", cfg))
+    finish(cfg, call("train", cfg))
     return run_dir
 
 

@@ -35,6 +35,9 @@ def check_choices() -> None:
     for group, options in options_of(files).items():
         for one, other in combinations(options, 2):
             _check_agreement(loader, group, one, other)
+        if "none" in options and len(options) > 1:
+            other = next(option for option in options if option != "none")
+            raise ConfigError(f"{group}=none and {group}={other} contradict each other; choose one of the two.")
 
 
 def options_of(files: Sequence[ResultDefault]) -> dict[str, list[str]]:
@@ -44,7 +47,8 @@ def options_of(files: Sequence[ResultDefault]) -> dict[str, list[str]]:
         path, parent = PurePosixPath(file.config_path or ""), PurePosixPath(file.parent or "")
         is_inherited = parent.parent == path.parent
         if not is_inherited and path.name != BASE:
-            options[str(path.parent), file.package].add(path.name)
+            package = file.package or str(path.parent).replace("/", ".")  # some change the top level
+            options[str(path.parent), package].add(path.name)
     return {group: sorted(names) for (group, _), names in options.items()}
 
 
@@ -69,15 +73,17 @@ def _flat(settings: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, 
 
 
 def check_arguments(arguments: Sequence[str]) -> None:
-    """Check the command line's `experiment=` and `local=` before the configuration is composed.
+    """Check choices of groups, `experiment=` and `local=` among them, before the configuration is composed.
 
     Raises:
-        ConfigError: The experiment is another script's, or the local file does not exist.
+        ConfigError: A group is null, the experiment is another script's, or the local file does not exist.
     """
     for argument in arguments:
         group, _, names = argument.partition("=")
+        if names == "null" and group and (conf() / group).is_dir():
+            raise ConfigError(f"{group}=null names no option; leave it out, or see the options by --help.")
         check = {"experiment": _check_experiment, "local": _check_local}.get(group)
-        for name in names.split(",") if check else ():  # a sweep names several
+        for name in names.strip("[]").split(",") if check else ():  # a sweep names several
             check(name)
 
 

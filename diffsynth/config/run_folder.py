@@ -44,22 +44,25 @@ def claim(cfg: DictConfig) -> Path | None:
     if RANK == 0:
         _check_folder(run_dir, cfg)
         remove_leftovers(run_dir)
-        _write_run_files(run_dir, cfg)
+        if _finished(run_dir) is None:  # otherwise `finish` writes them: the training may refuse to be extended
+            _write_run_files(run_dir, cfg)
     return run_dir
 
 
 def is_finished(cfg: DictConfig) -> bool:
     """Whether the run has finished at the length that `cfg` sets."""
-    finished = _finished(Path(cfg.run_dir))
-    return finished is not None and finished["length"] == _length(cfg)
+    finished = _finished(Path(cfg.run_dir)) or {}
+    return all(finished.get(name) == value for name, value in _identity(cfg).items())
 
 
-def finish(run_dir: Path, artefacts: Sequence[Path]) -> None:
+def finish(cfg: DictConfig, artefacts: Sequence[Path]) -> None:
     """Mark the run as finished, write its report, and log the files that it made."""
     from ..report import write_report
 
+    run_dir = Path(cfg.run_dir)
     if RANK == 0:
-        cfg = OmegaConf.load(run_dir / "config.yaml")
+        if _finished(run_dir) is not None:  # it was shorter; see `claim`
+            _write_run_files(run_dir, cfg)
         paths = [str(path) for path in [*artefacts, run_dir / "report.html"]]
         _write_finished(run_dir, {"artefacts": paths, **_identity(cfg)})
         write_report(run_dir)
@@ -104,7 +107,9 @@ def _check_folder(run_dir: Path, cfg: DictConfig) -> None:
             raise ConfigError(_not_extended(run_dir, cfg) if differs_in_length_only else other)
         return
     for path in sorted(run_dir.parent.glob(f"{cfg.name}-*/finished.json")):
-        if _finished(path.parent)["but_for_length"] == but_for_length(cfg):
+        finished = _finished(path.parent)
+        other_length = finished["but_for_length"] == but_for_length(cfg) and finished["length"] != _length(cfg)
+        if other_length and bound_to_length(cfg) is not None:
             logging.info("This run starts from step 0: %s", _not_extended(path.parent, cfg))
 
 
@@ -116,8 +121,6 @@ def _not_extended(run_dir: Path, cfg: DictConfig) -> str:
 
 
 def _write_run_files(run_dir: Path, cfg: DictConfig) -> None:
-    if finished := _finished(run_dir):  # an old record lacks the length, which config.yaml will no longer tell
-        _write_finished(run_dir, finished)
     write_text(run_dir / "config.yaml", OmegaConf.to_yaml(cfg) + OmegaConf.to_yaml(OmegaConf.create(REPLAY)))
     write_text(run_dir / "resolved.yaml", OmegaConf.to_yaml(cfg, resolve=True))
     write_text(run_dir / "command.json", json.dumps(sys.argv))

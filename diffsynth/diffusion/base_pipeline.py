@@ -131,6 +131,12 @@ class BasePipeline(PipelineNetworks):
                 "inpaint_mask needs deterministic sampling, but sampler=renoise adds fresh noise at each step; set "
                 "sampler=euler, or leave the mask out."
             )
+        if not 0 < completed["denoising_strength"] <= 1:
+            raise ValueError(f"denoising_strength is {completed['denoising_strength']}; expected a number in (0, 1].")
+        if completed["num_inference_steps"] < 1:
+            raise ValueError(f"num_inference_steps is {completed['num_inference_steps']}; expected at least 1.")
+        if completed["inpaint_mask"] is not None and completed["input_image"] is None:
+            raise ValueError("inpaint_mask keeps a part of input_image, which is not given; give input_image too.")
         return completed
 
     def settings_for(self, request: Mapping) -> dict[str, Any]:

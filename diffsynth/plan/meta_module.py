@@ -12,6 +12,7 @@ from torch import nn
 from ..core.data import Row
 from ..core.data.order.buckets import Size
 from ..core.memory import MemoryRecipe
+from ..diffusion.flow_match import TRAINING_STEPS
 from ..diffusion.pipeline.remembered import UnitMemory
 from ..diffusion.training_module import PipelineTrainingModule
 from .meta_pipeline import download_bytes, meta_pipeline
@@ -64,6 +65,7 @@ class MetaModules:
         module = self._unread(self.caching)
         with torch.device("meta"):
             module.pipe.load_models(module.pipe.models_of(module.frozen_units, model_fn=False))
+        module.pipe.scheduler.set_timesteps(TRAINING_STEPS, training=True)  # as make_cache.py does
         return Rehearsal(module)
 
 

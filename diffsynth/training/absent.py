@@ -85,6 +85,13 @@ class NoValidation:
         return False
 
 
+class NoDataReport:
+    """Writes nothing about the data."""
+
+    def write(self, *_: object) -> None:
+        pass
+
+
 class NoProfile(AbstractContextManager):
     """Writes no trace."""
 

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Any
 
-from .absent import NoCheckpoints, NoEMA, NoLogger, NoProfile, NoValidation
+from .absent import NoCheckpoints, NoDataReport, NoEMA, NoLogger, NoProfile, NoValidation
 
 
 @dataclass(kw_only=True)
@@ -57,6 +57,8 @@ class LoopSettings:
                 raise ValueError(f"{name} is {value}; expected at least 1, or null.")
         if self.max_steps is None and self.num_epochs <= 0:
             raise ValueError(f"num_epochs is {self.num_epochs}; expected more than 0.")
+        if self.max_grad_norm is not None and self.max_grad_norm <= 0:
+            raise ValueError(f"max_grad_norm is {self.max_grad_norm}; expected more than 0, or null.")
 
 
 @dataclass(kw_only=True)
@@ -87,6 +89,12 @@ class Run(LoopSettings):
     template: Any = None
     device: str = "auto"
     max_bad_steps: int = 10
+
+    def __post_init__(self):
+        super().__post_init__()
+        self.data_report = self.data_report or NoDataReport()
+        if self.max_bad_steps < 1:
+            raise ValueError(f"max_bad_steps is {self.max_bad_steps}; expected at least 1.")
 
     @property
     def media(self) -> Any:

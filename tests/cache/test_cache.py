@@ -695,3 +695,12 @@ def test_workers_make_the_same_cache(unbroken, tmp_path):
 def test_workers_read_the_same_cache(cache):
     workers = from_cache(cache.parent, "name=workers", "dataset.num_workers=2")
     assert curve(workers) == curve(from_cache(cache.parent))
+
+
+def test_a_cache_of_another_format_is_refused_before_anything_is_made(tmp_path):
+    (tmp_path / "cache").mkdir()
+    with sqlite3.connect(tmp_path / "cache" / "index.sqlite") as database:
+        database.execute("CREATE TABLE samples (number INTEGER PRIMARY KEY, width INTEGER, record TEXT)")
+    for use in (lambda: tiny.make_cache(tmp_path / "cache"), lambda: CachedDataset(str(tmp_path / "cache"))):
+        with pytest.raises(ValueError, match="has another format than .*; delete the folder and run make_cache"):
+            use()

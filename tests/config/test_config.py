@@ -430,7 +430,10 @@ def test_a_misspelt_group_is_answered_with_the_nearest(monkeypatch):
         (["memory=[fp8,streaming,int8]"], ["memory=fp8 and memory=int8", "memory.storage is fp8"]),
         (["timesteps=logit_normal", "task=autoencoder"], ["task=autoencoder has no group timesteps", "sft"]),
         (["teacher=none"], ["task=sft has no group teacher", "distill/dmd2"]),
-        (["validation=[none,lpips]"], ["validation has no _target_", "metrics"]),
+        (["validation=[none,lpips]"], ["validation=none and validation=lpips contradict each other"]),
+        (["validation=[emoji,none]"], ["validation=none and validation=emoji contradict each other"]),
+        (["memory=null"], ["memory=null names no option", "--help"]),
+        (["experiment=[emoji_distill/add]"], ["an experiment of distill.py, not of train.py"]),
     ],
 )
 def test_choices_that_contradict_each_other_are_named(chosen, answer, monkeypatch, tmp_path):
@@ -623,7 +626,8 @@ def test_a_folder_of_the_same_experiment_is_taken_up_again(tmp_path):
 def test_a_finished_run_says_so_and_names_what_it_left(tmp_path, caplog):
     caplog.set_level("INFO")
     cfg = tiny.compose("train", f"output_root={tmp_path}")
-    finish(claim(cfg), [Path("weights/step-300.safetensors")])
+    claim(cfg)
+    finish(cfg, [Path("weights/step-300.safetensors")])
     caplog.clear()
     assert claim(cfg) is None
     assert f"{cfg.run_dir} is finished" in caplog.text and "weights/step-300.safetensors" in caplog.text

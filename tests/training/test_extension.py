@@ -62,6 +62,7 @@ def test_a_run_whose_rate_has_fallen_in_all_checkpoints_cannot_be_extended(tmp_p
         tiny.train(tmp_path, "max_steps=6", *DECAY)
     message = str(refused.value)
     assert f"{run_dir}/weights" in message and "name=…" in message
+    assert "max_steps: 4" in (run_dir / "config.yaml").read_text()  # a refusal leaves the run's record as it was
     for key_of_what_is_trained in ("lora.checkpoint=…", "model.dit.path=…", "TEMPLATE_MODEL_PATH"):
         assert key_of_what_is_trained in message
     assert "\n" not in message
@@ -109,8 +110,9 @@ def as_of_old():
 
 def finished(output_root: Path, *overrides: str) -> Path:
     """The folder of a run that is finished without having been trained."""
-    run_dir = claim(tiny.compose("train", *tiny.merged(tiny.train_overrides(output_root), overrides)))
-    finish(run_dir, [])
+    cfg = tiny.compose("train", *tiny.merged(tiny.train_overrides(output_root), overrides))
+    run_dir = claim(cfg)
+    finish(cfg, [])
     return run_dir
 
 

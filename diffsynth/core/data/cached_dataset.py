@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from .cache import FORMAT, CacheIndex, DamagedCache
+from .cache import CacheIndex, DamagedCache
 from .dataset import Row, TrainingData
 from .operators.augmentation import Augmentation, AugmentationChoice
 from .operators.unread import Unread
@@ -45,11 +45,6 @@ class CachedDataset(TrainingData):
         self.augmentation = augmentation or Augmentation()
         self.index.require_finished()
         self.size, self.about = len(self.index), self.index.about
-        if self.about.get("format") != FORMAT:
-            raise DamagedCache(
-                f"{path} has format {self.about.get('format')}, but this version of the program reads format {FORMAT}; "
-                "delete the folder and run make_cache.py again."
-            )
         if (height, width) != (None, None):
             self._check_sizes(height, width)
         self._check_captions()

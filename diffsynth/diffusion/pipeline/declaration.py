@@ -1,7 +1,8 @@
 """Checks a family's declaration, and gives its class the signatures that the configuration and `help()` read."""
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import is_dataclass
 from functools import wraps
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +12,7 @@ from ...core.loader import ModelConfig
 from .components import Folder, Network
 from .networks import TrainingDefaults
 from .request import defaults_of, document, parameters_of
+from .units import PipelineUnit
 
 if TYPE_CHECKING:
     from ..base_pipeline import BasePipeline
@@ -40,6 +42,13 @@ def complete(cls: type["BasePipeline"]) -> None:
     missing = [part for part in PARTS if not hasattr(cls, part)]
     if missing:
         raise TypeError(f"{cls.__name__} declares no {missing[0]}; a family needs {', '.join(PARTS)}.")
+    components = cls.components.values() if isinstance(cls.components, Mapping) else [cls.components]
+    if not all(isinstance(component, Network | Folder) for component in components):
+        raise TypeError(f"{cls.__name__}.components is {cls.components!r}; expected a Network or Folder by each name.")
+    if not all(isinstance(unit, type) and issubclass(unit, PipelineUnit) for unit in cls.unit_classes):
+        raise TypeError(f"{cls.__name__}.unit_classes is {cls.unit_classes!r}; expected classes of units.")
+    if not is_dataclass(cls.request):
+        raise TypeError(f"{cls.__name__}.request is {cls.request!r}; expected a dataclass such as ImageRequest.")
     networks = [name for name, component in cls.components.items() if isinstance(component, Network)]
     if not networks:
         raise TypeError(f"{cls.__name__}.components names no Network; expected at least the one that model_fn calls.")

@@ -46,6 +46,11 @@ class DataReport:
     rows: int = 2000
     pictures: int = 32
 
+    def __post_init__(self):
+        for name in ("rows", "pictures"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"data_report.{name} is {getattr(self, name)}; expected at least 0.")
+
     def write(
         self,
         pipe: "BasePipeline",

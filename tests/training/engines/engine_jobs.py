@@ -42,8 +42,8 @@ def run(
     checkpointing.deepspeed_checkpointing_enabled = False  # for good once configured: runs have processes of their own
     environment = ENGINES[engine] | (TOKENS_SPLIT if split else {})
     with mock.patch.dict(os.environ, environment), poison(poisoned), power(cut_off):
-        run_dir = claim(cfg)
-        finish(run_dir, tiny.call("train", cfg))
+        claim(cfg)
+        finish(cfg, tiny.call("train", cfg))
 
 
 @contextmanager

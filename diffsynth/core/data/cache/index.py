@@ -67,6 +67,7 @@ class CacheIndex:
             self.shard_folder.mkdir(parents=True, exist_ok=True)
             database = sqlite3.connect(self.path)
             try:
+                self._check_format(database)
                 database.executescript(TABLES)
             except sqlite3.DatabaseError as error:
                 raise self._unreadable(error) from error
@@ -75,7 +76,24 @@ class CacheIndex:
             raise DamagedCache(
                 f"{self.folder} is no cache: it has no {self.path.name}; python make_cache.py makes one."
             )
-        return sqlite3.connect(f"file:{quote(str(self.path))}?mode=ro", uri=True)
+        database = sqlite3.connect(f"file:{quote(str(self.path))}?mode=ro", uri=True)
+        try:
+            self._check_format(database)
+        except sqlite3.DatabaseError as error:
+            raise self._unreadable(error) from error
+        return database
+
+    def _check_format(self, database: sqlite3.Connection) -> None:
+        """Refuse a cache of another version of the program, whose tables have other columns."""
+        columns = [row[1] for row in database.execute("PRAGMA table_info(samples)")]
+        tables = [name for (name,) in database.execute("SELECT name FROM sqlite_master")]
+        query = "SELECT value FROM about WHERE name = 'format'"
+        (found,) = (database.execute(query).fetchone() if "about" in tables else None) or (str(FORMAT),)
+        if found != str(FORMAT) or columns not in ([], ["number", "size", "record"]):
+            raise DamagedCache(
+                f"{self.folder} has another format than {FORMAT}, the one that this version of the program reads; "
+                "delete the folder and run make_cache.py again."
+            )
 
     def _unreadable(self, error: sqlite3.DatabaseError) -> DamagedCache:
         return DamagedCache(  # raised also for a file whose writer was killed, which the next writer repairs
