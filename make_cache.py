@@ -33,7 +33,8 @@ def make_cache(run: CacheRun) -> str:
     module = PipelineTrainingModule(run.model(device=accelerator.device), run.task, run.lora, run.seed, template)
     if run.command == "verify":
         if differences := verify(run.dataset, module, run.path):
-            raise ValueError("\n  ".join([f"{run.path}: {len(differences)} differences", *differences]))
+            heading = f"{run.path} differs from this data set, model or task; run make_cache.py again to update it"
+            raise ValueError("\n  ".join([heading, *differences]))
         return "no differences"
     sizes = run.batch_size, run.dataset.num_workers, run.shard_megabytes << 20
     return str(launch_data_process_task(accelerator, run.dataset, module, run.path, *sizes))

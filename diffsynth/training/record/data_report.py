@@ -227,7 +227,8 @@ def _shown(pipe: "BasePipeline", value: Any, latents: Tensor) -> list[Image.Imag
 def _summary(content: Mapping) -> str:
     """Return the report's counts in one line of text."""
     sizes, skipped = len(content["sizes"]), len(content["skipped"])
-    parts = [f"{content['samples']} samples of {sizes} size{'s' * (sizes != 1)}", f"{skipped} rows skipped"]
+    of_sizes = "each of its own size" if "own" in content["sizes"] else f"of {sizes} size{'s' * (sizes != 1)}"
+    parts = [f"{content['samples']} samples {of_sizes}", f"{skipped} rows skipped"]
     for name, text in (("enlarged", "enlarged"), ("caption_cut_off", "with a caption that is cut off")):
         parts += [f"{len(content[name])} {text}"] * bool(content[name])
     for name, pairs in content["also_in_validation"].items():
