@@ -614,7 +614,9 @@ def test_a_cache_is_made_verified_and_tidied_on_the_command_line(tmp_path, monke
     assert "0 of 1 files rewritten" in run("gc")
     assert f"{tmp_path / 'cache'}: no differences" in run("verify")
     first_shard(tmp_path / "cache").unlink()
-    with pytest.raises(SystemExit, match=f"error: {tmp_path / 'cache'} differs from this data set, .* again to update it\n  "):
+    with pytest.raises(
+        SystemExit, match=f"error: {tmp_path / 'cache'} differs from this data set, .* again to update it\n  "
+    ):
         run("verify")
 
 
