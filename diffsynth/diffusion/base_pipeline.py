@@ -113,8 +113,8 @@ class BasePipeline(PipelineNetworks):
         no weights.
 
         Raises:
-            ValueError: An argument is unknown, two arguments exclude each other, or two adapters disagree about a
-                sampling setting.
+            ValueError: An argument is unknown or out of its range, two arguments exclude each other, or two adapters
+                disagree about a sampling setting.
         """
         known = self.arguments
         unknown = sorted(set(request) - known)
@@ -124,19 +124,7 @@ class BasePipeline(PipelineNetworks):
             raise ValueError(f"{type(self).__name__} has no argument {unknown[0]!r}; {hint}")
         given = {name: value for name, value in request.items() if value is not None}
         completed = {**self.call_defaults, **self.settings_for(given), **given}
-        if completed["sampler"] not in SAMPLERS:
-            raise ValueError(f"sampler is {completed['sampler']!r}; expected one of {', '.join(SAMPLERS)}.")
-        if completed["sampler"] == "renoise" and completed["inpaint_mask"] is not None:
-            raise ValueError(
-                "inpaint_mask needs deterministic sampling, but sampler=renoise adds fresh noise at each step; set "
-                "sampler=euler, or leave the mask out."
-            )
-        if not 0 < completed["denoising_strength"] <= 1:
-            raise ValueError(f"denoising_strength is {completed['denoising_strength']}; expected a number in (0, 1].")
-        if completed["num_inference_steps"] < 1:
-            raise ValueError(f"num_inference_steps is {completed['num_inference_steps']}; expected at least 1.")
-        if completed["inpaint_mask"] is not None and completed["input_image"] is None:
-            raise ValueError("inpaint_mask keeps a part of input_image, which is not given; give input_image too.")
+        _check_request(completed)
         return completed
 
     def settings_for(self, request: Mapping) -> dict[str, Any]:
@@ -346,3 +334,20 @@ def step_noise(seeds: int | None | Sequence[int | None], index: int, like: Tenso
     generators = [None if seed is None else generator(seed, "renoise", 0, index) for seed in seeds]
     noise = [torch.randn(like.shape[1:], generator=own) for own in generators]  # on CPU, so that all devices agree
     return torch.stack(noise).to(like)
+
+
+def _check_request(request: Mapping) -> None:
+    """Refuse a complete request whose arguments are out of range or exclude each other."""
+    if request["sampler"] not in SAMPLERS:
+        raise ValueError(f"sampler is {request['sampler']!r}; expected one of {', '.join(SAMPLERS)}.")
+    if request["sampler"] == "renoise" and request["inpaint_mask"] is not None:
+        raise ValueError(
+            "inpaint_mask needs deterministic sampling, but sampler=renoise adds fresh noise at each step; set "
+            "sampler=euler, or leave the mask out."
+        )
+    if not 0 < request["denoising_strength"] <= 1:
+        raise ValueError(f"denoising_strength is {request['denoising_strength']}; expected a number in (0, 1].")
+    if request["num_inference_steps"] < 1:
+        raise ValueError(f"num_inference_steps is {request['num_inference_steps']}; expected at least 1.")
+    if request["inpaint_mask"] is not None and request["input_image"] is None:
+        raise ValueError("inpaint_mask keeps a part of input_image, which is not given; give input_image too.")
