@@ -32,8 +32,10 @@ def distill(run: DistillRun) -> list:
         shared = {"model": run.model, "task": run.task, "lora": run.lora, "device": run.device}
         for name, prompts in {"train": run.prompts, "held_out": run.held_out}.items():
             if prompts is not None:
-                report = make_cache(CacheRun(path=f"{run.teacher_path}/{name}", dataset=prompts, **shared))
-                logging.info("The teacher's images in %s/%s: %s", run.teacher_path, name, report)
+                path = f"{run.teacher_path}/{name}"
+                logging.info("The teacher samples images into %s; if it is stopped, it goes on there.", path)
+                report = make_cache(CacheRun(path=path, dataset=prompts, **shared))
+                logging.info("The teacher's images in %s: %s", path, report)
     return train(replace(run, dataset=run.dataset()))
 
 

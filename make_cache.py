@@ -28,14 +28,15 @@ def make_cache(run: CacheRun) -> str:
     if run.command in ("stats", "gc"):
         return {"stats": stats, "gc": collect_garbage}[run.command](run.path)
     accelerator = make_accelerator(run.device, run.model.keywords["torch_dtype"])
-    template = run.template and run.template.load_one(run.seed)
-    scan(run.dataset, run.model.func.__self__.media, run.task, template)
-    module = PipelineTrainingModule(run.model(device=accelerator.device), run.task, run.lora, run.seed, template)
+    run = run.with_template()
+    scan(run.dataset, run.media, run.task, run.template)
+    module = PipelineTrainingModule(run.model(device=accelerator.device), run.task, run.lora, run.seed, run.template)
     if run.command == "verify":
         if differences := verify(run.dataset, module, run.path):
-            heading = f"{run.path} differs from this data set, model or task; run make_cache.py again to update it"
+            compared = f"the data set {run.dataset.metadata_path}, this model or this task"
+            heading = f"{run.path} differs from {compared}; run make_cache.py again to update it"
             raise ValueError("\n  ".join([heading, *differences]))
-        return "no differences"
+        return f"no differences from {run.dataset.metadata_path}"
     sizes = run.batch_size, run.dataset.num_workers, run.shard_megabytes << 20
     return str(launch_data_process_task(accelerator, run.dataset, module, run.path, *sizes))
 

@@ -5,7 +5,6 @@ plan.svg. It reads no weights and needs no GPU.
 """
 
 import json
-from dataclasses import replace
 from pathlib import Path
 
 import hydra
@@ -20,12 +19,13 @@ def plan(run: PlanRun) -> str:
     from diffsynth.plan.budget import Budget
     from diffsynth.plan.plan import Planner
     from diffsynth.plan.show import chart, table
-    from diffsynth.training.checks import scan
+    from diffsynth.training.checks import check_one_size, scan
 
     on_cuda = run.device in ("auto", "cuda")  # `auto` plans for CUDA even on a machine without it
-    template = run.template and run.template.load_one(run.seed)
-    scan(run.dataset, run.media, run.task, template)
-    run = PlacedRun.of(replace(run, template=template), processes=run.cp_size, on_cuda=on_cuda)
+    run = run.with_template()
+    scan(run.dataset, run.media, run.task, run.template)
+    run = PlacedRun.of(run, processes=run.cp_size, on_cuda=on_cuda)
+    check_one_size(run.dataset, run.batches.micro_batch_size)
     planner, budgets, why = Planner(run), (None, None), ""
     if run.memory.budget is not None:
         budgets = run.memory.budgets
@@ -34,7 +34,8 @@ def plan(run: PlanRun) -> str:
     made = planner.plan(run.devices)
     write_text(Path(run.path) / "plan.json", json.dumps(made.as_dict(), indent=1))
     write_text(Path(run.path) / "plan.svg", chart(made, budgets[0]))
-    return f"{why}{table(made, run.estimated(made.worst.peak) if on_cuda else None)}"
+    written = f"{run.path}/plan.json has these figures, and plan.svg the chart."
+    return f"{why}{table(made, run.estimated(made.worst.peak) if on_cuda else None)}\n{written}"
 
 
 @hydra.main(version_base="1.3", config_path="conf", config_name="plan")

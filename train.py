@@ -1,7 +1,5 @@
 """Train: `python train.py model=… task=… lora.rank=…`; `python train.py --help` lists every option."""
 
-from dataclasses import replace
-
 import hydra
 
 from diffsynth.config import build, check, check_choices, claim, explained, finish, run_main
@@ -23,7 +21,7 @@ def train(run: Run) -> list:
     # Check the configuration and the data before anything heavy is read.
     accelerator = make_accelerator(run.device, run.model.keywords["torch_dtype"])
     engine = choose_engine(accelerator)
-    run = replace(run, template=run.template and run.template.load_one(run.seed))
+    run = run.with_template()
     check_run(run, engine)
     identity = identity_of(run)
     record_data(accelerator, run.dataset, identity["data set"], run.run_dir)

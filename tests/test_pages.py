@@ -1,4 +1,4 @@
-"""What the pages say of files and code is so; that their commands compose is said in config/test_config.py."""
+"""What the pages say of files and code is so; config/test_documented_commands.py is about their commands."""
 
 import ast
 import re

@@ -7,7 +7,7 @@ import os
 import runpy
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from copy import deepcopy
 from functools import cache
@@ -18,6 +18,7 @@ from unittest import mock
 
 import hydra
 import numpy as np
+import pytest
 import torch
 from hydra._internal.config_loader_impl import ConfigLoaderImpl
 from hydra.core.global_hydra import GlobalHydra
@@ -79,6 +80,11 @@ def kept_folder() -> Path:
 
 
 _folders: list[TemporaryDirectory] = []  # each is removed at exit
+
+
+def mostly_slow(values: Iterable, *default) -> list:
+    """Parameters of a test, of which only those in `default` run without `-m ""`: the others say it of more kinds."""
+    return [value if value in default else pytest.param(value, marks=pytest.mark.slow) for value in values]
 
 
 # Configurations -------------------------------------------------------------------------------------------------------
@@ -199,6 +205,13 @@ def command_line(monkeypatch, script: str, *arguments: str) -> None:
     finally:
         logging.root.handlers[:] = handlers
         logging.root.setLevel(level)
+
+
+def complaint(monkeypatch, *arguments: str, script: str = "train.py") -> str:
+    """What the command line says when it gives up."""
+    with pytest.raises(SystemExit) as exit:
+        command_line(monkeypatch, script, *arguments)
+    return str(exit.value)
 
 
 @contextmanager

@@ -1,6 +1,6 @@
-"""The configuration of make_cache.py: one dataclass whose fields are the top level of conf/make_cache.yaml."""
+"""The configuration of make_cache.py, and what it has in common with that of a training."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
 
 Command = Literal["make", "verify", "stats", "gc"]
@@ -8,28 +8,52 @@ COMMANDS = get_args(Command)
 
 
 @dataclass(kw_only=True)
-class CacheRun:
-    """One command on one cache; its fields are the top level of conf/make_cache.yaml.
+class ModelRun:
+    """A run that prepares data for a model: to cache it, or to train on it.
 
     Args:
-        path: Folder of the cache.
-        model, dataset, task, lora, template: Those of the training that will read the cache (`training.run.Run`).
-        command: `make` makes or completes the cache, `verify` compares it with its data and models, `stats` counts its
-            content, and `gc` deletes entries that no sample needs.
-        batch_size: Samples per forward pass of an encoder.
-        shard_megabytes: Size of a shard file, in MiB.
+        model: A partial of a family's `from_components` that lacks only `device`; it builds the pipeline.
+        dataset: The data (`core.data.TrainingData`).
+        task: The objective (`diffusion.loss.Objective`).
+        lora: The adapter (`diffusion.adapters.lora.Adapter`); None trains `task.trainable_models` in full.
+        template: The template to train (`diffusion.template.Templates`); None trains no template.
         device: `auto`, `cpu`, `cuda` or `mps`.
-        seed: Seed of a template's initial weights; must be the training's.
+        seed: Seed of all random numbers, a template's initial weights among them.
     """
 
-    path: str
     model: Any
     dataset: Any
     task: Any
     lora: Any = None
     template: Any = None
+    device: str = "auto"
+    seed: int = 0
+
+    @property
+    def media(self) -> Any:
+        """How the model's family reads and writes its images or videos (`diffusion.pipeline.media.Media`)."""
+        return self.model.func.__self__.media
+
+    def with_template(self) -> "ModelRun":
+        """Return the same run with its template loaded, which imports the template's code."""
+        return replace(self, template=self.template and self.template.load_one(self.seed))
+
+
+@dataclass(kw_only=True)
+class CacheRun(ModelRun):
+    """One command on one cache; its fields are the top level of conf/make_cache.yaml.
+
+    Args:
+        path: Folder of the cache.
+        command: `make` makes or completes the cache, `verify` compares it with its data and models, `stats` counts its
+            content, and `gc` deletes entries that no sample needs.
+        batch_size: Samples per forward pass of an encoder.
+        shard_megabytes: Size of a shard file, in MiB.
+
+    The other arguments are those of `ModelRun`, and must be those of the training that will read the cache.
+    """
+
+    path: str
     command: Command = "make"
     batch_size: int = 8
     shard_megabytes: int = 256
-    device: str = "auto"
-    seed: int = 0

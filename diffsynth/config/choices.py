@@ -15,7 +15,7 @@ from hydra.types import RunMode
 from omegaconf import OmegaConf
 
 from .nodes import ConfigError
-from .script import conf, script
+from .script import compose, conf, script
 
 BASE = "base"  # name of the file that a group's options add to, if several of them may be chosen
 RUNS_OF = {"plan": "train"}  # scripts that plan the runs of another script, and therefore take its experiments
@@ -76,10 +76,13 @@ def check_arguments(arguments: Sequence[str]) -> None:
     """Check choices of groups, `experiment=` and `local=` among them, before the configuration is composed.
 
     Raises:
-        ConfigError: A group is null, the experiment is another script's, or the local file does not exist.
+        ConfigError: A group is null, the experiment is another script's, the local file does not exist, or a key is
+            written as a flag.
     """
     for argument in arguments:
         group, _, names = argument.partition("=")
+        if argument.startswith("--") and group.lstrip("-").partition(".")[0] in compose([]):
+            raise ConfigError(f"{argument}: keys have no dashes here; write {group.lstrip('-')}={names or '…'}")
         if names == "null" and group and (conf() / group).is_dir():
             raise ConfigError(f"{group}=null names no option; leave it out, or see the options by --help.")
         check = {"experiment": _check_experiment, "local": _check_local}.get(group)
@@ -93,9 +96,11 @@ def _check_experiment(name: str) -> None:
     head = "".join(takewhile(lambda line: line.startswith("#"), file.open(encoding="utf-8"))) if file.exists() else ""
     command = re.search(r"(\w+)\.py experiment=", head)
     if command and command[1] not in (script(), RUNS_OF.get(script())):
+        is_planned = script() == "plan" and command[1] == "distill"
+        planned = "; to plan a distillation, python plan.py task=distill/… dataset=prompts dataset.path=… cached=true"
         raise ConfigError(
             f"experiment={name} is an experiment of {command[1]}.py, not of {script()}.py; run python {command[1]}.py "
-            f"experiment={name}"
+            f"experiment={name}{planned if is_planned else ''}"
         )
 
 

@@ -1,10 +1,14 @@
-"""The text of `--help`: every option of every group, and every key of the configuration."""
+"""The text of `--help`: every option of every group, and every key of the configuration with its comment."""
 
-from collections.abc import Sequence
+import re
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import hydra
+from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
 from .choices import BASE
@@ -14,7 +18,7 @@ SHARED_PREFIX = "_"  # files whose names begin with it are shared by options and
 
 
 def help_text(overrides: Sequence[str] = ()) -> str:
-    """Return the options of each group, with the first comment of their files, and the composed configuration.
+    """Return the options of each group, with the first comment of their files, and each key with its value and comment.
 
     Hydra's own help searches its search path again for each group, which takes longer than everything else.
     """
@@ -23,8 +27,40 @@ def help_text(overrides: Sequence[str] = ()) -> str:
     yaml = OmegaConf.to_yaml(OmegaConf.masked_copy(config, [key for key in config if key != "hydra"]))
     return (
         f"python {script()}.py group=option … key=value …\n\nGroups and their options (* marks the chosen ones)\n\n"
-        f"{groups}\nConfiguration\n\n{yaml}"
+        f"{groups}\nConfiguration\n\n{_commented(yaml, _comments(overrides))}"
     )
+
+
+def _commented(yaml: str, comments: dict[str, str]) -> str:
+    """Return a configuration whose lines end with the comments of their keys."""
+    lines = ((line, comments.get(key)) for line, key in keyed_lines(yaml))
+    return "".join(f"{line}  # {comment}\n" if comment else f"{line}\n" for line, comment in lines)
+
+
+def _comments(overrides: Sequence[str]) -> dict[str, str]:
+    """Return the comments of the chosen YAML files by dotted key; a file's own comment beats that of its defaults."""
+    with hydra.initialize_config_dir(str(conf()), version_base="1.3"):
+        loader = GlobalHydra.instance().config_loader()
+        files = loader.compute_defaults_list(script(), list(overrides), RunMode.RUN).defaults
+    comments = {}
+    for file in files:
+        if (path := conf() / f"{file.config_path}.yaml").is_file():
+            for line, key in keyed_lines(path.read_text(encoding="utf-8")):
+                if comment := line.partition("  # ")[2]:
+                    comments[".".join(filter(None, (file.package, key)))] = comment
+    return comments
+
+
+def keyed_lines(yaml: str) -> Iterator[tuple[str, str | None]]:
+    """Yield the lines of a YAML text, each with the dotted key that it sets; None for a line that sets none."""
+    parents: list[tuple[int, str]] = []  # indentation and key
+    for line in yaml.splitlines():
+        match = re.match(r"( *)([\w.]+):(?: |$)", line)
+        if match is None:
+            yield line, None
+            continue
+        parents = [(indent, key) for indent, key in parents if indent < len(match[1])] + [(len(match[1]), match[2])]
+        yield line, ".".join(key for _, key in parents)
 
 
 def _choices(config: DictConfig, overrides: Sequence[str]) -> dict[str, list[str]]:

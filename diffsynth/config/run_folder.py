@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Sequence
+from functools import cache
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from omegaconf import DictConfig, OmegaConf
 from ..core.advice import how_to_start_from
 from ..core.files import remove_leftovers, write_text
 from .nodes import ConfigError
+from .script import script
 from .signature import bound_to_length, but_for_length, signature
 
 RANK = int(os.environ.get("RANK", 0))
@@ -39,7 +41,8 @@ def claim(cfg: DictConfig) -> Path | None:
     run_dir = Path(cfg.run_dir)
     if is_finished(cfg):
         artefacts = "\n  ".join(_finished(run_dir)["artefacts"])
-        logging.info("%s is finished:\n  %s\nTo run it again, delete the folder or set name=….", run_dir, artefacts)
+        again = "To run it again, delete the folder or set name=…; to sample, python generate.py lora_path=… prompt=…."
+        logging.info("%s is finished:\n  %s\n%s", run_dir, artefacts, again)
         return None
     if RANK == 0:
         _check_folder(run_dir, cfg)
@@ -120,6 +123,18 @@ def _not_extended(run_dir: Path, cfg: DictConfig) -> str:
     )
 
 
+def discard_unstarted(run_dir: Path) -> None:
+    """Delete the folder of a run that was refused: one that has nothing but the record of how it was started."""
+    record = {"config.yaml", "resolved.yaml", "command.json", "environment.json"}
+    files = {path.name: path for path in run_dir.iterdir()} if run_dir.is_dir() else {}
+    if RANK == 0 and record <= files.keys() <= {*record, f"{script()}.log"}:
+        for handler in logging.root.handlers:
+            handler.close()  # Windows cannot delete a log that is open
+        for path in files.values():
+            path.unlink()
+        run_dir.rmdir()
+
+
 def _write_run_files(run_dir: Path, cfg: DictConfig) -> None:
     write_text(run_dir / "config.yaml", OmegaConf.to_yaml(cfg) + OmegaConf.to_yaml(OmegaConf.create(REPLAY)))
     write_text(run_dir / "resolved.yaml", OmegaConf.to_yaml(cfg, resolve=True))
@@ -127,8 +142,9 @@ def _write_run_files(run_dir: Path, cfg: DictConfig) -> None:
     write_text(run_dir / "environment.json", json.dumps(environment(), indent=1))
 
 
+@cache  # a process goes on with the code that it began with
 def environment() -> dict[str, Any]:
-    """Return the commit, the uncommitted changes, and the versions of Python and packages that this run uses."""
+    """Return the commit, the uncommitted changes, and the versions of Python and packages that this process uses."""
     versions = {name: metadata.version(name) for name in PACKAGES}
     return {"commit": _git("rev-parse", "HEAD"), "diff": _git("diff", "HEAD"), "python": sys.version, **versions}
 

@@ -41,11 +41,19 @@ class ProgressBar:
         now = time.monotonic()
         if step == self.start:
             self.began = self.last_line = now
-        if self.visible and not self.terminal and now - self.last_line >= LINE_SECONDS:
+        if not self.terminal and now - self.last_line >= LINE_SECONDS:
             self.last_line = now
             left = (now - self.began) / (step - self.start) * (self.steps - step)
-            line = f"{self.unit} {step}/{self.steps}, {tqdm.format_interval(left)} left, {self.values}"
-            print(line.rstrip(", "), file=sys.stderr, flush=True)
+            self._write_line(f"{tqdm.format_interval(left)} left, {self.values}")
+
+    def keep(self) -> None:
+        """Print the latest values in a line of their own, which stays on the screen."""
+        self._write_line(self.values)
+
+    def _write_line(self, text: str) -> None:
+        if self.visible:
+            self.bar.write(f"{self.unit} {self.done}/{self.steps}, {text}".rstrip(", "), file=sys.stderr)
+            sys.stderr.flush()
 
     def close(self) -> None:
         self.bar.close()

@@ -5,7 +5,8 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 from ..core.memory.sizes import shown_size
-from .options import NOTHING_STREAMED, Option, Options, Streamed
+from ..core.memory.storage import what_is_missing
+from .options import DECODING, NOTHING_STREAMED, Option, Options, Streamed
 from .plan import Plan, Planner
 from .run import PlacedRun
 
@@ -153,7 +154,7 @@ class Budget:
         return "\n  ".join([*lines, "What would help:", *self.remedies(plan, need)])
 
     def remedies(self, plan: Plan, need: Need) -> Sequence[str]:
-        """Return changes that would fit: a larger budget, a cache, and the fewest devices under each engine."""
+        """Return changes that would help: a larger budget, a package, a cache, the fewest devices of each engine."""
         shares = self.planner.shares(plan.footprint, (1, *DEVICES))
         fitting = [share for share in shares if self.run.estimated(share.device) <= self.device]
         fewest = {share.engine: share for share in reversed(fitting)}
@@ -164,7 +165,8 @@ class Budget:
         ]
         cache = f"- a cache (make_cache.py, then dataset=cache): {shown_size(plan.footprint.encoders)} of encoders less"
         larger = f"- memory.budget={shown_size(need.device).replace(' ', '')}"
-        return [larger, *([cache] if plan.footprint.encoders else []), *engines]
+        missing = [f"- {reason}" for reason in map(what_is_missing, DECODING) if reason]
+        return [larger, *missing, *([cache] if plan.footprint.encoders else []), *engines]
 
 
 def _memory_key(rejected: tuple[Option, Need]) -> tuple:

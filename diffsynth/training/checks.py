@@ -19,10 +19,11 @@ def check_run(run: "Run", engine: Engine) -> None:
     Raises:
         ValueError: One of them is wrong; the message says which one and what to set.
     """
-    BatchLayout(run.batch_size, run.micro_batch_size, engine.replicas)
+    layout = BatchLayout(run.batch_size, run.micro_batch_size, engine.replicas)
     scan(run.dataset, run.media, run.task, run.template)
     for dataset in run.validation.datasets.values():
         scan(dataset, run.media, run.task, run.template)
+    check_one_size(run.dataset, layout.micro_batch_size)
     run.validation.check(run.ema)
     run.export.check(run.validation.metric_names)
 
@@ -31,6 +32,21 @@ def scan(dataset: TrainingData, media: "Media", task: "Objective", template: "Te
     """Prepare a data set for the task, then check its rows; see `TrainingData.scan`."""
     prepare_data(dataset, task, template)
     dataset.scan(required=required_columns(media, task, template))
+
+
+def check_one_size(dataset: TrainingData, micro_batch_size: int) -> None:
+    """Check that the samples of a forward have one size.
+
+    Raises:
+        ValueError: Forwards take several samples, and images have sizes of their own; names what to set.
+    """
+    if micro_batch_size > 1 and len(dataset.own_sizes) > 1:
+        smallest, *_, largest = (f"{width} x {height}" for width, height in sorted(dataset.own_sizes))
+        raise ValueError(
+            f"{dataset.metadata_path}: images have {len(dataset.own_sizes)} sizes, from {smallest} to {largest}; "
+            f"a forward of {micro_batch_size} samples needs one; set dataset.buckets=true, or dataset.height=… "
+            "dataset.width=…, or micro_batch_size=1"
+        )
 
 
 def identity_of(run: "Run") -> dict[str, Any]:

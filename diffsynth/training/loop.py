@@ -154,13 +154,16 @@ class Trainer(LoopSettings):
     def _record(self, state: TrainingState, bar: ProgressBar, done: bool) -> None:
         """Log the metrics, evaluate, and export the weights of the current step, each if it is due."""
         values, pictures = {}, {}
+        evaluated = self.validation.due(state.step, done)
         if self.logger.due(state.step, done):
             values = {**state.metrics(), "memory_gb": peak_memory(self.accelerator.device)}
-        if self.validation.due(state.step, done):
+        if evaluated:
             measured, pictures = self.validation.run(self.accelerator, state)
             values |= measured
         if values:
             bar.show({name: value for name, value in values.items() if not name.endswith(DETAILS)})
+        if values and (evaluated or done):
+            bar.keep()
         if self.accelerator.is_main_process:
             self.logger.log(state.step, values, pictures)
         self._export(state, done, values)

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import Any
 
+from ..cache.run import ModelRun
 from .absent import NoCheckpoints, NoDataReport, NoEMA, NoLogger, NoProfile, NoValidation
 
 
@@ -62,32 +63,24 @@ class LoopSettings:
 
 
 @dataclass(kw_only=True)
-class Run(LoopSettings):
+class Run(LoopSettings, ModelRun):
     """One training run, its parts built by the configuration; its fields are the top level of conf/training.yaml.
 
     Args:
         name: Name of the run.
         output_root, run_dir: Folder of all runs, and the folder of this run in it.
-        device: `auto`, `cpu`, `cuda` or `mps`.
-        model: A partial of a family's `from_components` that lacks only `device`; it builds the pipeline.
-        task: The objective (`diffusion.loss.Objective`).
-        lora: The adapter (`diffusion.adapters.lora.Adapter`); None trains `task.trainable_models` in full.
-        template: The template to train (`diffusion.template.Templates`); None trains no template.
         memory: Options that save memory at the cost of time or precision (`core.memory.MemoryRecipe`).
         max_bad_steps: The run ends after this many steps in a row whose gradient is not finite.
         data_report: Describes the data set before the first step (`training.record.data_report.DataReport`).
+
+    The other arguments are those of `LoopSettings` and `ModelRun`.
     """
 
     name: str
     output_root: str
     run_dir: str
-    model: Any
-    task: Any
     memory: Any
     data_report: Any
-    lora: Any = None
-    template: Any = None
-    device: str = "auto"
     max_bad_steps: int = 10
 
     def __post_init__(self):
@@ -95,11 +88,6 @@ class Run(LoopSettings):
         self.data_report = self.data_report or NoDataReport()
         if self.max_bad_steps < 1:
             raise ValueError(f"max_bad_steps is {self.max_bad_steps}; expected at least 1.")
-
-    @property
-    def media(self) -> Any:
-        """How the model's family reads and writes its images or videos (`diffusion.pipeline.media.Media`)."""
-        return self.model.func.__self__.media
 
 
 @dataclass(kw_only=True)

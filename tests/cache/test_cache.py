@@ -612,10 +612,10 @@ def test_a_cache_is_made_verified_and_tidied_on_the_command_line(tmp_path, monke
 
     assert "8 samples of 16 entries, made now: 8 of InputImageEmbedder, 8 of " in run()
     assert "0 of 1 files rewritten" in run("gc")
-    assert f"{tmp_path / 'cache'}: no differences" in run("verify")
+    assert f"{tmp_path / 'cache'}: no differences from " in run("verify")
     first_shard(tmp_path / "cache").unlink()
     with pytest.raises(
-        SystemExit, match=f"error: {tmp_path / 'cache'} differs from this data set, .* again to update it\n  "
+        SystemExit, match=f"error: {tmp_path / 'cache'} differs from the data set .* again to update it\n  "
     ):
         run("verify")
 

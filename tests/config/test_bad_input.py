@@ -90,6 +90,11 @@ def test_batch_sizes_that_do_not_divide_are_answered_with_those_that_do(batch_si
     assert all(part in message for part in fitting), message
 
 
+def test_a_folder_of_pictures_in_the_place_of_the_emoji_is_answered_with_what_to_choose(refusal, tmp_path):
+    message = refusal(f"dataset.path={tmp_path}", "dataset.metadata=line_train.csv")
+    assert message.endswith("or dataset=image_folder for a folder of your own")
+
+
 # Weights --------------------------------------------------------------------------------------------------------------
 
 
@@ -105,6 +110,14 @@ def test_weights_that_are_nowhere_are_named_with_the_places_looked_in(refusal, t
 
 def test_a_folder_of_weights_that_does_not_exist_is_named(refusal, tmp_path):
     assert f"{tmp_path}/nowhere does not exist" in refusal(f"model.dit.path={tmp_path}/nowhere")
+
+
+def test_a_folder_in_the_place_of_a_file_is_answered_with_its_newest_file(refusal, tmp_path):
+    newest = tmp_path / "run" / "weights" / "step-2.safetensors"
+    newest.parent.mkdir(parents=True)
+    save_file({"a": torch.zeros(1)}, newest)
+    assert f"run is a folder; expected a file, such as {newest}." in refusal(f"lora.checkpoint={tmp_path}/run")
+    assert f"{tmp_path}/none.safetensors does not exist" in refusal(f"lora.checkpoint={tmp_path}/none.safetensors")
 
 
 def test_a_missing_shard_is_named(refusal, repository):

@@ -323,7 +323,7 @@ def test_a_run_trains_networks_in_full(changes, tmp_path):
     assert len(tiny.weights(run_dir)) == len(changes)
 
 
-@pytest.mark.parametrize("name", ["autoencoder", "pretrain"])
+@pytest.mark.parametrize("name", tiny.mostly_slow(["autoencoder", "pretrain"], "autoencoder"))
 def test_the_experiments_of_the_embedded_model_run(name, tmp_path):
     experiment = f"experiment=emoji_flux2/{name}"
     short = ["max_steps=2", "batch_size=2", "lr_scheduler.num_warmup_steps=1", "lr_scheduler.num_decay_steps=1"]
@@ -377,7 +377,7 @@ def built(config: dict, folder: Path) -> torch.nn.Module:
     return build_module([], folder).to(torch.bfloat16)
 
 
-@pytest.mark.parametrize("name", RELEASED)
+@pytest.mark.parametrize("name", tiny.mostly_slow(RELEASED, "flux2_klein_4b", "flux2_dev"))
 def test_a_released_model_takes_a_lora_step_of_two_edited_megapixels(name, tmp_path):
     network, encoder, billions, depths = RELEASED[name]
     network = {"_class_name": "Flux2Transformer2DModel", "guidance_embeds": name == "flux2_dev", **network}

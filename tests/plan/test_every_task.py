@@ -43,15 +43,15 @@ def test_a_released_model_is_planned(model, task, tmp_path):
     assert plan.footprint.trained > 0 and plan.footprint.activations > 0
 
 
-@pytest.mark.parametrize("task", [t if t == "distill/dmd2" else pytest.param(t, marks=pytest.mark.slow) for t in TASKS])
+@pytest.mark.parametrize("task", tiny.mostly_slow(TASKS, "distill/lcm"))
 def test_every_stage_of_a_task_is_planned(task, tmp_path):
     name = "sft" if task == "full" else task
     cfg = tiny.compose("plan", "model=emoji", f"task={name}", *TASKS[task], f"path={tmp_path}")
     assert "| cache |" in tiny.call("plan", cfg)
 
 
-@pytest.mark.parametrize("model", ["emoji", pytest.param("flux2_klein_4b", marks=pytest.mark.slow)])
-@pytest.mark.parametrize("task", ["distill", pytest.param("distill/trajectory", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("model", tiny.mostly_slow(["emoji", "flux2_klein_4b"], "emoji"))
+@pytest.mark.parametrize("task", tiny.mostly_slow(["distill", "distill/trajectory"], "distill"))
 def test_a_distillation_is_planned_before_the_teacher_has_sampled(model, task, tmp_path):
     (tmp_path / "prompts.txt").write_text("a red apple\n")
     prompts = ["dataset=prompts", f"dataset.path={tmp_path}/prompts.txt", "cached=true", "cache_batch_size=1"]

@@ -2,6 +2,7 @@
 
 import json
 import math
+import sys
 from dataclasses import replace
 from functools import partial
 from importlib import import_module
@@ -115,7 +116,7 @@ def test_each_option_takes_from_the_device_what_it_says(benchmark, monkeypatch):
 
 
 MANY_BLOCKS = [
-    ({"storage": "int8"}, 6),
+    pytest.param({"storage": "int8"}, 6, marks=pytest.mark.slow),
     ({"checkpointing": "blocks", "offload_activations": True}, 6),
     pytest.param({"checkpointing": "blocks", "checkpoint_every": 2}, 12, marks=pytest.mark.slow),
 ]
@@ -293,6 +294,14 @@ def test_what_streaming_spares_is_known_without_streaming(tmp_path):
     assert estimated.device == pytest.approx(rehearsed.device, rel=0.005)
     assert estimated.host == pytest.approx(rehearsed.host, rel=0.005)
     assert estimated.device < budget.estimate(replace(streamed, recipe=replace(recipe, stream_blocks=0))).device
+
+
+def test_a_budget_chooses_no_format_whose_package_is_missing(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)  # as if it were not installed
+    budget = Budget(planner_of(tmp_path), 0)
+    assert {option.recipe.storage for option in budget.options.all()} == {"none", "int8"}
+    with pytest.raises(ValueError, match="What would help:(.|\n)*nf4 needs bitsandbytes: pip install"):
+        budget.choose()
 
 
 def test_a_budget_that_nothing_fits_says_what_is_missing_and_what_would_help(tmp_path):

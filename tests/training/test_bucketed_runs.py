@@ -14,7 +14,8 @@ from PIL import Image
 from torch.testing import assert_close
 
 from diffsynth.config import claim
-from diffsynth.core.data import AspectBuckets, BatchLayout, BatchSampler, UnifiedDataset
+from diffsynth.core.data import AspectBuckets, BatchLayout, BatchSampler, MixedDataset, UnifiedDataset
+from diffsynth.training.checks import check_one_size
 
 CLOSE = {"rtol": 1e-6, "atol": 1e-6}
 SIZES = [(64, 32)] * 4 + [(32, 64)] * 3 + [(36, 34), (100, 50), (40, 100)]
@@ -203,6 +204,20 @@ def test_buckets_need_the_size_of_every_row():
         made.scan()
     with pytest.raises(ValueError, match="are not sorted into buckets yet"):
         made.order(1, seed=0)
+
+
+def test_pictures_of_several_sizes_need_buckets_to_form_a_batch():
+    free = UnifiedDataset.from_folder(str(pictures()), max_pixels=2048)
+    free.scan()
+    with pytest.raises(ValueError, match="4 sizes, from .*; a forward of 2 samples needs one; set data.buckets=true"):
+        check_one_size(free, 2)
+    with pytest.raises(ValueError, match="4 sizes"):
+        check_one_size(MixedDataset({"free": free}), 2)
+    check_one_size(free, 1)
+    for options in (BUCKETS, {"height": 32, "width": 32}):
+        sized = UnifiedDataset.from_folder(str(pictures()), **options)
+        sized.scan()
+        check_one_size(sized, 2)
 
 
 # Runs -----------------------------------------------------------------------------------------------------------------

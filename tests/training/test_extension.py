@@ -25,7 +25,7 @@ def checkpoint(run_dir: Path, step: int) -> dict:
     "how",
     [
         ["lr_scheduler=constant", "lora.dropout=0.3", "ema=power"],
-        WARMUP,
+        pytest.param(WARMUP, marks=pytest.mark.slow),
         [*DECAY, *KEEP],  # goes on from before its decay
     ],
 )

@@ -43,7 +43,7 @@ EVALUATING = [
     [
         (2, DROPOUT),  # when a checkpoint was written; the others one step later
         (3, ACCUMULATION),
-        (3, ["lora=none", "ema=power"]),
+        pytest.param(3, ["lora=none", "ema=power"], marks=pytest.mark.slow),
         pytest.param(3, ["optimizer=schedule_free", "ema=constant", "ema.decay=0.9"], marks=pytest.mark.slow),
     ],
     ids=["dropout", "accumulation and prodigy", "full and ema=power", "schedule_free and ema=constant"],
@@ -168,8 +168,12 @@ def test_a_process_whose_whole_group_is_asked_to_stop_saves_and_says_that_it_wan
     assert_same_run(tiny.train(tmp_path / "runs", *STEPS, *ACCUMULATION), uninterrupted(*ACCUMULATION))
 
 
-@pytest.mark.parametrize("number, saved", [(signal.SIGUSR1, [2, 3]), (signal.SIGKILL, [2])])
-def test_one_process_goes_on_where_two_were_stopped_or_killed(number, saved, tmp_path):
+ENDS = [(signal.SIGUSR1, [2, 3]), (signal.SIGKILL, [2])]
+
+
+@pytest.mark.parametrize("end", tiny.mostly_slow(ENDS, ENDS[1]), ids=str)
+def test_one_process_goes_on_where_two_were_stopped_or_killed(end, tmp_path):
+    number, saved = end
     overrides = tiny.merged(tiny.train_overrides(tmp_path / "runs"), [*STEPS, "logger.every=2"])
     assert 0 not in warm.ranks(2, train_and_signal_the_second, number, overrides)
     (run_dir,) = (tmp_path / "runs").iterdir()

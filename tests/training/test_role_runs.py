@@ -26,7 +26,7 @@ def trees(run_dir) -> dict:
     return {name: load_part(folder, content, name) for name in content["parts"]}
 
 
-@pytest.mark.parametrize("name", ROLES)
+@pytest.mark.parametrize("name", tiny.mostly_slow(ROLES, "adapters"))
 def test_a_run_that_was_cut_off_in_a_phase_goes_on_as_if_nothing_had_been(name, tmp_path):
     overrides = [*ROLES[name], "max_steps=5", "checkpoint.every=1"]
     tiny.cut_off(2, tmp_path, *overrides)  # in the middle of a phase of the fake score

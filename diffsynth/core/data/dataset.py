@@ -1,6 +1,6 @@
 """`TrainingData`, the base class of every data set, and `Row`, a sample before the pipeline's units process it."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Set
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -44,6 +44,7 @@ class TrainingData(Dataset):
         repeat: How often an epoch shows each sample.
         num_workers: Number of DataLoader processes that should load the data set.
         needs_encoders: Whether the run has to load encoders; a cache has their outputs already.
+        own_sizes: Sizes (width, height) in pixels that `scan` found of images that are trained at sizes of their own.
         undecodable: Whether each row failed to decode (N,), bool; empty if the data set does not keep count.
     """
 
@@ -52,6 +53,7 @@ class TrainingData(Dataset):
     repeat: int = 1
     num_workers: int = 0
     needs_encoders = True
+    own_sizes: Set[Size] = frozenset()
     undecodable: Tensor = torch.zeros(0, dtype=torch.bool)
 
     @property

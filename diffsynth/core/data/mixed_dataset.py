@@ -62,6 +62,10 @@ class MixedDataset(TrainingData):
         """Number of samples."""
         return sum(dataset.size for dataset in self.datasets.values())
 
+    @property
+    def own_sizes(self) -> set[Size]:
+        return set().union(*(dataset.own_sizes for dataset in self.datasets.values()))
+
     def __getitem__(self, index: int) -> dict:
         """Sample `index` with its files loaded and without augmentation."""
         with self._dataset_of(index) as (dataset, number):

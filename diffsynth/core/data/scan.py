@@ -43,7 +43,11 @@ class SkippedRow:
 
 
 def check_rows(dataset: "UnifiedDataset", required: Sequence[str]) -> tuple[list[SkippedRow], list[tuple[int, Size]]]:
-    """The rows that cannot be used, and with buckets also the number and stored size of each other row."""
+    """The rows that cannot be used, and numbers and sizes of the others.
+
+    A size (width, height) in pixels is the stored one with buckets, else the one that `dataset.fit` makes of it. Rows
+    of unknown size are left out.
+    """
     strides = [dataset.scanned[start::SCAN_THREADS] for start in range(SCAN_THREADS)]
     with ThreadPoolExecutor(SCAN_THREADS) as pool:
         found = pool.map(_check_some, repeat(dataset), strides, repeat(required))
@@ -58,7 +62,7 @@ def _check_some(dataset: "UnifiedDataset", numbers: Sequence[int], required: Seq
 
 
 def _check_row(dataset: "UnifiedDataset", number: int, required: Sequence[str]) -> SkippedRow | tuple[int, Size] | None:
-    """The fault of a row, or with buckets its number and stored size, or None."""
+    """The fault of a row, or its number and size (see `check_rows`), or None."""
     row, size = dataset.rows[number], None
     if fault := _fault_of_cells(dataset, row, required):
         return SkippedRow(number + 1, None, fault)
@@ -70,10 +74,11 @@ def _check_row(dataset: "UnifiedDataset", number: int, required: Sequence[str]) 
                 for target in dataset.buckets.assign(*size).values():
                     dataset.fit.check(size, target)
             elif dataset.fit and key in dataset.data_file_keys and not dataset.buckets:
-                _check_fit(dataset.fit, known)
+                targets = _fitted(dataset.fit, known)
+                size = targets[0] if key == dataset.data_file_keys[0] else size
         except Exception as error:  # Pillow's decoders raise exceptions of many types
             return SkippedRow(number + 1, str(row[key]), f"{key} {row[key]!r}: {error}")
-    return dataset.buckets and (number, size)
+    return size and (number, size)
 
 
 def _fault_of_cells(dataset: "UnifiedDataset", row: dict, required: Sequence[str]) -> str | None:
@@ -97,11 +102,9 @@ def _fault_of_captions(augmentation: "Augmentation", row: dict) -> str | None:
     return None if any(texts) else " and ".join(f"{column} is empty" for column in columns)
 
 
-def _check_fit(fit: "ImageCropAndResize", known: Size | list[Size] | None) -> None:
-    """Raise if `fit` cannot bring images of the known sizes to the size that they are trained at."""
-    for size in known if isinstance(known, list) else [known]:
-        if size is not None:
-            fit.check(size)
+def _fitted(fit: "ImageCropAndResize", known: Size | list[Size] | None) -> list[Size | None]:
+    """The sizes to which `fit` brings images of the known sizes; it raises if it cannot."""
+    return [size and fit.check(size) for size in (known if isinstance(known, list) else [known])]
 
 
 def known_size(operator: Callable, cell: Any) -> Size | None:

@@ -328,7 +328,11 @@ class UnifiedDataset(TrainingData):
             counts = unchecked, len(self.rows), self.metadata_path, len(self.scanned)
             logger.info("%d of %d rows of %s were not checked; dataset.scan_rows=%d sets how many are.", *counts)
         self.usable = AllBut(len(self.rows), [fault.row - 1 for fault in faults])
-        self.skipped_by_scan, self.sorted = faults, self.buckets and SortedRows.of(self.buckets, sizes)
+        self.skipped_by_scan = faults
+        if self.buckets:
+            self.sorted = SortedRows.of(self.buckets, sizes)
+        elif not self._fixed_size():
+            self.own_sizes = {size for _, size in sizes}
         return faults
 
     def _check_captions(self) -> None:

@@ -128,9 +128,10 @@ def read_shapes(file: Path) -> dict[str, tuple[int, ...]]:
     """Names and shapes of the tensors in a safetensors file, from its header.
 
     Raises:
-        ValueError: The file is no safetensors file, or is not as long as its header says.
+        ValueError: There is no such file, it is no safetensors file, or it is not as long as its header says.
     """
     refuse_pickle(file)
+    _require_file(file)
     size = file.stat().st_size
     with file.open("rb") as stream:
         length = int.from_bytes(stream.read(8), "little")
@@ -146,6 +147,16 @@ def read_shapes(file: Path) -> dict[str, tuple[int, ...]]:
     if size != expected:
         raise ValueError(f"{file} has {size} bytes, expected {expected}. {_FETCH_AGAIN}")
     return {key: tuple(tensor["shape"]) for key, tensor in header.items()}
+
+
+def _require_file(file: Path) -> None:
+    """Raise ValueError if there is no such file; for a run's folder, the error names its newest weights."""
+    if file.is_dir():
+        inside = [path for pattern in ("*", "weights/*", "*/weights/*") for path in file.glob(f"{pattern}.safetensors")]
+        newest = max(inside, key=lambda path: path.stat().st_mtime, default="….safetensors")
+        raise ValueError(f"{file} is a folder; expected a file, such as {newest}.")
+    if not file.exists():
+        raise ValueError(f"{file} does not exist; expected a .safetensors file.")
 
 
 _FETCH_AGAIN = "Delete it and download it again (a git clone without LFS has pointers instead of weights)."

@@ -94,7 +94,8 @@ def choose_stored(
     """
     if storage == "none":
         return []
-    _check_installed(storage)
+    if missing := what_is_missing(storage):
+        raise ValueError(missing)
     names = [name for name in sorted(models) if _is_transformer(models[name])] if stored is None else list(stored)
     for name in names:
         if name not in models:
@@ -132,12 +133,12 @@ def _refuse_trained(storage: str, names: Sequence[str], trained: Iterable[str]) 
             )
 
 
-def _check_installed(storage: str) -> None:
+def what_is_missing(storage: str) -> str | None:
+    """Return what has to be installed for a storage format; None if nothing has."""
     if storage != "nf4":
-        return
+        return None
     try:
         import bitsandbytes  # noqa: F401
     except ImportError as error:
-        raise ValueError(
-            f'memory.storage={storage} needs bitsandbytes: pip install "diffsynth-hydra[quant]" ({error})'
-        ) from error
+        return f'memory.storage={storage} needs bitsandbytes: pip install "diffsynth-hydra[quant]" ({error})'
+    return None

@@ -28,6 +28,7 @@ logger = logging.getLogger(__name__)
 # Guesses.
 THREADS = 8
 THUMBNAIL = (16, 16)
+CELL = (256, 256)  # most pixels of an image in the grid
 NEAR = 3.0  # mean difference of two thumbnails' values in [0, 255]; saving an image again changes about as much
 
 
@@ -86,10 +87,13 @@ class DataReport:
     def check(self, pipe: "BasePipeline", dataset: TrainingData, validation: Mapping[str, TrainingData]) -> dict:
         """List samples that are enlarged, have their caption cut off, or are in a validation data set as well.
 
-        Samples of a cache are not checked: their images are not there.
+        A validation data set of the same rows is not compared. Samples of a cache are not checked: their images are not
+        there.
         """
         checks = _check_samples(pipe, dataset, spread(dataset.size, self.rows))
-        pairs = {name: self._pairs(checks, pipe, other) for name, other in validation.items()}
+        mine = dataset.fingerprint()
+        others = {name: other for name, other in validation.items() if not mine or other.fingerprint() != mine}
+        pairs = {name: self._pairs(checks, pipe, other) for name, other in others.items()}
         return {
             "checked": len(checks),
             "enlarged": [check.number for check in checks if check.is_enlarged],
@@ -167,8 +171,9 @@ def _check_sample(pipe: "BasePipeline", dataset: TrainingData, number: int) -> S
 
 
 def _cell(images: Sequence[Image.Image], prompt: str) -> Image.Image:
-    """Return the first image above the prompt, with the other images below."""
+    """Return the first image above the prompt, with the other images below; large images are reduced."""
     images = images or [Image.new("RGB", (128, 128), "lightgray")]
+    images = [ImageOps.contain(image, CELL) if image.width > CELL[0] else image for image in images]
     first = row(images[:1], [prompt])
     others = [ImageOps.contain(image.convert("RGB"), (first.width, first.height)) for image in images[1:]]
     return stack([first, *others])

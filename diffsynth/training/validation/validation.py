@@ -129,6 +129,8 @@ class Validation:
                 "validation.weights names ema, but the run has no average of its weights; set ema=constant or "
                 "ema=power, or set validation.weights=[raw]."
             )
+        if not (self.prompts or self.datasets or self.few_steps):
+            logger.info('Nothing is evaluated; "validation.prompts=[a cat,a dog]" samples images while training.')
         self.metrics = _measurable("validation.metrics", self.metrics)
         if self.few_steps:
             self.few_steps.open()

@@ -5,6 +5,7 @@ from contextlib import nullcontext
 from itertools import product
 
 import pytest
+import tiny
 import tiny_flux2
 import torch
 from torch.autograd.graph import saved_tensors_hooks
@@ -22,10 +23,7 @@ LORA = LoRA(
 )
 WITH_DROPOUT = LoRA(rank=2, target_modules=["to_q", "to_k"], dropout=0.3)
 FULL = FlowMatchSFT(trainable_models=["dit", "text_encoder"])
-KINDS = pytest.mark.parametrize(
-    "task, lora", [(None, LORA), (None, WITH_DROPOUT), (FULL, None)], ids=["lora", "dropout", "full"]
-)
-
+KINDS = {"lora": (None, LORA), "dropout": (None, WITH_DROPOUT), "full": (FULL, None)}
 BLOCKS, EVERY_OTHER = {"checkpointing": "blocks"}, {"checkpointing": "blocks", "checkpoint_every": 2}
 ATTENTION, FEED_FORWARD = {"checkpointing": "attention"}, {"checkpointing": "feed_forward"}
 OFFLOAD = {"offload_activations": True}
@@ -62,17 +60,27 @@ def assert_equal(found, expected):
     assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
 
 
-@KINDS
-@pytest.mark.parametrize("options", SAVING.values(), ids=SAVING)
-def test_no_policy_changes_loss_or_gradients(training_module, samples, task, lora, options):
+def kinds_and_policies(policies) -> list:
+    """All pairs; by default those of dropout, which must be drawn again, and one policy of the other kinds."""
+    pairs = list(product(KINDS, policies))
+    default = [(kind, policy) for kind, policy in pairs if kind == "dropout" or policy == "blocks, offloaded"]
+    return tiny.mostly_slow(pairs, *default)
+
+
+@pytest.mark.parametrize("pair", kinds_and_policies(SAVING), ids=str)
+def test_no_policy_changes_loss_or_gradients(training_module, samples, pair):
+    (task, lora), options = KINDS[pair[0]], SAVING[pair[1]]
     plain, saving = moved(training_module(task, lora)), moved(training_module(task, lora, **options))
     assert_equal(loss_and_gradients(saving, samples), loss_and_gradients(plain, samples))
 
 
-@KINDS
-@pytest.mark.parametrize("name", [name for name in SAVING if not name.startswith(("attention", "feed_forward"))])
-def test_nor_where_blocks_are_of_two_kinds(samples, task, lora, name):
-    plain, saving = moved(flux2(task, lora).load()), moved(flux2(task, lora, **SAVING[name]).load())
+HONOURED = [name for name in SAVING if not name.startswith(("attention", "feed_forward"))]
+
+
+@pytest.mark.parametrize("pair", kinds_and_policies(HONOURED), ids=str)
+def test_nor_where_blocks_are_of_two_kinds(samples, pair):
+    (task, lora), options = KINDS[pair[0]], SAVING[pair[1]]
+    plain, saving = moved(flux2(task, lora).load()), moved(flux2(task, lora, **options).load())
     assert_equal(loss_and_gradients(saving, samples), loss_and_gradients(plain, samples))
 
 

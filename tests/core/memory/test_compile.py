@@ -3,6 +3,7 @@
 import logging
 
 import pytest
+import tiny
 import torch
 from diffusers import AutoencoderKL
 from torch._subclasses import FakeTensorMode
@@ -62,7 +63,10 @@ def assert_same_gradients(compiled, plain, samples) -> None:
     )  # the last block's text, which none reads
 
 
-@pytest.mark.parametrize("options", [{}, {"checkpointing": "blocks", "offload_activations": True}])
+COMPILED = [{}, {"checkpointing": "blocks", "offload_activations": True}]
+
+
+@pytest.mark.parametrize("options", tiny.mostly_slow(COMPILED, COMPILED[1]))
 def test_compiled_blocks_train_an_adapter_as_uncompiled_ones(options, training_module, samples, graphs):
     compiled, plain = pair(training_module, None, LORA, **options)
     assert_same_gradients(compiled, plain, samples)

@@ -180,7 +180,7 @@ def test_restored_layers_answer_as_the_stored_ones(storage):
 # What a training makes of it ------------------------------------------------------------------------------------------
 
 
-@EVERY
+@pytest.mark.parametrize("storage", tiny.mostly_slow(METHODS, "int8", "nf4"))
 @pytest.mark.parametrize("torch_dtype", ["float32", "bfloat16"])
 @pytest.mark.usefixtures("nf4")
 def test_losses_and_gradients_are_near_those_of_plain_weights(training_module, samples, storage, torch_dtype):
@@ -247,7 +247,7 @@ def test_adapters_start_as_they_would_on_plain_weights(training_module):
     assert pairs and all(torch.equal(a, b) and b.dtype == torch.float32 for a, b in pairs)
 
 
-@EVERY
+@pytest.mark.parametrize("storage", tiny.mostly_slow(METHODS, "int8", "nf4"))
 @pytest.mark.usefixtures("nf4")
 def test_an_adapter_is_exported_and_loaded_as_from_plain_weights(training_module, samples, tmp_path, storage):
     plain, stored = (shaken(training_module(lora=ADAPTER, storage=s)) for s in ("none", storage))

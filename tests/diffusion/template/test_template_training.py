@@ -89,7 +89,7 @@ TEMPLATE_MODEL = Text
 TEMPLATES = {"kv_cache": templates.SCALE, "part": templates.FROZEN_PART, "lora": IMAGE_TO_LORA, "text": TEXT}
 
 
-@pytest.fixture(params=TEMPLATES)
+@pytest.fixture(params=tiny.mostly_slow(TEMPLATES, "kv_cache", "lora"))
 def kind(request) -> str:
     return request.param
 

@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 from .captions import read_captions
 from .metadata import READERS, read_metadata
-from .storage import is_file
+from .storage import is_file, is_remote
 from .table import Rows
 
 
@@ -19,6 +19,8 @@ def find_rows(base_path: str | None, metadata: str | Callable | None, encoding: 
     """
     if callable(metadata):
         return str(base_path), metadata(str(base_path))
+    if base_path and not is_remote(base_path) and not os.path.isdir(base_path):
+        raise ValueError(f"there is no folder {base_path}; set dataset.path to one")
     if base_path is None and metadata is None:
         raise ValueError("base_path and metadata_path are both None; pass at least one")
     if base_path is None:
@@ -30,4 +32,5 @@ def find_rows(base_path: str | None, metadata: str | Callable | None, encoding: 
     if metadata is None and (rows := read_captions(str(base_path), encoding)):
         return str(base_path), rows
     looked_for = ", ".join(dict.fromkeys(candidates)) + ", images" * (metadata is None)
-    raise ValueError(f"no metadata: looked for {looked_for}; set dataset.path or dataset.metadata")
+    any_folder = "" if metadata is None else ", or dataset=image_folder for a folder of your own"
+    raise ValueError(f"no metadata: looked for {looked_for}; set dataset.path or dataset.metadata{any_folder}")

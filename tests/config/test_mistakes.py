@@ -1,0 +1,212 @@
+"""What a wrong command line or experiment is answered."""
+
+import re
+
+import pytest
+from tiny import complaint
+
+
+@pytest.fixture
+def experiment(tmp_path, monkeypatch):
+    """Says what the command line answers to an experiment of this content."""
+
+    def answer(content: str) -> str:
+        (tmp_path / "experiment").mkdir()
+        (tmp_path / "experiment" / "mine.yaml").write_text("# @package _global_\n" + content)
+        return complaint(monkeypatch, "--config-dir", str(tmp_path), "experiment=mine", f"output_root={tmp_path}")
+
+    return answer
+
+
+@pytest.mark.parametrize("prefix", ["", "+", "++"])
+def test_a_misspelt_key_on_the_command_line_is_answered_with_the_nearest(prefix, monkeypatch, tmp_path):
+    message = complaint(monkeypatch, f"{prefix}lora.rnak=8", f"output_root={tmp_path}")
+    assert "lora.rnak" in message and "'rnak'" in message and "did you mean lora.rank?" in message
+
+
+def test_a_misspelt_key_in_an_experiment_is_answered_with_the_nearest(experiment):
+    message = experiment("lora: {rnak: 8}")
+    assert "lora.rnak" in message and "'rnak'" in message and "did you mean lora.rank?" in message
+
+
+def test_a_misspelt_key_at_the_top_of_an_experiment_is_answered_with_the_nearest(experiment):
+    assert "the configuration has no option 'batchsize'; did you mean batch_size?" in experiment("batchsize: 8")
+
+
+@pytest.mark.parametrize(
+    "removed, answer",
+    [
+        ("~data_report", "data_report is missing: add `data_report: …` to the YAML file of the experiment."),
+        (
+            "~export.output_path",
+            "and ModelLogger requires it: add `output_path: …` to the YAML file of export.",
+        ),
+    ],
+)
+def test_a_key_that_is_missing_is_answered_with_the_line_to_add(removed, answer, monkeypatch, tmp_path):
+    assert answer in complaint(monkeypatch, removed, f"output_root={tmp_path}")
+
+
+def test_the_first_of_several_misspelt_keys_is_answered(monkeypatch):
+    assert "did you mean lora.rank?" in complaint(monkeypatch, "-m", "lora.rnak=8", "optimiser.lr=1", "lora=dora,lora")
+
+
+@pytest.mark.parametrize(
+    "script, key",
+    [
+        ("train.py", "output_root"),
+        ("distill.py", "output_root"),
+        ("make_cache.py", "path"),
+        ("plan.py", "path"),
+        ("generate.py", "output"),
+        ("fuse.py", "output"),
+    ],
+)
+def test_a_folder_that_cannot_be_written_to_is_answered_with_its_key(script, key, monkeypatch, tmp_path):
+    (tmp_path / "file").write_text("where a folder should be")
+    message = complaint(monkeypatch, f"{key}={tmp_path}/file/folder", script=script)
+    assert f"{tmp_path}/file" in message and f"; set {key}=… to a folder that can be written to." in message
+
+
+def test_what_is_no_override_is_answered_in_one_line(monkeypatch):
+    assert "name=[1" in complaint(monkeypatch, "name=[1")
+
+
+def test_a_key_below_one_that_is_not_there_is_answered_for_that_one(monkeypatch):
+    assert "template: no such key 'template'; there are " in complaint(monkeypatch, "template.path=somewhere")
+
+
+def test_a_misspelt_group_is_answered_with_the_nearest(monkeypatch):
+    assert "did you mean model?" in complaint(monkeypatch, "modle=emoji")
+
+
+@pytest.mark.parametrize(
+    "chosen, answer",
+    [
+        (["memory=[none,checkpointing]"], ["memory=checkpointing and memory=none", "memory.checkpointing is blocks"]),
+        (["memory=[fp8,streaming,int8]"], ["memory=fp8 and memory=int8", "memory.storage is fp8"]),
+        (["task.timesteps={min_bond: 1}"], "no such key 'min_bond'; did you mean task.timesteps.min_boundary?"),
+        (["teacher=none"], ["task=sft has no group teacher", "distill/dmd2"]),
+        (["validation=[none,lpips]"], ["validation=none and validation=lpips contradict each other"]),
+        (["validation=[emoji,none]"], ["validation=none and validation=emoji contradict each other"]),
+        (["memory=null"], ["memory=null names no option", "--help"]),
+        (["experiment=[emoji_distill/add]"], ["an experiment of distill.py, not of train.py"]),
+    ],
+)
+def test_choices_that_contradict_each_other_are_named(chosen, answer, monkeypatch, tmp_path):
+    message = complaint(monkeypatch, *chosen, f"output_root={tmp_path}")
+    assert all(part in message for part in answer), message
+
+
+def test_options_of_an_experiment_that_contradict_each_other_are_named(experiment):
+    message = experiment("defaults:\n  - override /memory: [fp8, int8]\n")
+    assert "memory=fp8 and memory=int8 contradict each other" in message
+
+
+@pytest.mark.parametrize(
+    "script, experiment, other",
+    [
+        ("train.py", "emoji_distill/dmd2", "distill.py"),
+        ("distill.py", "emoji/pretrain", "train.py"),
+        ("plan.py", "emoji_distill/lcm", "distill.py"),
+    ],
+)
+def test_an_experiment_refuses_the_wrong_script_and_names_the_right_one(script, experiment, other, monkeypatch):
+    message = complaint(monkeypatch, f"experiment={experiment}", script=script)
+    assert message.startswith(
+        f"error: experiment={experiment} is an experiment of {other}, not of {script}; run python {other} "
+        f"experiment={experiment}"
+    )
+    assert ("to plan a distillation, python plan.py task=distill/…" in message) == (script == "plan.py")
+
+
+def test_a_machines_own_file_that_is_not_there_is_named(monkeypatch):
+    assert "nowhere.yaml does not exist" in complaint(monkeypatch, "local=nowhere")
+
+
+def test_a_group_that_a_script_has_not_is_answered_with_those_it_has(monkeypatch):
+    message = complaint(monkeypatch, "dataset=emoji", script="generate.py")
+    assert "dataset: generate.py has no such group; it has model." in message
+
+
+@pytest.mark.parametrize(
+    "arguments, answer",
+    [
+        (["lora=dara"], "lora=dara: no such option; did you mean dora?"),
+        (["memory=[fp8,zzz]"], "memory=zzz: no such option; there are base, checkpointing, "),
+        (["task=distill/dmd"], "task=distill/dmd: no such option; did you mean distill/dmd2?"),
+        (["rank=8"], "no such key 'rank'; did you mean lora.rank?"),
+        (["task.timesteps={min_bond: 1}"], "no such key 'min_bond'; did you mean task.timesteps.min_boundary?"),
+        (["lora.rank", "=", "8"], "lora.rank: expected key=value, without spaces around =, such as lora.rank=…"),
+        (["--lora.rank", "8"], "--lora.rank: keys have no dashes here; write lora.rank=…"),
+        (["--lora.rank=8"], "write lora.rank=8"),
+        (["name=a cat, a dog"], "for a text with commas type \"name='a cat, a dog'\""),
+        (["name=[a"], "put text with special characters into two pairs of quotes"),
+    ],
+)
+def test_a_mistyped_argument_is_answered_in_one_line_with_what_to_type(arguments, answer, monkeypatch, tmp_path):
+    message = complaint(monkeypatch, *arguments, f"output_root={tmp_path}")
+    assert answer in message and "\n" not in message
+
+
+@pytest.mark.parametrize("target", ["torch.optim.AdamV", "torhc.optim.Adam", "torch.optim"])
+def test_a_target_that_is_none_is_named(target, monkeypatch, tmp_path):
+    message = complaint(monkeypatch, f"optimizer._target_={target}", f"output_root={tmp_path}")
+    assert f"optimizer._target_ is '{target}'" in message
+
+
+def test_a_target_of_a_package_that_is_not_installed_is_answered_with_the_extra(monkeypatch, tmp_path):
+    monkeypatch.setitem(__import__("sys").modules, "bitsandbytes", None)
+    message = complaint(monkeypatch, "optimizer=adamw_8bit", f"output_root={tmp_path}")
+    assert 'pip install "diffsynth-hydra[optimizers]"' in message
+
+
+@pytest.mark.parametrize(
+    "override, expected",
+    [
+        ("max_steps=ten", "max_steps is 'ten' (str); expected int"),
+        ("lora.rank=high", "lora.rank is 'high' (str); expected int"),
+        ("seed=1.5", "seed is 1.5 (float); expected int"),
+        ("batch_size=null", "batch_size is None (NoneType); expected int"),
+        ("task.timesteps=uniform", "task.timesteps is 'uniform' (str); expected UniformTimesteps"),
+    ],
+)
+def test_a_value_of_the_wrong_type_is_answered_with_the_right_one(override, expected, monkeypatch, tmp_path):
+    assert expected in complaint(monkeypatch, override, f"output_root={tmp_path}")
+
+
+@pytest.mark.parametrize(
+    "override, expected",
+    [
+        (
+            "+validation.datasets.mine.metadata=mine.csv",
+            r"validation.datasets.mine has no _target_.*\(metadata\).*builds TrainingData",
+        ),
+        ("+validation.metrics.mine.batch_size=2", r"validation.metrics.mine has no _target_.*builds Metric"),
+        ("~task.timesteps._target_", r"task.timesteps has no _target_.*builds UniformTimesteps"),
+    ],
+)
+def test_keys_that_would_build_nothing_are_named(override, expected, monkeypatch, tmp_path):
+    assert re.search(expected, complaint(monkeypatch, override, f"output_root={tmp_path}"))
+
+
+def test_a_value_that_others_refer_to_and_that_is_gone_is_named(monkeypatch, tmp_path):
+    message = complaint(monkeypatch, "~model.training", f"output_root={tmp_path}")
+    first, *others = message.splitlines()
+    assert "Interpolation key 'model.training" in first and "DIFFSYNTH_TRACEBACK" in "".join(others)
+
+
+def test_a_value_that_nobody_gave_is_asked_for(monkeypatch, tmp_path):
+    message = complaint(monkeypatch, "dataset=image_folder", f"output_root={tmp_path}")
+    assert "dataset.path" in message and "command line" in message
+
+
+def test_other_scripts_answer_the_same(monkeypatch):
+    assert "did you mean lora_path?" in complaint(monkeypatch, "lorapath=x.safetensors", script="generate.py")
+
+
+@pytest.mark.parametrize("script", ["distill.py", "plan.py"])
+def test_scripts_that_hand_arguments_on_to_a_training_know_what_these_may_be(script, monkeypatch, tmp_path):
+    folder = f"output_root={tmp_path}"
+    assert "max_steps is 'ten' (str); expected int" in complaint(monkeypatch, "max_steps=ten", folder, script=script)
+    assert "did you mean max_steps?" in complaint(monkeypatch, "+max_step=10", folder, script=script)

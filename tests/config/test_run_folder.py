@@ -1,0 +1,108 @@
+"""Which folder a run owns, and what it keeps there."""
+
+import json
+import subprocess
+from pathlib import Path
+
+import pytest
+import tiny
+from omegaconf import OmegaConf
+
+from diffsynth.config import ConfigError, claim, finish, signature
+
+
+@pytest.mark.parametrize(
+    "override", ["lora.rank=8", "seed=1", "max_steps=3", "dataset.repeat=2", "lora=none", "memory.checkpointing=blocks"]
+)
+def test_what_changes_the_results_changes_the_folder(override):
+    assert signature(tiny.compose("train", override)) != signature(tiny.compose("train"))
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        *(
+            "device=cpu",
+            "logger.every=1",
+            "dataset.num_workers=4",
+            "micro_batch_size=2",
+            "name=other",
+            "output_root=there",
+        ),
+        *("validation=none", "validation.prompts=[a cat]", "validation=[emoji,lpips]", "data_report.rows=0"),
+        *("export.save_steps=null", "logger=wandb", "checkpoint.every=1"),
+        *("memory.check=false", "memory.remember=0"),
+    ],
+)
+def test_what_does_not_change_the_results_does_not_change_the_folder(override):
+    assert signature(tiny.compose("train", override)) == signature(tiny.compose("train"))
+
+
+@pytest.mark.parametrize(
+    "choice, counts",
+    [
+        ("lr_scheduler=constant", False),
+        ("lr_scheduler=constant_with_warmup", False),
+        ("lr_scheduler=warmup_stable_decay", False),
+        ("lr_scheduler=linear", True),
+        ("lr_scheduler=cosine", True),
+    ],
+)
+def test_the_length_of_a_run_counts_where_its_rate_depends_on_it(choice, counts):
+    short, long = (signature(tiny.compose("train", choice, length)) for length in ("max_steps=600", "max_steps=1200"))
+    passes = signature(tiny.compose("train", choice, "max_steps=null", "num_epochs=5"))
+    assert (short != long, short != passes) == (counts, counts)
+
+
+def test_the_length_of_a_run_counts_where_its_task_changes_on_the_way():
+    hyper_sd = ["task=distill/hyper_sd", "lr_scheduler=constant"]
+    short, long = (signature(tiny.compose("distill", *hyper_sd, f"max_steps={steps}")) for steps in (600, 1200))
+    assert short != long
+
+
+def test_the_folder_is_named_after_the_name_and_the_signature():
+    cfg = tiny.compose("train", "name=mine", "output_root=there")
+    assert cfg.run_dir == f"there/mine-{signature(cfg)}"
+
+
+def test_a_folder_of_another_experiment_is_refused(tmp_path):
+    claim(tiny.compose("train", f"run_dir={tmp_path}/mine", "seed=0"))
+    with pytest.raises(ConfigError, match=r"mine holds a different experiment; set name="):
+        claim(tiny.compose("train", f"run_dir={tmp_path}/mine", "seed=1"))
+
+
+def test_a_folder_of_the_same_experiment_is_taken_up_again(tmp_path):
+    cfg = tiny.compose("train", f"output_root={tmp_path}")
+    assert claim(cfg) == claim(cfg) == Path(cfg.run_dir)
+
+
+def test_a_refused_run_leaves_no_folder_unless_it_had_begun(tmp_path, monkeypatch):
+    arguments = ["dataset=image_folder", f"dataset.path={tmp_path}/nowhere", f"output_root={tmp_path}/outputs"]
+    assert "there is no folder" in tiny.complaint(monkeypatch, *arguments)
+    assert list((tmp_path / "outputs").iterdir()) == []
+    begun = tmp_path / "begun"
+    begun.mkdir()
+    (begun / "metrics.jsonl").write_text("")
+    tiny.complaint(monkeypatch, *arguments, f"run_dir={begun}")
+    assert (begun / "metrics.jsonl").exists() and (begun / "config.yaml").exists()
+
+
+def test_a_finished_run_says_so_and_names_what_it_left(tmp_path, caplog):
+    caplog.set_level("INFO")
+    cfg = tiny.compose("train", f"output_root={tmp_path}")
+    claim(cfg)
+    finish(cfg, [Path("weights/step-300.safetensors")])
+    caplog.clear()
+    assert claim(cfg) is None
+    assert f"{cfg.run_dir} is finished" in caplog.text and "weights/step-300.safetensors" in caplog.text
+
+
+def test_a_run_keeps_its_resolved_configuration_commit_and_versions(tmp_path):
+    run_dir = claim(tiny.compose("train", f"output_root={tmp_path}", "seed=7"))
+    saved = OmegaConf.load(run_dir / "resolved.yaml")
+    environment = json.loads((run_dir / "environment.json").read_text())
+    head = subprocess.run(["git", "rev-parse", "HEAD"], cwd=tiny.ROOT, capture_output=True, text=True).stdout.strip()
+    assert (saved.seed, saved.run_dir) == (7, str(run_dir))
+    assert "${" not in (run_dir / "resolved.yaml").read_text()
+    assert environment["commit"] == (head or None)
+    assert {"torch", "diffusers", "transformers", "hydra-core"} <= environment.keys()
