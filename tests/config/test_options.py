@@ -73,10 +73,11 @@ def test_the_help_names_every_option_with_a_phrase_and_marks_the_chosen(entry, m
 def test_the_help_explains_keys_by_the_comments_of_the_chosen_files(monkeypatch, capsys):
     tiny.command_line(monkeypatch, "train.py", "lora=dora", "model=qwen_image", "optimizer=prodigy", "--help")
     shown = capsys.readouterr().out
-    for key, file in (("rank", "lora/_adapter"), ("use_dora", "lora/dora"), ("height", "model/qwen_image")):
+    for key, file in (("rank", "lora/_adapter"), ("preset", "lora/_adapter"), ("height", "model/qwen_image")):
         (comment,) = re.findall(rf"^ *{key}: .*(  # .*)$", (CONF / f"{file}.yaml").read_text(), re.MULTILINE)
         assert re.search(rf"^  {key}: .*{re.escape(comment)}$", shown, re.MULTILINE)
-    comments = [line.partition("  # ")[2] for line in (CONF / "training.yaml").read_text().splitlines()]
+    keys = (CONF / "training.yaml").read_text().split("\nname: ")[1].split("\nhydra:")[0]
+    comments = [line.partition("  # ")[2] for line in keys.splitlines()]
     assert all(comment in shown for comment in comments)
 
 

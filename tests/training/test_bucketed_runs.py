@@ -209,7 +209,7 @@ def test_buckets_need_the_size_of_every_row():
 def test_pictures_of_several_sizes_need_buckets_to_form_a_batch():
     free = UnifiedDataset.from_folder(str(pictures()), max_pixels=2048)
     free.scan()
-    with pytest.raises(ValueError, match="4 sizes, from .*; a forward of 2 samples needs one; set data.buckets=true"):
+    with pytest.raises(ValueError, match="4 sizes, from .*; a forward of 2 samples needs one; set dataset.buckets"):
         check_one_size(free, 2)
     with pytest.raises(ValueError, match="4 sizes"):
         check_one_size(MixedDataset({"free": free}), 2)
