@@ -29,9 +29,10 @@ def overrides(folder: Path, output_root: str = "runs") -> list[str]:
 
 @pytest.fixture(scope="module")
 def run_dir(folder) -> Path:
-    said = tiny.process("python", "distill.py", *overrides(folder))
-    assert "2 of TeacherSampler" in said
+    with pytest.MonkeyPatch.context() as patch:
+        tiny.command_line(patch, "distill.py", *overrides(folder))
     (run_dir,) = (folder / "runs").iterdir()
+    assert "2 of TeacherSampler" in (run_dir / "train.log").read_text()
     return run_dir
 
 

@@ -28,7 +28,7 @@ def test_overfit_trains_on_one_sample_and_evaluates_on_it(tmp_path, monkeypatch)
         return sample(dataset, address, *others)
 
     monkeypatch.setattr(UnifiedDataset, "sample", noted)
-    run_dir = train(tmp_path, "overfit", "max_steps=30", "batch_size=4", *FEW)
+    run_dir = train(tmp_path, "overfit", "max_steps=30", "batch_size=2", *FEW)
     losses = [line["trained_loss"] for line in tiny.metrics(run_dir) if "trained_loss" in line]
     assert seen == {0} and len(losses) == 3 and losses[0] > losses[1] > losses[2]
     assert (run_dir / "samples" / "trained_progress.png").exists()

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
+import warm
 from PIL import Image
 from safetensors.torch import load_file
 from torch.testing import assert_close
@@ -122,13 +123,24 @@ def test_workers_change_nothing(plain, tmp_path):
     assert_close(losses(tiny.train(tmp_path, "dataset.num_workers=1")), losses(plain), **EXACT)
 
 
-def test_two_processes_make_one_run_with_the_losses_of_one(plain, tmp_path):
-    two = ["torchrun", "--standalone", "--nproc_per_node", "2"]
-    said = tiny.process(*two, "train.py", *tiny.train_overrides(tmp_path))
-    (run_dir,) = tmp_path.iterdir()
+def assert_is_the_run_of_one_process(root: Path, plain: Path) -> Path:
+    (run_dir,) = root.iterdir()
     assert run_dir.name == plain.name
     assert_close(losses(run_dir), losses(plain), **CLOSE)
     assert_close(final_weights(run_dir), final_weights(plain), **CLOSE)
+    return run_dir
+
+
+def test_two_processes_make_one_run_with_the_losses_of_one(plain, tmp_path):
+    assert warm.ranks(2, tiny.run, tiny.train_overrides(tmp_path)) == [0, 0]
+    assert_is_the_run_of_one_process(tmp_path, plain)
+
+
+@pytest.mark.slow
+def test_two_processes_of_torchrun_say_everything_once(plain, tmp_path):
+    two = ["torchrun", "--standalone", "--nproc_per_node", "2"]
+    said = tiny.process(*two, "train.py", *tiny.train_overrides(tmp_path))
+    run_dir = assert_is_the_run_of_one_process(tmp_path, plain)
     assert (run_dir / "train.log").read_text().count("Finished.") == said.count("Finished.") == 1
 
 

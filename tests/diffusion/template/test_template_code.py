@@ -1,6 +1,5 @@
 """A template's folder: what its model.py may say, when it runs, and which weights it gets."""
 
-import multiprocessing
 import os
 import pickle
 import sys
@@ -11,6 +10,7 @@ from pathlib import Path
 import pytest
 import templates
 import torch
+import warm
 from safetensors.torch import load_file, save_file
 
 from diffsynth.core.loader import ModelConfig, model_config
@@ -94,7 +94,7 @@ def test_what_a_template_makes_can_be_pickled(loud):
 
 def test_another_process_imports_it_by_itself(loud):
     processor = read_code(loud).data_processor()
-    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+    with ProcessPoolExecutor(1, warm.SERVER) as pool:
         assert pool.submit(processor, scale=4).result() == {"value": 8}
     assert runs(loud) == 2
 

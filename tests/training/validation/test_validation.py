@@ -91,6 +91,7 @@ def test_what_is_not_measured_is_refused_before_weights_are_read(overrides, answ
 def test_what_is_shown_and_measured_are_the_thumbnails_of_the_familys_media(tmp_path, monkeypatch):
     monkeypatch.setattr(BasePipeline, "media", Pairs())
     sampled = ["validation.prompts=[a dog]", "validation.metric_samples=2", "validation.row_samples=1"]
+    sampled += ["validation.options={num_inference_steps: 1, height: 32, width: 32}"]
     metric = "+validation.metrics.retrieval._target_=diffsynth.training.validation.metrics.Retrieval"
     report = ["data_report.pictures=2", "data_report.rows=2", "max_steps=1"]
     run_dir = tiny.train(tmp_path, *EVALUATING, *sampled, metric, *report)
