@@ -3,7 +3,7 @@
 import re
 
 import pytest
-from tiny import complaint
+from tiny import complaint, mostly_slow
 
 
 @pytest.fixture
@@ -51,18 +51,19 @@ def test_the_first_of_several_misspelt_keys_is_answered(monkeypatch):
     assert "did you mean lora.rank?" in complaint(monkeypatch, "-m", "lora.rnak=8", "optimiser.lr=1", "lora=dora,lora")
 
 
-@pytest.mark.parametrize(
-    "script, key",
-    [
-        ("train.py", "output_root"),
-        ("distill.py", "output_root"),
-        ("make_cache.py", "path"),
-        ("plan.py", "path"),
-        ("generate.py", "output"),
-        ("fuse.py", "output"),
-    ],
-)
-def test_a_folder_that_cannot_be_written_to_is_answered_with_its_key(script, key, monkeypatch, tmp_path):
+FOLDERS = {
+    "train.py": "output_root",
+    "distill.py": "output_root",
+    "make_cache.py": "path",
+    "plan.py": "path",
+    "generate.py": "output",
+    "fuse.py": "output",
+}
+
+
+@pytest.mark.parametrize("script", mostly_slow(FOLDERS, "train.py", "plan.py"))
+def test_a_folder_that_cannot_be_written_to_is_answered_with_its_key(script, monkeypatch, tmp_path):
+    key = FOLDERS[script]
     (tmp_path / "file").write_text("where a folder should be")
     message = complaint(monkeypatch, f"{key}={tmp_path}/file/folder", script=script)
     assert f"{tmp_path}/file" in message and f"; set {key}=… to a folder that can be written to." in message
@@ -205,7 +206,7 @@ def test_other_scripts_answer_the_same(monkeypatch):
     assert "did you mean lora_path?" in complaint(monkeypatch, "lorapath=x.safetensors", script="generate.py")
 
 
-@pytest.mark.parametrize("script", ["distill.py", "plan.py"])
+@pytest.mark.parametrize("script", mostly_slow(["distill.py", "plan.py"], "distill.py"))
 def test_scripts_that_hand_arguments_on_to_a_training_know_what_these_may_be(script, monkeypatch, tmp_path):
     folder = f"output_root={tmp_path}"
     assert "max_steps is 'ten' (str); expected int" in complaint(monkeypatch, "max_steps=ten", folder, script=script)

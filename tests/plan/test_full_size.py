@@ -32,10 +32,12 @@ def pipe_and_losses():
     return pipe, losses
 
 
+@pytest.mark.slow
 def test_a_batch_of_two_at_1328_pixels_has_two_losses(pipe_and_losses):
     assert pipe_and_losses[1].shape == (2,)
 
 
+@pytest.mark.slow
 def test_frozen_weights_are_bf16_and_the_adapter_fp32_with_gradients(pipe_and_losses):
     dit = pipe_and_losses[0].dit
     trained = {name: p for name, p in dit.named_parameters() if p.requires_grad}

@@ -53,7 +53,7 @@ def test_a_run_that_was_cut_off_goes_on_as_if_nothing_had_been(overrides, after,
     assert_same_run(tiny.train(tmp_path, *STEPS, *overrides), uninterrupted(*overrides))
 
 
-@pytest.mark.parametrize("after", [1, 3])
+@pytest.mark.parametrize("after", tiny.mostly_slow([1, 3], 3))
 def test_a_run_that_is_evaluated_goes_on_with_its_pictures(after, tmp_path):
     tiny.cut_off(after, tmp_path, *STEPS, *DROPOUT, *EVALUATING)
     run_dir, evaluated = tiny.train(tmp_path, *STEPS, *DROPOUT, *EVALUATING), uninterrupted(*DROPOUT, *EVALUATING)

@@ -119,6 +119,7 @@ def test_gradient_checkpointing_changes_nothing(plain, tmp_path):
     assert_close(losses(tiny.train(tmp_path, "memory=checkpointing")), losses(plain), **CLOSE)
 
 
+@pytest.mark.slow  # a worker of its own imports everything; test_resume.py has one by default
 def test_workers_change_nothing(plain, tmp_path):
     assert_close(losses(tiny.train(tmp_path, "dataset.num_workers=1")), losses(plain), **EXACT)
 
@@ -219,6 +220,7 @@ def test_the_same_command_again_says_that_the_run_is_finished(plain, monkeypatch
     assert tiny.metrics(plain) == before
 
 
+@pytest.mark.slow  # test_sweep.py has one by default
 def test_a_sweep_trains_every_choice_in_its_own_folder(monkeypatch, tmp_path):
     overrides = tiny.merged(tiny.train_overrides(tmp_path), ["lora.rank=2,4", "max_steps=1"])
     tiny.command_line(monkeypatch, "train.py", "-m", *overrides)
