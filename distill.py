@@ -33,7 +33,7 @@ def distill(run: DistillRun) -> list:
         for name, prompts in {"train": run.prompts, "held_out": run.held_out}.items():
             if prompts is not None:
                 path = f"{run.teacher_path}/{name}"
-                logging.info("The teacher samples images into %s; if it is stopped, it goes on there.", path)
+                logging.info("The teacher samples the images that are missing in %s; this may be interrupted.", path)
                 report = make_cache(CacheRun(path=path, dataset=prompts, **shared))
                 logging.info("The teacher's images in %s: %s", path, report)
     return train(replace(run, dataset=run.dataset()))

@@ -19,13 +19,12 @@ def plan(run: PlanRun) -> str:
     from diffsynth.plan.budget import Budget
     from diffsynth.plan.plan import Planner
     from diffsynth.plan.show import chart, table
-    from diffsynth.training.checks import check_one_size, scan
+    from diffsynth.training.checks import scan
 
     on_cuda = run.device in ("auto", "cuda")  # `auto` plans for CUDA even on a machine without it
     run = run.with_template()
     scan(run.dataset, run.media, run.task, run.template)
     run = PlacedRun.of(run, processes=run.cp_size, on_cuda=on_cuda)
-    check_one_size(run.dataset, run.batches.micro_batch_size)
     planner, budgets, why = Planner(run), (None, None), ""
     if run.memory.budget is not None:
         budgets = run.memory.budgets
@@ -34,7 +33,7 @@ def plan(run: PlanRun) -> str:
     made = planner.plan(run.devices)
     write_text(Path(run.path) / "plan.json", json.dumps(made.as_dict(), indent=1))
     write_text(Path(run.path) / "plan.svg", chart(made, budgets[0]))
-    written = f"{run.path}/plan.json has these figures, and plan.svg the chart."
+    written = f"The tables are also in {run.path}/plan.json, and the chart in {run.path}/plan.svg."
     return f"{why}{table(made, run.estimated(made.worst.peak) if on_cuda else None)}\n{written}"
 
 

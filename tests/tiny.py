@@ -83,7 +83,7 @@ _folders: list[TemporaryDirectory] = []  # each is removed at exit
 
 
 def mostly_slow(values: Iterable, *default) -> list:
-    """Parameters of a test, of which only those in `default` run without `-m ""`: the others say it of more kinds."""
+    """Mark all parameters of a test except `default` as slow; those run with `-m ""`."""
     return [value if value in default else pytest.param(value, marks=pytest.mark.slow) for value in values]
 
 
@@ -209,9 +209,9 @@ def command_line(monkeypatch, script: str, *arguments: str) -> None:
 
 def complaint(monkeypatch, *arguments: str, script: str = "train.py") -> str:
     """What the command line says when it gives up."""
-    with pytest.raises(SystemExit) as exit:
+    with pytest.raises(SystemExit) as left:
         command_line(monkeypatch, script, *arguments)
-    return str(exit.value)
+    return str(left.value)
 
 
 @contextmanager

@@ -1,10 +1,13 @@
-"""The configuration of make_cache.py, and what it has in common with that of a training."""
+"""The configuration of make_cache.py, and `ModelRun`, the fields that it shares with a training's."""
 
 from dataclasses import dataclass, replace
-from typing import Any, Literal, get_args
+from typing import Any, Literal, TypeVar, get_args
 
 Command = Literal["make", "verify", "stats", "gc"]
 COMMANDS = get_args(Command)
+
+
+AnyRun = TypeVar("AnyRun", bound="ModelRun")
 
 
 @dataclass(kw_only=True)
@@ -34,7 +37,7 @@ class ModelRun:
         """How the model's family reads and writes its images or videos (`diffusion.pipeline.media.Media`)."""
         return self.model.func.__self__.media
 
-    def with_template(self) -> "ModelRun":
+    def with_template(self: AnyRun) -> AnyRun:
         """Return the same run with its template loaded, which imports the template's code."""
         return replace(self, template=self.template and self.template.load_one(self.seed))
 
@@ -50,7 +53,7 @@ class CacheRun(ModelRun):
         batch_size: Samples per forward pass of an encoder.
         shard_megabytes: Size of a shard file, in MiB.
 
-    The other arguments are those of `ModelRun`, and must be those of the training that will read the cache.
+    The other arguments are those of `ModelRun`; all but `device` must equal those of the training that reads the cache.
     """
 
     path: str

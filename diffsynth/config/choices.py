@@ -81,13 +81,21 @@ def check_arguments(arguments: Sequence[str]) -> None:
     """
     for argument in arguments:
         group, _, names = argument.partition("=")
-        if argument.startswith("--") and group.lstrip("-").partition(".")[0] in compose([]):
-            raise ConfigError(f"{argument}: keys have no dashes here; write {group.lstrip('-')}={names or '…'}")
+        if _is_key_with_dashes(argument):
+            raise ConfigError(f"{argument}: keys are written without dashes; type {group.lstrip('-')}={names or '…'}")
         if names == "null" and group and (conf() / group).is_dir():
             raise ConfigError(f"{group}=null names no option; leave it out, or see the options by --help.")
         check = {"experiment": _check_experiment, "local": _check_local}.get(group)
         for name in names.strip("[]").split(",") if check else ():  # a sweep names several
             check(name)
+
+
+def _is_key_with_dashes(argument: str) -> bool:
+    """Whether an argument is a key or a group written as a flag; Hydra's own flags have dashes in their names."""
+    name = argument.removeprefix("--").partition("=")[0]
+    if name == argument.partition("=")[0] or "-" in name or not ("=" in argument or "." in name):
+        return False
+    return (conf() / name).is_dir() or name.partition(".")[0] in compose([])
 
 
 def _check_experiment(name: str) -> None:

@@ -16,7 +16,7 @@ from .choices import check_arguments
 from .explain import explain
 from .help import help_text
 from .nodes import ConfigError
-from .run_folder import discard_unstarted
+from .run_folder import discard_refused
 from .script import compose
 
 HELP = ({"-h"}, {"--help"})
@@ -61,7 +61,8 @@ def explained() -> Iterator[None]:
             logging.error(error)
             raise JobFailed(error) from None
         if HydraConfig.initialized():
-            discard_unstarted(Path(HydraConfig.get().runtime.output_dir))
+            hydra = HydraConfig.get()
+            discard_refused(Path(hydra.runtime.output_dir), log=f"{hydra.job.name}.log")
         sys.exit(f"error: {error}\n(DIFFSYNTH_TRACEBACK=1 shows where this was raised)")
 
 

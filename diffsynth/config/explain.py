@@ -2,12 +2,12 @@
 
 import difflib
 import sys
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 
 from hydra.errors import ConfigCompositionException, MissingConfigException, OverrideParseException
 from omegaconf import DictConfig, OmegaConf
 
-from .help import SHARED_PREFIX
+from .help import SHARED_PREFIX, options_of
 from .script import compose, conf, script
 
 
@@ -16,10 +16,10 @@ def explain(error: ConfigCompositionException | OverrideParseException) -> str:
     message = str(error)
     if isinstance(error, OverrideParseException):
         return _explain_unreadable(error.override, message.splitlines()[0])
-    if isinstance(error, MissingConfigException) and error.missing_cfg_file:
-        return _explain_option(*error.missing_cfg_file.split("/", 1))
+    if isinstance(error, MissingConfigException) and (conf() / _group_of(error)).is_dir():
+        return _explain_option(_group_of(error), error.missing_cfg_file.partition("/")[2])
     if message.startswith("Ambiguous value for argument '"):
-        return _explain_comma(message.splitlines()[0].partition("'")[2].rstrip("'"))
+        return _explain_comma(message.splitlines()[0].partition("'")[2].removesuffix("'"))
     if message.startswith("Could not override '"):
         return _explain_key(message.split("'")[1], error.__cause__)
     return f"{message}\n{error.__cause__ or ''}".strip()
@@ -29,21 +29,32 @@ def _explain_unreadable(override: str, reason: str) -> str:
     key, equals, value = override.partition("=")
     if not equals:
         return f"{key}: expected key=value, without spaces around =, such as {key}=…"
-    return f"{override}: {reason}; put text with special characters into two pairs of quotes: \"{key}='{value}'\""
+    return f"{override}: {reason}; put text with special characters into two pairs of quotes: {_quoted(key, value)}"
 
 
 def _explain_comma(override: str) -> str:
     key, _, value = override.partition("=")
     return (
-        f"{override}: a comma separates choices; for a text with commas type \"{key}='{value}'\", for a list "
+        f"{override}: a comma separates choices; for a text with commas type {_quoted(key, value)}, for a list "
         f'"{key}=[{value}]", for one run per choice add -m.'
     )
 
 
-def _explain_option(group: str, option: str = "") -> str:
-    names = [path.relative_to(conf() / group).with_suffix("").as_posix() for path in (conf() / group).rglob("*.yaml")]
-    options = sorted(name for name in names if not name.startswith(SHARED_PREFIX))
-    return f"{group}={option}: no such option; {_nearest(option, options)}"
+def _quoted(key: str, value: str) -> str:
+    """The override as a shell and Hydra both take it."""
+    escaped = value.replace("'", "\\'")
+    return f"\"{key}='{escaped}'\""
+
+
+def _group_of(error: MissingConfigException) -> str:
+    """The group of the option that was not found; a file without a group has this name itself."""
+    return (error.missing_cfg_file or "").partition("/")[0] or "no group"
+
+
+def _explain_option(group: str, option: str) -> str:
+    options = options_of(group)
+    nearest = difflib.get_close_matches(option, options, 1)
+    return f"{group}={option}: no such option; {_guess([f'{group}={nearest[0]}']) if nearest else _listed(options)}"
 
 
 def _explain_key(path: str, cause: BaseException | None) -> str:
@@ -51,34 +62,38 @@ def _explain_key(path: str, cause: BaseException | None) -> str:
     if (conf() / path).is_dir():
         return _explain_group(path, config.hydra.runtime.choices)
     if OmegaConf.select(config, path) is not None and (inner := getattr(cause, "full_key", path)) != path:
-        return _explain_key(inner, None)  # the value is a dict, and one of its keys is wrong
+        path = inner  # the value is a dict, and one of its keys is wrong
     parent, _, key = path.rpartition(".")
     while parent and OmegaConf.select(config, parent) is None:  # go up to the first part that does not exist
         path, (parent, _, key) = parent, parent.rpartition(".")
-    siblings = (OmegaConf.select(config, parent) if parent else config) or ()
+    return f"{path}: no such key {key!r}; {_known_key(config, parent, key)}"
+
+
+def _known_key(config: DictConfig, parent: str, key: str) -> str:
+    """Say which key may be meant: the nearest one below the same parent, else keys of this name elsewhere."""
+    siblings = (OmegaConf.select(config, parent) if parent else config) or {}
     prefix = f"{parent}." if parent else ""
-    nearest = difflib.get_close_matches(key, siblings, 1)
-    elsewhere = sorted((name for name in _leaves(config) if name.endswith(f".{key}")), key=lambda name: name.count("."))
-    known = [f"{prefix}{name}" for name in nearest] or elsewhere or sorted(siblings)
-    return f"{path}: no such key {key!r}; {_one_of(known, is_guess=bool(nearest or elsewhere))}"
+    if nearest := difflib.get_close_matches(key, siblings, 1):
+        return _guess([f"{prefix}{nearest[0]}"])
+    elsewhere = [name for name in dotted_keys(OmegaConf.to_container(config)) if name.endswith(f".{key}")]
+    shortest_first = sorted((name for name in elsewhere if not name.startswith("hydra.")), key=lambda n: n.count("."))
+    return _guess(shortest_first[:3]) if shortest_first else _listed(sorted(set(siblings) - {"hydra"}))
 
 
-def _leaves(config: Mapping, prefix: str = "") -> Iterator[str]:
-    """Yield the dotted keys of a configuration, without those of Hydra."""
-    for key in config:
-        if OmegaConf.is_dict(config._get_node(key)) and key != "hydra":
-            yield from _leaves(config._get_node(key), f"{prefix}{key}.")
+def dotted_keys(settings: Mapping, prefix: str = "") -> Iterator[str]:
+    """Yield the dotted keys of nested settings."""
+    for key, value in settings.items():
         yield f"{prefix}{key}"
+        if isinstance(value, Mapping):
+            yield from dotted_keys(value, f"{prefix}{key}.")
 
 
-def _nearest(name: str, known: Iterable[str]) -> str:
-    nearest = difflib.get_close_matches(name, known, 1)
-    return _one_of(nearest or list(known), is_guess=bool(nearest))
+def _guess(names: Sequence[str]) -> str:
+    return f"did you mean {' or '.join(names)}?"
 
 
-def _one_of(names: list[str], is_guess: bool) -> str:
-    public = [name for name in names if not name.startswith((SHARED_PREFIX, "hydra"))]
-    return f"did you mean {' or '.join(public[:3])}?" if is_guess else f"there are {', '.join(public)}."
+def _listed(names: Sequence[str]) -> str:
+    return f"there are {', '.join(name for name in names if not name.startswith(SHARED_PREFIX))}."
 
 
 def _explain_group(group: str, choices: Mapping[str, str]) -> str:

@@ -33,25 +33,25 @@ def help_text(overrides: Sequence[str] = ()) -> str:
 
 def _commented(yaml: str, comments: dict[str, str]) -> str:
     """Return a configuration whose lines end with the comments of their keys."""
-    lines = ((line, comments.get(key)) for line, key in keyed_lines(yaml))
+    lines = ((line, comments.get(key)) for line, key in _keyed_lines(yaml))
     return "".join(f"{line}  # {comment}\n" if comment else f"{line}\n" for line, comment in lines)
 
 
 def _comments(overrides: Sequence[str]) -> dict[str, str]:
-    """Return the comments of the chosen YAML files by dotted key; a file's own comment beats that of its defaults."""
+    """Return the comments of the chosen YAML files by dotted key; of several, the one that Hydra merges last."""
     with hydra.initialize_config_dir(str(conf()), version_base="1.3"):
         loader = GlobalHydra.instance().config_loader()
         files = loader.compute_defaults_list(script(), list(overrides), RunMode.RUN).defaults
     comments = {}
     for file in files:
         if (path := conf() / f"{file.config_path}.yaml").is_file():
-            for line, key in keyed_lines(path.read_text(encoding="utf-8")):
+            for line, key in _keyed_lines(path.read_text(encoding="utf-8")):
                 if comment := line.partition("  # ")[2]:
                     comments[".".join(filter(None, (file.package, key)))] = comment
     return comments
 
 
-def keyed_lines(yaml: str) -> Iterator[tuple[str, str | None]]:
+def _keyed_lines(yaml: str) -> Iterator[tuple[str, str | None]]:
     """Yield the lines of a YAML text, each with the dotted key that it sets; None for a line that sets none."""
     parents: list[tuple[int, str]] = []  # indentation and key
     for line in yaml.splitlines():
@@ -79,12 +79,17 @@ def _as_list(value: Any) -> list:
 
 
 def _describe_group(group: str, chosen: Sequence[str]) -> str:
+    options = {name: _first_comment(conf() / group / f"{name}.yaml") for name in options_of(group)}
+    width = max(map(len, options), default=0)
+    lines = [f"  {'*' if name in chosen else ' '} {name:{width}}  {options[name]}".rstrip() for name in options]
+    return "\n".join([group, *lines, ""])
+
+
+def options_of(group: str) -> list[str]:
+    """Return the names of a group's options, those in its folders too."""
     folder = conf() / group
     files = [path for path in folder.rglob("*.yaml") if not path.name.startswith(SHARED_PREFIX)]
-    options = {path.relative_to(folder).with_suffix("").as_posix(): _first_comment(path) for path in files}
-    width = max(map(len, options), default=0)
-    lines = [f"  {'*' if name in chosen else ' '} {name:{width}}  {options[name]}".rstrip() for name in sorted(options)]
-    return "\n".join([group, *lines, ""])
+    return sorted(path.relative_to(folder).with_suffix("").as_posix() for path in files)
 
 
 def _first_comment(path: Path) -> str:

@@ -16,12 +16,13 @@ from omegaconf import DictConfig, OmegaConf
 from ..core.advice import how_to_start_from
 from ..core.files import remove_leftovers, write_text
 from .nodes import ConfigError
-from .script import script
 from .signature import bound_to_length, but_for_length, signature
 
 RANK = int(os.environ.get("RANK", 0))
 # Appended to a saved configuration, so that it runs again: train.py --config-path <run> --config-name config
 REPLAY = {"hydra": {"run": {"dir": "${run_dir}"}, "output_subdir": None}}
+RUN_FILES = ("config.yaml", "resolved.yaml", "command.json", "environment.json")
+_begun_here: set[Path] = set()  # folders of runs that had no record before this process wrote it
 PACKAGES = ("torch", "diffusers", "transformers", "accelerate", "peft", "safetensors", "hydra-core", "omegaconf")
 
 
@@ -41,12 +42,15 @@ def claim(cfg: DictConfig) -> Path | None:
     run_dir = Path(cfg.run_dir)
     if is_finished(cfg):
         artefacts = "\n  ".join(_finished(run_dir)["artefacts"])
-        again = "To run it again, delete the folder or set name=…; to sample, python generate.py lora_path=… prompt=…."
-        logging.info("%s is finished:\n  %s\n%s", run_dir, artefacts, again)
+        logging.info("%s is finished:\n  %s\nTo run it again, delete the folder or set name=….", run_dir, artefacts)
+        if cfg.get("lora") and not cfg.get("template"):
+            logging.info("To sample with an adapter: python generate.py lora_path=<file> prompt=<text>")
         return None
     if RANK == 0:
         _check_folder(run_dir, cfg)
         remove_leftovers(run_dir)
+        if not (run_dir / "config.yaml").exists():
+            _begun_here.add(run_dir)
         if _finished(run_dir) is None:  # otherwise `finish` writes them: the training may refuse to be extended
             _write_run_files(run_dir, cfg)
     return run_dir
@@ -123,11 +127,16 @@ def _not_extended(run_dir: Path, cfg: DictConfig) -> str:
     )
 
 
-def discard_unstarted(run_dir: Path) -> None:
-    """Delete the folder of a run that was refused: one that has nothing but the record of how it was started."""
-    record = {"config.yaml", "resolved.yaml", "command.json", "environment.json"}
-    files = {path.name: path for path in run_dir.iterdir()} if run_dir.is_dir() else {}
-    if RANK == 0 and record <= files.keys() <= {*record, f"{script()}.log"}:
+def discard_refused(run_dir: Path, log: str) -> None:
+    """Delete the folder of a refused run if this process began it, and it has only the files of `claim` and the log.
+
+    Args:
+        log: Name of Hydra's log file in the folder.
+    """
+    if run_dir not in _begun_here:
+        return
+    files = {path.name: path for path in run_dir.iterdir()}
+    if files.keys() <= {*RUN_FILES, log}:
         for handler in logging.root.handlers:
             handler.close()  # Windows cannot delete a log that is open
         for path in files.values():
@@ -136,13 +145,18 @@ def discard_unstarted(run_dir: Path) -> None:
 
 
 def _write_run_files(run_dir: Path, cfg: DictConfig) -> None:
-    write_text(run_dir / "config.yaml", OmegaConf.to_yaml(cfg) + OmegaConf.to_yaml(OmegaConf.create(REPLAY)))
-    write_text(run_dir / "resolved.yaml", OmegaConf.to_yaml(cfg, resolve=True))
-    write_text(run_dir / "command.json", json.dumps(sys.argv))
-    write_text(run_dir / "environment.json", json.dumps(environment(), indent=1))
+    replay = OmegaConf.to_yaml(OmegaConf.create(REPLAY))
+    texts = (
+        OmegaConf.to_yaml(cfg) + replay,
+        OmegaConf.to_yaml(cfg, resolve=True),
+        json.dumps(sys.argv),
+        json.dumps(environment(), indent=1),
+    )
+    for name, text in zip(RUN_FILES, texts, strict=True):
+        write_text(run_dir / name, text)
 
 
-@cache  # a process goes on with the code that it began with
+@cache  # later edits of the repository do not change the code that this process has loaded
 def environment() -> dict[str, Any]:
     """Return the commit, the uncommitted changes, and the versions of Python and packages that this process uses."""
     versions = {name: metadata.version(name) for name in PACKAGES}

@@ -5,8 +5,8 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 from ..core.memory.sizes import shown_size
-from ..core.memory.storage import what_is_missing
-from .options import DECODING, NOTHING_STREAMED, Option, Options, Streamed
+from ..core.memory.storage import what_to_install
+from .options import NOTHING_STREAMED, Option, Options, Streamed
 from .plan import Plan, Planner
 from .run import PlacedRun
 
@@ -165,7 +165,7 @@ class Budget:
         ]
         cache = f"- a cache (make_cache.py, then dataset=cache): {shown_size(plan.footprint.encoders)} of encoders less"
         larger = f"- memory.budget={shown_size(need.device).replace(' ', '')}"
-        missing = [f"- {reason}" for reason in map(what_is_missing, DECODING) if reason]
+        missing = [f"- {what_to_install(name)}" for name in self.options.missing_storages]
         return [larger, *missing, *([cache] if plan.footprint.encoders else []), *engines]
 
 

@@ -10,7 +10,7 @@ from torch import nn
 from ..core.gradient import honoured_policies, repeated_blocks
 from ..core.live_bytes import bytes_of
 from ..core.memory import MemoryRecipe
-from ..core.memory.storage import what_is_missing
+from ..core.memory.storage import what_to_install
 from ..core.memory.streaming import spread
 from ..diffusion.training_module import PipelineTrainingModule
 from .meta_module import MetaModules
@@ -95,11 +95,20 @@ class Options:
 
     @property
     def storages(self) -> Sequence[str]:
-        """Storages of frozen weights to try, if installed; only the configured one if another would not work."""
+        """Storage formats of frozen weights to try whose packages are installed."""
+        return [name for name in self._possible_storages if what_to_install(name) is None]
+
+    @property
+    def missing_storages(self) -> Sequence[str]:
+        """Storage formats that could be tried if their packages were installed."""
+        return [name for name in self._possible_storages if what_to_install(name) is not None]
+
+    @property
+    def _possible_storages(self) -> Sequence[str]:
         run, configured = self.run, self.run.memory.storage
         is_merged = run.lora is not None and run.lora.preset is not None
         is_fixed = configured != "none" or self.module.trainable_models or is_merged or run.engine != "ddp"
-        return [configured] if is_fixed else [name for name in DECODING if what_is_missing(name) is None]
+        return [configured] if is_fixed else list(DECODING)
 
     def offloads(self, policy: str) -> Sequence[bool]:
         """Values of `offload_activations` to try.

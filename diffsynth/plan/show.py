@@ -19,11 +19,18 @@ def table(plan: Plan, needed: int | None = None) -> str:
         plan: The plan.
         needed: Estimated bytes that a GPU must have free for the training; None for other devices.
     """
-    lines = ["What one device takes in each stage of the run; the largest peak must fit:", ""]
+    lines = [
+        "Memory of one device in each stage, the largest peak of which must fit (`cache` is make_cache.py):",
+        "",
+    ]
     lines += _rows(("stage", "pixels", *(f"{column}, GiB" for column in COLUMNS)))
     for stage in plan.stages:
         lines += [_line((stage.name, _size(stage), *(_gib(getattr(stage, column)) for column in COLUMNS)))]
-    lines += ["", "What each device takes if several share the training, by engine (conf/accelerate/):", ""]
+    lines += [
+        "",
+        "Memory of each device in training, by number of devices and engine (conf/accelerate/):",
+        "",
+    ]
     lines += _rows(("devices", "engine", "each device, GiB", "host for each, GiB"))
     shares = [share for share in plan.shares if share.devices > 1 or share.engine not in ONLY_OF_SEVERAL]
     lines += [_line((str(s.devices), s.engine, _gib(s.device), _gib(s.host))) for s in shares]

@@ -1,5 +1,6 @@
 """Checks of a run before any weight is read, and the identity by which a resumed run is recognised."""
 
+import math
 from typing import TYPE_CHECKING, Any
 
 from ..core.data import BatchLayout, TrainingData
@@ -23,7 +24,8 @@ def check_run(run: "Run", engine: Engine) -> None:
     scan(run.dataset, run.media, run.task, run.template)
     for dataset in run.validation.datasets.values():
         scan(dataset, run.media, run.task, run.template)
-    check_one_size(run.dataset, layout.micro_batch_size)
+    if run.samples is None:  # the first few may have one size
+        check_one_size(run.dataset, layout.micro_batch_size)
     run.validation.check(run.ema)
     run.export.check(run.validation.metric_names)
 
@@ -41,7 +43,7 @@ def check_one_size(dataset: TrainingData, micro_batch_size: int) -> None:
         ValueError: Forwards take several samples, and images have sizes of their own; names what to set.
     """
     if micro_batch_size > 1 and len(dataset.own_sizes) > 1:
-        smallest, *_, largest = (f"{width} x {height}" for width, height in sorted(dataset.own_sizes))
+        smallest, *_, largest = (f"{width} x {height}" for width, height in sorted(dataset.own_sizes, key=math.prod))
         raise ValueError(
             f"{dataset.metadata_path}: images have {len(dataset.own_sizes)} sizes, from {smallest} to {largest}; "
             f"a forward of {micro_batch_size} samples needs one; set dataset.buckets=true, or dataset.height=… "

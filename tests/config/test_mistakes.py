@@ -1,6 +1,7 @@
 """What a wrong command line or experiment is answered."""
 
 import re
+import sys
 
 import pytest
 from tiny import complaint, mostly_slow
@@ -133,14 +134,14 @@ def test_a_group_that_a_script_has_not_is_answered_with_those_it_has(monkeypatch
 @pytest.mark.parametrize(
     "arguments, answer",
     [
-        (["lora=dara"], "lora=dara: no such option; did you mean dora?"),
+        (["lora=dara"], "lora=dara: no such option; did you mean lora=dora?"),
         (["memory=[fp8,zzz]"], "memory=zzz: no such option; there are base, checkpointing, "),
-        (["task=distill/dmd"], "task=distill/dmd: no such option; did you mean distill/dmd2?"),
+        (["task=distill/dmd"], "task=distill/dmd: no such option; did you mean task=distill/dmd2?"),
         (["rank=8"], "no such key 'rank'; did you mean lora.rank?"),
         (["task.timesteps={min_bond: 1}"], "no such key 'min_bond'; did you mean task.timesteps.min_boundary?"),
         (["lora.rank", "=", "8"], "lora.rank: expected key=value, without spaces around =, such as lora.rank=…"),
-        (["--lora.rank", "8"], "--lora.rank: keys have no dashes here; write lora.rank=…"),
-        (["--lora.rank=8"], "write lora.rank=8"),
+        (["--lora.rank", "8"], "--lora.rank: keys are written without dashes; type lora.rank=…"),
+        (["--lora.rank=8"], "type lora.rank=8"),
         (["name=a cat, a dog"], "for a text with commas type \"name='a cat, a dog'\""),
         (["name=[a"], "put text with special characters into two pairs of quotes"),
     ],
@@ -157,7 +158,7 @@ def test_a_target_that_is_none_is_named(target, monkeypatch, tmp_path):
 
 
 def test_a_target_of_a_package_that_is_not_installed_is_answered_with_the_extra(monkeypatch, tmp_path):
-    monkeypatch.setitem(__import__("sys").modules, "bitsandbytes", None)
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
     message = complaint(monkeypatch, "optimizer=adamw_8bit", f"output_root={tmp_path}")
     assert 'pip install "diffsynth-hydra[optimizers]"' in message
 

@@ -101,7 +101,7 @@ EXPERIMENTS = [name for name in options("experiment") if belongs("train", "exper
 DEBUGS = options("debug")
 
 
-@pytest.mark.parametrize("number, experiment", enumerate(EXPERIMENTS))
+@pytest.mark.parametrize("number, experiment", list(enumerate(EXPERIMENTS)))
 def test_an_experiment_leaves_nothing_behind_where_its_options_are_replaced(number, experiment):
     """By a word for each group, and by one debug: the experiments take turns."""
     for replacement in (["validation=none", "lr_scheduler=constant"], [f"debug={DEBUGS[number % len(DEBUGS)]}"]):

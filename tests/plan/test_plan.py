@@ -302,8 +302,8 @@ def test_a_budget_that_nothing_fits_says_what_is_missing_and_what_would_help(tmp
     assert {option.recipe.storage for option in budget.options.all()} == {"none", "int8"}
     with pytest.raises(ValueError, match=r"Nothing fits memory.budget=0 MiB; the least is") as refused:
         budget.choose()
-    help = str(refused.value).partition("What would help:")[2]
-    assert all(part in help for part in ("- memory.budget=", "nf4 needs bitsandbytes: pip install", "a cache"))
+    remedies = str(refused.value).partition("What would help:")[2]
+    assert all(part in remedies for part in ("- memory.budget=", "nf4 needs bitsandbytes: pip install", "a cache"))
 
 
 def test_what_was_chosen_is_written_into_the_run_and_trained_with(tmp_path):

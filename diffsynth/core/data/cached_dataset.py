@@ -62,6 +62,10 @@ class CachedDataset(TrainingData):
         choice = self.augmentation.choose(record["weights"], seed, address)
         return self._load(record, choice), choice.variant
 
+    @property
+    def own_sizes(self) -> set[tuple[int, int]]:
+        return set() if self.about["by_size"] else set(self.index.sizes())
+
     def rows_in_buckets(self) -> dict[tuple[int, int] | None, list[WeightedRows]]:
         """The samples of each size from each mixed data set; the key None is for samples with sizes of their own."""
         sizes = self.index.sizes()

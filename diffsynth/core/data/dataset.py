@@ -44,7 +44,7 @@ class TrainingData(Dataset):
         repeat: How often an epoch shows each sample.
         num_workers: Number of DataLoader processes that should load the data set.
         needs_encoders: Whether the run has to load encoders; a cache has their outputs already.
-        own_sizes: Sizes (width, height) in pixels that `scan` found of images that are trained at sizes of their own.
+        own_sizes: Image sizes (width, height) in pixels, if they differ from sample to sample within a batch.
         undecodable: Whether each row failed to decode (N,), bool; empty if the data set does not keep count.
     """
 

@@ -43,7 +43,7 @@ class SkippedRow:
 
 
 def check_rows(dataset: "UnifiedDataset", required: Sequence[str]) -> tuple[list[SkippedRow], list[tuple[int, Size]]]:
-    """The rows that cannot be used, and numbers and sizes of the others.
+    """The unusable rows, and (row number, image size) of the others.
 
     A size (width, height) in pixels is the stored one with buckets, else the one that `dataset.fit` makes of it. Rows
     of unknown size are left out.
@@ -74,7 +74,7 @@ def _check_row(dataset: "UnifiedDataset", number: int, required: Sequence[str]) 
                 for target in dataset.buckets.assign(*size).values():
                     dataset.fit.check(size, target)
             elif dataset.fit and key in dataset.data_file_keys and not dataset.buckets:
-                targets = _fitted(dataset.fit, known)
+                targets = _target_sizes(dataset.fit, known)
                 size = targets[0] if key == dataset.data_file_keys[0] else size
         except Exception as error:  # Pillow's decoders raise exceptions of many types
             return SkippedRow(number + 1, str(row[key]), f"{key} {row[key]!r}: {error}")
@@ -102,7 +102,7 @@ def _fault_of_captions(augmentation: "Augmentation", row: dict) -> str | None:
     return None if any(texts) else " and ".join(f"{column} is empty" for column in columns)
 
 
-def _fitted(fit: "ImageCropAndResize", known: Size | list[Size] | None) -> list[Size | None]:
+def _target_sizes(fit: "ImageCropAndResize", known: Size | list[Size] | None) -> list[Size | None]:
     """The sizes to which `fit` brings images of the known sizes; it raises if it cannot."""
     return [size and fit.check(size) for size in (known if isinstance(known, list) else [known])]
 

@@ -94,7 +94,7 @@ def choose_stored(
     """
     if storage == "none":
         return []
-    if missing := what_is_missing(storage):
+    if missing := what_to_install(storage):
         raise ValueError(missing)
     names = [name for name in sorted(models) if _is_transformer(models[name])] if stored is None else list(stored)
     for name in names:
@@ -133,8 +133,8 @@ def _refuse_trained(storage: str, names: Sequence[str], trained: Iterable[str]) 
             )
 
 
-def what_is_missing(storage: str) -> str | None:
-    """Return what has to be installed for a storage format; None if nothing has."""
+def what_to_install(storage: str) -> str | None:
+    """Return what to install for a storage format, as text; None if nothing is missing."""
     if storage != "nf4":
         return None
     try:

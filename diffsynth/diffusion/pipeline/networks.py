@@ -37,7 +37,7 @@ class TrainingDefaults:
         micro_batch_size: Samples per forward on one device; None takes the whole batch.
         validate_every: Optimizer steps between two evaluations; None evaluates before the first and after the last.
         checkpointing: Policy of gradient checkpointing, see `core.memory.MemoryRecipe`.
-        max_pixels: Most pixels of an image.
+        max_pixels: Default of `dataset.max_pixels`, the most pixels of a training image.
         lora_target_modules: Layers that LoRA adapts, by model.
         data_file_keys: Columns of the data set that name image files.
         extra_inputs: The columns among them that the pipeline reads as inputs, such as `edit_image`.

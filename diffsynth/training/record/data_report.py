@@ -28,7 +28,7 @@ logger = logging.getLogger(__name__)
 # Guesses.
 THREADS = 8
 THUMBNAIL = (16, 16)
-CELL = (256, 256)  # most pixels of an image in the grid
+CELL = (256, 256)  # largest width and height of an image in the grid, in pixels
 NEAR = 3.0  # mean difference of two thumbnails' values in [0, 255]; saving an image again changes about as much
 
 
@@ -87,18 +87,19 @@ class DataReport:
     def check(self, pipe: "BasePipeline", dataset: TrainingData, validation: Mapping[str, TrainingData]) -> dict:
         """List samples that are enlarged, have their caption cut off, or are in a validation data set as well.
 
-        A validation data set of the same rows is not compared. Samples of a cache are not checked: their images are not
-        there.
+        Of a validation data set that has the same rows, only the name is listed. Samples of a cache are not checked:
+        their images are not there.
         """
         checks = _check_samples(pipe, dataset, spread(dataset.size, self.rows))
         mine = dataset.fingerprint()
-        others = {name: other for name, other in validation.items() if not mine or other.fingerprint() != mine}
-        pairs = {name: self._pairs(checks, pipe, other) for name, other in others.items()}
+        same_rows = [name for name, other in validation.items() if mine and other.fingerprint() == mine]
+        pairs = {n: self._pairs(checks, pipe, other) for n, other in validation.items() if n not in same_rows}
         return {
             "checked": len(checks),
             "enlarged": [check.number for check in checks if check.is_enlarged],
             "caption_cut_off": [check.number for check in checks if check.is_cut_off],
             "also_in_validation": pairs,
+            "validation_of_the_same_rows": same_rows,
         }
 
     def _pairs(self, checks: Sequence["SampleCheck"], pipe: "BasePipeline", other: TrainingData) -> list[list[int]]:
@@ -173,7 +174,7 @@ def _check_sample(pipe: "BasePipeline", dataset: TrainingData, number: int) -> S
 def _cell(images: Sequence[Image.Image], prompt: str) -> Image.Image:
     """Return the first image above the prompt, with the other images below; large images are reduced."""
     images = images or [Image.new("RGB", (128, 128), "lightgray")]
-    images = [ImageOps.contain(image, CELL) if image.width > CELL[0] else image for image in images]
+    images = [ImageOps.contain(image, CELL) if max(image.size) > max(CELL) else image for image in images]
     first = row(images[:1], [prompt])
     others = [ImageOps.contain(image.convert("RGB"), (first.width, first.height)) for image in images[1:]]
     return stack([first, *others])
@@ -238,4 +239,5 @@ def _summary(content: Mapping) -> str:
         parts += [f"{len(content[name])} {text}"] * bool(content[name])
     for name, pairs in content["also_in_validation"].items():
         parts += [f"{len(pairs)} nearly equal to one of validation.datasets.{name}"] * bool(pairs)
+    parts += [f"validation.datasets.{name} has the same rows" for name in content["validation_of_the_same_rows"]]
     return ", ".join(parts)

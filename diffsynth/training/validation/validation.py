@@ -130,7 +130,9 @@ class Validation:
                 "ema=power, or set validation.weights=[raw]."
             )
         if not (self.prompts or self.datasets or self.few_steps):
-            logger.info('Nothing is evaluated; "validation.prompts=[a cat,a dog]" samples images while training.')
+            logger.info(
+                'Nothing is evaluated. To sample images while training, set "validation.prompts=[a cat,a dog]".'
+            )
         self.metrics = _measurable("validation.metrics", self.metrics)
         if self.few_steps:
             self.few_steps.open()

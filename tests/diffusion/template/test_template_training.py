@@ -297,8 +297,8 @@ MADE = [("encoder.bias", {INPUTS: 8}), ("mlp.bias", {})]
 
 @pytest.mark.parametrize("key_and_made", tiny.mostly_slow(MADE, MADE[0]), ids=str)
 def test_other_weights_make_its_part_anew_if_they_are_frozen(key_and_made, of_kind, rows_of, tmp_path):
-    key, made = key_and_made
     """The file changes, the code that names it does not."""
+    key, made = key_and_made
     change = ("TEMPLATE_MODEL = Template", "TEMPLATE_MODEL = Template\nTEMPLATE_MODEL_PATH = 'model.safetensors'")
     named = lambda kind: of_kind(kind, change)  # noqa: E731
     weights = load_template_model(

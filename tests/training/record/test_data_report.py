@@ -74,6 +74,19 @@ def test_images_that_are_validated_on_as_well_are_found_though_they_were_saved_a
     assert "1 nearly equal to one of validation.datasets.held_out" in caplog.text
 
 
+def test_a_validation_data_set_of_the_same_rows_is_named_and_not_compared(folder, tmp_path, caplog):
+    same = [
+        "validation=base",
+        "validation.loss_samples=1",
+        "+validation.datasets.same={_target_: diffsynth.core.data.UnifiedDataset.from_folder, height: 32, width: 32}",
+        f"+validation.datasets.same.path={folder}",
+    ]
+    with caplog.at_level("INFO"):
+        content = data_report(tiny.train(tmp_path / "runs", *ONE_STEP, f"dataset.path={folder}", *same))
+    assert (content["also_in_validation"], content["validation_of_the_same_rows"]) == ({}, ["same"])
+    assert "validation.datasets.same has the same rows" in caplog.text
+
+
 def test_the_first_samples_are_shown_as_they_are_trained_on(folder, tmp_path):
     run_dir = tiny.train(tmp_path / "runs", *ONE_STEP, f"dataset.path={folder}", "dataset.augmentation.flip=1")
     sheet = np.asarray(Image.open(run_dir / "data_report.png").convert("RGB"))

@@ -20,7 +20,7 @@ def find_rows(base_path: str | None, metadata: str | Callable | None, encoding: 
     if callable(metadata):
         return str(base_path), metadata(str(base_path))
     if base_path and not is_remote(str(base_path)) and not os.path.isdir(base_path):
-        raise ValueError(f"there is no folder {base_path}; set dataset.path to one")
+        raise ValueError(f"there is no folder {base_path}; set the data set's path, dataset.path=…, to one that exists")
     if base_path is None and metadata is None:
         raise ValueError("base_path and metadata_path are both None; pass at least one")
     if base_path is None:

@@ -91,7 +91,7 @@ def test_missing_metadata_says_what_was_looked_for(tmp_path):
     names = ".*".join(f"metadata\\.{suffix}," for suffix in ("csv", "json", "jsonl", "parquet"))
     with pytest.raises(ValueError, match=f"looked for .*{names} images; set dataset.path"):
         UnifiedDataset(tmp_path)
-    with pytest.raises(ValueError, match="there is no folder .*gone; set dataset.path"):
+    with pytest.raises(ValueError, match="there is no folder .*gone; set the data set's path"):
         UnifiedDataset(tmp_path / "gone")
     with pytest.raises(ValueError, match=r"looked for .*other\.csv, other\.csv;"):
         UnifiedDataset.from_folder(tmp_path, metadata="other.csv")
