@@ -39,7 +39,7 @@ def train(run: Run) -> list:
     module.rehearse(run.dataset)
     evaluated = trainer.validation.models(module)
     if accelerator.is_main_process:
-        run.data_report.write(pipe, run.dataset, trainer.order, trainer.validation.datasets, run.seed)
+        run.data_report.write(pipe, run.dataset, trainer.order, trainer.validation.datasets, run.seed, run.samples)
 
     # Load weights, and train.
     module.load(evaluated, not run.dataset.needs_encoders, engine.in_host_memory(module))

@@ -37,11 +37,14 @@ class Profile(AbstractContextManager):
     def __enter__(self) -> "Profile":
         phases = torch.profiler.schedule(wait=self.after - 1, warmup=1, active=self.steps, repeat=1)
         self.profiler = torch.profiler.profile(schedule=phases, on_trace_ready=self._write)
+        self.is_written = False
         self.profiler.start()
         return self
 
     def __exit__(self, *_: object) -> None:
         self.profiler.stop()
+        if not self.is_written:
+            logger.warning("No trace is written: the run ended before step %d.", self.after + self.steps)
 
     def step(self) -> None:
         """Count one optimizer step; the last traced one writes the trace."""
@@ -51,4 +54,5 @@ class Profile(AbstractContextManager):
         file = Path(self.path) / f"rank-{PartialState().process_index}.json.gz"
         file.parent.mkdir(parents=True, exist_ok=True)
         profiler.export_chrome_trace(str(file))
+        self.is_written = True
         logger.info("A trace of %d steps is in %s; open it at https://ui.perfetto.dev.", self.steps, file)

@@ -43,7 +43,8 @@ def test_a_released_model_is_planned(model, task, tmp_path):
     assert plan.footprint.trained > 0 and plan.footprint.activations > 0
 
 
-@pytest.mark.parametrize("task", tiny.mostly_slow(TASKS, "distill/lcm"))
+@pytest.mark.slow  # test_plan.py and test_family_contract.py plan every stage of the default task
+@pytest.mark.parametrize("task", TASKS)
 def test_every_stage_of_a_task_is_planned(task, tmp_path):
     name = "sft" if task == "full" else task
     cfg = tiny.compose("plan", "model=emoji", f"task={name}", *TASKS[task], f"path={tmp_path}")

@@ -9,6 +9,7 @@ from resumed import kept
 
 from diffsynth.core.data import UnifiedDataset, WeightedRows
 from diffsynth.core.data.order.mixing import first_samples
+from diffsynth.training.profile import Profile
 
 FEW = ["validation.options.num_inference_steps=1", "export.save_steps=null"]
 
@@ -30,6 +31,7 @@ def test_overfit_trains_on_one_sample_and_evaluates_on_it(tmp_path, monkeypatch)
     monkeypatch.setattr(UnifiedDataset, "sample", noted)
     run_dir = train(tmp_path, "overfit", "max_steps=30", "batch_size=2", *FEW)
     losses = [line["trained_loss"] for line in tiny.metrics(run_dir) if "trained_loss" in line]
+    assert json.loads((run_dir / "data_report.json").read_text())["trained_on"] == 1
     assert seen == {0} and len(losses) == 3 and losses[0] > losses[1] > losses[2]
     assert (run_dir / "samples" / "trained_progress.png").exists()
 
@@ -48,6 +50,12 @@ def test_a_profile_is_a_chrome_trace_of_a_few_steps(tmp_path):
         names = [event.get("name", "") for event in json.load(file)["traceEvents"]]
     assert {name for name in names if name.startswith("ProfilerStep#")} == {f"ProfilerStep#{n}" for n in (3, 4, 5)}
     assert any(name.startswith("aten::") for name in names)
+
+
+def test_a_run_that_is_too_short_for_its_trace_says_so(tmp_path, caplog):
+    with Profile(tmp_path, after=3, steps=3) as profile:
+        profile.step()
+    assert "No trace is written: the run ended before step 6." in caplog.text and not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("overrides", [["profile.steps=0"], ["profile.after=0"]])

@@ -59,6 +59,7 @@ class DataReport:
         order: MixedOrder,
         validation: Mapping[str, TrainingData],
         seed: int,
+        samples: int | None = None,
     ) -> dict:
         """Write the report and return its content.
 
@@ -68,8 +69,9 @@ class DataReport:
             order: The order in which training reads it.
             validation: The data sets that the run is validated on, by name.
             seed: The run's seed, which determines augmentations.
+            samples: Number of the first samples that are trained on; None if all are.
         """
-        content = {**self.counts(dataset), **self.check(pipe, dataset, validation)}
+        content = {**self.counts(dataset), "trained_on": samples, **self.check(pipe, dataset, validation)}
         write_text(Path(self.path) / "data_report.json", json.dumps(content, indent=1, ensure_ascii=False))
         if self.pictures:
             save_png(self.sheet(pipe, dataset, order, seed), Path(self.path) / "data_report.png")
@@ -235,6 +237,7 @@ def _summary(content: Mapping) -> str:
     sizes, skipped = len(content["sizes"]), len(content["skipped"])
     of_sizes = "each of its own size" if "own" in content["sizes"] else f"of {sizes} size{'s' * (sizes != 1)}"
     parts = [f"{content['samples']} samples {of_sizes}", f"{skipped} rows skipped"]
+    parts += [f"trained on the first {content['trained_on']}"] * (content["trained_on"] is not None)
     for name, text in (("enlarged", "enlarged"), ("caption_cut_off", "with a caption that is cut off")):
         parts += [f"{len(content[name])} {text}"] * bool(content[name])
     for name, pairs in content["also_in_validation"].items():
