@@ -50,7 +50,7 @@ def claim(cfg: DictConfig) -> Path | None:
         _check_folder(run_dir, cfg)
         remove_leftovers(run_dir)
         if not (run_dir / "config.yaml").exists():
-            _begun_here.add(run_dir)
+            _begun_here.add(run_dir.resolve())
         if _finished(run_dir) is None:  # otherwise `finish` writes them: the training may refuse to be extended
             _write_run_files(run_dir, cfg)
     return run_dir
@@ -133,7 +133,7 @@ def discard_refused(run_dir: Path, log: str) -> None:
     Args:
         log: Name of Hydra's log file in the folder.
     """
-    if run_dir not in _begun_here:
+    if run_dir.resolve() not in _begun_here:
         return
     files = {path.name: path for path in run_dir.iterdir()}
     if files.keys() <= {*RUN_FILES, log}:

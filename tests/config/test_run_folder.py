@@ -80,6 +80,9 @@ def test_a_refused_run_leaves_no_folder_unless_it_had_begun(tmp_path, monkeypatc
     arguments = ["dataset=image_folder", f"dataset.path={tmp_path}/nowhere", f"output_root={tmp_path}/outputs"]
     assert "there is no folder" in tiny.complaint(monkeypatch, *arguments)
     assert list((tmp_path / "outputs").iterdir()) == []
+    monkeypatch.chdir(tmp_path)
+    assert "there is no folder" in tiny.complaint(monkeypatch, *arguments[:2], "output_root=outputs")
+    assert list((tmp_path / "outputs").iterdir()) == []
     begun = tmp_path / "begun"
     begun.mkdir()
     (begun / "metrics.jsonl").write_text("")
