@@ -81,8 +81,8 @@ def test_a_refused_run_leaves_no_folder_unless_it_had_begun(tmp_path, monkeypatc
     assert "there is no folder" in tiny.complaint(monkeypatch, *arguments)
     assert list((tmp_path / "outputs").iterdir()) == []
     monkeypatch.chdir(tmp_path)
-    assert "there is no folder" in tiny.complaint(monkeypatch, *arguments[:2], "output_root=outputs")
-    assert list((tmp_path / "outputs").iterdir()) == []
+    assert "there is no folder" in tiny.complaint(monkeypatch, *arguments[:2], "output_root=others")
+    assert list((tmp_path / "others").iterdir()) == []
     begun = tmp_path / "begun"
     begun.mkdir()
     (begun / "metrics.jsonl").write_text("")
