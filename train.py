@@ -19,7 +19,7 @@ def train(run: Run) -> list:
     from diffsynth.training.record.data import record_data
 
     # Check the configuration and the data before anything heavy is read.
-    accelerator = make_accelerator(run.device, run.model.keywords["torch_dtype"])
+    accelerator = make_accelerator(run.device, run.model.keywords["torch_dtype"], run.deterministic)
     engine = choose_engine(accelerator)
     run = run.with_template()
     check_run(run, engine)

@@ -25,6 +25,7 @@ HELP = ({"-h"}, {"--help"})
 def run_main(main: Callable[[], None]) -> None:
     """Call a function that `hydra.main` decorates; a mistake in the configuration exits with an error of one line."""
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # otherwise Hydra prints its errors and exits
+    _let_segments_grow()
     try:
         flags = {argument for argument in sys.argv[1:] if argument.startswith("-")}
         if flags in HELP:  # with other flags, Hydra shows its own help
@@ -38,6 +39,13 @@ def run_main(main: Callable[[], None]) -> None:
         sys.exit(f"error: {error}")
     except OSError as error:  # Hydra makes the run's folder before it calls `main`
         sys.exit(f"error: {error}; set {_folder_key()}=… to a folder that can be written to.")
+
+
+def _let_segments_grow() -> None:
+    """Let CUDA's allocator extend its segments, so that batches of many sizes leave few holes; before torch starts."""
+    names = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")  # the second is the name before torch 2.9
+    if sys.platform == "linux" and not os.environ.keys() & set(names):
+        os.environ.update(dict.fromkeys(names, "expandable_segments:True"))
 
 
 def _folder_key() -> str:

@@ -20,6 +20,7 @@ NOT_SEMANTIC = (
     "run_dir",
     "data_report",
     "device",
+    "deterministic",
     "logger",
     "export",
     "checkpoint",

@@ -44,12 +44,12 @@ def preflight(run: Run, accelerator: "Accelerator", engine: Engine) -> Run:
         ValueError: The run does not fit the device, or no memory options fit the budget.
     """
     device, recipe = accelerator.device, run.memory
-    if recipe.budget is None and (not recipe.check or is_small(run.model, free_bytes(device))):
+    if recipe.budget is None and not recipe.check:
         return run
     placement = {"processes": accelerator.num_processes, "engine": engine.file, "cp_size": engine.cp_size}
     planned = PlacedRun.of(run, **placement, on_cuda=device.type == "cuda")
-    found = [None]
-    if accelerator.is_main_process:
+    found = [(recipe, run.micro_batch_size)]
+    if accelerator.is_main_process and (recipe.budget or not is_small(run.model, free_bytes(device))):
         try:
             found = [settle(Planner(planned), Path(run.run_dir) / "memory.json", device)]
         except (ValueError, OSError) as error:  # broadcast, because the other processes wait for a result
@@ -71,11 +71,13 @@ def settle(planner: Planner, record: Path, device: torch.device) -> tuple[Memory
     """
     run = planner.run
     settled = run.memory, run.micro_batch_size
-    if run.memory.budget is not None and record.exists():
+    if run.memory.budget is None:
+        planner = planner.quickest()
+    elif record.exists():
         chosen = json.loads(record.read_text())
         settled = replace(run.memory, **chosen["recipe"]), chosen["micro_batch_size"]
-        planner = planner.variant(*settled)
-    elif run.memory.budget is not None:
+        planner = planner.variant(*settled).quickest()
+    else:
         choice = Budget(planner, *run.memory.budgets).choose()
         logger.info("memory.budget=%s: %s", run.memory.budget, choice.why)
         write_text(record, json.dumps(as_record(choice), indent=1))

@@ -10,7 +10,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from ..core.data import AddressedDataset, BatchLayout, BatchSampler, MixedOrder, PlainData, TrainingData
-from ..core.devices import peak_memory
+from ..core.devices import peak_memory, reset_peak_memory
 from ..core.progress import ProgressBar
 from ..core.signals import leave_to_parent
 from ..diffusion.logger import ModelLogger
@@ -73,6 +73,7 @@ class Trainer(LoopSettings):
             Stopped: A signal asked the run to stop; its state is saved.
             FloatingPointError: Too many steps in a row had a gradient that is not finite.
         """
+        reset_peak_memory(self.accelerator.device)  # loading may have taken more
         state = self._build_state()
         resumed = self._begin(state)
         sampler = BatchSampler(self.order, self.layout, self.engine.replica, state.step, self.steps - state.step)

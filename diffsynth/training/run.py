@@ -70,6 +70,7 @@ class Run(LoopSettings, ModelRun):
         name: Name of the run.
         output_root, run_dir: Folder of all runs, and the folder of this run in it.
         memory: Options that save memory at the cost of time or precision (`core.memory.MemoryRecipe`).
+        deterministic: Use kernels whose results do not depend on the order in which threads end.
         max_bad_steps: The run ends after this many steps in a row whose gradient is not finite.
         data_report: Describes the data set before the first step (`training.record.data_report.DataReport`).
 
@@ -81,6 +82,7 @@ class Run(LoopSettings, ModelRun):
     run_dir: str
     memory: Any
     data_report: Any
+    deterministic: bool = False
     max_bad_steps: int = 10
 
     def __post_init__(self):

@@ -1,0 +1,15 @@
+"""How the processes of a run wait for one another."""
+
+from datetime import timedelta
+
+from diffsynth.training.accelerator import make_accelerator
+
+
+def test_processes_wait_longer_than_a_checkpoint_of_a_large_model_takes():
+    accelerator = make_accelerator("cpu", "float32")
+    bytes_of_state, slowest_disk = 20.4e9 * 12, 0.5e9  # fp32 weights and moments; bytes per second
+    assert accelerator.init_handler.timeout > 2 * timedelta(seconds=bytes_of_state / slowest_disk)
+
+
+def test_gradients_are_not_held_twice():
+    assert make_accelerator("cpu", "float32").ddp_handler.gradient_as_bucket_view
