@@ -5,7 +5,9 @@ same memory; the copies are made all the same, so that the code can be tested th
 """
 
 import math
+import mmap
 import weakref
+from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
@@ -15,16 +17,16 @@ from torch import Tensor
 
 from .live_bytes import in_host_memory
 
+MOST_LEAVING = 1 << 30  # bytes; a guess: the saved tensors of one or two blocks of a large model
 ALIGNMENT = 256  # bytes; CUDA's own allocations have it (CUDA C++ Programming Guide, "Device Memory Accesses")
 
 
 def empty(size: int, device: torch.device) -> Tensor:
     """An empty uint8 buffer of `size` bytes (size,) in host memory, pinned if `device` is a GPU."""
     with in_host_memory():
-        buffer = torch.empty(size, dtype=torch.uint8, device="meta" if device.type == "meta" else "cpu")
-    if device.type == "cuda":
-        _pin(buffer)
-    return buffer
+        if device.type == "cuda":
+            return _pinned(size)
+        return torch.empty(size, dtype=torch.uint8, device="meta" if device.type == "meta" else "cpu")
 
 
 def to_host(tensor: Tensor) -> Tensor:
@@ -38,6 +40,13 @@ def to_host(tensor: Tensor) -> Tensor:
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:
     """A copy on `device` of a tensor of any shape in host memory; to CUDA an asynchronous one."""
     return tensor.to(device, non_blocking=device.type == "cuda", copy=True)
+
+
+def sent(tensor: Tensor, device: torch.device | str) -> Tensor:
+    """A tensor of any shape on `device`; if it goes from the CPU to CUDA, nothing waits for it on the way."""
+    if torch.device(device).type == "cuda" and tensor.device.type == "cpu":
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.to(device)
 
 
 def fill(buffer: Tensor, tensor: Tensor) -> None:
@@ -63,11 +72,18 @@ def _aligned(size: int) -> int:
     return math.ceil(size / ALIGNMENT) * ALIGNMENT
 
 
-def _pin(buffer: Tensor) -> None:
+def _pinned(size: int) -> Tensor:
     # torch's own pinned memory is allocated in powers of two: a block of 650 MB would take 1 GB.
+    buffer = own_pages(size)
     runtime, address = torch.cuda.cudart(), buffer.data_ptr()
     torch.cuda.check_error(runtime.cudaHostRegister(address, buffer.nbytes, 0))
     weakref.finalize(buffer, runtime.cudaHostUnregister, address).atexit = False
+    return buffer
+
+
+def own_pages(size: int) -> Tensor:
+    """An empty uint8 buffer (size,) that shares its memory pages with nothing: CUDA registers a page only once."""
+    return torch.frombuffer(mmap.mmap(-1, size), dtype=torch.uint8)
 
 
 class Lane:
@@ -76,6 +92,7 @@ class Lane:
     def __init__(self, device: torch.device):
         self.device = device
         self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self.leaving: deque[tuple[torch.cuda.Event, Tensor]] = deque()  # tensors whose copies may not be done
 
     @contextmanager
     def after_computation(self) -> Iterator[None]:
@@ -97,15 +114,24 @@ class Lane:
             torch.cuda.current_stream(self.device).wait_event(mark)
 
     def keep(self, tensor: Tensor) -> None:
-        """Keep the memory of a tensor of any shape until the copies queued so far are done."""
-        if self.stream is not None:
-            tensor.record_stream(self.stream)
+        """Keep the memory of a tensor of any shape until the copies queued so far are done.
 
-    def hand_over(self, tensor: Tensor) -> Tensor:
-        """Keep the memory of a tensor of any shape, copied in this lane, until the compute stream is done with it."""
-        if self.stream is not None:
-            tensor.record_stream(torch.cuda.current_stream(self.device))
-        return tensor
+        If more than `MOST_LEAVING` bytes wait to leave the device, this waits for the oldest: the CPU queues work far
+        ahead of the GPU, so that otherwise no memory would be free before the allocator has none left.
+        """
+        if (mark := self.mark()) is None:
+            return
+        self.leaving.append((mark, tensor))
+        self._let_go(MOST_LEAVING)
+
+    def let_go(self) -> None:
+        """Wait until all copies of kept tensors are done, and keep none any longer."""
+        self._let_go(0)
+
+    def _let_go(self, most: int) -> None:
+        while sum(waiting.nbytes for _, waiting in self.leaving) > most:
+            oldest, _ = self.leaving.popleft()
+            oldest.synchronize()
 
 
 @cache

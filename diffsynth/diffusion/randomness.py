@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ..core.data import SampleAddress, generator
+from ..core.host_memory import sent
 
 
 @dataclass(frozen=True)
@@ -23,7 +24,7 @@ class SampleRNG:
     def normal(self, purpose: str, like: Tensor) -> Tensor:
         """Standard normal fp32 tensor shaped like `like` (B, …); made on the CPU, so that all devices agree."""
         rows = [torch.randn(like.shape[1:], generator=g) for g in self._generators(purpose)]
-        return torch.stack(rows).to(like.device)
+        return sent(torch.stack(rows), like.device)
 
     def uniform(self, purpose: str) -> Tensor:
         """One uniform number in [0, 1) per sample, fp32 (B,) on CPU."""

@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from itertools import chain
 
+import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
@@ -31,7 +32,7 @@ class _Activations:
     def __init__(self, model: Callable):
         weights = chain(model.parameters(), model.buffers()) if isinstance(model, nn.Module) else ()
         self.weights = {tensor.untyped_storage()._cdata for tensor in weights}
-        self.in_host_memory: list[Tensor] = []
+        self.in_host_memory: list[tuple[Tensor, torch.device]] = []  # each with the device that it comes from
         self.on_device: dict[int, Tensor] = {}
         self.device, self.arrival, self.is_fetched = None, None, False
         self.previous, _Activations.latest = _Activations.latest, weakref.ref(self)
@@ -41,10 +42,11 @@ class _Activations:
         # The checkpoint of torch before 2.13 saves an empty tensor of its own.
         if tensor.numel() == 0 or tensor.untyped_storage()._cdata in self.weights:
             return tensor
-        self.device = tensor.device
+        if self.device is None or tensor.device.type != "cpu":  # modules on a GPU may save scalars of the CPU as well
+            self.device = tensor.device
         lane = host_memory.lane(tensor.device)
         with lane.after_computation():
-            self.in_host_memory.append(host_memory.to_host(tensor))
+            self.in_host_memory.append((host_memory.to_host(tensor), tensor.device))
         lane.keep(tensor)
         return len(self.in_host_memory) - 1
 
@@ -58,14 +60,18 @@ class _Activations:
         if previous is not None:
             previous.fetch()
         if saved not in self.on_device:  # unpacked before: this is a second backward pass through the same graph
-            return host_memory.to_device(self.in_host_memory[saved], self.device)
-        return lane.hand_over(self.on_device.pop(saved))
+            return host_memory.to_device(*self.in_host_memory[saved])
+        return self.on_device.pop(saved)
 
     def fetch(self) -> None:
         """Begin to copy all tensors back to their device."""
         if self.is_fetched or self.device is None:
             return
         lane = host_memory.lane(self.device)
+        lane.let_go()
+        # Allocated among the computation's tensors: memory that belongs to the lane's stream could serve nothing else.
+        self.on_device = {n: torch.empty_like(t, device=device) for n, (t, device) in enumerate(self.in_host_memory)}
         with lane.after_computation():
-            self.on_device = {n: host_memory.to_device(t, self.device) for n, t in enumerate(self.in_host_memory)}
+            for number, (tensor, _) in enumerate(self.in_host_memory):
+                host_memory.fill(self.on_device[number], tensor)
         self.arrival, self.is_fetched = lane.mark(), True

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from ...core.host_memory import sent
 from ..base_pipeline import BasePipeline
 from ..flow_match import TRAINING_STEPS, FlowMatchScheduler, interpolate
 from ..randomness import GlobalRNG, SampleRNG
@@ -52,11 +53,13 @@ class FlowMatchSFT(Objective):
         **inputs,
     ) -> Tensor:
         clean = input_latents.float()
-        timestep, sigma = (t.to(clean.device) for t in self.sample_timesteps(pipe.scheduler, rng))
+        timestep, sigma = self.sample_timesteps(pipe.scheduler, rng)
+        weight = self.weighting(pipe.scheduler, sigma)  # before the networks: a GPU would have to end them first
+        timestep, sigma, weight = sent(torch.stack([timestep, sigma, weight]), clean.device)
         noise = rng.normal("noise", clean)
         velocity = pipe.predict(timestep, **{**inputs, "latents": interpolate(clean, noise, sigma)})
         error = mean_where((velocity.float() - (noise - clean)).pow(2), loss_mask)
-        return error * self.weighting(pipe.scheduler, sigma)
+        return error * weight
 
     def sample_timesteps(self, scheduler: FlowMatchScheduler, rng: SampleRNG | GlobalRNG) -> tuple[Tensor, Tensor]:
         """Random timesteps (B,) in [0, 1000] and their noise levels (B,) in [0, 1]."""

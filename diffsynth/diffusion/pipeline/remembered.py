@@ -6,6 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...core.host_memory import sent
+
 Inputs = tuple[dict, dict, dict]
 
 
@@ -40,7 +42,7 @@ def to_device(value: Any, device: torch.device) -> Any:
         return {name: to_device(element, device) for name, element in value.items()}
     if isinstance(value, list):
         return [to_device(element, device) for element in value]
-    return value.to(device) if isinstance(value, Tensor) else value
+    return sent(value, device) if isinstance(value, Tensor) else value
 
 
 def _bytes(value: Any) -> int:

@@ -12,6 +12,7 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from diffsynth.core import host_memory
 from diffsynth.core.gradient import gradient_checkpoint_forward
+from diffsynth.core.gradient.offload import offloaded
 from diffsynth.core.memory import MemoryRecipe
 from diffsynth.diffusion.adapters.lora import LoRA
 from diffsynth.diffusion.distillation.roles import FAKE_SCORE, STUDENT, TEACHER, FakeScore, Roles
@@ -134,8 +135,9 @@ def test_policies_keep_less_and_less(training_module, samples):
 
 def test_what_is_offloaded_is_put_away_once_and_comes_back_as_often_as_it_is_asked_for(monkeypatch):
     put, fetched = [], []
-    to_host, to_device = host_memory.to_host, host_memory.to_device
+    to_host, fill, to_device = host_memory.to_host, host_memory.fill, host_memory.to_device
     monkeypatch.setattr(host_memory, "to_host", lambda tensor: put.append(tensor.shape) or to_host(tensor))
+    monkeypatch.setattr(host_memory, "fill", lambda new, tensor: fetched.append(tensor.shape) or fill(new, tensor))
     monkeypatch.setattr(
         host_memory, "to_device", lambda tensor, d: fetched.append(tensor.shape) or to_device(tensor, d)
     )
@@ -148,6 +150,16 @@ def test_what_is_offloaded_is_put_away_once_and_comes_back_as_often_as_it_is_ask
     assert len(fetched) == 3
     assert torch.equal(torch.autograd.grad(found.sum(), x)[0], once) and len(put) == 3
     assert torch.equal(torch.autograd.grad(torch.nn.Sequential(*layers)(x).sum(), x)[0], once)
+
+
+def test_what_is_offloaded_comes_back_to_its_own_device():
+    """A module on a GPU may save a tensor of the CPU as well, such as a table of scales."""
+    with offloaded(lambda: None):
+        weight = torch.ones(2, requires_grad=True)
+        of_gpu = torch.ones(3, device="meta", requires_grad=True)
+        kept = (of_gpu * torch.ones(3, device="meta")).sum(), (weight * torch.tensor([2.0, 3.0])).sum()
+    on_gpu, on_cpu = torch.autograd.grad(kept[0], of_gpu)[0], torch.autograd.grad(kept[1], weight)[0]
+    assert on_gpu.is_meta and torch.equal(on_cpu, torch.tensor([2.0, 3.0]))
 
 
 @pytest.mark.parametrize("options", SAVING.values(), ids=SAVING)
