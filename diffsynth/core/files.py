@@ -8,6 +8,8 @@ from contextlib import contextmanager
 from hashlib import blake2b
 from pathlib import Path
 
+ON_WINDOWS = os.name == "nt"
+
 
 @contextmanager
 def replacing(path: str | Path) -> Iterator[Path]:
@@ -80,8 +82,10 @@ def _partial(path: Path) -> Path:
 
 
 def _sync(path: Path) -> None:
-    """Sync a file, or the names in a folder, to disk."""
-    descriptor = os.open(path, os.O_RDONLY)
+    """Sync a file, or the names in a folder, to disk; Windows can neither open a folder nor sync what is read-only."""
+    if ON_WINDOWS and path.is_dir():
+        return
+    descriptor = os.open(path, os.O_RDWR if ON_WINDOWS else os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:

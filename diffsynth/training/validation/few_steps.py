@@ -140,7 +140,7 @@ class FewSteps:
         """
         teachers = self._teachers(len(latents))
         both = zip(latents, teachers, strict=True)
-        distances = torch.stack([(own.float() - other.float()).pow(2).mean() for own, other in both]).double()
+        distances = torch.stack([(own.float() - other.float()).pow(2).mean() for own, other in both]).cpu().double()
         error = (distances.std() / len(distances) ** 0.5).item() if len(distances) > 1 else 0.0
         values = {f"{name}_distance": distances.mean().item(), f"{name}_distance_error": error}
         if self.metrics:

@@ -198,7 +198,7 @@ class Validation:
         """Return the loss of one row in each band of timesteps."""
         samples = [Sample(row, band, index) for band in range(BANDS)]
         rng = StratifiedRNG(self.seed, [SampleAddress(band, index) for band in range(BANDS)], BANDS)
-        return module.loss(samples, rng, UnitMemory(1.0)).double().tolist()  # the memory encodes the row only once
+        return module.loss(samples, rng, UnitMemory(1.0)).tolist()  # the memory encodes the row only once
 
     def measure(self, module: "PipelineTrainingModule", dataset: TrainingData) -> dict[str, float]:
         """Sample the prompts of the first rows, and return every metric of the results' thumbnails."""

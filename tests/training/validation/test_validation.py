@@ -5,6 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 import tiny
+import torch
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -12,6 +13,7 @@ from diffsynth.core import sharing
 from diffsynth.diffusion.base_pipeline import BasePipeline
 from diffsynth.diffusion.pipeline.media import ImageMedia
 from diffsynth.training.ema import EMA
+from diffsynth.training.validation import Validation
 
 HELD_OUT = [
     "+validation.datasets.held_out={_target_: diffsynth.core.data.UnifiedDataset.from_folder, height: 32, width: 32}",
@@ -63,6 +65,16 @@ def test_a_process_without_an_item_gets_what_the_others_made(monkeypatch):
     monkeypatch.setattr(sharing, "PartialState", lambda: last_of_four)
     monkeypatch.setattr(sharing, "gather_object", lambda mine: [*mine, (1, "b"), (0, "a")])
     assert sharing.share(["x", "y"], lambda mine: [mine[0]]) == ["a", "b"]
+
+
+def test_losses_are_read_without_fp64_which_macs_do_not_have(tmp_path):
+    class OnMac(torch.Tensor):
+        def double(self):
+            raise TypeError("MPS has no float64")
+
+    losses = torch.tensor([1.0, 2.0, 3.0, 4.0]).as_subclass(OnMac)
+    module = SimpleNamespace(loss=lambda *given: losses)
+    assert Validation(tmp_path)._row_losses(module, {}, 0) == [1.0, 2.0, 3.0, 4.0]
 
 
 def test_the_best_weights_are_those_of_the_lowest_loss(tmp_path):
