@@ -1,5 +1,6 @@
 """Measures the memory of an optimizer by stepping it on a small tensor, as each optimizer has its own state."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -9,7 +10,8 @@ from torch import nn
 from torch.utils._pytree import tree_leaves
 
 from ..core.live_bytes import LiveBytes, bytes_of
-from ..training.stochastic_rounding import StochasticRounding
+from ..training.fused import fused
+from ..training.stochastic_rounding import AT_ONCE, StochasticRounding
 
 NUMEL = 1 << 16  # of the measured tensor; a guess: large enough that state per tensor does not count
 
@@ -21,17 +23,16 @@ class OptimizerCost:
     Args:
         state: Optimizer state, which is kept from step to step.
         transient: What a step takes in addition.
-        together: Whether all tensors are stepped at once, so that `transient` counts for all of them and not only for
-            the largest.
+        at_once: Numbers that are stepped at once, if tensors are stepped together: `transient` counts for these.
     """
 
     state: float
     transient: float
-    together: bool
+    at_once: float
 
     def update(self, total: int, largest: int) -> int:
         """Return the bytes that a step takes in addition, for `total` numbers, the largest tensor having `largest`."""
-        return round(self.transient * (total if self.together else largest))
+        return round(self.transient * min(total, max(largest, self.at_once)))
 
 
 def optimizer_cost(optimizer: Callable, dtype: torch.dtype, on_cuda: bool) -> OptimizerCost:
@@ -43,8 +44,8 @@ def optimizer_cost(optimizer: Callable, dtype: torch.dtype, on_cuda: bool) -> Op
     weight = nn.Parameter(torch.zeros(NUMEL, dtype=dtype))
     weight.grad = torch.zeros_like(weight)
     rounding = StochasticRounding([weight]) if dtype == torch.bfloat16 else None
-    built = optimizer(rounding.fp32_copies if rounding else [weight])
-    together = on_cuda and rounding is None and steps_all_at_once(built)
+    built = (fused(optimizer) if on_cuda else optimizer)(rounding.fp32_copies if rounding else [weight])
+    together = on_cuda and steps_all_at_once(built)
     for group in built.param_groups:
         if together:
             group["foreach"] = True
@@ -57,7 +58,8 @@ def optimizer_cost(optimizer: Callable, dtype: torch.dtype, on_cuda: bool) -> Op
         live.watch([weight, weight.grad, *state])
         before = live.device.now
         step()
-    return OptimizerCost(bytes_of(state) / NUMEL, (live.device.peak - before) / NUMEL, together)
+    at_once = AT_ONCE if rounding else math.inf if together else 0
+    return OptimizerCost(bytes_of(state) / NUMEL, (live.device.peak - before) / NUMEL, at_once)
 
 
 def steps_all_at_once(optimizer: torch.optim.Optimizer) -> bool:

@@ -15,10 +15,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from ..diffusion.adapters.files import leave_casts_to_autocast
 from ..diffusion.trained import MODEL, TrainProgress
 from .absent import NoEMA
 from .ema import EMA
 from .engines import Engine, choose_engine
+from .fused import fused
 from .meter import Meter
 from .schedule import make_schedule, same_until
 from .stochastic_rounding import StochasticRounding
@@ -52,6 +54,8 @@ class TrainedPart:
         self.shapes = {name: tuple(parameter.shape) for name, parameter in parameters.items()}
         in_bf16 = any(parameter.dtype == torch.bfloat16 for parameter in parameters.values())
         self.rounding = StochasticRounding(self.all) if in_bf16 and not has_master_weights else None
+        if all(parameter.is_cuda for parameter in self.all) and not has_master_weights:  # ZeRO has kernels of its own
+            optimizer = fused(optimizer)
         self.optimizer = optimizer(self.rounding.fp32_copies if self.rounding else self.all)
         self.schedule = make_schedule(lr_scheduler, self.optimizer, steps)
 
@@ -139,6 +143,8 @@ class TrainingState:
             for name, named in model.trained_parts().items()
         }
         self.accelerator, self.meter, self.ema = accelerator, Meter(accelerator, self.engine.cp_size), ema
+        if accelerator.mixed_precision == "bf16":
+            leave_casts_to_autocast(model)
         self.model = self.engine.prepare(model, self.parts)
         self.step = self.skipped_steps = self.skipped_in_a_row = 0
         self.skipped_losses: Sequence[Tensor] = ()  # (b,) of each micro-batch, if the last step was skipped

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 from torch import nn
 
+from diffsynth.training import stochastic_rounding
 from diffsynth.training.stochastic_rounding import StochasticRounding, round_stochastically
 
 BF16 = ["lora=none", "model.torch_dtype=bfloat16", "memory.trained_dtype=bfloat16", "optimizer.lr=1e-5", "max_steps=4"]
@@ -46,6 +47,26 @@ def test_many_small_steps_go_as_far_as_in_fp32(optimizer):
     assert moved[1] == pytest.approx(moved[0], rel=0.2)
     assert all(p.numel() == 0 for p in rounding.fp32_copies)
     assert all(t.dtype == torch.float32 for s in optimizers[1].state.values() for t in s.values())
+
+
+def test_many_tensors_are_stepped_at_once_as_they_are_one_by_one(monkeypatch):
+    def stepped(at_once: int) -> tuple[int, list[torch.Tensor]]:
+        monkeypatch.setattr(stochastic_rounding, "AT_ONCE", at_once)
+        torch.manual_seed(0)
+        weights = [nn.Parameter(torch.randn(size).bfloat16()) for size in (3, 5, 100, 2)]
+        rounding = StochasticRounding(weights)
+        optimizer = torch.optim.AdamW(rounding.fp32_copies, lr=0.1)
+        calls = []
+        optimizer.register_step_pre_hook(lambda *_: calls.append(1))
+        for step in range(3):
+            for weight in weights[:-1]:
+                weight.grad = weight.detach().sin()
+            rounding.step(optimizer, seed=step)
+        return len(calls), weights
+
+    (one_by_one, expected), (few, found) = stepped(1), stepped(50)
+    assert (one_by_one, few) == (9, 6)  # 3 and 5 together, 100 alone
+    assert all(map(torch.equal, found, expected))
 
 
 def test_an_optimizer_that_counts_over_all_weights_is_refused():

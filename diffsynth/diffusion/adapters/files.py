@@ -248,16 +248,31 @@ def _module_of(layers: Mapping[str, nn.Module]) -> nn.Module:
     return root
 
 
+def leave_casts_to_autocast(module: nn.Module) -> None:
+    """Let the adapters of a network whose forward passes are under bf16 autocast take their input as it is.
+
+    Otherwise peft makes an fp32 copy of every adapted layer's input, which autocast casts to bf16 again.
+    """
+    for layer in _adapted_layers(module).values():
+        layer.cast_input_dtype_enabled = False
+
+
 @contextmanager
 def _evaluating(module: nn.Module) -> Iterator[None]:
-    """Inside, the module is in evaluation mode; afterwards each submodule is in its former mode."""
+    """Inside, the module is in evaluation mode and needs no autocast; afterwards each submodule is as it was."""
     modes = {part: part.training for part in module.modules()}
+    layers = _adapted_layers(module).values()
+    uncast = [layer for layer in layers if not getattr(layer, "cast_input_dtype_enabled", True)]
     module.eval()
+    for layer in uncast:
+        layer.cast_input_dtype_enabled = True
     try:
         yield
     finally:
         for part, training in modes.items():
             part.training = training
+        for layer in uncast:
+            layer.cast_input_dtype_enabled = False
 
 
 def metadata(configs: Mapping) -> dict[str, str]:

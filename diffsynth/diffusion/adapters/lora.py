@@ -99,7 +99,7 @@ class Adapter:
         """
         before = list(module.parameters())
         trainable_before = [parameter for parameter in before if parameter.requires_grad]
-        with torch.random.fork_rng():
+        with torch.random.fork_rng(devices=[]):  # peft draws on the CPU
             torch.manual_seed(seed)
             inject_adapter_in_model(self.peft_config(targets), module, adapter_name=name)
         known = set(map(id, before))
