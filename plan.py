@@ -30,7 +30,7 @@ def plan(run: PlanRun) -> str:
         budgets = run.memory.budgets
         choice = Budget(planner, *budgets).choose()
         planner, why = choice.planner, f"{choice.why}\n\n"
-    made = planner.plan(run.devices)
+    made = planner.plan(run.devices) if why else planner.quickest().plan(run.devices)  # a choice is rehearsed already
     write_text(Path(run.path) / "plan.json", json.dumps(made.as_dict(), indent=1))
     write_text(Path(run.path) / "plan.svg", chart(made, budgets[0]))
     written = f"The tables are also in {run.path}/plan.json, and the chart in {run.path}/plan.svg."

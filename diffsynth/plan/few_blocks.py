@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
+from typing import TypeVar
 
 from torch import nn
 
@@ -12,7 +13,9 @@ from ..core.memory import MemoryRecipe
 from ..diffusion.memory_layout import laid_out_networks
 from ..diffusion.training_module import PipelineTrainingModule
 from .meta_module import copied
-from .rehearsal import Rehearsal, WorkingMemory, tensors_of
+from .rehearsal import Rehearsal, Work, WorkingMemory, tensors_of
+
+Estimate = TypeVar("Estimate", WorkingMemory, Work)
 
 # Checkpointed blocks of each list in the shorter and in the longer rehearsal. At least two, because the first and the
 # last block may be special.
@@ -27,8 +30,8 @@ class FewBlocks:
     network decides in the end.
     """
 
-    def __init__(self, module: PipelineTrainingModule, recipe: MemoryRecipe, cp_size: int = 1):
-        self.module, self.recipe, self.cp_size = module, recipe, cp_size
+    def __init__(self, module: PipelineTrainingModule, recipe: MemoryRecipe, cp_size: int = 1, on_cuda: bool = False):
+        self.module, self.recipe, self.cp_size, self.on_cuda = module, recipe, cp_size, on_cuda
         self.at_rest = bytes_of(tensors_of(module))
         self.lists = {name: blocks for name, blocks in block_lists(module).items() if self.is_long(blocks)}
 
@@ -58,7 +61,7 @@ class FewBlocks:
 
     def _rehearsal(self, longer: str | None = None) -> Rehearsal:
         counts = {n: self.count(MORE if n == longer else FEW, blocks) for n, blocks in self.lists.items()}
-        return Rehearsal(copied(self.module, self.recipe, counts), self.cp_size)
+        return Rehearsal(copied(self.module, self.recipe, counts), self.cp_size, self.on_cuda)
 
     @property
     def unreached(self) -> Sequence[nn.Parameter]:
@@ -73,7 +76,11 @@ class FewBlocks:
         """See `Rehearsal.sample`."""
         return self._extrapolated(lambda rehearsal: rehearsal.sample(request))
 
-    def _extrapolated(self, rehearse: Callable[[Rehearsal], WorkingMemory]) -> WorkingMemory:
+    def work(self, rows: Sequence[Row]) -> Work:
+        """See `Rehearsal.work`."""
+        return self._extrapolated(lambda rehearsal: rehearsal.work(rows))
+
+    def _extrapolated(self, rehearse: Callable[[Rehearsal], Estimate]) -> Estimate:
         """Extrapolate from few and more blocks to all of them, linearly in the length of each list."""
         few = rehearse(self.few)
         estimate = few

@@ -53,6 +53,10 @@ class MetaModules:
         pipe, template = copy.deepcopy(self.meta_pipe), copy.deepcopy(run.template)
         return PipelineTrainingModule(pipe, run.task.rehearsed(), run.lora, run.seed, template, run.memory)
 
+    def row(self, run: PlacedRun, size: Size | None) -> Row:
+        """Return a row of this size as the run's training reads it, from a cache that does not exist yet if need be."""
+        return self.encoded(size)[1] if run.is_to_be_cached else run.row(size)
+
     def encoded(self, size: Size | None) -> tuple[WorkingMemory, Row]:
         """Return the memory of the frozen units when a cache is made, and the cached row of this size."""
         if size not in self.rows:
@@ -66,7 +70,7 @@ class MetaModules:
         with torch.device("meta"):
             module.pipe.load_models(module.pipe.models_of(module.frozen_units, model_fn=False))
         module.pipe.scheduler.set_timesteps(TRAINING_STEPS, training=True)  # as make_cache.py does
-        return Rehearsal(module)
+        return Rehearsal(module, on_cuda=self.caching.on_cuda)
 
 
 def read(module: PipelineTrainingModule, also: Iterable[str] = (), cached: bool = False) -> PipelineTrainingModule:

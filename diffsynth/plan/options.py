@@ -13,13 +13,13 @@ from ..core.memory import MemoryRecipe
 from ..core.memory.storage import what_to_install
 from ..core.memory.streaming import spread
 from ..diffusion.training_module import PipelineTrainingModule
+from .few_blocks import FewBlocks
 from .meta_module import MetaModules
 from .rehearsal import tensors_of
 from .run import PlacedRun
 
 # All of these are guesses, unless a line says otherwise; only the order in which options are tried depends on them.
-# Times are in units of a forward pass. A step that saves no memory takes three, as its backward pass takes two.
-PASSES = 3.0
+# Times are in units of a forward pass.
 RECOMPUTING = {"none": 0.0, "attention": 0.3, "feed_forward": 0.3, "blocks": 1.0}  # added by checkpointing
 OFFLOADING = {"none": 1.5, "attention": 1.0, "feed_forward": 1.0, "blocks": 0.1}  # added by copies to the host and back
 # Factors of a step's time, by storage. int8 is tried before fp8, because its error is smaller at as many bits.
@@ -140,27 +140,28 @@ class Options:
     def slowdown(self, recipe: MemoryRecipe, size: int) -> float:
         """Predict a step's time with these options, over that of a step that saves no memory.
 
-        Streaming runs beside the computation, so that the slower of the two counts.
+        Streaming runs beside the computation of each pass, so that the slower of the two counts there.
 
         Args:
             size: Samples per forward pass.
         """
-        passes = PASSES + RECOMPUTING[recipe.checkpointing] / recipe.checkpoint_every
-        passes += OFFLOADING[recipe.checkpointing] * recipe.offload_activations
-        baseline = PASSES * self.forward_seconds * size
-        computing = passes / PASSES * baseline * DECODING.get(recipe.storage, 1.25)
+        forward, backward = self.seconds
+        again = RECOMPUTING[recipe.checkpointing] / recipe.checkpoint_every
+        again += OFFLOADING[recipe.checkpointing] * recipe.offload_activations
+        decoding = DECODING.get(recipe.storage, 1.25)
+        passes = (forward * size * decoding, (backward + again * forward) * size * decoding)
         stored = STORED.get(recipe.storage, 0.5) * self.module.pipe.torch_dtype.itemsize
-        moving = 2 * recipe.stream_blocks * self.block_numel * stored / HOST_BYTES if recipe.stream_blocks else 0
-        return max(computing, moving) / baseline * HALF_A_BATCH ** self.sizes.index(size) + 0.02 * (moving > 0)
+        moving = recipe.stream_blocks * self.block_numel * stored / HOST_BYTES if recipe.stream_blocks else 0
+        step = sum(max(computing, moving) for computing in passes)
+        return step / ((forward + backward) * size) * HALF_A_BATCH ** self.sizes.index(size) + 0.02 * (moving > 0)
 
     @cached_property
-    def forward_seconds(self) -> float:
-        """Predicted seconds of a forward pass of one sample of the largest size: 2 FLOPs per parameter and token."""
-        pipe = self.module.pipe
-        width, height = self.run.sizes[0] or pipe.media.requested_size(pipe.call_defaults)
-        tokens = self.run.tokens + pipe.latents.tokens(height, width)
-        numel = sum(parameter.numel() for parameter in pipe.network.parameters())
-        return 2 * numel * tokens / DEVICE_FLOPS
+    def seconds(self) -> tuple[float, float]:
+        """Predicted seconds of the forward and the backward pass of one sample of the largest size, by their FLOPs."""
+        plain = replace(self.run.memory, checkpointing="none", checkpoint_every=1, offload_activations=False)
+        run = self.run.variant(replace(plain, storage="none", stored=None, stream_blocks=0, compile="none"))
+        work = FewBlocks(self.meta_modules.of(run), run.memory).work([self.meta_modules.row(run, run.sizes[0])])
+        return work.forward / DEVICE_FLOPS, work.backward / DEVICE_FLOPS
 
     @cached_property
     def block_numel(self) -> int:

@@ -5,7 +5,7 @@ All of the run's own code is executed; only the arithmetic is left out.
 
 import gc
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import wraps
 
@@ -15,13 +15,17 @@ from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 from torch.utils._pytree import tree_map
 
 from ..core.data import Row, Sample, SampleAddress
+from ..core.flops import Flops
 from ..core.live_bytes import LiveBytes
+from ..diffusion.adapters.files import leave_casts_to_autocast
 from ..diffusion.memory_layout import lay_out, predicting_networks
+from ..diffusion.pipeline.remembered import UnitMemory
 from ..diffusion.pipeline.units import run_units_together
 from ..diffusion.randomness import SampleRNG
 from ..diffusion.token_split import check_split, split_predicting
 from ..diffusion.trained import TrainProgress
 from ..diffusion.training_module import PipelineTrainingModule
+from .cuda_autocast import cuda_autocast
 from .first_device import FirstOf
 
 STEPS_AHEAD = 16  # a guess: within this many steps, an objective with several roles trains each of them
@@ -57,6 +61,20 @@ class WorkingMemory:
         return WorkingMemory(peaks, grow(self.host, more.host, few.host), activations)
 
 
+@dataclass(frozen=True)
+class Work:
+    """Floating-point operations of a micro-batch's forward and backward pass, without checkpointing."""
+
+    forward: float
+    backward: float
+
+    def plus(self, times: float, more: "Work", few: "Work") -> "Work":
+        """Return self + times · (more - few)."""
+        return Work(
+            self.forward + times * (more.forward - few.forward), self.backward + times * (more.backward - few.backward)
+        )
+
+
 class RehearsedRNG(SampleRNG):
     """Random numbers without values, except whole numbers: objectives choose by them, so they are the largest."""
 
@@ -70,16 +88,20 @@ class Rehearsal:
     Args:
         module: A training module on the meta device (`meta_module.read`), its memory options not yet applied.
         cp_size: Context-parallel size: N devices share one sample's tokens, and this is the first of them.
+        on_cuda: Rehearse CUDA's mixed precision instead of the CPU's.
     """
 
-    def __init__(self, module: PipelineTrainingModule, cp_size: int = 1):
+    def __init__(self, module: PipelineTrainingModule, cp_size: int = 1, on_cuda: bool = False):
         self.module, self.mode, self.live = module, FakeTensorMode(allow_non_fake_inputs=True), LiveBytes()
+        self.on_cuda = on_cuda
         self.reached: set[nn.Parameter] = set()  # parameters that have had a gradient in a rehearsal
         module.pipe.device = torch.device("cpu")
         module.pipe.scheduler.sigma_grid = with_values(module.pipe.scheduler.sigma_grid)
         with self._measured():
             allocate(module)
             lay_out(module)
+        if module.pipe.torch_dtype == torch.bfloat16:
+            leave_casts_to_autocast(module)  # as the training does
         if cp_size > 1:
             check_split(module, cp_size)
             split_predicting(module, FirstOf(cp_size))
@@ -92,12 +114,30 @@ class Rehearsal:
             rows: The rows of the micro-batch.
             accumulates: Whether a step has several micro-batches, so that gradients of earlier ones exist already.
         """
-        samples = [Sample(row, 0, number) for number, row in enumerate(rows)]
-        rng = RehearsedRNG(self.module.seed, [SampleAddress(0, number) for number in range(len(rows))])
+        samples, rng = self._samples(rows)
         steps = {tuple(self.module.trained_at(step)): step for step in reversed(range(STEPS_AHEAD))}.values()
         stages = [self._train(samples, rng, TrainProgress(step, STEPS_AHEAD), accumulates) for step in steps]
         peaks = tuple(peak for stage in stages for peak in stage.peaks)
         return replace(max(stages, key=lambda stage: stage.peak), peaks=peaks)
+
+    def work(self, rows: Sequence[Row]) -> Work:
+        """Count the operations of the first step's two passes; encoders' outputs are remembered before."""
+        (samples, rng), remembered, progress = self._samples(rows), UnitMemory(1.0), TrainProgress(0, STEPS_AHEAD)
+        with self._measured(), self.autocast():
+            with torch.no_grad():
+                self.module.loss(samples, rng, remembered, progress)
+            with Flops() as forward:
+                losses = self.module.loss(samples, rng, remembered, progress)
+            with Flops() as backward:
+                losses.mean().backward()
+            del losses
+            for parameter in self.module.trainable_parameters():
+                parameter.grad = None
+        return Work(forward.total, backward.total)
+
+    def _samples(self, rows: Sequence[Row]) -> tuple[list[Sample], SampleRNG]:
+        rng = RehearsedRNG(self.module.seed, [SampleAddress(0, number) for number in range(len(rows))])
+        return [Sample(row, 0, number) for number, row in enumerate(rows)], rng
 
     def _train(
         self, samples: Sequence[Sample], rng: SampleRNG, progress: TrainProgress, accumulates: bool
@@ -161,10 +201,16 @@ class Rehearsal:
             del shared, posi, nega, velocity
         return self._since(before)
 
-    def autocast(self) -> AbstractContextManager:
-        """The same mixed precision as the training's."""
+    @contextmanager
+    def autocast(self) -> Iterator[None]:
+        """Inside, the mixed precision is the training's."""
         dtype = self.module.pipe.torch_dtype
-        return torch.autocast("cpu", dtype, enabled=dtype == torch.bfloat16)
+        in_bf16 = dtype == torch.bfloat16
+        with (
+            torch.autocast("cpu", dtype, enabled=in_bf16),
+            cuda_autocast() if self.on_cuda and in_bf16 else nullcontext(),
+        ):
+            yield
 
     @contextmanager
     def _measured(self) -> Iterator[int]:

@@ -69,6 +69,11 @@ class PlacedRun(PlanRun):
         return round(size * (1 + CUDA_WASTE)) + CUDA_CONTEXT if self.on_cuda else size
 
     @property
+    def placement(self) -> tuple[int, bool]:
+        """The arguments of a `Rehearsal` that do not depend on memory options."""
+        return self.cp_size, self.on_cuda
+
+    @property
     def batches(self) -> "BatchLayout":
         """How the batch is split over devices and micro-batches."""
         from ..core.data import BatchLayout

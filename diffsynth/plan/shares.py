@@ -39,7 +39,7 @@ def shares(footprint: MemoryFootprint, devices: int) -> list[Share]:
     weights = shard(footprint.weights - footprint.encoders)
     gathered = footprint.encoders + GATHERED_BLOCKS * footprint.block
     passing = footprint.passing - footprint.gradients + footprint.average
-    buckets = footprint.gradients if devices > 1 else 0  # DDP reduces gradients in copies of them
+    buckets = footprint.gradients if devices > 1 else 0  # DDP has room for them in the forward pass too; an upper bound
     return [
         Share("ddp", devices, footprint.peak + buckets),
         Share("zero2", devices, footprint.weights + state + master_weights + passing),
