@@ -13,7 +13,7 @@ RECORDED = json.loads(runs.RECORD.read_text(encoding="utf-8"))
 # releases of torch change them by less than this is a guess.
 TOLERANCE = 1e-3
 # The distillations' own runs are tested elsewhere; these are one of each entry and kind of data.
-DEFAULT = ["default", "flux2", "template", "direct"]
+DEFAULT = ["default", "template", "direct"]
 
 
 @pytest.fixture(scope="module")

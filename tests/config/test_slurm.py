@@ -163,7 +163,10 @@ def test_processes_are_signalled_through_their_launcher_which_ends_as_they_do(st
     assert job.wait(60) == 75
 
 
-@pytest.mark.parametrize("module", ["launch_with_signals", "launch"])  # the second is in the scripts of queued jobs
+LAUNCHERS = ["launch_with_signals", "launch"]  # the second is in the scripts of queued jobs
+
+
+@pytest.mark.parametrize("module", tiny.mostly_slow(LAUNCHERS, "launch_with_signals"))
 def test_a_run_that_fails_does_not_ask_to_be_run_again(module, tmp_path):
     (tmp_path / "failing.py").write_text("raise SystemExit(3)")
     launcher = [sys.executable, "-m", f"diffsynth.config.{module}", "--num_processes", "1"]

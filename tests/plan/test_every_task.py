@@ -19,7 +19,6 @@ TASKS = {
     "distill/hyper_sd": GIVEN,
     "distill/lcm": GIVEN,
 }
-BY_DEFAULT = {("qwen_image_edit_2511", "sft")}
 
 
 def planned(tmp_path, *overrides: str) -> Plan:
@@ -30,12 +29,8 @@ def planned(tmp_path, *overrides: str) -> Plan:
     return Planner(run, few_blocks=True).plan(largest_only=True)
 
 
-def marked(model: str, task: str):
-    marks = [] if (model, task) in BY_DEFAULT else [pytest.mark.slow]
-    return pytest.param(model, task, id=f"{model}-{task}", marks=marks)
-
-
-@pytest.mark.parametrize("model, task", [marked(*pair) for pair in product(MODELS, TASKS)])
+@pytest.mark.slow  # test_slowdown.py rehearses a released model by default
+@pytest.mark.parametrize("model, task", list(product(MODELS, TASKS)))
 def test_a_released_model_is_planned(model, task, tmp_path):
     name = "sft" if task == "full" else task
     plan = planned(tmp_path, f"model={model}", f"task={name}", *TASKS[task])

@@ -81,6 +81,7 @@ def test_sizes_and_prompts_of_any_length_share_their_graphs(training_module, sam
     assert graphs() == 4  # for one size, then for any
 
 
+@pytest.mark.slow
 def test_full_training_is_compiled_as_well(training_module, samples, graphs):
     compiled, plain = pair(training_module)
     assert_same_gradients(compiled, plain, samples)

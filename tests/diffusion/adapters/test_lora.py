@@ -85,7 +85,7 @@ def base(pipe):
 # Files of ours -------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", tiny.mostly_slow(KINDS, "lora", "dora", "lokr"))
 def test_a_trained_adapter_samples_the_same_wherever_it_is_loaded(
     training_module, load_pipe, base, rows, tiny, tmp_path, kind
 ):
