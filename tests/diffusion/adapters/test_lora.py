@@ -8,6 +8,7 @@ from conftest import ROOT
 from omegaconf import OmegaConf
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from tiny import mostly_slow
 
 from diffsynth.diffusion.adapters.lora import LoHa, LoKr, LoRA, find_layers
 from diffsynth.diffusion.logger import ModelLogger
@@ -85,7 +86,7 @@ def base(pipe):
 # Files of ours -------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", tiny.mostly_slow(KINDS, "lora", "dora", "lokr"))
+@pytest.mark.parametrize("kind", mostly_slow(KINDS, "lora", "dora", "lokr"))
 def test_a_trained_adapter_samples_the_same_wherever_it_is_loaded(
     training_module, load_pipe, base, rows, tiny, tmp_path, kind
 ):
