@@ -26,11 +26,13 @@ def plan(run: PlanRun) -> str:
     scan(run.dataset, run.media, run.task, run.template)
     run = PlacedRun.of(run, processes=run.cp_size, on_cuda=on_cuda)
     planner, budgets, why = Planner(run), (None, None), ""
-    if run.memory.budget is not None:
+    if run.memory.budget is None:
+        planner = planner.quickest()
+    else:
         budgets = run.memory.budgets
         choice = Budget(planner, *budgets).choose()
         planner, why = choice.planner, f"{choice.why}\n\n"
-    made = planner.plan(run.devices) if why else planner.quickest().plan(run.devices)  # a choice is rehearsed already
+    made = planner.plan(run.devices)
     write_text(Path(run.path) / "plan.json", json.dumps(made.as_dict(), indent=1))
     write_text(Path(run.path) / "plan.svg", chart(made, budgets[0]))
     written = f"The tables are also in {run.path}/plan.json, and the chart in {run.path}/plan.svg."

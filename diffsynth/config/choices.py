@@ -54,7 +54,7 @@ def options_of(files: Sequence[ResultDefault]) -> dict[str, list[str]]:
 
 def _check_agreement(loader: ConfigLoader, group: str, *options: str) -> None:
     files = (loader.repository.load_config(f"{group}/{option}").config for option in options)
-    one, other = (dict(_flat(OmegaConf.to_container(file))) for file in files)
+    one, other = (dict(flat(OmegaConf.to_container(file))) for file in files)
     for key in one.keys() & other.keys():
         if one[key] != other[key]:
             raise ConfigError(
@@ -63,11 +63,11 @@ def _check_agreement(loader: ConfigLoader, group: str, *options: str) -> None:
             )
 
 
-def _flat(settings: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+def flat(settings: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
     """Yield the scalars and lists of nested settings with their dotted keys."""
     for key, value in settings.items():
         if isinstance(value, dict):
-            yield from _flat(value, f"{prefix}{key}.")
+            yield from flat(value, f"{prefix}{key}.")
         else:
             yield prefix + key, value
 
@@ -91,11 +91,9 @@ def check_arguments(arguments: Sequence[str]) -> None:
 
 
 def _is_key_with_dashes(argument: str) -> bool:
-    """Whether an argument is a key or a group written as a flag; Hydra's own flags have dashes in their names."""
-    name = argument.removeprefix("--").partition("=")[0]
-    if name == argument.partition("=")[0] or "-" in name or not ("=" in argument or "." in name):
-        return False
-    return (conf() / name).is_dir() or name.partition(".")[0] in compose([])
+    """Whether an argument is a key or a group written as a flag."""
+    match = re.match(r"--(\w+)[.=]", argument)  # flags of Hydra that take a value have further dashes
+    return match is not None and ((conf() / match[1]).is_dir() or match[1] in compose([]))
 
 
 def _check_experiment(name: str) -> None:

@@ -2,12 +2,13 @@
 
 import difflib
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 from hydra.errors import ConfigCompositionException, MissingConfigException, OverrideParseException
 from omegaconf import DictConfig, OmegaConf
 
-from .help import SHARED_PREFIX, options_of
+from .choices import flat
+from .help import SHARED_PREFIX, option_names
 from .script import compose, conf, script
 
 
@@ -16,8 +17,10 @@ def explain(error: ConfigCompositionException | OverrideParseException) -> str:
     message = str(error)
     if isinstance(error, OverrideParseException):
         return _explain_unreadable(error.override, message.splitlines()[0])
-    if isinstance(error, MissingConfigException) and (conf() / _group_of(error)).is_dir():
-        return _explain_option(_group_of(error), error.missing_cfg_file.partition("/")[2])
+    if isinstance(error, MissingConfigException):
+        group, _, option = (error.missing_cfg_file or "").partition("/")
+        if option and group != "hydra" and (conf() / group).is_dir():  # groups of Hydra's own are not all in conf/
+            return _explain_option(group, option)
     if message.startswith("Ambiguous value for argument '"):
         return _explain_comma(message.splitlines()[0].partition("'")[2].removesuffix("'"))
     if message.startswith("Could not override '"):
@@ -46,13 +49,8 @@ def _quoted(key: str, value: str) -> str:
     return f"\"{key}='{escaped}'\""
 
 
-def _group_of(error: MissingConfigException) -> str:
-    """The group of the option that was not found; a file without a group has this name itself."""
-    return (error.missing_cfg_file or "").partition("/")[0] or "no group"
-
-
 def _explain_option(group: str, option: str) -> str:
-    options = options_of(group)
+    options = option_names(group)
     nearest = difflib.get_close_matches(option, options, 1)
     return f"{group}={option}: no such option; {_guess([f'{group}={nearest[0]}']) if nearest else _listed(options)}"
 
@@ -75,17 +73,9 @@ def _known_key(config: DictConfig, parent: str, key: str) -> str:
     prefix = f"{parent}." if parent else ""
     if nearest := difflib.get_close_matches(key, siblings, 1):
         return _guess([f"{prefix}{nearest[0]}"])
-    elsewhere = [name for name in dotted_keys(OmegaConf.to_container(config)) if name.endswith(f".{key}")]
+    elsewhere = [name for name, _ in flat(OmegaConf.to_container(config)) if name.endswith(f".{key}")]
     shortest_first = sorted((name for name in elsewhere if not name.startswith("hydra.")), key=lambda n: n.count("."))
     return _guess(shortest_first[:3]) if shortest_first else _listed(sorted(set(siblings) - {"hydra"}))
-
-
-def dotted_keys(settings: Mapping, prefix: str = "") -> Iterator[str]:
-    """Yield the dotted keys of nested settings."""
-    for key, value in settings.items():
-        yield f"{prefix}{key}"
-        if isinstance(value, Mapping):
-            yield from dotted_keys(value, f"{prefix}{key}.")
 
 
 def _guess(names: Sequence[str]) -> str:

@@ -79,13 +79,13 @@ def _as_list(value: Any) -> list:
 
 
 def _describe_group(group: str, chosen: Sequence[str]) -> str:
-    options = {name: _first_comment(conf() / group / f"{name}.yaml") for name in options_of(group)}
+    options = {name: _first_comment(conf() / group / f"{name}.yaml") for name in option_names(group)}
     width = max(map(len, options), default=0)
     lines = [f"  {'*' if name in chosen else ' '} {name:{width}}  {options[name]}".rstrip() for name in options]
     return "\n".join([group, *lines, ""])
 
 
-def options_of(group: str) -> list[str]:
+def option_names(group: str) -> list[str]:
     """Return the names of a group's options, those in its folders too."""
     folder = conf() / group
     files = [path for path in folder.rglob("*.yaml") if not path.name.startswith(SHARED_PREFIX)]

@@ -29,7 +29,6 @@ def set_kernels(deterministic: bool) -> None:
     """Choose kernels: float32 means 32 bits, for convolutions as for products; and results that repeat, if wanted."""
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     torch.use_deterministic_algorithms(deterministic)
-    torch.backends.cudnn.benchmark = False
     if deterministic:  # https://docs.nvidia.com/cuda/cublas/#results-reproducibility
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 

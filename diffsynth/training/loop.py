@@ -79,7 +79,8 @@ class Trainer(LoopSettings):
         sampler = BatchSampler(self.order, self.layout, self.engine.replica, state.step, self.steps - state.step)
         bar = ProgressBar(self.steps, state.step, self.accelerator.is_main_process)
 
-        with stop_on_signals() as stop, self._batches(sampler) as batches, self.profile as profile:
+        casts = state.mixed_precision()
+        with stop_on_signals() as stop, self._batches(sampler) as batches, self.profile as profile, casts:
             while True:
                 done, ends = self._ends(state, stop)
 

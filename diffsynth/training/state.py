@@ -8,14 +8,14 @@ import inspect
 import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from ..diffusion.adapters.files import leave_casts_to_autocast
+from ..diffusion.adapters.files import casts_left_to_autocast
 from ..diffusion.trained import MODEL, TrainProgress
 from .absent import NoEMA
 from .ema import EMA
@@ -143,8 +143,6 @@ class TrainingState:
             for name, named in model.trained_parts().items()
         }
         self.accelerator, self.meter, self.ema = accelerator, Meter(accelerator, self.engine.cp_size), ema
-        if accelerator.mixed_precision == "bf16":
-            leave_casts_to_autocast(model)
         self.model = self.engine.prepare(model, self.parts)
         self.step = self.skipped_steps = self.skipped_in_a_row = 0
         self.skipped_losses: Sequence[Tensor] = ()  # (b,) of each micro-batch, if the last step was skipped
@@ -180,6 +178,11 @@ class TrainingState:
         """Return the training metrics since the last call: means, learning rate, and skipped steps if there are any."""
         skipped = {"skipped_steps": self.skipped_steps} if self.skipped_steps else {}
         return {**self.meter.read(), "lr": self.learning_rate, **skipped}
+
+    def mixed_precision(self) -> AbstractContextManager:
+        """Inside, adapters leave the casts of their inputs to autocast, if passes are under bf16 autocast."""
+        in_bf16 = self.accelerator.mixed_precision == "bf16"
+        return casts_left_to_autocast(self.module) if in_bf16 else nullcontext()
 
     def losses(self, batch: Any) -> Tensor:
         """Return the losses (b,) of a micro-batch of b samples."""

@@ -151,6 +151,10 @@ def test_a_mistyped_argument_is_answered_in_one_line_with_what_to_type(arguments
     assert answer in message and "\n" not in message
 
 
+def test_an_option_of_hydras_own_groups_is_answered_by_hydra(monkeypatch):
+    assert "Could not find 'hydra/launcher/slrum'" in complaint(monkeypatch, "hydra/launcher=slrum")
+
+
 @pytest.mark.parametrize("target", ["torch.optim.AdamV", "torhc.optim.Adam", "torch.optim"])
 def test_a_target_that_is_none_is_named(target, monkeypatch, tmp_path):
     message = complaint(monkeypatch, f"optimizer._target_={target}", f"output_root={tmp_path}")

@@ -253,26 +253,36 @@ def leave_casts_to_autocast(module: nn.Module) -> None:
 
     Otherwise peft makes an fp32 copy of every adapted layer's input, which autocast casts to bf16 again.
     """
+    _cast_inputs(module, False)
+
+
+@contextmanager
+def casts_left_to_autocast(module: nn.Module) -> Iterator[None]:
+    """Inside, `leave_casts_to_autocast`; afterwards the network can be called without autocast again."""
+    leave_casts_to_autocast(module)
+    try:
+        yield
+    finally:
+        _cast_inputs(module, True)
+
+
+def _cast_inputs(module: nn.Module, by_peft: bool) -> None:
     for layer in _adapted_layers(module).values():
-        layer.cast_input_dtype_enabled = False
+        layer.cast_input_dtype_enabled = by_peft
 
 
 @contextmanager
 def _evaluating(module: nn.Module) -> Iterator[None]:
     """Inside, the module is in evaluation mode and needs no autocast; afterwards each submodule is as it was."""
-    modes = {part: part.training for part in module.modules()}
-    layers = _adapted_layers(module).values()
-    uncast = [layer for layer in layers if not getattr(layer, "cast_input_dtype_enabled", True)]
+    names = ("training", "cast_input_dtype_enabled")
+    states = [(part, name, getattr(part, name)) for part in module.modules() for name in names if hasattr(part, name)]
     module.eval()
-    for layer in uncast:
-        layer.cast_input_dtype_enabled = True
+    _cast_inputs(module, True)
     try:
         yield
     finally:
-        for part, training in modes.items():
-            part.training = training
-        for layer in uncast:
-            layer.cast_input_dtype_enabled = False
+        for part, name, value in states:
+            setattr(part, name, value)
 
 
 def metadata(configs: Mapping) -> dict[str, str]:

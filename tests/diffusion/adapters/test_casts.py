@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from diffsynth.diffusion.adapters.files import leave_casts_to_autocast
+from diffsynth.diffusion.adapters.files import casts_left_to_autocast, leave_casts_to_autocast
 from diffsynth.diffusion.adapters.lora import LoRA
 
 TOKENS, WIDTH = 50, 64
@@ -42,6 +42,15 @@ def test_no_fp32_copy_of_the_input_is_made_and_losses_and_gradients_are_the_same
     (before, expected), (after, found) = step(alone=False), step(alone=True)
     assert (before, after) == (1, 0)
     assert all(map(torch.equal, found, expected))
+
+
+def test_after_training_a_network_is_called_without_autocast_again():
+    network = torch.nn.Sequential(torch.nn.Linear(WIDTH, WIDTH)).bfloat16()
+    LoRA(rank=2).add(network, ["0"], seed=0)
+    x = torch.ones(1, WIDTH, dtype=torch.bfloat16)
+    with pytest.raises(RuntimeError, match="dtype"), casts_left_to_autocast(network):
+        network(x)
+    assert network(x).dtype == torch.bfloat16
 
 
 @pytest.mark.parametrize("alone", [False, True])

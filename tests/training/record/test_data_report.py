@@ -2,6 +2,7 @@
 
 import json
 from contextlib import nullcontext
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -56,35 +57,33 @@ def test_rows_that_are_skipped_are_listed_with_the_reason(folder, tmp_path):
     assert skipped["row"] == 3 and "begins with b'<html>'" in skipped["reason"] and content["samples"] == 3
 
 
+def validated_on(name: str, folder: Path) -> list[str]:
+    """Overrides of a validation data set."""
+    target = "{_target_: diffsynth.core.data.UnifiedDataset.from_folder, height: 32, width: 32}"
+    added = [f"+validation.datasets.{name}={target}", f"+validation.datasets.{name}.path={folder}"]
+    return ["validation=base", "validation.loss_samples=1", *added]
+
+
+def report_and_log(tmp_path, caplog, *overrides: str) -> tuple[dict, str]:
+    with caplog.at_level("INFO"):
+        return data_report(tiny.train(tmp_path / "runs", *ONE_STEP, *overrides)), caplog.text
+
+
 def test_images_that_are_validated_on_as_well_are_found_though_they_were_saved_again(folder, tmp_path, caplog):
     held_out = tmp_path / "held_out"
     held_out.mkdir()
     picture(3).save(held_out / "again.jpg", quality=95, subsampling=0)
     picture(9).save(held_out / "other.png")
     tiny.write_rows(held_out, [{"image": name, "prompt": "a dog"} for name in ("other.png", "again.jpg")])
-    validation = [
-        "validation=base",
-        "validation.loss_samples=1",
-        "+validation.datasets.held_out._target_=diffsynth.core.data.UnifiedDataset",
-        f"+validation.datasets.held_out.base_path={held_out}",
-    ]
-    with caplog.at_level("INFO"):
-        content = data_report(tiny.train(tmp_path / "runs", *ONE_STEP, f"dataset.path={folder}", *validation))
+    content, log = report_and_log(tmp_path, caplog, f"dataset.path={folder}", *validated_on("held_out", held_out))
     assert content["also_in_validation"] == {"held_out": [[3, 1]]}
-    assert "1 nearly equal to one of validation.datasets.held_out" in caplog.text
+    assert "1 nearly equal to one of validation.datasets.held_out" in log
 
 
 def test_a_validation_data_set_of_the_same_rows_is_named_and_not_compared(folder, tmp_path, caplog):
-    same = [
-        "validation=base",
-        "validation.loss_samples=1",
-        "+validation.datasets.same={_target_: diffsynth.core.data.UnifiedDataset.from_folder, height: 32, width: 32}",
-        f"+validation.datasets.same.path={folder}",
-    ]
-    with caplog.at_level("INFO"):
-        content = data_report(tiny.train(tmp_path / "runs", *ONE_STEP, f"dataset.path={folder}", *same))
+    content, log = report_and_log(tmp_path, caplog, f"dataset.path={folder}", *validated_on("same", folder))
     assert (content["also_in_validation"], content["validation_of_the_same_rows"]) == ({}, ["same"])
-    assert "validation.datasets.same has the same rows" in caplog.text
+    assert "validation.datasets.same has the same rows" in log
 
 
 def test_the_first_samples_are_shown_as_they_are_trained_on(folder, tmp_path):
