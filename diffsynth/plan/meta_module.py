@@ -32,7 +32,7 @@ class MetaModules:
         self.meta_pipe = meta_pipeline(run.model, run.tokens)
         self.download = download_bytes(self.meta_pipe, run.model)
         self.modules: dict[tuple[str, bool], PipelineTrainingModule] = {}
-        plain = replace(run.memory, storage="none", stored=None, stream_blocks=0)
+        plain = replace(run.memory, storage="none", stored=None, stream_blocks=0, compile="none")
         self.caching = replace(run, cached=False, memory=plain)  # make_cache.py has no memory options
         self.rows: dict[Size | None, tuple[WorkingMemory, Row]] = {}
         self.sampled: dict[str, WorkingMemory] = {}  # by storage

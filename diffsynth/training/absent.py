@@ -36,6 +36,9 @@ class NoCheckpoints:
 
     saves = False
 
+    def most(self, steps: int) -> int:
+        return 0
+
     def resume(self, accelerator: "Accelerator", state: "TrainingState", identity: Mapping[str, Any]) -> bool:
         return False
 

@@ -229,6 +229,12 @@ def test_every_stage_is_planned_and_no_run_is_begun(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["plan"]
 
 
+def test_a_run_without_checkpoints_whose_blocks_are_compiled_is_planned_before_its_cache_is_made(tmp_path):
+    stages = plan(tmp_path, "~checkpoint", "memory.compile=blocks", "cached=true")["stages"]
+    disk = {stage["name"]: stage["disk"] for stage in stages}
+    assert disk.keys() == {"train", "save", "cache"} and disk["cache"] > 0
+
+
 def test_every_size_is_planned_the_worst_first(tmp_path):
     folder = tmp_path / "data"
     tiny.write_dataset(folder)

@@ -113,7 +113,8 @@ class StoredLinear(nn.Linear):
         return _Product.apply(x, self)
 
     def _apply(self, fn: Callable, recurse: bool = True) -> nn.Module:
-        self.dtype = fn(torch.empty(0, dtype=self.dtype, device=self.bits.device)).dtype  # as if it were the weight's
+        device = "cpu" if self.bits is None else self.bits.device  # streaming takes the bits away while the rest moves
+        self.dtype = fn(torch.empty(0, dtype=self.dtype, device=device)).dtype  # as if it were the weight's
         return super()._apply(fn, recurse)
 
     def extra_repr(self) -> str:

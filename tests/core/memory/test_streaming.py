@@ -112,9 +112,11 @@ def test_roles_on_one_base_are_recomputed_with_its_weights(training_module, stre
     assert_equal(*found)
 
 
-def test_a_run_is_the_same_and_leaves_the_same_adapter(tmp_path):
-    streaming = ("memory=streaming", "memory.stream_blocks=3")
-    plain, streamed = (tiny.train(tmp_path / name, *more) for name, more in (("plain", ()), ("streamed", streaming)))
+@pytest.mark.parametrize("storage", tiny.mostly_slow(["none", "int8"], "int8"))
+def test_a_run_is_the_same_and_leaves_the_same_adapter(storage, tmp_path):
+    streaming, stored = ("memory=streaming", "memory.stream_blocks=3"), f"memory.storage={storage}"
+    both = (("plain", ()), ("streamed", streaming))
+    plain, streamed = (tiny.train(tmp_path / name, *more, stored) for name, more in both)
     assert [row["loss"] for row in tiny.metrics(plain)] == [row["loss"] for row in tiny.metrics(streamed)]
     (name,) = [name for name in tiny.weights(plain) if name.endswith(".safetensors")]
     assert_equal(*(list(load_file(run / "weights" / name).values()) for run in (plain, streamed)))

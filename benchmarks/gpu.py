@@ -1,0 +1,161 @@
+"""Measures training steps of released architectures on one GPU, without network and without weights.
+
+    python benchmarks/gpu.py --minutes 9
+
+Weights are random and inputs are made on the fly; see docs/performance.md. Each row runs in a process of its own, the
+most valuable first; its result is appended to OUT/rows.jsonl, and OUT/table.md is written anew.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from on_gpu import table
+from on_gpu.rows import ROWS, BenchmarkRow, distinct, fitting, matching
+
+FEW_CORES = 4  # with fewer, a plan beside the measurement would slow it down
+PATIENCE = 4  # a row may take so many times its expected seconds, and a minute
+
+
+def parsed(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--minutes", type=float, help="measure the rows that fit into this time; default: all")
+    parser.add_argument("--rows", default="*", metavar="GLOB", help="names of rows, such as 'qwen_image-1024-*'")
+    parser.add_argument("--list", action="store_true", help="print the rows and their arguments of train.py, and end")
+    parser.add_argument("--profile", metavar="ROW", help="measure this row only, and keep its trace in OUT")
+    parser.add_argument("--resume", action="store_true", help="skip rows that OUT/rows.jsonl has measured already")
+    parser.add_argument("--rehearse", action="store_true", help="run every kind of row on tiny models, in one process")
+    parser.add_argument("--tiny", action="store_true", help="measure embedded models instead of the released ones")
+    parser.add_argument("--device", default="cuda", help="cuda, cpu or mps")
+    parser.add_argument("--steps", type=int, default=20, help="steps that are timed")
+    parser.add_argument("--warm-up", type=int, default=3, help="steps before them")
+    parser.add_argument("--out", type=Path, default=Path("outputs/gpu"), help="folder of the results")
+    parser.add_argument("--measure", metavar="ROW", help=argparse.SUPPRESS)
+    parser.add_argument("--plan", metavar="ROW", help=argparse.SUPPRESS)
+    return parser.parse_args(arguments)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    given = parsed(arguments)
+    given.out.mkdir(parents=True, exist_ok=True)
+    if given.list:
+        print(*(f"{row.name}: {' '.join(map('='.join, row.arguments(given.tiny).items()))}" for row in ROWS), sep="\n")
+    elif given.measure or given.plan:
+        alone(given)
+    elif given.rehearse:
+        rehearse(given)
+    else:
+        measure_all(given)
+        print(table.write(given.out))
+
+
+def measure_all(given: argparse.Namespace) -> None:
+    """Measure the rows that are asked for, each in a process of its own, as long as there is time."""
+    rows = matching(given.profile or given.rows)
+    if given.resume:
+        done = table.read(given.out / "rows.jsonl")
+        rows = [row for row in rows if "error" in done.get(row.name, {"error": "not measured"})]
+    ends = time.monotonic() + (given.minutes or 1e9) * 60
+    rows = fitting(rows, ends - time.monotonic())
+    print(f"{len(rows)} rows, {sum(row.seconds for row in rows) / 60:.0f} minutes expected:", *names(rows), flush=True)
+    for row in rows:
+        if row.seconds > ends - time.monotonic():
+            continue
+        began = time.monotonic()
+        result = {"row": row.name, **measured(row, given, ends - began), "took": round(time.monotonic() - began, 1)}
+        table.append(given.out / "rows.jsonl", result)
+        table.write(given.out)
+        print(f"{row.name}: {result.get('error') or round(result['seconds'], 4)} ({result['took']} s)", flush=True)
+        if given.profile is None:
+            (given.out / f"{row.name}.json.gz").unlink(missing_ok=True)
+
+
+def names(rows: Sequence[BenchmarkRow]) -> list[str]:
+    return [row.name for row in rows]
+
+
+def measured(row: BenchmarkRow, given: argparse.Namespace, seconds_left: float) -> dict[str, Any]:
+    """Measure a row and plan it, each in a process, at once if there are cores enough; errors become results."""
+    limit = min(seconds_left, PATIENCE * row.seconds + 60)
+    ends, plan = time.monotonic() + limit, start(row, "plan", given)
+    if (os.cpu_count() or 1) < FEW_CORES:
+        planned = result_of(plan, ends)
+        return planned | result_of(start(row, "measure", given), ends)
+    found = result_of(start(row, "measure", given), ends)
+    return result_of(plan, ends) | found
+
+
+def start(row: BenchmarkRow, what: str, given: argparse.Namespace) -> subprocess.Popen:
+    """Start this script to measure or to plan one row; it prints its result as the last line."""
+    options = [f"--{what}={row.name}", f"--device={given.device}", f"--out={given.out}"]
+    options += [f"--steps={given.steps}", f"--warm-up={given.warm_up}", *["--tiny"] * given.tiny]
+    threads = {"OMP_NUM_THREADS": "1"} if what == "plan" else {}
+    return subprocess.Popen(
+        [sys.executable, __file__, *options],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=os.environ | threads,
+    )
+
+
+def result_of(process: subprocess.Popen, ends: float) -> dict[str, Any]:
+    """Wait for a process of `start` until the time `ends`; a failure becomes `error`, the last line it printed."""
+    try:
+        output, errors = process.communicate(timeout=max(1.0, ends - time.monotonic()))
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.communicate()
+        return {"error": "took too long"}
+    if process.returncode == 0:
+        return json.loads(output.splitlines()[-1])
+    lines = errors.strip().splitlines() or [f"ended with exit code {process.returncode}"]
+    return {"error": lines[-1]}
+
+
+def alone(given: argparse.Namespace) -> None:
+    """Measure or plan one row in this process, and print the result as a JSON line."""
+    measurement = measurement_of(matching(given.measure or given.plan)[0], given)
+    if given.plan:
+        if hasattr(os, "nice"):
+            os.nice(19)
+        print(json.dumps(measurement.plan()))
+    else:
+        print(json.dumps({**measurement.measure(), **machine(given.device)}))
+
+
+def measurement_of(row: BenchmarkRow, given: argparse.Namespace) -> Any:
+    from on_gpu.measure import Measurement, Setting  # here, because the parent process needs no torch
+
+    return Measurement(row, Setting(given.device, given.out, given.tiny, given.warm_up, given.steps))
+
+
+def machine(device: str) -> dict[str, str]:
+    """What the figures depend on, besides the code."""
+    import torch
+
+    name = torch.cuda.get_device_name() if device == "cuda" else device
+    return {"device": name, "torch": torch.__version__, "cuda": str(torch.version.cuda)}
+
+
+def rehearse(given: argparse.Namespace) -> None:
+    """Plan and measure each kind of row on tiny models on the CPU, in this process; raises what goes wrong."""
+    from diffsynth.core.memory import compile as compilation
+
+    compilation.BACKEND = "eager"  # inductor's C++ takes minutes
+    given.tiny, given.device, given.steps, given.warm_up = True, "cpu", 2, 1
+    for row in distinct(matching(given.rows)):
+        measurement = measurement_of(row, given)
+        result = {"row": row.name, **measurement.plan(), **measurement.measure(), **machine(given.device)}
+        table.append(given.out / "rows.jsonl", result)
+    print(table.write(given.out))
+
+
+if __name__ == "__main__":
+    main()
