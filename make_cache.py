@@ -37,7 +37,7 @@ def make_cache(run: CacheRun) -> str:
             heading = f"{run.path} differs from {compared}; run make_cache.py again to update it"
             raise ValueError("\n  ".join([heading, *differences]))
         return f"no differences from {run.dataset.metadata_path}"
-    sizes = run.batch_size, run.dataset.num_workers, run.shard_megabytes << 20
+    sizes = run.batch_size, run.dataset.workers_on(accelerator.device), run.shard_megabytes << 20
     return str(launch_data_process_task(accelerator, run.dataset, module, run.path, *sizes))
 
 

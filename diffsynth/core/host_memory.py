@@ -113,6 +113,11 @@ class Lane:
         if mark is not None:
             torch.cuda.current_stream(self.device).wait_event(mark)
 
+    def finish(self) -> None:
+        """Let the CPU wait until the copies queued so far are done."""
+        if (mark := self.mark()) is not None:
+            mark.synchronize()
+
     def keep(self, tensor: Tensor) -> None:
         """Keep the memory of a tensor of any shape until the copies queued so far are done.
 

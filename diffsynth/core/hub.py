@@ -6,6 +6,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from filelock import FileLock
+
 PROBE_SECONDS = 5  # a guess: time limit of the first request to a hub
 
 
@@ -36,6 +38,18 @@ def answers(endpoint: str) -> bool:
     probe.start()
     probe.join(PROBE_SECONDS)
     return bool(responses)
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Inside, no other process is in this block for the same folder; on a shared file system, none of another machine.
+
+    The lock is an empty hidden file beside the folder. It stays: if it were deleted, a process that waits for the old
+    file and one that makes a new file could both be inside.
+    """
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(folder.with_name(f".{folder.name}.lock")):
+        yield
 
 
 @contextmanager

@@ -93,6 +93,10 @@ class DiffusionTrainingModule(nn.Module):
         """Learning rate of a part; None takes the model's."""
         return None
 
+    def remembers(self, index: int, variant: str | None) -> bool:
+        """Whether the next loss of sample `index` in this augmentation variant reads nothing of its row."""
+        return False
+
     def trainable_parameters(self) -> list[nn.Parameter]:
         """The trainable parameters, in a fixed order."""
         return [parameter for parameter in self.parameters() if parameter.requires_grad]
@@ -244,6 +248,9 @@ class PipelineTrainingModule(DiffusionTrainingModule):
     def trained_at(self, step: int) -> Sequence[str]:
         return self.task.trained_at(step)
 
+    def remembers(self, index: int, variant: str | None) -> bool:
+        return (index, variant) in self.remembered
+
     def learning_rate(self, role: str) -> float | None:
         return self.task.learning_rate(role)
 
@@ -254,10 +261,10 @@ class PipelineTrainingModule(DiffusionTrainingModule):
     @torch.no_grad()
     def _frozen_inputs(self, sample: Sample, memory: UnitMemory) -> tuple[dict, dict, dict]:
         """A sample's inputs (shared, positive, negative) after the frozen units; from `memory` if they are there."""
-        if sample.data.made or sample.variant is None:  # read from a cache, or a random variant that never comes again
+        key = sample.index, sample.variant
+        if key not in memory and (sample.variant is None or sample.data.made):  # never comes again, or is from a cache
             return self._run_frozen_units(sample)
-        make = partial(self._run_frozen_units, sample)
-        return memory.get((sample.index, sample.variant), make, self.pipe.device)
+        return memory.get(key, partial(self._run_frozen_units, sample), self.pipe.device)
 
     def _run_frozen_units(self, sample: Sample) -> tuple[dict, dict, dict]:
         """Run the frozen units unless a cache has their outputs; drop the inputs that nothing reads afterwards."""

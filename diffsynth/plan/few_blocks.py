@@ -72,6 +72,10 @@ class FewBlocks:
         """See `Rehearsal.train`."""
         return self._extrapolated(lambda rehearsal: rehearsal.train(rows, accumulates))
 
+    def evaluate(self, row: Row, count: int) -> WorkingMemory:
+        """See `Rehearsal.evaluate`."""
+        return self._extrapolated(lambda rehearsal: rehearsal.evaluate(row, count))
+
     def sample(self, request: Mapping) -> WorkingMemory:
         """See `Rehearsal.sample`."""
         return self._extrapolated(lambda rehearsal: rehearsal.sample(request))

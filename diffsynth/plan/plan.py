@@ -1,6 +1,6 @@
-"""The memory plan of a run, stage by stage: training, sampling, saving, and making a cache."""
+"""The memory plan of a run, stage by stage: training, evaluating, sampling, saving, and making a cache."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -12,6 +12,7 @@ from ..core.data.order.buckets import Size
 from ..core.live_bytes import bytes_of
 from ..core.memory import MemoryRecipe
 from ..training.checkpoint import FILE_BYTES
+from ..training.validation.validation import BANDS
 from .few_blocks import FewBlocks, block_lists
 from .footprint import MemoryFootprint, static_footprint
 from .meta_module import MetaModules, copied
@@ -23,7 +24,7 @@ from .shares import Share, shares
 # klein, which are of two kinds, 15 s instead of 9 s. Peaks and activations were equal.
 MANY_BLOCKS = 40
 
-STAGES = ("train", "sample", "save", "cache")
+STAGES = ("train", "evaluate", "sample", "save", "cache")
 
 
 @dataclass(frozen=True)
@@ -94,7 +95,7 @@ class Planner:
     def __init__(self, run: PlacedRun, meta_modules: MetaModules | None = None, few_blocks: bool = False):
         self.run, self.meta_modules, self.few_blocks = run, meta_modules or MetaModules(run), few_blocks
         self.trained: dict[Size | None, WorkingMemory] = {}
-        self.sampled: dict[str, WorkingMemory] = self.meta_modules.sampled if few_blocks else {}
+        self.validated: dict[tuple[str, str], WorkingMemory] = self.meta_modules.validated if few_blocks else {}
 
     def variant(self, memory: MemoryRecipe, micro_batch_size: int | None = None, few_blocks: bool = False) -> "Planner":
         """Return a planner of the same run with other memory options."""
@@ -116,7 +117,8 @@ class Planner:
         """
         sizes = self.run.sizes[:1] if largest_only else self.run.sizes
         footprint = {size: self.footprint(size) for size in sizes}
-        stages = [self.training(size, own) for size, own in footprint.items()] + [*self.sampling(), self.saving()]
+        stages = [self.training(size, own) for size, own in footprint.items()]
+        stages += [*self.evaluating(), *self.sampling(), self.saving()]
         if not largest_only and self.run.dataset.needs_encoders:
             stages += [self.caching(size) for size in sizes]
         stages.sort(key=lambda stage: (STAGES.index(stage.name), -stage.peak))
@@ -174,26 +176,35 @@ class Planner:
             host,
         )
 
+    def evaluating(self) -> list[StageMemory]:
+        """Return the stage of measuring held-out losses, as if held-out images had the largest size of the training."""
+        if not self.run.validation.datasets:
+            return []
+        size = self.run.sizes[0]
+        row = self.meta_modules.row(self.run, size)
+        return [self._between_steps("evaluate", size, lambda: self.rehearsal.evaluate(row, BANDS))]
+
     def sampling(self) -> list[StageMemory]:
-        """Return the stage of sampling the validation's prompts, beside what training holds between two steps."""
+        """Return the stage of sampling the validation's prompts."""
         validation, pipe = self.run.validation, self.rehearsal.module.pipe
         if not (validation.prompts or validation.shown_rows(pipe)):
             return []
         request = {"prompt": (*validation.prompts, "a picture")[0], **validation.options}
-        size, static = pipe.media.requested_size(pipe.complete(request)), self.static_footprint
-        peak = static.between_steps + self.sample(request).peak
-        return [StageMemory("sample", size, static.weights, optimizer=static.optimizer + static.average, peak=peak)]
+        size = pipe.media.requested_size(pipe.complete(request))
+        return [self._between_steps("sample", size, lambda: self.rehearsal.sample(request))]
 
-    def sample(self, request: Mapping) -> WorkingMemory:
-        """Rehearse sampling a request.
+    def _between_steps(self, name: str, size: Size | None, rehearse: Callable[[], WorkingMemory]) -> StageMemory:
+        """Return a stage of the validation, beside what training holds between two steps.
 
-        Sampling saves no activations, so that its memory is the same for all checkpointing policies and is rehearsed
-        once per storage when planning with few blocks.
+        It saves no activations, so that its memory is the same for all checkpointing policies and is rehearsed once per
+        storage when planning with few blocks.
         """
-        storage = self.run.memory.storage
-        if storage not in self.sampled:
-            self.sampled[storage] = self.rehearsal.sample(request)
-        return self.sampled[storage]
+        key = name, self.run.memory.storage
+        if key not in self.validated:
+            self.validated[key] = rehearse()
+        static = self.static_footprint
+        peak = static.between_steps + self.validated[key].peak
+        return StageMemory(name, size, static.weights, optimizer=static.optimizer + static.average, peak=peak)
 
     def saving(self) -> StageMemory:
         """Return the stage of saving: the most checkpoints that there are at a time, and all exports."""

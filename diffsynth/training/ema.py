@@ -1,10 +1,13 @@
 """Exponential moving average (EMA) of the trained weights; it usually samples better images than the last weights."""
 
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor
+
+from ..core.host_memory import empty, fill, flat_size, flat_views, lane
 
 
 class EMA:
@@ -14,21 +17,31 @@ class EMA:
     the initial weights lose their influence in a run of any length. Karras et al. 2024
     (https://arxiv.org/abs/2312.02696, §3.1) use a decay of the same shape.
 
+    With `every` N > 1 the average moves once in N steps, with the product of their β, so that the initial weights lose
+    their influence as fast as with N = 1. Between updates the average lags by up to N - 1 steps.
+
     Args:
         decay: β, or its upper limit, in [0, 1).
         power: Exponent of the power form, in (0, 1]; None keeps β constant.
         device: Device of the average; None is the parameters' own, `cpu` saves GPU memory.
+        every: Optimizer steps between updates of the average, at least 1.
+
+    Attributes:
+        betas: β of the steps since the last update of the average; a checkpoint holds them.
     """
 
     weights = ("raw", "ema")  # the sets of weights that can be evaluated and exported
 
-    def __init__(self, decay: float = 0.999, power: float | None = None, device: str | None = None):
+    def __init__(self, decay: float = 0.999, power: float | None = None, device: str | None = None, every: int = 1):
         if not 0 <= decay < 1:
             raise ValueError(f"ema.decay is {decay}; expected a number in [0, 1).")
         if power is not None and not 0 < power <= 1:
             raise ValueError(f"ema.power is {power}; expected a number in (0, 1], or null for a constant decay.")
-        self.decay, self.power, self.device = decay, power, device
+        if every < 1:
+            raise ValueError(f"ema.every is {every}; expected a number of optimizer steps, 1 or more.")
+        self.decay, self.power, self.device, self.every = decay, power, device, every
         self.average: list[Tensor] = []
+        self.betas: list[float] = []
 
     @property
     def on_device(self) -> bool:
@@ -37,7 +50,11 @@ class EMA:
 
     def start(self, parameters: Sequence[Tensor]) -> None:
         """Start the average at the parameters' current values (tensors of any shape)."""
-        self.average = [p.detach().to(self.device or p.device, torch.float32, copy=True) for p in parameters]
+        parameters = [p.detach() for p in parameters]
+        self.average = [p.to(self.device or p.device, torch.float32, copy=True) for p in parameters]
+        if not self.on_device:
+            self.buffer = empty(flat_size(parameters), parameters[0].device)  # unpinned when nothing refers to it
+            self.staging = flat_views(self.buffer, parameters)
 
     def beta(self, step: int) -> float:
         """Return β of optimizer step `step`, counted from 1."""
@@ -45,22 +62,40 @@ class EMA:
 
     @torch.no_grad()
     def update(self, parameters: Sequence[Tensor], step: int) -> None:
-        """Move the average towards the parameters after optimizer step `step`."""
-        now = [p.detach().to(a.device, torch.float32) for p, a in zip(parameters, self.average, strict=True)]
-        torch._foreach_lerp_(self.average, now, 1 - self.beta(step))
+        """Count optimizer step `step`; after `every` of them move the average towards the parameters."""
+        self.betas.append(self.beta(step))
+        if len(self.betas) < self.every:
+            return
+        weight = 1 - math.prod(self.betas)
+        self.betas.clear()
+        if self.on_device:
+            torch._foreach_lerp_(self.average, [p.detach().float() for p in parameters], weight)
+            return
+        for average, value in zip(self.average, self._staged(parameters), strict=True):
+            average.lerp_(value.to(average.device, torch.float32), weight)
 
     @contextmanager
     def in_place(self, parameters: Sequence[Tensor]) -> Iterator[None]:
         """Inside the block, the parameters have the average's values, for evaluation or export."""
-        raw = [p.detach().clone() for p in parameters]
+        raw = [p.detach().clone() for p in parameters] if self.on_device else self._staged(parameters)
         _copy_into(parameters, self.average)
         try:
             yield
         finally:
             _copy_into(parameters, raw)
 
+    @torch.no_grad()
+    def _staged(self, parameters: Sequence[Tensor]) -> list[Tensor]:
+        """Copies of the parameters in host memory, valid until the next call, waited for once, all together."""
+        copies = lane(parameters[0].device)
+        with copies.after_computation():
+            for copy, parameter in zip(self.staging, parameters, strict=True):
+                copy.copy_(parameter, non_blocking=parameter.is_cuda)
+        copies.finish()
+        return self.staging
+
 
 @torch.no_grad()
 def _copy_into(parameters: Sequence[Tensor], values: Sequence[Tensor]) -> None:
     for parameter, value in zip(parameters, values, strict=True):
-        parameter.copy_(value)
+        fill(parameter, value)

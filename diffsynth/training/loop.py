@@ -137,9 +137,9 @@ class Trainer(LoopSettings):
     @contextmanager
     def _batches(self, sampler: BatchSampler) -> Iterator[Iterator]:
         """Inside the block, an iterator over this process's micro-batches; workers are stopped at its end."""
-        workers = self.dataset.num_workers
+        workers = self.dataset.workers_on(self.accelerator.device)
         loader = DataLoader(
-            AddressedDataset(self.dataset, sampler.order.seed),
+            AddressedDataset(self.dataset, sampler.order.seed, None if workers else self.module.remembers),
             batch_sampler=sampler,
             collate_fn=self.module.collate_fn,
             num_workers=workers,

@@ -259,6 +259,7 @@ class TrainingState:
                 "steps": self.steps,
                 "skipped_steps": self.skipped_steps,
                 "skipped_in_a_row": self.skipped_in_a_row,
+                "ema_betas": list(self.ema.betas),
                 "meter": self.meter.state(),
             },
         }
@@ -281,6 +282,7 @@ class TrainingState:
         counters = tree("counters")
         self.step, self.skipped_steps = counters["step"], counters["skipped_steps"]
         self.skipped_in_a_row = counters["skipped_in_a_row"]
+        self.ema.betas = counters.get("ema_betas", [])  # absent in checkpoints from before ema.every
         self.meter.restore(counters["meter"])
 
 

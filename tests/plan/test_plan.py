@@ -34,6 +34,7 @@ from diffsynth.plan.run import PlacedRun
 from diffsynth.plan.shares import shares
 from diffsynth.training.absent import NoEMA
 from diffsynth.training.run import Run
+from diffsynth.training.validation.validation import BANDS, Validation
 
 preflight = import_module("diffsynth.plan.preflight")  # its function has its name
 BENCHMARK = tiny.ROOT / "benchmarks" / "plan.py"
@@ -91,6 +92,22 @@ def test_a_plan_is_within_five_per_cent_of_a_real_steps_live_tensors(benchmark, 
     real = real_peak(benchmark, benchmark.module_of("qwen_image", training, checkpointing), row)
     planned = benchmark.predicted("qwen_image", training, checkpointing, 256)
     assert abs(planned / real - 1) < 0.05
+
+
+def test_the_losses_of_a_validation_take_what_is_planned(benchmark, monkeypatch, tmp_path):
+    monkeypatch.setitem(benchmark.CONFIGS, "qwen_image", {**SMALL_QWEN, "num_layers": 2})
+    row, real = benchmark.row_of("qwen_image", 256), benchmark.module_of("qwen_image", "lora", "none")
+    real.pipe.device = torch.device("cpu")
+    real.load(cached=True)
+    rope = real.pipe.dit.pos_embed
+    with LiveBytes() as live, torch.no_grad(), torch.autocast("cpu", torch.bfloat16), real.pipe.sampling():
+        live.watch([*real.parameters(), *real.buffers(), rope.pos_freqs, rope.neg_freqs])
+        before = live.device.now
+        Validation(tmp_path).losses(real, [row])
+    rehearsal = Rehearsal(read(benchmark.module_of("qwen_image", "lora", "none"), cached=True))
+    planned = rehearsal.evaluate(row, BANDS).peak
+    assert 0 <= planned - (live.device.peak - before) <= rope.pos_freqs.nbytes  # the rehearsal makes one of the tables
+    assert planned > 2 * rehearsal.evaluate(row, 1).peak
 
 
 def rehearsed(benchmark, monkeypatch, **recipe) -> tuple[MemoryFootprint, Rehearsal]:
@@ -222,8 +239,10 @@ def plan(tmp_path, *overrides: str) -> dict:
 
 
 def test_every_stage_is_planned_and_no_run_is_begun(tmp_path):
-    found = plan(tmp_path, "devices=[1,2]", "memory.checkpointing=blocks")
-    assert [stage["name"] for stage in found["stages"]] == ["train", "save", "cache"]
+    held_out = f"{{_target_: diffsynth.core.data.UnifiedDataset.from_folder, path: {tiny.dataset()}}}"
+    validated = ["validation=base", "validation.prompts=[a cat]", f"+validation.datasets.held_out={held_out}"]
+    found = plan(tmp_path, "devices=[1,2]", "memory.checkpointing=blocks", *validated)
+    assert [stage["name"] for stage in found["stages"]] == ["train", "evaluate", "sample", "save", "cache"]
     assert {share["devices"] for share in found["shares"]} == {1, 2}
     assert found["download"] == 0 and found["peak"] > found["footprint"]["trained"] > 0
     assert [path.name for path in tmp_path.iterdir()] == ["plan"]

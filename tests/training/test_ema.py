@@ -1,9 +1,13 @@
 """The average of the weights over the steps."""
 
+from contextlib import contextmanager
+
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from diffsynth.training import ema as ema_module
 from diffsynth.training.ema import EMA
 
 START, STEPS = [1.0, -2.0], [[3.0, 1.0], [5.0, 0.5], [-4.0, 2.0]]
@@ -77,6 +81,88 @@ def test_the_average_is_kept_beside_the_weights_or_where_it_is_asked_to_be(devic
     assert average.device.type == expected
     if expected == "cpu":
         assert torch.equal(average, averaged(EMA()))
+
+
+@pytest.mark.parametrize("every", [1, 2, 3, 5])
+def test_the_start_loses_its_influence_as_fast_if_the_average_is_updated_less_often(every):
+    trained, ema = parameter([0.0]), EMA(decay=0.9, power=0.75, every=every)
+    ema.start([trained])
+    trained.data.fill_(1)
+    start = 1.0
+    for step in range(1, 16):
+        ema.update([trained], step)
+        start *= ema.beta(step)
+        if step % every == 0:
+            torch.testing.assert_close(ema.average[0], torch.tensor([1 - start]))
+
+
+@pytest.mark.parametrize("device", [None, "cpu"])
+def test_between_updates_the_average_is_left_alone(device):
+    trained, ema = parameter(START), EMA(decay=0.9, device=device, every=3)
+    ema.start([trained])
+    for step, values in enumerate(STEPS, 1):
+        trained.data.copy_(torch.tensor(values))
+        assert torch.equal(ema.average[0], torch.tensor(START))
+        ema.update([trained], step)
+    torch.testing.assert_close(ema.average[0], 0.729 * torch.tensor(START) + 0.271 * torch.tensor(STEPS[-1]))
+
+
+class FakeLane:
+    """Notes when copies are entered, made and waited for."""
+
+    def __init__(self, notes: list):
+        self.notes = notes
+
+    @contextmanager
+    def after_computation(self):
+        self.notes.append("copies")
+        with Copies(self.notes):
+            yield
+
+    def finish(self):
+        self.notes.append("wait")
+
+
+class Copies(TorchDispatchMode):
+    def __init__(self, notes: list):
+        super().__init__()
+        self.notes = notes
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.notes.append(func.overloadpacket.__name__)
+        return func(*args, **kwargs or {})
+
+
+def test_weights_are_copied_to_an_average_in_host_memory_without_a_wait_between_them(monkeypatch):
+    trained, ema, notes = [parameter([float(n)]) for n in range(4)], EMA(device="cpu", every=2), []
+    ema.start(trained)
+    places = [copy.data_ptr() for copy in ema.staging]
+    monkeypatch.setattr(ema_module, "lane", lambda device: FakeLane(notes))
+    ema.update(trained, 1)
+    assert notes == []
+    ema.update(trained, 2)
+    assert notes == ["copies", *["copy_"] * 4, "wait"]
+    assert [copy.data_ptr() for copy in ema.staging] == places
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_an_average_in_host_memory_is_that_beside_the_weights_and_clones_no_weights(dtype):
+    trained = [nn.Parameter(torch.randn(3, 5, dtype=dtype)), nn.Parameter(torch.randn(7, dtype=dtype))]
+    raw, notes = [p.detach().clone() for p in trained], []
+    beside, away = EMA(), EMA(device="cpu")
+    for ema in (beside, away):
+        ema.start([torch.zeros_like(p) for p in trained])
+        ema.update(trained, 1)
+    assert all(map(torch.equal, beside.average, away.average))
+    with Copies(notes), away.in_place(trained):
+        assert all(torch.equal(p, a.to(dtype)) for p, a in zip(trained, away.average, strict=True))
+    assert all(map(torch.equal, trained, raw)) and "clone" not in notes
+
+
+@pytest.mark.parametrize("every", [0, -1])
+def test_an_interval_that_is_none_is_refused(every):
+    with pytest.raises(ValueError, match=rf"ema\.every is {every}; expected a number of optimizer steps"):
+        EMA(every=every)
 
 
 @pytest.mark.parametrize("decay", [-0.1, 1.0, 1.5, float("nan")])

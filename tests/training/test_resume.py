@@ -26,7 +26,8 @@ from diffsynth.training.stopping import Stopped, stop_on_signals
 
 CLOSE = {"rtol": 1e-5, "atol": 1e-5}
 DROPOUT = ["lora.dropout=0.5", "lr_scheduler=cosine", "lr_scheduler.num_warmup_steps=2"]
-ACCUMULATION = ["micro_batch_size=2", "logger.every=3", "optimizer=prodigy"]
+AVERAGE = ["ema=constant", "ema.decay=0.9", "ema.device=cpu", "ema.every=3"]  # the checkpoint is between two updates
+ACCUMULATION = ["micro_batch_size=2", "logger.every=3", "optimizer=prodigy", *AVERAGE]
 EVALUATING = [
     "validation=base",
     "validation.every=2",
@@ -46,7 +47,7 @@ EVALUATING = [
         pytest.param(3, ["lora=none", "ema=power"], marks=pytest.mark.slow),
         pytest.param(3, ["optimizer=schedule_free", "ema=constant", "ema.decay=0.9"], marks=pytest.mark.slow),
     ],
-    ids=["dropout", "accumulation and prodigy", "full and ema=power", "schedule_free and ema=constant"],
+    ids=["dropout", "accumulation, prodigy and ema.every=3", "full and ema=power", "schedule_free and ema=constant"],
 )
 def test_a_run_that_was_cut_off_goes_on_as_if_nothing_had_been(overrides, after, tmp_path):
     tiny.cut_off(after, tmp_path, *STEPS, *overrides)

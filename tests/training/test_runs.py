@@ -2,6 +2,7 @@
 
 import json
 import re
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from torch.testing import assert_close
 
+from diffsynth.core.data import LoadImage
 from diffsynth.core.loader import ModelConfig, load_model
 from diffsynth.report.compare import compare
 
@@ -117,6 +119,22 @@ def test_evaluating_a_run_changes_nothing(plain, tmp_path):
 
 def test_gradient_checkpointing_changes_nothing(plain, tmp_path):
     assert_close(losses(tiny.train(tmp_path, "memory=checkpointing")), losses(plain), **CLOSE)
+
+
+def test_images_are_decoded_in_one_epoch_and_remembering_them_changes_nothing(tmp_path, monkeypatch):
+    counts, decode = Counter(), LoadImage.__call__
+
+    def noted(self, data):
+        counts[data] += 1
+        return decode(self, data)
+
+    monkeypatch.setattr(LoadImage, "__call__", noted)
+    flipped = ["max_steps=6", "dataset.augmentation.flip=0.5"]
+    remembered = tiny.train(tmp_path / "remembered", *flipped)
+    once, _ = counts.copy(), counts.clear()
+    again = tiny.train(tmp_path / "again", *flipped, "memory.remember=0")
+    assert_close(losses(remembered), losses(again), **EXACT)
+    assert sum(counts.values()) == 24 and max(once.values()) <= 2  # each image as it is, and mirrored
 
 
 @pytest.mark.slow  # a worker of its own imports everything; test_resume.py has one by default

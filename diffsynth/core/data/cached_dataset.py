@@ -22,7 +22,7 @@ class CachedDataset(TrainingData):
         path: Folder of the cache.
         height, width: Size in pixels that all samples must have; None accepts any.
         repeat: How often an epoch shows each sample; the weights of a cached mixture multiply this.
-        num_workers: Number of DataLoader processes that should load the data set.
+        num_workers: See `TrainingData`.
         augmentation: Random choices about each sample; the cache must hold all variants that they may select.
 
     Raises:
@@ -38,7 +38,7 @@ class CachedDataset(TrainingData):
         height: int | None = None,
         width: int | None = None,
         repeat: int = 1,
-        num_workers: int = 0,
+        num_workers: int | None = None,
         augmentation: Augmentation | None = None,
     ):
         self.index, self.metadata_path, self.repeat, self.num_workers = CacheIndex(path), path, repeat, num_workers

@@ -28,7 +28,7 @@ class MixedDataset(TrainingData):
         datasets: The data sets by name.
         weights: How often an epoch shows each sample of a data set, by name; 1 by default. 2.5 shows each sample 2 or 3
             times, 0.1 shows a different tenth of the samples in each epoch. A data set's own `repeat` multiplies this.
-        num_workers: Number of DataLoader processes that should load the data set.
+        num_workers: See `TrainingData`.
 
     Raises:
         ValueError: There is no data set, one cannot be mixed, a weight is not positive, or its name is unknown.
@@ -38,7 +38,7 @@ class MixedDataset(TrainingData):
         self,
         datasets: Mapping[str, UnifiedDataset],
         weights: Mapping[str, float] | None = None,
-        num_workers: int = 0,
+        num_workers: int | None = None,
     ):
         self._datasets, self.num_workers = dict(datasets), num_workers
         self.weights = dict.fromkeys(datasets, 1) | dict(weights or {})
@@ -75,6 +75,11 @@ class MixedDataset(TrainingData):
         """The sample at an address of a run, randomly augmented, and the name of its augmentation variant."""
         with self._dataset_of(address.index) as (dataset, number):
             return dataset.sample(address, seed, number)
+
+    def variant_at(self, address: SampleAddress, seed: int) -> str | None:
+        """See `UnifiedDataset.variant_at`."""
+        with self._dataset_of(address.index) as (dataset, number):
+            return dataset.variant_at(address, seed, number)
 
     def original_size(self, number: int) -> Size | None:
         """See `UnifiedDataset.original_size`."""

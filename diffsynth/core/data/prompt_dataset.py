@@ -23,7 +23,7 @@ def prompt_dataset(
     seeds: int | Sequence[int] = 1,
     first_seed: int = 0,
     encoding: str = "utf-8",
-    num_workers: int = 0,
+    num_workers: int | None = None,
     augmentation: Augmentation | None = None,
 ) -> UnifiedDataset:
     """Make a data set of prompts and seeds; its images are empty, with the size at which images are sampled.
@@ -35,7 +35,7 @@ def prompt_dataset(
             seeds. Seeds by number are consecutive over the whole data set, so that no two rows share their noise.
         first_seed: The first of the consecutive seeds.
         encoding: Text encoding of the file.
-        num_workers: Number of DataLoader processes that should load the data set.
+        num_workers: See `TrainingData`.
         augmentation: Random choices about captions.
 
     Raises:

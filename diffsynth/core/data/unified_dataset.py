@@ -4,6 +4,7 @@ import logging
 import os
 from collections.abc import Callable, Sequence
 from fractions import Fraction
+from functools import partial
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any, Literal
@@ -106,7 +107,7 @@ class UnifiedDataset(TrainingData):
         data_file_keys: Sequence[str] = ("image",),
         repeat: int = 1,
         on_error: Literal["raise", "skip"] = "raise",
-        num_workers: int = 0,
+        num_workers: int | None = None,
         encoding: str = "utf-8",
         scan_rows: int = 1_000_000,
         augmentation: Augmentation | None = None,
@@ -120,7 +121,7 @@ class UnifiedDataset(TrainingData):
             max_pixels: Most pixels of an image; with `buckets` also several budgets.
             buckets: Crop images to the sizes of `AspectBuckets`.
             max_aspect, division_factor, upscale: See `AspectBuckets`.
-            num_workers: Number of DataLoader processes that should load the data set.
+            num_workers: See `TrainingData`.
 
         All other arguments are those of the class.
 
@@ -249,11 +250,17 @@ class UnifiedDataset(TrainingData):
             number: Number of the sample in this data set, if it differs from the address's index (in a mixed data set).
         """
 
-        def choose(row: dict) -> AugmentationChoice:
-            weights = [weight for _, weight in self.augmentation.texts(row)]
-            return self.augmentation.choose(weights, seed, address)
-
+        choose = partial(self._choice, address, seed)
         return self._first_that_loads(address.index if number is None else number, choose)
+
+    def variant_at(self, address: SampleAddress, seed: int, number: int | None = None) -> str | None:
+        """The name that `sample` returns; None for a row that could not be decoded, which another replaces."""
+        row_number = self._row_number(address.index if number is None else number)
+        return None if self.undecodable[row_number] else self._choice(address, seed, self.rows[row_number]).variant
+
+    def _choice(self, address: SampleAddress, seed: int, row: dict) -> AugmentationChoice:
+        weights = [weight for _, weight in self.augmentation.texts(row)]
+        return self.augmentation.choose(weights, seed, address)
 
     def original_size(self, number: int) -> Size | None:
         """(width, height) of a sample's first image before it is resized; None if it is not on this machine."""

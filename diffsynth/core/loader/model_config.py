@@ -8,7 +8,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..hub import answers, downloads_are_off, is_complete, marked, modelscope_endpoint
+from ..hub import answers, downloads_are_off, is_complete, locked, marked, modelscope_endpoint
 
 SOURCES = ("modelscope", "huggingface")
 PICKLE_SUFFIXES = {".bin", ".pt", ".pth", ".ckpt"}
@@ -104,7 +104,7 @@ class ModelConfig:
     def _fetch(self, pattern: str) -> list[Path]:
         """The files of one pattern, downloaded if they are absent."""
         reason = ""
-        if self._absent(pattern) or self._lacks_config(pattern):
+        if self._is_incomplete(pattern):
             reason = self._download(pattern)
         if absent := self._absent(pattern):
             raise FileNotFoundError(
@@ -124,6 +124,9 @@ class ModelConfig:
         files = self._matches(pattern)
         return [file.name for file in missing_shards(files)] if files else [pattern]
 
+    def _is_incomplete(self, pattern: str) -> bool:
+        return bool(self._absent(pattern)) or self._lacks_config(pattern)
+
     def _lacks_config(self, pattern: str) -> bool:
         if self.config or not pattern.endswith(".safetensors"):
             return False
@@ -137,11 +140,16 @@ class ModelConfig:
         if not answers(endpoint):
             return f"{endpoint} does not answer"
         try:
-            with marked(self.folder / pattern) if _is_folder(pattern) else nullcontext():
-                snapshot_download(self.model_id, revision=self.revision, local_dir=self.folder, **_selection(pattern))
+            with locked(self.folder):  # all processes of a run call this; the first one downloads
+                if self._is_incomplete(pattern):
+                    self._take_snapshot(snapshot_download, pattern)
         except Exception as error:  # the clients' errors have no base class in common
             return f"{endpoint} answered: {type(error).__name__}: {error}"
         return f"{endpoint} has no such file"
+
+    def _take_snapshot(self, snapshot_download: Callable, pattern: str) -> None:
+        with marked(self.folder / pattern) if _is_folder(pattern) else nullcontext():
+            snapshot_download(self.model_id, revision=self.revision, local_dir=self.folder, **_selection(pattern))
 
 
 def missing_shards(files: list[Path]) -> list[Path]:

@@ -24,6 +24,9 @@ class UnitMemory:
         self.left = int(gigabytes * 2**30)
         self.kept: dict[Hashable, Inputs] = {}
 
+    def __contains__(self, key: Hashable) -> bool:
+        return key in self.kept
+
     def get(self, key: Hashable, make: Callable[[], Inputs], device: torch.device) -> Inputs:
         """The result of `make()` for this key, from memory if it is there, with tensors on `device`."""
         if key in self.kept:

@@ -15,6 +15,8 @@ from diffsynth.core.data import (
     BatchSampler,
     LoadImage,
     Operator,
+    PlainData,
+    SampleAddress,
     SampleOrder,
     SkippedRow,
     ToAbsolutePath,
@@ -229,6 +231,45 @@ def test_skipped_rows_are_written_as_json_lines(folder):
         {"row": 1, "file": "é.png", "reason": f"image 'é.png': not found (looked in {folder} for é.png)"}
     ]
     assert not list(folder.glob("*.partial"))
+
+
+@pytest.fixture
+def decoded(monkeypatch):
+    """Names of the images that are decoded."""
+    names, decode = [], LoadImage.__call__
+
+    def noted(self, data):
+        names.append(data[-5:])
+        return decode(self, data)
+
+    monkeypatch.setattr(LoadImage, "__call__", noted)
+    return names
+
+
+def test_the_images_of_a_remembered_sample_are_not_decoded(folder, decoded):
+    samples = AddressedDataset(UnifiedDataset(folder), remembers=lambda index, variant: (index, variant) == (1, ""))
+    found = [samples[SampleAddress(0, index)] for index in range(3)]
+    assert decoded == ["a.png", "c.png"]
+    assert [(sample.index, sample.variant, bool(sample.data)) for sample in found] == [
+        (0, "", True),
+        (1, "", False),
+        (2, "", True),
+    ]
+
+
+def test_a_row_that_could_not_be_decoded_is_replaced_even_if_its_sample_is_remembered(folder):
+    save_truncated(folder / "b.png")
+    dataset = UnifiedDataset(folder, on_error="skip")
+    samples = AddressedDataset(dataset, remembers=lambda index, variant: variant == "" and dataset.undecodable.any())
+    assert [samples[SampleAddress(epoch, 1)].data["prompt"] for epoch in range(2)] == ["a c"] * 2
+
+
+@pytest.mark.parametrize(
+    "asked, device, workers", [(None, "cuda", 2), (None, "cpu", 0), (None, "mps", 0), (3, "cpu", 3)]
+)
+def test_workers_decode_for_a_gpu_unless_their_number_is_set(folder, asked, device, workers):
+    assert UnifiedDataset.from_folder(str(folder), num_workers=asked).workers_on(torch.device(device)) == workers
+    assert PlainData([0]).workers_on(torch.device("cuda")) == 0  # its class may not be importable in another process
 
 
 @pytest.mark.parametrize("start_method", ["spawn", "fork"])

@@ -95,6 +95,17 @@ def test_a_mixture_of_one_data_set_is_that_data_set(folders, seed, batch_size, p
     assert AddressedDataset(alone, seed)[first] == AddressedDataset(mixture, seed)[second]
 
 
+@given(SEEDS, st.integers(0, 15), st.integers(0, 100))
+@settings(max_examples=20)
+@pytest.mark.parametrize("crop", [False, True])
+def test_the_variant_of_a_sample_is_known_before_it_is_loaded(folders, crop, seed, number, epoch):
+    augmentation = {"flip": 0.5, "caption_dropout": 0.5, "random_crop": crop}
+    made = MixedDataset({name: one(folders / name, BUCKETS, augmentation) for name in ("photos", "icons")})
+    made.scan()
+    address = SampleAddress(epoch, number % made.size)
+    assert made.variant_at(address, seed) == made.sample(address, seed)[1]
+
+
 def test_a_weight_is_how_often_a_pass_shows_each_sample(folders):
     made = mixed(folders, {"photos": 0.1, "icons": 2.5})
     for number in range(4):

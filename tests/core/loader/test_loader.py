@@ -4,7 +4,10 @@ import re
 import socket
 import subprocess
 import sys
+import threading
+import time
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -453,13 +456,19 @@ def test_unknown_source(monkeypatch):
 # Hubs
 
 ENDPOINT = {"modelscope": "MODELSCOPE_ENDPOINT", "huggingface": "HF_ENDPOINT"}
-# Whole, then again without one of its files, then a pattern of which the hub has nothing.
+# Whole, twice at the same time, then again without one of its files, then a pattern of which the hub has nothing.
 RESOLVE = """
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from diffsynth.core.loader import ModelConfig
+def resolve(pattern):
+    return ModelConfig(model_id=sys.argv[1], origin_file_pattern=pattern).resolve()
 files = []
 for pattern in ("transformer/diffusion*.safetensors", "tokenizer/"):
-    files += ModelConfig(model_id=sys.argv[1], origin_file_pattern=pattern).resolve()
+    with ThreadPoolExecutor(2) as two:
+        first, second = two.map(resolve, [pattern] * 2)
+    assert first == second
+    files += first
 print(*files, sep="\\n")
 files[1].unlink()
 ModelConfig(model_id=sys.argv[1], origin_file_pattern="transformer/*.safetensors").resolve()
@@ -521,6 +530,30 @@ def test_skipped_download_fails_without_asking(tmp_path, no_hub):
     )
     with pytest.raises(FileNotFoundError, match="switched off"):
         config.resolve()
+
+
+@pytest.mark.parametrize("pattern", ["tokenizer/", "tokenizer/*.json"])
+def test_two_that_find_files_absent_download_them_once_and_both_get_all(pattern, tmp_path, monkeypatch):
+    both_found_them_absent, downloads = threading.Barrier(2), []
+
+    def slow(model_id, local_dir, **_):
+        downloads.append(model_id)
+        (local_dir / "tokenizer").mkdir(parents=True, exist_ok=True)
+        for name in ("merges.json", "vocab.json"):
+            time.sleep(0.05)
+            (local_dir / "tokenizer" / name).write_text("{}")
+
+    def resolve(config):
+        return [file.name for found in config.resolve() for file in (found.iterdir() if found.is_dir() else [found])]
+
+    monkeypatch.setattr(model_config, "answers", lambda endpoint: both_found_them_absent.wait(60) < 2)
+    monkeypatch.setattr(model_config, "_hub", lambda source: ("hub", slow))
+    config = ModelConfig(model_id=MODEL_ID, origin_file_pattern=pattern, local_model_path=str(tmp_path))
+    with ThreadPoolExecutor(2) as two:
+        for names in two.map(resolve, [config] * 2):
+            assert sorted(names) == ["merges.json", "vocab.json"]
+    assert downloads == [MODEL_ID]
+    assert [file.name for file in (tmp_path / MODEL_ID).iterdir()] == ["tokenizer"]  # the lock is not in there
 
 
 def test_an_interrupted_folder_is_not_taken_for_whole(tmp_path, monkeypatch):

@@ -3,7 +3,7 @@
 There is no state to save: a run resumes from the number of its step.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from hashlib import blake2b
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -33,7 +33,7 @@ class Sample(NamedTuple):
     """A sample with its address.
 
     Args:
-        data: The `Row`.
+        data: The `Row`; empty if the training remembers what it needs of the sample.
         epoch, index: Its `SampleAddress`.
         variant: Name of its augmentation variant; None if the variants can't be listed (random crop, shuffled tags).
     """
@@ -213,14 +213,20 @@ class AddressedDataset(Dataset):
     Args:
         dataset: The data set.
         seed: Seed of the run, which together with the address determines the augmentation.
+        remembers: Whether the training needs no files of the sample with this index in this variant; such a sample is
+            empty. None loads all, as DataLoader workers have to.
     """
 
-    def __init__(self, dataset: "TrainingData", seed: int = 0):
-        self.dataset, self.seed = dataset, seed
+    def __init__(
+        self, dataset: "TrainingData", seed: int = 0, remembers: Callable[[int, str | None], bool] | None = None
+    ):
+        self.dataset, self.seed, self.remembers = dataset, seed, remembers
 
     def __len__(self) -> int:
         return len(self.dataset)
 
     def __getitem__(self, address: SampleAddress) -> Sample:
+        if self.remembers and self.remembers(address.index, variant := self.dataset.variant_at(address, self.seed)):
+            return Sample({}, *address, variant)
         data, variant = self.dataset.sample(address, self.seed)
         return Sample(data, *address, variant)

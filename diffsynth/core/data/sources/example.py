@@ -7,10 +7,9 @@ from functools import cache
 from pathlib import Path, PurePosixPath
 
 import pyarrow as pa
-from filelock import FileLock
 from PIL import Image
 
-from ...hub import answers, downloads_are_off, is_complete, marked, modelscope_endpoint
+from ...hub import answers, downloads_are_off, is_complete, locked, marked, modelscope_endpoint
 from .find_rows import find_rows
 from .table import Rows, Table
 
@@ -60,7 +59,7 @@ def blank_rows(columns: Sequence[str]) -> Table:
 
 
 def _fetch(path: Path, repository: str, folder: str) -> None:
-    with FileLock(_root(path, folder) / ".lock"):  # all processes of a run call this; the first one downloads
+    with locked(_root(path, folder)):  # all processes of a run call this; the first one downloads
         reason = "" if is_complete(path) else _download(path, repository, folder)
     if not is_complete(path):
         raise ValueError(
@@ -88,10 +87,8 @@ def _download(path: Path, repository: str, folder: str) -> str:
 
 
 def _root(path: str | Path, folder: str) -> Path:
-    """Make and return the local folder of the repository: `path` without `folder` at its end."""
-    root = Path(path).absolute().parents[len(PurePosixPath(folder).parts) - 1]
-    root.mkdir(parents=True, exist_ok=True)
-    return root
+    """The local folder of the repository: `path` without `folder` at its end."""
+    return Path(path).absolute().parents[len(PurePosixPath(folder).parts) - 1]
 
 
 @cache
