@@ -10,6 +10,7 @@ from pathlib import Path
 from unittest import mock
 
 import hydra
+import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from diffsynth.config import build
@@ -32,8 +33,9 @@ def model_of(name: str):
 
 def measure(model, memory: FrozenMemory, size: int) -> list[float]:
     """GiB of the encoders with what they compute with, of the loaded network, of sampling, and in host memory."""
-    pipe, request = meta_pipeline(model, TOKENS), {"prompt": "", "seed": 0, "height": size, "width": size}
-    pipe.device, pipe.progress_bar = "cpu", iter
+    pipe = meta_pipeline(model, TOKENS)
+    request = {"prompt": "", "seed": 0, "height": size, "width": size, "num_inference_steps": 1}
+    pipe.device, pipe.progress_bar = torch.device("cpu"), iter
     pipe.scheduler.sigma_grid = with_values(pipe.scheduler.sigma_grid)
     live = LiveBytes()
     with FakeTensorMode(allow_non_fake_inputs=True), live:
@@ -45,7 +47,7 @@ def measure(model, memory: FrozenMemory, size: int) -> list[float]:
         loaded = live.device.now
         live.restart()  # streamed weights were counted as the device's while they were read
         with mock.patch.object(type(pipe.media), "postprocess"):  # it reads values
-            pipe.sample([{**request, "num_inference_steps": 1}], inputs)
+            pipe.sample([request], inputs)
     return [size / GIB for size in (encoding, loaded, live.device.peak, live.host.peak)]
 
 
