@@ -12,6 +12,7 @@ from diffsynth.config import build, check, explained, run_main
 def generate(
     model: Any,
     template: Any,
+    memory: Any,
     prompt: str | Sequence[str],
     negative_prompt: str = "",
     seed: int | Sequence[int] = 0,
@@ -33,6 +34,7 @@ def generate(
     Args:
         model: A partial of a family's `from_components` that lacks only `device`; it builds the pipeline.
         template: Templates to apply (`diffusion.template.Templates`).
+        memory: How the weights are kept (`core.memory.FrozenMemory`).
         prompt: A prompt, a list of prompts, or a text file with a prompt per line.
         negative_prompt: What guidance leads away from.
         seed: A seed, or a list of seeds.
@@ -49,7 +51,8 @@ def generate(
         device: `auto`, `cpu`, `cuda` or `mps`.
     """
     from diffsynth.core.devices import choose_device
-    from diffsynth.diffusion.pipeline.generation import load_images, open_files, read_prompts, sample_to_files
+    from diffsynth.diffusion.pipeline.generation import encode, load_images, open_files, read_prompts, sample_to_files
+    from diffsynth.diffusion.pipeline.loaded_models import LoadedModels
 
     pipe = model(device=choose_device(device))
     requests = [
@@ -69,20 +72,22 @@ def generate(
     for path in paths:
         pipe.use_sampling_settings_of(path)
     completed = [pipe.complete({**shared, **request}) for request in requests]  # raises before any weight is read
+    models = LoadedModels(pipe, memory, paths, lora_scale)
     templates = template.load_all(pipe)
     templates.check(template_inputs, negative_template_inputs)
     sides = [[open_files(inputs) for inputs in side] for side in (template_inputs, negative_template_inputs)]
-    pipe.load_models()
-    for path in paths:
-        pipe.load_adapter(path, lora_scale)
-    shared |= templates.arguments(pipe, *sides)
     source = {"lora_path": [str(path) for path in paths], "lora_scale": lora_scale}
     if templates.codes:
         source |= {"templates": [str(code.file) for code in templates.codes], "template_inputs": template_inputs}
         source |= {"negative_template_inputs": negative_template_inputs}
     sampling = [{name: whole[name] for name in pipe.sampling_arguments} for whole in completed]
     requests = [{**request, **own} for request, own in zip(requests, sampling, strict=True)]
-    return sample_to_files(pipe, requests, shared, batch_size, Path(output), source)
+    models.load_encoders(also=templates.models(pipe))
+    shared |= templates.arguments(pipe, *sides)
+    inputs = encode(pipe, [{**shared, **request} for request in requests])
+    del templates  # nothing calls their networks any more
+    models.load_network()
+    return sample_to_files(pipe, requests, inputs, batch_size, Path(output), source)
 
 
 @hydra.main(version_base="1.3", config_path="conf", config_name="generate")

@@ -154,7 +154,11 @@ class BasePipeline(PipelineNetworks):
         return shared, posi, nega
 
     def prepare(self, requests: Sequence[Mapping]) -> tuple[dict, dict, dict]:
-        """The network's inputs for a batch of requests (shared, positive, negative); sets the scheduler to their steps.
+        """The network's inputs for a batch of requests (shared, positive, negative); see `prepare_each`."""
+        return batch_of(list(self.prepare_each(requests)))
+
+    def prepare_each(self, requests: Sequence[Mapping]) -> Iterator[tuple[dict, dict, dict]]:
+        """Yield each request's inputs (shared, positive, negative); the scheduler is first set to their steps.
 
         The units run on one request at a time, so that a result does not depend on the rest of its batch (except for
         rounding).
@@ -165,9 +169,8 @@ class BasePipeline(PipelineNetworks):
         requests = [self.complete(request) for request in requests]
         self._check_batch(requests)
         self.set_timesteps(requests[0])
-        prepared = [run_units(self.units, self, *self.split_request(request)) for request in requests]
-        shared, posi, nega = (collate(list(side)) for side in zip(*prepared, strict=True))
-        return shared, posi, nega
+        for request in requests:
+            yield run_units(self.units, self, *self.split_request(request))
 
     def _check_batch(self, requests: Sequence[Mapping]) -> None:
         shared = requests[0].keys() - {*self.per_sample_arguments, *self._arguments_by_side}
@@ -179,8 +182,17 @@ class BasePipeline(PipelineNetworks):
 
     @torch.no_grad()
     def generate(self, requests: Sequence[Mapping]) -> list[Any]:
-        """Sample one result per request, denoising all of them as one batch; see `prepare`."""
-        latents = self.denoise(*self.prepare(requests))
+        """Sample one result per request, denoising all of them as one batch; see `prepare_each`."""
+        return self.sample(requests, list(self.prepare_each(requests)))
+
+    @torch.no_grad()
+    def sample(self, requests: Sequence[Mapping], inputs: Sequence[tuple[dict, dict, dict]]) -> list[Any]:
+        """Denoise requests as one batch and decode them; calls no encoder.
+
+        Args:
+            inputs: What `prepare_each` has yielded for each request.
+        """
+        latents = self.denoise(*batch_of(inputs))
         return [self.decode(latent.unsqueeze(0), self.complete(requests[0])) for latent in latents]
 
     @torch.no_grad()
@@ -314,6 +326,12 @@ class BasePipeline(PipelineNetworks):
         code = self.template and self.template.code
         own = {"template_model": {"path": str(code.file.parent), "fingerprint": code.digest}} if code else {}
         return super().sources() | own
+
+
+def batch_of(samples: Sequence[tuple[dict, dict, dict]]) -> tuple[dict, dict, dict]:
+    """Stack the inputs (shared, positive, negative) of several samples into those of a batch; see `collate`."""
+    shared, posi, nega = (collate(list(side)) for side in zip(*samples, strict=True))
+    return shared, posi, nega
 
 
 def inpaint_velocity(velocity: Tensor, latents: Tensor, sigma: Tensor, shared: Mapping) -> Tensor:

@@ -1,5 +1,5 @@
 """Save memory in training, for time: recipes, weights in fewer bits, streaming from host memory, compilation."""
 
-from .recipe import MemoryRecipe
+from .recipe import FrozenMemory, MemoryRecipe
 
-__all__ = ["MemoryRecipe"]
+__all__ = ["FrozenMemory", "MemoryRecipe"]

@@ -4,9 +4,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import torch
 from PIL import Image
 
 from ...core.pictures import GRID_COLUMNS, beside, row, save_png, stack
+from .remembered import Inputs, to_device
 
 if TYPE_CHECKING:
     from ..base_pipeline import BasePipeline
@@ -35,20 +37,35 @@ def open_files(inputs: Mapping[str, object]) -> dict[str, object]:
     return {name: Image.open(value).convert("RGB") if is_file[name] else value for name, value in inputs.items()}
 
 
+@torch.no_grad()
+def encode(pipe: "BasePipeline", requests: Sequence[Mapping]) -> list[Inputs]:
+    """Each request's inputs (shared, positive, negative), in host memory, as there may be thousands of requests.
+
+    Tuples stay on the device: they are outputs of templates, which all requests share.
+    """
+    prepared = pipe.prepare_each(requests)
+    return [tuple(to_device(side, torch.device("cpu")) for side in sides) for sides in prepared]
+
+
 def sample_to_files(
-    pipe: "BasePipeline", requests: Sequence[Mapping], shared: Mapping, batch_size: int, folder: Path, source: Mapping
+    pipe: "BasePipeline",
+    requests: Sequence[Mapping],
+    inputs: Sequence[Inputs],
+    batch_size: int,
+    folder: Path,
+    source: Mapping,
 ) -> list[Path]:
     """Sample requests in batches and save each result, and a grid if there are several; returns the paths.
 
     Args:
-        shared: Arguments that all requests share, such as `input_image` and the outputs of templates.
+        inputs: What `encode` has made of each request.
         source: Where the weights come from; it becomes metadata of each file, together with the request.
     """
     pictures, paths = [], []
     for start in range(0, len(requests), batch_size):
-        batch = requests[start : start + batch_size]
-        results = pipe.generate([{**shared, **request} for request in batch])
-        for result, request in zip(results, batch, strict=True):
+        batch, of_batch = (whole[start : start + batch_size] for whole in (requests, inputs))
+        on_device = [tuple(to_device(side, pipe.device) for side in sides) for sides in of_batch]
+        for result, request in zip(pipe.sample(batch, on_device), batch, strict=True):
             paths.append(folder / f"{len(paths):04d}{pipe.media.suffix}")
             pipe.media.write(result, paths[-1], {**request, **source})
             pictures.append(row([pipe.media.thumbnail(result)], [request["prompt"]]))

@@ -204,13 +204,27 @@ class PipelineNetworks(nn.Module):
             storages: Storages of weights in fewer bits by model, see `core.memory.storage`; others get none.
         """
         wanted = set(self._files if names is None else names)
-        for name, files in self._files.items():
-            if name in wanted:
-                device = "cpu" if name in in_host_memory and self.device.type != "meta" else self.device
-                dtype, storage = (dtypes or {}).get(name, self.torch_dtype), (storages or {}).get(name, "none")
-                load_weights(getattr(self, name), files, dtype, device, storage)
-            else:
-                setattr(self, name, None)
+        self.drop_models(self.built_models - wanted)
+        self.read_weights(wanted, dtypes, in_host_memory, storages)
+
+    def read_weights(
+        self,
+        names: Collection[str],
+        dtypes: Mapping[str, torch.dtype] | None = None,
+        in_host_memory: Collection[str] = (),
+        storages: Mapping[str, str] | None = None,
+    ) -> None:
+        """Read the weights of these built models, as `load_models` does; the others stay as they are."""
+        for name in [name for name in self._files if name in names]:
+            device = "cpu" if name in in_host_memory and self.device.type != "meta" else self.device
+            dtype, storage = (dtypes or {}).get(name, self.torch_dtype), (storages or {}).get(name, "none")
+            load_weights(getattr(self, name), self._files[name], dtype, device, storage)
+
+    def drop_models(self, names: Iterable[str]) -> None:
+        """Drop models: their weights are freed, and their attributes are None again."""
+        for name in names:
+            drop_weights(getattr(self, name))  # now, not when Python finds the cycles of references in the module
+            setattr(self, name, None)
 
     @property
     def built_models(self) -> set[str]:

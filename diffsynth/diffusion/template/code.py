@@ -19,11 +19,15 @@ from importlib.machinery import ModuleSpec, SourceFileLoader
 from importlib.util import spec_from_file_location
 from pathlib import Path
 from types import CodeType, ModuleType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
+from ...core.code_version import code_version
 from ...core.loader import refuse_pickle
+
+if TYPE_CHECKING:
+    from ..base_pipeline import BasePipeline
 
 CODE = "model.py"
 RESERVED = "model_id"  # key of a request's template inputs that chooses the template; not an argument of a template
@@ -49,6 +53,17 @@ class TemplateCode:
     config: Mapping[str, Any]
     weights: Sequence[Path]
     data_processor: type | None
+
+
+def models_used(pipe: "BasePipeline", code: TemplateCode, method: str) -> list[str]:
+    """Models of the pipeline that a method of a template may call: those whose names its code reaches."""
+    function, built = getattr(code.model, method), pipe.built_models
+    if "pipe" not in inspect.signature(function).parameters:
+        return []
+    classes = [type(getattr(pipe, name)) for name in built]
+    _, attributes = code_version([function], [code.model, type(pipe), *classes])
+    unnamed = pipe.in_iteration_models if "in_iteration_models" in attributes else ()  # as in `pipe.predict`
+    return sorted(built & {*attributes, *unnamed})
 
 
 # Importing a model.py -------------------------------------------------------------------------------------------------

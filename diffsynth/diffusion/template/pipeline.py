@@ -9,7 +9,7 @@ import torch
 
 from ...core.loader import ModelConfig
 from .cache import as_inputs, check_names, merge_caches
-from .code import RESERVED, TemplateCode, read_code
+from .code import RESERVED, TemplateCode, models_used, read_code
 from .model import Template, check_arguments, load_template
 from .source import find_template
 
@@ -141,6 +141,11 @@ class TemplatePipeline:
             merged = merge_caches(of_side, prefix, wins)
             arguments |= {sign + name: value for name, value in merged.items()}
         return arguments
+
+    def models(self, pipe: "BasePipeline") -> set[str]:
+        """Names of the models of a pipeline that the templates may call."""
+        methods = [(code, method) for code in self.codes for method in ("process_inputs", "forward")]
+        return {name for code, method in methods for name in models_used(pipe, code, method)}
 
     def check(
         self, template_inputs: Sequence[Mapping] = (), negative_template_inputs: Sequence[Mapping] = ()

@@ -10,9 +10,9 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
-from ...core.code_version import code_version
 from ..pipeline.units import PipelineUnit, run_units
 from .cache import as_inputs, check_names
+from .code import models_used
 from .model import CHECKPOINTING, Template, cast_frozen, refuse_running_statistics, weights_digest
 from .rows import as_dict
 
@@ -56,7 +56,7 @@ class TemplateProcessInputs(PipelineUnit):
             input_params_posi=sides,
             input_params_nega=sides,
             output_params=(FEATURES,),
-            onload_model_names=models_used(pipe, template, "process_inputs"),
+            onload_model_names=models_used(pipe, template.code, "process_inputs"),
         )
         self.template, self.trained = template, trained
 
@@ -139,21 +139,11 @@ def rehearse(pipe: "BasePipeline", inputs: tuple[dict, dict, dict]) -> None:
     """Run a pipeline's template once on a sample's inputs, unless it calls networks whose weights are not read yet."""
     *_, first, second = pipe.units
     is_cached = FEATURES in inputs[1]
-    if models_used(pipe, pipe.template, "forward") or (first.onload_model_names and not is_cached):
+    if models_used(pipe, pipe.template.code, "forward") or (first.onload_model_names and not is_cached):
         return
     in_bf16 = pipe.torch_dtype == torch.bfloat16
     with torch.random.fork_rng(), torch.autocast(pipe.device.type, torch.bfloat16, enabled=in_bf16):
         run_units([second] if is_cached else [first, second], pipe, *inputs)
-
-
-def models_used(pipe: "BasePipeline", template: Template, method: str) -> list[str]:
-    """Models of the pipeline that a method of the template may call: those whose names its code reaches."""
-    function, built = getattr(template.code.model, method), pipe.built_models
-    if "pipe" not in signature(function).parameters:
-        return []
-    classes = [type(getattr(pipe, name)) for name in built]
-    _, attributes = code_version([function], [template.code.model, type(pipe), *classes])
-    return sorted(attributes & built)
 
 
 def storable(value: Any, what: str) -> Any:
