@@ -120,9 +120,13 @@ def test_a_folder_holds_at_most_20_files():
     assert {str(folder): count for folder, count in counts.items() if count > 20} == {}
 
 
+# Tests of the entry scripts and of the benchmarks, and those that need a GPU.
+ELSEWHERE = ("scripts", "benchmarks", "cuda")
+
+
 def test_tests_stand_in_the_folders_of_what_they_test():
     folders = {file.parent.relative_to(TESTS) for file in TESTS.rglob("*/test_*.py")}
-    assert {folder for folder in folders if not (PACKAGE / folder).is_dir()} == {Path("scripts")}
+    assert {folder for folder in folders if not (PACKAGE / folder).is_dir()} == {Path(name) for name in ELSEWHERE}
 
 
 @pytest.mark.parametrize("name", ["qwen", "flux", "wan(?!t|db)"])
