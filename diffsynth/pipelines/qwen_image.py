@@ -174,7 +174,7 @@ def model_fn_qwen_image(
     latents: Tensor,
     timestep: Tensor,
     prompt_emb: Tensor,
-    prompt_emb_mask: Tensor,
+    prompt_emb_mask: Tensor | None,
     edit_latents: Sequence[Tensor] = (),
     kv_cache: KVCache | None = None,
     lora: InputLoRA | None = None,
@@ -186,7 +186,7 @@ def model_fn_qwen_image(
 
     Args:
         prompt_emb: Text embeddings (B, L, D), right-padded.
-        prompt_emb_mask: False where `prompt_emb` is padding (B, L).
+        prompt_emb_mask: False where `prompt_emb` is padding (B, L); None if nothing is.
         edit_latents: Clean latents (B, 16, h', w') of each edit image, of their own sizes.
         kv_cache: Extra keys and values by block, `block_0` and so on.
         lora: Updates of the transformer's layers.
@@ -200,7 +200,7 @@ def model_fn_qwen_image(
             hidden_states=torch.cat([pack_latents(image) for image in images], dim=1).to(dit.dtype),
             timestep=timestep / 1000,
             encoder_hidden_states=prompt_emb.to(dit.dtype),
-            encoder_hidden_states_mask=None if batch == 1 else prompt_emb_mask,
+            encoder_hidden_states_mask=prompt_emb_mask,
             img_shapes=[[(1, image.shape[2] // 2, image.shape[3] // 2) for image in images]] * batch,
             attention_kwargs={"kv_cache": kv_cache} if kv_cache else None,
             return_dict=False,
