@@ -7,7 +7,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import EMBEDDED
+from diffusers.models.transformers.transformer_qwenimage import apply_rotary_emb_qwen
 from PIL import Image
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from transformers import Qwen2Tokenizer
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
@@ -21,6 +24,8 @@ from diffsynth.pipelines.qwen_image import (
     QwenImagePipeline,
     QwenImageVAE,
     pack_latents,
+    rotated,
+    rotation_table,
     unpack_latents,
 )
 
@@ -321,6 +326,38 @@ def test_attention_has_a_mask_only_where_a_prompt_is_padded(second, is_padded, p
         assert not text[1].all() and all(torch.equal(mask[:, 0, 0, : text.shape[1]], text) for mask in of_positive)
     else:
         assert posi["prompt_emb_mask"] is None and set(of_positive) == {None}
+
+
+class NoComplex(TorchDispatchMode):
+    """Refuses operations on complex numbers, for which inductor makes no code."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        found = func(*args, **(kwargs or {}))
+        assert not any(isinstance(t, torch.Tensor) and t.is_complex() for t in tree_leaves((args, kwargs, found))), func
+        return found
+
+
+def test_a_block_compiles_to_one_graph_without_complex_numbers(pipe):
+    block, calls = pipe.dit.transformer_blocks[1], []
+    with block.register_forward_pre_hook(lambda _, __, kwargs: calls.append(kwargs), with_kwargs=True):
+        latents_of(pipe, num_inference_steps=1)
+    with NoComplex(), torch.no_grad():
+        text, image = block(**calls[0])
+    with torch.no_grad():
+        compiled = torch.compile(block, fullgraph=True, backend="aot_eager")(**calls[0])
+    torch.compiler.reset()
+    torch.testing.assert_close(compiled, (text, image))
+
+
+def test_rotation_in_real_numbers_is_diffusers_to_the_bit():
+    heads = torch.randn(2, 5, 3, 16, requires_grad=True)
+    frequencies = torch.polar(torch.ones(5, 8), 50 * torch.randn(5, 8))
+    expected, found = (
+        apply_rotary_emb_qwen(heads, frequencies, use_real=False),
+        rotated(heads, rotation_table(frequencies)),
+    )
+    gradients = [torch.autograd.grad(made.square().sum(), heads)[0] for made in (expected, found)]
+    assert torch.equal(found, expected) and torch.equal(*gradients)
 
 
 def test_padding_of_the_text_does_not_reach_the_image(pipe):

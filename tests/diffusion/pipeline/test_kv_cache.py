@@ -49,6 +49,7 @@ def test_without_a_cache_the_arithmetic_is_the_librarys(rows, base):
     ours = base(rows)
     for name, block in base.blocks().items():
         block.attn.set_processor(base.stock[name.split("_")[0]]())
+    base.dit.pos_embed._forward_hooks.clear()  # the processor of Qwen-Image reads real tables
     assert torch.equal(base(rows), ours)
 
 
