@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from ..core.context_parallel import TokenSplit
 from ..core.gradient import checkpoint_blocks
+from ..core.host_memory import sent
 from ..core.loader import ModelConfig
 from ..diffusion.base_pipeline import BasePipeline
 from ..diffusion.flow_match import exponential_shift
@@ -209,10 +210,10 @@ def model_fn_flux2(
         velocity = dit(
             hidden_states=torch.cat([pack_latents(image) for image in images], dim=1).to(dit.dtype),
             timestep=timestep / 1000,
-            guidance=torch.as_tensor(embedded_guidance, device=latents.device).expand(len(latents)),
+            guidance=sent(torch.as_tensor(embedded_guidance), latents.device).expand(len(latents)),
             encoder_hidden_states=text.to(dit.dtype),
-            img_ids=torch.cat(image_ids).to(latents.device),
-            txt_ids=positions(0, 1, 1, text.shape[1]).to(latents.device),
+            img_ids=sent(torch.cat(image_ids), latents.device),
+            txt_ids=sent(positions(0, 1, 1, text.shape[1]), latents.device),
             joint_attention_kwargs={"kv_cache": kv_cache} if kv_cache else None,
             return_dict=False,
         )[0]

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from diffusers import AutoencoderKLQwenImage, QwenImageTransformer2DModel
 from diffusers.models.autoencoders.autoencoder_kl_qwenimage import QwenImageCausalConv3d
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
-from diffusers.models.transformers.transformer_qwenimage import QwenDoubleStreamAttnProcessor2_0, apply_rotary_emb_qwen
+from diffusers.models.transformers.transformer_qwenimage import QwenDoubleStreamAttnProcessor2_0
 from PIL import Image
 from torch import Tensor, nn
 
@@ -128,7 +128,7 @@ class QwenImageVAE(NormalisedVAE, AutoencoderKLQwenImage):
 
 
 class QwenImageAttnProcessor(JointAttention, QwenDoubleStreamAttnProcessor2_0):
-    """diffusers' processor, and `JointAttention` if the block has a `kv_cache` or its tokens are split."""
+    """`JointAttention` of the text's tokens and the image's, as diffusers' processor computes it but for `rotated`."""
 
     def __call__(
         self,
@@ -141,15 +141,14 @@ class QwenImageAttnProcessor(JointAttention, QwenDoubleStreamAttnProcessor2_0):
         kv_cache: KVCache | None = None,
         split: TokenSplit | None = None,
     ) -> tuple[Tensor, Tensor]:
-        mask, extra = encoder_hidden_states_mask, self.extra(kv_cache)
-        if extra is None and split is None:
-            return super().__call__(attn, hidden_states, encoder_hidden_states, mask, attention_mask, image_rotary_emb)
-        of_image = (attn.to_q, attn.to_k, attn.to_v), (attn.norm_q, attn.norm_k)
-        of_text = (attn.add_q_proj, attn.add_k_proj, attn.add_v_proj), (attn.norm_added_q, attn.norm_added_k)
-        image = project(hidden_states, *of_image, image_rotary_emb[0])
-        text = project(encoder_hidden_states, *of_text, image_rotary_emb[1])
-        heads = [torch.cat(pair, dim=1) for pair in zip(text, image, strict=True)]
-        tokens = self.attend(heads, mask, extra, split)
+        image = [layer(hidden_states) for layer in (attn.to_q, attn.to_k, attn.to_v)]
+        text = [layer(encoder_hidden_states) for layer in (attn.add_q_proj, attn.add_k_proj, attn.add_v_proj)]
+        image = split_heads(image, attn.heads, attn.norm_q, attn.norm_k)
+        text = split_heads(text, attn.heads, attn.norm_added_q, attn.norm_added_k)
+        query, key, value = (torch.cat(streams, dim=1) for streams in zip(text, image, strict=True))
+        table = torch.cat(image_rotary_emb[::-1], dim=1)  # diffusers has the image's before the text's
+        heads = rotated(query, table), rotated(key, table), value
+        tokens = self.attend(heads, encoder_hidden_states_mask, self.extra(kv_cache), split)
         text, image = tokens.tensor_split([encoder_hidden_states.shape[1]], dim=1)
         return attn.to_out[1](attn.to_out[0](image.contiguous())), attn.to_add_out(text.contiguous())
 
@@ -157,16 +156,40 @@ class QwenImageAttnProcessor(JointAttention, QwenDoubleStreamAttnProcessor2_0):
 def use_joint_attention(dit: QwenImageTransformer2DModel) -> None:
     for number, block in enumerate(dit.transformer_blocks):
         block.attn.set_processor(QwenImageAttnProcessor(f"block_{number}"))
+    dit.pos_embed.register_forward_hook(rotation_tables)
 
 
-def project(
-    tokens: Tensor, layers: Sequence[nn.Module], norms: Sequence[nn.Module], frequencies: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Query, key and value (B, L, heads, head_dim) of tokens (B, L, D), with the rotary position embedding."""
-    query, key, value = (layer(tokens).unflatten(-1, (-1, frequencies.shape[-1] * 2)) for layer in layers)
-    query, key = (norm(heads) for norm, heads in zip(norms, (query, key), strict=True))
-    query, key = (apply_rotary_emb_qwen(heads, frequencies, use_real=False) for heads in (query, key))
-    return query, key, value
+def split_heads(projected: Sequence[Tensor], heads: int, norm_q: nn.Module, norm_k: nn.Module) -> list[Tensor]:
+    """Split query, key and value (B, L, D) into heads (B, L, heads, head_dim); query and key are normalised."""
+    query, key, value = (tokens.unflatten(-1, (heads, -1)) for tokens in projected)
+    return [norm_q(query), norm_k(key), value]
+
+
+def rotation_tables(_: nn.Module, __: tuple, frequencies: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """A forward hook that turns complex frequencies, of image and text, into tables of `rotated`, once for all blocks.
+
+    Inductor does not compile complex numbers: each block would fall back to eager code for them.
+    """
+    return tuple(map(rotation_table, frequencies))
+
+
+def rotation_table(frequencies: Tensor) -> Tensor:
+    """Real factors (2, L, head_dim) of `rotated` for complex frequencies (L, head_dim / 2), one a pair of values."""
+    cos, sin = torch.view_as_real(frequencies).unbind(-1)
+    return torch.stack([torch.stack([cos, cos], dim=-1), torch.stack([-sin, sin], dim=-1)]).flatten(-2)
+
+
+def rotated(heads: Tensor, table: Tensor) -> Tensor:
+    """Apply the rotary position embedding to queries or keys (B, S, heads, head_dim), in fp32.
+
+    Args:
+        table: Factors (2, S, head_dim) of each value and of the other one of its pair: (a, b) becomes
+            (a cos - b sin, b cos + a sin).
+    """
+    own, other = table.unsqueeze(2)
+    values = heads.float()
+    swapped = values.unflatten(-1, (-1, 2)).flip(-1).flatten(-2)
+    return (values * own + swapped * other).to(heads.dtype)
 
 
 def model_fn_qwen_image(
@@ -174,7 +197,7 @@ def model_fn_qwen_image(
     latents: Tensor,
     timestep: Tensor,
     prompt_emb: Tensor,
-    prompt_emb_mask: Tensor,
+    prompt_emb_mask: Tensor | None,
     edit_latents: Sequence[Tensor] = (),
     kv_cache: KVCache | None = None,
     lora: InputLoRA | None = None,
@@ -186,7 +209,7 @@ def model_fn_qwen_image(
 
     Args:
         prompt_emb: Text embeddings (B, L, D), right-padded.
-        prompt_emb_mask: False where `prompt_emb` is padding (B, L).
+        prompt_emb_mask: False where `prompt_emb` is padding (B, L); None if nothing is.
         edit_latents: Clean latents (B, 16, h', w') of each edit image, of their own sizes.
         kv_cache: Extra keys and values by block, `block_0` and so on.
         lora: Updates of the transformer's layers.
@@ -200,7 +223,7 @@ def model_fn_qwen_image(
             hidden_states=torch.cat([pack_latents(image) for image in images], dim=1).to(dit.dtype),
             timestep=timestep / 1000,
             encoder_hidden_states=prompt_emb.to(dit.dtype),
-            encoder_hidden_states_mask=None if batch == 1 else prompt_emb_mask,
+            encoder_hidden_states_mask=prompt_emb_mask,
             img_shapes=[[(1, image.shape[2] // 2, image.shape[3] // 2) for image in images]] * batch,
             attention_kwargs={"kv_cache": kv_cache} if kv_cache else None,
             return_dict=False,

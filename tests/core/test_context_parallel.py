@@ -6,12 +6,14 @@ import context_ranks
 import pytest
 import tiny
 import tiny_flux2
+import torch
 import warm
 from bases import Base, load
 from hypothesis import given
 from hypothesis import strategies as st
 
-from diffsynth.core.context_parallel import check_splittable
+from diffsynth.core.context_parallel import TokenSplit, check_splittable
+from diffsynth.pipelines.qwen_image import QwenImageAttnProcessor
 from diffsynth.plan.first_device import FirstOf
 
 CASES = ["alone", "padded", "checkpointed", "kv_cache", "further text"]
@@ -36,6 +38,17 @@ def test_predictions_and_gradients_are_those_of_a_whole_network(found, family, c
 def test_what_a_device_holds_is_planned_without_the_others(found, family):
     real, planned = found["taken"][family]
     assert planned == pytest.approx(real, rel=0.02)
+
+
+def test_attention_exchanges_its_heads_at_once_and_then_its_outputs(monkeypatch):
+    sizes, exchange = [], FirstOf._exchange
+    monkeypatch.setattr(
+        FirstOf, "_exchange", lambda self, sent, *rest: sizes.append(len(sent)) or exchange(self, sent, *rest)
+    )
+    split, heads = TokenSplit(FirstOf(2), text=[2, 1], image=[3, 3]), torch.zeros(1, 5, 4, 8)
+    QwenImageAttnProcessor("block_0").attend([heads, heads, heads], None, None, split)
+    tokens, own_heads, width = 9, 2, 8
+    assert sizes == [3 * heads.numel(), tokens * own_heads * width]
 
 
 def test_attention_that_would_see_one_devices_tokens_alone_is_refused():

@@ -16,6 +16,8 @@ from PIL import Image
 from safetensors.torch import load_file
 from test_qwen_image import picture
 from torch.testing import assert_close
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from diffsynth.core.data import Sample, SampleAddress
 from diffsynth.core.data.dataset import Row
@@ -26,6 +28,7 @@ from diffsynth.diffusion.pipeline.image_units import edit_images
 from diffsynth.diffusion.pipeline.units import run_units
 from diffsynth.diffusion.randomness import SampleRNG
 from diffsynth.diffusion.training_module import PipelineTrainingModule, prepare_training
+from diffsynth.pipelines import flux2_image
 from diffsynth.pipelines.flux2_image import Flux2ImagePipeline, Flux2VAE, ModelConfig, text_depths, text_embeddings
 from models.emoji.build import captions
 
@@ -60,6 +63,35 @@ def inputs_of(pipe, **changes):
     pipe.set_timesteps(request)
     with torch.no_grad():
         return run_units(pipe.units, pipe, *pipe.split_request(request))
+
+
+class CopiesFromHost(TorchDispatchMode):
+    """Names of the operations that read a tensor of the CPU and write one of another device; meta stands for a GPU."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        found = func(*args, **(kwargs or {}))
+        devices = {leaf.device.type for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)}
+        if "cpu" in devices and isinstance(found, torch.Tensor) and found.is_meta:
+            self.names.append(str(func))
+        return found
+
+
+@pytest.mark.parametrize("guidance", [4.0, [4.0, 2.0]])
+def test_the_network_waits_for_no_copy_from_the_host(pipe, guidance, monkeypatch):
+    """A plain copy to a GPU makes the CPU wait until the GPU has done all its work."""
+    arrived = []  # torch shows no copy of Python's numbers, so that those of `sent` are counted
+    monkeypatch.setattr(
+        flux2_image, "sent", lambda tensor, to: arrived.append(torch.empty(tensor.shape, device=to)) or arrived[-1]
+    )
+    dit, width = pipe.dit.to("meta"), pipe.dit.config.joint_attention_dim
+    latents, text, timestep = (torch.empty(*shape, device="meta") for shape in ((2, 128, 3, 4), (2, 5, width), (2,)))
+    with CopiesFromHost() as copies, torch.no_grad():
+        flux2_image.model_fn_flux2(dit, latents, timestep, text, [latents], embedded_guidance=guidance)
+    assert copies.names == [] and len(arrived) == 3
 
 
 # The released models' results -----------------------------------------------------------------------------------------

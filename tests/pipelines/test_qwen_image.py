@@ -5,8 +5,12 @@ import diffusers
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from conftest import EMBEDDED
+from diffusers.models.transformers.transformer_qwenimage import apply_rotary_emb_qwen
 from PIL import Image
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from transformers import Qwen2Tokenizer
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
@@ -20,6 +24,8 @@ from diffsynth.pipelines.qwen_image import (
     QwenImagePipeline,
     QwenImageVAE,
     pack_latents,
+    rotated,
+    rotation_table,
     unpack_latents,
 )
 
@@ -300,8 +306,62 @@ def test_an_unknown_argument_is_answered_with_the_nearest(pipe):
         pipe.generate([{**REQUEST, "promt": ""}])
 
 
+@pytest.mark.parametrize(("second", "is_padded"), [("a red car", False), ("a", True)])
+def test_attention_has_a_mask_only_where_a_prompt_is_padded(second, is_padded, pipe, monkeypatch):
+    """With a mask, flash attention is out."""
+    masks, attend = [], F.scaled_dot_product_attention
+
+    def record(*args, attn_mask=None, **options):
+        masks.append(attn_mask)
+        return attend(*args, attn_mask=attn_mask, **options)
+
+    requests = [{**REQUEST, "prompt": prompt, "num_inference_steps": 1} for prompt in ("a red fox", second)]
+    shared, posi, nega = pipe.prepare(requests)
+    monkeypatch.setattr(F, "scaled_dot_product_attention", record)
+    pipe.denoise(shared, posi, nega)
+    of_positive, of_negative = masks[: len(masks) // 2], masks[len(masks) // 2 :]
+    assert len(masks) == 2 * len(pipe.dit.transformer_blocks) and set(of_negative) == {None}
+    if is_padded:
+        text = posi["prompt_emb_mask"]
+        assert not text[1].all() and all(torch.equal(mask[:, 0, 0, : text.shape[1]], text) for mask in of_positive)
+    else:
+        assert posi["prompt_emb_mask"] is None and set(of_positive) == {None}
+
+
+class NoComplex(TorchDispatchMode):
+    """Refuses operations on complex numbers, for which inductor makes no code."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        found = func(*args, **(kwargs or {}))
+        assert not any(isinstance(t, torch.Tensor) and t.is_complex() for t in tree_leaves((args, kwargs, found))), func
+        return found
+
+
+def test_a_block_compiles_to_one_graph_without_complex_numbers(pipe):
+    block, calls = pipe.dit.transformer_blocks[1], []
+    with block.register_forward_pre_hook(lambda _, __, kwargs: calls.append(kwargs), with_kwargs=True):
+        latents_of(pipe, num_inference_steps=1)
+    with NoComplex(), torch.no_grad():
+        text, image = block(**calls[0])
+    with torch.no_grad():
+        compiled = torch.compile(block, fullgraph=True, backend="aot_eager")(**calls[0])
+    torch.compiler.reset()
+    torch.testing.assert_close(compiled, (text, image))
+
+
+def test_rotation_in_real_numbers_is_diffusers_to_the_bit():
+    heads = torch.randn(2, 5, 3, 16, requires_grad=True)
+    frequencies = torch.polar(torch.ones(5, 8), 50 * torch.randn(5, 8))
+    expected, found = (
+        apply_rotary_emb_qwen(heads, frequencies, use_real=False),
+        rotated(heads, rotation_table(frequencies)),
+    )
+    gradients = [torch.autograd.grad(made.square().sum(), heads)[0] for made in (expected, found)]
+    assert torch.equal(found, expected) and torch.equal(*gradients)
+
+
 def test_padding_of_the_text_does_not_reach_the_image(pipe):
-    """A batch of one is computed without a mask, so its company must not matter."""
+    """A sample alone is computed without a mask, so its company must not matter."""
     short, long = (inputs_of(pipe, prompt=prompt)[1] for prompt in ("", "a line emoji of a tiger face"))
     text, latents = collate([short, long]), torch.randn(2, 16, 6, 8)
     assert text["prompt_emb_mask"].sum(1).tolist() == [short["prompt_emb"].shape[1], long["prompt_emb"].shape[1]]
@@ -309,6 +369,6 @@ def test_padding_of_the_text_does_not_reach_the_image(pipe):
         together = pipe.predict(torch.tensor([900.0, 100]), latents=latents, **text)
         alone = [
             pipe.predict(torch.tensor([t]), latents=x.unsqueeze(0), **one)
-            for t, x, one in ((900.0, latents[0], short), (100.0, latents[1], long))
+            for t, x, one in ((900.0, latents[0], collate([short])), (100.0, latents[1], collate([long])))
         ]
     torch.testing.assert_close(together, torch.cat(alone), atol=1e-5, rtol=0)

@@ -16,6 +16,8 @@ def collate(samples: list[dict]) -> dict:
 
     - Tensors (1, ...) of one shape become (B, ...).
     - Text `X` (1, L, D) with its `X_mask` (1, L) is padded with zeros on the right to the longest: (B, L, D), (B, L).
+      The mask of one sample is True everywhere. Where no text was padded, `X_mask` is None, which means all tokens:
+      with a mask, attention could not run its fastest kernels.
     - Lists and tuples of tensors are stacked element by element, dicts key by key.
     - A number, string, bool or None that is equal in all samples stays one value.
     - All other values become a list of B values.
@@ -82,7 +84,7 @@ def _as_list(value: Any) -> list:
     return value if isinstance(value, list) else [value]
 
 
-def _stack_lists(key: str, values: list[Sequence[Tensor]], is_text: bool) -> list[Tensor]:
+def _stack_lists(key: str, values: list[Sequence[Tensor]], is_text: bool) -> list[Tensor | None]:
     lengths = [len(value) for value in values]
     if len(set(lengths)) > 1:
         raise ValueError(f"{key}: samples of a batch hold {lengths} tensors; set micro_batch_size=1")
@@ -90,7 +92,10 @@ def _stack_lists(key: str, values: list[Sequence[Tensor]], is_text: bool) -> lis
     return [_stack(f"{key}[{n}]", list(tensors), is_text) for n, tensors in enumerate(by_position)]
 
 
-def _stack(key: str, tensors: list[Tensor], is_text: bool) -> Tensor:
+def _stack(key: str, tensors: list[Tensor], is_text: bool) -> Tensor | None:
+    is_mask = is_text and tensors[0].ndim == 2
+    if is_mask and len({tensor.shape for tensor in tensors}) == 1:
+        return None
     if len(tensors) == 1:
         return tensors[0]
     if is_text:

@@ -55,9 +55,14 @@ class _Recomputed:
         kwargs = dict(zip(self.names, values[self.count :], strict=True))
         with ExitStack() as stack:
             for context in contexts:
-                stack.enter_context(context(getattr(self.model, "__self__", self.model)))
+                stack.enter_context(context(_module_of(self.model)))
             stack.callback(_checkpointed.reset, _checkpointed.set(True))
             return self.model(*values[: self.count], **kwargs)
+
+
+def _module_of(model: Callable) -> Any:
+    """The module whose forward method `model` is, or else `model` itself."""
+    return getattr(model, "__self__", model)
 
 
 def _checkpoint(model: Callable, *args: Any, **kwargs: Any) -> Any:
@@ -65,7 +70,9 @@ def _checkpoint(model: Callable, *args: Any, **kwargs: Any) -> Any:
     names, values = tuple(kwargs), (*args, *kwargs.values())
     deepspeed = sys.modules.get("deepspeed")
     if deepspeed is None or not deepspeed.checkpointing.is_configured():
-        return checkpoint(_Recomputed(model, len(args), names), *values, use_reentrant=False)
+        is_random = getattr(_module_of(model), "may_be_random", True)
+        run = _Recomputed(model, len(args), names)
+        return checkpoint(run, *values, use_reentrant=False, preserve_rng_state=is_random)
     tensors = [value for value in values if isinstance(value, Tensor)]
     if not any(tensor.requires_grad for tensor in tensors):
         return model(*args, **kwargs)  # DeepSpeed's checkpoint is re-entrant: it needs an input with gradient
@@ -90,6 +97,8 @@ def gradient_checkpoint_forward(
     """Call `model(*args, **kwargs)` under gradient checkpointing, optionally with its inputs offloaded to host memory.
 
     If DeepSpeed's activation checkpointing is configured, as ZeRO-3 needs it, DeepSpeed does the checkpointing.
+    The states of the random number generators are saved for the second run, unless `policies.follow` marked a module
+    as not random.
 
     Args:
         model: Any callable, usually one block of a transformer.

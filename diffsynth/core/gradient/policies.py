@@ -80,7 +80,7 @@ def check_policy(network: nn.Module, policy: str) -> None:
 
 
 def follow(network: nn.Module, policy: str, every: int = 1, offload: bool = False, runs_itself: bool = True) -> None:
-    """Apply a checkpointing policy to a network.
+    """Apply a checkpointing policy to a network, which already has its adapters.
 
     Args:
         policy: One of `honoured_policies(network)`.
@@ -89,9 +89,11 @@ def follow(network: nn.Module, policy: str, every: int = 1, offload: bool = Fals
         runs_itself: Whether the network's `model_fn` turns the checkpointing of blocks on in each call (see
             `checkpoint_blocks`); `blocks` then only marks the blocks.
     """
-    blocks = repeated_blocks(network)
+    blocks, is_random = repeated_blocks(network), has_dropout(network)
     for number, block in enumerate(blocks):
         block.keeps_activations = number % every != 0
+        for module in (block, *block.children()):
+            module.may_be_random = is_random
     if policy == "blocks" and runs_itself:
         return
     recomputed = {
@@ -103,6 +105,18 @@ def follow(network: nn.Module, policy: str, every: int = 1, offload: bool = Fals
         _run_through(_recompute, part)
     for block in blocks if offload else ():
         _run_through(_offload, block)
+
+
+def has_dropout(network: nn.Module) -> bool:
+    """Whether a network may drop activations at random: a dropout layer has p > 0, or another rate is not 0.
+
+    Rates of other modules are attributes with "drop" in their names, of the module or of its config.
+    """
+    modules = list(network.modules())
+    rates = [module.p for module in modules if isinstance(module, nn.modules.dropout._DropoutNd)]
+    for owner in (*modules, *(module.config for module in modules if hasattr(module, "config"))):
+        rates += [rate for name, rate in vars(owner).items() if "drop" in name]
+    return any(rates)
 
 
 def _run_through(function: Callable, module: nn.Module) -> None:

@@ -36,7 +36,10 @@ class Scaled:
         return {"bits": scaled.to(self.dtype).view(torch.uint8), "scale": scale.view(torch.int32)}
 
     def decode(self, layer: "StoredLinear", dtype: torch.dtype) -> Tensor:
-        return layer.bits.view(self.dtype).to(dtype).mul_(layer.scale.view(torch.float32))
+        bits, scale = layer.bits.view(self.dtype), layer.scale.view(torch.float32)
+        if self.dtype.is_floating_point:  # torch multiplies no float8, so that the cast takes a kernel of its own
+            return bits.to(dtype).mul_(scale)
+        return torch.mul(bits, scale, out=torch.empty_like(bits, dtype=dtype))
 
 
 class Cast:

@@ -5,6 +5,7 @@ Shapes: B batch, S tokens of text and image, L text tokens, D width.
 
 from collections.abc import Sequence
 
+import torch
 from diffusers.models.attention_dispatch import dispatch_attention_fn
 from torch import Tensor
 
@@ -36,7 +37,7 @@ class JointAttention(KVCacheReader):
             split: How the tokens are split across devices; None for one device.
         """
         if split is not None:
-            heads = [split.to_heads(tensor) for tensor in heads]
+            heads = split.to_heads(torch.cat(heads)).chunk(3)  # one exchange of all three
             mask = mask if mask is None else split.mask(mask)
             extra = extra and tuple(split.own_heads(tensor) for tensor in extra)
         query, key, value = heads

@@ -2,7 +2,10 @@
 
 import sys
 from contextlib import nullcontext
+from dataclasses import replace
 from itertools import product
+from types import SimpleNamespace
+from unittest.mock import patch
 
 import pytest
 import tiny
@@ -13,6 +16,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from diffsynth.core import host_memory
 from diffsynth.core.gradient import gradient_checkpoint_forward
 from diffsynth.core.gradient.offload import offloaded
+from diffsynth.core.gradient.policies import has_dropout
 from diffsynth.core.memory import MemoryRecipe
 from diffsynth.diffusion.adapters.lora import LoRA
 from diffsynth.diffusion.distillation.roles import FAKE_SCORE, STUDENT, TEACHER, FakeScore, Roles
@@ -83,6 +87,52 @@ def test_nor_where_blocks_are_of_two_kinds(samples, pair):
     (task, lora), options = KINDS[pair[0]], SAVING[pair[1]]
     plain, saving = moved(flux2(task, lora).load()), moved(flux2(task, lora, **options).load())
     assert_equal(loss_and_gradients(saving, samples), loss_and_gradients(plain, samples))
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+@pytest.mark.parametrize("options", [BLOCKS, ATTENTION], ids=["blocks", "attention"])
+def test_generators_are_saved_only_where_something_drops_activations(training_module, samples, options, dropout):
+    module = training_module(lora=replace(WITH_DROPOUT, dropout=dropout), **options)
+    module.train()
+    with patch("torch.utils.checkpoint.torch.get_rng_state", wraps=torch.get_rng_state) as read:
+        module(samples).mean().backward()
+    by_frozen_units = len(samples)
+    assert (read.call_count > by_frozen_units) == (dropout > 0) and read.call_count >= by_frozen_units
+
+
+def in_modules(**attributes) -> torch.nn.Module:
+    """A network with one layer that has these attributes."""
+    layer = torch.nn.Linear(2, 2)
+    for name, value in attributes.items():
+        setattr(layer, name, value)
+    return torch.nn.Sequential(layer)
+
+
+RANDOM = {
+    "layer": torch.nn.Sequential(torch.nn.Dropout(0.1)),
+    "functional": in_modules(attention_dropout=0.1),
+    "by config": in_modules(config=SimpleNamespace(hidden_dropout=0.1)),
+    "by adapter": in_modules(rank_dropout={"default": 0.1}),
+}
+FIXED = {"layer": torch.nn.Sequential(torch.nn.Dropout(0.0)), "functional": in_modules(attention_dropout=0.0)}
+
+
+@pytest.mark.parametrize("network", RANDOM.values(), ids=RANDOM)
+def test_dropout_is_found(network):
+    assert has_dropout(network)
+
+
+@pytest.mark.parametrize("network", FIXED.values(), ids=FIXED)
+def test_a_rate_of_zero_is_no_dropout(network):
+    assert not has_dropout(network)
+
+
+def test_what_is_no_marked_module_draws_the_same_numbers_again():
+    layer, x = torch.nn.Dropout(0.5), torch.ones(100, requires_grad=True)
+    made = gradient_checkpoint_forward(lambda seen: layer(seen) ** 2, True, False, x)
+    torch.manual_seed(3)  # what other code draws before the backward pass
+    made.sum().backward()
+    assert torch.equal(x.grad, 2 * made)
 
 
 # What runs again ------------------------------------------------------------------------------------------------------

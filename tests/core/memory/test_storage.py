@@ -14,6 +14,7 @@ from resumed import assert_same_run, final_weights, uninterrupted
 from safetensors import safe_open
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from diffsynth.core.loader import ModelConfig, save_safetensors
 from diffsynth.core.memory import MemoryRecipe
@@ -93,6 +94,33 @@ def assert_near(found, expected, tolerances: tuple[float, float]) -> None:
     assert ((found[0] - expected[0]).abs() / expected[0]).max() < of_loss
     assert 1 - torch.cosine_similarity(found[1], expected[1], dim=0) < of_gradient
     assert not torch.equal(found[0], expected[0])
+
+
+class Kernels(TorchDispatchMode):
+    """Names of the operations that compute; views and allocations do not."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.overloadpacket not in (torch.ops.aten.view, torch.ops.aten.detach, torch.ops.aten.empty_like):
+            self.names.append(func.overloadpacket.__name__)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_int8_is_decoded_in_one_kernel_and_rounded_once(dtype):
+    peaks = torch.tensor([0.0, 1e-38, 1e-3, 1.0, 3e38])[:, None]
+    weight = torch.cat([peaks, -peaks, peaks * torch.linspace(-1, 1, 500)], dim=1)
+    layer = StoredLinear(nn.Linear(*reversed(weight.shape)), "int8")
+    layer.load_state_dict(layer.encode(weight), strict=False)
+    with Kernels() as kernels:
+        found = layer.decode(dtype)
+    cast = layer.bits.view(torch.int8).to(dtype)
+    assert kernels.names == ["mul"] and found.dtype == dtype
+    assert torch.equal(found, cast.mul_(layer.scale.view(torch.float32)))
+    assert torch.equal(torch.compile(layer.decode, fullgraph=True, backend="aot_eager")(dtype), found)
 
 
 # What is kept ---------------------------------------------------------------------------------------------------------
