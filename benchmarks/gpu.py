@@ -14,6 +14,7 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from on_gpu import table
@@ -72,8 +73,6 @@ def measure_all(given: argparse.Namespace) -> None:
         table.append(given.out / "rows.jsonl", result)
         table.write(given.out)
         print(f"{row.name}: {result.get('error') or round(result['seconds'], 4)} ({result['took']} s)", flush=True)
-        if given.profile is None:
-            (given.out / f"{row.name}.json.gz").unlink(missing_ok=True)
 
 
 def names(rows: Sequence[BenchmarkRow]) -> list[str]:
@@ -86,14 +85,17 @@ def measured(row: BenchmarkRow, given: argparse.Namespace, seconds_left: float) 
     ends, plan = time.monotonic() + limit, start(row, "plan", given)
     if (os.cpu_count() or 1) < FEW_CORES:
         planned = result_of(plan, ends)
-        return planned | result_of(start(row, "measure", given), ends)
-    found = result_of(start(row, "measure", given), ends)
-    return result_of(plan, ends) | found
+        found = result_of(start(row, "measure", given), ends)
+    else:
+        found = result_of(start(row, "measure", given), ends)
+        planned = result_of(plan, ends)
+    return found | ({"plan_error": planned["error"]} if "error" in planned else planned)
 
 
 def start(row: BenchmarkRow, what: str, given: argparse.Namespace) -> subprocess.Popen:
     """Start this script to measure or to plan one row; it prints its result as the last line."""
     options = [f"--{what}={row.name}", f"--device={given.device}", f"--out={given.out}"]
+    options += [f"--profile={row.name}"] if given.profile else []
     options += [f"--steps={given.steps}", f"--warm-up={given.warm_up}", *["--tiny"] * given.tiny]
     threads = {"OMP_NUM_THREADS": "1"} if what == "plan" else {}
     return subprocess.Popen(
@@ -121,19 +123,21 @@ def result_of(process: subprocess.Popen, ends: float) -> dict[str, Any]:
 
 def alone(given: argparse.Namespace) -> None:
     """Measure or plan one row in this process, and print the result as a JSON line."""
-    measurement = measurement_of(matching(given.measure or given.plan)[0], given)
-    if given.plan:
-        if hasattr(os, "nice"):
-            os.nice(19)
-        print(json.dumps(measurement.plan()))
-    else:
-        print(json.dumps({**measurement.measure(), **machine(given.device)}))
+    with TemporaryDirectory() as folder:
+        measurement = measurement_of(matching(given.measure or given.plan)[0], given, Path(folder))
+        if given.plan:
+            if hasattr(os, "nice"):
+                os.nice(19)
+            print(json.dumps(measurement.plan()))
+        else:
+            print(json.dumps({**measurement.measure(), **machine(given.device)}))
 
 
-def measurement_of(row: BenchmarkRow, given: argparse.Namespace) -> Any:
+def measurement_of(row: BenchmarkRow, given: argparse.Namespace, folder: Path) -> Any:
     from on_gpu.measure import Measurement, Setting  # here, because the parent process needs no torch
 
-    return Measurement(row, Setting(given.device, given.out, given.tiny, given.warm_up, given.steps))
+    profile = given.out if given.profile else None
+    return Measurement(row, Setting(given.device, folder, profile, given.tiny, given.warm_up, given.steps))
 
 
 def machine(device: str) -> dict[str, str]:
@@ -145,14 +149,19 @@ def machine(device: str) -> dict[str, str]:
 
 
 def rehearse(given: argparse.Namespace) -> None:
-    """Plan and measure each kind of row on tiny models on the CPU, in this process; raises what goes wrong."""
+    """Measure each row on a tiny model, and plan one of each kind, in this process; raises what goes wrong."""
     from diffsynth.core.memory import compile as compilation
 
     compilation.BACKEND = "eager"  # inductor's C++ takes minutes
-    given.tiny, given.device, given.steps, given.warm_up = True, "cpu", 2, 1
+    given.tiny, given.device, given.steps, given.warm_up = True, "cpu", 1, 1
+    planned: dict[tuple, Any] = {}
     for row in distinct(matching(given.rows)):
-        measurement = measurement_of(row, given)
-        result = {"row": row.name, **measurement.plan(), **measurement.measure(), **machine(given.device)}
+        with TemporaryDirectory() as folder:
+            measurement = measurement_of(row, given, Path(folder))
+            first = planned.setdefault(measurement.kind, measurement)
+            plan = measurement.plan() if first is measurement else {}
+            measurement.meta_modules = first.meta_modules
+            result = {"row": row.name, **plan, **measurement.measure(), **machine(given.device)}
         table.append(given.out / "rows.jsonl", result)
     print(table.write(given.out))
 

@@ -19,13 +19,15 @@ class Setting:
 
     Args:
         device: `cuda`, `cpu` or `mps`.
-        folder: Folder for everything that is written.
+        folder: Folder for images, checkpoints and pictures.
+        profile: Folder of a trace of what GPU and CPU do; None traces the GPU alone, into `folder`, for its figures.
         tiny: Measure embedded models of 64 × 64 pixels instead of the released ones.
         warm_up, steps: Steps before the clock starts, and steps that are timed.
     """
 
     device: str
     folder: Path
+    profile: Path | None = None
     tiny: bool = False
     warm_up: int = 3
     steps: int = 20
@@ -34,12 +36,16 @@ class Setting:
 class Clock(AbstractContextManager):
     """Times the steps of a loop, and traces the steps after them; takes the place of `training.profile.Profile`."""
 
-    def __init__(self, setting: Setting, trace: Path):
-        self.setting, self.trace = setting, trace
+    def __init__(self, setting: Setting, name: str):
+        self.setting, self.trace = setting, (setting.profile or setting.folder) / f"{name}.json"
         self.times: list[float] = []
 
     def __enter__(self) -> "Clock":
-        self.profiler = torch.profiler.profile()
+        on_cpu, on_gpu = torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA
+        is_gpu = self.setting.device == "cuda"
+        self.profiler = torch.profiler.profile(
+            activities=[*[on_gpu] * is_gpu, *[on_cpu] * (self.setting.profile is not None or not is_gpu)]
+        )
         self.began = time.perf_counter()
         return self
 

@@ -35,6 +35,7 @@ from .rows import BenchmarkRow
 CONF = Path(__file__).parents[2] / "conf"
 PLAIN = MemoryRecipe()
 TINY = 64  # pixels; the side of the embedded models' images
+FEW = 3  # prompt lengths of a tiny model
 SHORTEST = 64  # tokens of the shortest prompt of a row with several lengths
 
 
@@ -118,9 +119,21 @@ class Measurement:
         """Bytes that plan.py predicts, and operations of a step without recomputation."""
         planner = Planner(self.run, self.meta_modules).quickest()
         peak = planner.plan(largest_only=True).worst.peak
+        return {"planned": self.run.estimated(peak), "planned_tensors": peak, "flops": self.flops}
+
+    @cached_property
+    def flops(self) -> float:
+        """Operations of one sample's forward and backward pass."""
         plain = self.run.variant(PLAIN)
         work = FewBlocks(self.meta_modules.of(plain), PLAIN).work([self.planned_row])
-        return {"planned": self.run.estimated(peak), "planned_tensors": peak, "flops": work.forward + work.backward}
+        return work.forward + work.backward
+
+    @property
+    def kind(self) -> tuple[object, ...]:
+        """What a plan's modules on the meta device depend on: rows of one kind can share them."""
+        given = self.row.arguments(self.setting.tiny)
+        names = ("model", "lora", "memory.trained_dtype", "memory.compile", "validation")
+        return (*map(given.get, names), self.row.encodes)
 
     # With it
 
@@ -133,11 +146,11 @@ class Measurement:
         if self.row.limit is not None and self.setting.device == "cuda":
             total = torch.cuda.get_device_properties(0).total_memory
             torch.cuda.set_per_process_memory_fraction(min(1.0, self.row.limit * 2**30 / total))
-        lengths = self.row.lengths
+        lengths = len(self.samples)
         setting = self.setting if lengths == 1 else replace(self.setting, warm_up=0, steps=2 * lengths)
-        clock = Clock(setting, self.setting.folder / f"{self.row.name}.json.gz")
+        clock = Clock(setting, self.row.name)
         loss = self.bare(clock) if self.row.bare else self.ours(clock)
-        figures = {**clock.figures(), **self.memory(), "loss": loss}
+        figures = {**clock.figures(), **self.memory(), "loss": loss, "samples": self.run.batch_size}
         figures["tokens_per_second"] = self.tokens / figures["seconds"]
         if lengths > 1:
             epochs = clock.timed[:lengths], clock.timed[lengths:]
@@ -153,7 +166,7 @@ class Measurement:
         keeps = any(argument.startswith("checkpoint.") for argument in self.row.overrides)
         run = replace(
             run,
-            dataset=run.dataset if self.row.encodes else Samples(self.samples()),
+            dataset=run.dataset if self.row.encodes else Samples(self.samples),
             export=NoExport(),
             checkpoint=run.checkpoint if keeps else None,
             logger=self.losses,
@@ -171,7 +184,7 @@ class Measurement:
     def bare(self, clock: Clock) -> float:
         """Train by the bare loop; return the last loss."""
         pipe = self.pipeline(torch.device(self.setting.device))
-        return bare.train(pipe, self.run.lora, self.samples()[0], self.run.memory.inputs, clock)
+        return bare.train(pipe, self.run.lora, self.samples[0], self.run.memory.inputs, clock)
 
     def pipeline(self, device: torch.device) -> BasePipeline:
         """The row's pipeline on the meta device, to be loaded to `device`."""
@@ -179,11 +192,13 @@ class Measurement:
         pipe.device = device
         return pipe
 
+    @cached_property
     def samples(self) -> list[Row]:
         """The rows of the data set, with prompts of as many lengths as the benchmark's row asks for."""
-        if self.row.lengths == 1:
+        lengths = min(self.row.lengths, FEW) if self.setting.tiny else self.row.lengths
+        if lengths == 1:
             return [with_values(self.planned_row)]
-        return [with_values(self.planned_row, SHORTEST + number) for number in range(self.row.lengths)]
+        return [with_values(self.planned_row, SHORTEST + number) for number in range(lengths)]
 
     def memory(self) -> dict[str, int]:
         """Most bytes of the card that tensors took, and that its allocator kept; nothing without a card."""

@@ -1,6 +1,5 @@
 """What a trace of torch's profiler says of a GPU: when it computed, when it copied, when the CPU waited for it."""
 
-import gzip
 import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -12,9 +11,8 @@ WAITS = ("cudaStreamSynchronize", "cudaDeviceSynchronize", "cudaEventSynchronize
 
 
 def read(path: Path) -> list[dict]:
-    """The events of a trace file, gzipped JSON."""
-    with gzip.open(path, "rt") as file:
-        return json.load(file)["traceEvents"]
+    """The events of a trace file."""
+    return json.loads(path.read_text(encoding="utf-8"))["traceEvents"]
 
 
 def figures(events: Sequence[dict], steps: int) -> dict[str, float | None]:
