@@ -1,6 +1,7 @@
 """What holds for every model family; a new one is a row in families.py."""
 
 import inspect
+import traceback
 from functools import partial
 
 import numpy as np
@@ -10,17 +11,20 @@ import torch
 from families import FAMILIES, Family, of_families, pairs
 from PIL import Image
 from torch.testing import assert_close
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from diffsynth.cache.make import launch_data_process_task
-from diffsynth.core.data import CachedDataset, Row, Sample, UnifiedDataset
+from diffsynth.core.data import CachedDataset, Row, Sample, SampleAddress, UnifiedDataset
 from diffsynth.core.loader import save_safetensors
 from diffsynth.core.memory.storage import stored_layers
 from diffsynth.diffusion.adapters.lora import LoRA
 from diffsynth.diffusion.base_pipeline import BasePipeline
 from diffsynth.diffusion.pipeline.components import Network
+from diffsynth.diffusion.pipeline.remembered import UnitMemory
 from diffsynth.diffusion.pipeline.request import ImageRequest, defaults_of
 from diffsynth.diffusion.pipeline.samplers import SAMPLERS
 from diffsynth.diffusion.pipeline.vae import Latents
+from diffsynth.diffusion.randomness import SampleRNG
 from diffsynth.training.accelerator import make_accelerator
 
 REQUEST = {"prompt": "a red apple", "seed": 1, "height": 48, "width": 32, "num_inference_steps": 3, "cfg_scale": 1.0}
@@ -250,6 +254,41 @@ def test_checkpointing_changes_nothing(family: Family, trained, lora):
     ]
     for found in checkpointed:
         assert_close(found, plain, atol=1e-6, rtol=1e-5)
+
+
+class BlockingCopies(TorchDispatchMode):
+    """Notes where tensors go from the CPU to the device other than by `host_memory.sent`, which does not wait."""
+
+    def __init__(self):
+        super().__init__()
+        self.found: list[str] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        made = func(*args, **kwargs or {})
+        devices = {tensor.device.type for tensor in (made, *args) if isinstance(tensor, torch.Tensor)}
+        if func._overloadpacket in (torch.ops.aten._to_copy, torch.ops.aten.copy_) and len(devices) > 1:
+            stack = traceback.extract_stack()
+            ours = [str(call) for call in stack if "diffsynth" in call.filename]
+            self.found += ours[-1:] if all(call.name != "sent" for call in stack) else []
+        return made
+
+
+@of_families
+def test_a_micro_batch_reads_no_value_from_its_device_and_sends_without_waiting(family: Family):
+    """Once its inputs are remembered. The device is `meta`, which refuses to tell a value."""
+    module, memory = family.module(lora=LORA, checkpointing="blocks").load(), UnitMemory(1.0)
+    rng, rows = SampleRNG(0, [SampleAddress(0, number) for number in range(2)]), samples(family)[1:]
+
+    def micro_batch() -> BlockingCopies:
+        with BlockingCopies() as copies:
+            module.loss(rows, rng, memory).mean().backward()
+        return copies
+
+    micro_batch()
+    module.to("meta").zero_grad()
+    module.pipe.device = torch.device("meta")
+    micro_batch()  # libraries keep tables on each device
+    assert micro_batch().found == []
 
 
 @of_families

@@ -460,7 +460,9 @@ ENDPOINT = {"modelscope": "MODELSCOPE_ENDPOINT", "huggingface": "HF_ENDPOINT"}
 RESOLVE = """
 import sys
 from concurrent.futures import ThreadPoolExecutor
+import huggingface_hub, modelscope
 from diffsynth.core.loader import ModelConfig
+huggingface_hub.snapshot_download, modelscope.snapshot_download  # two threads at once cannot import them
 def resolve(pattern):
     return ModelConfig(model_id=sys.argv[1], origin_file_pattern=pattern).resolve()
 files = []

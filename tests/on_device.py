@@ -1,4 +1,4 @@
-"""Run the entry scripts in miniature on the GPU."""
+"""Trainings in miniature on a GPU, for tests/cuda; `CUDA_TESTS_ON=cpu` tries those tests out on the CPU."""
 
 import os
 from pathlib import Path
@@ -9,6 +9,11 @@ import torch
 
 DEVICE = os.environ.get("CUDA_TESTS_ON", "cuda")
 ON = (f"device={DEVICE}", "deterministic=true")  # only so are a GPU's results equal to the last bit
+
+
+def is_present() -> bool:
+    """Whether tests of the GPU can run."""
+    return DEVICE == "cpu" or torch.cuda.is_available()
 
 
 def train(folder: Path, *overrides: str) -> Path:
