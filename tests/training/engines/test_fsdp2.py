@@ -19,3 +19,10 @@ def test_between_micro_batches_a_process_holds_its_shard_of_the_gradients_and_th
             (network(batch).mean() / fsdp2_ranks.BATCHES / 2).backward()
     for name, parameter in network.named_parameters():
         torch.testing.assert_close(saved["gradients"][name], parameter.grad)
+
+
+def test_full_training_gathers_weights_in_16_bits_and_keeps_them_and_their_gradients_in_32(tmp_path):
+    assert warm.ranks(2, fsdp2_ranks.gather, str(tmp_path)) == [0, 0]
+    found = torch.load(tmp_path / "dtypes.pt", weights_only=True)
+    assert found["full"] == [torch.bfloat16, torch.float32, torch.float32]
+    assert found["adapter"][0] == torch.float32  # as they are
