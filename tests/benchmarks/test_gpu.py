@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import subprocess
 import sys
 
@@ -38,6 +39,13 @@ def test_every_row_can_be_measured(benchmark, tmp_path, capsys):
     assert ours == pytest.approx(bare, rel=0.5)  # of one network with random weights
     table = (tmp_path / "table.md").read_text()
     assert table in capsys.readouterr().out and len(table.splitlines()) == len(found) + 2
+
+
+def test_the_page_lists_every_row(benchmark):
+    from on_gpu.rows import ROWS
+
+    page = (tiny.ROOT / "docs" / "performance.md").read_text()
+    assert re.findall(r"^\| `(\S+-\d+-\S+)` \|", page, re.MULTILINE) == [row.name for row in ROWS]
 
 
 def test_rows_that_fit_into_the_time_are_chosen_the_valuable_ones_first(benchmark):
