@@ -20,6 +20,8 @@ from typing import Any
 from on_gpu import table
 from on_gpu.rows import ROWS, BenchmarkRow, distinct, fitting, matching
 
+from diffsynth.config.command_line import let_segments_grow
+
 FEW_CORES = 4  # with fewer, a plan beside the measurement would slow it down
 PATIENCE = 4  # a row may take so many times its expected seconds, and a minute
 
@@ -123,6 +125,7 @@ def result_of(process: subprocess.Popen, ends: float) -> dict[str, Any]:
 
 def alone(given: argparse.Namespace) -> None:
     """Measure or plan one row in this process, and print the result as a JSON line."""
+    let_segments_grow()
     with TemporaryDirectory() as folder:
         measurement = measurement_of(matching(given.measure or given.plan)[0], given, Path(folder))
         if given.plan:

@@ -1,5 +1,6 @@
 """Measures one row: builds its run, plans it, and times its steps in our loop or in the bare loop."""
 
+import math
 import statistics
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -142,6 +143,7 @@ class Measurement:
 
         Raises:
             torch.OutOfMemoryError: The row needs more memory than it may take.
+            FloatingPointError: The loss is not finite.
         """
         if self.row.limit is not None and self.setting.device == "cuda":
             total = torch.cuda.get_device_properties(0).total_memory
@@ -150,6 +152,8 @@ class Measurement:
         setting = self.setting if lengths == 1 else replace(self.setting, warm_up=0, steps=2 * lengths)
         clock = Clock(setting, self.row.name)
         loss = self.bare(clock) if self.row.bare else self.ours(clock)
+        if not math.isfinite(loss):
+            raise FloatingPointError(f"the loss is {loss} after {clock.total} steps")
         figures = {**clock.figures(), **self.memory(), "loss": loss, "samples": self.run.batch_size}
         figures["tokens_per_second"] = self.tokens / figures["seconds"]
         if lengths > 1:
@@ -179,7 +183,7 @@ class Measurement:
         if self.row.attention is not None:
             pipe.network.set_attention_backend(self.row.attention)
         trainer.fit()
-        return self.losses.metrics["loss"]
+        return self.losses.metrics.get("loss", math.nan)  # which is left out if every step was skipped
 
     def bare(self, clock: Clock) -> float:
         """Train by the bare loop; return the last loss."""

@@ -25,7 +25,7 @@ HELP = ({"-h"}, {"--help"})
 def run_main(main: Callable[[], None]) -> None:
     """Call a function that `hydra.main` decorates; a mistake in the configuration exits with an error of one line."""
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # otherwise Hydra prints its errors and exits
-    _let_segments_grow()
+    let_segments_grow()
     try:
         flags = {argument for argument in sys.argv[1:] if argument.startswith("-")}
         if flags in HELP:  # with other flags, Hydra shows its own help
@@ -41,7 +41,7 @@ def run_main(main: Callable[[], None]) -> None:
         sys.exit(f"error: {error}; set {_folder_key()}=… to a folder that can be written to.")
 
 
-def _let_segments_grow() -> None:
+def let_segments_grow() -> None:
     """Let CUDA's allocator extend its segments, so that batches of many sizes leave few holes; before torch starts."""
     names = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")  # the second is the name before torch 2.9
     if sys.platform == "linux" and not os.environ.keys() & set(names):

@@ -81,6 +81,15 @@ def started(code: str) -> subprocess.Popen:
     return subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
+def test_a_loss_that_is_not_finite_is_a_failure(benchmark, monkeypatch, tmp_path):
+    from on_gpu.measure import Measurement, Setting
+
+    monkeypatch.setattr(Measurement, "bare", lambda self, clock: math.nan)
+    (row,) = benchmark.matching("qwen_image-1024-blocks-bare")
+    with pytest.raises(FloatingPointError, match="loss is nan"):
+        Measurement(row, Setting("cpu", tmp_path, tiny=True)).measure()
+
+
 def test_a_trace_says_when_the_gpu_was_idle_and_which_copies_were_hidden(benchmark):
     from on_gpu.traces import figures
 
