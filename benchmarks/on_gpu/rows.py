@@ -50,6 +50,12 @@ class BenchmarkRow:
             given |= {name: str(min(most, int(given[name]))) for name, most in TINY.items() if name in given}
         return given
 
+    @property
+    def kind(self) -> tuple[object, ...]:
+        """The row's options on a tiny model, whichever it is."""
+        options = {name: value for name, value in self.arguments(tiny=True).items() if name != "model"}
+        return (*sorted(options.items()), self.bare, self.encodes, self.lengths > 1)
+
 
 def row(name: str, *overrides: str, **settings) -> BenchmarkRow:
     """A row whose name begins with its model and the side of its images, `<model>-<pixels>-…`."""
@@ -146,6 +152,10 @@ def fitting(rows: Sequence[BenchmarkRow], seconds: float) -> list[BenchmarkRow]:
 
 
 def distinct(rows: Sequence[BenchmarkRow]) -> list[BenchmarkRow]:
-    """One of all rows that are equal on tiny models; attention backends are those of GPUs."""
-    kinds = {(*row.arguments(tiny=True).items(), row.bare, row.encodes, row.lengths > 1): row for row in reversed(rows)}
-    return [row for row in rows if row in kinds.values()]
+    """The first row of each model, and one of all rows whose options are equal on tiny models.
+
+    Attention backends are those of GPUs.
+    """
+    models = {MODELS[row.model]: row for row in reversed(rows)}
+    kinds = {row.kind: row for row in reversed(rows)}
+    return [row for row in rows if row in models.values() or row in kinds.values()]
