@@ -8,6 +8,7 @@ most valuable first; its result is appended to OUT/rows.jsonl, and OUT/table.md 
 
 import argparse
 import json
+import math
 import os
 import subprocess
 import sys
@@ -22,8 +23,9 @@ from on_gpu.rows import ROWS, BenchmarkRow, distinct, fitting, matching
 
 from diffsynth.config.command_line import let_segments_grow
 
-FEW_CORES = 4  # with fewer, a plan beside the measurement would slow it down
-PATIENCE = 4  # a row may take so many times its expected seconds, and a minute
+FEW_CORES = 4  # a guess: with fewer, a plan beside the measurement would slow it down
+PATIENCE = 4  # a guess: a row may take so many times its expected seconds, and a minute
+LINES = 20  # the last ones that a process that failed has printed are kept
 
 
 def parsed(arguments: Sequence[str] | None = None) -> argparse.Namespace:
@@ -31,22 +33,28 @@ def parsed(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--minutes", type=float, help="measure the rows that fit into this time; default: all")
     parser.add_argument("--rows", default="*", metavar="GLOB", help="names of rows, such as 'qwen_image-1024-*'")
     parser.add_argument("--list", action="store_true", help="print the rows and their arguments of train.py, and end")
-    parser.add_argument("--profile", metavar="ROW", help="measure this row only, and keep its trace in OUT")
+    parser.add_argument("--profile", metavar="GLOB", help="measure these rows only, and keep their traces in OUT")
     parser.add_argument("--resume", action="store_true", help="skip rows that OUT/rows.jsonl has measured already")
     parser.add_argument("--rehearse", action="store_true", help="run every kind of row on tiny models, in one process")
     parser.add_argument("--tiny", action="store_true", help="measure embedded models instead of the released ones")
     parser.add_argument("--device", default="cuda", help="cuda, cpu or mps")
-    parser.add_argument("--steps", type=int, default=20, help="steps that are timed")
-    parser.add_argument("--warm-up", type=int, default=3, help="steps before them")
+    parser.add_argument("--steps", type=at_least_one, default=20, help="steps that are timed")
+    parser.add_argument("--warm-up", type=at_least_one, default=3, help="steps before them")
     parser.add_argument("--out", type=Path, default=Path("outputs/gpu"), help="folder of the results")
     parser.add_argument("--measure", metavar="ROW", help=argparse.SUPPRESS)
     parser.add_argument("--plan", metavar="ROW", help=argparse.SUPPRESS)
     return parser.parse_args(arguments)
 
 
+def at_least_one(text: str) -> int:
+    """A whole number from 1 on, for argparse."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text} is no whole number from 1 on")
+    return int(text)
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     given = parsed(arguments)
-    given.out.mkdir(parents=True, exist_ok=True)
     if given.list:
         print(*(f"{row.name}: {' '.join(map('='.join, row.arguments(given.tiny).items()))}" for row in ROWS), sep="\n")
     elif given.measure or given.plan:
@@ -60,11 +68,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def measure_all(given: argparse.Namespace) -> None:
     """Measure the rows that are asked for, each in a process of its own, as long as there is time."""
-    rows = matching(given.profile or given.rows)
-    if given.resume:
-        done = table.read(given.out / "rows.jsonl")
-        rows = [row for row in rows if "error" in done.get(row.name, {"error": "not measured"})]
-    ends = time.monotonic() + (given.minutes or 1e9) * 60
+    given.out.mkdir(parents=True, exist_ok=True)
+    done = table.read(given.out / "rows.jsonl") if given.resume else {}
+    rows = [row for row in matching(given.profile or given.rows) if "seconds" not in done.get(row.name, {})]
+    ends = time.monotonic() + 60 * (math.inf if given.minutes is None else given.minutes)
     rows = fitting(rows, ends - time.monotonic())
     print(f"{len(rows)} rows, {sum(row.seconds for row in rows) / 60:.0f} minutes expected:", *names(rows), flush=True)
     for row in rows:
@@ -74,7 +81,8 @@ def measure_all(given: argparse.Namespace) -> None:
         result = {"row": row.name, **measured(row, given, ends - began), "took": round(time.monotonic() - began, 1)}
         table.append(given.out / "rows.jsonl", result)
         table.write(given.out)
-        print(f"{row.name}: {result.get('error') or round(result['seconds'], 4)} ({result['took']} s)", flush=True)
+        found = result.get("error") or f"{result['seconds']:.4f} s/step"
+        print(f"{row.name}: {found} (took {result['took']} s)", flush=True)
 
 
 def names(rows: Sequence[BenchmarkRow]) -> list[str]:
@@ -84,13 +92,14 @@ def names(rows: Sequence[BenchmarkRow]) -> list[str]:
 def measured(row: BenchmarkRow, given: argparse.Namespace, seconds_left: float) -> dict[str, Any]:
     """Measure a row and plan it, each in a process, at once if there are cores enough; errors become results."""
     limit = min(seconds_left, PATIENCE * row.seconds + 60)
-    ends, plan = time.monotonic() + limit, start(row, "plan", given)
+    measurement = start(row, "measure", given)
     if (os.cpu_count() or 1) < FEW_CORES:
-        planned = result_of(plan, ends)
-        found = result_of(start(row, "measure", given), ends)
+        found = result_of(measurement, limit)
+        planned = result_of(start(row, "plan", given), limit)
     else:
-        found = result_of(start(row, "measure", given), ends)
-        planned = result_of(plan, ends)
+        plan = start(row, "plan", given)
+        found = result_of(measurement, limit)
+        planned = result_of(plan, limit)
     return found | ({"plan_error": planned["error"]} if "error" in planned else planned)
 
 
@@ -109,18 +118,18 @@ def start(row: BenchmarkRow, what: str, given: argparse.Namespace) -> subprocess
     )
 
 
-def result_of(process: subprocess.Popen, ends: float) -> dict[str, Any]:
-    """Wait for a process of `start` until the time `ends`; a failure becomes `error`, the last line it printed."""
+def result_of(process: subprocess.Popen, limit: float) -> dict[str, Any]:
+    """Wait at most `limit` seconds for a process of `start`; a failure becomes `error`, the last line it printed."""
     try:
-        output, errors = process.communicate(timeout=max(1.0, ends - time.monotonic()))
+        output, errors = process.communicate(timeout=limit)
     except subprocess.TimeoutExpired:
         process.kill()
         process.communicate()
-        return {"error": "took too long"}
+        return {"error": f"no result within {limit:.0f} s; leave out --minutes for more time"}
     if process.returncode == 0:
         return json.loads(output.splitlines()[-1])
     lines = errors.strip().splitlines() or [f"ended with exit code {process.returncode}"]
-    return {"error": lines[-1]}
+    return {"error": lines[-1], "printed": lines[-LINES:]}
 
 
 def alone(given: argparse.Namespace) -> None:
@@ -157,6 +166,7 @@ def rehearse(given: argparse.Namespace) -> None:
 
     compilation.BACKEND = "eager"  # inductor's C++ takes minutes
     given.tiny, given.device, given.steps, given.warm_up = True, "cpu", 1, 1
+    given.out.mkdir(parents=True, exist_ok=True)
     planned: dict[tuple, Any] = {}
     for row in distinct(matching(given.rows)):
         with TemporaryDirectory() as folder:

@@ -19,11 +19,10 @@ from .networks import random_weights
 
 
 def network_with_adapter(pipe: BasePipeline, lora: LoRA) -> list[nn.Parameter]:
-    """Give the pipeline diffusers' own network with random weights and a LoRA by peft; return what is trained."""
+    """Give the pipeline diffusers' own network, random weights and a LoRA by peft; return the LoRA's parameters."""
     root = pipe.in_iteration_models[0]
-    with init_empty_weights(
-        include_buffers=False
-    ):  # anew, so that it has diffusers' attention processors instead of ours
+    # A new network, because the pipeline's has our attention processors.
+    with init_empty_weights(include_buffers=False):
         fresh = type(pipe.network).from_config(pipe.network.config)
     setattr(pipe, root, fresh)
     with random_weights():
@@ -36,7 +35,7 @@ def network_with_adapter(pipe: BasePipeline, lora: LoRA) -> list[nn.Parameter]:
 
 
 def train(pipe: BasePipeline, lora: LoRA, row: Row, memory: Mapping[str, bool], clock: Clock) -> float:
-    """Train until the clock has what it needs, and return the last loss.
+    """Train until the clock has what it needs, and return the mean loss.
 
     Args:
         row: The inputs of every step.
@@ -46,15 +45,17 @@ def train(pipe: BasePipeline, lora: LoRA, row: Row, memory: Mapping[str, bool], 
     optimizer = torch.optim.AdamW(trained, lr=1e-4, fused=True)
     inputs: dict[str, Any] = {**row.made["shared"], **row.made["posi"], **memory}
     step = flow_matching(pipe, collate([to_device(inputs, pipe.device)]))
+    losses: list[Tensor] = []
     with clock:
         for _ in range(clock.total):
             loss = step()
+            losses.append(loss.detach())
             loss.backward()
             torch.nn.utils.clip_grad_norm_(trained, 1.0)
             optimizer.step()
             optimizer.zero_grad()
             clock.step()
-    return loss.item()
+    return torch.stack(losses).mean().item()
 
 
 def flow_matching(pipe: BasePipeline, inputs: dict[str, Any]) -> Callable[[], Tensor]:

@@ -22,7 +22,7 @@ from diffsynth.plan.few_blocks import FewBlocks
 from diffsynth.plan.meta_module import MetaModules
 from diffsynth.plan.meta_pipeline import meta_pipeline
 from diffsynth.plan.plan import Planner
-from diffsynth.plan.run import PlacedRun, PlanRun
+from diffsynth.plan.run import CUDA_CONTEXT, PlacedRun, PlanRun
 from diffsynth.training.absent import NoLogger
 from diffsynth.training.accelerator import make_accelerator
 from diffsynth.training.engines import choose_engine
@@ -30,14 +30,14 @@ from diffsynth.training.loop import Trainer
 
 from . import bare
 from .clock import Clock, Setting
-from .networks import Samples, random_weights, with_values
+from .networks import Samples, random_weights, with_random_values
 from .rows import BenchmarkRow
 
 CONF = Path(__file__).parents[2] / "conf"
 PLAIN = MemoryRecipe()
-TINY = 64  # pixels; the side of the embedded models' images
+TINY_SIDE = 64  # pixels; the side of the embedded models' images
 FEW = 3  # prompt lengths of a tiny model
-SHORTEST = 64  # tokens of the shortest prompt of a row with several lengths
+SHORTEST = 64  # a guess; tokens of the shortest prompt of a row with several lengths
 
 
 class LastLoss(NoLogger):
@@ -104,7 +104,7 @@ class Measurement:
     @property
     def side(self) -> int:
         """Height and width of the images in pixels."""
-        return TINY if self.setting.tiny else self.row.pixels
+        return TINY_SIDE if self.setting.tiny else self.row.pixels
 
     @cached_property
     def meta_modules(self) -> MetaModules:
@@ -147,7 +147,8 @@ class Measurement:
         """
         if self.row.limit is not None and self.setting.device == "cuda":
             total = torch.cuda.get_device_properties(0).total_memory
-            torch.cuda.set_per_process_memory_fraction(min(1.0, self.row.limit * 2**30 / total))
+            limit = self.row.limit * 2**30 - CUDA_CONTEXT  # which only the allocator keeps
+            torch.cuda.set_per_process_memory_fraction(min(1.0, limit / total))
         lengths = len(self.samples)
         setting = self.setting if lengths == 1 else replace(self.setting, warm_up=0, steps=2 * lengths)
         clock = Clock(setting, self.row.name)
@@ -186,7 +187,7 @@ class Measurement:
         return self.losses.metrics.get("loss", math.nan)  # which is left out if every step was skipped
 
     def bare(self, clock: Clock) -> float:
-        """Train by the bare loop; return the last loss."""
+        """Train by the bare loop; return the mean loss."""
         pipe = self.pipeline(torch.device(self.setting.device))
         return bare.train(pipe, self.run.lora, self.samples[0], self.run.memory.inputs, clock)
 
@@ -201,14 +202,22 @@ class Measurement:
         """The rows of the data set, with prompts of as many lengths as the benchmark's row asks for."""
         lengths = min(self.row.lengths, FEW) if self.setting.tiny else self.row.lengths
         if lengths == 1:
-            return [with_values(self.planned_row)]
-        return [with_values(self.planned_row, SHORTEST + number) for number in range(lengths)]
+            return [with_random_values(self.planned_row)]
+        return [with_random_values(self.planned_row, SHORTEST + number) for number in range(lengths)]
 
     def memory(self) -> dict[str, int]:
-        """Most bytes of the card that tensors took, and that its allocator kept; nothing without a card."""
+        """Most bytes of the card that tensors took, and that its allocator kept; what is taken besides; or nothing.
+
+        The last figure is that of CUDA's context and libraries if no other process uses the card.
+        """
         if self.setting.device != "cuda":
             return {}
-        return {"allocated": torch.cuda.max_memory_allocated(), "reserved": torch.cuda.max_memory_reserved()}
+        free, total = torch.cuda.mem_get_info()
+        return {
+            "allocated": torch.cuda.max_memory_allocated(),
+            "reserved": torch.cuda.max_memory_reserved(),
+            "context": total - free - torch.cuda.memory_reserved(),
+        }
 
     @property
     def tokens(self) -> int:

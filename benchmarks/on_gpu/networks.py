@@ -12,8 +12,8 @@ from diffsynth.core.loader import load_weights
 from diffsynth.core.memory.storage import stored_layers
 from diffsynth.diffusion.pipeline import networks
 
-DEVIATION = 0.02  # of the weights: as most networks are initialised, so that activations stay finite
-TILE = 1 << 20  # random numbers that a weight repeats; drawing 20 billion of them on a CPU would take minutes
+DEVIATION = 0.02  # of the weights; a guess: activations stay finite
+TILE = 1 << 20  # random numbers that a weight repeats, because a CPU would take minutes for 20 billion; a guess
 
 
 @contextmanager
@@ -67,7 +67,7 @@ class Samples(TrainingData):
         return self.rows[index]
 
 
-def with_values(row: Row, tokens: int | None = None) -> Row:
+def with_random_values(row: Row, tokens: int | None = None) -> Row:
     """A planned row (all zeros) with random values; `tokens` shortens its prompt to that many."""
     made = {
         side: {name: _value(value, tokens if name.startswith("prompt_emb") else None) for name, value in inputs.items()}

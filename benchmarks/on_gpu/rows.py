@@ -2,12 +2,13 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from difflib import get_close_matches
 from fnmatch import fnmatch
 
 # Each released model, and the embedded model of the same classes that takes its place with `--tiny`.
 MODELS = {"qwen_image": "emoji", "flux2_klein_4b": "emoji_flux2", "flux2_klein_9b": "emoji_flux2"}
 
-TINY = {"lora.rank": 4, "memory.stream_blocks": 3}  # the most that the embedded models' widths and blocks allow
+MOST = {"lora.rank": 4, "memory.stream_blocks": 3}  # the most that the embedded models' widths and blocks allow
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,7 +48,7 @@ class BenchmarkRow:
         given |= {"memory.checkpointing": "blocks", **dict(override.split("=", 1) for override in self.overrides)}
         if tiny:
             given |= {"model": MODELS[self.model], "model.torch_dtype": "bfloat16"}
-            given |= {name: str(min(most, int(given[name]))) for name, most in TINY.items() if name in given}
+            given |= {name: str(min(most, int(given[name]))) for name, most in MOST.items() if name in given}
         return given
 
     @property
@@ -137,7 +138,9 @@ def matching(pattern: str) -> list[BenchmarkRow]:
     """
     found = [each for each in ROWS if fnmatch(each.name, pattern)]
     if not found:
-        raise SystemExit(f"No row is called {pattern!r}; `python benchmarks/gpu.py --list` lists all.")
+        nearest = get_close_matches(pattern, [each.name for each in ROWS], 1)
+        hint = f"; did you mean {nearest[0]}?" if nearest else ""
+        raise SystemExit(f"no row has a name like {pattern!r}{hint or ";"} `python benchmarks/gpu.py --list` lists all.")
     return found
 
 

@@ -3,12 +3,16 @@
 import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from diffsynth.core.files import write_text
 
-# Dense bf16 operations a second, by what the card's name contains: the makers' data sheets.
+# Dense bf16 operations a second, from the makers' data sheets. The first name that the card's own contains counts; cards
+# of laptops have the names of desktops' and other peaks.
 PEAKS = {
+    "Laptop": None,
+    "H100 PCIe": 756e12,
+    "H100 NVL": 835e12,
     "H100": 989e12,
     "H200": 989e12,
     "A100": 312e12,
@@ -19,48 +23,55 @@ PEAKS = {
 }
 
 GIB = 2**30
+
+
+class Column(NamedTuple):
+    """How a figure is printed: its key in a result, its format, and what it is divided by before."""
+
+    key: str
+    form: str
+    unit: float = 1
+
+
 COLUMNS = {
-    "s/step": lambda r: f"{r['seconds']:.3f}",
-    "slowest": lambda r: f"{r['slowest']:.2f}",
-    "first": lambda r: f"{r['first']:.1f}",
-    "allocated, GiB": lambda r: f"{r['allocated'] / GIB:.2f}",
-    "reserved": lambda r: f"{r['reserved'] / GIB:.2f}",
-    "planned tensors": lambda r: f"{r['planned_tensors'] / GIB:.2f}",
-    "planned": lambda r: f"{r['planned'] / GIB:.2f}",
-    "image tokens/s": lambda r: f"{r['tokens_per_second']:.0f}",
-    "TFLOP/s": lambda r: f"{r['flops'] * r['samples'] / r['seconds'] / 1e12:.0f}",
-    "MFU": lambda r: f"{r['flops'] * r['samples'] / r['seconds'] / peak_of(r['device']):.0%}",
-    "idle": lambda r: f"{r['idle']:.0%}",
-    "copies hidden": lambda r: f"{r['hidden']:.0%}",
-    "kernels": lambda r: f"{r['kernels']:.0f}",
-    "waits": lambda r: f"{r['waits']:.0f}",
-    "loss": lambda r: f"{r['loss']:.3f}",
-    "epochs, s/step": lambda r: f"{r['first_epoch']:.3f}, {r['second_epoch']:.3f}",
+    "s/step": Column("seconds", "{:.3f}"),
+    "slowest": Column("slowest", "{:.2f}"),
+    "first": Column("first", "{:.1f}"),
+    "allocated, GiB": Column("allocated", "{:.2f}", GIB),
+    "reserved": Column("reserved", "{:.2f}", GIB),
+    "context": Column("context", "{:.2f}", GIB),
+    "planned tensors": Column("planned_tensors", "{:.2f}", GIB),
+    "planned": Column("planned", "{:.2f}", GIB),
+    "image tokens/s": Column("tokens_per_second", "{:.0f}"),
+    "TFLOP/s": Column("flops_per_second", "{:.0f}", 1e12),
+    "MFU": Column("utilisation", "{:.0%}"),
+    "idle": Column("idle", "{:.0%}"),
+    "copies hidden": Column("hidden", "{:.0%}"),
+    "kernels": Column("kernels", "{:.0f}"),
+    "waits": Column("waits", "{:.0f}"),
+    "mean loss": Column("loss", "{:.3f}"),
+    "first epoch, s/step": Column("first_epoch", "{:.3f}"),
+    "second": Column("second_epoch", "{:.3f}"),
 }
 
 
 def append(file: Path, result: Mapping[str, Any]) -> None:
-    """Append one result as a JSON line."""
+    """Append one result as a JSON line, also to a file whose last line was cut off by a kill."""
+    is_cut_off = file.exists() and not file.read_bytes().endswith(b"\n")
     with file.open("a", encoding="utf-8") as lines:
-        lines.write(json.dumps(result) + "\n")
-        lines.flush()
+        lines.write("\n" * is_cut_off + json.dumps(result) + "\n")
 
 
 def read(file: Path) -> dict[str, dict[str, Any]]:
-    """The newest result of each row, by name."""
-    if not file.exists():
-        return {}
-    results = map(json.loads, file.read_text(encoding="utf-8").splitlines())
+    """The newest result of each row, by name; lines that were cut off are left out."""
+    lines = file.read_text(encoding="utf-8").splitlines() if file.exists() else []
+    results = [json.loads(line) for line in lines if line.startswith("{") and line.endswith("}")]
     return {result["row"]: result for result in results}
 
 
-def peak_of(device: str) -> float:
-    """Peak operations a second of a card.
-
-    Raises:
-        IndexError: It is not listed.
-    """
-    return [peak for name, peak in PEAKS.items() if name in device][0]
+def peak_of(device: str) -> float | None:
+    """Peak operations a second of a card; None if it is not known."""
+    return next((peak for name, peak in PEAKS.items() if name in device), None)
 
 
 def table(results: Iterable[Mapping[str, Any]]) -> str:
@@ -73,14 +84,20 @@ def table(results: Iterable[Mapping[str, Any]]) -> str:
 def _cells(result: Mapping[str, Any]) -> list[str]:
     if "error" in result:
         return [result["row"], result["error"].replace("|", "/"), *[""] * (len(COLUMNS) - 1)]
-    return [result["row"], *(_cell(form, result) for form in COLUMNS.values())]
+    figures = {**result, **_utilisation(result)}
+    return [result["row"], *(_cell(column, figures.get(column.key)) for column in COLUMNS.values())]
 
 
-def _cell(form: Any, result: Mapping[str, Any]) -> str:
-    try:
-        return form(result)
-    except (KeyError, TypeError, IndexError):  # not measured on this device, or of an unlisted card
-        return ""
+def _utilisation(result: Mapping[str, Any]) -> dict[str, float | None]:
+    """Operations a second, and their share of the card's peak; nothing without a plan, which counts them."""
+    if "flops" not in result:
+        return {}
+    found, peak = result["flops"] * result["samples"] / result["seconds"], peak_of(result["device"])
+    return {"flops_per_second": found, "utilisation": found / peak if peak else None}
+
+
+def _cell(column: Column, value: float | None) -> str:
+    return "" if value is None else column.form.format(value / column.unit)
 
 
 def write(folder: Path) -> str:

@@ -20,7 +20,8 @@ def figures(events: Sequence[dict], steps: int) -> dict[str, float | None]:
 
     Returns:
         `idle`: share of the time from the first kernel to the last in which no kernel ran; `hidden`: share of the
-        copies' time in which kernels ran, too; `kernels`, `waits`: kernels, and calls that wait for the GPU, a step.
+        copies' time in which kernels ran, too; `kernels`, `waits`: kernels, and calls that wait for the GPU, a step,
+        without the clock's own wait.
     """
     kernels = joined(spans(events, ("kernel",)))
     if not kernels:
@@ -31,7 +32,7 @@ def figures(events: Sequence[dict], steps: int) -> dict[str, float | None]:
         "idle": 1 - computing / (kernels[-1][1] - kernels[0][0]),
         "hidden": 1 - (length(joined([*kernels, *copies])) - computing) / copying if copying else None,
         "kernels": len(list(spans(events, ("kernel",)))) / steps,
-        "waits": sum(event.get("name") in WAITS for event in events) / steps,
+        "waits": sum(event.get("name") in WAITS for event in events) / steps - 1,
     }
 
 

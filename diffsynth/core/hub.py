@@ -42,7 +42,7 @@ def answers(endpoint: str) -> bool:
 
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Inside, no other process is in this block for the same folder; on a shared file system, none of another machine.
+    """Only one process at a time runs this block for a folder, also across machines that share the file system.
 
     The lock is an empty hidden file beside the folder. It stays: if it were deleted, a process that waits for the old
     file and one that makes a new file could both be inside.

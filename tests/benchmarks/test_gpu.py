@@ -56,6 +56,35 @@ def test_rows_that_fit_into_the_time_are_chosen_the_valuable_ones_first(benchmar
     assert sum(row.seconds for row in fitting(ROWS, 540)) <= 540
 
 
+def test_a_line_of_the_table_has_every_figure_and_no_more_than_was_measured(benchmark):
+    from on_gpu.table import GIB, table
+
+    times = {"seconds": 0.5, "slowest": 0.75, "first": 9.0, "first_epoch": 0.625, "second_epoch": 0.5}
+    memory = {
+        "allocated": 2 * GIB,
+        "reserved": 3 * GIB,
+        "context": GIB // 2,
+        "planned_tensors": 4 * GIB,
+        "planned": 5 * GIB,
+    }
+    traced = {"idle": 0.25, "hidden": 0.5, "kernels": 400.0, "waits": 2.0}
+    work = {"flops": 98.9e12, "samples": 2, "tokens_per_second": 1234.0, "loss": 1.5, "device": "NVIDIA H100 80GB HBM3"}
+    (line,) = table([{"row": "a", **times, **memory, **traced, **work}]).splitlines()[2:]
+    figures = "0.500 | 0.75 | 9.0 | 2.00 | 3.00 | 0.50 | 4.00 | 5.00 | 1234 | 396 | 40% | 25% | 50% | 400 | 2 | 1.500"
+    assert line == f"| a | {figures} | 0.625 | 0.500 |"
+    (line,) = table([{"row": "a", **times, **work, "device": "another card", "idle": None}]).splitlines()[2:]
+    assert line == "| a | 0.500 | 0.75 | 9.0 |  |  |  |  |  | 1234 | 396 |  |  |  |  |  | 1.500 | 0.625 | 0.500 |"
+
+
+@pytest.mark.parametrize(
+    "card, peak", [("NVIDIA H100 PCIe", 756e12), ("NVIDIA H200", 989e12), ("RTX 4090 Laptop GPU", None)]
+)
+def test_the_peak_is_that_of_the_card(benchmark, card, peak):
+    from on_gpu.table import peak_of
+
+    assert peak_of(card) == peak
+
+
 def test_a_row_that_fails_is_a_row_with_its_message_and_is_tried_again(benchmark, monkeypatch, tmp_path):
     outcomes = iter([{"error": "torch.OutOfMemoryError: a | b"}, {"seconds": 0.25, "slowest": 1.0}])
     monkeypatch.setattr(benchmark, "measured", lambda *_: next(outcomes))
@@ -68,13 +97,23 @@ def test_a_row_that_fails_is_a_row_with_its_message_and_is_tried_again(benchmark
     assert len(results(tmp_path)) == 2
 
 
+def test_a_line_that_was_cut_off_is_left_out(benchmark, tmp_path):
+    from on_gpu.table import append, read
+
+    (tmp_path / "rows.jsonl").write_text('{"row": "a", "seconds": 1.0}\n{"row": "b", "sec')
+    append(tmp_path / "rows.jsonl", {"row": "c"})
+    assert list(read(tmp_path / "rows.jsonl")) == ["a", "c"]
+
+
 def test_a_process_that_fails_or_hangs_is_a_result(benchmark, monkeypatch, tmp_path):
     given = benchmark.parsed([f"--out={tmp_path}", "--device=cpu"])
     (row,) = benchmark.matching("qwen_image-1024-blocks")
     commands = {"measure": "raise MemoryError('full')", "plan": "import time; time.sleep(99)"}
+    monkeypatch.setattr(benchmark.os, "cpu_count", lambda: 16)
     monkeypatch.setattr(benchmark, "start", lambda _, what, __: started(commands[what]))
     found = benchmark.measured(row, given, seconds_left=1.5)
-    assert found == {"error": "MemoryError: full", "plan_error": "took too long"}
+    assert found["error"] == found["printed"][-1] == "MemoryError: full"
+    assert found["plan_error"].startswith("no result within 2 s")
 
 
 def started(code: str) -> subprocess.Popen:
@@ -99,9 +138,10 @@ def test_a_trace_says_when_the_gpu_was_idle_and_which_copies_were_hidden(benchma
     events = [
         *(event("kernel", begin, 10) for begin in (0, 10, 15, 40)),  # 0 to 25, 40 to 50
         event("gpu_memcpy", 20, 10),  # half of it beside a kernel
-        event("cuda_runtime", 0, 5, "cudaStreamSynchronize"),
+        *(event("cuda_runtime", begin, 5, "cudaStreamSynchronize") for begin in (0, 20)),
+        *(event("cuda_runtime", begin, 5, "cudaDeviceSynchronize") for begin in (25, 50)),  # the clock's
         {"ph": "M", "name": "process_name"},
     ]
     found = figures(events, steps=2)
-    assert found == {"idle": pytest.approx(15 / 50), "hidden": pytest.approx(0.5), "kernels": 2, "waits": 0.5}
+    assert found == {"idle": pytest.approx(15 / 50), "hidden": pytest.approx(0.5), "kernels": 2, "waits": 1}
     assert set(figures([], 1).values()) == {None}

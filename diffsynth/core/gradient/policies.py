@@ -8,7 +8,7 @@ The network's own code does not change. The policies are:
 - `attention`, `feed_forward`: only the inputs of these parts of each block are saved, and all activations of the rest.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
@@ -18,7 +18,9 @@ from torch import nn
 from .checkpoint import gradient_checkpoint_forward
 from .offload import offloaded
 
-# Names that diffusers and transformers give to the submodules of a block.
+LIBRARIES = ("diffusers", "transformers")
+DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout)
+# Names that these libraries give to the submodules of a block.
 PARTS = {
     "attention": ("attn", "self_attn", "attention"),
     "feed_forward": ("ff", "ff_context", "img_mlp", "txt_mlp", "mlp", "feed_forward"),
@@ -110,13 +112,24 @@ def follow(network: nn.Module, policy: str, every: int = 1, offload: bool = Fals
 def has_dropout(network: nn.Module) -> bool:
     """Whether a network may drop activations at random: a dropout layer has p > 0, or another rate is not 0.
 
-    Rates of other modules are attributes with "drop" in their names, of the module or of its config.
+    Other rates are found by their names: attributes of a module or of its config with "drop" in them. That is so in
+    diffusers and transformers; a network of another library counts as random.
     """
+    if not any(base.__module__.split(".")[0] in LIBRARIES for base in type(network).__mro__):
+        return True
     modules = list(network.modules())
-    rates = [module.p for module in modules if isinstance(module, nn.modules.dropout._DropoutNd)]
-    for owner in (*modules, *(module.config for module in modules if hasattr(module, "config"))):
-        rates += [rate for name, rate in vars(owner).items() if "drop" in name]
-    return any(rates)
+    configs = [module.config for module in modules if hasattr(module, "config")]
+    return any(map(_drops, modules)) or any(map(_has_rate, [*modules, *configs]))
+
+
+def _drops(module: nn.Module) -> bool:
+    return isinstance(module, DROPOUTS) and module.p > 0
+
+
+def _has_rate(owner: Any) -> bool:
+    named = owner if isinstance(owner, Mapping) else vars(owner)
+    rates = [rate for name, rate in named.items() if "drop" in name]
+    return any(rate for rate in rates if isinstance(rate, int | float | Mapping))  # peft has a rate for each adapter
 
 
 def _run_through(function: Callable, module: nn.Module) -> None:

@@ -139,17 +139,18 @@ class ModelConfig:
         endpoint, snapshot_download = _hub(self.source)
         if not answers(endpoint):
             return f"{endpoint} does not answer"
-        try:
-            with locked(self.folder):  # all processes of a run call this; the first one downloads
-                if self._is_incomplete(pattern):
-                    self._take_snapshot(snapshot_download, pattern)
-        except Exception as error:  # the clients' errors have no base class in common
-            return f"{endpoint} answered: {type(error).__name__}: {error}"
-        return f"{endpoint} has no such file"
+        with locked(self.folder):  # all processes of a run call this; the first one downloads
+            error = self._take_snapshot(snapshot_download, pattern) if self._is_incomplete(pattern) else None
+        return f"{endpoint} has no such file" if error is None else f"{endpoint} answered: {error}"
 
-    def _take_snapshot(self, snapshot_download: Callable, pattern: str) -> None:
-        with marked(self.folder / pattern) if _is_folder(pattern) else nullcontext():
-            snapshot_download(self.model_id, revision=self.revision, local_dir=self.folder, **_selection(pattern))
+    def _take_snapshot(self, snapshot_download: Callable, pattern: str) -> str | None:
+        """Download the files of a pattern; return the client's error."""
+        try:
+            with marked(self.folder / pattern) if _is_folder(pattern) else nullcontext():
+                snapshot_download(self.model_id, revision=self.revision, local_dir=self.folder, **_selection(pattern))
+        except Exception as error:  # the clients' errors have no base class in common
+            return f"{type(error).__name__}: {error}"
+        return None
 
 
 def missing_shards(files: list[Path]) -> list[Path]:

@@ -1,4 +1,7 @@
-"""`LoadedModels`: drops a pipeline's encoders before it loads the network, so that never both are in memory."""
+"""`LoadedModels`: drops a pipeline's encoders before it loads the network.
+
+Both are in memory only if a template calls the network.
+"""
 
 from collections.abc import Collection, Iterable
 from pathlib import Path
@@ -55,6 +58,7 @@ class LoadedModels:
         self.names = wanted
 
     def _load(self, names: set[str]) -> None:
+        # The first one is `pipe.network`, whose blocks stream.
         streamed = names & set(self.pipe.in_iteration_models[:1] if self.memory.stream_blocks else ())
         self.pipe.read_weights(names, in_host_memory=streamed, storages=self.storages)
         for path in self.adapters:
