@@ -139,8 +139,8 @@ def matching(pattern: str) -> list[BenchmarkRow]:
     found = [each for each in ROWS if fnmatch(each.name, pattern)]
     if not found:
         nearest = get_close_matches(pattern, [each.name for each in ROWS], 1)
-        hint = f"; did you mean {nearest[0]}?" if nearest else ""
-        raise SystemExit(f"no row has a name like {pattern!r}{hint or ";"} `python benchmarks/gpu.py --list` lists all.")
+        hint = f"; did you mean {nearest[0]}?" if nearest else ";"
+        raise SystemExit(f"no row has a name like {pattern!r}{hint} `python benchmarks/gpu.py --list` lists all.")
     return found
 
 
