@@ -13,18 +13,19 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 from on_gpu import table
-from on_gpu.rows import ROWS, BenchmarkRow, distinct, fitting, matching
+from on_gpu.rows import BenchmarkRow, distinct, fitting, matching
 
 from diffsynth.config.command_line import let_segments_grow
 
 FEW_CORES = 4  # a guess: with fewer, a plan beside the measurement would slow it down
 PATIENCE = 4  # a guess: a row may take so many times its expected seconds, and a minute
+RESULT = "result: "  # begins the line of a child process that has its result
 LINES = 20  # the last ones that a process that failed has printed are kept
 
 
@@ -40,10 +41,12 @@ def parsed(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--device", default="cuda", help="cuda, cpu or mps")
     parser.add_argument("--steps", type=at_least_one, default=20, help="steps that are timed")
     parser.add_argument("--warm-up", type=at_least_one, default=3, help="steps before them")
-    parser.add_argument("--out", type=Path, default=Path("outputs/gpu"), help="folder of the results")
+    parser.add_argument("--out", type=Path, help="folder of the results; default: outputs/gpu, or outputs/gpu_tiny")
     parser.add_argument("--measure", metavar="ROW", help=argparse.SUPPRESS)
     parser.add_argument("--plan", metavar="ROW", help=argparse.SUPPRESS)
-    return parser.parse_args(arguments)
+    given = parser.parse_args(arguments)
+    given.out = given.out or Path("outputs/gpu_tiny" if given.tiny or given.rehearse else "outputs/gpu")
+    return given
 
 
 def at_least_one(text: str) -> int:
@@ -56,21 +59,27 @@ def at_least_one(text: str) -> int:
 def main(arguments: Sequence[str] | None = None) -> None:
     given = parsed(arguments)
     if given.list:
-        print(*(f"{row.name}: {' '.join(map('='.join, row.arguments(given.tiny).items()))}" for row in ROWS), sep="\n")
+        print(*(f"{row.name}: {row.described}" for row in matching(given.rows)), sep="\n")
     elif given.measure or given.plan:
         alone(given)
     elif given.rehearse:
         rehearse(given)
     else:
-        measure_all(given)
+        try:
+            measure_all(given)
+        except KeyboardInterrupt:
+            print("Stopped; the same command with --resume goes on.", file=sys.stderr)
         print(table.write(given.out))
 
 
 def measure_all(given: argparse.Namespace) -> None:
     """Measure the rows that are asked for, each in a process of its own, as long as there is time."""
-    given.out.mkdir(parents=True, exist_ok=True)
+    check_place(given)
     done = table.read(given.out / "rows.jsonl") if given.resume else {}
-    rows = [row for row in matching(given.profile or given.rows) if "seconds" not in done.get(row.name, {})]
+    asked = matching(given.profile or given.rows)
+    rows = [row for row in asked if not is_measured(done.get(row.name, {}), given)]
+    if len(rows) < len(asked):
+        print(f"{len(asked) - len(rows)} rows are measured already.")
     ends = time.monotonic() + 60 * (math.inf if given.minutes is None else given.minutes)
     rows = fitting(rows, ends - time.monotonic())
     print(f"{len(rows)} rows, {sum(row.seconds for row in rows) / 60:.0f} minutes expected:", *names(rows), flush=True)
@@ -78,15 +87,45 @@ def measure_all(given: argparse.Namespace) -> None:
         if row.seconds > ends - time.monotonic():
             continue
         began = time.monotonic()
-        result = {"row": row.name, **measured(row, given, ends - began), "took": round(time.monotonic() - began, 1)}
+        result = {**about(row, given), **measured(row, given, ends - began)}
+        result["took"] = round(time.monotonic() - began, 1)
         table.append(given.out / "rows.jsonl", result)
         table.write(given.out)
         found = result.get("error") or f"{result['seconds']:.4f} s/step"
         print(f"{row.name}: {found} (took {result['took']} s)", flush=True)
+        if given.profile and "seconds" in result:
+            print(f"Its trace is {given.out / row.name}.json; open it at https://ui.perfetto.dev.")
+
+
+def check_place(given: argparse.Namespace) -> None:
+    """Check that there is such a device, and a folder to write to.
+
+    Raises:
+        SystemExit: There is not.
+    """
+    from diffsynth.core.devices import choose_device
+
+    try:
+        choose_device(given.device)
+        given.out.mkdir(parents=True, exist_ok=True)
+    except (ValueError, OSError) as error:
+        raise SystemExit(f"{error} (the benchmark's options are --device and --out)") from error
+
+
+def is_measured(result: Mapping[str, Any], given: argparse.Namespace) -> bool:
+    """Whether a result is one of the same command."""
+    return "seconds" in result and (result["on"], result["tiny"]) == (given.device, given.tiny)
 
 
 def names(rows: Sequence[BenchmarkRow]) -> list[str]:
     return [row.name for row in rows]
+
+
+def about(row: BenchmarkRow, given: argparse.Namespace) -> dict[str, Any]:
+    """What was measured: the row, its arguments, where, and the code's commit."""
+    commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True)
+    where = {"on": given.device, "tiny": given.tiny, "steps": given.steps, "profiled": given.profile is not None}
+    return {"row": row.name, "arguments": row.described, **where, "commit": commit.stdout.strip() or None}
 
 
 def measured(row: BenchmarkRow, given: argparse.Namespace, seconds_left: float) -> dict[str, Any]:
@@ -99,6 +138,8 @@ def measured(row: BenchmarkRow, given: argparse.Namespace, seconds_left: float) 
     else:
         plan = start(row, "plan", given)
         found = result_of(measurement, limit)
+        if "error" in found:
+            plan.kill()
         planned = result_of(plan, limit)
     return found | ({"plan_error": planned["error"]} if "error" in planned else planned)
 
@@ -109,27 +150,30 @@ def start(row: BenchmarkRow, what: str, given: argparse.Namespace) -> subprocess
     options += [f"--profile={row.name}"] if given.profile else []
     options += [f"--steps={given.steps}", f"--warm-up={given.warm_up}", *["--tiny"] * given.tiny]
     threads = {"OMP_NUM_THREADS": "1"} if what == "plan" else {}
-    return subprocess.Popen(
-        [sys.executable, __file__, *options],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env=os.environ | threads,
-    )
+    return piped([sys.executable, __file__, *options], os.environ | threads)
+
+
+def piped(command: Sequence[str], environment: Mapping[str, str]) -> subprocess.Popen:
+    """Start a process whose output is read, whatever bytes it prints."""
+    streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "errors": "replace"}
+    return subprocess.Popen(command, env=environment, **streams)
 
 
 def result_of(process: subprocess.Popen, limit: float) -> dict[str, Any]:
-    """Wait at most `limit` seconds for a process of `start`; a failure becomes `error`, the last line it printed."""
+    """Wait at most `limit` seconds for a process; a failure becomes `error`, beside the last lines that it printed."""
     try:
         output, errors = process.communicate(timeout=limit)
     except subprocess.TimeoutExpired:
         process.kill()
         process.communicate()
         return {"error": f"no result within {limit:.0f} s; leave out --minutes for more time"}
-    if process.returncode == 0:
-        return json.loads(output.splitlines()[-1])
-    lines = errors.strip().splitlines() or [f"ended with exit code {process.returncode}"]
-    return {"error": lines[-1], "printed": lines[-LINES:]}
+    results = [line for line in output.splitlines() if line.startswith(RESULT)]
+    if process.returncode == 0 and results:
+        return json.loads(results[-1].removeprefix(RESULT))
+    lines = errors.strip().splitlines()
+    if process.returncode > 0 and lines:
+        return {"error": lines[-1], "printed": lines[-LINES:]}
+    return {"error": f"ended with exit code {process.returncode} and no result", "printed": lines[-LINES:]}
 
 
 def alone(given: argparse.Namespace) -> None:
@@ -140,9 +184,9 @@ def alone(given: argparse.Namespace) -> None:
         if given.plan:
             if hasattr(os, "nice"):
                 os.nice(19)
-            print(json.dumps(measurement.plan()))
+            print(RESULT + json.dumps(measurement.plan()))
         else:
-            print(json.dumps({**measurement.measure(), **machine(given.device)}))
+            print(RESULT + json.dumps({**measurement.measure(), **machine(given.device)}))
 
 
 def measurement_of(row: BenchmarkRow, given: argparse.Namespace, folder: Path) -> Any:
@@ -174,7 +218,8 @@ def rehearse(given: argparse.Namespace) -> None:
             first = planned.setdefault(measurement.kind, measurement)
             plan = measurement.plan() if first is measurement else {}
             measurement.meta_modules = first.meta_modules
-            result = {"row": row.name, **plan, **measurement.measure(), **machine(given.device)}
+            result = {**about(row, given), **plan, **measurement.measure(), **machine(given.device)}
+            print(f"{row.name}: {result['seconds']:.4f} s/step", flush=True)
         table.append(given.out / "rows.jsonl", result)
     print(table.write(given.out))
 

@@ -52,6 +52,20 @@ class BenchmarkRow:
         return given
 
     @property
+    def described(self) -> str:
+        """The row in words: its arguments of train.py, and its conditions."""
+        conditions = {
+            "bare loop": self.bare,
+            "no cache": self.encodes,
+            f"{self.limit} GiB of the card": self.limit is not None,
+            f"attention {self.attention}": self.attention is not None,
+            f"{self.lengths} prompt lengths": self.lengths > 1,
+        }
+        named = [name for name, is_so in conditions.items() if is_so]
+        arguments = [f"{name}={value}" for name, value in self.arguments(tiny=False).items()]
+        return ", ".join([" ".join(arguments), f"{self.pixels} x {self.pixels} pixels", *named])
+
+    @property
     def kind(self) -> tuple[object, ...]:
         """The row's options on a tiny model, whichever it is."""
         options = {name: value for name, value in self.arguments(tiny=True).items() if name != "model"}

@@ -7,8 +7,8 @@ from typing import Any, NamedTuple
 
 from diffsynth.core.files import write_text
 
-# Dense bf16 operations a second, from the makers' data sheets. The first name that the card's own contains counts; cards
-# of laptops have the names of desktops' and other peaks.
+# Dense bf16 operations a second, from the makers' data sheets. The first name that the card's own contains counts.
+# Cards of laptops have the names of desktops' and other peaks.
 PEAKS = {
     "Laptop": None,
     "H100 PCIe": 756e12,

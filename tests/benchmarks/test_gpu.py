@@ -2,12 +2,13 @@
 
 import json
 import math
+import os
 import re
-import subprocess
 import sys
 
 import pytest
 import tiny
+import torch
 
 from diffsynth.core.memory import compile as compilation
 
@@ -86,15 +87,23 @@ def test_the_peak_is_that_of_the_card(benchmark, card, peak):
 
 
 def test_a_row_that_fails_is_a_row_with_its_message_and_is_tried_again(benchmark, monkeypatch, tmp_path):
-    outcomes = iter([{"error": "torch.OutOfMemoryError: a | b"}, {"seconds": 0.25, "slowest": 1.0}])
+    outcomes = iter([{"error": "torch.OutOfMemoryError: a | b"}, {"seconds": 0.25, "slowest": 1.0}, {"seconds": 0.5}])
     monkeypatch.setattr(benchmark, "measured", lambda *_: next(outcomes))
-    given = ["--rows=qwen_image-1024-blocks", f"--out={tmp_path}", "--resume"]
+    given = ["--rows=qwen_image-1024-blocks", f"--out={tmp_path}", "--resume", "--device=cpu"]
     benchmark.main(given)
     assert "| qwen_image-1024-blocks | torch.OutOfMemoryError: a / b |" in (tmp_path / "table.md").read_text()
     benchmark.main(given)
     assert "| qwen_image-1024-blocks | 0.250 | 1.00 |" in (tmp_path / "table.md").read_text()
     benchmark.main(given)  # which measures nothing any more
     assert len(results(tmp_path)) == 2
+    benchmark.main([*given, "--tiny"])  # which is another measurement
+    assert len(results(tmp_path)) == 3
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_without_a_gpu_it_says_so_before_the_first_row(benchmark, tmp_path):
+    with pytest.raises(SystemExit, match="device=cuda is not available"):
+        benchmark.main([f"--out={tmp_path}"])
 
 
 def test_a_line_that_was_cut_off_is_left_out(benchmark, tmp_path):
@@ -105,19 +114,28 @@ def test_a_line_that_was_cut_off_is_left_out(benchmark, tmp_path):
     assert list(read(tmp_path / "rows.jsonl")) == ["a", "c"]
 
 
-def test_a_process_that_fails_or_hangs_is_a_result(benchmark, monkeypatch, tmp_path):
+@pytest.mark.parametrize("cores", [2, 16])
+@pytest.mark.parametrize(
+    "measuring, said",
+    [
+        ("raise MemoryError('full')", "MemoryError: full"),
+        ("import sys; sys.stderr.buffer.write(b'\\xff bad'); sys.exit(1)", "\ufffd bad"),
+        ("print('nothing of use')", "ended with exit code 0 and no result"),
+        ("import os, sys; print('a warning', file=sys.stderr, flush=True); os.kill(os.getpid(), 11)",
+         "ended with exit code -11 and no result"),
+    ],
+)  # fmt: skip
+def test_a_process_that_fails_or_hangs_is_a_result(measuring, said, cores, benchmark, monkeypatch, tmp_path):
+    monkeypatch.setattr(benchmark.os, "cpu_count", lambda: cores)
     given = benchmark.parsed([f"--out={tmp_path}", "--device=cpu"])
     (row,) = benchmark.matching("qwen_image-1024-blocks")
-    commands = {"measure": "raise MemoryError('full')", "plan": "import time; time.sleep(99)"}
-    monkeypatch.setattr(benchmark.os, "cpu_count", lambda: 16)
-    monkeypatch.setattr(benchmark, "start", lambda _, what, __: started(commands[what]))
+    commands = {"measure": measuring, "plan": "import time; time.sleep(99)"}
+    monkeypatch.setattr(
+        benchmark, "start", lambda _, what, __: benchmark.piped([sys.executable, "-c", commands[what]], os.environ)
+    )
     found = benchmark.measured(row, given, seconds_left=1.5)
-    assert found["error"] == found["printed"][-1] == "MemoryError: full"
-    assert found["plan_error"].startswith("no result within 2 s")
-
-
-def started(code: str) -> subprocess.Popen:
-    return subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert found["error"] == said
+    assert found["plan_error"].startswith(("no result within 2 s", "ended with exit code -9"))
 
 
 def test_a_loss_that_is_not_finite_is_a_failure(benchmark, monkeypatch, tmp_path):
