@@ -8,6 +8,7 @@ from pathlib import Path
 
 from filelock import FileLock
 
+FOR_ALL = 0o666  # permissions
 PROBE_SECONDS = 5  # a guess: time limit of the first request to a hub
 
 
@@ -44,11 +45,16 @@ def answers(endpoint: str) -> bool:
 def locked(folder: Path) -> Iterator[None]:
     """Only one process at a time runs this block for a folder, also across machines that share the file system.
 
-    The lock is an empty hidden file beside the folder. It stays: if it were deleted, a process that waits for the old
-    file and one that makes a new file could both be inside.
+    The lock is an empty hidden file beside the folder, or in it where nothing can be written beside it. It stays: if it
+    were deleted, a process that waits for the old file and one that makes a new file could both be inside. Other users
+    of the folder may take it.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(folder.with_name(f".{folder.name}.lock")):
+    beside = os.access(folder.parent, os.W_OK)
+    lock = folder.with_name(f".{folder.name}.lock") if beside else folder / ".lock"
+    with FileLock(lock, mode=FOR_ALL):
+        with suppress(PermissionError):  # another user has made it, and has done this
+            lock.chmod(FOR_ALL)
         yield
 
 

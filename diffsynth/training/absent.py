@@ -22,6 +22,7 @@ class NoEMA:
 
     weights = ("raw",)
     on_device = False
+    every = 1
     average: Sequence["Tensor"] = ()
     betas: Sequence[float] = ()
 

@@ -54,6 +54,11 @@ class Trainer(LoopSettings):
         self.layout = BatchLayout(self.batch_size, self.micro_batch_size, self.engine.replicas)
         self.order = self.dataset.order(self.batch_size, self.seed, self.samples)
         self.steps = self.order.steps_of(self.num_epochs) if self.max_steps is None else self.max_steps
+        if self.ema.every > self.steps:
+            raise ValueError(
+                f"ema.every is {self.ema.every}, but the run has {self.steps} steps, so that the average would never "
+                f"move; set it to {self.steps} or less."
+            )
 
     @classmethod
     def of(

@@ -3,10 +3,12 @@
 from contextlib import contextmanager
 
 import pytest
+import tiny
 import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from diffsynth.diffusion.pipeline import networks
 from diffsynth.training import ema as ema_module
 from diffsynth.training.ema import EMA
 
@@ -163,6 +165,12 @@ def test_an_average_in_host_memory_is_that_beside_the_weights_and_clones_no_weig
 def test_an_interval_that_is_none_is_refused(every):
     with pytest.raises(ValueError, match=rf"ema\.every is {every}; expected a number of optimizer steps"):
         EMA(every=every)
+
+
+def test_an_average_that_would_never_move_is_refused_before_weights_are_read(tmp_path, monkeypatch):
+    monkeypatch.setattr(networks, "load_weights", None)
+    with pytest.raises(ValueError, match="ema.every is 3, but the run has 2 steps.*set it to 2 or less"):
+        tiny.train(tmp_path, "ema=constant", "ema.every=3")
 
 
 @pytest.mark.parametrize("decay", [-0.1, 1.0, 1.5, float("nan")])

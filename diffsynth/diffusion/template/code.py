@@ -30,6 +30,11 @@ if TYPE_CHECKING:
     from ..base_pipeline import BasePipeline
 
 CODE = "model.py"
+PIPE = re.compile(r"\bpipe\b")
+# `pipe(…)`, `kwargs["pipe"](…)`, `pipe.get_submodule(…)` and the like.
+ALL_OF_PIPE = re.compile(
+    r"""\bpipe(["']\])?\s*(\(|\.(get_submodule|(named_)?(modules|children|parameters|buffers)|state_dict)\b)"""
+)
 RESERVED = "model_id"  # key of a request's template inputs that chooses the template; not an argument of a template
 
 
@@ -56,10 +61,16 @@ class TemplateCode:
 
 
 def models_used(pipe: "BasePipeline", code: TemplateCode, method: str) -> list[str]:
-    """Models of the pipeline that a method of a template may call: those whose names its code reaches."""
+    """Models of the pipeline that a method of a template may call: those whose names its code reaches.
+
+    Code that calls the pipeline itself or asks it for modules by other means may call all of them.
+    """
     function, built = getattr(code.model, method), pipe.built_models
-    if "pipe" not in inspect.signature(function).parameters:
+    source = inspect.getsource(function)
+    if not PIPE.search(source):
         return []
+    if ALL_OF_PIPE.search(source):
+        return sorted(built)
     classes = [type(getattr(pipe, name)) for name in built]
     _, attributes = code_version([function], [code.model, type(pipe), *classes])
     unnamed = pipe.in_iteration_models if "in_iteration_models" in attributes else ()  # as in `pipe.predict`

@@ -259,6 +259,9 @@ def test_only_the_networks_that_its_code_leads_to_are_loaded_for_it(of_kind):
     [
         ("pipe.text_encoder", ("text_encoder",)),
         ("pipe.tokenize('a')", ()),
+        ("pipe('a')", ("dit", "text_encoder", "vae")),
+        ("pipe.get_submodule('dit')", ("dit", "text_encoder", "vae")),
+        ("[*pipe.parameters()]", ("dit", "text_encoder", "vae")),
         (
             "QwenImageUnit_PromptEmbedder().process(pipe, 'a')",
             ("dit", "text_encoder", "vae"),
@@ -273,6 +276,15 @@ def test_networks_are_found_behind_the_pipelines_own_code(code, used, of_kind):
     )
     units = of_kind("text", imported, body).units
     assert next(unit for unit in units if type(unit).__name__ == INPUTS).onload_model_names == used
+
+
+def test_a_pipeline_that_is_taken_from_the_keyword_arguments_is_seen(of_kind):
+    body = (
+        "def process_inputs(self, scale, **kwargs):",
+        'def process_inputs(self, scale, **kwargs):\n        kwargs["pipe"].text_encoder',
+    )
+    units = of_kind("text", body).units
+    assert next(unit for unit in units if type(unit).__name__ == INPUTS).onload_model_names == ("text_encoder",)
 
 
 def entries_made_after(change, of_kind, kind: str, rows_of, tmp_path) -> dict[str, int]:
