@@ -12,6 +12,8 @@ set -euo pipefail
 # Presumed: an image with torch, transformers, peft and accelerate has them, and they fit its GPU or are large. setuptools,
 # because torch bounds its release. Their releases are not known here: `python3 -m pip check` there names those that do not fit.
 presumed=(torch numpy pyarrow transformers tokenizers huggingface-hub hf-xet safetensors accelerate peft setuptools)
+# Besides what the project requires: the tests of the GPU (tests/cuda).
+tests=(pytest hypothesis)
 # Published as source alone, in pure Python, so that a wheel built here fits there.
 source_only=antlr4-python3-runtime
 
@@ -28,7 +30,7 @@ trap 'rm -r "$work"' EXIT
 python3 -m venv "$work/venv"
 "$work/venv/bin/pip" install --quiet uv
 printf '%s\n' "${presumed[@]}" >"$work/presumed.txt"
-"$work/venv/bin/uv" pip install --requirement "$root/pyproject.toml" --excludes "$work/presumed.txt" \
+"$work/venv/bin/uv" pip install --requirement "$root/pyproject.toml" "${tests[@]}" --excludes "$work/presumed.txt" \
   --target "$work/packages" --python-version "${PYTHON_VERSION:-3.12}" \
   --python-platform "${PLATFORM:-x86_64-manylinux_2_28}" --only-binary :all: --no-binary "$source_only"
 
