@@ -22,10 +22,13 @@ def fuse(
 
     Returns:
         The folders of the saved models.
+
+    Raises:
+        ValueError: `output` has such a folder that this program has not made, or that is read.
     """
     import torch
 
-    from diffsynth.core.files import replacing_folder
+    from diffsynth.core.files import check_replaceable, mark_as_made, replacing_folder
     from diffsynth.diffusion.pipeline import sampling_settings
 
     pipe = model(device="cpu")
@@ -34,16 +37,19 @@ def fuse(
         pipe.use_sampling_settings_of(path)
     settings = pipe.settings_for({})
     adapted = sorted({name for path in paths for name in pipe.adapted_by(path)})
+    folders = [Path(output, pipe.lora_prefixes[name]) for name in adapted]
+    for folder in folders:
+        check_replaceable(folder, inputs=[*paths, *(source["path"] for source in pipe.sources().values())])
     pipe.load_models(adapted, dtypes=dict.fromkeys(adapted, torch.float32))
     for path in paths:
         pipe.load_adapter(path, lora_scale, fuse=True)
-    folders = [Path(output, pipe.lora_prefixes[name]) for name in adapted]
     for name, folder in zip(adapted, folders, strict=True):
         network = pipe.named_model(name).to(pipe.torch_dtype)
         if settings and name in pipe.in_iteration_models:
             sampling_settings.keep(network, settings)
         with replacing_folder(folder) as partial:
             network.save_pretrained(partial)
+            mark_as_made(partial)
     return folders
 
 

@@ -5,6 +5,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 import hydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
 
 from diffsynth.config import build, check, explained, run_main
 
@@ -27,6 +29,7 @@ def generate(
     options: Mapping[str, object] | None = None,
     batch_size: int = 16,
     output: str = "outputs/generated",
+    overwrite: bool = False,
     device: str = "auto",
 ) -> list[Path]:
     """Sample every prompt with every seed, and return the files: one per image, and a grid of all images.
@@ -48,10 +51,18 @@ def generate(
         options: Other arguments of the pipeline's call (`num_inference_steps`, `cfg_scale`, `height`, …).
         batch_size: Images that are sampled together.
         output: Folder to write to.
+        overwrite: Replace images that the folder holds already.
         device: `auto`, `cpu`, `cuda` or `mps`.
     """
     from diffsynth.core.devices import choose_device
-    from diffsynth.diffusion.pipeline.generation import encode, load_images, open_files, read_prompts, sample_to_files
+    from diffsynth.diffusion.pipeline.generation import (
+        check_free,
+        encode,
+        load_images,
+        open_files,
+        read_prompts,
+        sample_to_files,
+    )
     from diffsynth.diffusion.pipeline.loaded_models import LoadedModels
 
     pipe = model(device=choose_device(device))
@@ -67,6 +78,8 @@ def generate(
         for text in read_prompts(prompt)
         for number in ([seed] if isinstance(seed, int) else seed)
     ]
+    if not overwrite:
+        check_free(Path(output), len(requests), pipe.media.suffix)
     shared = load_images(input_image=input_image, inpaint_mask=inpaint_mask)
     pipe.check_adapters(paths := [lora_path] if isinstance(lora_path, str) else lora_path or [])
     for path in paths:
@@ -94,7 +107,10 @@ def generate(
 def main(cfg) -> None:
     with explained():
         check(cfg, generate)
-        for path in generate(**build(cfg)):
+        given, job = build(cfg), HydraConfig.get()
+        if job.mode == RunMode.MULTIRUN:
+            given["output"] = job.runtime.output_dir
+        for path in generate(**given):
             print(path)
 
 

@@ -3,12 +3,13 @@
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from hashlib import blake2b
 from pathlib import Path
 
 ON_WINDOWS = os.name == "nt"
+MADE = ".made-by-diffsynth"  # a file in folders that this program has made and may replace
 
 
 @contextmanager
@@ -42,6 +43,31 @@ def replacing_folder(path: str | Path) -> Iterator[Path]:
         _sync(path.parent)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def check_replaceable(folder: str | Path, inputs: Iterable[str | Path] = ()) -> None:
+    """Check that `replacing_folder` may replace this folder: it is empty, or was marked by `mark_as_made`.
+
+    Args:
+        inputs: Files and folders that the run reads.
+
+    Raises:
+        ValueError: It holds other files, or an input.
+    """
+    folder = Path(folder).resolve()
+    for path in map(Path, inputs):
+        if path.resolve().is_relative_to(folder):
+            raise ValueError(f"{folder} would be replaced, but {path} in it is read; set another output=….")
+    if folder.exists() and not (folder / MADE).exists() and any(folder.iterdir()):
+        raise ValueError(
+            f"{folder} holds files that this program has not made, and would be replaced; expected a new or an empty "
+            "folder: set another output=…."
+        )
+
+
+def mark_as_made(folder: Path) -> None:
+    """Note in a folder that this program has made it, so that it may replace it."""
+    (folder / MADE).touch()
 
 
 def remove_leftovers(folder: str | Path) -> None:

@@ -96,7 +96,12 @@ class FewBlocks:
 
 
 def block_lists(module: PipelineTrainingModule) -> dict[str, nn.ModuleList]:
-    """Return the lists of equal blocks, by name, in the networks to which the memory options apply."""
+    """Return the lists of equal blocks, by name, in the networks to which the memory options apply.
+
+    There is none beside a template, whose outputs name blocks by their numbers.
+    """
+    if module.pipe.template is not None:
+        return {}
     candidates = {blocks for network in laid_out_networks(module) for blocks in repeated_lists(network).values()}
     lists = {name: part for name, part in module.named_modules() if part in candidates and are_equal(part)}
     return {name: part for name, part in lists.items() if not has_discriminated_block(module, name)}

@@ -5,6 +5,7 @@ from itertools import product
 import pytest
 import tiny
 
+from diffsynth.plan.few_blocks import block_lists
 from diffsynth.plan.plan import Plan, Planner
 from diffsynth.plan.run import PlacedRun
 from diffsynth.training.checks import scan
@@ -21,12 +22,17 @@ TASKS = {
 }
 
 
-def planned(tmp_path, *overrides: str) -> Plan:
-    """A plan of the largest size, from few blocks of each network."""
+def planner(tmp_path, *overrides: str) -> Planner:
+    """A planner that rehearses few blocks of each network where it can."""
     cfg = tiny.compose("plan", *overrides, f"output_root={tmp_path}")
-    run = PlacedRun(**tiny.build(cfg), on_cuda=True)
-    scan(run.dataset, run.media, run.task, None)
-    return Planner(run, few_blocks=True).plan(largest_only=True)
+    run = PlacedRun(**tiny.build(cfg), on_cuda=True).with_template()
+    scan(run.dataset, run.media, run.task, run.template)
+    return Planner(run, few_blocks=True)
+
+
+def planned(tmp_path, *overrides: str) -> Plan:
+    """The plan of the largest size."""
+    return planner(tmp_path, *overrides).plan(largest_only=True)
 
 
 @pytest.mark.slow  # test_slowdown.py rehearses a released model by default
@@ -35,6 +41,33 @@ def test_a_released_model_is_planned(model, task, tmp_path):
     name = "sft" if task == "full" else task
     plan = planned(tmp_path, f"model={model}", f"task={name}", *TASKS[task])
     assert plan.worst.peak > plan.footprint.weights > 2e9
+    assert plan.footprint.trained > 0 and plan.footprint.activations > 0
+
+
+BLOCKS = {"qwen_image": {"block": 60}, "flux2_klein_base_4b": {"double": 5, "single": 20}}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("model", BLOCKS)
+def test_a_template_for_a_released_model_is_planned(model, tmp_path):
+    code = (tiny.ROOT / "models" / "templates" / "brightness" / "model.py").read_text()
+    (tmp_path / "template").mkdir()
+    config = {"blocks": BLOCKS[model], "heads": 24, "head_dim": 128}
+    (tmp_path / "template" / "model.py").write_text(
+        f"{code}\nTEMPLATE_MODEL_CONFIG, TEMPLATE_MODEL_PATH = {config}, None\n"
+    )
+    data = tiny.write_dataset(tmp_path / "data", count=1)
+    tiny.write_rows(data, [{"image": "0.png", "prompt": "a", "template_inputs": '{"scale": 0.5}'}])
+    template = [f"template.path={tmp_path}/template", "template.from_scratch=true", f"dataset.path={data}"]
+    plan = planned(tmp_path, f"model={model}", "task=template", "dataset=image_folder", *template)
+    assert plan.footprint.trained > 0 and plan.worst.peak > plan.footprint.weights > 7e9
+
+
+@pytest.mark.parametrize("name", tiny.mostly_slow(["brightness", "edit", "soft_rgb", "structure"]))
+def test_shipped_templates_are_planned(name, tmp_path):
+    asked = planner(tmp_path, f"experiment=emoji_template/{name}")
+    assert not block_lists(asked.meta_modules.of(asked.run))  # a template names blocks by their numbers
+    plan = asked.plan(largest_only=True)
     assert plan.footprint.trained > 0 and plan.footprint.activations > 0
 
 

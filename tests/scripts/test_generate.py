@@ -151,6 +151,22 @@ def test_a_fused_model_samples_what_the_adapter_samples(generate, adapter, tmp_p
     assert differs(fused["0000.png"], generate(f"prompt={APPLE}")["0000.png"])
 
 
+def test_pictures_of_an_earlier_call_are_not_replaced_unless_that_is_asked_for(generate, tmp_path):
+    output = f"output={tmp_path / 'pictures'}"
+    before = generate(f"prompt={APPLE}", output)["0000.png"]
+    with pytest.raises(ValueError, match="0000.png exists already.*set output=.* or overwrite=true"):
+        generate(f"prompt='{ROCKET}'", output)
+    assert not differs(np.array(Image.open(tmp_path / "pictures" / "0000.png"), dtype=int), before)
+    assert differs(generate(f"prompt='{ROCKET}'", output, "overwrite=true")["0000.png"], before)
+
+
+def test_each_job_of_a_sweep_has_a_folder_of_its_own(tmp_path, monkeypatch):
+    given = [*tiny.model_overrides(), *SMALL, f"output={tmp_path}", f"prompt={APPLE}", "seed=0,1"]
+    tiny.command_line(monkeypatch, "generate.py", "-m", *given)
+    first, second = (np.array(Image.open(tmp_path / job / "0000.png"), dtype=int) for job in "01")
+    assert differs(first, second)
+
+
 # Mistakes -------------------------------------------------------------------------------------------------------------
 
 

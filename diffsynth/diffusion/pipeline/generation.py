@@ -13,6 +13,8 @@ from .remembered import Inputs, to_device
 if TYPE_CHECKING:
     from ..base_pipeline import BasePipeline
 
+GRID = "grid.png"
+
 
 def read_prompts(prompt: str | Sequence[str]) -> list[str]:
     """A list of prompts from one prompt, from a list, or from the non-empty lines of a text file."""
@@ -35,6 +37,23 @@ def open_files(inputs: Mapping[str, object]) -> dict[str, object]:
     """Inputs of a template; a value that is the path of a file is opened as an image."""
     is_file = {name: isinstance(value, str) and Path(value).is_file() for name, value in inputs.items()}
     return {name: Image.open(value).convert("RGB") if is_file[name] else value for name, value in inputs.items()}
+
+
+def check_free(folder: Path, count: int, suffix: str) -> None:
+    """Check that a folder holds none of the `count` images that are to be written to it.
+
+    Raises:
+        ValueError: It holds one.
+    """
+    for path in [*(_path(folder, number, suffix) for number in range(count)), folder / GRID]:
+        if path.exists():
+            raise ValueError(
+                f"{path} exists already, and would be replaced; set output=… to a new folder, or overwrite=true."
+            )
+
+
+def _path(folder: Path, number: int, suffix: str) -> Path:
+    return folder / f"{number:04d}{suffix}"
 
 
 @torch.no_grad()
@@ -66,11 +85,11 @@ def sample_to_files(
         batch, of_batch = (whole[start : start + batch_size] for whole in (requests, inputs))
         on_device = [tuple(to_device(side, pipe.device) for side in sides) for sides in of_batch]
         for result, request in zip(pipe.sample(batch, on_device), batch, strict=True):
-            paths.append(folder / f"{len(paths):04d}{pipe.media.suffix}")
+            paths.append(_path(folder, len(paths), pipe.media.suffix))
             pipe.media.write(result, paths[-1], {**request, **source})
             pictures.append(row([pipe.media.thumbnail(result)], [request["prompt"]]))
     if len(pictures) > 1:
-        paths.append(folder / "grid.png")
+        paths.append(folder / GRID)
         rows = [pictures[start : start + GRID_COLUMNS] for start in range(0, len(pictures), GRID_COLUMNS)]
         save_png(stack([beside(pictures_of_row) for pictures_of_row in rows]), paths[-1])
     return paths

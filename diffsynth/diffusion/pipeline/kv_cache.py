@@ -12,6 +12,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 
 KVCache = Mapping[str, tuple[Tensor, Tensor]]
 
@@ -74,8 +75,11 @@ def check(kv_cache: Any, network: nn.Module, source: str) -> None:
 
 
 def check_finite(tensors: Mapping[str, Tensor], source: str) -> None:
-    """Refuse tensors with NaN or infinite values; tensors on one device cost one synchronisation together."""
-    tensors = {name: tensor for name, tensor in tensors.items() if not tensor.is_meta}
+    """Refuse tensors with NaN or infinite values; tensors on one device cost one synchronisation together.
+
+    Those of a plan have no values.
+    """
+    tensors = {name: each for name, each in tensors.items() if not (each.is_meta or isinstance(each, FakeTensor))}
     if not tensors:
         return
     are_finite = torch.stack([tensor.isfinite().all() for tensor in tensors.values()]).tolist()

@@ -12,6 +12,7 @@ The entries can be rebuilt from the shards, the samples by make_cache.py.
 """
 
 import json
+import re
 import sqlite3
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
@@ -32,6 +33,7 @@ CREATE TABLE IF NOT EXISTS samples (number INTEGER PRIMARY KEY, size TEXT, recor
 CREATE TABLE IF NOT EXISTS about (name TEXT PRIMARY KEY, value TEXT);
 """
 SHARD_NAMES = "[0-9a-f]" * 32 + ".safetensors"  # other files in the folder are ignored
+SHARD_NAME = re.compile(r"[0-9a-f]{32}\.safetensors")
 
 
 class DamagedCache(ValueError):
@@ -157,7 +159,7 @@ class CacheIndex:
     def shards(self) -> dict[int, Shard]:
         """The shards that the index names, by number; their files may be missing."""
         rows = self._rows("SELECT number, name FROM shards ORDER BY number")
-        return {number: Shard(self.shard_folder / name) for number, name in rows}
+        return {number: Shard(self._path_of(name)) for number, name in rows}
 
     def keys(self) -> set[str]:
         """Keys of all entries."""
@@ -225,8 +227,21 @@ class CacheIndex:
     def _shard(self, number: int) -> Shard:
         if number not in self._open_shards:
             name = self._one("SELECT name FROM shards WHERE number = ?", number)
-            self._open_shards[number] = Shard(self.shard_folder / name)
+            self._open_shards[number] = Shard(self._path_of(name))
         return self._open_shards[number]
+
+    def _path_of(self, shard_name: object) -> Path:
+        """The path of a shard whose name the file gives, which may be anybody's and must not lead to another folder.
+
+        Raises:
+            DamagedCache: It is no name that a shard has.
+        """
+        if not SHARD_NAME.fullmatch(str(shard_name)):
+            raise DamagedCache(
+                f"{self.path} names a shard {shard_name!r}; expected 32 hex digits and .safetensors. Delete that file "
+                "and run make_cache.py again, which makes it from the shards."
+            )
+        return self.shard_folder / str(shard_name)
 
     def _one(self, query: str, *values: Any) -> Any:
         """The first column of the first row of a query; None if there is no row."""
