@@ -205,19 +205,20 @@ def machine(device: str) -> dict[str, str]:
 
 
 def rehearse(given: argparse.Namespace) -> None:
-    """Measure each row on a tiny model, and plan one of each kind, in this process; raises what goes wrong."""
+    """Measure each kind of row on a tiny model, and plan the first of each model; raises what goes wrong."""
     from diffsynth.core.memory import compile as compilation
 
     compilation.BACKEND = "eager"  # inductor's C++ takes minutes
     given.tiny, given.device, given.steps, given.warm_up = True, "cpu", 1, 1
     given.out.mkdir(parents=True, exist_ok=True)
-    planned: dict[tuple, Any] = {}
+    kinds: dict[tuple, Any] = {}
+    planned: set[str] = set()
     for row in distinct(matching(given.rows)):
         with TemporaryDirectory() as folder:
             measurement = measurement_of(row, given, Path(folder))
-            first = planned.setdefault(measurement.kind, measurement)
-            plan = measurement.plan() if first is measurement else {}
-            measurement.meta_modules = first.meta_modules
+            measurement.meta_modules = kinds.setdefault(measurement.kind, measurement).meta_modules
+            plan = {} if row.model in planned else measurement.plan()
+            planned.add(row.model)
             result = {**about(row, given), **plan, **measurement.measure(), **machine(given.device)}
             print(f"{row.name}: {result['seconds']:.4f} s/step", flush=True)
         table.append(given.out / "rows.jsonl", result)

@@ -10,7 +10,7 @@ import torch
 
 from . import traces
 
-TRACED = 2  # steps
+TRACED = 2  # steps; a guess: two tell what is between them
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,12 @@ class Clock(AbstractContextManager):
     @property
     def total(self) -> int:
         """Number of steps until everything is measured."""
-        return self.first_traced + TRACED
+        return self.first_traced + self.traced
+
+    @property
+    def traced(self) -> int:
+        """Number of steps that are traced."""
+        return min(TRACED, self.setting.steps)
 
     def step(self) -> None:
         """Count one step: wait until the device is done with it."""
@@ -83,4 +88,4 @@ class Clock(AbstractContextManager):
     def figures(self) -> dict[str, float | None]:
         """Seconds of a step, of the slowest and of the very first one, and what the trace says."""
         seconds = {"seconds": statistics.median(self.timed), "slowest": max(self.timed), "first": self.times[0]}
-        return {**seconds, **traces.figures(traces.read(self.trace), TRACED)}
+        return {**seconds, **traces.figures(traces.read(self.trace), self.traced)}

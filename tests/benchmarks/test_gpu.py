@@ -35,7 +35,7 @@ def test_every_row_can_be_measured(benchmark, tmp_path, capsys):
     assert [result["row"] for result in found] == [row.name for row in distinct(ROWS)]
     assert all(math.isfinite(result["loss"]) and 0 < result["seconds"] <= result["slowest"] for result in found)
     planned = [result for result in found if "planned" in result]
-    assert len(planned) > 5 and all(result["planned"] > 1e6 and result["flops"] > 1e8 for result in planned)
+    assert len(planned) > 1 and all(result["planned"] > 1e6 and result["flops"] > 1e8 for result in planned)
     ours, bare = (result["loss"] for result in found[:2])
     assert ours == pytest.approx(bare, rel=0.5)  # of one network with random weights
     table = (tmp_path / "table.md").read_text()

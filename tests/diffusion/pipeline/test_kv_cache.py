@@ -8,6 +8,7 @@ import tiny_flux2
 import torch
 from bases import Base, Flux2Base, load, some
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from diffsynth.core.data import collate
 from diffsynth.diffusion.pipeline import attention, kv_cache
@@ -293,3 +294,9 @@ def test_samples_become_a_batch_entry_by_entry():
 def test_samples_that_differ_are_named_by_block(other, message):
     with pytest.raises(ValueError, match=message):
         collate([{"kv_cache": {"block_0": (PAIR, PAIR)}}, {"kv_cache": other}])
+
+
+def test_tensors_of_a_plan_have_no_values_to_refuse():
+    with FakeTensorMode():
+        kv_cache.check_finite({"k": torch.ones(2) / 0}, "a template")
+    kv_cache.check_finite({"k": torch.ones(2, device="meta")}, "a template")

@@ -232,6 +232,7 @@ def sampled(tmp_path):
             "options.height=32",
             "options.width=32",
             f"output={tmp_path}/sampled",
+            "overwrite=true",
             "device=cpu",
         ]
         (path,) = script("generate", *options, *overrides)

@@ -334,6 +334,7 @@ def test_another_value_makes_its_entry_anew(of_kind, rows_of, tmp_path):
     assert entries_made_after(change, of_kind, "kv_cache", rows_of, tmp_path) == {INPUTS: 1}
 
 
+@pytest.mark.slow  # cache/test_cache.py changes pictures, too
 def test_another_picture_of_that_name_makes_its_entry_anew(of_kind, rows_of, tmp_path):
     def change():
         Image.new("RGB", (32, 32), "red").save(tmp_path / "rows" / "3.png")

@@ -207,6 +207,7 @@ def pictures(run_dir: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in (run_dir / "samples").glob("*.png")}
 
 
+@pytest.mark.slow  # training/test_resume.py compares pictures of a run that was cut off
 def test_a_run_that_was_cut_off_measures_and_shows_the_same(teacher, run_dir, tmp_path):
     tiny.cut_off(1, tmp_path, *evaluating(teacher, *BOTH))
     resumed = tiny.train(tmp_path, *evaluating(teacher, *BOTH))
