@@ -82,7 +82,8 @@ def measure_all(given: argparse.Namespace) -> None:
         print(f"{len(asked) - len(rows)} rows are measured already.")
     ends = time.monotonic() + 60 * (math.inf if given.minutes is None else given.minutes)
     rows = fitting(rows, ends - time.monotonic())
-    print(f"{len(rows)} rows, {sum(row.seconds for row in rows) / 60:.0f} minutes expected:", *names(rows), flush=True)
+    minutes, names = sum(row.seconds for row in rows) / 60, [row.name for row in rows]
+    print(f"{len(rows)} rows, {minutes:.0f} minutes expected:", *names, flush=True)
     for row in rows:
         if row.seconds > ends - time.monotonic():
             continue
@@ -115,10 +116,6 @@ def check_place(given: argparse.Namespace) -> None:
 def is_measured(result: Mapping[str, Any], given: argparse.Namespace) -> bool:
     """Whether a result is one of the same command."""
     return "seconds" in result and (result["on"], result["tiny"]) == (given.device, given.tiny)
-
-
-def names(rows: Sequence[BenchmarkRow]) -> list[str]:
-    return [row.name for row in rows]
 
 
 def about(row: BenchmarkRow, given: argparse.Namespace) -> dict[str, Any]:

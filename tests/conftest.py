@@ -58,9 +58,9 @@ SECONDS = {
 def pytest_collection_modifyitems(items):
     """Skip what needs a GPU where there is none, and put the longest files first, as `--no-loadscope-reorder` keeps."""
     needs_gpu = [item for item in items if "cuda" in item.path.relative_to(ROOT / "tests").parts]
-    for item in needs_gpu:
+    if needs_gpu:
         import on_device  # here, because it imports torch
-
+    for item in needs_gpu:
         item.add_marker("cuda")
         item.add_marker(pytest.mark.skipif(not on_device.is_present(), reason="there is no CUDA device"))
     items.sort(key=lambda item: -SECONDS.get(item.path.relative_to(ROOT / "tests").as_posix(), 0))

@@ -222,4 +222,4 @@ class Measurement:
     @property
     def tokens(self) -> int:
         """Image tokens of a step."""
-        return self.run.batch_size * self.run.model.func.__self__.latents.tokens(self.side, self.side)
+        return self.run.batch_size * self.meta_modules.meta_pipe.latents.tokens(self.side, self.side)

@@ -12,12 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..core.data import Sample, SampleAddress, collate
+from ..core.data import Sample, SampleAddress
 from ..core.data.dataset import TrainingData
 from ..core.memory import MemoryRecipe
 from .adapters import files as lora_files
 from .adapters.lora import Adapter, LoRA
-from .base_pipeline import BasePipeline
+from .base_pipeline import BasePipeline, batch_of
 from .flow_match import TRAINING_STEPS
 from .loss import Objective
 from .memory_layout import check_memory, lay_out, stored_models
@@ -234,7 +234,7 @@ class PipelineTrainingModule(DiffusionTrainingModule):
         memory = memory or UnitMemory(0)
         frozen = [self._frozen_inputs(sample, memory) for sample in samples]
         prepared = run_units_together(self.live_units, self.pipe, frozen)
-        shared, posi, nega = (collate(list(side)) for side in zip(*prepared, strict=True))
+        shared, posi, nega = batch_of(prepared)
         inputs = {**shared, **posi}
         if self.roles is not None:
             inputs |= {"roles": self.roles, "negative": nega, "progress": progress}

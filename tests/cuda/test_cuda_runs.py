@@ -89,7 +89,7 @@ def test_one_process_of_a_process_group_trains_as_a_process_alone(plain, tmp_pat
     torch.testing.assert_close(resumed.final_weights(run), plain, rtol=1e-4, atol=1e-6)
 
 
-def test_a_seed_draws_the_picture_that_a_cpu_draws(tmp_path):
+def test_a_seed_samples_the_image_of_a_cpu(tmp_path):
     small = ["options.num_inference_steps=2", "options.height=32", "options.width=48", "seed=[0,1]"]
     pictures = []
     for device in (DEVICE, "cpu"):
