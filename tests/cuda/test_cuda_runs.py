@@ -92,8 +92,8 @@ def test_one_process_of_a_process_group_trains_as_a_process_alone(plain, tmp_pat
 def test_a_seed_samples_the_image_of_a_cpu(tmp_path):
     small = ["options.num_inference_steps=2", "options.height=32", "options.width=48", "seed=[0,1]"]
     pictures = []
-    for device in (DEVICE, "cpu"):
-        given = [*tiny.model_overrides(), *small, f"device={device}", f"output={tmp_path / device}"]
+    for number, device in enumerate((DEVICE, "cpu")):
+        given = [*tiny.model_overrides(), *small, f"device={device}", f"output={tmp_path}/{number}"]
         (first, *_) = tiny.call("generate", tiny.compose("generate", *given))
         pictures.append(np.array(Image.open(first), dtype=int))
     assert np.abs(pictures[0] - pictures[1]).max() <= 1  # of 255: sums in another order
