@@ -1,8 +1,9 @@
-"""Merge adapters into a model: `python fuse.py lora_path=… output=…` writes the model as its repository is laid out."""
+"""Merge adapters into a model: `python fuse.py lora_path=… output=…` writes a repository that diffusers loads."""
 
+import logging
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import hydra
 
@@ -10,15 +11,23 @@ from diffsynth.config import build, check, explained, run_main
 
 
 def fuse(
-    model: Any, lora_path: str | Sequence[str], lora_scale: float = 1.0, output: str = "outputs/fused"
+    model: Any,
+    lora_path: str | Sequence[str],
+    lora_scale: float = 1.0,
+    output: str = "outputs/fused",
+    rest: Literal["link", "copy", "none"] = "link",
 ) -> list[Path]:
     """Add each adapter's update to the weights it adapts, in fp32, and save those models in the base's own dtype.
+
+    With the rest of the base's repository, diffusers loads the folder: `DiffusionPipeline.from_pretrained(output)`.
 
     Args:
         model: A partial of a family's `from_components` that lacks only `device`; it builds the pipeline.
         lora_path: Files of adapters.
         lora_scale: Factor of the updates.
         output: Folder to write to.
+        rest: The other components and `model_index.json`: `link` links to the base's, `copy` copies them, `none` leaves
+            them out.
 
     Returns:
         The folders of the saved models.
@@ -29,7 +38,7 @@ def fuse(
     import torch
 
     from diffsynth.core.files import check_replaceable, mark_as_made, replacing_folder
-    from diffsynth.diffusion.pipeline import sampling_settings
+    from diffsynth.diffusion.pipeline import repository, sampling_settings
 
     pipe = model(device="cpu")
     pipe.check_adapters(paths := [lora_path] if isinstance(lora_path, str) else lora_path)
@@ -38,8 +47,13 @@ def fuse(
     settings = pipe.settings_for({})
     adapted = sorted({name for path in paths for name in pipe.adapted_by(path)})
     folders = [Path(output, pipe.lora_prefixes[name]) for name in adapted]
+    inputs = [*paths, *(source["path"] for source in pipe.sources().values()), *pipe.folders.values()]
     for folder in folders:
-        check_replaceable(folder, inputs=[*paths, *(source["path"] for source in pipe.sources().values())])
+        check_replaceable(folder, inputs)
+    index = None if rest == "none" else repository.find_index(model.keywords[adapted[0]])
+    others = repository.component_folders(pipe, index) if index else {}
+    others = {name: folder for name, folder in others.items() if Path(output, name) not in folders}
+    repository.check_rest(Path(output), others, inputs)
     pipe.load_models(adapted, dtypes=dict.fromkeys(adapted, torch.float32))
     for path in paths:
         pipe.load_adapter(path, lora_scale, fuse=True)
@@ -50,6 +64,14 @@ def fuse(
         with replacing_folder(folder) as partial:
             network.save_pretrained(partial)
             mark_as_made(partial)
+    if index:
+        repository.complete(Path(output), index, others, rest)
+    elif rest != "none":
+        logging.warning(
+            "The base has no model_index.json, so that %s holds the merged models alone and diffusers cannot load it by "
+            "itself; set rest=none to silence this.",
+            output,
+        )
     return folders
 
 

@@ -95,7 +95,7 @@ def generate(
         source |= {"negative_template_inputs": negative_template_inputs}
     sampling = [{name: whole[name] for name in pipe.sampling_arguments} for whole in completed]
     requests = [{**request, **own} for request, own in zip(requests, sampling, strict=True)]
-    models.load_encoders(also=templates.models(pipe))
+    models.load_encoders(also=templates.called_models(pipe))
     shared |= templates.arguments(pipe, *sides)
     inputs = encode(pipe, [{**shared, **request} for request in requests])
     del templates  # nothing calls their networks any more

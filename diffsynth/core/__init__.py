@@ -3,7 +3,12 @@
 from importlib import import_module
 from typing import Any
 
-HOMES = {"ModelConfig": ".loader", "UnifiedDataset": ".data", "gradient_checkpoint_forward": ".gradient"}
+HOMES = {
+    "ModelConfig": ".loader",
+    "UnifiedDataset": ".data",
+    "gradient_checkpoint_forward": ".gradient",
+    "load_state_dict": ".loader",
+}
 
 
 def __getattr__(name: str) -> Any:

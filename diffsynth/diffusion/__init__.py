@@ -9,7 +9,7 @@ from importlib import import_module
 from .base_pipeline import BasePipeline, PipelineUnit, PipelineUnitRunner
 from .flow_match import FlowMatchScheduler
 from .logger import ModelLogger
-from .loss import FlowMatchSFTLoss
+from .loss import DirectDistillLoss, FlowMatchSFTLoss
 from .training_module import DiffusionTrainingModule
 
 # DiffSynth-Studio's guides import these names from here. They live in packages that import this one, hence the delay.
@@ -17,6 +17,7 @@ DEFINED_ABOVE = {"launch_training_task": "training.loop", "launch_data_process_t
 
 __all__ = [
     "BasePipeline",
+    "DirectDistillLoss",
     "DiffusionTrainingModule",
     "FlowMatchSFTLoss",
     "FlowMatchScheduler",

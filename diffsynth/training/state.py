@@ -145,6 +145,7 @@ class TrainingState:
         self.accelerator, self.meter, self.ema = accelerator, Meter(accelerator, self.engine.cp_size), ema
         self.model = self.engine.prepare(model, self.parts)
         self.step = self.skipped_steps = self.skipped_in_a_row = 0
+        self.learning_rate = self._next_rate
         self.skipped_losses: Sequence[Tensor] = ()  # (b,) of each micro-batch, if the last step was skipped
         ema.start(self.engine.local(self.main.all))
 
@@ -170,8 +171,7 @@ class TrainingState:
         return next(iter(self.parts.values()))
 
     @property
-    def learning_rate(self) -> float:
-        """The model's learning rate in the next step."""
+    def _next_rate(self) -> float:
         return self.main.optimizer.param_groups[0]["lr"]
 
     def metrics(self) -> dict[str, float]:
@@ -197,6 +197,7 @@ class TrainingState:
     def update(self, max_grad_norm: float | None) -> bool:
         """Take one optimizer step unless the gradient is not finite; return whether it was taken."""
         names = self.module.trained_at(self.step)
+        self.learning_rate = self._next_rate  # of this step: `metrics` is called after the schedule's step
         trained = [self.parts[name] for name in names]
         norms = self.engine.step(trained, max_grad_norm or math.inf, seed=self.step)
         finite = all(map(math.isfinite, norms))

@@ -204,13 +204,13 @@ def test_every_optimizer_takes_its_steps(optimizer, plain, tmp_path):
     "schedule, expected",
     [
         pytest.param("constant", [1, 1, 1, 1], marks=pytest.mark.slow),
-        ("constant_with_warmup", [0.5, 1, 1, 1]),
-        pytest.param("linear", [0.5, 1, 0.5, 0], marks=pytest.mark.slow),
-        ("cosine", [0.5, 1, 0.5, 0]),
-        ("warmup_stable_decay", [0.5, 1, 0.5, 0]),
+        ("constant_with_warmup", [0, 0.5, 1, 1]),
+        pytest.param("linear", [0, 0.5, 1, 0.5], marks=pytest.mark.slow),
+        ("cosine", [0, 0.5, 1, 0.5]),
+        ("warmup_stable_decay", [0, 0.5, 1, 0.5]),
     ],
 )
-def test_every_schedule_ends_with_the_run(schedule, expected, tmp_path):
+def test_every_schedule_ends_with_the_run_and_logs_the_rate_of_each_step(schedule, expected, tmp_path):
     names = {"constant": [], "warmup_stable_decay": ["num_warmup_steps", "num_decay_steps"]}.get(
         schedule, ["num_warmup_steps"]
     )

@@ -13,6 +13,7 @@ from .operators.unread import Unread
 from .order.addresses import SampleAddress
 from .order.mixing import WeightedRows, exact
 from .scan import SkippedRow
+from .sources.studio_cache import refuse_studio_cache
 
 
 class CachedDataset(TrainingData):
@@ -27,7 +28,7 @@ class CachedDataset(TrainingData):
 
     Raises:
         DamagedCache: The folder holds no finished cache.
-        ValueError: Samples have another size, captions were cached with other options, or variants are missing.
+        ValueError: The folder is a cache of DiffSynth-Studio, samples have another size, captions were cached with other options, or variants are missing.
     """
 
     needs_encoders = False
@@ -41,6 +42,7 @@ class CachedDataset(TrainingData):
         num_workers: int | None = None,
         augmentation: Augmentation | None = None,
     ):
+        refuse_studio_cache(path)
         self.index, self.metadata_path, self.repeat, self.num_workers = CacheIndex(path), path, repeat, num_workers
         self.augmentation = augmentation or Augmentation()
         self.index.require_finished()

@@ -68,8 +68,13 @@ class ModelConfig:
     @property
     def folder(self) -> Path:
         """The repository's folder on this machine."""
+        return self.base / self.model_id
+
+    @property
+    def base(self) -> Path:
+        """The folder of downloaded models."""
         base = self.local_model_path or os.environ.get("DIFFSYNTH_MODEL_BASE_PATH") or "models"
-        return Path(base).expanduser().absolute() / self.model_id
+        return Path(base).expanduser().absolute()
 
     @property
     def skips_download(self) -> bool:

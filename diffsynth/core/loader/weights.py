@@ -321,14 +321,17 @@ def to_released_keys(module: nn.Module, state_dict: dict[str, Tensor]) -> dict[s
 
 
 def load_state_dict(
-    path: str | Path | list[str | Path], dtype: torch.dtype | None = None, device: str | torch.device = "cpu"
+    path: str | Path | list[str | Path], torch_dtype: torch.dtype | None = None, device: str | torch.device = "cpu"
 ) -> dict[str, Tensor]:
-    """Load the tensors of one or several safetensors files; floating point tensors are cast to `dtype`."""
+    """Load the tensors of one or several safetensors files; floating point tensors are cast to `torch_dtype`.
+
+    Where several files hold a tensor, the last one counts.
+    """
     tensors = {}
     for file in [path] if isinstance(path, str | Path) else path:
         keys = read_shapes(Path(file))
         with safe_open(file, "pt", device=_device_name(device)) as stored:
-            tensors |= {key: _cast(stored.get_tensor(key), dtype) for key in keys}
+            tensors |= {key: _cast(stored.get_tensor(key), torch_dtype) for key in keys}
     return tensors
 
 

@@ -27,8 +27,8 @@ class FlowMatchSFT(Objective):
     Args:
         timesteps: Distribution of the noise levels that are trained (`diffusion.timesteps`).
         weighting: w(σ).
-        exact_upstream: Round timesteps to bf16 first, as DiffSynth-Studio does; this reaches only 376 of the 1000
-            levels.
+        exact_upstream: Round timesteps to the pipeline's dtype first, as DiffSynth-Studio does; in bf16 this reaches only
+            376 of the 1000 levels.
     """
 
     timesteps: UniformTimesteps = field(default_factory=UniformTimesteps)
@@ -53,7 +53,7 @@ class FlowMatchSFT(Objective):
         **inputs,
     ) -> Tensor:
         clean = input_latents.float()
-        timestep, sigma = self.sample_timesteps(pipe.scheduler, rng)
+        timestep, sigma = self.sample_timesteps(pipe.scheduler, rng, pipe.torch_dtype)
         weight = self.weighting(pipe.scheduler, sigma)  # before the networks: a GPU would have to end them first
         timestep, sigma, weight = sent(torch.stack([timestep, sigma, weight]), clean.device)
         noise = rng.normal("noise", clean)
@@ -61,13 +61,19 @@ class FlowMatchSFT(Objective):
         error = mean_where((velocity.float() - (noise - clean)).pow(2), loss_mask)
         return error * weight
 
-    def sample_timesteps(self, scheduler: FlowMatchScheduler, rng: SampleRNG | GlobalRNG) -> tuple[Tensor, Tensor]:
-        """Random timesteps (B,) in [0, 1000] and their noise levels (B,) in [0, 1]."""
+    def sample_timesteps(
+        self, scheduler: FlowMatchScheduler, rng: SampleRNG | GlobalRNG, dtype: torch.dtype = torch.bfloat16
+    ) -> tuple[Tensor, Tensor]:
+        """Random timesteps (B,) in [0, 1000] and their noise levels (B,) in [0, 1].
+
+        Args:
+            dtype: The dtype that `exact_upstream` rounds timesteps to.
+        """
         sigma = self.timesteps(scheduler, rng.uniform("timestep"))
         timestep = sigma * TRAINING_STEPS
         if not self.exact_upstream:
             return timestep, sigma
-        rounded = timestep.to(torch.bfloat16).float()
+        rounded = timestep.to(dtype).float()
         return rounded, scheduler.sigma(rounded)
 
 

@@ -343,20 +343,37 @@ class PipelineNetworks(nn.Module):
     def load_models_to_device(self, names: Iterable[str]) -> None:
         """Units call this before they call models; an override may move the models to the device here."""
 
-    def load_lora(self, model: nn.Module | str, path: str | Path, alpha: float = 1.0, fuse: bool = False) -> None:
+    def load_lora(
+        self,
+        model: nn.Module | str,
+        path: str | Path | ModelConfig,
+        alpha: float = 1.0,
+        fuse: bool = False,
+        hotload: bool | None = None,
+    ) -> None:
         """Add a LoRA file to a model (`pipe.load_lora(pipe.dit, "style.safetensors")`), scaled by `alpha`.
 
         The sampling settings that are stored in the file, such as a distilled student's, become the pipeline's.
 
         Args:
+            path: The file, or where it is on a hub.
             fuse: Merge the LoRA into the weights.
+            hotload: DiffSynth-Studio's name for `not fuse`; None leaves it to `fuse`.
 
         Raises:
+            FileNotFoundError: The file is not on this machine and cannot be downloaded.
             ValueError: The file has a key that belongs to no layer of the model.
         """
+        path, fuse = _one_file(path), fuse if hotload is None else not hotload
         name = model if isinstance(model, str) else next(n for n, m in self.named_children() if m is model)
         lora_files.load(self.named_model(name), path, prefix=self.lora_prefixes.get(name, name), scale=alpha, fuse=fuse)
         self.use_sampling_settings_of(path)
+
+    def clear_lora(self) -> None:
+        """Remove all adapters that are not merged into the weights."""
+        for name in self.built_models & self.lora_prefixes.keys():
+            lora_files.remove(getattr(self, name))
+        self.sampling_settings = {path: kept for path, kept in self.sampling_settings.items() if path is None}
 
     def check_adapters(self, paths: Iterable[str | Path]) -> None:
         """Refuse adapter files whose keys belong to no layer of this pipeline's models; needs no weights."""
@@ -378,3 +395,12 @@ class PipelineNetworks(nn.Module):
         """Names of the models that an adapter file is for; the predicting network if its keys name none."""
         named = lora_files.prefixes(path)
         return [name for name, prefix in self.lora_prefixes.items() if prefix in named] or [self.in_iteration_models[0]]
+
+
+def _one_file(path: str | Path | ModelConfig) -> str | Path:
+    if not isinstance(path, ModelConfig):
+        return path
+    files = path.resolve()
+    if len(files) != 1:
+        raise ValueError(f"{path} names {len(files)} files; expected one adapter file, such as model.safetensors.")
+    return files[0]

@@ -3,8 +3,8 @@
 A template is a folder with a `model.py`, see docs/templates.md. `TemplatePipeline` samples with any number of them.
 """
 
-from ...core.loader import ModelConfig
-from .model import load_state_dict, load_template_model
+from ...core.loader import ModelConfig, load_state_dict
+from .model import load_template_model
 from .pipeline import TemplatePipeline, Templates
 
 __all__ = ["ModelConfig", "TemplatePipeline", "Templates", "load_state_dict", "load_template_model"]

@@ -157,15 +157,6 @@ def load_template_model(
     return model.to(device, torch_dtype)
 
 
-def load_state_dict(
-    path: str | Path | list[str | Path],
-    torch_dtype: torch.dtype | None = None,
-    device: str | torch.device = "cpu",
-) -> dict[str, Tensor]:
-    """The tensors of one safetensors file or of several; where several hold a tensor, the last one counts."""
-    return loader.load_state_dict(path, torch_dtype, device)
-
-
 def is_below(parts: Iterable[str], name: str) -> bool:
     """Whether a dotted name is one of `parts`, or is below one."""
     return any(f"{name}.".startswith(f"{part}.") for part in parts)

@@ -6,6 +6,7 @@ from inspect import signature
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import nn
 
 from ...core.loader import ModelConfig
 from .cache import as_inputs, check_names, merge_caches
@@ -142,7 +143,20 @@ class TemplatePipeline:
             arguments |= {sign + name: value for name, value in merged.items()}
         return arguments
 
-    def models(self, pipe: "BasePipeline") -> set[str]:
+    @property
+    def models(self) -> list[nn.Module]:
+        """The templates' networks, in the order of `model_configs`.
+
+        Raises:
+            ValueError: They are loaded for each call only (`lazy_loading`).
+        """
+        if self.templates is None:
+            raise ValueError(
+                "lazy_loading=True keeps no network; set lazy_loading=False to read TemplatePipeline.models."
+            )
+        return [template.model for template in self.templates]
+
+    def called_models(self, pipe: "BasePipeline") -> set[str]:
         """Names of the models of a pipeline that the templates may call."""
         methods = [(code, method) for code in self.codes for method in ("process_inputs", "forward")]
         return {name for code, method in methods for name in models_used(pipe, code, method)}

@@ -16,19 +16,32 @@ PREVIEW_LINES = 8  # lines of code that the error about untrusted code shows; a 
 def find_template(config: ModelConfig) -> Path:
     """The folder of a template: a local folder, whose code needs no permission, or a downloaded repository of a hub.
 
+    A path is looked for here and in the folder of downloaded models. A repository that lies there needs permission, but
+    no commit: its code does not change any more.
+
     Raises:
         FileNotFoundError: There is no such folder, or it cannot be downloaded.
         ValueError: It is a hub's, and its code has not been allowed; the message shows the beginning of the code.
     """
     name = config.path or config.model_id
-    if isinstance(name, str | os.PathLike) and Path(name).is_dir():
-        return Path(name)
+    places = [Path(), config.base] if config.path or _lies_here(config) else [Path()]
+    if isinstance(name, str | os.PathLike):
+        for place in places:
+            if (place / name).is_dir():
+                return place / name
     if config.path is not None:
-        raise FileNotFoundError(f"{name} is no folder; expected a folder that holds a template's {CODE}.")
+        raise FileNotFoundError(
+            f"{name} is no folder, neither here nor in {config.base}; expected a folder that holds a template's {CODE}."
+        )
     if not (config.trust_remote_code and COMMIT.fullmatch(config.revision or "")):
         raise ValueError(_not_allowed(config))
     (folder,) = _downloaded_to(config, config.revision, origin_file_pattern=None).resolve()
     return folder
+
+
+def _lies_here(config: ModelConfig) -> bool:
+    """Whether any commit of a repository whose code may run will do, and one was downloaded."""
+    return config.trust_remote_code and config.revision is None and (config.folder / CODE).is_file()
 
 
 def _downloaded_to(config: ModelConfig, folder: str, **options) -> ModelConfig:

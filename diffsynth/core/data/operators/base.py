@@ -137,6 +137,9 @@ class SequentialProcess(Operator):
         return apply_to_each(partial(unread, self.operator), data)
 
 
+SequencialProcess = SequentialProcess  # DiffSynth-Studio's spelling
+
+
 def apply_to_each(function: Callable, elements: Sequence) -> list:
     """The results of `function` for each element; an error names the element."""
     results = []

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from .captions import read_captions
 from .metadata import READERS, read_metadata
 from .storage import is_file, is_remote
+from .studio_cache import refuse_studio_cache
 from .table import Rows
 
 
@@ -31,6 +32,8 @@ def find_rows(base_path: str | None, metadata: str | Callable | None, encoding: 
         return candidate, read_metadata(candidate, encoding)
     if metadata is None and (rows := read_captions(str(base_path), encoding)):
         return str(base_path), rows
+    if base_path:
+        refuse_studio_cache(base_path)
     looked_for = ", ".join(dict.fromkeys(candidates)) + ", images" * (metadata is None)
     any_folder = "" if metadata is None else ", or dataset=image_folder for a folder of your own"
     raise ValueError(f"no metadata: looked for {looked_for}; set dataset.path or dataset.metadata{any_folder}")

@@ -1,0 +1,96 @@
+"""A diffusers repository: a `model_index.json` that names the components, each in a folder beside it."""
+
+import json
+import os
+import shutil
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from ...core.files import check_replaceable, mark_as_made, replacing, replacing_folder
+from ...core.loader import ModelConfig
+
+if TYPE_CHECKING:
+    from ..base_pipeline import BasePipeline
+
+INDEX = "model_index.json"
+
+
+def find_index(config: ModelConfig) -> Path | None:
+    """The `model_index.json` of the repository that a network's weights are from; None if it has none.
+
+    That of a hub's repository is downloaded, with the scheduler's folder, if it is not on this machine.
+
+    Args:
+        config: Where the weights are, in a folder of the repository.
+    """
+    if config.path is None:
+        try:
+            return replace(config, origin_file_pattern=["scheduler/", INDEX]).resolve()[-1]
+        except FileNotFoundError:  # the repository has none, or the hub does not answer
+            return None
+    index = config.resolve()[0].parent.parent / INDEX
+    return index if index.is_file() else None
+
+
+def component_folders(pipe: "BasePipeline", index: Path) -> dict[str, Path]:
+    """The folder of each component that an index names: where the pipeline has it from, else beside the index."""
+    entries = json.loads(index.read_text(encoding="utf-8")).items()
+    components = [name for name, value in entries if name.isidentifier() and _is_component(value)]
+    sources = {name: Path(source["path"]) for name, source in pipe.sources().items()} | pipe.folders
+    own = {pipe.lora_prefixes.get(name, name): folder for name, folder in sources.items()}
+    return {name: own.get(name, index.parent / name) for name in components}
+
+
+def check_rest(output: Path, folders: Mapping[str, Path], inputs: Iterable[Path]) -> None:
+    """Check that `complete` can write these components, and may.
+
+    Raises:
+        FileNotFoundError: A component is not on this machine.
+        ValueError: `output` has a folder of such a name that this program has not made, or that is read.
+    """
+    for name, folder in folders.items():
+        if not folder.is_dir():
+            raise FileNotFoundError(f"{folder} is missing, the base's {name}; copy it there, or set rest=none.")
+        if not (output / name).is_symlink():
+            check_replaceable(output / name, inputs)
+
+
+def complete(output: Path, index: Path, folders: Mapping[str, Path], how: Literal["link", "copy"]) -> None:
+    """Write an index and the folders of components into a repository.
+
+    Args:
+        folders: The folders by the names they get.
+        how: `link` makes symbolic links, `copy` copies the files.
+
+    Raises:
+        OSError: The file system has no symbolic links.
+    """
+    for name, folder in folders.items():
+        (_link if how == "link" else _copy)(folder.resolve(), output / name)
+    with replacing(output / INDEX) as partial:
+        shutil.copyfile(index, partial)
+
+
+def _link(folder: Path, path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    link = path.with_name(f".partial-{os.getpid()}-{path.name}")
+    try:
+        link.symlink_to(folder, target_is_directory=True)
+    except OSError as error:
+        raise OSError(f"{path} cannot be a link to {folder} ({error.strerror}); set rest=copy.") from error
+    link.replace(path)
+
+
+def _copy(folder: Path, path: Path) -> None:
+    if path.is_symlink():
+        path.unlink()
+    with replacing_folder(path) as partial:
+        shutil.copytree(folder, partial, dirs_exist_ok=True)
+        mark_as_made(partial)
+
+
+def _is_component(value: object) -> bool:
+    return isinstance(value, list) and len(value) == 2 and all(isinstance(part, str) for part in value)
