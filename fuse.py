@@ -68,8 +68,8 @@ def fuse(
         repository.complete(Path(output), index, others, rest)
     elif rest != "none":
         logging.warning(
-            "The base has no model_index.json, so that %s holds the merged models alone and diffusers cannot load it by "
-            "itself; set rest=none to silence this.",
+            "The base has no model_index.json, so that %s holds the merged models alone and diffusers cannot load it "
+            "by itself; set rest=none to silence this.",
             output,
         )
     return folders

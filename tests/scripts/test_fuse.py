@@ -10,7 +10,6 @@ from safetensors.torch import load_file, save_file
 
 from diffsynth.diffusion.pipeline import networks
 
-
 PARTS = {"dit": "transformer", "text_encoder": "text_encoder", "vae": "vae", "tokenizer": "tokenizer"}
 
 

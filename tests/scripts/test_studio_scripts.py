@@ -1,4 +1,4 @@
-"""Names and calls in the scripts that users of DiffSynth-Studio have (its `examples/` and guides) do what they do there."""
+"""Names and calls in the scripts of DiffSynth-Studio's users (its `examples/` and guides) do what they do there."""
 
 import pytest
 import templates

@@ -28,7 +28,8 @@ class CachedDataset(TrainingData):
 
     Raises:
         DamagedCache: The folder holds no finished cache.
-        ValueError: The folder is a cache of DiffSynth-Studio, samples have another size, captions were cached with other options, or variants are missing.
+        ValueError: The folder is a cache of DiffSynth-Studio, samples have another size, captions were cached with
+            other options, or variants are missing.
     """
 
     needs_encoders = False

@@ -27,8 +27,8 @@ class FlowMatchSFT(Objective):
     Args:
         timesteps: Distribution of the noise levels that are trained (`diffusion.timesteps`).
         weighting: w(σ).
-        exact_upstream: Round timesteps to the pipeline's dtype first, as DiffSynth-Studio does; in bf16 this reaches only
-            376 of the 1000 levels.
+        exact_upstream: Round timesteps to the pipeline's dtype first, as DiffSynth-Studio does; in bf16 this reaches
+            only 376 of the 1000 levels.
     """
 
     timesteps: UniformTimesteps = field(default_factory=UniformTimesteps)

@@ -151,9 +151,7 @@ class TemplatePipeline:
             ValueError: They are loaded for each call only (`lazy_loading`).
         """
         if self.templates is None:
-            raise ValueError(
-                "lazy_loading=True keeps no network; set lazy_loading=False to read TemplatePipeline.models."
-            )
+            raise ValueError("lazy_loading=True keeps no network; set lazy_loading=False to read .models.")
         return [template.model for template in self.templates]
 
     def called_models(self, pipe: "BasePipeline") -> set[str]:
