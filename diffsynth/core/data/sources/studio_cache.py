@@ -15,6 +15,6 @@ def refuse_studio_cache(folder: str | Path) -> None:
     if Path(folder).is_dir() and any(path.suffix == ".pth" for path in islice(Path(folder).rglob("*"), LOOKED_AT)):
         raise ValueError(
             f"{folder} holds .pth files, as a cache of DiffSynth-Studio does; they are pickles, which are never "
-            "loaded, as they can run code. Make a cache of the data set itself: python make_cache.py model=… dataset.path=<its "
-            "folder> path=<folder of the new cache>"
+            "loaded, as they can run code. Make a cache of the data set itself: python make_cache.py model=… "
+            "dataset.path=<its folder> path=<folder of the new cache>"
         )
