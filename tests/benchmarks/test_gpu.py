@@ -27,15 +27,17 @@ def results(folder) -> list[dict]:
     return [json.loads(line) for line in (folder / "rows.jsonl").read_text().splitlines()]
 
 
-def test_every_row_can_be_measured(benchmark, tmp_path, capsys):
-    from on_gpu.rows import ROWS, distinct
+# By default a plan, the bare loop and a batch; all rows take a minute.
+@pytest.mark.parametrize("rows", tiny.mostly_slow(["*", "flux2_klein_4b-1024-b*"], "flux2_klein_4b-1024-b*"))
+def test_every_row_can_be_measured(rows, benchmark, tmp_path, capsys):
+    from on_gpu.rows import distinct, matching
 
-    benchmark.main(["--rehearse", f"--out={tmp_path}"])
+    benchmark.main(["--rehearse", f"--rows={rows}", f"--out={tmp_path}"])
     found = results(tmp_path)
-    assert [result["row"] for result in found] == [row.name for row in distinct(ROWS)]
+    assert [result["row"] for result in found] == [row.name for row in distinct(matching(rows))]
     assert all(math.isfinite(result["loss"]) and 0 < result["seconds"] <= result["slowest"] for result in found)
     planned = [result for result in found if "planned" in result]
-    assert len(planned) > 1 and all(result["planned"] > 1e6 and result["flops"] > 1e8 for result in planned)
+    assert planned and all(result["planned"] > 1e6 and result["flops"] > 1e8 for result in planned)
     ours, bare = (result["loss"] for result in found[:2])
     assert ours == pytest.approx(bare, rel=0.5)  # of one network with random weights
     table = (tmp_path / "table.md").read_text()
