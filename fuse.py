@@ -7,6 +7,7 @@ from typing import Any
 import hydra
 
 from diffsynth.config import build, check, explained, run_main
+from diffsynth.core.locks import locked
 
 
 def fuse(
@@ -57,8 +58,10 @@ def fuse(
 def main(cfg) -> None:
     with explained():
         check(cfg, fuse)
-        for path in fuse(**build(cfg)):
-            print(path)
+        given = build(cfg)
+        with locked(given["output"]):
+            for path in fuse(**given):
+                print(path)
 
 
 if __name__ == "__main__":
