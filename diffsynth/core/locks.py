@@ -224,11 +224,11 @@ def _write(descriptor: int) -> None:
 
 def _read(descriptor: int) -> dict | None:
     """Return who owns a lock; None if nobody has written that within two seconds."""
-    for _ in range(SETTLE * 10):
+    for _ in range(10):
         os.lseek(descriptor, 0, os.SEEK_SET)
         with suppress(ValueError):
             return json.loads(os.read(descriptor, RECORD_BYTES))
-        time.sleep(0.1)  # its owner may be about to write
+        time.sleep(SETTLE / 10)  # its owner may be about to write
     return None
 
 
