@@ -58,20 +58,27 @@ class _Lock:
         self.path = folder / LOCK
         self.descriptor = _take(self.path)
         self.ended = threading.Event()
-        threading.Thread(target=self._renew, daemon=True).start()
+        self.thread = threading.Thread(target=self._renew, daemon=True)
+        self.thread.start()
 
     def _renew(self) -> None:
         while not self.ended.wait(BEAT):
             with suppress(OSError):  # the file system may be away for a moment
+                if not _is_own(owner := _read(self.descriptor)):
+                    logger.error("This process stood still for too long: %s", _in_use(self.folder, owner))
+                    return
                 os.utime(self.path)
 
     def release(self) -> None:
         """Delete the lock file, and the folder if the lock made it and nothing was written to it."""
         self.ended.set()
+        self.thread.join()
+        is_own = _is_own(_read(self.descriptor)) and _is_at(self.descriptor, self.path)
         if ON_WINDOWS:  # which does not delete a file that is open
             os.close(self.descriptor)
-        with suppress(OSError):  # the folder may be gone
-            self.path.unlink()
+        if is_own:
+            with suppress(OSError):  # on Windows, another process may have opened it
+                self.path.unlink()
         if not ON_WINDOWS:
             os.close(self.descriptor)
         if self.is_new:
@@ -232,6 +239,10 @@ def _read(descriptor: int) -> dict | None:
     return None
 
 
+def _is_own(owner: Mapping | None) -> bool:
+    return owner is not None and (owner["machine"], owner["pid"]) == (machine(), os.getpid())
+
+
 def _slurm_job() -> list[str] | None:
     """Return the id of the Slurm job that this process belongs to, and how often it was queued again."""
     job = os.environ.get("SLURM_JOB_ID")
@@ -285,8 +296,7 @@ def _time_and_age(path: Path) -> tuple[float | None, float]:
 def _settle(descriptor: int, path: Path) -> None:
     """Wait for another process that takes over the same lock at the same moment; the one that wrote last has it."""
     time.sleep(SETTLE)
-    owner = _read(descriptor)
-    if owner is None or (owner["machine"], owner["pid"]) != (machine(), os.getpid()):
+    if not _is_own(owner := _read(descriptor)):
         raise FolderInUse(_in_use(path.parent, owner))
 
 

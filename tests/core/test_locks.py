@@ -148,3 +148,14 @@ def test_a_lock_is_renewed(tmp_path):
     while path.stat().st_mtime == 0 and time.monotonic() < until:
         time.sleep(0.01)
     assert time.time() - path.stat().st_mtime < 20
+
+
+def test_an_owner_that_stood_still_for_too_long_says_so_and_leaves_the_lock_to_the_next(tmp_path, caplog):
+    locks.hold(tmp_path)
+    path = write_lock(tmp_path)
+    until = time.monotonic() + 10
+    while not caplog.records and time.monotonic() < until:
+        time.sleep(0.01)
+    assert f"{tmp_path} is in use by process {os.getpid()} on elsewhere" in caplog.text
+    locks.release(tmp_path)
+    assert path.exists()
