@@ -6,8 +6,7 @@ from typing import Any
 
 import hydra
 
-from diffsynth.config import build, check, explained, run_main
-from diffsynth.core.locks import locked
+from diffsynth.config import build, check, explained, locked, run_main
 
 
 def fuse(

@@ -8,8 +8,7 @@ import hydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 
-from diffsynth.config import build, check, explained, run_main
-from diffsynth.core.locks import locked
+from diffsynth.config import build, check, explained, locked, run_main
 
 
 def generate(
