@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 import hydra
 
-from diffsynth.config import build, check, explained, run_main
+from diffsynth.config import build, check, explained, locked, run_main
 
 
 def fuse(
@@ -79,8 +79,10 @@ def fuse(
 def main(cfg) -> None:
     with explained():
         check(cfg, fuse)
-        for path in fuse(**build(cfg)):
-            print(path)
+        given = build(cfg)
+        with locked(given["output"]):
+            for path in fuse(**given):
+                print(path)
 
 
 if __name__ == "__main__":

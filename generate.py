@@ -8,7 +8,7 @@ import hydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 
-from diffsynth.config import build, check, explained, run_main
+from diffsynth.config import build, check, explained, locked, run_main
 
 
 def generate(
@@ -110,8 +110,9 @@ def main(cfg) -> None:
         given, job = build(cfg), HydraConfig.get()
         if job.mode == RunMode.MULTIRUN:
             given["output"] = job.runtime.output_dir
-        for path in generate(**given):
-            print(path)
+        with locked(given["output"]):
+            for path in generate(**given):
+                print(path)
 
 
 if __name__ == "__main__":

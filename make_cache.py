@@ -45,7 +45,8 @@ def make_cache(run: CacheRun) -> str:
 def main(cfg) -> None:
     with explained():
         check(cfg, CacheRun)
-        logging.info("%s: %s", cfg.path, make_cache(CacheRun(**build(cfg))))
+        run = CacheRun(**build(cfg))
+        logging.info("%s: %s", run.path, make_cache(run))
 
 
 if __name__ == "__main__":

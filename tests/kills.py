@@ -1,12 +1,19 @@
-"""Kill a process in the middle of its work, inside a save or between two. FAULTS=200 kills 200 times."""
+"""Kill a process in the middle of its work, inside a save or between two. FAULTS=200 kills 200 times.
+
+`owner` is a process that has locked a folder.
+"""
 
 import itertools
 import os
 import random
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from multiprocessing.process import BaseProcess
+from pathlib import Path
 
 import warm
 
@@ -74,3 +81,19 @@ def _ended(process: BaseProcess) -> bool:
     process.join()
     assert process.exitcode in (0, -signal.SIGKILL)
     return process.exitcode == 0
+
+
+@contextmanager
+def owner(folder: Path, then: str = "") -> Iterator[subprocess.Popen]:
+    """Inside, a process has locked the folder, run the Python code `then`, and waits; it is killed at the end."""
+    code = (
+        f"from diffsynth.core import locks; locks.hold({str(folder)!r}); {then}\nprint('locked', flush=True); input()"
+    )
+    root = Path(__file__).parents[1]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    with subprocess.Popen([sys.executable, "-c", code], cwd=root, **pipes) as process:
+        try:
+            assert process.stdout.readline() == "locked\n"
+            yield process
+        finally:
+            process.kill()

@@ -28,6 +28,7 @@ from omegaconf import DictConfig
 from PIL import Image
 
 from diffsynth.config import build, check, claim, finish
+from diffsynth.core.locks import release_all
 
 ROOT = Path(__file__).parents[1]
 COMPONENTS = {"dit": "transformer", "text_encoder": "text_encoder", "vae": "vae", "tokenizer": "tokenizer"}
@@ -171,8 +172,11 @@ def train(output_root: Path, *overrides: str) -> Path:
 def run(overrides: list[str]) -> Path:
     """Run `python train.py <overrides>` in this process, and return the run's folder."""
     cfg = compose("train", *overrides)
-    run_dir = claim(cfg)
-    finish(cfg, call("train", cfg))
+    try:
+        run_dir = claim(cfg)
+        finish(cfg, call("train", cfg))
+    finally:
+        release_all()
     return run_dir
 
 

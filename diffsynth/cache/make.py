@@ -10,13 +10,14 @@ If the process is killed, the same command continues with the entries that are m
 import logging
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from itertools import chain, groupby, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from accelerate.utils import gather_object
+from accelerate.utils import broadcast_object_list, gather_object
 from torch.utils.data import DataLoader, Dataset
 
 from ..core.data import TrainingData
@@ -24,6 +25,7 @@ from ..core.data.cache import FORMAT, KEPT_FILE, CacheIndex, CacheRequest, Cache
 from ..core.data.cached_dataset import captions_of
 from ..core.data.operators.unread import Unread, Variants, read, unread_in
 from ..core.files import remove_leftovers
+from ..core.locks import FolderInUse, locked
 from ..core.progress import ProgressBar
 from ..core.signals import leave_to_parent
 from ..diffusion.flow_match import TRAINING_STEPS
@@ -86,31 +88,29 @@ def launch_data_process_task(
         ValueError: The training has no frozen unit, the pipeline lacks a model, a sample has infinitely many variants
             (random crop, shuffled tags), or a file cannot be read.
         TypeError: An input of the pipeline is neither plain data nor a file.
+        FolderInUse: Another process makes, checks or tidies this cache.
     """
-    folder, is_main = Path(path), accelerator.is_main_process
-    index, lost = CacheIndex(folder, writable=is_main), []
-    maker = CacheMaker(accelerator, dataset, module, index, batch_size, num_workers)
-    if is_main:
-        remove_leftovers(folder)
-        lost = index.match_shards()
-    accelerator.wait_for_everyone()
-    damaged = maker.damaged_shards()
-    if is_main:
-        lost += mend(index, damaged.values())
-    accelerator.wait_for_everyone()
-    requests = maker.gather_requests()
-    made = maker.make(requests, shard_bytes)
-    if is_main:
-        index.match_shards()
-        index.put(requests.samples(), maker.about(requests))
-    accelerator.wait_for_everyone()
-    report = CacheReport(len(index), len(requests), made, lost, maker.skipped)
-    requests.close()
-    index.close()
-    accelerator.wait_for_everyone()
-    if is_main:
-        remove_leftovers(folder)
-    return report
+    folder = Path(path)
+    with _locked(folder, accelerator):
+        index = CacheIndex(folder, writable=accelerator.is_main_process)
+        maker = CacheMaker(accelerator, dataset, module, index, batch_size, num_workers)
+        return maker.make_cache(shard_bytes)
+
+
+@contextmanager
+def _locked(folder: Path, accelerator: "Accelerator") -> Iterator[None]:
+    """Inside, this run's first process holds the lock of a folder; if it cannot have it, all processes raise that."""
+    refused = [None]
+    with ExitStack() as stack:
+        if accelerator.is_main_process:
+            try:
+                stack.enter_context(locked(folder))
+            except FolderInUse as error:  # broadcast, so that none waits
+                refused = [str(error)]
+        (message,) = broadcast_object_list(refused)
+        if message:
+            raise FolderInUse(message)
+        yield
 
 
 class CacheMaker:
@@ -134,6 +134,31 @@ class CacheMaker:
         self.augmentations = [own.augmentation for own in self.datasets]
         for augmentation in self.augmentations:
             augmentation.choices([1.0])  # raises if its variants cannot be listed
+
+    def make_cache(self, shard_bytes: int) -> CacheReport:
+        """Make or complete the cache, whose folder is locked; see `launch_data_process_task`."""
+        index, is_main, lost = self.index, self.accelerator.is_main_process, []
+        if is_main:
+            remove_leftovers(index.folder)
+            lost = index.match_shards()
+        self.accelerator.wait_for_everyone()
+        damaged = self.damaged_shards()
+        if is_main:
+            lost += mend(index, damaged.values())
+        self.accelerator.wait_for_everyone()
+        requests = self.gather_requests()
+        made = self.make(requests, shard_bytes)
+        if is_main:
+            index.match_shards()
+            index.put(requests.samples(), self.about(requests))
+        self.accelerator.wait_for_everyone()
+        report = CacheReport(len(index), len(requests), made, lost, self.skipped)
+        requests.close()
+        index.close()
+        self.accelerator.wait_for_everyone()
+        if is_main:
+            remove_leftovers(index.folder)
+        return report
 
     def about(self, requests: CacheRequests) -> dict[str, Any]:
         """Return the description of the cache for its index: units, captions, variants and data sets."""

@@ -2,16 +2,18 @@
 
 import json
 import logging
+import os
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing
+from contextlib import closing, contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..core.data import TrainingData
 from ..core.data.cache import CacheIndex, Shard, keys_of, rewrite
 from ..core.data.cached_dataset import differences
+from ..core.locks import locked
 from .keys import CacheKeys, describe
 
 if TYPE_CHECKING:
@@ -41,6 +43,19 @@ def stats(path: str | Path) -> str:
     return "\n".join(lines + [f"{name}  {unit}" for name, unit in made_of["units"].items()])
 
 
+@contextmanager
+def _finished_cache(path: str | Path, writable: bool = False) -> Iterator[CacheIndex]:
+    """Inside, the index of a finished cache, which no other process writes meanwhile.
+
+    Nothing is locked in a folder that this process cannot write.
+    """
+    with locked(path) if os.access(path, os.W_OK) else nullcontext():
+        with closing(CacheIndex(path)) as index:
+            index.require_finished()
+        with closing(CacheIndex(path, writable)) as index:
+            yield index
+
+
 def collect_garbage(path: str | Path) -> str:
     """Rewrite the shards that have entries that no sample needs, or that another shard has too.
 
@@ -49,23 +64,28 @@ def collect_garbage(path: str | Path) -> str:
 
     Raises:
         DamagedCache: The cache is not finished, so that the needed entries are not known.
+        FolderInUse: Another process makes, checks or tidies this cache.
     """
-    with closing(CacheIndex(path)) as finished:
-        finished.require_finished()
-    index = CacheIndex(path, writable=True)
-    index.match_shards()
-    index.require_finished()
-    shards, needed = index.shards, {key for record in index.records() for key in keys_of(record)}
-    before = _bytes_of(shards.values())
-    own = {number: keys & needed for number, keys in index.keys_by_shard().items()}
-    wasteful = [number for number, shard in shards.items() if shard.contents.keys() != own.get(number, set())]
-    if wasteful:
-        keep = set().union(*(own.get(number, ()) for number in wasteful))
-        rewrite([shards[number] for number in wasteful], keep)
+    with _finished_cache(path, writable=True) as index:
         index.match_shards()
-    after = _bytes_of(index.shards.values())
-    index.close()
+        index.require_finished()
+        shards, needed = index.shards, {key for record in index.records() for key in keys_of(record)}
+        before = _bytes_of(shards.values())
+        own = {number: keys & needed for number, keys in index.keys_by_shard().items()}
+        wasteful = [number for number, shard in shards.items() if shard.contents.keys() != own.get(number, set())]
+        if wasteful:
+            keep = set().union(*(own.get(number, ()) for number in wasteful))
+            _replace(index, rewrite([shards[number] for number in wasteful], keep))
+        after = _bytes_of(index.shards.values())
     return f"{len(wasteful)} of {len(shards)} files rewritten, {(before - after) / 1e6:.1f} MB freed"
+
+
+def _replace(index: CacheIndex, obsolete: Iterable[Path]) -> None:
+    """Let the index read what is in obsolete shards from others, and only then delete them."""
+    obsolete = list(obsolete)
+    index.match_shards(without=obsolete)
+    for path in obsolete:
+        path.unlink()
 
 
 def _bytes_of(shards: Iterable[Shard]) -> int:
@@ -74,14 +94,14 @@ def _bytes_of(shards: Iterable[Shard]) -> int:
 
 def mend(index: CacheIndex, damaged: Iterable[Shard]) -> list[str]:
     """Delete the damaged entries of damaged shards, so that they are made again; return the names of these shards."""
-    names = []
+    names, obsolete = [], []
     for shard in damaged:
         intact = shard.whole_entries()
         logger.warning("%s is damaged; %d of its entries are intact and kept.", shard.path, len(intact))
-        rewrite([shard], intact)
+        obsolete += rewrite([shard], intact)
         names.append(shard.path.name)
     if names:
-        index.match_shards()
+        _replace(index, obsolete)
     return names
 
 
@@ -100,18 +120,20 @@ def verify(dataset: TrainingData, module: "PipelineTrainingModule", path: str | 
         dataset: The data set that was cached.
         module: The training module that will read the cache; its models are built but not loaded.
         path: Folder of the cache.
+
+    Raises:
+        DamagedCache: The cache is not finished.
+        FolderInUse: Another process makes, checks or tidies this cache.
     """
-    index = CacheIndex(path)
-    index.require_finished()
-    keys, shards, entries = CacheKeys(module), index.shards, index.keys_by_shard()
-    missing = {number: shard for number, shard in shards.items() if not shard.path.is_file()}
-    lines = [f"{shard.path} is missing: {len(entries.get(number, ()))} entries" for number, shard in missing.items()]
-    for number, shard in damaged_shards(shards).items():
-        own = entries.get(number, set())
-        lines.append(f"{shard.path} is damaged: {len(own - shard.whole_entries())} of {len(own)} entries")
-    lines += differences(index.about["made_of"], keys.about())
-    lines += _changed_samples(dataset, module, keys, index)
-    index.close()
+    with _finished_cache(path) as index:
+        keys, shards, entries = CacheKeys(module), index.shards, index.keys_by_shard()
+        missing = {number: shard for number, shard in shards.items() if not shard.path.is_file()}
+        lines = [f"{shard.path} is missing: {len(entries.get(n, ()))} entries" for n, shard in missing.items()]
+        for number, shard in damaged_shards(shards).items():
+            own = entries.get(number, set())
+            lines.append(f"{shard.path} is damaged: {len(own - shard.whole_entries())} of {len(own)} entries")
+        lines += differences(index.about["made_of"], keys.about())
+        lines += _changed_samples(dataset, module, keys, index)
     return lines
 
 

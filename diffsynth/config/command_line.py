@@ -11,6 +11,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.errors import ConfigCompositionException, OverrideParseException
 from omegaconf import OmegaConf
 
+from ..core.locks import IN_USE_STATUS, FolderInUse, release_all
 from . import slurm
 from .choices import check_arguments
 from .explain import explain
@@ -59,7 +60,10 @@ class JobFailed(Exception):
 
 @contextmanager
 def explained() -> Iterator[None]:
-    """Inside, errors of a run's configuration and input exit with their message instead of a traceback."""
+    """Inside, errors of a run's configuration and input exit with their message instead of a traceback.
+
+    At its end, the folders that the run has locked are unlocked.
+    """
     try:
         yield
     except (ValueError, OSError, FloatingPointError) as error:
@@ -71,7 +75,12 @@ def explained() -> Iterator[None]:
         if HydraConfig.initialized():
             hydra = HydraConfig.get()
             discard_refused(Path(hydra.runtime.output_dir), log=f"{hydra.job.name}.log")
+        if isinstance(error, FolderInUse):
+            print(f"error: {error}", file=sys.stderr)
+            sys.exit(IN_USE_STATUS)
         sys.exit(f"error: {error}\n(DIFFSYNTH_TRACEBACK=1 shows where this was raised)")
+    finally:
+        release_all()
 
 
 def _is_in_sweep() -> bool:

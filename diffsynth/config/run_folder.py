@@ -13,6 +13,7 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
+from ..core import locks
 from ..core.advice import how_to_start_from
 from ..core.files import remove_leftovers, write_text
 from .nodes import ConfigError
@@ -23,6 +24,7 @@ RANK = int(os.environ.get("RANK", 0))
 REPLAY = {"hydra": {"run": {"dir": "${run_dir}"}, "output_subdir": None}}
 RUN_FILES = ("config.yaml", "resolved.yaml", "command.json", "environment.json")
 _begun_here: set[Path] = set()  # folders of runs that had no record before this process wrote it
+_run_files: dict[Path, dict[str, str]] = {}  # text of each of RUN_FILES, for the folders that this process has claimed
 PACKAGES = ("torch", "diffusers", "transformers", "accelerate", "peft", "safetensors", "hydra-core", "omegaconf")
 
 
@@ -34,13 +36,20 @@ class RankZeroFilter(logging.Filter):
 
 
 def claim(cfg: DictConfig) -> Path | None:
-    """Return the run's folder and write the run's configuration into it; return None if the run is already finished.
+    """Lock the run's folder, write the run's configuration into it, and return it; return None if the run is finished.
+
+    `cfg.run_dir`, whose signature is a hash of the whole configuration, becomes a plain path, so that it stays the same
+    whatever becomes of the configuration later.
 
     Raises:
         ConfigError: The folder holds another experiment, or this one at a length from which it cannot go on.
+        FolderInUse: Another process runs this run.
     """
     run_dir = Path(cfg.run_dir)
-    if is_finished(cfg):
+    if RANK == 0 and not is_finished(cfg):
+        locks.hold(run_dir)
+    if is_finished(cfg):  # perhaps by the process that has just unlocked it
+        locks.release(run_dir)
         artefacts = "\n  ".join(_finished(run_dir)["artefacts"])
         logging.info("%s is finished:\n  %s\nTo run it again, delete the folder or set name=….", run_dir, artefacts)
         if cfg.get("lora") and not cfg.get("template"):
@@ -51,8 +60,10 @@ def claim(cfg: DictConfig) -> Path | None:
         remove_leftovers(run_dir)
         if not (run_dir / "config.yaml").exists():
             _begun_here.add(run_dir.resolve())
+        _run_files[run_dir] = _texts_of(cfg)
         if _finished(run_dir) is None:  # otherwise `finish` writes them: the training may refuse to be extended
-            _write_run_files(run_dir, cfg)
+            _write_run_files(run_dir)
+    cfg.run_dir = str(run_dir)
     return run_dir
 
 
@@ -63,16 +74,18 @@ def is_finished(cfg: DictConfig) -> bool:
 
 
 def finish(cfg: DictConfig, artefacts: Sequence[Path]) -> None:
-    """Mark the run as finished, write its report, and log the files that it made."""
+    """Write the report of a claimed run, mark the run as finished, unlock it, and log the files that it made."""
     from ..report import write_report
 
     run_dir = Path(cfg.run_dir)
     if RANK == 0:
         if _finished(run_dir) is not None:  # it was shorter; see `claim`
-            _write_run_files(run_dir, cfg)
+            _write_run_files(run_dir)
         paths = [str(path) for path in [*artefacts, run_dir / "report.html"]]
-        _write_finished(run_dir, {"artefacts": paths, **_identity(cfg)})
-        write_report(run_dir)
+        finished = {"artefacts": paths, **_identity(cfg)}
+        write_report(run_dir, finished)
+        _write_finished(run_dir, finished)  # last: a run that is marked as finished is never looked at again
+        locks.release(run_dir)
         logging.info("Finished. %s holds:\n  %s", run_dir, "\n  ".join(paths))
 
 
@@ -135,6 +148,7 @@ def discard_refused(run_dir: Path, log: str) -> None:
     """
     if run_dir.resolve() not in _begun_here:
         return
+    locks.release(run_dir)
     files = {path.name: path for path in run_dir.iterdir()}
     if files.keys() <= {*RUN_FILES, log}:
         for handler in logging.root.handlers:
@@ -144,7 +158,13 @@ def discard_refused(run_dir: Path, log: str) -> None:
         run_dir.rmdir()
 
 
-def _write_run_files(run_dir: Path, cfg: DictConfig) -> None:
+def _write_run_files(run_dir: Path) -> None:
+    for name, text in _run_files[run_dir].items():
+        write_text(run_dir / name, text)
+
+
+def _texts_of(cfg: DictConfig) -> dict[str, str]:
+    """Return the text of each of `RUN_FILES`."""
     replay = OmegaConf.to_yaml(OmegaConf.create(REPLAY))
     texts = (
         OmegaConf.to_yaml(cfg) + replay,
@@ -152,8 +172,7 @@ def _write_run_files(run_dir: Path, cfg: DictConfig) -> None:
         json.dumps(sys.argv),
         json.dumps(environment(), indent=1),
     )
-    for name, text in zip(RUN_FILES, texts, strict=True):
-        write_text(run_dir / name, text)
+    return dict(zip(RUN_FILES, texts, strict=True))
 
 
 @cache  # later edits of the repository do not change the code that this process has loaded

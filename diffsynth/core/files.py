@@ -2,14 +2,19 @@
 
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from hashlib import blake2b
 from pathlib import Path
 
+from .locks import LOCK, is_held, machine, started
+
 ON_WINDOWS = os.name == "nt"
 MADE = ".made-by-diffsynth"  # a file in folders that this program has made and may replace
+PARTIAL = re.compile(r"\.partial-(?P<machine>[0-9a-f]{8})-(?P<pid>\d+)-")
+SLACK = 60  # seconds by which the clocks of a machine and of its file server may differ; a guess
 
 
 @contextmanager
@@ -71,12 +76,31 @@ def mark_as_made(folder: Path) -> None:
 
 
 def remove_leftovers(folder: str | Path) -> None:
-    """Delete the temporary files and folders that killed processes left in `folder` and below."""
-    for partial in list(Path(folder).rglob(".partial-*")):
+    """Delete the temporary files and folders that killed processes left in `folder` and below.
+
+    Those of a living process stay, and so does all that is in a folder below which has a lock of its own. A process of
+    another machine counts as living unless this process holds the lock of `folder`.
+    """
+    folder = Path(folder)
+    for partial in list(folder.rglob(".partial-*")):
+        below = partial.relative_to(folder).parents[:-1]
+        if _is_being_written(partial) or any((folder / path / LOCK).exists() for path in below):
+            continue
         if partial.is_dir():
             shutil.rmtree(partial)
         else:
             partial.unlink(missing_ok=True)  # it may have been in a temporary folder that is deleted already
+
+
+def _is_being_written(partial: Path) -> bool:
+    """Whether the process that is named by a temporary file or folder may still write it."""
+    named = PARTIAL.match(partial.name)
+    if named is None or int(named["pid"]) == os.getpid():
+        return False
+    if named["machine"] != machine():
+        return not is_held(partial.parent)
+    since = started(int(named["pid"]))
+    return since is not None and partial.exists() and since <= partial.stat().st_mtime + SLACK  # else it is a later one
 
 
 def write_text(path: str | Path, text: str) -> None:
@@ -104,7 +128,7 @@ def forget_after(path: str | Path, step: int) -> None:
 
 
 def _partial(path: Path) -> Path:
-    return path.with_name(f".partial-{os.getpid()}-{path.name}")
+    return path.with_name(f".partial-{machine()}-{os.getpid()}-{path.name}")
 
 
 def _sync(path: Path) -> None:

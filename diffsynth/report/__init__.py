@@ -4,6 +4,7 @@ import base64
 import io
 import json
 from collections import defaultdict
+from collections.abc import Mapping
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -32,8 +33,12 @@ PANELS = {
 }
 
 
-def write_report(run_dir: str | Path) -> Path:
+def write_report(run_dir: str | Path, finished: Mapping[str, Any] | None = None) -> Path:
     """Write `report.html` into a run's folder, as one file without dependencies, and return its path.
+
+    Args:
+        run_dir: Folder of the run.
+        finished: What finished.json is about to say; None reads that file, which an unfinished run does not have.
 
     Raises:
         ValueError: The folder is not the folder of a run.
@@ -45,7 +50,7 @@ def write_report(run_dir: str | Path) -> Path:
     data = {"charts": charts(run_dir), "pictures": pictures(run_dir)}
     parts = {
         "title": escape(run_dir.name),
-        "facts": _table(facts(run_dir, yaml.safe_load(config))),
+        "facts": _table(facts(run_dir, yaml.safe_load(config), finished or read_json(run_dir / "finished.json"))),
         "warnings": "".join(f"<li>{escape(line)}</li>" for line in warnings(run_dir)),
         "data_report": contact_sheet(run_dir),
         "config": escape(config),
@@ -88,11 +93,10 @@ def contact_sheet(run_dir: Path) -> str:
     return f'<img src="{embed(path)}" alt="the first samples">' if path.exists() else ""
 
 
-def facts(run_dir: Path, config: dict) -> dict[str, str]:
-    """A summary of the run, by the titles of its lines."""
+def facts(run_dir: Path, config: dict, finished: Mapping[str, Any]) -> dict[str, str]:
+    """A summary of the run, by the titles of its lines; `finished` is empty if the run is not."""
     environment = read_json(run_dir / "environment.json")
     skipped, bad = len(read_lines(run_dir / "skipped.jsonl")), len(read_lines(run_dir / "bad_steps.jsonl"))
-    finished = read_json(run_dir / "finished.json")
     packages = {name: value for name, value in environment.items() if name not in ("commit", "diff", "python")}
     return {
         "state": "finished" if finished else "not finished",

@@ -3,6 +3,8 @@
 import math
 from typing import TYPE_CHECKING, Any
 
+from accelerate.utils import gather_object
+
 from ..core.data import BatchLayout, TrainingData
 from ..diffusion.template.rows import prepare_data, required_columns
 from .engines import Engine
@@ -15,11 +17,14 @@ if TYPE_CHECKING:
 
 
 def check_run(run: "Run", engine: Engine) -> None:
-    """Check the data set's rows, the batch size, the validation and the export of a run whose `template` is loaded.
+    """Check the folder, the data's rows, the batch size, the validation and the export of a run with a loaded template.
+
+    All processes call it.
 
     Raises:
         ValueError: One of them is wrong; the message says which one and what to set.
     """
+    check_one_folder(run.run_dir)
     layout = BatchLayout(run.batch_size, run.micro_batch_size, engine.replicas)
     scan(run.dataset, run.media, run.task, run.template)
     for dataset in run.validation.datasets.values():
@@ -28,6 +33,20 @@ def check_run(run: "Run", engine: Engine) -> None:
         check_one_size(run.dataset, layout.micro_batch_size)
     run.validation.check(run.ema)
     run.export.check(run.validation.metric_names)
+
+
+def check_one_folder(run_dir: str) -> None:
+    """Check that all processes write to one folder; all processes call it.
+
+    Raises:
+        ValueError: They do not, as with a clock in the path.
+    """
+    folders = sorted(set(gather_object([run_dir])))
+    if len(folders) > 1:
+        raise ValueError(
+            f"run_dir differs between processes: {', '.join(folders)}; expected one: set name=… and output_root=… to "
+            "values without a clock such as ${now:…}, a process's number, or a variable of one machine."
+        )
 
 
 def scan(dataset: TrainingData, media: "Media", task: "Objective", template: "Template | None") -> None:

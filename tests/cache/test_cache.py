@@ -5,6 +5,7 @@ FAULTS=200 kills `make_cache.py` 200 times.
 
 import functools
 import json
+import os
 import re
 import shutil
 import signal
@@ -28,9 +29,11 @@ from torch import Tensor
 from diffsynth.cache.keys import CacheKeys
 from diffsynth.cache.make import CacheReport, launch_data_process_task
 from diffsynth.cache.verify import collect_garbage, stats, verify
+from diffsynth.core import locks
 from diffsynth.core.data import AddressedDataset, Augmentation, CachedDataset, MixedDataset, Sample, UnifiedDataset
 from diffsynth.core.data.cache import CacheIndex, Shard, keys_of
 from diffsynth.core.loader import ModelConfig
+from diffsynth.core.locks import LOCK, FolderInUse
 from diffsynth.diffusion.adapters.lora import LoRA
 from diffsynth.diffusion.loss import AutoencoderLoss, FlowMatchSFT
 from diffsynth.diffusion.training_module import PipelineTrainingModule
@@ -477,6 +480,23 @@ def test_tidying_deletes_what_a_changed_caption_left_and_nothing_else(cache, tmp
     assert changes(cache, dataset(folder)) == [] and make(cache, dataset(folder)).made == {}
 
 
+def test_a_cache_that_is_being_tidied_can_be_read_at_every_moment(cache, tmp_path, monkeypatch):
+    folder, unlink = tiny.write_dataset(tmp_path / "data"), Path.unlink
+    changed_caption(folder)
+    make(cache, dataset(folder))
+    before = content(cache)
+
+    def cut_after(path, missing_ok=False):
+        unlink(path, missing_ok)
+        if path.suffix == ".safetensors" and not path.name.startswith("."):
+            raise tiny.PowerCut
+
+    with monkeypatch.context() as patched, pytest.raises(tiny.PowerCut):
+        patched.setattr(Path, "unlink", cut_after)
+        collect_garbage(cache)
+    assert content(cache) == before and changes(cache, dataset(folder)) == []
+
+
 # What is refused ------------------------------------------------------------------------------------------------------
 
 
@@ -697,6 +717,22 @@ def test_workers_make_the_same_cache(unbroken, tmp_path):
 def test_workers_read_the_same_cache(cache):
     workers = from_cache(cache.parent, "name=workers", "dataset.num_workers=2")
     assert curve(workers) == curve(from_cache(cache.parent))
+
+
+@pytest.mark.parametrize("use", [make, collect_garbage, changes], ids=["make", "gc", "verify"])
+def test_a_cache_that_another_process_writes_is_refused_and_left_alone(use, tmp_path):
+    folder = tmp_path / "cache"
+    with kills.owner(folder) as process:
+        (unfinished := folder / ".partial-requests-0.sqlite").touch()
+        with pytest.raises(FolderInUse, match=f"cache is in use by process {process.pid} on .*; wait until it ends"):
+            use(folder)
+        assert {path.name for path in folder.iterdir()} == {unfinished.name, LOCK}
+
+
+def test_a_cache_that_cannot_be_written_is_verified(cache, monkeypatch):
+    monkeypatch.setattr(os, "access", lambda path, mode: False)  # root may write anywhere
+    monkeypatch.setattr(locks, "hold", None)
+    assert changes(cache) == []
 
 
 def test_a_cache_of_another_format_is_refused_before_anything_is_made(tmp_path):

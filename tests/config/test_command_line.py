@@ -1,9 +1,12 @@
-"""What the command line does before torch starts."""
+"""What the command line does before torch starts, and before a model is built."""
 
 import os
 
+import kills
 import pytest
 import tiny
+
+from diffsynth.core.locks import IN_USE_STATUS
 
 NAMES = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
 
@@ -18,3 +21,13 @@ def test_the_allocators_segments_may_grow_unless_it_is_told_otherwise(given, exp
     with pytest.raises(SystemExit):
         tiny.command_line(monkeypatch, "train.py", "--no-such-option")
     assert [os.environ.get(name) for name in NAMES] == [expected, given or expected]
+
+
+@pytest.mark.parametrize("script, given", [("generate.py", "prompt=a"), ("fuse.py", "lora_path=a.safetensors")])
+def test_a_folder_that_another_process_writes_is_refused_before_the_model_is_built(
+    script, given, tmp_path, monkeypatch, capfd
+):
+    output = tmp_path / "images"
+    with kills.owner(output) as process:
+        assert tiny.complaint(monkeypatch, given, f"output={output}", script=script) == str(IN_USE_STATUS)
+    assert f"error: {output} is in use by process {process.pid} on " in capfd.readouterr().err

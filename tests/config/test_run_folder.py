@@ -4,11 +4,21 @@ import json
 import subprocess
 from pathlib import Path
 
+import kills
 import pytest
 import tiny
 from omegaconf import OmegaConf
 
-from diffsynth.config import ConfigError, claim, finish, signature
+from diffsynth import report
+from diffsynth.config import ConfigError, build, claim, finish, signature
+from diffsynth.core import locks
+
+
+@pytest.fixture(autouse=True)
+def unlocked():
+    """Let no test leave a folder locked."""
+    yield
+    locks.release_all()
 
 
 @pytest.mark.parametrize(
@@ -74,6 +84,62 @@ def test_a_folder_of_another_experiment_is_refused(tmp_path):
 def test_a_folder_of_the_same_experiment_is_taken_up_again(tmp_path):
     cfg = tiny.compose("train", f"output_root={tmp_path}")
     assert claim(cfg) == claim(cfg) == Path(cfg.run_dir)
+
+
+@pytest.mark.parametrize(
+    "given, change",
+    [
+        ("seed=0", {"seed": 1}),
+        ('validation.prompts=["${dataset.augmentation.prefix}a cat"]', {"dataset.augmentation.prefix": "red "}),
+        ("name=${lr_scheduler.num_warmup_steps}", {"lr_scheduler.num_warmup_steps": 7}),
+    ],
+)
+def test_the_folder_of_a_run_is_settled_when_it_is_claimed(given, change, tmp_path):
+    cfg = tiny.compose("train", f"output_root={tmp_path}", given)
+    run_dir = claim(cfg)
+    for key, value in change.items():
+        OmegaConf.update(cfg, key, value)
+    assert cfg.run_dir == str(run_dir) and cfg.checkpoint.path == f"{run_dir}/checkpoints"
+    assert build(tiny.compose("train", f"run_dir={cfg.run_dir}"))["run_dir"] == str(run_dir)
+    finish(cfg, [])
+    assert [path.parent for path in tmp_path.rglob("finished.json")] == [run_dir]
+    assert "signature:" in (run_dir / "config.yaml").read_text()  # a replay with other settings has a folder of its own
+
+
+def test_a_run_that_another_process_runs_is_refused_in_one_line(tmp_path, monkeypatch, capfd):
+    overrides = tiny.train_overrides(tmp_path)
+    run_dir = Path(tiny.compose("train", *overrides).run_dir)
+    with kills.owner(run_dir) as process:
+        (unfinished := run_dir / ".partial-1-step-000001").mkdir()
+        assert tiny.complaint(monkeypatch, *overrides) == str(locks.IN_USE_STATUS)
+        (line,) = [line for line in capfd.readouterr().err.splitlines() if "error" in line]
+        assert line.startswith(f"error: {run_dir} is in use by process {process.pid} on ")
+        assert unfinished.exists() and not (run_dir / "config.yaml").exists()
+    process.wait()
+    assert claim(tiny.compose("train", *overrides)) == run_dir and not unfinished.exists()
+
+
+def test_a_run_that_ends_in_an_error_is_unlocked(tmp_path, monkeypatch):
+    arguments = ["dataset=image_folder", f"dataset.path={tmp_path}/nowhere", f"output_root={tmp_path}/outputs"]
+    tiny.complaint(monkeypatch, *arguments)
+    assert not locks._held and not list(tmp_path.rglob(locks.LOCK))
+
+
+def test_a_run_is_marked_as_finished_only_when_its_report_is_there(tmp_path, monkeypatch):
+    cfg = tiny.compose("train", f"output_root={tmp_path}")
+    run_dir = claim(cfg)
+
+    def cut(*given):
+        raise tiny.PowerCut
+
+    with monkeypatch.context() as patched, pytest.raises(tiny.PowerCut):
+        patched.setattr(report, "write_text", cut)
+        finish(cfg, [])
+    assert not (run_dir / "finished.json").exists()
+    finish(cfg, [run_dir / "weights.safetensors"])
+    page = (run_dir / "report.html").read_text()
+    assert "<td>finished</td>" in page and "weights.safetensors" in page
+    assert not list(run_dir.glob(locks.LOCK))
 
 
 def test_a_refused_run_leaves_no_folder_unless_it_had_begun(tmp_path, monkeypatch):

@@ -14,7 +14,7 @@ The entries can be rebuilt from the shards, the samples by make_cache.py.
 import json
 import re
 import sqlite3
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from hashlib import blake2b
 from itertools import groupby
@@ -183,14 +183,17 @@ class CacheIndex:
 
     # Writing
 
-    def match_shards(self) -> list[str]:
+    def match_shards(self, without: Collection[Path] = ()) -> list[str]:
         """Bring the index up to date with the shard files; return the names of shards whose files are missing.
 
         It deletes the entries of missing shards and adds those of new ones. If a sample then lacks an entry, it deletes
         all samples, and the cache counts as unfinished.
+
+        Args:
+            without: Shards that are about to be deleted; they count as missing.
         """
         known = {shard.path.name for shard in self.shards.values()}
-        present = {path.name for path in self.shard_folder.glob(SHARD_NAMES)}
+        present = {path.name for path in self.shard_folder.glob(SHARD_NAMES)} - {path.name for path in without}
         gone = sorted(known - present)
         with self._database as transaction:
             if gone:

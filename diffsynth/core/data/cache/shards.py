@@ -154,8 +154,8 @@ class ShardWriter:
             self._thread.shutdown()
 
 
-def rewrite(shards: Iterable[Shard], keep: set[str], shard_bytes: int = 2**28) -> None:
-    """Pack the entries of the keys `keep` into new shards, each once, then delete the old shards."""
+def rewrite(shards: Iterable[Shard], keep: set[str], shard_bytes: int = 2**28) -> list[Path]:
+    """Pack the entries of the keys `keep` into new shards, each once; return the old ones, which nothing needs now."""
     shards, kept = list(shards), set()
     folder = shards[0].path.parent
     with ShardWriter(folder, shard_bytes) as writer:
@@ -163,9 +163,8 @@ def rewrite(shards: Iterable[Shard], keep: set[str], shard_bytes: int = 2**28) -
             for key in sorted((shard.whole_entries() & keep) - kept):
                 writer.add(key, shard.read(key))
                 kept.add(key)
-    for shard in shards:
-        if shard.path not in writer.written:  # a new shard with the same entries has the same name
-            shard.path.unlink()
+    # A new shard with the same entries has the same name.
+    return [shard.path for shard in shards if shard.path not in writer.written]
 
 
 def _write_shard(folder: Path, entries: Mapping[str, tuple[dict, Tensors]]) -> Path:

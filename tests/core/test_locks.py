@@ -1,0 +1,161 @@
+"""Who owns a folder: one living process at a time, and nobody for longer than it lives."""
+
+import json
+import os
+import socket
+import threading
+import time
+from pathlib import Path
+
+import kills
+import pytest
+
+from diffsynth.core import locks
+from diffsynth.core.locks import FolderInUse
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch):
+    """Let what takes seconds take hundredths, and unlock all at the end."""
+    for name, seconds in {"BEAT": 0.02, "LEASE": 0.3, "POLL": 0.02, "SETTLE": 0.1}.items():
+        monkeypatch.setattr(locks, name, seconds)
+    yield
+    locks.release_all()
+
+
+def write_lock(folder: Path, age: float = 0, **owner) -> Path:
+    """Leave a lock as a process does that can unlock it no more; by default one of another machine, with our pid."""
+    away = {"host": "elsewhere", "machine": "0" * 8, "pid": os.getpid(), "started": time.time(), "job": None}
+    folder.mkdir(exist_ok=True)
+    path = folder / locks.LOCK
+    path.write_text(json.dumps(away | owner).ljust(locks.RECORD_BYTES))
+    os.utime(path, (time.time() - age,) * 2)
+    return path
+
+
+def owner_of(folder: Path) -> int:
+    return json.loads((folder / locks.LOCK).read_text())["pid"]
+
+
+def test_a_folder_of_a_living_process_is_refused_by_its_host_and_pid(tmp_path):
+    with kills.owner(tmp_path / "a") as process, pytest.raises(FolderInUse) as refused:
+        locks.hold(tmp_path / "a")
+    said = str(refused.value)
+    assert said.startswith(
+        f"{tmp_path / 'a'} is in use by process {process.pid} on {socket.gethostname()}, which runs "
+    )
+    assert said.endswith("; wait until it ends, stop it there, or choose another folder.") and "\n" not in said
+
+
+FORK = "import os, time\nif hasattr(os, 'fork') and os.fork() == 0: time.sleep(3), os._exit(0)"
+
+
+@pytest.mark.parametrize("then", ["", FORK], ids=["alone", "with a forked worker that outlives it"])
+def test_a_killed_owner_has_nothing(then, tmp_path):
+    with kills.owner(tmp_path, then) as process:
+        process.kill()
+        process.wait()
+        began = time.monotonic()
+        locks.hold(tmp_path)
+        assert owner_of(tmp_path) == os.getpid() and time.monotonic() - began < 0.1
+
+
+def test_an_unlocked_folder_keeps_no_trace_of_the_lock(tmp_path):
+    with locks.locked(tmp_path / "empty"), locks.locked(tmp_path / "used"):
+        (tmp_path / "used" / "file").touch()
+        with locks.locked(tmp_path / "used"):  # again in the same process
+            pass
+        assert locks.is_held(tmp_path / "used" / "below") and not locks.is_held(tmp_path)
+    assert [path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*")] == ["used", "used/file"]
+
+
+def test_only_the_first_process_of_a_launch_locks(tmp_path, monkeypatch):
+    monkeypatch.setenv("RANK", "1")
+    with kills.owner(tmp_path):
+        locks.hold(tmp_path)
+    assert not locks.is_held(tmp_path)
+
+
+# Where the operating system's lock says nothing -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("lock", [True, None], ids=["locks of one machine", "no locks"])
+def test_a_lock_of_another_machine_holds_while_it_is_renewed(lock, tmp_path, monkeypatch):
+    monkeypatch.setattr(locks, "_lock", lambda descriptor: lock)
+    path, ended = write_lock(tmp_path), threading.Event()
+
+    def renew():
+        while not ended.wait(0.02):
+            os.utime(path)
+
+    thread = threading.Thread(target=renew)
+    thread.start()
+    with pytest.raises(FolderInUse, match=f"in use by process {os.getpid()} on elsewhere"):
+        locks.hold(tmp_path)
+    ended.set()
+    thread.join()
+    locks.hold(tmp_path)  # it is renewed no more
+    assert json.loads(path.read_text())["host"] == socket.gethostname()
+
+
+@pytest.mark.parametrize("lock", [True, None], ids=["locks of one machine", "no locks"])
+def test_a_lock_of_another_machine_that_is_old_is_taken_without_waiting(lock, tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(locks, "_lock", lambda descriptor: lock)
+    write_lock(tmp_path, age=3600)
+    locks.hold(tmp_path)
+    assert owner_of(tmp_path) == os.getpid() and not caplog.records
+
+
+def test_a_slurm_job_that_is_queued_again_goes_on_at_once_on_another_machine(tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(locks, "LEASE", 60)
+    write_lock(tmp_path, job=["7", "0"])
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    locks.hold(tmp_path)
+    assert locks.is_held(tmp_path) and not caplog.records
+
+
+def test_without_locks_a_process_of_this_machine_is_looked_up(tmp_path, monkeypatch):
+    monkeypatch.setattr(locks, "_lock", lambda descriptor: None)
+    parent = os.getppid()
+    here = {"machine": locks.machine(), "host": socket.gethostname(), "pid": parent}
+    write_lock(tmp_path, age=3600, **here, started=locks.started(parent))
+    with pytest.raises(FolderInUse, match=f"in use by process {parent} on"):
+        locks.hold(tmp_path)
+    write_lock(tmp_path, **here, started=locks.started(parent) - 3600)  # the pid is another process's now
+    locks.hold(tmp_path)
+    assert owner_of(tmp_path) == os.getpid()
+
+
+def test_of_two_processes_that_take_over_one_lock_the_last_has_it(tmp_path, monkeypatch):
+    write_lock(tmp_path, age=3600)
+    monkeypatch.setattr(locks.time, "sleep", lambda seconds: write_lock(tmp_path))
+    with pytest.raises(FolderInUse, match="on elsewhere"):
+        locks.hold(tmp_path)
+
+
+def test_a_lock_whose_owner_wrote_nothing_is_taken_over(tmp_path):
+    (tmp_path / locks.LOCK).touch()
+    locks.hold(tmp_path)
+    assert owner_of(tmp_path) == os.getpid()
+
+
+def test_a_lock_is_renewed(tmp_path):
+    locks.hold(tmp_path)
+    path = tmp_path / locks.LOCK
+    os.utime(path, (0, 0))
+    until = time.monotonic() + 10
+    while path.stat().st_mtime == 0 and time.monotonic() < until:
+        time.sleep(0.01)
+    assert time.time() - path.stat().st_mtime < 20
+
+
+def test_an_owner_that_stood_still_for_too_long_says_so_and_leaves_the_lock_to_the_next(tmp_path, caplog):
+    locks.hold(tmp_path)
+    path = write_lock(tmp_path)
+    until = time.monotonic() + 10
+    while not caplog.records and time.monotonic() < until:
+        time.sleep(0.01)
+    assert f"{tmp_path} is in use by process {os.getpid()} on elsewhere" in caplog.text
+    locks.release(tmp_path)
+    assert path.exists()
