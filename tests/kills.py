@@ -1,4 +1,7 @@
-"""Kill a process in the middle of its work, inside a save or between two. FAULTS=200 kills 200 times."""
+"""Kill a process in the middle of its work, inside a save or between two. FAULTS=200 kills 200 times.
+
+After each kill, no process that it started may live on.
+"""
 
 import itertools
 import os
@@ -8,9 +11,11 @@ import time
 from collections.abc import Callable, Iterator
 from multiprocessing.process import BaseProcess
 
+import psutil
 import warm
 
 KILLS = int(os.environ.get("FAULTS", 2))
+GRACE = 5  # seconds within which the processes that a killed one started have to end
 
 
 def moments() -> Iterator[tuple[bool, float]]:
@@ -22,7 +27,8 @@ def moments() -> Iterator[tuple[bool, float]]:
 
 
 def killed_in_fsync(number: int | None, act: Callable, *given) -> None:
-    """Call `act(*given)` and kill the process inside its fsync of this number."""
+    """Call `act(*given)` in a session of its own, and kill the process inside its fsync of this number."""
+    os.setsid()
     count, fsync = itertools.count(1), os.fsync
 
     def fatal(descriptor: int) -> None:
@@ -56,7 +62,7 @@ def survived(work: Callable[[int], tuple], seconds: float, syncs: int) -> Iterat
             killed += 1
         yield number
         number += 1
-    print(f"killed {killed} times, {number} works, each as the unbroken one")
+    print(f"killed {killed} times, no process left behind, {number} works, each as the unbroken one")
 
 
 def _survives(moment: tuple[bool, float] | None, seconds: float, syncs: int, act: Callable, *given) -> bool:
@@ -73,4 +79,24 @@ def _ended(process: BaseProcess) -> bool:
     """Wait for a process, and return whether it ended by itself; False if it was killed."""
     process.join()
     assert process.exitcode in (0, -signal.SIGKILL)
+    assert left_by(process.pid) == []
     return process.exitcode == 0
+
+
+def left_by(ended: int) -> list[psutil.Process]:
+    """The processes of the session that a process began which live on after it and a grace time."""
+    until = time.monotonic() + GRACE
+    while (alive := _session(ended)) and time.monotonic() < until:
+        time.sleep(0.05)
+    return alive
+
+
+def _session(leader: int) -> list[psutil.Process]:
+    return [process for process in psutil.process_iter(["status"]) if _is_in(process, leader)]
+
+
+def _is_in(process: psutil.Process, session: int) -> bool:
+    try:
+        return process.info["status"] != psutil.STATUS_ZOMBIE and os.getsid(process.pid) == session
+    except ProcessLookupError:  # it has just ended
+        return False
