@@ -15,6 +15,7 @@ import psutil
 import warm
 
 KILLS = int(os.environ.get("FAULTS", 2))
+WORKERS = 2 if "FAULTS" in os.environ else 0  # processes that load data; each takes two seconds to start
 GRACE = 5  # seconds within which the processes that a killed one started have to end
 
 
