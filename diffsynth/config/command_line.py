@@ -2,6 +2,7 @@
 
 import logging
 import os
+import signal
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -12,7 +13,7 @@ from hydra.errors import ConfigCompositionException, OverrideParseException
 from omegaconf import OmegaConf
 
 from ..core.console import keep_console
-from ..core.signals import LeftBySignal, end_with_parent, leave_on_signals
+from ..core.signals import LeftBySignal, end_with_parent, leave_on_signals, on_stop_signals
 from . import slurm
 from .choices import check_arguments
 from .explain import explain
@@ -46,6 +47,7 @@ def run_main(main: Callable[[], None], resumes: bool = False) -> None:
         slurm.register()
         main()
     except LeftBySignal as left:
+        on_stop_signals(signal.SIG_IGN)  # a terminal or scheduler may send several; the process is ending
         logging.warning("Stopped by %s; run the same command to go on.", left.name)
         raise
     except (ConfigCompositionException, OverrideParseException) as error:

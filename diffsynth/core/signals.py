@@ -41,12 +41,11 @@ def _is_ignored_hang_up(name: str) -> bool:
 
 
 def leave_on_signals() -> None:
-    """From now on, a stop signal raises `LeftBySignal`; further ones are ignored while the process ends."""
+    """From now on, a stop signal raises `LeftBySignal`."""
     on_stop_signals(_leave)
 
 
 def _leave(number: int, frame: FrameType | None) -> None:
-    on_stop_signals(signal.SIG_IGN)
     raise LeftBySignal(signal.Signals(number).name)
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import tiny
+import yaml
 
 from diffsynth.core import progress
 from diffsynth.core.console import keep_console
@@ -18,15 +19,14 @@ def broken_pipe() -> io.TextIOWrapper:
     """A stream to a pipe whose reader has ended."""
     reader, writer = os.pipe()
     os.close(reader)
-    return open(writer, "w", encoding="utf-8")
+    return os.fdopen(writer, "w", encoding="utf-8")
 
 
 def closed_terminal() -> io.TextIOWrapper:
     """A stream to a terminal whose window was closed: writing to it is EIO."""
     window, terminal = os.openpty()
-    stream = open(terminal, "w", encoding="utf-8")
     os.close(window)
-    return stream
+    return os.fdopen(terminal, "w", encoding="utf-8")
 
 
 def closed_stream() -> io.StringIO:
@@ -71,18 +71,28 @@ def test_a_run_whose_console_is_lost_finishes_and_logs_all(tmp_path, monkeypatch
     for name in ("stdout", "stderr"):
         monkeypatch.setattr(sys, name, broken_pipe())
     tiny.command_line(monkeypatch, "train.py", *overrides)
-    (run_dir,) = tmp_path.iterdir()
+    (run_dir,) = (path for path in tmp_path.iterdir() if path.is_dir())
     assert [line["step"] for line in tiny.metrics(run_dir)] == [1, 2]
     assert f"Finished. {run_dir} holds:" in (run_dir / "train.log").read_text(encoding="utf-8")
 
 
+def test_the_log_holds_every_character_on_every_system():
+    logging = yaml.safe_load((tiny.ROOT / "conf/hydra/job_logging/rank_zero.yaml").read_text(encoding="utf-8"))
+    assert logging["handlers"]["file"]["encoding"] == "utf-8"
+
+
 def test_every_tool_that_prints_keeps_its_console():
-    files = [file for folder in (".", "diffsynth", "benchmarks", "models") for file in sorted(scripts_in(folder))]
+    files = [file for folder in (".", "diffsynth", "benchmarks", "models") for file in scripts_in(folder)]
     assert len(files) > 20
-    assert [file for file in files if not re.search(r"\b(keep_console|run_main|launch)\(", file.read_text("utf-8"))] == []
+    kept = re.compile(r"\b(keep_console|run_main|launch)\(")
+    assert [file for file in files if not kept.search(file.read_text(encoding="utf-8"))] == []
 
 
 def scripts_in(folder: str) -> list[Path]:
     """Python files in a folder, below it too unless it is the repository's, that run as a script."""
     files = (tiny.ROOT / folder).glob("*.py" if folder == "." else "**/*.py")
-    return [file for file in files if file.stem == "__main__" or '__name__ == "__main__"' in file.read_text("utf-8")]
+    return [
+        file
+        for file in files
+        if file.stem == "__main__" or '__name__ == "__main__"' in file.read_text(encoding="utf-8")
+    ]

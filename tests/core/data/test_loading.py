@@ -46,10 +46,10 @@ class Killed(Dataset):
 
 
 def test_a_worker_that_is_killed_is_an_error_of_one_line_where_its_batch_is_waited_for():
-    seen = []
-    with loading(Killed(), 1, sampler=range(100), batch_size=None) as batches:
-        with pytest.raises(WorkerKilled, match=r"was killed by SIGKILL.*set dataset.num_workers=0, or give") as error:
-            for item in batches:
-                seen.append(item)
-                time.sleep(item)  # the worker is killed meanwhile; the loop, in the middle of something else, goes on
+    seen, said = [], r"was killed by SIGKILL, most often because memory ran out; set dataset.num_workers=0, or give"
+    loaded = loading(Killed(), 1, sampler=range(100), batch_size=None)
+    with loaded as batches, pytest.raises(WorkerKilled, match=said) as error:
+        for item in batches:
+            seen.append(item)
+            time.sleep(item)  # the worker is killed meanwhile; the loop, in the middle of something else, goes on
     assert seen == [0, 1] and "\n" not in str(error.value)
