@@ -7,7 +7,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
-from multiprocessing import parent_process
+from multiprocessing.context import SpawnContext, SpawnProcess
 from types import FrameType
 
 STOP_SIGNALS = [name for name in ("SIGTERM", "SIGINT", "SIGUSR1", "SIGHUP") if hasattr(signal, name)]
@@ -50,14 +50,32 @@ def _leave(number: int, frame: FrameType | None) -> None:
 
 
 def leave_to_parent(worker: int = 0) -> None:
-    """Ignore stop signals in a DataLoader worker, and end when its parent ends; a loader's `worker_init_fn`.
+    """Ignore stop signals in a DataLoader worker; pass this function as the loader's `worker_init_fn`.
 
     A terminal or scheduler sends the signal to all processes. The main process decides when to stop, and still needs
     data until then.
     """
     on_stop_signals(signal.SIG_IGN)
-    # Not `os.getppid()`: the parent may have ended while this process was starting.
-    _end_with(parent_process().pid, getattr(signal, "SIGKILL", signal.SIGTERM))
+
+
+class WorkerProcess(SpawnProcess):
+    """A process that leaves stop signals to its parent, and that is killed when its parent ends."""
+
+    def __reduce__(self) -> tuple:
+        # The new process calls `_begin` before it reads the rest, for which it imports torch.
+        return _begin, (os.getpid(),), self.__dict__
+
+
+def _begin(parent: int) -> WorkerProcess:
+    leave_to_parent()
+    _end_with(parent, getattr(signal, "SIGKILL", signal.SIGTERM))
+    return WorkerProcess.__new__(WorkerProcess)
+
+
+class WorkerContext(SpawnContext):
+    """Starts every process as a `WorkerProcess`; a DataLoader's `multiprocessing_context`."""
+
+    Process = WorkerProcess
 
 
 def child_environment() -> dict[str, str]:

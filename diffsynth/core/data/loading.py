@@ -9,7 +9,7 @@ from typing import Any
 
 from torch.utils.data import DataLoader, Dataset
 
-from ..signals import leave_to_parent
+from ..signals import WorkerContext, leave_to_parent
 
 END = object()
 
@@ -34,7 +34,7 @@ def loading(dataset: Dataset, workers: int, **options: Any) -> Iterator[Iterator
         DataLoader(
             dataset,
             num_workers=workers,
-            multiprocessing_context="spawn" if workers else None,
+            multiprocessing_context=WorkerContext() if workers else None,
             worker_init_fn=leave_to_parent,
             **options,
         )
