@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 import torch
 from loop_overhead import build
 
+from diffsynth.core.console import keep_console
 from diffsynth.core.data import collate
 from diffsynth.diffusion.loss import FlowMatchSFT
 
@@ -61,4 +62,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    keep_console()
     main()

@@ -18,6 +18,8 @@ import tempfile
 import time
 from pathlib import Path
 
+from diffsynth.core.console import keep_console
+
 IMAGES, SIDE = 16, 256
 THREADS = os.cpu_count()
 DIFFSYNTH_STUDIO = """
@@ -212,4 +214,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    keep_console()
     main()

@@ -15,6 +15,7 @@ import time
 import torch
 from diffusers import QwenImageTransformer2DModel
 
+from diffsynth.core.console import keep_console
 from diffsynth.core.memory.compile import compile_blocks
 from diffsynth.diffusion.adapters.lora import LoRA
 from diffsynth.diffusion.training_module import prepare_training
@@ -85,4 +86,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    keep_console()
     main()

@@ -17,6 +17,7 @@ from diffusers import QwenImageTransformer2DModel
 from memory_options import Trained, sample
 from torch.multiprocessing import spawn
 
+from diffsynth.core.console import keep_console
 from diffsynth.core.context_parallel import Devices, split_tokens
 from diffsynth.core.live_bytes import LiveBytes
 from diffsynth.pipelines.qwen_image import use_joint_attention
@@ -67,4 +68,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    keep_console()
     main()

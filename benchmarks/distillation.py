@@ -16,6 +16,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from diffsynth.core.console import keep_console
+
 ROOT = Path(__file__).parents[1]
 CAPTION_LINE = 13  # pixels
 METHODS = ("direct", "trajectory", "lcm", "dmd2", "add", "hyper_sd")
@@ -80,4 +82,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    keep_console()
     main()

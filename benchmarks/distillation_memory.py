@@ -14,6 +14,8 @@ import resource
 import subprocess
 import sys
 
+from diffsynth.core.console import keep_console
+
 KINDS = ("sft", "dmd2", "dmd2 with a full fake score")
 
 
@@ -103,4 +105,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    keep_console()
     main()

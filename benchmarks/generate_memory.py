@@ -14,6 +14,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from diffsynth.config import build
+from diffsynth.core.console import keep_console
 from diffsynth.core.live_bytes import LiveBytes
 from diffsynth.core.memory import FrozenMemory
 from diffsynth.diffusion.pipeline.generation import encode
@@ -67,4 +68,5 @@ def main():
 
 
 if __name__ == "__main__":
+    keep_console()
     main()

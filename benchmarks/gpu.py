@@ -22,6 +22,8 @@ from on_gpu import table
 from on_gpu.rows import BenchmarkRow, distinct, fitting, matching
 
 from diffsynth.config.command_line import let_segments_grow
+from diffsynth.core.console import keep_console
+from diffsynth.core.signals import child_environment, end_with_parent
 
 FEW_CORES = 4  # a guess: with fewer, a plan beside the measurement would slow it down
 PATIENCE = 4  # a guess: a row may take so many times its expected seconds, and a minute
@@ -147,7 +149,7 @@ def start(row: BenchmarkRow, what: str, given: argparse.Namespace) -> subprocess
     options += [f"--profile={row.name}"] if given.profile else []
     options += [f"--steps={given.steps}", f"--warm-up={given.warm_up}", *["--tiny"] * given.tiny]
     threads = {"OMP_NUM_THREADS": "1"} if what == "plan" else {}
-    return piped([sys.executable, __file__, *options], os.environ | threads)
+    return piped([sys.executable, __file__, *options], os.environ | threads | child_environment())
 
 
 def piped(command: Sequence[str], environment: Mapping[str, str]) -> subprocess.Popen:
@@ -175,6 +177,7 @@ def result_of(process: subprocess.Popen, limit: float) -> dict[str, Any]:
 
 def alone(given: argparse.Namespace) -> None:
     """Measure or plan one row in this process, and print the result as a JSON line."""
+    end_with_parent()
     let_segments_grow()
     with TemporaryDirectory() as folder:
         measurement = measurement_of(matching(given.measure or given.plan)[0], given, Path(folder))
@@ -223,4 +226,5 @@ def rehearse(given: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
+    keep_console()
     main()

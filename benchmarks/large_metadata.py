@@ -18,6 +18,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+from diffsynth.core.console import keep_console
+
 REPEAT, BATCH = 100, 16
 ROWS = {
     "metadata.csv": (
@@ -101,4 +103,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    keep_console()
     main()

@@ -17,6 +17,8 @@ from pathlib import Path
 
 import torch
 
+from diffsynth.core.console import keep_console
+
 MB = 1e6
 ALLOWANCE = 300 * MB
 DTYPES = {"as stored (bf16)": "bfloat16", "cast to fp32": "float32", "cast to fp16": "float16"}
@@ -98,4 +100,5 @@ def main():
 
 
 if __name__ == "__main__":
+    keep_console()
     main()

@@ -14,6 +14,7 @@ import torch
 from accelerate import init_empty_weights
 from diffusers import QwenImageTransformer2DModel
 
+from diffsynth.core.console import keep_console
 from diffsynth.core.gradient import checkpoint_blocks, follow
 from diffsynth.core.live_bytes import LiveBytes
 from diffsynth.core.memory import MemoryRecipe
@@ -127,4 +128,5 @@ def main():
 
 
 if __name__ == "__main__":
+    keep_console()
     main()

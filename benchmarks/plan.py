@@ -19,6 +19,7 @@ from PIL import Image
 from torch import nn
 from torch.utils._pytree import tree_leaves
 
+from diffsynth.core.console import keep_console
 from diffsynth.core.data import Row, Sample
 from diffsynth.core.live_bytes import LiveBytes
 from diffsynth.core.memory import MemoryRecipe
@@ -134,6 +135,7 @@ def table(cases) -> None:
 
 
 if __name__ == "__main__":
+    keep_console()
     if sys.argv[1:]:
         *case, size = sys.argv[1:]
         print(json.dumps({**measured(*case, int(size)), "predicted": predicted(*case, int(size))}))

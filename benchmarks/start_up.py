@@ -13,6 +13,8 @@ import tempfile
 import time
 from pathlib import Path
 
+from diffsynth.core.console import keep_console
+
 ROOT = Path(__file__).parents[1]
 EMPTY_APP = """
 import hydra
@@ -99,4 +101,5 @@ def main(pairs: int = 7) -> None:
 
 
 if __name__ == "__main__":
+    keep_console()
     main()

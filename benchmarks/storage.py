@@ -20,6 +20,7 @@ from pathlib import Path
 import torch
 from load_memory import peak_of, write_checkpoint
 
+from diffsynth.core.console import keep_console
 from diffsynth.core.live_bytes import LiveBytes
 
 STORAGES = ("none", "fp8", "fp8_cast", "int8", "nf4")
@@ -158,4 +159,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    keep_console()
     main()

@@ -21,6 +21,8 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
+from diffsynth.core.console import keep_console
+
 ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
@@ -139,4 +141,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    keep_console()
     main()

@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps
 
+from diffsynth.core.console import keep_console
 from diffsynth.core.loader import ModelConfig
 from diffsynth.core.pictures import row, save_png, stack
 from diffsynth.diffusion.template import TemplatePipeline
@@ -194,4 +195,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    keep_console()
     main()

@@ -1,6 +1,6 @@
 """Kill a process in the middle of its work, inside a save or between two. FAULTS=200 kills 200 times.
 
-`owner` is a process that has locked a folder.
+After each kill, no process that it started may live on. `owner` is a process that has locked a folder.
 """
 
 import itertools
@@ -15,9 +15,12 @@ from contextlib import contextmanager
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
+import psutil
 import warm
 
 KILLS = int(os.environ.get("FAULTS", 2))
+WORKERS = 2 if "FAULTS" in os.environ else 0  # processes that load data; each takes two seconds to start
+GRACE = 60  # seconds; a process that is starting ends only after its first imports, which take long on a busy machine
 
 
 def moments() -> Iterator[tuple[bool, float]]:
@@ -29,7 +32,8 @@ def moments() -> Iterator[tuple[bool, float]]:
 
 
 def killed_in_fsync(number: int | None, act: Callable, *given) -> None:
-    """Call `act(*given)` and kill the process inside its fsync of this number."""
+    """Call `act(*given)` in a session of its own, and kill the process inside its fsync of this number."""
+    os.setsid()
     count, fsync = itertools.count(1), os.fsync
 
     def fatal(descriptor: int) -> None:
@@ -63,7 +67,7 @@ def survived(work: Callable[[int], tuple], seconds: float, syncs: int) -> Iterat
             killed += 1
         yield number
         number += 1
-    print(f"killed {killed} times, {number} works, each as the unbroken one")
+    print(f"killed {killed} times, no process left behind, {number} works, each as the unbroken one")
 
 
 def _survives(moment: tuple[bool, float] | None, seconds: float, syncs: int, act: Callable, *given) -> bool:
@@ -80,6 +84,8 @@ def _ended(process: BaseProcess) -> bool:
     """Wait for a process, and return whether it ended by itself; False if it was killed."""
     process.join()
     assert process.exitcode in (0, -signal.SIGKILL)
+    left = left_by(process.pid)
+    assert not left, left
     return process.exitcode == 0
 
 
@@ -97,3 +103,22 @@ def owner(folder: Path, then: str = "") -> Iterator[subprocess.Popen]:
             yield process
         finally:
             process.kill()
+
+
+def left_by(ended: int) -> list[psutil.Process]:
+    """The processes of the session that a process began that live on after it and a grace time."""
+    until = time.monotonic() + GRACE
+    while (alive := _session(ended)) and time.monotonic() < until:
+        time.sleep(0.05)
+    return alive
+
+
+def _session(leader: int) -> list[psutil.Process]:
+    return [process for process in psutil.process_iter(["status"]) if _is_in(process, leader)]
+
+
+def _is_in(process: psutil.Process, session: int) -> bool:
+    try:
+        return process.info["status"] != psutil.STATUS_ZOMBIE and os.getsid(process.pid) == session
+    except ProcessLookupError:  # it has just ended
+        return False

@@ -5,6 +5,7 @@ import json
 import logging
 import os
 import runpy
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterable, Iterator
@@ -29,6 +30,7 @@ from PIL import Image
 
 from diffsynth.config import build, check, claim, finish
 from diffsynth.core.locks import release_all
+from diffsynth.core.signals import STOP_SIGNALS
 
 ROOT = Path(__file__).parents[1]
 COMPONENTS = {"dit": "transformer", "text_encoder": "text_encoder", "vae": "vae", "tokenizer": "tokenizer"}
@@ -201,6 +203,9 @@ def merged(overrides: list[str], others) -> list[str]:
 def command_line(monkeypatch, script: str, *arguments: str) -> None:
     """Run `python <script> <arguments>` in this process."""
     handlers, level = logging.root.handlers[:], logging.root.level
+    listening = {number: signal.getsignal(number) for number in (getattr(signal, name) for name in STOP_SIGNALS)}
+    monkeypatch.setattr(sys, "stdout", sys.stdout)  # `run_main` replaces both streams
+    monkeypatch.setattr(sys, "stderr", sys.stderr)
     monkeypatch.setattr(sys, "argv", [str(ROOT / script), *arguments])
     monkeypatch.setenv("HYDRA_FULL_ERROR", "1")  # otherwise `run_main` sets it for all later tests
     GlobalHydra.instance().clear()
@@ -209,6 +214,8 @@ def command_line(monkeypatch, script: str, *arguments: str) -> None:
     finally:
         logging.root.handlers[:] = handlers
         logging.root.setLevel(level)
+        for number, handler in listening.items():
+            signal.signal(number, handler)
 
 
 def complaint(monkeypatch, *arguments: str, script: str = "train.py") -> str:

@@ -9,8 +9,8 @@ If the process is killed, the same command continues with the entries that are m
 
 import logging
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Generator, Iterable, Iterator, Sequence
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from itertools import chain, groupby, islice
 from pathlib import Path
@@ -18,16 +18,16 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate.utils import broadcast_object_list, gather_object
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
 from ..core.data import TrainingData
 from ..core.data.cache import FORMAT, KEPT_FILE, CacheIndex, CacheRequest, CacheRequests, Shard, ShardWriter
 from ..core.data.cached_dataset import captions_of
+from ..core.data.loading import WorkerKilled, loading
 from ..core.data.operators.unread import Unread, Variants, read, unread_in
 from ..core.files import remove_leftovers
 from ..core.locks import FolderInUse, locked
 from ..core.progress import ProgressBar
-from ..core.signals import leave_to_parent
 from ..diffusion.flow_match import TRAINING_STEPS
 from ..diffusion.training_module import PipelineTrainingModule
 from .keys import CacheKeys, Sides, describe, pipeline_inputs
@@ -87,6 +87,7 @@ def launch_data_process_task(
     Raises:
         ValueError: The training has no frozen unit, the pipeline lacks a model, a sample has infinitely many variants
             (random crop, shuffled tags), or a file cannot be read.
+        WorkerKilled: A process that reads files was killed; what was made is saved.
         TypeError: An input of the pipeline is neither plain data nor a file.
         FolderInUse: Another process makes, checks or tidies this cache.
     """
@@ -198,15 +199,16 @@ class CacheMaker:
         own = CacheRequests(paths[self.rank])
         numbers = range(self.rank, self.dataset.size, self.world)
         progress = self._progress(len(numbers), "sample planned")
-        for count, (number, variants) in enumerate(self._load(_HashedVariants(self.dataset), numbers), 1):
-            if isinstance(variants, str):
-                logger.warning("Sample %d is skipped: %s", number, variants)
-                self.skipped.append(number)
-            else:
-                record, wanted = describe(self.module, self.keys, variants)
-                wanted = [CacheRequest(job, shape, number, name) for job, shape, name in wanted]
-                own.add(number, variants.size, record, wanted)
-            progress.advance(count)
+        with self._load(_HashedVariants(self.dataset), numbers) as loaded:
+            for count, (number, variants) in enumerate(loaded, 1):
+                if isinstance(variants, str):
+                    logger.warning("Sample %d is skipped: %s", number, variants)
+                    self.skipped.append(number)
+                else:
+                    record, wanted = describe(self.module, self.keys, variants)
+                    wanted = [CacheRequest(job, shape, number, name) for job, shape, name in wanted]
+                    own.add(number, variants.size, record, wanted)
+                progress.advance(count)
         progress.close()
         own.close()
         self.skipped = sorted(gather_object(self.skipped))
@@ -230,12 +232,14 @@ class CacheMaker:
         self.module.pipe.eval().requires_grad_(False)
         with ShardWriter(self.index.shard_folder, shard_bytes) as writer:
             for unit, batches in groupby(own, key=lambda batch: batch[0].job.unit):
-                for batch, entries in self._make_batches(unit, batches):
-                    for request, entry in zip(batch, entries, strict=True):
-                        if request.job.key not in self.index:
-                            writer.add(request.job.key, entry)
-                            made["images" if unit == KEPT_FILE else type(self.keys.units[unit]).__name__] += 1
-                    progress.advance(progress.done + 1)
+                name = "images" if unit == KEPT_FILE else type(self.keys.units[unit]).__name__
+                with closing(self._make_batches(unit, batches)) as results:
+                    for batch, entries in results:
+                        for request, entry in zip(batch, entries, strict=True):
+                            if request.job.key not in self.index:
+                                writer.add(request.job.key, entry)
+                                made[name] += 1
+                        progress.advance(progress.done + 1)
         progress.close()
         self.accelerator.wait_for_everyone()
         return dict(sum(map(Counter, gather_object([dict(made)])), Counter()))
@@ -247,11 +251,12 @@ class CacheMaker:
 
     def _make_batches(
         self, unit: int, batches: Iterable[list[CacheRequest]]
-    ) -> Iterator[tuple[list[CacheRequest], list[dict]]]:
+    ) -> Generator[tuple[list[CacheRequest], list[dict]], None, None]:
         """Yield each batch with the entries that one unit makes of it; the unit's networks are in memory meanwhile."""
         networks = self.module.pipe.models_of(self.keys.needed_units(unit), model_fn=False)
-        with self.module.pipe.loaded(networks):
-            for batch, inputs in self._load(_Decoded(self.dataset), map(self._inputs, batches)):
+        decoded = self._load(_Decoded(self.dataset), map(self._inputs, batches))
+        with self.module.pipe.loaded(networks), decoded as loaded:
+            for batch, inputs in loaded:
                 yield batch, self._make_batch(batch, inputs)
 
     def _make_batch(self, batch: Sequence[CacheRequest], inputs: Sequence[Sides]) -> list[dict]:
@@ -274,17 +279,15 @@ class CacheMaker:
     def _progress(self, steps: int, unit: str) -> ProgressBar:
         return ProgressBar(steps, visible=self.accelerator.is_main_process, unit=unit)
 
-    def _load(self, dataset: Dataset, items: Iterable) -> DataLoader:
-        """Iterate over `dataset[item]` for all items in order; workers, if there are any, load ahead."""
-        return DataLoader(
-            dataset,
-            sampler=items,
-            batch_size=None,
-            collate_fn=_unchanged,
-            num_workers=self.num_workers,
-            multiprocessing_context="spawn" if self.num_workers else None,
-            worker_init_fn=leave_to_parent,
-        )
+    @contextmanager
+    def _load(self, dataset: Dataset, items: Iterable) -> Iterator[Iterator]:
+        """Inside, an iterator over `dataset[item]` for all items in order; workers, if there are any, load ahead."""
+        options = {"sampler": items, "batch_size": None, "collate_fn": _unchanged}
+        try:
+            with loading(dataset, self.num_workers, **options) as loaded:
+                yield loaded
+        except WorkerKilled as error:
+            raise WorkerKilled(f"{error} What was made is saved, and the same command goes on.") from None
 
 
 class _HashedVariants(Dataset):

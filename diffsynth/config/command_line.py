@@ -2,6 +2,7 @@
 
 import logging
 import os
+import signal
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -11,7 +12,9 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.errors import ConfigCompositionException, OverrideParseException
 from omegaconf import OmegaConf
 
+from ..core.console import keep_console
 from ..core.locks import IN_USE_STATUS, FolderInUse, release_all
+from ..core.signals import LeftBySignal, end_with_parent, leave_on_signals, on_stop_signals
 from . import slurm
 from .choices import check_arguments
 from .explain import explain
@@ -23,8 +26,18 @@ from .script import compose
 HELP = ({"-h"}, {"--help"})
 
 
-def run_main(main: Callable[[], None]) -> None:
-    """Call a function that `hydra.main` decorates; a mistake in the configuration exits with an error of one line."""
+def run_main(main: Callable[[], None], resumes: bool = False) -> None:
+    """Call a function that `hydra.main` decorates; a mistake in the configuration exits with an error of one line.
+
+    Args:
+        main: The function.
+        resumes: Whether the same command goes on with what a stopped one has done. Then the signals that stop a run
+            end the process with status `REQUEUE_STATUS` at any time; the training loop handles them otherwise.
+    """
+    keep_console()
+    end_with_parent()
+    if resumes:
+        leave_on_signals()
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # otherwise Hydra prints its errors and exits
     let_segments_grow()
     try:
@@ -34,6 +47,10 @@ def run_main(main: Callable[[], None]) -> None:
         check_arguments(sys.argv[1:])
         slurm.register()
         main()
+    except LeftBySignal as left:
+        on_stop_signals(signal.SIG_IGN)  # a terminal or scheduler may send several; the process is ending
+        logging.warning("Stopped by %s; run the same command to go on.", left.name)
+        raise
     except (ConfigCompositionException, OverrideParseException) as error:
         sys.exit(f"error: {explain(error)}")
     except (JobFailed, ConfigError) as error:
@@ -64,6 +81,7 @@ def explained() -> Iterator[None]:
 
     At its end, the folders that the run has locked are unlocked.
     """
+    keep_console()  # again, because a job of a sweep may run in a process of its own
     try:
         yield
     except (ValueError, OSError, FloatingPointError) as error:

@@ -2,7 +2,8 @@
 
 Accelerate's own launcher is killed by SIGUSR1, gives its processes 30 seconds after SIGTERM, and exits with status 1
 whatever their status is. This launcher passes the signals on to the training processes. These save their state and exit
-with status 75, and the launcher exits with the same status. In a Slurm job, the machine's rank is the node's.
+with status 75, and the launcher exits with the same status. If the launcher itself is killed, they get SIGTERM. In a
+Slurm job, the machine's rank is the node's.
 """
 
 import os
@@ -14,9 +15,10 @@ from types import FrameType
 
 import psutil
 
-from ..core.signals import REQUEUE_STATUS
+from ..core.console import keep_console
+from ..core.signals import REQUEUE_STATUS, STOP_SIGNALS, child_environment, on_stop_signals
 
-PASSED_ON = ("SIGTERM", "SIGUSR1")
+PASSED_ON = [name for name in STOP_SIGNALS if name != "SIGINT"]  # a terminal sends Ctrl-C to all processes itself
 
 
 def launch(arguments: Sequence[str]) -> int:
@@ -24,12 +26,13 @@ def launch(arguments: Sequence[str]) -> int:
     from accelerate.commands.launch import launch_command, launch_command_parser
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
+    keep_console()
     parser = launch_command_parser()
     if node := os.environ.get("SLURM_NODEID"):
         parser.set_defaults(machine_rank=int(node))
     os.environ.setdefault("TORCHELASTIC_SIGNALS_TO_HANDLE", "SIGINT")
-    for name in PASSED_ON:
-        signal.signal(getattr(signal, name), pass_on)
+    os.environ.update(child_environment())
+    on_stop_signals(pass_on, PASSED_ON)
     try:
         launch_command(parser.parse_args(arguments))
     except CalledProcessError as error:

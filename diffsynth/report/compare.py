@@ -8,6 +8,7 @@ from typing import Any
 
 import yaml
 
+from ..core.console import keep_console
 from . import read_json, read_lines
 
 DERIVED = ("run_dir",)  # settings that follow from the others
@@ -80,6 +81,7 @@ def _last(curve: dict[int, float]) -> str:
 
 
 if __name__ == "__main__":
+    keep_console()
     if len(sys.argv) != 3:
         sys.exit(__doc__)
     print("\n".join(compare(*sys.argv[1:])) or "no difference")

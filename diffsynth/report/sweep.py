@@ -11,6 +11,7 @@ from datetime import datetime
 from html import escape
 from pathlib import Path
 
+from ..core.console import keep_console
 from ..core.files import write_text
 from . import PAGE, embed, read_json, read_lines
 
@@ -135,5 +136,6 @@ def _line(cell: str, texts: Sequence[str]) -> str:
 
 
 if __name__ == "__main__":
+    keep_console()
     for argument in sys.argv[1:] or sys.exit(__doc__):
         print(write_sweep(argument))

@@ -7,19 +7,19 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
 from ..core.data import AddressedDataset, BatchLayout, BatchSampler, MixedOrder, PlainData, TrainingData
+from ..core.data.loading import WorkerKilled, loading
 from ..core.devices import peak_memory, reset_peak_memory
 from ..core.progress import ProgressBar
-from ..core.signals import leave_to_parent
 from ..diffusion.logger import ModelLogger
 from ..diffusion.training_module import DiffusionTrainingModule
 from .bad_steps import BadSteps
 from .engines import Engine, choose_engine
 from .run import LoopSettings, Run
 from .state import TrainingState
-from .stopping import Stopped, StopRequest, stop_on_signals
+from .stopping import StopRequest, stop_on_signals
 from .validation import BANDS
 
 if TYPE_CHECKING:
@@ -76,6 +76,7 @@ class Trainer(LoopSettings):
 
         Raises:
             Stopped: A signal asked the run to stop; its state is saved.
+            WorkerKilled: A process that loads data was killed; the run's state is saved.
             FloatingPointError: Too many steps in a row had a gradient that is not finite.
         """
         reset_peak_memory(self.accelerator.device)  # loading may have taken more
@@ -85,7 +86,7 @@ class Trainer(LoopSettings):
         bar = ProgressBar(self.steps, state.step, self.accelerator.is_main_process)
 
         casts = state.mixed_precision()
-        with stop_on_signals() as stop, self._batches(sampler) as batches, self.profile as profile, casts:
+        with stop_on_signals() as stop, self._batches(sampler, stop) as batches, self.profile as profile, casts:
             while True:
                 done, ends = self._ends(state, stop)
 
@@ -116,7 +117,7 @@ class Trainer(LoopSettings):
         if self.accelerator.is_main_process:
             self.logger.finish()
         if not done:
-            raise Stopped(state.step, saved=self.checkpoint.saves)
+            raise stop.end(state.step, saved=self.checkpoint.saves)
         return state.step
 
     def _build_state(self) -> TrainingState:
@@ -140,23 +141,31 @@ class Trainer(LoopSettings):
         return done, stop.agreed(self.accelerator) or done
 
     @contextmanager
-    def _batches(self, sampler: BatchSampler) -> Iterator[Iterator]:
+    def _batches(self, sampler: BatchSampler, stop: StopRequest) -> Iterator[Iterator]:
         """Inside the block, an iterator over this process's micro-batches; workers are stopped at its end."""
         workers = self.dataset.workers_on(self.accelerator.device)
-        loader = DataLoader(
-            AddressedDataset(self.dataset, sampler.order.seed, None if workers else self.module.remembers),
-            batch_sampler=sampler,
-            collate_fn=self.module.collate_fn,
-            num_workers=workers,
-            multiprocessing_context="spawn" if workers else None,
-            worker_init_fn=leave_to_parent,
-        )
-        batches = iter(loader)
+        dataset = AddressedDataset(self.dataset, sampler.order.seed, None if workers else self.module.remembers)
+        with loading(dataset, workers, batch_sampler=sampler, collate_fn=self.module.collate_fn) as batches:
+            yield self._to_step_end(batches, sampler, dataset, stop)
+
+    def _to_step_end(
+        self, batches: Iterator, sampler: BatchSampler, dataset: AddressedDataset, stop: StopRequest
+    ) -> Iterator:
+        """Yield the micro-batches; if a worker is killed, ask the run to stop and load the rest of its step here.
+
+        So the state that is saved is that of a whole step, on every process.
+        """
+        count = 0
         try:
-            yield batches
-        finally:
-            if workers:
-                batches._shutdown_workers()  # after an error, Python would wait for them: they ignore its signal to end
+            for batch in batches:
+                yield batch
+                count += 1
+            return
+        except WorkerKilled as error:
+            stop.lose(error)
+        step, done = divmod(count, self.layout.accumulation)
+        for addresses in sampler.step(sampler.start_step + step)[done:]:
+            yield self.module.collate_fn([dataset[address] for address in addresses])
 
     def _record(self, state: TrainingState, bar: ProgressBar, done: bool) -> None:
         """Log the metrics, evaluate, and export the weights of the current step, each if it is due."""
@@ -224,6 +233,7 @@ def launch_training_task(
 
     Raises:
         Stopped: A signal asked the run to stop; its state is saved.
+        WorkerKilled: A process that loads data was killed; the run's state is saved.
         FloatingPointError: Too many steps in a row had a gradient that is not finite.
     """
     data = dataset if isinstance(dataset, TrainingData) else PlainData(dataset)

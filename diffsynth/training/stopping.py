@@ -1,4 +1,7 @@
-"""Stopping a run by a signal: it finishes its step, saves a checkpoint and exits with a status that requeues it."""
+"""Stopping a run by a signal: it finishes its step, saves a checkpoint and exits with a status that requeues it.
+
+A run whose data cannot be loaded any more, because a worker was killed, stops in the same way, but with an error.
+"""
 
 import logging
 import signal
@@ -9,7 +12,10 @@ from dataclasses import dataclass, field
 from types import FrameType
 from typing import TYPE_CHECKING
 
-from ..core.signals import REQUEUE_STATUS, STOP_SIGNALS
+from accelerate.utils import gather_object
+
+from ..core.data.loading import WorkerKilled
+from ..core.signals import REQUEUE_STATUS, on_stop_signals
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -27,9 +33,15 @@ class Stopped(SystemExit):
 
 @dataclass
 class StopRequest:
-    """Remembers the name of the signal that asked this process to stop; None while there was none."""
+    """Remembers what asked this process to stop.
+
+    Attributes:
+        received: Name of the signal; None while there was none.
+        lost: Message about a worker that was killed; None while there was none.
+    """
 
     received: str | None = field(default=None, init=False)
+    lost: str | None = field(default=None, init=False)
 
     def receive(self, number: int, frame: FrameType | None) -> None:
         """Handle a signal: remember it, so that the run stops after its step; a second Ctrl-C stops at once."""
@@ -37,25 +49,42 @@ class StopRequest:
             raise KeyboardInterrupt
         self.received = signal.Signals(number).name
 
+    def lose(self, error: WorkerKilled) -> None:
+        """Remember that a worker was killed, so that the run stops after its step."""
+        self.lost = str(error)
+
     def agreed(self, accelerator: "Accelerator") -> bool:
-        """Whether any process got a signal; all processes call this and get the same answer."""
+        """Whether any process is to stop; all processes call this and get the same answer."""
+        asked = self.received is not None or self.lost is not None
         if accelerator.num_processes == 1:
-            return self.received is not None
-        if self.received:
+            return asked
+        if asked:
             accelerator.set_trigger()
         return accelerator.check_trigger()
+
+    def end(self, step: int, saved: bool) -> "Stopped | WorkerKilled":
+        """Return what ends the run after `step`; all processes call this once they agree to stop, and end alike.
+
+        A signal comes first: it may have killed the worker, too.
+        """
+        requests = gather_object([(self.received, self.lost)])
+        lost = [message for _, message in requests if message]
+        if any(name for name, _ in requests) or not lost:
+            return Stopped(step, saved)
+        kept = f"The state of step {step} is saved, and the same command resumes." if saved else "No state is saved."
+        return WorkerKilled(f"{lost[0]} {kept}")
 
 
 @contextmanager
 def stop_on_signals() -> Iterator[StopRequest]:
-    """Inside the block, SIGTERM, SIGINT (Ctrl-C) and SIGUSR1 (Slurm's warning) set the returned request."""
+    """Inside, SIGTERM, SIGHUP, SIGINT (Ctrl-C) and SIGUSR1 (Slurm's warning) set the returned request."""
     request = StopRequest()
     if threading.current_thread() is not threading.main_thread():  # Python allows signal handlers in the main one only
         yield request
         return
-    before = {name: signal.signal(getattr(signal, name), request.receive) for name in STOP_SIGNALS}
+    before = on_stop_signals(request.receive)
     try:
         yield request
     finally:
-        for name, handler in before.items():
-            signal.signal(getattr(signal, name), handler)
+        for number, handler in before.items():
+            signal.signal(number, handler)

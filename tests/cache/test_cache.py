@@ -643,12 +643,13 @@ def test_a_cache_is_made_verified_and_tidied_on_the_command_line(tmp_path, monke
 # Processes ------------------------------------------------------------------------------------------------------------
 
 
-def make_varied(folder: Path, data: Path, model: Path) -> None:
-    make(folder, dataset(data, augmentation=VARIED), training(root=model), batch_size=2, shard_bytes=1000)
+def make_varied(folder: Path, data: Path, model: Path, workers: int = 0) -> None:
+    rows, sizes = dataset(data, augmentation=VARIED), {"batch_size": 2, "shard_bytes": 1000}
+    make(folder, rows, training(root=model), **sizes, num_workers=workers)
 
 
-def make_and_tidy(folder: Path, data: Path, model: Path) -> None:
-    make_varied(folder, data, model)
+def make_and_tidy(folder: Path, data: Path, model: Path, workers: int) -> None:
+    make_varied(folder, data, model, workers)
     collect_garbage(folder)
 
 
@@ -682,7 +683,7 @@ def older(folder: Path, data: Path) -> None:
 
 @pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="no SIGKILL on this system")
 def test_a_cache_whose_making_is_killed_at_any_moment_ends_as_one_that_was_not(unbroken, tmp_path):
-    data, expected = (tiny.dataset(), tiny.model()), content(unbroken)
+    data, expected = (tiny.dataset(), tiny.model(), kills.WORKERS), content(unbroken)
     seconds = kills.duration(make_and_tidy, tmp_path / "timed", *data)
     older(tmp_path, tiny.dataset())
 

@@ -1,4 +1,4 @@
-"""A run that is killed again and again ends as one that never was. `make faults` kills 200 times."""
+"""A run that is killed again and again ends as one that never was. `make faults` kills 200 times, with more workers."""
 
 import json
 import signal
@@ -14,6 +14,7 @@ OPTIONS = [
     "lora.target_modules=[to_q,to_v]",
     "batch_size=4",
     "micro_batch_size=2",
+    f"dataset.num_workers={kills.WORKERS or 1}",
     "lora.dropout=0.1",
     "ema=power",
     "checkpoint.every=2",

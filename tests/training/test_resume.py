@@ -1,5 +1,6 @@
 """A run that was cut off, or asked to stop, goes on as if nothing had been."""
 
+import multiprocessing
 import os
 import shutil
 import signal
@@ -142,14 +143,28 @@ def test_a_run_that_is_asked_to_stop_finishes_its_step_and_saves(tmp_path, caplo
     assert not (run_dir / "finished.json").exists()
 
 
-@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGUSR1"])
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGUSR1", "SIGHUP"])
 def test_signals_are_heard_while_a_run_goes_on_and_left_alone_afterwards(name):
     number = getattr(signal, name)
-    before = signal.getsignal(number)
-    with stop_on_signals() as request:
-        os.kill(os.getpid(), number)
-        assert request.received == name
-    assert signal.getsignal(number) == before
+    handler = signal.default_int_handler  # not the test's own: SIGHUP may be ignored
+    before = signal.signal(number, handler)
+    try:
+        with stop_on_signals() as request:
+            os.kill(os.getpid(), number)
+            assert request.received == name
+        assert signal.getsignal(number) == handler
+    finally:
+        signal.signal(number, before)
+
+
+def test_a_run_that_nohup_started_outlives_its_terminal():
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with stop_on_signals() as request:
+            os.kill(os.getpid(), signal.SIGHUP)
+        assert request.received is None and signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 def test_a_second_interrupt_stops_at_once():
@@ -167,6 +182,42 @@ def test_a_process_whose_whole_group_is_asked_to_stop_saves_and_says_that_it_wan
     assert process.exitcode == 75 and "Stopped after step 3; run the same command to resume." in said
     assert "Traceback" not in said  # nor from the worker, which hears the signal as well
     assert_same_run(tiny.train(tmp_path / "runs", *STEPS, *ACCUMULATION), uninterrupted(*ACCUMULATION))
+
+
+KILLED = ["dataset.num_workers=2", *ACCUMULATION]
+needs_sigkill = pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="no SIGKILL on this system")
+
+
+def kill_a_worker() -> None:
+    worker, *_ = multiprocessing.active_children()
+    worker.kill()
+    worker.join()
+
+
+@needs_sigkill
+def test_a_run_whose_worker_is_killed_finishes_its_step_and_saves(tmp_path):
+    with tiny.in_step(3, kill_a_worker), pytest.raises(ChildProcessError) as error:
+        tiny.train(tmp_path, *STEPS, *KILLED)
+    (run_dir,) = tmp_path.iterdir()
+    assert kept(run_dir) == [2, 3] and not multiprocessing.active_children()
+    assert "was killed by SIGKILL" in str(error.value) and "a dataset.num_workers of less than 2" in str(error.value)
+    assert "The state of step 3 is saved, and the same command resumes." in str(error.value)
+    assert_same_run(tiny.train(tmp_path, *STEPS, *ACCUMULATION), uninterrupted(*ACCUMULATION))
+
+
+def train_and_kill_a_worker_of_the_second(overrides: list[str]) -> None:
+    """Train in one of two ranks, the second of which loses a worker in the third step."""
+    with tiny.in_step(3, lambda: os.environ["RANK"] == "1" and kill_a_worker()), pytest.raises(ChildProcessError):
+        tiny.run(overrides)
+
+
+@needs_sigkill
+@pytest.mark.slow
+def test_all_processes_end_alike_where_one_lost_a_worker(tmp_path):
+    overrides = tiny.merged(tiny.train_overrides(tmp_path / "runs"), [*STEPS, "dataset.num_workers=1"])
+    assert warm.ranks(2, train_and_kill_a_worker_of_the_second, overrides) == [0, 0]
+    (run_dir,) = (tmp_path / "runs").iterdir()
+    assert kept(run_dir) == [2, 4]  # the fourth step is the first that lacks a batch
 
 
 ENDS = [(signal.SIGUSR1, [2, 3]), (signal.SIGKILL, [2])]
