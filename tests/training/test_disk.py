@@ -32,7 +32,7 @@ def test_a_disk_that_fills_up_costs_nothing_that_was_saved(disk, tmp_path, caplo
     with (
         tiny.in_step(3, lambda: fill(disk)),
         caplog.at_level(logging.WARNING),
-        pytest.raises(OSError, match="make room, or set output_root.*The newest, of step 2, is kept"),
+        pytest.raises(OSError, match="make room, or set output_root.*The newest checkpoint, of step 2, is kept"),
     ):
         tiny.train(disk, *STEPS)
     assert "The checkpoint of step 3 is not saved: A checkpoint takes" in caplog.text

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ...cache.keys import CacheKeys
 from ...core.data import CachedDataset, Row, collate
+from ...core.files import going_on_without
 from ...core.loader import load_state_dict, save_safetensors
 from ...core.pictures import row, stack
 from ...core.sharing import share
@@ -103,7 +104,8 @@ class FewSteps:
             values |= self.measure(module.pipe, name, latents)
         self.base = latents[: self.pictures]
         if PartialState().is_main_process:
-            save_safetensors({str(number): one for number, one in enumerate(self.base)}, _base_file(folder))
+            with going_on_without(_base_file(folder)):
+                save_safetensors({str(number): one for number, one in enumerate(self.base)}, _base_file(folder))
         return values
 
     def evaluate(
