@@ -101,10 +101,15 @@ def remove_leftovers(folder: str | Path) -> None:
             partial.unlink(missing_ok=True)  # it may have been in a temporary folder that is deleted already
 
 
-def write_text(path: str | Path, text: str) -> None:
-    """Write a text file atomically; bytes of a name that are no UTF-8 are written as escapes."""
+def write_text(path: str | Path, text: str, errors: str = "backslashreplace") -> None:
+    """Write a text file atomically, in UTF-8.
+
+    Args:
+        errors: How bytes in file names that are no UTF-8 are written, as `str.encode` spells it: as escapes, which JSON
+            has too, or with `surrogateescape` as they were.
+    """
     with replacing(path) as partial:
-        partial.write_text(text, encoding="utf-8", errors="backslashreplace")
+        partial.write_text(text, encoding="utf-8", errors=errors)
 
 
 def append_text(path: str | Path, text: str) -> None:

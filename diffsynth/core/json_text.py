@@ -45,6 +45,25 @@ def parse(text: str) -> Any:
         raise ValueError("it is nested too deeply") from None
 
 
+def fits(value: Any, shape: Any) -> bool:
+    """Whether a JSON value has a shape.
+
+    Args:
+        shape: A type; `[shape]` for a list of any length; `(shape, …)` for a list of this length; `{name: shape}` for a
+            dict that has these names, among others; `{str: shape}` for a dict with any names.
+    """
+    if isinstance(shape, list):
+        return isinstance(value, list) and all(fits(each, shape[0]) for each in value)
+    if isinstance(shape, tuple):
+        return isinstance(value, list) and len(value) == len(shape) and all(map(fits, value, shape))
+    if not isinstance(shape, dict):
+        return isinstance(value, shape) and (shape is bool or not isinstance(value, bool))
+    if not isinstance(value, dict):
+        return False
+    shapes = dict.fromkeys(value, shape[str]) if str in shape else shape
+    return all(name in value and fits(value[name], each) for name, each in shapes.items())
+
+
 def read_lines(path: str | Path) -> list[dict]:
     """Return the objects of a JSON lines file; none if the file does not exist.
 

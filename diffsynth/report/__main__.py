@@ -2,7 +2,8 @@
 
 import sys
 
-from . import write_report
+from . import explained, write_report
 
-for folder in sys.argv[1:] or sys.exit(__doc__):
-    print(write_report(folder))
+with explained():
+    for folder in sys.argv[1:] or sys.exit(__doc__):
+        print(write_report(folder))
