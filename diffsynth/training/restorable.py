@@ -59,12 +59,23 @@ def check_optimizer(part: "TrainedPart", optimizer: Any) -> None:
     groups, state = optimizer["param_groups"], optimizer["state"]
     numbers = [number for group in groups for number in group["params"]]
     expect(numbers == list(range(len(shapes))), f"an optimizer of {len(shapes)} parameters")
-    expect(all(_is_number(group["lr"]) or isinstance(group["lr"], Tensor) for group in groups), "learning rates")
+    for group, own in zip(groups, part.optimizer.param_groups, strict=False):
+        wrong = [key for key in own.keys() & group.keys() - {"params"} if not _alike(group[key], own[key])]
+        expect("lr" in group and not wrong, f"an optimizer's {', '.join(wrong) or 'lr'}")
+        expect(all(0 <= beta < 1 for beta in group.get("betas", ())), "betas in [0, 1)")
     expect(isinstance(state, dict) and set(state) <= set(numbers), "an optimizer's state by parameter")
     for number, values in state.items():
         moments = [value for value in values.values() if isinstance(value, Tensor) and value.dim() > 0]
         same = all(moment.is_floating_point() and tuple(moment.shape) == shapes[number] for moment in moments)
         expect(same or type(part.optimizer).__name__ not in ELEMENTWISE, f"moments of shape {shapes[number]}")
+
+
+def _alike(saved: Any, own: Any) -> bool:
+    """Whether a saved option can be in the place of the optimizer's own; some are tensors, or None, on other devices."""
+    if isinstance(saved, list | tuple):
+        return isinstance(own, list | tuple) and len(saved) == len(own) and all(map(_alike, saved, own))
+    kinds = [(bool, type(None)), (int, float, Tensor), (str,)]
+    return any(isinstance(saved, kind) and isinstance(own, kind) for kind in kinds)
 
 
 def check_average(state: "TrainingState", average: Any) -> None:

@@ -80,7 +80,8 @@ def test_a_run_goes_on_without_room_and_writes_again_when_there_is_some(tmp_path
     assert pictures == [f"step-{step:06d}.png" for step in (0, 1, 3, 4)]
     assert (run_dir / "finished.json").exists() and len(list((run_dir / "tensorboard").iterdir())) > 1
     warnings = [record.message for record in caplog.records if record.levelname == "WARNING"]
-    for name in ("metrics.jsonl", "step-2.safetensors", "step-000002.png", "checkpoint of step 2", "tensorboard", "rank-0"):
+    names = ("metrics.jsonl", "step-2.safetensors", "step-000002.png", "checkpoint of step 2", "tensorboard", "rank-0")
+    for name in names:
         assert any(name in warning for warning in warnings), name
 
 
