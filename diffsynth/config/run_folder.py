@@ -128,7 +128,7 @@ def _saved_config(run_dir: Path) -> DictConfig:
     path = run_dir / "config.yaml"
     try:
         saved = OmegaConf.load(path)
-        signature(saved)
+        _ = saved["run_dir"], signature(saved)
     except Exception as error:  # of the YAML library, of OmegaConf, of Python: whatever the file's content leads to
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ConfigError(

@@ -57,7 +57,8 @@ def fits(value: Any, shape: Any) -> bool:
     if isinstance(shape, tuple):
         return isinstance(value, list) and len(value) == len(shape) and all(map(fits, value, shape))
     if not isinstance(shape, dict):
-        return isinstance(value, shape) and (shape is bool or not isinstance(value, bool))
+        is_number = not isinstance(value, bool)  # Python counts True and False as numbers
+        return isinstance(value, shape) and (is_number or shape in (bool, object))
     if not isinstance(value, dict):
         return False
     shapes = dict.fromkeys(value, shape[str]) if str in shape else shape

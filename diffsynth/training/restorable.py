@@ -71,7 +71,7 @@ def check_optimizer(part: "TrainedPart", optimizer: Any) -> None:
 
 
 def _alike(saved: Any, own: Any) -> bool:
-    """Whether a saved option can be in the place of the optimizer's own; some are tensors, or None, on other devices."""
+    """Whether a saved option can be in the place of the optimizer's own, which may be a tensor, or None, elsewhere."""
     if isinstance(saved, list | tuple):
         return isinstance(own, list | tuple) and len(saved) == len(own) and all(map(_alike, saved, own))
     kinds = [(bool, type(None)), (int, float, Tensor), (str,)]

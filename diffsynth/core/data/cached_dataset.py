@@ -1,5 +1,6 @@
 """The data set that `make_cache.py` writes: the outputs of frozen networks for every sample, read from disk."""
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -24,6 +25,8 @@ ABOUT = {
     "parts": [(int, str)],
     "samples": str,
 }
+
+WEIGHT = re.compile(r"\d+(\.\d+)?(/[1-9]\d*)?")  # of a part, a decimal number or a fraction
 
 
 class CachedDataset(TrainingData):
@@ -56,11 +59,7 @@ class CachedDataset(TrainingData):
         self.augmentation = augmentation or Augmentation()
         self.index.require_finished()
         self.size, self.about = len(self.index), self.index.about
-        if wrong := [name for name, shape in ABOUT.items() if not fits(self.about.get(name), shape)]:
-            raise DamagedCache(
-                f"{self.index.path} says nothing of the cache's {wrong[0]} that this program can read; run "
-                "make_cache.py again with the same options."
-            )
+        self._check_about()
         if (height, width) != (None, None):
             self._check_sizes(height, width)
         self._check_captions()
@@ -145,6 +144,18 @@ class CachedDataset(TrainingData):
             raise ValueError(
                 f"{self.metadata_path} was not made for this training:\n  " + "\n  ".join(lines) + "\n"
                 "Choose the model, task and lora that it was made with, or run make_cache.py again with these."
+            )
+
+    def _check_about(self) -> None:
+        wrong = [name for name, shape in ABOUT.items() if not fits(self.about.get(name), shape)]
+        if not wrong:
+            counts = sum(count for count, _ in self.about["parts"])
+            weights = [weight for _, weight in self.about["parts"]]
+            wrong = [] if counts == self.size and all(map(WEIGHT.fullmatch, weights)) else ["parts"]
+        if wrong:
+            raise DamagedCache(
+                f"{self.index.path} says nothing of the cache's {wrong[0]} that this program can read; run "
+                "make_cache.py again with the same options."
             )
 
     def _check_sizes(self, height: int | None, width: int | None) -> None:

@@ -95,7 +95,7 @@ class CacheIndex:
         try:
             with naming(self.path):
                 yield
-        except sqlite3.DatabaseError as error:
+        except (sqlite3.DatabaseError, UnicodeDecodeError) as error:
             raise self._unreadable(error) from error
 
     def _check_format(self, database: sqlite3.Connection) -> None:
