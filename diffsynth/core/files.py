@@ -4,11 +4,10 @@ import errno
 import logging
 import os
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from hashlib import blake2b
 from pathlib import Path
-from typing import Any
 
 from .json_text import read_lines, to_json
 
@@ -134,33 +133,6 @@ def going_on_without(path: str | Path) -> Iterator[None]:
         yield
     except OSError as error:
         logger.warning("%s is not written, and the run goes on without it: %s", path, error)
-
-
-class JsonLines:
-    """A JSON lines file that grows during a run; each line has a `step`.
-
-    Lines that cannot be written, because the disk is full, are kept in memory and written with the next one.
-
-    Args:
-        path: The file.
-    """
-
-    def __init__(self, path: str | Path):
-        self.path = Path(path)
-        self.waiting: list[str] = []
-
-    def append(self, step: int, values: Mapping[str, Any]) -> None:
-        """Append a line; numbers that are not finite become null."""
-        self.waiting.append(to_json({"step": step, **values}) + "\n")
-        self.flush()
-
-    def flush(self) -> None:
-        """Write the lines that are waiting."""
-        with going_on_without(self.path):
-            if self.waiting:
-                self.path.parent.mkdir(parents=True, exist_ok=True)
-                append_text(self.path, "".join(self.waiting))
-                self.waiting.clear()
 
 
 def digest_of(path: str | Path) -> str:

@@ -1,5 +1,6 @@
 """Save images with the parameters that they were sampled with, and arrange images in grids."""
 
+import json
 import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -8,7 +9,6 @@ from PIL import Image, ImageDraw
 from PIL.PngImagePlugin import PngInfo
 
 from .files import replacing
-from .json_text import to_json
 
 LINE_HEIGHT, LETTER_WIDTH = 14, 6  # pixels of a caption in Pillow's built-in font
 CAPTION_LINES = 2  # longer captions are cut; a guess
@@ -20,7 +20,7 @@ def save_png(image: Image.Image, path: Path, parameters: Mapping | None = None) 
     """Save an image as PNG, with `parameters` as JSON in the text chunk of that name."""
     info = PngInfo()
     if parameters is not None:
-        info.add_itxt("parameters", to_json(dict(parameters), ensure_ascii=False))
+        info.add_itxt("parameters", json.dumps(dict(parameters), ensure_ascii=False))
     with replacing(path) as partial:
         image.save(partial, format="PNG", pnginfo=info)
 

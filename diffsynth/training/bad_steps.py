@@ -10,7 +10,8 @@ import torch
 from accelerate.utils import gather_object
 
 from ..core.data import SampleAddress
-from ..core.files import JsonLines, forget_after
+from ..core.files import forget_after
+from ..core.json_lines import JsonLines
 
 if TYPE_CHECKING:
     from accelerate import Accelerator

@@ -8,6 +8,7 @@ import stat
 import pytest
 
 from diffsynth.core import files
+from diffsynth.core.json_lines import JsonLines
 from diffsynth.core.json_text import read_json, read_lines, to_json
 
 
@@ -85,7 +86,7 @@ def test_lines_that_cannot_be_read_are_left_out_and_the_file_is_named(tmp_path, 
 
 
 def test_lines_wait_for_room_and_a_line_that_is_cut_off_is_taken_back(tmp_path, no_room, caplog):
-    lines = files.JsonLines(tmp_path / "metrics.jsonl")
+    lines = JsonLines(tmp_path / "metrics.jsonl")
     lines.append(1, {"loss": 0.5})
     no_room(but=len('{"step": 1, "loss": 0.5}\n') + 5)
     lines.append(2, {"loss": float("nan")})

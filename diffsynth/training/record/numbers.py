@@ -7,7 +7,8 @@ from pathlib import Path
 import yaml
 from PIL import Image
 
-from ...core.files import JsonLines, forget_after, going_on_without
+from ...core.files import forget_after, going_on_without
+from ...core.json_lines import JsonLines
 from .trackers import Tracker
 
 
