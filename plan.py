@@ -4,7 +4,6 @@ It computes the memory of every stage, for every image size and several numbers 
 plan.svg. It reads no weights and needs no GPU.
 """
 
-import json
 from pathlib import Path
 
 import hydra
@@ -16,6 +15,7 @@ from diffsynth.plan.run import PlacedRun, PlanRun
 def plan(run: PlanRun) -> str:
     """Plan one training, write plan.json and plan.svg, and return the plan as a table."""
     from diffsynth.core.files import write_text
+    from diffsynth.core.json_text import to_json
     from diffsynth.plan.budget import Budget
     from diffsynth.plan.plan import Planner
     from diffsynth.plan.show import chart, table
@@ -33,7 +33,7 @@ def plan(run: PlanRun) -> str:
         choice = Budget(planner, *budgets).choose()
         planner, why = choice.planner, f"{choice.why}\n\n"
     made = planner.plan(run.devices)
-    write_text(Path(run.path) / "plan.json", json.dumps(made.as_dict(), indent=1))
+    write_text(Path(run.path) / "plan.json", to_json(made.as_dict(), indent=1))
     write_text(Path(run.path) / "plan.svg", chart(made, budgets[0]))
     written = f"The tables are also in {run.path}/plan.json, and the chart in {run.path}/plan.svg."
     return f"{why}{table(made, run.estimated(made.worst.peak) if on_cuda else None)}\n{written}"

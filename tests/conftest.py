@@ -73,6 +73,19 @@ def pytest_collection_finish(session):
     gc.set_threshold(20_000, 20, 20)
 
 
+@pytest.fixture
+def no_room():
+    """A function that takes away the room on all disks, but for the first bytes of each file; None gives it back."""
+    resource = pytest.importorskip("resource")
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def limit(but: int | None = 0) -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft if but is None else but, hard))
+
+    yield limit
+    limit(None)
+
+
 def import_file(path: Path):
     """Import a script outside of any package as a module."""
     spec = importlib.util.spec_from_file_location(f"script_{path.parent.name}_{path.stem}", path)

@@ -1,6 +1,5 @@
 """Counts, checks and tidies a cache: `stats`, `verify` and `collect_garbage` are commands of make_cache.py."""
 
-import json
 import logging
 import os
 from collections import Counter
@@ -13,6 +12,7 @@ from typing import TYPE_CHECKING
 from ..core.data import TrainingData
 from ..core.data.cache import CacheIndex, Shard, keys_of, rewrite
 from ..core.data.cached_dataset import differences
+from ..core.json_text import parse, to_json
 from ..core.locks import locked
 from .keys import CacheKeys, describe
 
@@ -155,7 +155,7 @@ def _changed_samples(
 def _changes(row: dict, cached: dict, entries: set[str]) -> Iterator[str]:
     """Yield the columns in which a row differs from the cached one, and how many of its entries are missing."""
     for column, value in row.items():
-        if json.loads(json.dumps(value)) != cached["row"].get(column):
+        if parse(to_json(value)) != cached["row"].get(column):
             yield f"{column} differs"
     missing = sum(key not in entries for key, _ in cached["runs"])
     if missing:

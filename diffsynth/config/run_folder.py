@@ -1,6 +1,5 @@
 """The folder of a run: which run it belongs to, and the files that record how the run was started and finished."""
 
-import json
 import logging
 import os
 import subprocess
@@ -9,13 +8,15 @@ from collections.abc import Sequence
 from functools import cache
 from importlib import metadata
 from pathlib import Path
+from threading import Timer
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
 from ..core import locks
 from ..core.advice import how_to_start_from
-from ..core.files import remove_leftovers, write_text
+from ..core.files import going_on_without, remove_leftovers, write_text
+from ..core.json_text import read_json, to_json
 from .nodes import ConfigError
 from .signature import bound_to_length, but_for_length, signature
 
@@ -26,6 +27,9 @@ RUN_FILES = ("config.yaml", "resolved.yaml", "command.json", "environment.json")
 _begun_here: set[Path] = set()  # folders of runs that had no record before this process wrote it
 _run_files: dict[Path, dict[str, str]] = {}  # text of each of RUN_FILES, for the folders that this process has claimed
 PACKAGES = ("torch", "diffusers", "transformers", "accelerate", "peft", "safetensors", "hydra-core", "omegaconf")
+# Guesses: git waits for a file system that may not answer, and a tracked file may be of any size.
+GIT_SECONDS = 30
+DIFF_BYTES = 4 * 2**20
 
 
 class RankZeroFilter(logging.Filter):
@@ -33,6 +37,27 @@ class RankZeroFilter(logging.Filter):
 
     def filter(self, record: logging.LogRecord) -> bool:
         return RANK == 0
+
+
+class LogFile(logging.FileHandler):
+    """A log file that may be on a full disk: a line on stderr says so once, and the next line tries again.
+
+    Args:
+        filename: Path of the file; a line is appended to it.
+    """
+
+    def __init__(self, filename: str):
+        super().__init__(filename, encoding="utf-8", errors="backslashreplace")
+        self.has_failed = False
+
+    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802 - the name in logging
+        """Say on stderr that the disk takes no lines; other errors are those of the call that logs."""
+        error = sys.exc_info()[1]
+        if not isinstance(error, OSError):
+            super().handleError(record)
+        elif not self.has_failed:
+            self.has_failed = True
+            print(f"{self.baseFilename} is not written, and the run goes on without it: {error}", file=sys.stderr)
 
 
 def claim(cfg: DictConfig) -> Path | None:
@@ -83,7 +108,8 @@ def finish(cfg: DictConfig, artefacts: Sequence[Path]) -> None:
             _write_run_files(run_dir)
         paths = [str(path) for path in [*artefacts, run_dir / "report.html"]]
         finished = {"artefacts": paths, **_identity(cfg)}
-        write_report(run_dir, finished)
+        with going_on_without(run_dir / "report.html"):
+            write_report(run_dir, finished)
         _write_finished(run_dir, finished)  # last: a run that is marked as finished is never looked at again
         locks.release(run_dir)
         logging.info("Finished. %s holds:\n  %s", run_dir, "\n  ".join(paths))
@@ -91,17 +117,41 @@ def finish(cfg: DictConfig, artefacts: Sequence[Path]) -> None:
 
 def _finished(run_dir: Path) -> dict | None:
     """Return what `finish` recorded about a run; None if the run is not finished."""
-    path = run_dir / "finished.json"
-    if not path.exists():
-        return None
-    record = json.loads(path.read_text(encoding="utf-8"))
-    if "length" not in record:  # until 2026-11-30 only the artefacts were recorded; the rest is in the configuration
-        record |= _identity(OmegaConf.load(run_dir / "config.yaml"))
-    return record
+    record = read_json(run_dir / "finished.json")
+    if record and "length" not in record:  # until 2026-11-30 the rest was in the configuration only
+        record |= _identity(_saved_config(run_dir))
+    return record if _is_record(record) else None  # a damaged one: the run finishes again
+
+
+def _is_record(record: dict) -> bool:
+    """Whether a dict is what `finish` writes."""
+    length = record.get("length")
+    numbers = length.values() if isinstance(length, dict) else [None]
+    paths = record.get("artefacts")
+    are_paths = isinstance(paths, list) and all(isinstance(path, str) for path in paths)
+    return are_paths and all(isinstance(number, int | float) for number in numbers) and "but_for_length" in record
+
+
+def _saved_config(run_dir: Path) -> DictConfig:
+    """Return the configuration that a run was started with.
+
+    Raises:
+        ConfigError: The file is damaged.
+    """
+    path = run_dir / "config.yaml"
+    try:
+        saved = OmegaConf.load(path)
+        _ = saved["run_dir"], signature(saved)
+    except Exception as error:  # of the YAML library, of OmegaConf, of Python: whatever the file's content leads to
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ConfigError(
+            f"{path} is no configuration of a run: {reason}; delete that file to go on with the run, or set name=…."
+        ) from error
+    return saved
 
 
 def _write_finished(run_dir: Path, record: dict) -> None:
-    write_text(run_dir / "finished.json", json.dumps(record, indent=1))
+    write_text(run_dir / "finished.json", to_json(record, indent=1))
 
 
 def _identity(cfg: DictConfig) -> dict[str, Any]:
@@ -120,7 +170,7 @@ def _check_folder(run_dir: Path, cfg: DictConfig) -> None:
         steps = finished["length"]["max_steps"]
         raise ConfigError(f"{run_dir} is finished at step {steps}; set name=… for a run of max_steps={cfg.max_steps}.")
     if (run_dir / "config.yaml").exists():
-        saved = OmegaConf.load(run_dir / "config.yaml")
+        saved = _saved_config(run_dir)
         if signature(saved) != signature(cfg):
             differs_in_length_only = but_for_length(saved) == but_for_length(cfg)
             other = f"{run_dir} holds a different experiment; set name=… or delete the folder."
@@ -128,8 +178,9 @@ def _check_folder(run_dir: Path, cfg: DictConfig) -> None:
         return
     for path in sorted(run_dir.parent.glob(f"{cfg.name}-*/finished.json")):
         finished = _finished(path.parent)
-        other_length = finished["but_for_length"] == but_for_length(cfg) and finished["length"] != _length(cfg)
-        if other_length and bound_to_length(cfg) is not None:
+        if finished is None or finished["but_for_length"] != but_for_length(cfg):
+            continue
+        if finished["length"] != _length(cfg) and bound_to_length(cfg) is not None:
             logging.info("This run starts from step 0: %s", _not_extended(path.parent, cfg))
 
 
@@ -169,8 +220,8 @@ def _texts_of(cfg: DictConfig) -> dict[str, str]:
     texts = (
         OmegaConf.to_yaml(cfg) + replay,
         OmegaConf.to_yaml(cfg, resolve=True),
-        json.dumps(sys.argv),
-        json.dumps(environment(), indent=1),
+        to_json(sys.argv),
+        to_json(environment(), indent=1),
     )
     return dict(zip(RUN_FILES, texts, strict=True))
 
@@ -179,12 +230,32 @@ def _texts_of(cfg: DictConfig) -> dict[str, str]:
 def environment() -> dict[str, Any]:
     """Return the commit, the uncommitted changes, and the versions of Python and packages that this process uses."""
     versions = {name: metadata.version(name) for name in PACKAGES}
-    return {"commit": _git("rev-parse", "HEAD"), "diff": _git("diff", "HEAD"), "python": sys.version, **versions}
+    return {
+        "commit": _git("rev-parse", "HEAD"),
+        "diff": _git("diff", "--no-ext-diff", "--no-textconv", "HEAD"),
+        "python": sys.version,
+        **versions,
+    }
 
 
 def _git(*arguments: str) -> str | None:
+    """Return what git says of this program's repository; None if there is no git, no repository, or no answer in time.
+
+    Bytes that are no UTF-8 are replaced, and text beyond `DIFF_BYTES` is cut off.
+    """
+    command = ["git", "--no-pager", *arguments]
+    quiet = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
     try:
-        here = Path(__file__).parent
-        return subprocess.run(["git", *arguments], capture_output=True, text=True, check=True, cwd=here).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):  # there is no git, or no repository
+        with subprocess.Popen(command, cwd=Path(__file__).parent, **quiet) as process:
+            timer = Timer(GIT_SECONDS, process.kill)
+            timer.start()
+            text = process.stdout.read(DIFF_BYTES + 1)
+            is_cut_off = len(text) > DIFF_BYTES
+            if is_cut_off:
+                process.kill()
+            failed = process.wait() and not is_cut_off
+            timer.cancel()
+    except OSError:
         return None
+    text = text[:DIFF_BYTES].decode("utf-8", errors="replace").strip()
+    return None if failed else f"{text}\n… cut off after {DIFF_BYTES} bytes" if is_cut_off else text

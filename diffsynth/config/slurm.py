@@ -104,7 +104,7 @@ class SlurmLauncher(Launcher):
             return overrides, None
         run_dir.mkdir(parents=True, exist_ok=True)  # Slurm does not make the folder of its log
         script = folder / f"{number}.sh"
-        write_text(script, self._script(run_dir, folder, overrides))
+        write_text(script, self._script(run_dir, folder, overrides), errors="surrogateescape")  # a shell reads bytes
         return overrides, script
 
     def _script(self, run_dir: Path, sweep: Path, overrides: list[str]) -> str:
@@ -159,7 +159,8 @@ def register() -> None:
 def _submit(script: Path) -> str:
     """Submit a script and return the id of its Slurm job."""
     try:
-        done = subprocess.run(["sbatch", "--parsable", script], capture_output=True, text=True, check=True)
+        command = ["sbatch", "--parsable", script]
+        done = subprocess.run(command, capture_output=True, text=True, errors="replace", check=True)
     except FileNotFoundError:
         raise ConfigError(f"sbatch was not found, so {script} is not submitted; run this on a Slurm machine.") from None
     except subprocess.CalledProcessError as error:

@@ -10,7 +10,8 @@ from hydra.core.utils import JobReturn
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig
 
-from ..core.files import write_text
+from ..core.files import going_on_without, write_text
+from ..core.json_text import to_json
 
 
 def sweep_folder(config: DictConfig) -> Path:
@@ -22,7 +23,9 @@ def sweep_folder(config: DictConfig) -> Path:
 def record(folder: Path, number: int, run_dir: Path, overrides: Sequence[str]) -> None:
     """Write `<number>.json` for a job of a sweep: its run's folder, relative to `folder`, and its overrides."""
     content = {"run": os.path.relpath(run_dir, folder), "overrides": list(overrides)}
-    write_text(folder / f"{number}.json", json.dumps(content, indent=1))
+    path = folder / f"{number}.json"
+    with going_on_without(path):
+        write_text(path, to_json(content, indent=1))
 
 
 class SweepRecord(Callback):
@@ -45,4 +48,5 @@ class SweepRecord(Callback):
         from ..report.sweep import write_sweep
 
         if self.folder is not None:
-            print(write_sweep(self.folder))
+            with going_on_without(self.folder / "sweep.html"):
+                print(write_sweep(self.folder))

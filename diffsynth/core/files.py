@@ -1,6 +1,7 @@
-"""Write files and folders atomically: after a crash they are complete or absent."""
+"""Write files and folders atomically: after a crash they are complete or absent. Append to logs that lose no line."""
 
-import json
+import errno
+import logging
 import os
 import re
 import shutil
@@ -9,12 +10,18 @@ from contextlib import contextmanager
 from hashlib import blake2b
 from pathlib import Path
 
+from .json_text import read_lines, to_json
 from .locks import LOCK, is_held, machine, started
+
+logger = logging.getLogger(__name__)
 
 ON_WINDOWS = os.name == "nt"
 MADE = ".made-by-diffsynth"  # a file in folders that this program has made and may replace
 PARTIAL = re.compile(r"\.partial-(?P<machine>[0-9a-f]{8})-(?P<pid>\d+)-")
 SLACK = 60  # seconds by which the clocks of a machine and of its file server may differ; a guess
+# Errors of file systems that cannot sync a folder (VirtualBox, CIFS, some FUSE); PostgreSQL's `fsync_fname` passes over
+# EINVAL and EBADF as well. A disk that fails has others: EIO, ENOSPC.
+CANNOT_SYNC_FOLDERS = {errno.EINVAL, errno.EBADF, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS}
 
 
 @contextmanager
@@ -24,10 +31,11 @@ def replacing(path: str | Path) -> Iterator[Path]:
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = _partial(path)
     try:
-        yield partial
-        _sync(partial)
-        partial.replace(path)
-        _sync(path.parent)
+        with _named(path):
+            yield partial
+            _sync(partial)
+            partial.replace(path)
+            _sync(path.parent)
     finally:
         partial.unlink(missing_ok=True)
 
@@ -39,15 +47,27 @@ def replacing_folder(path: str | Path) -> Iterator[Path]:
     partial = _partial(path)
     partial.mkdir(parents=True)
     try:
-        yield partial
-        for file in partial.iterdir():
-            _sync(file)
-        _sync(partial)
-        shutil.rmtree(path, ignore_errors=True)
-        partial.replace(path)
-        _sync(path.parent)
+        with _named(path):
+            yield partial
+            for file in partial.iterdir():
+                _sync(file)
+            _sync(partial)
+            shutil.rmtree(path, ignore_errors=True)
+            partial.replace(path)
+            _sync(path.parent)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+@contextmanager
+def _named(path: Path) -> Iterator[None]:
+    """Inside, an error of the disk names `path`; those of `write` and `fsync` name no file."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is None or error.filename is not None:
+            raise
+        raise OSError(error.errno, error.strerror, str(path)) from error
 
 
 def check_replaceable(folder: str | Path, inputs: Iterable[str | Path] = ()) -> None:
@@ -103,10 +123,39 @@ def _is_being_written(partial: Path) -> bool:
     return since is not None and partial.exists() and since <= partial.stat().st_mtime + SLACK  # else it is a later one
 
 
-def write_text(path: str | Path, text: str) -> None:
-    """Write a text file atomically."""
+def write_text(path: str | Path, text: str, errors: str = "backslashreplace") -> None:
+    """Write a text file atomically, in UTF-8.
+
+    Args:
+        errors: How bytes in file names that are no UTF-8 are written, as `str.encode` spells it: as escapes, which JSON
+            has too, or with `surrogateescape` as they were.
+    """
     with replacing(path) as partial:
-        partial.write_text(text, encoding="utf-8")
+        partial.write_text(text, encoding="utf-8", errors=errors)
+
+
+def append_text(path: str | Path, text: str) -> None:
+    """Append to a text file, or raise an OSError and leave it as it was."""
+    with Path(path).open("ab", buffering=0) as file:
+        size, left = file.seek(0, os.SEEK_END), memoryview(text.encode("utf-8", "backslashreplace"))
+        try:
+            while left:
+                left = left[file.write(left) :]
+        except OSError:
+            file.truncate(size)
+            raise
+
+
+@contextmanager
+def going_on_without(path: str | Path) -> Iterator[None]:
+    """Inside, write a file that a run can do without: if the disk is full or fails, a warning names it.
+
+    The program goes on, and the caller tries again when it writes the next time.
+    """
+    try:
+        yield
+    except OSError as error:
+        logger.warning("%s is not written, and the run goes on without it: %s", path, error)
 
 
 def digest_of(path: str | Path) -> str:
@@ -119,12 +168,11 @@ def digest_of(path: str | Path) -> str:
 
 
 def forget_after(path: str | Path, step: int) -> None:
-    """Delete lines of later steps, and an incomplete last line, from a JSON lines file whose lines have a `step`."""
+    """Delete lines of later steps, and lines that cannot be read, from a JSON lines file whose lines have a `step`."""
     path = Path(path)
     if path.exists():
-        lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-        complete = [line for line in lines if line.endswith("\n")]
-        write_text(path, "".join(line for line in complete if json.loads(line)["step"] <= step))
+        kept = [line for line in read_lines(path) if isinstance(line.get("step"), int) and line["step"] <= step]
+        write_text(path, "".join(to_json(line) + "\n" for line in kept))
 
 
 def _partial(path: Path) -> Path:
@@ -132,11 +180,18 @@ def _partial(path: Path) -> Path:
 
 
 def _sync(path: Path) -> None:
-    """Sync a file, or the names in a folder, to disk; Windows can neither open a folder nor sync what is read-only."""
-    if ON_WINDOWS and path.is_dir():
+    """Sync a file to disk, or the names in a folder where the file system can.
+
+    Windows can neither open a folder nor sync what is read-only.
+    """
+    is_folder = path.is_dir()
+    if ON_WINDOWS and is_folder:
         return
     descriptor = os.open(path, os.O_RDWR if ON_WINDOWS else os.O_RDONLY)
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        if not (is_folder and error.errno in CANNOT_SYNC_FOLDERS):
+            raise
     finally:
         os.close(descriptor)

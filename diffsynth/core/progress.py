@@ -6,6 +6,8 @@ from collections.abc import Mapping
 
 from tqdm import tqdm
 
+from .files import going_on_without
+
 LINE_SECONDS = 30  # between two plain lines; a guess
 
 
@@ -52,8 +54,9 @@ class ProgressBar:
 
     def _write_line(self, text: str) -> None:
         if self.visible:
-            self.bar.write(f"{self.unit} {self.done}/{self.steps}, {text}".rstrip(", "), file=sys.stderr)
-            sys.stderr.flush()
+            with going_on_without("A line on stderr"):  # it may be a file on a full disk, or a closed pipe
+                self.bar.write(f"{self.unit} {self.done}/{self.steps}, {text}".rstrip(", "), file=sys.stderr)
+                sys.stderr.flush()
 
     def close(self) -> None:
         self.bar.close()

@@ -1,11 +1,12 @@
 """Convert nested state, such as an optimizer's, to JSON and tensors and back: reading it cannot run code."""
 
+import math
 from collections.abc import Iterable
 from typing import Any
 
 from torch import Tensor
 
-TENSOR, ITEMS, TUPLE = "__tensor__", "__items__", "__tuple__"
+TENSOR, ITEMS, TUPLE, NUMBER = "__tensor__", "__items__", "__tuple__", "__number__"
 
 
 def split_state(tree: Any, path: str = "") -> tuple[Any, dict[str, Tensor]]:
@@ -24,6 +25,8 @@ def split_state(tree: Any, path: str = "") -> tuple[Any, dict[str, Tensor]]:
         pairs, tensors = _split_all(enumerate(tree), path)
         values = [value for _, value in pairs]
         return ({TUPLE: values} if isinstance(tree, tuple) else values), tensors
+    if isinstance(tree, float) and not math.isfinite(tree):
+        return {NUMBER: str(tree)}, {}  # JSON has no such numbers
     if tree is None or isinstance(tree, (bool, int, float, str)):
         return tree, {}
     raise TypeError(
@@ -55,6 +58,8 @@ def join_state(plain: Any, tensors: dict[str, Tensor]) -> Any:
         return plain
     if TENSOR in plain:
         return tensors[plain[TENSOR]]
+    if NUMBER in plain:
+        return float(plain[NUMBER])
     if TUPLE in plain:
         return tuple(join_state(value, tensors) for value in plain[TUPLE])
     return {key: join_state(value, tensors) for key, value in plain.get(ITEMS, plain.items())}

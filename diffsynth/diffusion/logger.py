@@ -1,17 +1,18 @@
 """`ModelLogger`: exports the weights of a training as safetensors files to use elsewhere."""
 
-import json
 import logging
 import math
 import re
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from torch import nn
 
-from ..core.files import write_text
+from ..core.files import going_on_without, write_text
+from ..core.json_text import read_json, to_json
 from ..core.loader import save_safetensors
 from .adapters.formats import FORMATS
 from .pipeline.sampling_settings import METADATA_KEY
@@ -83,6 +84,8 @@ class ModelLogger:
     ) -> None:
         """Export if the step, the epoch or a new best value says so; all processes call this.
 
+        A full disk is a warning, because there may be room again at the next export; at the last step it is an error.
+
         Args:
             model: The training module, wrapped by `accelerator` or not.
             step: Number of optimizer steps taken.
@@ -93,34 +96,44 @@ class ModelLogger:
         """
         name = self._name(step, epoch, done)
         if name is not None:
-            self.save(accelerator, model, name if weights == "raw" else f"{name}.{weights}")
+            self.save(accelerator, model, name if weights == "raw" else f"{name}.{weights}", done)
         best_is_of_ema = (self.keep_best or "").startswith("ema_")
         if self.keep_best in (measured or {}) and best_is_of_ema == (weights == "ema"):
-            self._keep_best(accelerator, model, step, measured[self.keep_best])
+            self._keep_best(accelerator, model, step, measured[self.keep_best], done)
 
     def due(self, step: int, epoch: int | None, done: bool, measured: Mapping[str, float]) -> bool:
         """Whether `on_step_end` may export at this step."""
         return self._name(step, epoch, done) is not None or self.keep_best in measured
 
-    def _keep_best(self, accelerator: "Accelerator", model: nn.Module, step: int, value: float) -> None:
+    def _keep_best(self, accelerator: "Accelerator", model: nn.Module, step: int, value: float, is_last: bool) -> None:
         record = Path(self.output_path) / "best.json"
-        best = json.loads(record.read_text(encoding="utf-8"))["value"] if record.exists() else math.inf
+        saved = read_json(record).get("value")
+        best = saved if isinstance(saved, int | float) else math.inf
         accelerator.wait_for_everyone()  # every process reads the record before the main one writes it
-        if value < best:
-            self.save(accelerator, model, "best")
-            if accelerator.is_main_process:
-                write_text(record, json.dumps({"step": step, "name": self.keep_best, "value": value}))
+        if value < best and accelerator.is_main_process:
+            with self._unless(is_last, "best"):
+                self._write(accelerator.unwrap_model(model), "best")
+                write_text(record, to_json({"step": step, "name": self.keep_best, "value": value}))
 
-    def save(self, accelerator: "Accelerator", model: nn.Module, name: str) -> None:
+    def save(self, accelerator: "Accelerator", model: nn.Module, name: str, is_last: bool = True) -> None:
         """Write `{name}.safetensors`, or `{name}.{model}.safetensors` where several models are trained.
 
         Adapter files are read back and compared with the trained adapter. A file that differs is kept, and an error is
         logged.
+
+        Args:
+            is_last: Whether a full disk is an error, rather than a warning.
         """
         accelerator.wait_for_everyone()
-        if not accelerator.is_main_process:
-            return
-        module = accelerator.unwrap_model(model)
+        if accelerator.is_main_process:
+            with self._unless(is_last, name):
+                self._write(accelerator.unwrap_model(model), name)
+
+    def _unless(self, is_last: bool, name: str) -> AbstractContextManager:
+        """Inside, a full disk is a warning, unless this is the last export."""
+        return nullcontext() if is_last else going_on_without(Path(self.output_path) / f"{name}.safetensors")
+
+    def _write(self, module: "DiffusionTrainingModule", name: str) -> None:
         if self.remove_prefix_in_ckpt is not None:
             tensors = module.export_trainable_state_dict(self.remove_prefix_in_ckpt)
             path = Path(self.output_path) / f"{name}.safetensors"
@@ -147,7 +160,7 @@ class ModelLogger:
         config = Path(self.output_path).parent / "resolved.yaml"
         about["config"] = config.read_text(encoding="utf-8") if config.exists() else None
         about |= module.describe_adapters() if is_adapter else {}
-        return {METADATA_KEY: json.dumps(about)}
+        return {METADATA_KEY: to_json(about)}
 
     def _check(self, module: "DiffusionTrainingModule", path: Path) -> None:
         try:

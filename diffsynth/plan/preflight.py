@@ -1,6 +1,5 @@
 """Before weights are read: checks that a run fits its device, and chooses memory options that fit a given budget."""
 
-import json
 import logging
 from collections.abc import Callable
 from dataclasses import asdict, replace
@@ -12,6 +11,7 @@ import torch
 from accelerate.utils import broadcast_object_list
 
 from ..core.files import write_text
+from ..core.json_text import read_json, to_json
 from ..core.loader import ModelConfig
 from ..core.memory import MemoryRecipe
 from ..core.memory.sizes import shown_size
@@ -74,17 +74,31 @@ def settle(planner: Planner, record: Path, device: torch.device) -> tuple[Memory
     if run.memory.budget is None:
         planner = planner.quickest()
     elif record.exists():
-        chosen = json.loads(record.read_text())
-        settled = replace(run.memory, **chosen["recipe"]), chosen["micro_batch_size"]
+        settled = _chosen(run, record)
         planner = planner.variant(*settled).quickest()
     else:
         choice = Budget(planner, *run.memory.budgets).choose()
         logger.info("memory.budget=%s: %s", run.memory.budget, choice.why)
-        write_text(record, json.dumps(as_record(choice), indent=1))
+        write_text(record, to_json(as_record(choice), indent=1))
         settled, planner = (choice.option.recipe, choice.option.micro_batch_size), choice.planner
     if run.memory.check:
         check(run, planner.plan(largest_only=True), device)
     return settled
+
+
+def _chosen(run: Run, record: Path) -> tuple[MemoryRecipe, int | None]:
+    """Return the memory options and micro-batch size that an earlier start of the run chose.
+
+    Raises:
+        ValueError: The file is damaged.
+    """
+    chosen = read_json(record)
+    try:
+        return replace(run.memory, **chosen["recipe"]), chosen["micro_batch_size"]
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"{record} holds no choice by memory.budget ({error!r}); delete it, and the run chooses again."
+        ) from error
 
 
 def as_record(choice: BudgetChoice) -> dict:

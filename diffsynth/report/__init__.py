@@ -2,17 +2,19 @@
 
 import base64
 import io
-import json
+import sys
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from html import escape
 from pathlib import Path
-from typing import Any
 
 import yaml
 from PIL import Image
 
+from ..core.console import keep_console
 from ..core.files import write_text
+from ..core.json_text import read_json, read_lines, to_json
 
 PAGE = Path(__file__).with_name("page.html")
 PICTURE_WIDTH = 1600  # pixels; wider images are reduced, to keep the page small; a guess
@@ -33,6 +35,16 @@ PANELS = {
 }
 
 
+@contextmanager
+def explained() -> Iterator[None]:
+    """Inside, a folder that is no run's, or a damaged file in it, exits with an error of one line."""
+    keep_console()
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        sys.exit(f"error: {error}")
+
+
 def write_report(run_dir: str | Path, finished: Mapping[str, Any] | None = None) -> Path:
     """Write `report.html` into a run's folder, as one file without dependencies, and return its path.
 
@@ -44,17 +56,16 @@ def write_report(run_dir: str | Path, finished: Mapping[str, Any] | None = None)
         ValueError: The folder is not the folder of a run.
     """
     run_dir = Path(run_dir)
-    if not (run_dir / "resolved.yaml").exists():
-        raise ValueError(f"{run_dir} is not the folder of a run: it has no resolved.yaml; expected outputs/<run>.")
-    config = (run_dir / "resolved.yaml").read_text(encoding="utf-8")
+    settings = read_config(run_dir)
+    config = (run_dir / "resolved.yaml").read_text(encoding="utf-8", errors="replace")
     data = {"charts": charts(run_dir), "pictures": pictures(run_dir)}
     parts = {
         "title": escape(run_dir.name),
-        "facts": _table(facts(run_dir, yaml.safe_load(config), finished or read_json(run_dir / "finished.json"))),
+        "facts": _table(facts(run_dir, settings, finished or read_json(run_dir / "finished.json"))),
         "warnings": "".join(f"<li>{escape(line)}</li>" for line in warnings(run_dir)),
         "data_report": contact_sheet(run_dir),
         "config": escape(config),
-        "data": json.dumps(data).replace("</", "<\\/"),
+        "data": to_json(data).replace("</", "<\\/"),
     }
     page = PAGE.read_text(encoding="utf-8")
     for name, part in parts.items():
@@ -69,7 +80,7 @@ def charts(run_dir: Path) -> list[dict]:
     A metric that no panel shows gets a chart of its own.
     """
     series = defaultdict(list)
-    for line in read_lines(run_dir / "metrics.jsonl"):
+    for line in read_metrics(run_dir):
         for name, value in line.items():
             if name != "step":
                 series[name].append([line["step"], value])
@@ -100,7 +111,7 @@ def facts(run_dir: Path, config: dict, finished: Mapping[str, Any]) -> dict[str,
     packages = {name: value for name, value in environment.items() if name not in ("commit", "diff", "python")}
     return {
         "state": "finished" if finished else "not finished",
-        "command": " ".join(read_json(run_dir / "command.json") or []),
+        "command": " ".join(map(str, read_json(run_dir / "command.json", list))),
         "model": (config.get("model") or {}).get("_target_", ""),
         "data set": (config.get("dataset") or {}).get("path", ""),
         "samples": data_report_lines(read_json(run_dir / "data_report.json")),
@@ -108,13 +119,13 @@ def facts(run_dir: Path, config: dict, finished: Mapping[str, Any]) -> dict[str,
         "skipped steps": str(bad),
         "commit": environment.get("commit") or "unknown",
         "packages": ", ".join(f"{name} {version}" for name, version in packages.items()),
-        "files": ", ".join(finished.get("artefacts", [])),
+        "files": ", ".join(map(str, finished.get("artefacts") or ())),
     }
 
 
 def data_report_lines(data_report: dict) -> str:
     """A summary of `data_report.json` in one line; empty text if there is no data report."""
-    if not data_report:
+    if not data_report.keys() >= {"sizes", "enlarged", "caption_cut_off", "also_in_validation"}:
         return ""
     sizes = ", ".join(f"{count} of {size}" for size, count in data_report["sizes"].items())
     counts = {"enlarged": data_report["enlarged"], "captions cut off": data_report["caption_cut_off"]}
@@ -125,7 +136,7 @@ def data_report_lines(data_report: dict) -> str:
 def warnings(run_dir: Path) -> list[str]:
     """The warnings and errors in the run's log."""
     log = run_dir / "train.log"
-    lines = log.read_text(encoding="utf-8").splitlines() if log.exists() else []
+    lines = log.read_text(encoding="utf-8", errors="replace").splitlines() if log.exists() else []
     return [line for line in lines if "WARNING" in line or "ERROR" in line]
 
 
@@ -143,12 +154,24 @@ def _table(rows: dict[str, str]) -> str:
     return "".join(f"<tr><th>{escape(title)}</th><td>{escape(text)}</td></tr>" for title, text in shown.items())
 
 
-def read_lines(path: Path) -> list[dict]:
-    """The objects of a JSON lines file; none if the file does not exist."""
-    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-    return [json.loads(line) for line in lines]
+def read_metrics(run_dir: Path) -> list[dict]:
+    """The lines of a run's metrics; each has a `step`, and None in the place of numbers that are not finite."""
+    return [line for line in read_lines(run_dir / "metrics.jsonl") if isinstance(line.get("step"), int)]
 
 
-def read_json(path: Path) -> Any:
-    """The content of a JSON file; an empty dict if the file does not exist."""
-    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+def read_config(run_dir: Path) -> dict:
+    """The run's resolved configuration.
+
+    Raises:
+        ValueError: The folder is not the folder of a run, or the file is damaged.
+    """
+    path = run_dir / "resolved.yaml"
+    if not path.exists():
+        raise ValueError(f"{run_dir} is not the folder of a run: it has no resolved.yaml; expected outputs/<run>.")
+    try:
+        config = yaml.safe_load(path.read_text(encoding="utf-8", errors="replace"))
+    except (yaml.YAMLError, RecursionError) as error:
+        config = error
+    if not isinstance(config, dict):
+        raise ValueError(f"{path} is no configuration; the run's command, typed again, writes it anew.")
+    return config

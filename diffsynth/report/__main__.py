@@ -2,9 +2,8 @@
 
 import sys
 
-from ..core.console import keep_console
-from . import write_report
+from . import explained, write_report
 
-keep_console()
-for folder in sys.argv[1:] or sys.exit(__doc__):
-    print(write_report(folder))
+with explained():
+    for folder in sys.argv[1:] or sys.exit(__doc__):
+        print(write_report(folder))

@@ -6,10 +6,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from ..core.console import keep_console
-from . import read_json, read_lines
+from ..core.json_text import read_json
+from . import explained, read_config, read_metrics
 
 DERIVED = ("run_dir",)  # settings that follow from the others
 MACHINE = ("samples_per_second", "memory_gb")  # metrics that also differ between equal runs
@@ -22,15 +20,11 @@ def compare(first: str | Path, second: str | Path) -> list[str]:
         ValueError: A folder is not the folder of a run.
     """
     runs = [Path(first), Path(second)]
-    for run in runs:
-        if not (run / "resolved.yaml").exists():
-            raise ValueError(f"{run} is not the folder of a run: it has no resolved.yaml; expected outputs/<run>.")
     return [*_configs(*runs), *_data(*runs), *_code(*runs), *_curves(*runs)]
 
 
 def _configs(*runs: Path) -> Iterator[str]:
-    texts = [(run / "resolved.yaml").read_text(encoding="utf-8") for run in runs]
-    settings = [dict(_flat(yaml.safe_load(text))) for text in texts]
+    settings = [dict(_flat(read_config(run))) for run in runs]
     folders = [str(each["run_dir"]) for each in settings]
     for key in sorted(settings[0].keys() | settings[1].keys()):
         here, there = (str(each.get(key, "absent")) for each in settings)
@@ -63,7 +57,7 @@ def _code(*runs: Path) -> Iterator[str]:
 
 
 def _curves(*runs: Path) -> Iterator[str]:
-    by_step = [{line["step"]: line for line in read_lines(run / "metrics.jsonl")} for run in runs]
+    by_step = [{line["step"]: line for line in read_metrics(run)} for run in runs]
     names = {name for lines in by_step for line in lines.values() for name in line} - {"step", *MACHINE}
     for name in sorted(names):
         here, there = ({step: line[name] for step, line in lines.items() if name in line} for lines in by_step)
@@ -77,11 +71,14 @@ def _equal(first: Any, second: Any) -> bool:
 
 
 def _last(curve: dict[int, float]) -> str:
-    return f"{list(curve.values())[-1]:.6g}" if curve else "absent"
+    if not curve:
+        return "absent"
+    last = list(curve.values())[-1]
+    return "not finite" if last is None else f"{last:.6g}"
 
 
 if __name__ == "__main__":
-    keep_console()
     if len(sys.argv) != 3:
         sys.exit(__doc__)
-    print("\n".join(compare(*sys.argv[1:])) or "no difference")
+    with explained():
+        print("\n".join(compare(*sys.argv[1:])) or "no difference")

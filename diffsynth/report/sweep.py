@@ -3,7 +3,6 @@
 For any other folder, the page compares all runs in it.
 """
 
-import json
 import re
 import sys
 from collections.abc import Mapping, Sequence
@@ -11,9 +10,9 @@ from datetime import datetime
 from html import escape
 from pathlib import Path
 
-from ..core.console import keep_console
 from ..core.files import write_text
-from . import PAGE, embed, read_json, read_lines
+from ..core.json_text import read_json, to_json
+from . import PAGE, embed, explained, read_metrics
 
 MEASURE = "held_out_loss"  # the metric that decides: the run with its lowest value is the best
 NUMBERS = ("loss", MEASURE, "at step", "minutes", "memory_gb")
@@ -43,7 +42,7 @@ def write_sweep(folder: str | Path) -> Path:
         )
     rows = [about(run, overrides) for run, overrides in runs.items()]
     mark_best(rows)
-    write_text(folder / "sweep.json", json.dumps(rows, indent=1))
+    write_text(folder / "sweep.json", to_json(rows, indent=1))
     head = PAGE.read_text(encoding="utf-8").partition("<body>")[0].replace("<!-- title -->", escape(folder.name))
     grid = "".join(map(picture_row, runs, rows))
     write_text(folder / "sweep.html", head + BODY.format(title=escape(folder.name), table=table(rows), pictures=grid))
@@ -54,19 +53,19 @@ def read_runs(folder: Path) -> dict[Path, list[str]]:
     """The folders of the runs, each with its command line overrides."""
     records = sorted(folder.glob("[0-9]*.json"), key=lambda path: int(path.stem))
     if records:
-        jobs = map(read_json, records)
+        jobs = [job for job in map(read_json, records) if job.keys() >= {"run", "overrides"}]
         return {(folder / job["run"]).resolve(): job["overrides"] for job in jobs}
     runs = [path.parent for path in sorted(folder.glob("*/resolved.yaml"))]
-    return {run: read_json(run / "command.json")[1:] for run in runs}
+    return {run: read_json(run / "command.json", list)[1:] for run in runs}
 
 
 def about(run: Path, overrides: Sequence[str]) -> dict:
     """The row of a run: its overrides, its state and its `NUMBERS`."""
-    lines = read_lines(run / "metrics.jsonl")
+    lines = read_metrics(run)
     losses = [line["loss"] for line in lines if "loss" in line]
-    measured = [(line[MEASURE], line["step"]) for line in lines if MEASURE in line]
+    measured = [(line[MEASURE], line["step"]) for line in lines if line.get(MEASURE) is not None]
     lowest, step = min(measured, default=(None, None))
-    memory = max((line["memory_gb"] for line in lines if "memory_gb" in line), default=None)
+    memory = max((line["memory_gb"] for line in lines if line.get("memory_gb") is not None), default=None)
     values = (losses[-1] if losses else None, lowest, step, minutes(run), memory)
     settings = dict(override.partition("=")[::2] for override in overrides if "=" in override)
     numbers = dict(zip(NUMBERS, values, strict=True))
@@ -97,7 +96,7 @@ def minutes(run: Path) -> float | None:
 def _log(run: Path) -> list[tuple[str, str, str]]:
     """Time, level and first line of the message of every entry of the run's log."""
     log = run / "train.log"
-    return LOGGED.findall(log.read_text(encoding="utf-8")) if log.exists() else []
+    return LOGGED.findall(log.read_text(encoding="utf-8", errors="replace")) if log.exists() else []
 
 
 def mark_best(rows: Sequence[dict]) -> None:
@@ -136,6 +135,6 @@ def _line(cell: str, texts: Sequence[str]) -> str:
 
 
 if __name__ == "__main__":
-    keep_console()
-    for argument in sys.argv[1:] or sys.exit(__doc__):
-        print(write_sweep(argument))
+    with explained():
+        for argument in sys.argv[1:] or sys.exit(__doc__):
+            print(write_sweep(argument))

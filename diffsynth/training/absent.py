@@ -38,6 +38,12 @@ class NoCheckpoints:
 
     saves = False
 
+    def due(self, step: int) -> bool:
+        return False
+
+    def kept(self) -> str:
+        return "There is no checkpoint."
+
     def most(self, steps: int) -> int:
         return 0
 

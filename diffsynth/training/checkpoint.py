@@ -9,20 +9,26 @@ import json
 import logging
 import re
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
+import torch
 from accelerate.utils import broadcast_object_list
+from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
 from ..core.advice import how_to_start_from
+from ..core.data.cache.mapped import DTYPES
+from ..core.data.cache.shards import MALFORMED
 from ..core.files import digest_of, remove_leftovers, replacing_folder, write_text
+from ..core.json_text import to_json
 from ..core.loader import save_safetensors
 from ..core.safe_tree import join_state, split_state
+from .restorable import DamagedCheckpoint, expect
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -34,10 +40,8 @@ logger = logging.getLogger(__name__)
 INDEX = "checkpoint.json"
 FILE_BYTES = 4 * 2**30  # a guess: tensors are copied to host memory one file at a time, so this bounds that memory
 RESERVE_BYTES = 64 * 2**20  # a guess: disk space left free for logs and images
-
-
-class DamagedCheckpoint(ValueError):
-    """A checkpoint's files are missing or differ from what was written; the message names the file."""
+INDEX_BYTES = 2**28  # a guess: the index of the largest models is a thousandth of that
+FILE_NAME = re.compile(r"[\w.-]+-\d+\.safetensors")
 
 
 @dataclass
@@ -107,21 +111,23 @@ class Checkpoints:
         """Save `state`; all processes call it.
 
         A full disk is a warning, because there may be room again at the next checkpoint; for the `last` checkpoint it
-        is an error.
+        is an error. A state in a row of bad steps may have diverged: it deletes no older checkpoint.
         """
         parts = state.trees()
         accelerator.wait_for_everyone()
         if accelerator.is_main_process:
             try:
-                self.write(state.step, parts, identity)
+                self.write(state.step, parts, identity, prunes=not state.skipped_in_a_row)
             except OSError as error:
                 if last:
                     raise
                 logger.warning("The checkpoint of step %d is not saved: %s", state.step, error)
         accelerator.wait_for_everyone()
 
-    def write(self, step: int, parts: Mapping[str, Any], identity: Mapping[str, Any] | None = None) -> Path:
-        """Write the trees of `parts` as the checkpoint of `step`, then delete old checkpoints.
+    def write(
+        self, step: int, parts: Mapping[str, Any], identity: Mapping[str, Any] | None = None, prunes: bool = True
+    ) -> Path:
+        """Write the trees of `parts` as the checkpoint of `step`, then delete old checkpoints if `prunes`.
 
         Raises:
             OSError: The disk is full, or the folder cannot be written; older checkpoints are untouched.
@@ -137,8 +143,9 @@ class Checkpoints:
             files = {file.name: digest_of(file) for file in sorted(unfinished.iterdir())}
             plain = {name: plain for name, (plain, _) in split.items()}
             content = {"step": step, "identity": dict(identity or {}), "parts": plain, "files": files}
-            write_text(unfinished / INDEX, json.dumps({"digest": _digest_of(content), "content": content}))
-        self._prune(step)
+            write_text(unfinished / INDEX, to_json({"digest": _digest_of(content), "content": content}))
+        if prunes:
+            self._prune(step)
         return folder
 
     def check_room(self, size: int, count: int = 1) -> None:
@@ -150,12 +157,16 @@ class Checkpoints:
         self.path.mkdir(parents=True, exist_ok=True)
         needed, free = count * size + RESERVE_BYTES, shutil.disk_usage(self.path).free
         if free < needed:
-            newest = max(self.steps(), default=None)
-            state = "There is no checkpoint yet." if newest is None else f"The newest, of step {newest}, is kept."
             raise OSError(
                 f"{'A checkpoint takes' if count == 1 else f'{count} checkpoints take'} {_gigabytes(needed)}, but "
-                f"{self.path} has {_gigabytes(free)} free: make room, or set output_root=… to a larger disk. {state}"
+                f"{self.path} has {_gigabytes(free)} free: make room, or set output_root=… to a larger disk. "
+                f"{self.kept()}"
             )
+
+    def kept(self) -> str:
+        """Say in a sentence which checkpoint is the newest."""
+        newest = max(self.steps(), default=None)
+        return "There is no checkpoint yet." if newest is None else f"The newest checkpoint, of step {newest}, is kept."
 
     def most(self, steps: int) -> int:
         """Return the largest number of checkpoints that a run of `steps` has at a time."""
@@ -175,14 +186,22 @@ class Checkpoints:
         """Return folder and content of the newest undamaged checkpoint; a warning names each damaged one."""
         return next(self.undamaged(), None)
 
-    def undamaged(self) -> Iterator[tuple[Path, dict]]:
-        """Yield folder and content of undamaged checkpoints, newest first; a warning names each damaged one."""
+    def undamaged(self, state: "TrainingState | None" = None) -> Iterator[tuple[Path, dict]]:
+        """Yield folder and content of undamaged checkpoints, newest first; a warning names each damaged one.
+
+        Args:
+            state: One that holds no training state of this kind counts as damaged; None does not check that.
+        """
         for step in sorted(self.steps(), reverse=True):
             folder = self.path / f"step-{step:06d}"
             try:
-                yield folder, read_checkpoint(folder)
+                content = read_checkpoint(folder)
+                if state is not None:
+                    check_content(folder, content, state)
             except DamagedCheckpoint as error:
                 logger.warning("Skipping a damaged checkpoint: %s", error)
+            else:
+                yield folder, content
 
     def newest_for(self, state: "TrainingState") -> tuple[Path, dict] | None:
         """Return the newest undamaged checkpoint that `state`'s run also reaches; None if there is no checkpoint.
@@ -194,7 +213,7 @@ class Checkpoints:
             ValueError: The run ends before the newest checkpoint, or it reaches none of them.
         """
         unreached = []
-        for folder, content in self.undamaged():
+        for folder, content in self.undamaged(state):
             if content["step"] > state.steps:
                 raise ValueError(
                     f"{self.path.parent} has a checkpoint of step {content['step']}, but this run has only "
@@ -236,15 +255,12 @@ def read_checkpoint(folder: Path) -> dict:
     """Verify a checkpoint and return its content: step, identity, parts without their tensors, and files.
 
     Raises:
-        DamagedCheckpoint: A file is missing or its checksum differs.
+        DamagedCheckpoint: A file is missing or its checksum differs, or the index is none.
     """
     try:
-        index = json.loads((folder / INDEX).read_text(encoding="utf-8"))
-        content, digest = index["content"], index["digest"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise DamagedCheckpoint(f"{folder / INDEX} cannot be read: {error!r}") from error
-    if _digest_of(content) != digest:
-        raise DamagedCheckpoint(f"{folder / INDEX} is damaged: its checksum differs.")
+        content = _read_index(folder / INDEX)
+    except (OSError, *MALFORMED) as error:
+        raise DamagedCheckpoint(f"{folder / INDEX} cannot be read: {error!r:.300}") from error
     for name, expected in content["files"].items():
         if not (folder / name).is_file():
             raise DamagedCheckpoint(f"{folder / name} is missing.")
@@ -253,11 +269,55 @@ def read_checkpoint(folder: Path) -> dict:
     return content
 
 
-def load_part(folder: Path, content: Mapping, name: str) -> Any:
-    """Read one part of a checkpoint as a tree with its tensors on the CPU."""
-    files = [file for file in content["files"] if file.rpartition("-")[0] == name]
-    tensors = {key: tensor for file in files for key, tensor in load_file(folder / file).items()}
-    return join_state(content["parts"][name], tensors)
+def _read_index(path: Path) -> dict:
+    expect(path.stat().st_size <= INDEX_BYTES, f"at most {INDEX_BYTES} bytes")
+    index = json.loads(path.read_text(encoding="utf-8"))
+    content, digest = index["content"], index["digest"]
+    expect(_digest_of(content) == digest, "another checksum: it is damaged")
+    expect(all(isinstance(content[name], dict) for name in ("identity", "parts", "files")), "identity, parts and files")
+    expect(type(content["step"]) is int and content["step"] >= 0, "a number of steps")
+    expect(all(map(FILE_NAME.fullmatch, content["files"])), "names such as weights-00000.safetensors")
+    return content
+
+
+def check_content(folder: Path, content: Mapping, state: "TrainingState") -> None:
+    """Check what a checkpoint holds before it is loaded; of its tensors only the headers are read.
+
+    Raises:
+        DamagedCheckpoint: It is no training state; names the folder.
+        ValueError: It is the state of another model.
+    """
+    try:
+        state.check(partial(load_part, folder, content, read=_on_meta))
+    except DamagedCheckpoint as error:
+        raise DamagedCheckpoint(f"{folder} holds no training state: {error}.") from error
+    except (KeyError, TypeError, AttributeError, IndexError, RecursionError) as error:
+        raise DamagedCheckpoint(f"{folder} holds no training state: {error!r:.300}.") from error
+
+
+def load_part(folder: Path, content: Mapping, name: str, read: Callable[[Path], dict[str, Tensor]] = load_file) -> Any:
+    """Read one part of a checkpoint as a tree with its tensors on the CPU.
+
+    Args:
+        read: Returns the tensors of a file by name.
+
+    Raises:
+        DamagedCheckpoint: The part, or a tensor of it, is not there.
+    """
+    try:
+        files = [file for file in content["files"] if file.rpartition("-")[0] == name]
+        tensors = {key: tensor for file in files for key, tensor in read(folder / file).items()}
+        return join_state(content["parts"][name], tensors)
+    except (OSError, *MALFORMED) as error:
+        raise DamagedCheckpoint(f"{folder} has no {name}: {error!r:.300}") from error
+
+
+def _on_meta(path: Path) -> dict[str, Tensor]:
+    """Return the tensors of a file by name, on the meta device: with shapes and dtypes only."""
+    with safe_open(path, "pt") as file:
+        slices = {key: file.get_slice(key) for key in file.keys()}  # noqa: SIM118 - it is no dict
+        headers = {key: (each.get_shape(), DTYPES[each.get_dtype()]) for key, each in slices.items()}
+    return {key: torch.empty(shape, dtype=dtype, device="meta") for key, (shape, dtype) in headers.items()}
 
 
 def _shards(tensors: Mapping[str, Tensor]) -> Iterator[dict[str, Tensor]]:

@@ -1,5 +1,6 @@
 """The training loop: `Trainer.fit`, and `launch_training_task`, which builds a `Trainer` from plain arguments."""
 
+import logging
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, fields
@@ -24,6 +25,8 @@ from .validation import BANDS
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
+
+logger = logging.getLogger(__name__)
 
 # Endings of the names of metrics that are logged but not shown beside the progress bar.
 DETAILS = ("_error", *(f"_band{number}" for number in range(1, BANDS + 1)))
@@ -77,7 +80,8 @@ class Trainer(LoopSettings):
         Raises:
             Stopped: A signal asked the run to stop; its state is saved.
             WorkerKilled: A process that loads data was killed; the run's state is saved.
-            FloatingPointError: Too many steps in a row had a gradient that is not finite.
+            FloatingPointError: Too many steps in a row had a gradient that is not finite, or the last weights are not.
+            OSError: The disk is full at the last export or checkpoint.
         """
         reset_peak_memory(self.accelerator.device)  # loading may have taken more
         state = self._build_state()
@@ -94,8 +98,8 @@ class Trainer(LoopSettings):
                 state.set_mode("eval")
                 if not resumed:
                     with state.meter.paused():
-                        self._record(state, bar, done)
-                        self.checkpoint.save_if_due(self.accelerator, state, self.identity, ends)
+                        values = self._record(state, bar, done)
+                        self._save(state, values, done, ends)
                 if ends:
                     break
                 resumed = False
@@ -109,7 +113,8 @@ class Trainer(LoopSettings):
 
                 # Update the weights.
                 if not state.update(self.max_grad_norm):
-                    self.bad_steps.note(self.accelerator, state, sampler.step(state.step - 1))
+                    addresses = sampler.step(state.step - 1)
+                    self.bad_steps.note(self.accelerator, state, addresses, self.checkpoint.kept())
                 bar.advance(state.step)
                 profile.step()
 
@@ -167,8 +172,8 @@ class Trainer(LoopSettings):
         for addresses in sampler.step(sampler.start_step + step)[done:]:
             yield self.module.collate_fn([dataset[address] for address in addresses])
 
-    def _record(self, state: TrainingState, bar: ProgressBar, done: bool) -> None:
-        """Log the metrics, evaluate, and export the weights of the current step, each if it is due."""
+    def _record(self, state: TrainingState, bar: ProgressBar, done: bool) -> dict[str, float]:
+        """Log the metrics and evaluate, each if it is due; return the metrics of the current step."""
         values, pictures = {}, {}
         evaluated = self.validation.due(state.step, done)
         if self.logger.due(state.step, done):
@@ -182,12 +187,50 @@ class Trainer(LoopSettings):
             bar.keep()
         if self.accelerator.is_main_process:
             self.logger.log(state.step, values, pictures)
-        self._export(state, done, values)
+        return values
+
+    def _save(self, state: TrainingState, values: Mapping[str, float], done: bool, ends: bool) -> None:
+        """Export and save a checkpoint, each if it is due and the weights have not diverged.
+
+        Args:
+            values: The metrics of the current step.
+            done, ends: See `_ends`.
+
+        Raises:
+            FloatingPointError: The run ends, and its weights are not finite.
+            OSError: The run ends, and the disk is full; a checkpoint is saved first, if there is room for it.
+        """
+        step = state.step
+        exports = self.export.due(step, _ended_epoch(self.order, step), done, values)
+        if not (exports or ends or self.checkpoint.due(step)) or self._has_diverged(state, ends):
+            return
+        try:
+            if exports:
+                self._export(state, done, values)
+        except OSError:
+            self.checkpoint.save_if_due(self.accelerator, state, self.identity, ends)
+            raise
+        self.checkpoint.save_if_due(self.accelerator, state, self.identity, ends)
+
+    def _has_diverged(self, state: TrainingState, ends: bool) -> bool:
+        """Whether the weights are not to be saved: they are not finite, or the run goes on after a bad step.
+
+        In a row of bad steps the weights may be finite and useless: saved every few steps, they would replace the good
+        ones. At the end they are saved beside these.
+        """
+        if not state.has_finite_weights():
+            fault = f"The weights of step {state.step} are not finite and are not saved. {self.checkpoint.kept()}"
+            if ends:
+                raise FloatingPointError(f"{fault} Lower optimizer.lr, or set max_grad_norm.")
+            logger.warning(fault)
+            return True
+        if state.skipped_in_a_row and not ends:
+            logger.warning("The weights of step %d are not saved: its gradient is not finite.", state.step)
+            return True
+        return False
 
     def _export(self, state: TrainingState, done: bool, values: Mapping[str, float]) -> None:
         step, epoch = state.step, _ended_epoch(self.order, state.step)
-        if not self.export.due(step, epoch, done, values):
-            return
         for weights in self.ema.weights:
             # Exporting gathers a copy of the weights, so the average must be in place before.
             with state.using(weights) if weights != "raw" else nullcontext(), state.exporting():

@@ -8,6 +8,8 @@ from pathlib import Path
 import torch
 from accelerate import PartialState
 
+from ..core.files import going_on_without, replacing
+
 logger = logging.getLogger(__name__)
 
 
@@ -37,13 +39,13 @@ class Profile(AbstractContextManager):
     def __enter__(self) -> "Profile":
         phases = torch.profiler.schedule(wait=self.after - 1, warmup=1, active=self.steps, repeat=1)
         self.profiler = torch.profiler.profile(schedule=phases, on_trace_ready=self._write)
-        self.is_written = False
+        self.is_traced = False
         self.profiler.start()
         return self
 
     def __exit__(self, *_: object) -> None:
         self.profiler.stop()
-        if not self.is_written:
+        if not self.is_traced:
             logger.warning("No trace is written: the run ended before step %d.", self.after + self.steps)
 
     def step(self) -> None:
@@ -52,7 +54,8 @@ class Profile(AbstractContextManager):
 
     def _write(self, profiler: torch.profiler.profile) -> None:
         file = Path(self.path) / f"rank-{PartialState().process_index}.json.gz"
-        file.parent.mkdir(parents=True, exist_ok=True)
-        profiler.export_chrome_trace(str(file))
-        self.is_written = True
-        logger.info("A trace of %d steps is in %s; open it at https://ui.perfetto.dev.", self.steps, file)
+        self.is_traced = True
+        with going_on_without(file):  # there is no second try: torch writes a trace only once
+            with replacing(file) as partial:
+                profiler.export_chrome_trace(str(partial))
+            logger.info("A trace of %d steps is in %s; open it at https://ui.perfetto.dev.", self.steps, file)

@@ -22,6 +22,7 @@ from .ema import EMA
 from .engines import Engine, choose_engine
 from .fused import fused
 from .meter import Meter
+from .restorable import check_average, check_counters, check_optimizer, check_schedule, check_weights
 from .schedule import make_schedule, same_until
 from .stochastic_rounding import StochasticRounding
 
@@ -81,6 +82,15 @@ class TrainedPart:
         """Bytes of the trained parameters, on all processes together."""
         return sum(math.prod(self.shapes[name]) * p.element_size() for name, p in self.parameters.items())
 
+    def check(self, tree: Callable[[str], Any]) -> None:
+        """Check that this part can load what `tree` returns, before it does; see `restore`."""
+        weights = tree("weights")
+        check_weights(weights)
+        _check_same({name: tuple(tensor.shape) for name, tensor in weights.items()}, self.shapes)
+        check_optimizer(self, tree("optimizer"))
+        if self.schedule is not None:
+            check_schedule(tree("schedule"))
+
     def trees(self, engine: Engine) -> dict[str, Any]:
         """Return weights, optimizer state and schedule state as nested dicts of full tensors and plain data."""
         return {
@@ -90,14 +100,8 @@ class TrainedPart:
         }
 
     def restore(self, engine: Engine, tree: Callable[[str], Any]) -> None:
-        """Load what `trees` returned; `tree(name)` returns the tree of that name.
-
-        Raises:
-            ValueError: Names or shapes of the weights differ.
-        """
-        weights = tree("weights")
-        _check_same({name: tuple(tensor.shape) for name, tensor in weights.items()}, self.shapes)
-        engine.set_weights(self, weights)
+        """Load what `trees` returned; `tree(name)` returns the tree of that name."""
+        engine.set_weights(self, tree("weights"))
         engine.set_optimizer_state(self, tree("optimizer"))
         if self.schedule is not None:
             self.schedule.load_state_dict(tree("schedule"))
@@ -269,13 +273,32 @@ class TrainingState:
         pairs = zip(self.main.all, self.ema.average, strict=False)  # without an EMA, `average` is empty
         return [self.engine.keep(self.engine.whole(parameter, average)) for parameter, average in pairs]
 
-    @torch.no_grad()
-    def restore(self, tree: Callable[[str], Any]) -> None:
-        """Load the state that `trees` returned; `tree(name)` returns the tree of that name.
+    def check(self, tree: Callable[[str], Any]) -> None:
+        """Check that `restore` can load what `tree(name)` returns, whose tensors may be on the meta device.
 
         Raises:
+            DamagedCheckpoint: It is no training state.
             ValueError: The state is that of another model.
         """
+        check_counters(tree("counters"))
+        for name, part in self.parts.items():
+            part.check(lambda key, name=name: tree(_prefixed(name, key)))
+        check_average(self, tree("ema"))
+
+    @torch.no_grad()
+    def has_finite_weights(self) -> bool:
+        """Whether all trained weights are finite; all processes call it and get the same answer.
+
+        It reads every weight once, without a copy.
+        """
+        local = [each for part in self.parts.values() for each in self.engine.local(part.all) if each.numel()]
+        norms = [torch.linalg.vector_norm(each, math.inf).to(self.accelerator.device) for each in local]
+        diverged = torch.zeros((), device=self.accelerator.device) + sum((~norm.isfinite()).float() for norm in norms)
+        return self.accelerator.reduce(diverged, "sum").item() == 0
+
+    @torch.no_grad()
+    def restore(self, tree: Callable[[str], Any]) -> None:
+        """Load the state that `trees` returned and `check` passed; `tree(name)` returns the tree of that name."""
         for name, part in self.parts.items():
             part.restore(self.engine, lambda key, name=name: tree(_prefixed(name, key)))
         for parameter, average, kept in zip(self.main.all, self.ema.average, tree("ema") or (), strict=False):

@@ -1,7 +1,10 @@
 """Which folder a run owns, and what it keeps there."""
 
 import json
+import os
+import shutil
 import subprocess
+import time
 from pathlib import Path
 
 import kills
@@ -10,7 +13,7 @@ import tiny
 from omegaconf import OmegaConf
 
 from diffsynth import report
-from diffsynth.config import ConfigError, build, claim, finish, signature
+from diffsynth.config import ConfigError, build, claim, finish, run_folder, signature
 from diffsynth.core import locks
 
 
@@ -164,6 +167,72 @@ def test_a_finished_run_says_so_and_names_what_it_left(tmp_path, caplog):
     caplog.clear()
     assert claim(cfg) is None
     assert f"{cfg.run_dir} is finished" in caplog.text and "weights/step-300.safetensors" in caplog.text
+
+
+DAMAGED = ["\0", "[]", '{"artefacts": 3}', '{"artefacts": [], "length": 3}']
+
+
+@pytest.mark.parametrize("text", DAMAGED, ids=lambda text: text[:30])
+def test_a_run_whose_record_of_its_end_is_damaged_ends_again(text, tmp_path):
+    cfg = tiny.compose("train", f"output_root={tmp_path}", "lr_scheduler=cosine")
+    run_dir = claim(cfg)
+    (run_dir / "finished.json").write_text(text)
+    assert claim(cfg) == run_dir
+    claim(
+        tiny.compose("train", f"output_root={tmp_path}", "lr_scheduler=cosine", "max_steps=9")
+    )  # looks at others, too
+
+
+@pytest.mark.parametrize("text", ["", "\0", "a: b: c", "[1]", "3", "{name: 1}"])
+def test_a_damaged_configuration_of_a_run_is_told_in_one_line(text, tmp_path):
+    cfg = tiny.compose("train", f"output_root={tmp_path}")
+    (claim(cfg) / "config.yaml").write_text(text)
+    with pytest.raises(
+        ConfigError, match=r"^.*/config\.yaml is no configuration of a run: .*; delete that file"
+    ) as error:
+        claim(cfg)
+    assert "\n" not in str(error.value)
+
+
+@pytest.fixture
+def repository(tmp_path, monkeypatch):
+    """A git repository with one committed file, in the place of the program's own."""
+    if shutil.which("git") is None:
+        pytest.skip("there is no git")
+    for name in ("GIT_DIR", "GIT_WORK_TREE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(run_folder, "__file__", str(tmp_path / "run_folder.py"))
+    (tmp_path / "text").write_bytes(b"before\n")
+    identity = ["-c", "user.name=a", "-c", "user.email=a@b"]
+    for command in (["init", "-q"], ["add", "text"], [*identity, "commit", "-qm", "one"]):
+        subprocess.run(["git", *command], cwd=tmp_path, check=True)
+    run_folder.environment.cache_clear()
+    yield tmp_path
+    run_folder.environment.cache_clear()
+
+
+def test_a_tracked_file_that_is_not_utf_8_is_recorded_as_far_as_it_can_be(repository):
+    (repository / "text").write_bytes(b"caf\xe9\n")
+    found = run_folder.environment()
+    assert len(found["commit"]) == 40 and "-before\n+caf\ufffd" in found["diff"]
+
+
+def test_a_diff_of_any_size_is_cut_off(repository, monkeypatch):
+    monkeypatch.setattr(run_folder, "DIFF_BYTES", 500)
+    (repository / "text").write_bytes(b"after\n" * 100_000)
+    diff = run_folder.environment()["diff"]
+    assert len(diff) < 600 and diff.endswith("cut off after 500 bytes")
+
+
+@pytest.mark.skipif(os.name == "nt", reason="the program is a shell script")
+def test_a_git_that_does_not_answer_is_waited_for_in_vain_but_not_long(tmp_path, monkeypatch):
+    (tmp_path / "git").write_text("#!/bin/sh\nexec sleep 60\n")
+    (tmp_path / "git").chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    monkeypatch.setattr(run_folder, "GIT_SECONDS", 0.2)
+    started = time.monotonic()
+    assert run_folder._git("diff", "HEAD") is None
+    assert time.monotonic() - started < 30
 
 
 def test_a_run_keeps_its_resolved_configuration_commit_and_versions(tmp_path):

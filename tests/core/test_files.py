@@ -1,10 +1,15 @@
-"""Files are written whole, also where folders cannot be opened; leftovers are those of processes that have ended."""
+"""Files are written whole, also where folders cannot be opened or synced; leftovers are those of ended processes."""
 
+import errno
+import json
 import os
+import stat
 
 import pytest
 
 from diffsynth.core import files, locks
+from diffsynth.core.json_lines import JsonLines
+from diffsynth.core.json_text import read_json, read_lines, to_json
 
 
 def test_windows_where_no_folder_can_be_opened_gets_its_files_synced(tmp_path, monkeypatch):
@@ -68,3 +73,80 @@ def test_a_temporary_file_is_no_leftover_while_it_is_written(tmp_path, monkeypat
         monkeypatch.undo()
         partial.write_text("whole")
     assert (tmp_path / "a.txt").read_text() == "whole"
+
+
+@pytest.fixture
+def folders_fail(monkeypatch):
+    """A function that lets fsync of folders fail with an error of this number."""
+    fsync = os.fsync
+
+    def fail(number: int) -> None:
+        def failing(descriptor):
+            if stat.S_ISDIR(os.fstat(descriptor).st_mode):
+                raise OSError(number, os.strerror(number))
+            fsync(descriptor)
+
+        monkeypatch.setattr(files.os, "fsync", failing)
+
+    return fail
+
+
+@pytest.mark.skipif(files.ON_WINDOWS, reason="folders are not synced on Windows")
+@pytest.mark.parametrize("number", [errno.EINVAL, errno.ENOTSUP, errno.EBADF])
+def test_where_folders_cannot_be_synced_files_are_written(number, folders_fail, tmp_path):
+    folders_fail(number)
+    files.write_text(tmp_path / "a.txt", "whole")
+    with files.replacing_folder(tmp_path / "folder") as partial:
+        (partial / "b.txt").write_text("whole")
+    assert (tmp_path / "a.txt").read_text() == (tmp_path / "folder" / "b.txt").read_text() == "whole"
+
+
+@pytest.mark.skipif(files.ON_WINDOWS, reason="folders are not synced on Windows")
+@pytest.mark.parametrize("number", [errno.EIO, errno.ENOSPC])
+def test_a_disk_that_fails_is_an_error_that_names_the_file(number, folders_fail, tmp_path):
+    folders_fail(number)
+    with pytest.raises(OSError, match=r"a\.txt") as error:
+        files.write_text(tmp_path / "a.txt", "whole")
+    assert error.value.errno == number
+
+
+def test_bytes_of_names_that_are_no_utf_8_are_written_as_escapes(tmp_path):
+    name = b"caf\xe9.png".decode("utf-8", "surrogateescape")
+    files.write_text(tmp_path / "names.json", to_json([name], ensure_ascii=False))
+    assert json.loads((tmp_path / "names.json").read_text(encoding="utf-8")) == [name]
+
+
+# JSON lines -----------------------------------------------------------------------------------------------------------
+
+TORN = ['{"step": 5, "lo{"step": 5, "loss": 1}', "\0\0\0", "[1]", '{"loss": 1}', "[" * 100_000, '{"step": 2, "lo']
+
+
+def test_lines_that_cannot_be_read_are_left_out_and_the_file_is_named(tmp_path, caplog):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text("\n".join(['{"step": 1, "loss": NaN}', *TORN, '{"step": 2, "loss": 1e400}', '{"step": 9}', "{"]))
+    files.forget_after(path, 8)
+    assert f"{path}: 6 of its lines cannot be read" in caplog.text
+    assert path.read_text() == '{"step": 1, "loss": null}\n{"step": 2, "loss": null}\n'
+    assert read_lines(path) == [{"step": 1, "loss": None}, {"step": 2, "loss": None}]
+
+
+def test_lines_wait_for_room_and_a_line_that_is_cut_off_is_taken_back(tmp_path, no_room, caplog):
+    lines = JsonLines(tmp_path / "metrics.jsonl")
+    lines.append(1, {"loss": 0.5})
+    no_room(but=len('{"step": 1, "loss": 0.5}\n') + 5)
+    lines.append(2, {"loss": float("nan")})
+    no_room(but=None)
+    assert "metrics.jsonl is not written" in caplog.text and [line["step"] for line in read_lines(lines.path)] == [1]
+    lines.append(3, {"loss": 0.3})
+    assert [json.loads(line) for line in lines.path.read_text().splitlines()] == [
+        {"step": 1, "loss": 0.5},
+        {"step": 2, "loss": None},
+        {"step": 3, "loss": 0.3},
+    ]
+
+
+@pytest.mark.parametrize("text", ["", "\0", "[1]", "5", "{", "9" * 5000, "[" * 100_000], ids=lambda text: text[:3])
+def test_a_damaged_file_counts_as_an_empty_one(text, tmp_path, caplog):
+    (tmp_path / "best.json").write_text(text)
+    assert read_json(tmp_path / "best.json") == {} and "best.json is damaged" in caplog.text
+    assert read_json(tmp_path / "none.json") == {}

@@ -12,6 +12,7 @@ from PIL import Image
 
 from diffsynth.report import write_report
 from diffsynth.report.compare import compare
+from diffsynth.report.sweep import about
 
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
 QUIET = (
@@ -86,6 +87,61 @@ def test_nothing_of_the_page_hangs_over_its_edge(run_dir, tmp_path, width):
     dom = chromium(measured, tmp_path, width, "--dump-dom").stdout.decode()
     assert int(re.search(r"over by (-?\d+)", dom)[1]) <= 0
     assert dom.count("<polyline") >= 5 and '<h2>Samples after <output id="step">2</output>' in dom
+
+
+# Files that a power cut or a full disk damaged ------------------------------------------------------------------------
+
+
+@pytest.fixture
+def damaged(run_dir, tmp_path):
+    """A copy of the run, for a test to damage."""
+    shutil.copytree(run_dir, tmp_path / "run")
+    return tmp_path / "run"
+
+
+def no_constant(name: str):
+    raise AssertionError(f"{name} is no JSON")
+
+
+def test_numbers_that_are_not_finite_are_gaps_in_charts_and_torn_lines_are_left_out(damaged, caplog):
+    lines = ['{"step": 1, "loss": NaN, "grad_norm": 1}', '{"step": 2, "loss": 1e400}', '{"step": 5, "lo{"step": 5}']
+    (damaged / "metrics.jsonl").write_text("\n".join([*lines, '{"step": 3, "loss": 0.5}', '{"step": 4, "lo']))
+    page = write_report(damaged).read_text(encoding="utf-8")
+    data = json.loads(re.search(r'id="data">(.*?)</script>', page, re.DOTALL)[1], parse_constant=no_constant)
+    charts = {name: points for chart in data["charts"] for name, points in chart["series"].items()}
+    assert charts == {"loss": [[1, None], [2, None], [3, 0.5]], "grad_norm": [[1, 1]]}
+    assert f"{damaged}/metrics.jsonl: 2 of its lines cannot be read" in caplog.text
+    assert compare(damaged, damaged) == []
+    row = about(damaged, [])
+    assert (row["loss"], row["state"]) == (0.5, "finished")
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine")
+def test_a_browser_draws_the_parts_of_a_curve_that_has_gaps(damaged, tmp_path):
+    losses = [None, 1.0, 0.9, None, 0.8, 0.7, None]
+    lines = [json.dumps({"step": step, "loss": loss, "other": None}) for step, loss in enumerate(losses)]
+    (damaged / "metrics.jsonl").write_text("\n".join(lines))
+    done = chromium(write_report(damaged), tmp_path, 400, "--dump-dom")
+    assert b"CONSOLE" not in done.stderr
+    dom = done.stdout.decode()
+    assert dom.count("<polyline") == 2 and "loss not finite" in dom
+
+
+@pytest.mark.parametrize("text", ["", "\0\0", "[", "7", '{"a": 3}', "[" * 100_000], ids=lambda text: text[:3])
+@pytest.mark.parametrize(
+    "name", ["environment.json", "command.json", "finished.json", "data_report.json", "bad_steps.jsonl", "train.log"]
+)
+def test_a_damaged_file_of_a_run_is_left_out_of_its_page(name, text, damaged):
+    (damaged / name).write_text(text)
+    assert write_report(damaged).exists()
+
+
+@pytest.mark.parametrize("text", ["", "\0\0", "[", "- 1", "a: b: c", "[" * 1500], ids=lambda text: text[:3])
+def test_a_damaged_configuration_is_told_in_one_line(text, damaged):
+    (damaged / "resolved.yaml").write_text(text)
+    for read in (write_report, lambda run: compare(run, run)):
+        with pytest.raises(ValueError, match=r"^.*resolved\.yaml is no configuration; .*$"):
+            read(damaged)
 
 
 def test_a_run_and_its_repetition_do_not_differ(run_dir, tmp_path):

@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 
 from diffsynth.core.data import MixedOrder, WeightedRows
 from diffsynth.diffusion.training_module import PipelineTrainingModule
+from diffsynth.training.state import TrainingState
 
 OVERRIDES = ["max_steps=5", "micro_batch_size=2", "export.save_steps=1", "checkpoint.every=3", "max_bad_steps=2"]
 OVERRIDES += ["seed=2"]  # with which a row is in steps 2 and 4 alone
@@ -58,10 +59,8 @@ def run_dir(tmp_path_factory):
         return tiny.train(output_root, *OVERRIDES)
 
 
-def test_a_step_that_is_not_finite_leaves_the_weights_as_they_are(run_dir):
-    weights = [load_file(run_dir / "weights" / f"step-{step}.safetensors") for step in range(1, 6)]
-    unchanged = [all(torch.equal(a[name], b[name]) for name in a) for a, b in zip(weights, weights[1:], strict=False)]
-    assert unchanged == [True, False, True, False]  # steps 2 to 5
+def test_the_weights_of_a_step_that_is_not_finite_are_not_exported(run_dir):
+    assert tiny.weights(run_dir) == [f"step-{step}.safetensors" for step in (1, 3, 5)]
 
 
 def test_steps_that_are_not_finite_are_counted_but_not_in_the_mean(run_dir):
@@ -75,7 +74,7 @@ def test_steps_that_are_not_finite_are_written_down_once_with_their_samples(run_
     assert [step["step"] for step in steps] == [2, 4]
     for step in steps:
         assert [(sample["epoch"], sample["index"]) for sample in step["samples"]] == addresses(step["step"])
-        assert [sample["index"] for sample in step["samples"] if math.isnan(sample["loss"])] == [ROW]
+        assert [sample["index"] for sample in step["samples"] if sample["loss"] is None] == [ROW]
 
 
 def test_too_many_such_steps_in_a_row_end_the_run_and_name_the_rows(tmp_path, monkeypatch):
@@ -89,3 +88,46 @@ def test_too_many_such_steps_in_a_row_end_the_run_and_name_the_rows(tmp_path, mo
     assert f"in {run_dir}/bad_steps.jsonl" in str(exit.value) and "max_bad_steps is 2" in str(exit.value)
     assert [step["step"] for step in written_down(run_dir)] == [1, 2]
     assert not (run_dir / "finished.json").exists()
+
+
+# Weights that are not finite ------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def diverging(after: int) -> Iterator[None]:
+    """The weights are NaN after this many steps, whose gradients are finite, of runs in this block."""
+    update = TrainingState.update
+
+    def update_to_nan(state, max_grad_norm):
+        taken = update(state, max_grad_norm)
+        if state.step == after:
+            state.main.all[0].data.fill_(math.nan)
+        return taken
+
+    with mock.patch.object(TrainingState, "update", update_to_nan):
+        yield
+
+
+SAVED_OFTEN = ["checkpoint.every=1", "checkpoint.keep_last=1", "export.save_steps=1", "max_bad_steps=2"]
+
+
+@pytest.mark.parametrize(
+    "steps, fault",
+    [(9, "2 steps in a row had a gradient that is not finite"), (2, "The weights of step 2 are not finite")],
+    ids=["too many bad steps", "the last step"],
+)
+def test_weights_that_diverge_replace_none_that_did_not(steps, fault, tmp_path):
+    with diverging(after=2), pytest.raises(FloatingPointError, match=f"{fault}.*newest checkpoint, of step 1, is kept"):
+        tiny.train(tmp_path, *SAVED_OFTEN, f"max_steps={steps}")
+    (run_dir,) = tmp_path.iterdir()
+    assert [path.name for path in (run_dir / "checkpoints").iterdir()] == ["step-000001"]
+    assert tiny.weights(run_dir) == ["step-1.safetensors"]
+    assert not (run_dir / "finished.json").exists()
+
+
+def test_a_bad_step_leaves_the_weights_as_they_are_and_at_the_end_they_are_saved_beside_the_good_ones(tmp_path):
+    with poisoned(*(address.index for address in addresses(2))):
+        run_dir = tiny.train(tmp_path, *SAVED_OFTEN, "seed=2", "max_steps=2")
+    assert sorted(path.name for path in (run_dir / "checkpoints").iterdir()) == ["step-000001", "step-000002"]
+    weights = [load_file(run_dir / "weights" / f"step-{step}.safetensors") for step in (1, 2)]
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])

@@ -2,21 +2,25 @@
 
 import json
 import shutil
-from functools import partial
+from collections.abc import Callable
+from functools import partial, reduce
+from operator import getitem
+from pathlib import Path
 from tempfile import TemporaryDirectory
 from types import SimpleNamespace
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 
+from diffsynth.core.files import digest_of
 from diffsynth.diffusion.training_module import DiffusionTrainingModule
 from diffsynth.training import checkpoint
 from diffsynth.training.accelerator import make_accelerator
-from diffsynth.training.checkpoint import INDEX, Checkpoints, load_part, read_checkpoint
+from diffsynth.training.checkpoint import INDEX, Checkpoints, DamagedCheckpoint, load_part, read_checkpoint
 from diffsynth.training.ema import EMA
 from diffsynth.training.state import TrainingState
 
@@ -200,6 +204,81 @@ def delete_the_index(folder):
 DAMAGES = [flip_a_bit, cut_off, delete_a_file, alter_the_index, cut_off_the_index, delete_the_index]
 
 
+def with_index(text: str) -> Callable[[Path], None]:
+    """Replaces the index by a text."""
+    return lambda folder: (folder / INDEX).write_text(text)
+
+
+def with_content(change: Callable[[dict], object]) -> Callable[[Path], None]:
+    """Changes what the index says, and its checksum with it."""
+
+    def damage(folder: Path) -> None:
+        content = json.loads((folder / INDEX).read_text())["content"]
+        change(content)
+        (folder / INDEX).write_text(json.dumps({"digest": checkpoint._digest_of(content), "content": content}))
+
+    return damage
+
+
+def with_tensors(part: str, change: Callable[[dict], object]) -> Callable[[Path], None]:
+    """Changes the tensors of a part, and the checksum of their file with them."""
+
+    def damage(folder: Path) -> None:
+        name = f"{part}-00000.safetensors"
+        tensors = load_file(folder / name)
+        change(tensors)
+        save_file(tensors, folder / name)
+        with_content(lambda content: content["files"].update({name: digest_of(folder / name)}))(folder)
+
+    return damage
+
+
+def deep(levels: int) -> list:
+    return reduce(lambda inner, _: [inner], range(levels), [])
+
+
+def reshaped(key: str) -> Callable[[dict], object]:
+    return lambda tensors: tensors.update({key: torch.zeros(7)})
+
+
+def setting(*path, value) -> Callable[[dict], object]:
+    """Sets one value in nested dicts and lists."""
+    return lambda content: reduce(getitem, path[:-1], content).__setitem__(path[-1], value)
+
+
+ITEMS = ("parts", "optimizer", "state", "__items__")
+CRAFTED = {
+    "a list": with_index("[]"),
+    "a number": with_index("9" * 5000),
+    "deep": with_index("[" * 100_000),
+    "not UTF-8": lambda folder: (folder / INDEX).write_bytes(b"\xff"),
+    "content is a list": with_index('{"digest": "", "content": []}'),
+    "a file elsewhere": with_content(lambda content: content["files"].update({"../weights-0.safetensors": "00"})),
+    "an absolute file": with_content(lambda content: content["files"].update({"/etc/passwd": "00"})),
+    "files are numbers": with_content(setting("files", value=3)),
+    "step is a text": with_content(setting("step", value="2")),
+    "no parts": with_content(setting("parts", value={})),
+    "counters are numbers": with_content(setting("parts", "counters", value=3)),
+    "counted steps are negative": with_content(setting("parts", "counters", "step", value=-1)),
+    "counted steps are a text": with_content(setting("parts", "counters", "skipped_in_a_row", value="0")),
+    "the meter is a list": with_content(setting("parts", "counters", "meter", value=[1])),
+    "a sum is a text": with_content(setting("parts", "counters", "meter", "model", "grad_norm", value="0")),
+    "weights are a number": with_content(setting("parts", "weights", value=3)),
+    "weights are deep": with_content(setting("parts", "weights", value=deep(500))),
+    "a weight is a text": with_content(setting("parts", "weights", "head.bias", value="0")),
+    "a weight is gone": with_tensors("weights", lambda tensors: tensors.pop("head.bias")),
+    "a weight is whole": with_tensors("weights", lambda tensors: tensors.update({"head.bias": torch.ones(1).int()})),
+    "the optimizer is a list": with_content(setting("parts", "optimizer", value=[])),
+    "the rate is a text": with_content(setting("parts", "optimizer", "param_groups", 0, "lr", value="0")),
+    "other parameters": with_content(setting("parts", "optimizer", "param_groups", 0, "params", value=[0, 1])),
+    "a key is a list": with_content(setting(*ITEMS, 0, 0, value=[0])),
+    "a moment's shape": with_tensors("optimizer", reshaped("state.0.exp_avg")),
+    "an average's shape": with_tensors("ema", reshaped("0")),
+    "the average is short": with_content(lambda content: content["parts"]["ema"].pop()),
+}
+DAMAGES += [pytest.param(damage, id=name) for name, damage in CRAFTED.items()]
+
+
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_a_damaged_checkpoint_is_named_and_passed_over_for_the_one_before(damage, checkpoints, kept, caplog):
     damage(checkpoints.path / "step-000002")
@@ -207,7 +286,47 @@ def test_a_damaged_checkpoint_is_named_and_passed_over_for_the_one_before(damage
     assert fresh.step == 1
     assert all(map(torch.equal, weights(fresh), kept[1]))
     (line,) = [record.message for record in caplog.records if "damaged" in record.message]
-    assert "step-000002" in line
+    assert "step-000002" in line and "\n" not in line and len(line) < 600
+
+
+PLACES = st.lists(st.integers(0, 9), min_size=1, max_size=6)
+VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=3),
+    lambda inner: st.lists(inner, max_size=2) | st.dictionaries(st.text(max_size=3), inner, max_size=2),
+    max_leaves=3,
+)
+
+
+def put(tree, place: list[int], value) -> None:
+    """Set a value somewhere in nested dicts and lists; each number chooses a branch."""
+    first, *others = place
+    keys = list(tree) if isinstance(tree, dict) else range(len(tree))
+    if keys:
+        key = keys[first % len(keys)]
+        is_branch = isinstance(tree[key], (dict, list))
+        put(tree[key], others, value) if others and is_branch else tree.__setitem__(key, value)
+
+
+@settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(place=PLACES, value=VALUES)
+def test_a_checkpoint_of_any_content_is_loaded_or_passed_over(place, value, checkpoints, kept, tmp_path_factory):
+    copy = Checkpoints(tmp_path_factory.mktemp("copy") / "checkpoints", keep_last=9)
+    shutil.copytree(checkpoints.path, copy.path)
+    with_content(lambda content: put(content, place, value))(copy.path / "step-000002")
+    fresh = training_state()
+    try:
+        copy.resume(fresh.accelerator, fresh, {})
+    except ValueError as error:  # such as weights of other names
+        assert "another model" in str(error) or "fingerprint" in str(error) or "steps" in str(error)
+    else:
+        assert all(map(torch.equal, weights(fresh), kept[1])) or fresh.step != 1
+        take_step(fresh)
+
+
+def test_a_part_that_is_not_there_is_told_by_name(checkpoints, kept):
+    folder, content = checkpoints.newest()
+    with pytest.raises(DamagedCheckpoint, match="step-000002 has no other"):
+        load_part(folder, content, "other")
 
 
 def test_without_a_whole_one_the_run_starts_anew(checkpoints, kept, state):
@@ -248,6 +367,13 @@ def test_no_room_is_told_in_numbers_and_loses_nothing(checkpoints, kept, full_di
     assert "0.467 GB" in str(error.value) and "0.003 GB" in str(error.value)  # 0.4 and a reserve; what is free
     assert str(checkpoints.path) in str(error.value) and "of step 2, is kept" in str(error.value)
     assert folders(checkpoints) == ["step-000001", "step-000002"]
+
+
+def test_a_state_in_a_row_of_bad_steps_replaces_none(checkpoints, kept, state):
+    state.skipped_in_a_row = 1
+    state.step += 1
+    Checkpoints(checkpoints.path, keep_last=1).save(state.accelerator, state, {}, last=True)
+    assert folders(checkpoints) == ["step-000001", "step-000002", "step-000003"]
 
 
 def test_without_room_a_run_goes_on_but_does_not_end_as_if_it_were_saved(checkpoints, kept, state, full_disk, caplog):

@@ -1,11 +1,12 @@
 """The data set that `make_cache.py` writes: the outputs of frozen networks for every sample, read from disk."""
 
-import json
+import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
+from ..json_text import fits, parse
 from .cache import CacheIndex, DamagedCache
 from .dataset import Row, TrainingData
 from .operators.augmentation import Augmentation, AugmentationChoice
@@ -14,6 +15,19 @@ from .order.addresses import SampleAddress
 from .order.mixing import WeightedRows, exact
 from .scan import SkippedRow
 from .sources.studio_cache import refuse_studio_cache
+
+UNIT = {"settings": {str: str}, "weights": {str: str | None}}
+# What an index says of its cache (see `CacheMaker.about`); other entries are those of other versions.
+ABOUT = {
+    "made_of": {"pipeline": str, "units": {str: UNIT}, "inputs": [str]},
+    "captions": [{"captions": {str: int | float}, "prefix": str, "suffix": str}],
+    "variants": [([int | float], [str])],
+    "by_size": bool,
+    "parts": [(int, str)],
+    "samples": str,
+}
+
+WEIGHT = re.compile(r"\d+(\.\d+)?(/[1-9]\d*)?")  # of a part, a decimal number or a fraction
 
 
 class CachedDataset(TrainingData):
@@ -48,6 +62,7 @@ class CachedDataset(TrainingData):
         self.augmentation = augmentation or Augmentation()
         self.index.require_finished()
         self.size, self.about = len(self.index), self.index.about
+        self._check_about()
         if (height, width) != (None, None):
             self._check_sizes(height, width)
         self._check_captions()
@@ -84,12 +99,18 @@ class CachedDataset(TrainingData):
         return buckets
 
     def _load(self, record: dict, choice: AugmentationChoice) -> Row:
-        variant = record["variants"][choice.variant]
+        variant = self._variant(record, choice.variant)
         made: dict[str, dict] = {"shared": {}, "posi": {}, "nega": {}}
         keys, sides = zip(*variant["runs"], strict=True)
         for side, entry in zip(sides, self.index.entries(keys), strict=True):
             made[side] |= entry
         return Row({name: _restored(value) for name, value in variant["row"].items()}, made)
+
+    def _variant(self, record: dict, name: str) -> dict:
+        variant = record["variants"].get(name)
+        if variant is None or not {side for _, side in variant["runs"]} <= {"shared", "posi", "nega"}:
+            raise DamagedCache(f"{self.index.path} lacks the variant {name!r} of a sample; run make_cache.py again.")
+        return variant
 
     def scan(self, required: Sequence[str] = ()) -> list[SkippedRow]:
         """Check that all files of the cache are there and that samples have the `required` columns; skips no row.
@@ -103,7 +124,7 @@ class CachedDataset(TrainingData):
             raise DamagedCache(
                 f"{self.metadata_path} lacks {len(missing)} shards ({missing[0]}); run make_cache.py again."
             )
-        absent = sorted(set(required) - self.index.record(0)["variants"][""]["row"].keys())
+        absent = sorted(set(required) - self._variant(self.index.record(0), "")["row"].keys())
         if absent:
             raise ValueError(
                 f"{self.metadata_path} holds no {absent[0]}, which this task needs; add the column to the data "
@@ -126,6 +147,18 @@ class CachedDataset(TrainingData):
             raise ValueError(
                 f"{self.metadata_path} was not made for this training:\n  " + "\n  ".join(lines) + "\n"
                 "Choose the model, task and lora that it was made with, or run make_cache.py again with these."
+            )
+
+    def _check_about(self) -> None:
+        wrong = [name for name, shape in ABOUT.items() if not fits(self.about.get(name), shape)]
+        if not wrong:
+            counts = sum(count for count, _ in self.about["parts"])
+            weights = [weight for _, weight in self.about["parts"]]
+            wrong = [] if counts == self.size and all(map(WEIGHT.fullmatch, weights)) else ["parts"]
+        if wrong:
+            raise DamagedCache(
+                f"{self.index.path} says nothing of the cache's {wrong[0]} that this program can read; run "
+                "make_cache.py again with the same options."
             )
 
     def _check_sizes(self, height: int | None, width: int | None) -> None:
@@ -204,7 +237,7 @@ def _difference(name: str, found: Any, expected: Any) -> str:
 
 def _settings(unit: Mapping[str, Any]) -> dict[str, Any]:
     """The settings of a unit, which are JSON texts, by dotted names; texts in quotes."""
-    values = _by_dotted_name({name: json.loads(text) for name, text in unit["settings"].items()})
+    values = _by_dotted_name({name: parse(text) for name, text in unit["settings"].items()})
     return {name: repr(value) for name, value in values.items()}
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -336,9 +336,18 @@ def load_state_dict(
 
 
 def save_safetensors(tensors: Mapping[str, Tensor], path: str | Path, metadata: dict[str, str] | None = None) -> None:
-    """Write a safetensors file atomically."""
+    """Write a safetensors file atomically.
+
+    Raises:
+        OSError: The disk is full, or the folder cannot be written.
+    """
     with replacing(path) as partial:
-        save_file(_without_overlap(tensors), partial, metadata)
+        try:
+            save_file(_without_overlap(tensors), partial, metadata)
+        except SafetensorError as error:  # the library's own class, whatever the disk says
+            if "I/O error" not in str(error):
+                raise
+            raise OSError(f"{path} cannot be written: {error}") from error
 
 
 def _without_overlap(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -20,6 +20,7 @@ from peft.utils import get_peft_model_state_dict
 from safetensors import safe_open
 from torch import Tensor, nn
 
+from ...core.json_text import to_json
 from ...core.loader import load_state_dict
 from ...core.memory.storage import stored_layers
 from .formats import FORMATS
@@ -287,7 +288,7 @@ def _evaluating(module: nn.Module) -> Iterator[None]:
 
 def metadata(configs: Mapping) -> dict[str, str]:
     """Metadata of a file with adapters of these configurations, which `export` returns."""
-    return {METADATA_KEY: json.dumps(dict(configs), sort_keys=True)} if configs else {}
+    return {METADATA_KEY: to_json(dict(configs), sort_keys=True)} if configs else {}
 
 
 def infer_config(tensors: Mapping[str, Tensor]) -> LoraConfig:

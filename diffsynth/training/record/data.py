@@ -1,13 +1,13 @@
 """Writes which data a run trains on, and which rows of it are skipped."""
 
-import json
 from typing import TYPE_CHECKING
 
 import torch
 from accelerate.utils import gather_object
 
 from ...core.data import TrainingData
-from ...core.files import write_text
+from ...core.files import going_on_without, write_text
+from ...core.json_text import to_json
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -21,5 +21,7 @@ def record_data(accelerator: "Accelerator", dataset: TrainingData, fingerprint: 
     dataset.undecodable |= torch.stack(gather_object([dataset.undecodable])).any(0)
     if accelerator.is_main_process:
         about = {"path": dataset.metadata_path, "rows": len(dataset), "fingerprint": fingerprint}
-        write_text(f"{run_dir}/data.json", json.dumps(about, indent=1))
-        dataset.write_skipped(f"{run_dir}/skipped.jsonl")
+        with going_on_without(f"{run_dir}/data.json"):
+            write_text(f"{run_dir}/data.json", to_json(about, indent=1))
+        with going_on_without(f"{run_dir}/skipped.jsonl"):
+            dataset.write_skipped(f"{run_dir}/skipped.jsonl")

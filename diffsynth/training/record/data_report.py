@@ -1,6 +1,5 @@
 """The data report of a run, written before its first step: what it trains on, with counts, warnings and samples."""
 
-import json
 import logging
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -16,7 +15,8 @@ from torch import Tensor
 
 from ...core.data import MixedOrder, Row, TrainingData
 from ...core.data.order.buckets import is_upscaled
-from ...core.files import write_text
+from ...core.files import going_on_without, write_text
+from ...core.json_text import to_json
 from ...core.pictures import GRID_COLUMNS, beside, row, save_png, stack
 
 if TYPE_CHECKING:
@@ -72,9 +72,12 @@ class DataReport:
             samples: Number of the first samples that are trained on; None if all are.
         """
         content = {**self.counts(dataset), "trained_on": samples, **self.check(pipe, dataset, validation)}
-        write_text(Path(self.path) / "data_report.json", json.dumps(content, indent=1, ensure_ascii=False))
+        with going_on_without(f"{self.path}/data_report.json"):
+            write_text(Path(self.path) / "data_report.json", to_json(content, indent=1, ensure_ascii=False))
         if self.pictures:
-            save_png(self.sheet(pipe, dataset, order, seed), Path(self.path) / "data_report.png")
+            sheet = self.sheet(pipe, dataset, order, seed)
+            with going_on_without(f"{self.path}/data_report.png"):
+                save_png(sheet, Path(self.path) / "data_report.png")
         logger.info("Data: %s; %s/data_report.json and data_report.png have more.", _summary(content), self.path)
         return content
 

@@ -1,14 +1,14 @@
 """Logs the metrics of a run: to `metrics.jsonl`, and to trackers such as TensorBoard."""
 
-import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import yaml
 from PIL import Image
 
-from ...core.files import forget_after
+from ...core.files import forget_after, going_on_without
+from ...core.json_lines import JsonLines
 from .trackers import Tracker
 
 
@@ -29,6 +29,8 @@ class LocalLogger:
     def __post_init__(self):
         if self.every < 1:
             raise ValueError(f"logger.every is {self.every}; expected at least 1.")
+        self.lines = JsonLines(self.file)
+        self.closed: set[str] = set()  # names of trackers whose files could not be written
 
     def due(self, step: int, done: bool) -> bool:
         """Whether training metrics are written after `step` optimizer steps; `done` after the last one."""
@@ -37,32 +39,38 @@ class LocalLogger:
     def log(self, step: int, values: Mapping[str, float], pictures: Mapping[str, Path] | None = None) -> None:
         """Append one line of metrics after `step` optimizer steps, and pass pictures on to the trackers by name."""
         if values:
-            self._append(step, values)
+            self.lines.append(step, values)
+            self._send(step, lambda tracker: tracker.log(step, values))
         for name, path in (pictures or {}).items():
-            self._send_picture(step, name, path)
+            picture = Image.open(path).convert("RGB")
+            self._send(step, lambda tracker, name=name, picture=picture: tracker.picture(step, name, picture))
 
-    def _append(self, step: int, values: Mapping[str, float]) -> None:
-        self.file.parent.mkdir(parents=True, exist_ok=True)
-        with self.file.open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"step": step, **values}) + "\n")
-        for tracker in self.trackers.values():
-            tracker.log(step, values)
-
-    def _send_picture(self, step: int, name: str, path: Path) -> None:
-        for tracker in self.trackers.values():
-            tracker.picture(step, name, Image.open(path).convert("RGB"))
+    def _send(self, step: int, send: Callable[[Tracker], None]) -> None:
+        """Call `send` with each tracker; one whose files cannot be written is opened anew the next time."""
+        for name, tracker in self.trackers.items():
+            with going_on_without(f"Step {step} of logger.trackers.{name}"):
+                if name in self.closed:
+                    tracker.start(step - 1, self._config())
+                self.closed.add(name)
+                send(tracker)
+                self.closed.remove(name)
 
     def start(self, step: int, resumed: bool) -> None:
         """Open the trackers; a resumed run first deletes lines after `step`, because it will take those steps again."""
         forget_after(self.file, step if resumed else -1)
-        config = Path(self.path) / "resolved.yaml"
         for tracker in self.trackers.values():
-            tracker.start(step, yaml.safe_load(config.read_text(encoding="utf-8")) if config.exists() else {})
+            tracker.start(step, self._config())
+
+    def _config(self) -> dict:
+        config = Path(self.path) / "resolved.yaml"
+        return yaml.safe_load(config.read_text(encoding="utf-8")) if config.exists() else {}
 
     def finish(self) -> None:
-        """Close the trackers."""
-        for tracker in self.trackers.values():
-            tracker.finish()
+        """Write the lines that waited for room on the disk, and close the trackers."""
+        self.lines.flush()
+        for name, tracker in self.trackers.items():
+            with going_on_without(f"The end of logger.trackers.{name}"):
+                tracker.finish()
 
     @property
     def file(self) -> Path:

@@ -3,7 +3,6 @@
 A tracker is opened at the step from which a run resumes, so that no step appears twice.
 """
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +12,8 @@ import numpy as np
 from accelerate import tracking
 from accelerate.tracking import GeneralTracker
 from PIL import Image
+
+from ...core.json_text import to_json
 
 
 class Tracker:
@@ -73,7 +74,7 @@ class TensorBoard(Tracker):
     def start(self, step: int, config: Mapping[str, Any]) -> None:
         super().start(step, config)
         if step == 0:
-            self.tracker.tracker.add_text("config", f"```\n{json.dumps(config, indent=1)}\n```", 0)
+            self.tracker.tracker.add_text("config", f"```\n{to_json(config, indent=1)}\n```", 0)
 
     def picture(self, step: int, name: str, picture: Image.Image) -> None:
         self.tracker.log_images({name: np.asarray(picture)[None]}, step=step, dataformats="NHWC")

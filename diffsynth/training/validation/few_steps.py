@@ -1,5 +1,6 @@
 """Compares a few-step student with its teacher: both sample held-out prompts from the same noise."""
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,6 +14,8 @@ from torch import Tensor
 
 from ...cache.keys import CacheKeys
 from ...core.data import CachedDataset, Row, collate
+from ...core.data.cache.shards import MALFORMED
+from ...core.files import going_on_without
 from ...core.loader import load_state_dict, save_safetensors
 from ...core.pictures import row, stack
 from ...core.sharing import share
@@ -24,6 +27,8 @@ from .metrics import Metric
 if TYPE_CHECKING:
     from ...diffusion.base_pipeline import BasePipeline
     from ...diffusion.training_module import PipelineTrainingModule
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -103,7 +108,8 @@ class FewSteps:
             values |= self.measure(module.pipe, name, latents)
         self.base = latents[: self.pictures]
         if PartialState().is_main_process:
-            save_safetensors({str(number): one for number, one in enumerate(self.base)}, _base_file(folder))
+            with going_on_without(_base_file(folder)):
+                save_safetensors({str(number): one for number, one in enumerate(self.base)}, _base_file(folder))
         return values
 
     def evaluate(
@@ -202,6 +208,10 @@ def _base_file(folder: str | Path) -> Path:
 
 
 def _read(path: Path) -> list[Tensor]:
-    """Return the base's saved latents in order; an empty list if the run began without this comparison."""
-    tensors = load_state_dict(path) if path.exists() else {}
-    return [tensors[str(number)] for number in range(len(tensors))]
+    """Return the base's saved latents in order; an empty list if there is no file, or a damaged one."""
+    try:
+        tensors = load_state_dict(path) if path.exists() else {}
+        return [tensors[str(number)] for number in range(len(tensors))]
+    except (OSError, *MALFORMED) as error:
+        logger.warning("%s is damaged, and the base is not shown: %s", path, error)
+        return []

@@ -15,6 +15,7 @@ from accelerate.utils import broadcast_object_list
 from PIL import Image
 
 from ...core.data import Sample, SampleAddress, TrainingData
+from ...core.files import going_on_without
 from ...core.pictures import row, save_png, stack
 from ...core.sharing import share
 from ...diffusion.pipeline.remembered import UnitMemory
@@ -173,12 +174,12 @@ class Validation:
                 images = self._generate(pipe, own)
                 if own and accelerator.is_main_process:
                     picture = row(images, [f"{step}: {_caption(request)}" for request in own])
-                    pictures[f"{prefix}{name}samples"] = self.save(picture, step, prefix + name)
+                    pictures |= self._saved(f"{prefix}{name}samples", picture, step, prefix + name)
             if self.few_steps:
                 measured, picture = self.few_steps.evaluate(module, self.path, step)
                 values |= measured
                 if picture and accelerator.is_main_process:
-                    pictures[f"{prefix}few_steps"] = self.save(picture, step, f"{prefix}few_steps_")
+                    pictures |= self._saved(f"{prefix}few_steps", picture, step, f"{prefix}few_steps_")
         accelerator.wait_for_everyone()
         return values, pictures
 
@@ -216,6 +217,12 @@ class Validation:
         paths = [path for path in sorted(newest.parent.glob(f"{prefix}step-*.png")) if path <= newest]
         save_png(stack([Image.open(path) for path in paths]), newest.with_name(f"{prefix}progress.png"))
         return newest
+
+    def _saved(self, name: str, picture: Image.Image, step: int, prefix: str) -> dict[str, Path]:
+        """Save a picture and return its path by `name`; nothing if the disk is full."""
+        with going_on_without(f"{self.path}/{prefix}step-{step:06d}.png"):
+            return {name: self.save(picture, step, prefix)}
+        return {}
 
     def _generate(self, pipe: "BasePipeline", requests: Sequence[Mapping]) -> list[Image.Image]:
         """Sample requests, each with its own seed; every process samples some of them and gets all thumbnails."""

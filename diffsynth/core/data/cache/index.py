@@ -15,6 +15,7 @@ import json
 import re
 import sqlite3
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import cached_property
 from hashlib import blake2b
 from itertools import groupby
@@ -23,6 +24,8 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
+from ...json_text import fits, parse, to_json
+from .database import naming
 from .shards import DamagedShard, Entry, Shard
 
 FORMAT = 3  # version of shards and index; raise it when either changes
@@ -33,6 +36,9 @@ CREATE TABLE IF NOT EXISTS samples (number INTEGER PRIMARY KEY, size TEXT, recor
 CREATE TABLE IF NOT EXISTS about (name TEXT PRIMARY KEY, value TEXT);
 """
 SHARD_NAMES = "[0-9a-f]" * 32 + ".safetensors"  # other files in the folder are ignored
+# Shapes of JSON values in the file, as `fits` reads them.
+RECORD = {"weights": [int | float], "variants": {str: {"row": dict, "runs": [(str, str)]}}}
+SIZE = (int, int)
 SHARD_NAME = re.compile(r"[0-9a-f]{32}\.safetensors")
 
 
@@ -65,25 +71,32 @@ class CacheIndex:
 
     @cached_property
     def _database(self) -> sqlite3.Connection:
+        with self._explained():
+            return self._opened()
+
+    def _opened(self) -> sqlite3.Connection:
         if self.writable:
             self.shard_folder.mkdir(parents=True, exist_ok=True)
             database = sqlite3.connect(self.path)
-            try:
-                self._check_format(database)
-                database.executescript(TABLES)
-            except sqlite3.DatabaseError as error:
-                raise self._unreadable(error) from error
+            self._check_format(database)
+            database.executescript(TABLES)
             return database
         if not self.path.is_file():
             raise DamagedCache(
                 f"{self.folder} is no cache: it has no {self.path.name}; python make_cache.py makes one."
             )
         database = sqlite3.connect(f"file:{quote(str(self.path))}?mode=ro", uri=True)
-        try:
-            self._check_format(database)
-        except sqlite3.DatabaseError as error:
-            raise self._unreadable(error) from error
+        self._check_format(database)
         return database
+
+    @contextmanager
+    def _explained(self) -> Iterator[None]:
+        """Inside, errors of SQLite become an OSError if the disk is full or fails, and else a `DamagedCache`."""
+        try:
+            with naming(self.path):
+                yield
+        except (sqlite3.DatabaseError, UnicodeDecodeError) as error:
+            raise self._unreadable(error) from error
 
     def _check_format(self, database: sqlite3.Connection) -> None:
         """Refuse a cache of another version of the program, whose tables have other columns."""
@@ -97,7 +110,7 @@ class CacheIndex:
                 "delete the folder and run make_cache.py again."
             )
 
-    def _unreadable(self, error: sqlite3.DatabaseError) -> DamagedCache:
+    def _unreadable(self, error: object) -> DamagedCache:
         return DamagedCache(  # raised also for a file whose writer was killed, which the next writer repairs
             f"{self.path} cannot be read: {error}. Run make_cache.py again, which repairs it; if that fails, delete "
             "that file first: make_cache.py then makes it from the shards."
@@ -137,23 +150,38 @@ class CacheIndex:
         record = self._one("SELECT record FROM samples WHERE number = ?", number)
         if record is None:
             raise DamagedCache(f"{self.folder} has no sample {number}; run make_cache.py again.")
-        return json.loads(record)
+        return self._parsed(record, RECORD)
 
     def records(self) -> Iterator[dict]:
         """The records of all samples, in order."""
-        return (json.loads(record) for (record,) in self._rows("SELECT record FROM samples ORDER BY number"))
+        rows = self._rows("SELECT record FROM samples ORDER BY number")
+        return (self._parsed(record, RECORD) for (record,) in rows)
 
     def sizes(self) -> dict[tuple[int, ...], list[int]]:
         """The numbers of the samples of each size, (width, height) in pixels."""
         rows = self._rows("SELECT size, number FROM samples ORDER BY size, number")
         by_size = groupby(rows, itemgetter(0))
-        numbers = {tuple(json.loads(size)): [number for _, number in group] for size, group in by_size}
+        numbers = {tuple(self._parsed(size, SIZE)): [number for _, number in group] for size, group in by_size}
         return dict(sorted(numbers.items()))
+
+    def _parsed(self, text: Any, shape: Any) -> Any:
+        """The JSON value of a cell, which must have a shape (see `fits`).
+
+        Raises:
+            DamagedCache: It is no JSON, or has another shape.
+        """
+        try:
+            value = parse(text)
+        except (ValueError, TypeError) as error:
+            raise self._unreadable(f"{text!r:.99} is no JSON ({error})") from None
+        if not fits(value, shape):
+            raise self._unreadable(f"{text!r:.99} is none of its values")
+        return value
 
     @property
     def about(self) -> dict[str, Any]:
         """Pipeline, weights, code and options that the cache was made with."""
-        return {name: json.loads(value) for name, value in self._rows("SELECT name, value FROM about")}
+        return {name: self._parsed(value, object) for name, value in self._rows("SELECT name, value FROM about")}
 
     @property
     def shards(self) -> dict[int, Shard]:
@@ -195,7 +223,7 @@ class CacheIndex:
         known = {shard.path.name for shard in self.shards.values()}
         present = {path.name for path in self.shard_folder.glob(SHARD_NAMES)} - {path.name for path in without}
         gone = sorted(known - present)
-        with self._database as transaction:
+        with self._explained(), self._database as transaction:
             if gone:
                 transaction.executemany("DELETE FROM shards WHERE name = ?", [(name,) for name in gone])
                 transaction.execute("DELETE FROM entries WHERE shard NOT IN (SELECT number FROM shards)")
@@ -216,16 +244,16 @@ class CacheIndex:
 
         def rows() -> Iterator[tuple]:
             for number, (size, record) in enumerate(samples):
-                text = json.dumps(record, ensure_ascii=False)
+                text = to_json(record, ensure_ascii=False)
                 digest.update(text.encode())
                 yield number, json.dumps(size), text
 
-        with self._database as transaction:
+        with self._explained(), self._database as transaction:
             transaction.execute("DELETE FROM samples")
             transaction.execute("DELETE FROM about")
             transaction.executemany("INSERT INTO samples VALUES (?, ?, ?)", rows())
             named = {**about, "samples": digest.hexdigest()}
-            transaction.executemany("INSERT INTO about VALUES (?, ?)", [(k, json.dumps(v)) for k, v in named.items()])
+            transaction.executemany("INSERT INTO about VALUES (?, ?)", [(k, to_json(v)) for k, v in named.items()])
 
     def _shard(self, number: int) -> Shard:
         if number not in self._open_shards:
@@ -251,10 +279,8 @@ class CacheIndex:
         return next((value for (value,) in self._rows(query, *values)), None)
 
     def _rows(self, query: str, *values: Any) -> Iterator[tuple]:
-        try:
+        with self._explained():
             yield from self._database.execute(query, values)
-        except sqlite3.DatabaseError as error:
-            raise self._unreadable(error) from error
 
 
 def keys_of(record: Mapping) -> Iterator[str]:

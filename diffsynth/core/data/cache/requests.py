@@ -7,6 +7,9 @@ from itertools import groupby
 from pathlib import Path
 from typing import NamedTuple
 
+from ...json_text import to_json
+from .database import naming
+
 TABLES = """
 CREATE TABLE samples (number INTEGER PRIMARY KEY, size TEXT, record TEXT);
 CREATE TABLE variants (kind TEXT PRIMARY KEY) WITHOUT ROWID;
@@ -64,33 +67,40 @@ class CacheRequests:
         self.path = path
         if new:
             path.unlink(missing_ok=True)
-        self.database = sqlite3.connect(path)
-        if new:
-            self.database.executescript(TABLES)
+        with naming(path):
+            self.database = sqlite3.connect(path)
+            if new:
+                self.database.executescript(TABLES)
 
     def add(self, number: int, size: Sequence[int], record: dict, requests: Iterable[CacheRequest]) -> None:
         """Add a sample of `size`, (width, height) in pixels, and the entries that it needs."""
-        row = (number, json.dumps(size), json.dumps(record, ensure_ascii=False))
+        row = (number, json.dumps(size), to_json(record, ensure_ascii=False))
         variants = json.dumps([record["weights"], list(record["variants"])])
-        self.database.execute("INSERT INTO samples VALUES (?, ?, ?)", row)
-        self.database.execute("INSERT OR IGNORE INTO variants VALUES (?)", (variants,))
         rows = ((*request.job, *request[1:]) for request in requests)
-        self.database.executemany("INSERT OR IGNORE INTO requests VALUES (?, ?, ?, ?, ?, ?, ?)", rows)
+        with naming(self.path):
+            self.database.execute("INSERT INTO samples VALUES (?, ?, ?)", row)
+            self.database.execute("INSERT OR IGNORE INTO variants VALUES (?)", (variants,))
+            self.database.executemany("INSERT OR IGNORE INTO requests VALUES (?, ?, ?, ?, ?, ?, ?)", rows)
 
     def merge(self, paths: Iterable[Path]) -> None:
         """Add the samples and entries from the files of other processes."""
         for path in paths:
-            self.database.commit()
-            self.database.execute("ATTACH ? AS other", (str(path),))
-            self.database.execute("INSERT INTO samples SELECT * FROM other.samples")
-            self.database.execute("INSERT OR IGNORE INTO variants SELECT * FROM other.variants")
-            self.database.execute("INSERT OR IGNORE INTO requests SELECT * FROM other.requests")
-            self.database.commit()
-            self.database.execute("DETACH other")
+            with naming(self.path):
+                self._merge(path)
+
+    def _merge(self, path: Path) -> None:
+        self.database.commit()
+        self.database.execute("ATTACH ? AS other", (str(path),))
+        self.database.execute("INSERT INTO samples SELECT * FROM other.samples")
+        self.database.execute("INSERT OR IGNORE INTO variants SELECT * FROM other.variants")
+        self.database.execute("INSERT OR IGNORE INTO requests SELECT * FROM other.requests")
+        self.database.commit()
+        self.database.execute("DETACH other")
 
     def close(self) -> None:
         """Commit and close the file."""
-        self.database.commit()
+        with naming(self.path):
+            self.database.commit()
         self.database.close()
 
     def samples(self) -> Iterator[tuple[Sequence[int], dict]]:

@@ -90,7 +90,7 @@ def identity(value: Any) -> str:
         TypeError: The value contains anything else.
     """
     text = json.dumps(value, sort_keys=True, default=_identity_of_unread, ensure_ascii=False)
-    return blake2b(text.encode(), digest_size=16).hexdigest()
+    return blake2b(text.encode("utf-8", "backslashreplace"), digest_size=16).hexdigest()
 
 
 def _identity_of_unread(value: Any) -> dict[str, str]:

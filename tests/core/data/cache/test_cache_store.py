@@ -1,22 +1,34 @@
 """The cache's store by itself: entries in shards, the index over them, and what becomes of damage."""
 
+import contextlib
 import json
 import math
 import pickle
 import random
 import shutil
 import sqlite3
+from contextlib import closing
 from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from torch import Tensor
 
 from diffsynth.cache.verify import collect_garbage, damaged_shards, mend, stats
-from diffsynth.core.data.cache import CacheIndex, DamagedCache, DamagedShard, Entry, Shard, ShardWriter, rewrite
+from diffsynth.core.data.cache import (
+    CacheIndex,
+    CacheRequests,
+    DamagedCache,
+    DamagedShard,
+    Entry,
+    Shard,
+    ShardWriter,
+    rewrite,
+)
+from diffsynth.core.data.cached_dataset import CachedDataset
 
 ABOUT = {"made_of": {"pipeline": "Pipeline", "units": {}}}
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.int64, torch.uint8, torch.bool]
@@ -356,6 +368,90 @@ def test_an_index_that_is_damaged_is_refused_with_the_remedy(data, tmp_path):
     (tmp_path / "index.sqlite").write_bytes(data)
     with pytest.raises(DamagedCache, match="index.sqlite cannot be read.*delete that file"):
         len(CacheIndex(tmp_path))
+
+
+ABOUT_ALL = {
+    "format": 3,
+    "made_of": {"pipeline": "Pipeline", "units": {}, "inputs": []},
+    "captions": [{"captions": {"prompt": 1.0}, "prefix": "", "suffix": ""}],
+    "variants": [[[1.0], [""]]],
+    "by_size": False,
+    "parts": [[2, "1"]],
+    "left_out": [],
+}
+
+
+def read_all(folder: Path) -> list:
+    """What training reads of a cache."""
+    data = CachedDataset(str(folder))
+    data.scan()
+    return [data.rows_in_buckets(), *(data[number] for number in range(len(data)))]
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory) -> Path:
+    """A finished cache of two samples that training can read."""
+    folder = cache(tmp_path_factory.mktemp("whole"), entries(2))
+    index = CacheIndex(folder, writable=True)
+    index.put([((32, 32), record(key)) for key in entries(2)], ABOUT_ALL)
+    index.close()
+    assert len(read_all(folder)) == 3
+    return folder
+
+
+CELL = JSON.map(json.dumps) | st.text() | st.binary() | st.none()
+CELLS = ["samples.record", "samples.size", "about.value", "shards.name", "entries.shard", "entries.key"]
+
+
+@settings(max_examples=40)
+@given(cell=st.sampled_from(CELLS), row=st.integers(0, 6), value=CELL)
+@example(cell="samples.record", row=0, value="[" * 100_000)
+@example(cell="samples.record", row=0, value='{"weights": [1], "variants": {}}')
+@example(cell="about.value", row=3, value="9" * 5000)
+def test_an_index_of_any_content_is_read_or_refused_in_one_line(cell, row, value, whole, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("any") / "cache"
+    shutil.copytree(whole, folder)
+    table, column = cell.split(".")
+    first = {"samples": "number", "about": "name", "shards": "number", "entries": "key"}[table]
+    with closing(sqlite3.connect(folder / "index.sqlite")) as database, contextlib.suppress(sqlite3.Error):
+        keys = [key for (key,) in database.execute(f"SELECT {first} FROM {table} ORDER BY {first}")]
+        database.execute(f"UPDATE {table} SET {column} = ? WHERE {first} = ?", (value, keys[row % len(keys)]))
+        database.commit()
+    try:
+        read_all(folder)
+    except ValueError as error:
+        assert isinstance(error, DamagedCache | DamagedShard) and str(folder) in str(error) and "\n" not in str(error)
+
+
+@settings(max_examples=20)
+@given(place=st.floats(0, 1, exclude_max=True), data=st.binary(min_size=1, max_size=50))
+def test_an_index_with_any_damaged_bytes_is_read_or_refused(place, data, whole, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("bytes") / "cache"
+    shutil.copytree(whole, folder)
+    content = bytearray((folder / "index.sqlite").read_bytes())
+    start = int(place * len(content))
+    content[start : start + len(data)] = data
+    (folder / "index.sqlite").write_bytes(content)
+    try:
+        read_all(folder)
+    except (DamagedCache, DamagedShard) as error:
+        assert str(folder) in str(error)
+
+
+def test_a_disk_that_is_full_is_told_by_name_and_what_was_made_is_kept(tmp_path, no_room):
+    index, room = open_index(tmp_path), {"key": {"latents": torch.zeros(4)}}
+    write(tmp_path, room)
+    no_room()
+    with pytest.raises(OSError, match=r"index\.sqlite cannot be used: .*same command again"):
+        index.match_shards()
+    with pytest.raises(OSError, match=r"requests\.sqlite"):
+        CacheRequests(tmp_path / "requests.sqlite")
+    with pytest.raises(OSError, match=r"File too large: '.*\.safetensors'"):
+        write(tmp_path, entries(1))
+    no_room(but=None)
+    index.match_shards()
+    assert index.keys() == {"key"}
+    index.close()
 
 
 def test_an_index_that_was_left_in_the_middle_of_a_change_is_refused_until_making_goes_on(tmp_path):
