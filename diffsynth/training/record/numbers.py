@@ -6,8 +6,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import yaml
-from PIL import Image
 
+from ...core.data.operators.picture_files import read_image
 from ...core.files import forget_after
 from .trackers import Tracker
 
@@ -50,7 +50,7 @@ class LocalLogger:
 
     def _send_picture(self, step: int, name: str, path: Path) -> None:
         for tracker in self.trackers.values():
-            tracker.picture(step, name, Image.open(path).convert("RGB"))
+            tracker.picture(step, name, read_image(str(path)))
 
     def start(self, step: int, resumed: bool) -> None:
         """Open the trackers; a resumed run first deletes lines after `step`, because it will take those steps again."""

@@ -13,7 +13,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from ..sources.storage import EmbeddedFile
-from .picture_files import is_url
+from ..sources.urls import is_url
 
 
 class Operator:

@@ -7,7 +7,8 @@ from hashlib import blake2b
 from itertools import groupby
 
 from .metadata import open_text
-from .storage import IMAGE_SUFFIXES, absolute, list_files
+from .picture_formats import picture_suffixes
+from .storage import absolute, list_files
 from .table import Table, json_batches, make_table
 
 
@@ -29,7 +30,7 @@ def _rows(folder: str, encoding: str) -> Iterator[dict]:
     names = (file.name for file in list_files(folder))
     for stem, group in groupby(names, key=lambda name: os.path.splitext(name)[0]):
         files, text = list(group), f"{stem}.txt"
-        images = [name for name in files if name.lower().endswith(IMAGE_SUFFIXES)]
+        images = [name for name in files if name.lower().endswith(picture_suffixes())]
         prompt = _read_text(os.path.join(folder, text), encoding) if images and text in files else ""
         yield from ({"image": name, "prompt": prompt} for name in images)
 

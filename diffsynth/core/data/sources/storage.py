@@ -3,6 +3,7 @@
 import io
 import os
 import re
+import stat
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, BinaryIO, NamedTuple
@@ -11,7 +12,6 @@ import fsspec
 import numpy as np
 import pyarrow as pa
 
-IMAGE_SUFFIXES = (".avif", ".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 PART = re.compile(r"(.+\.tar)#(\d+)\+(\d+)/.+")
 BLOCK = 1 << 20  # bytes per request to an object store; most images, and all headers, need one request; a guess
 
@@ -80,13 +80,28 @@ def open_file(file: str | EmbeddedFile) -> BinaryIO:
 
     Raises:
         FileNotFoundError: There is no such file.
-        ValueError: The package for such URLs is not installed.
+        ValueError: The package for such URLs is not installed, or the path is a folder, a pipe or a device.
     """
     if isinstance(file, EmbeddedFile):
         return file.open()
     if part := PART.fullmatch(file):
         return io.BufferedReader(FileSlice(open_file(part[1]), int(part[2]), int(part[3])))
-    return file_system(file).open(file, block_size=BLOCK) if is_remote(file) else open(file, "rb")
+    if is_remote(file):
+        return file_system(file).open(file, block_size=BLOCK)
+    require_regular(file)
+    return open(file, "rb")
+
+
+def require_regular(path: str) -> None:
+    """Raise ValueError for a folder, a pipe or a device: to open a pipe waits for ever, and a device has no end.
+
+    Raises:
+        FileNotFoundError: There is nothing of that name.
+    """
+    mode = os.stat(path).st_mode
+    if not stat.S_ISREG(mode):
+        found = "a folder" if stat.S_ISDIR(mode) else "a pipe or a device"
+        raise ValueError(f"{path} is {found}; expected a file")
 
 
 def part_of(archive: str, offset: int, size: int, name: str) -> str:

@@ -9,7 +9,8 @@ import tarfile
 from collections.abc import Iterable, Iterator
 from posixpath import basename
 
-from .storage import IMAGE_SUFFIXES, absolute, file_system, is_remote, open_file, part_of, stored
+from .picture_formats import picture_suffixes
+from .storage import absolute, file_system, is_remote, open_file, part_of, stored
 from .table import Table, json_batches, make_table
 
 RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")
@@ -105,7 +106,7 @@ def _columns(
     for member in members:
         kind = _split(member.name)[1]
         column, _, suffix = kind.rpartition(".")
-        if f".{suffix}" in IMAGE_SUFFIXES:
+        if f".{suffix}" in picture_suffixes():
             yield column or "image", part_of(shard, member.offset_data, member.size, member.name)
         elif kind == ("txt" if caption_key is None else "json"):
             yield "prompt", _caption(archive, member, caption_key)
