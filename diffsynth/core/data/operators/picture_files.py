@@ -70,8 +70,9 @@ def texts_in_bounds() -> Iterator[None]:
 def not_found(file: str) -> ValueError:
     """The error for a file that does not exist."""
     folder, name = os.path.split(file)
-    slashes = "; write / instead of \\ between folders" if "\\" in file and os.sep == "/" else ""
-    return ValueError(f"not found (looked in {folder or '.'} for {name}){slashes}")
+    of_windows = os.sep == "/" and "\\" in file
+    advice = "; write it relative to the data set's folder, with / instead of \\" if of_windows else ""
+    return ValueError(f"not found (looked in {folder or '.'} for {name}){advice}")
 
 
 def beginning(file: str | BinaryIO) -> bytes:

@@ -6,6 +6,7 @@ import re
 import stat
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from hashlib import blake2b
 from typing import Any, BinaryIO, NamedTuple
 
 import fsspec
@@ -13,6 +14,7 @@ import numpy as np
 import pyarrow as pa
 
 PART = re.compile(r"(.+\.tar)#(\d+)\+(\d+)/.+")
+SAMPLES, SAMPLE = 64, 1 << 12  # pieces of a file that are hashed, and their bytes; guesses
 BLOCK = 1 << 20  # bytes per request to an object store; most images, and all headers, need one request; a guess
 
 
@@ -73,6 +75,19 @@ class FileSlice(io.RawIOBase):
     def close(self) -> None:
         self.file.close()
         super().close()
+
+
+class FollowedFile(io.RawIOBase):
+    """A read-only stream of a file, then of `more` bytes."""
+
+    def __init__(self, file: BinaryIO, more: bytes):
+        self.parts = [file, io.BytesIO(more)]
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: bytearray | memoryview) -> int:
+        return self.parts[0].readinto(buffer) or self.parts[1].readinto(buffer)
 
 
 def open_file(file: str | EmbeddedFile) -> BinaryIO:
@@ -189,6 +204,20 @@ def stored(path: str) -> StoredFile:
         return _described(path, file_system(path).info(path))
     status = os.stat(path)
     return StoredFile(path, status.st_size, str(status.st_mtime_ns))
+
+
+def sampled_digest(path: str, size: int) -> str:
+    """A hash (16 hex digits) of the size of a file, its first and last bytes and SAMPLES pieces between.
+
+    For files whose dates and size stay as they were when their content changes, as some copying programs leave them.
+    """
+    last = max(size - SAMPLE, 0)
+    with open_file(path) as file:
+        digest = blake2b(str(size).encode(), digest_size=8)
+        for number in range(SAMPLES + 1):
+            file.seek(last * number // SAMPLES)
+            digest.update(file.read(SAMPLE))
+    return digest.hexdigest()
 
 
 def list_files(folder: str) -> Iterator[StoredFile]:

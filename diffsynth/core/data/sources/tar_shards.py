@@ -80,8 +80,10 @@ def _match(path: str, pattern: str) -> list[str]:
 def _read_shard(path: str, name: str, caption_key: str | None) -> Iterator[dict]:
     try:
         with open_file(os.path.join(path, name)) as file, tarfile.open(fileobj=file, mode="r:") as archive:
-            for _, members in itertools.groupby(_members(archive), key=lambda member: _split(member.name)[0]):
-                yield {"image": None, "prompt": ""} | dict(_columns(archive, name, members, caption_key))
+            for key, members in itertools.groupby(_members(archive), key=lambda member: _split(member.name)[0]):
+                columns = dict(_columns(archive, name, members, caption_key))
+                _require_key_without_dot(name, key, columns)
+                yield {"image": None, "prompt": ""} | columns
     except tarfile.TarError as error:
         raise ValueError(f"shard {name}: {error}; expected a complete, uncompressed tar file") from error
 
@@ -97,6 +99,17 @@ def _split(name: str) -> tuple[str, str]:
     """Key of the sample and kind of the member: `a/0001.edit.png` is split into `a/0001.` and `edit.png`."""
     kind = basename(name).partition(".")[2]
     return name.removesuffix(kind), kind.lower()
+
+
+def _require_key_without_dot(shard: str, key: str, columns: dict) -> None:
+    """Raise ValueError if the name of an image, such as 22.05.png, was cut at a dot that belongs to its key."""
+    numbers = [column for column in columns if column[0].isdigit()]
+    if numbers and "image" not in columns:
+        raise ValueError(
+            f"shard {shard}: {key}{numbers[0]}.…: a sample's key ends at the first dot (WebDataset), so that "
+            f"{numbers[0]!r} would be the name of a column; write the shard with other names, such as "
+            f"{key.rstrip('.')}_{numbers[0]}"
+        )
 
 
 def _columns(
@@ -116,6 +129,6 @@ def _caption(archive: tarfile.TarFile, member: tarfile.TarInfo, caption_key: str
     try:
         text = archive.extractfile(member).read().decode("utf-8-sig")
         return text.strip() if caption_key is None else json.loads(text).get(caption_key)
-    except (ValueError, AttributeError) as error:
+    except (ValueError, AttributeError, RecursionError) as error:
         expected = "text" if caption_key is None else "one JSON object"
         raise ValueError(f"{member.name} of {archive.name}: {error}; expected {expected} in UTF-8") from error
