@@ -128,7 +128,7 @@ def _csv_rows(lines: Iterable[str], separator: str) -> Iterator[list[str]]:
         ValueError: The file ends within quotes, or a cell is too long.
     """
     number = 0
-    rows = csv.reader(chain(lines, [END]), delimiter=separator)
+    rows = csv.reader(chain(lines, ["\n", END]), delimiter=separator)
     try:
         for number, row in enumerate(filter(None, rows)):  # csv.reader returns an empty row for a blank line
             if row == [END]:

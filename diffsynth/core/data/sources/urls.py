@@ -94,24 +94,30 @@ def _read(response: HTTPResponse) -> BytesIO:
     return content
 
 
-def _abort(connection: HTTPConnection) -> None:
+def _abort(connection: "PublicHTTPConnection | PublicHTTPSConnection") -> None:
     with suppress(OSError, AttributeError):  # it may not be open yet, or closed already
-        connection.sock.shutdown(socket.SHUT_RDWR)
+        connection.opened.shutdown(socket.SHUT_RDWR)
 
 
 class PublicHTTPConnection(HTTPConnection):
-    """An HTTP connection to a public address."""
+    """An HTTP connection to a public address; `opened` is its socket, which `sock` no longer is during an answer."""
+
+    opened: socket.socket | None = None
 
     def connect(self) -> None:
-        self.sock = _connect(self.host, self.port, self.timeout)
+        self.sock = self.opened = _connect(self.host, self.port, self.timeout)
 
 
 class PublicHTTPSConnection(HTTPSConnection):
-    """An HTTPS connection to a public address."""
+    """An HTTPS connection to a public address; see `PublicHTTPConnection`."""
+
+    opened: ssl.SSLSocket | None = None
 
     def connect(self) -> None:
-        context = ssl.create_default_context()
-        self.sock = context.wrap_socket(_connect(self.host, self.port, self.timeout), server_hostname=self.host)
+        plain, context = _connect(self.host, self.port, self.timeout), ssl.create_default_context()
+        self.sock = context.wrap_socket(plain, server_hostname=self.host, do_handshake_on_connect=False)
+        self.opened = self.sock
+        self.opened.do_handshake()
 
 
 def _connect(host: str, port: int, timeout: float) -> socket.socket:
