@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from PIL import Image
 
 from ..core.console import keep_console
 from ..core.files import write_text
@@ -143,7 +142,9 @@ def warnings(run_dir: Path) -> list[str]:
 
 def embed(path: Path) -> str:
     """An image file as a data URL for the source of an `img`, reduced to `PICTURE_WIDTH`."""
-    picture = Image.open(path).convert("RGB")
+    from ..core.data.operators.picture_files import read_image  # it imports torch, which other reports do without
+
+    picture = read_image(str(path))
     picture.thumbnail((PICTURE_WIDTH, picture.height))
     stream = io.BytesIO()
     picture.save(stream, format="WEBP", quality=85)

@@ -86,7 +86,9 @@ def _fault_of_cells(dataset: "UnifiedDataset", row: dict, required: Sequence[str
     needed = [*required, *dataset.data_file_keys[:1]] if dataset.buckets else required
     given = {*row, "prompt"} if any(column in row for column in dataset.augmentation.captions) else row
     if absent := [key for key in needed if key not in given]:
-        return f"has no {absent[0]}, but {', '.join(row)}"
+        other_column = "; 'dataset.augmentation.captions={NAME: 1}' takes another column"
+        is_unnamed = absent == ["prompt"] and list(dataset.augmentation.captions) == absent
+        return f"has no {absent[0]}, but {', '.join(row)}{other_column if is_unnamed else ''}"
     if empty := [key for key in dataset.data_file_keys if key in row and is_empty(row[key])]:
         return f"{empty[0]} is empty"
     return _fault_of_captions(dataset.augmentation, row)

@@ -111,6 +111,7 @@ class UnifiedDataset(TrainingData):
         encoding: str = "utf-8",
         scan_rows: int = 1_000_000,
         augmentation: Augmentation | None = None,
+        allow_urls: bool = False,
     ) -> "UnifiedDataset":
         """Make a data set of a folder of images.
 
@@ -122,6 +123,7 @@ class UnifiedDataset(TrainingData):
             buckets: Crop images to the sizes of `AspectBuckets`.
             max_aspect, division_factor, upscale: See `AspectBuckets`.
             num_workers: See `TrainingData`.
+            allow_urls: Fetch the files that rows name by http(s) URLs, each time that they are read.
 
         All other arguments are those of the class.
 
@@ -143,14 +145,14 @@ class UnifiedDataset(TrainingData):
         fit = ImageCropAndResize(height, width, largest, division_factor, division_factor)
         options = {"on_error": on_error, "encoding": encoding, "scan_rows": scan_rows}
         options |= {"fit": fit, "buckets": sizes, "augmentation": augmentation}
-        dataset = cls(path, metadata, repeat, data_file_keys, cls.image_loader(path), **options)
+        dataset = cls(path, metadata, repeat, data_file_keys, cls.image_loader(path, allow_urls), **options)
         dataset.num_workers = num_workers
         return dataset
 
     @staticmethod
-    def image_loader(base_path: str = "") -> RouteByType:
+    def image_loader(base_path: str = "", allow_urls: bool = False) -> RouteByType:
         """Operator that loads an image, or every image of a list, at its own size."""
-        image = ToAbsolutePath(base_path) >> LoadImage()
+        image = ToAbsolutePath(base_path, allow_urls) >> LoadImage()
         return RouteByType([(str, image), (list, SequentialProcess(image)), (EmbeddedFile, image)])
 
     @staticmethod
@@ -161,10 +163,11 @@ class UnifiedDataset(TrainingData):
         width: int | None = None,
         height_division_factor: int = 16,
         width_division_factor: int = 16,
+        allow_urls: bool = False,
     ) -> RouteByType:
         """Operator that loads an image, or every image of a list, resized and cropped by `ImageCropAndResize`."""
         crop = ImageCropAndResize(height, width, max_pixels, height_division_factor, width_division_factor)
-        image = ToAbsolutePath(base_path) >> LoadImage() >> crop
+        image = ToAbsolutePath(base_path, allow_urls) >> LoadImage() >> crop
         return RouteByType([(str, image), (list, SequentialProcess(image)), (EmbeddedFile, image)])
 
     @staticmethod
@@ -179,6 +182,7 @@ class UnifiedDataset(TrainingData):
         time_division_factor: int = 4,
         time_division_remainder: int = 1,
         frame_rate: float | None = None,
+        allow_urls: bool = False,
     ) -> RouteByType:
         """Operator that loads the frames of a video or animation as a list; a still image becomes a list of one.
 
@@ -192,7 +196,7 @@ class UnifiedDataset(TrainingData):
             (("gif", "webp", "png", "apng", "avif"), LoadGIF(*length)),
             (("mp4", "m4v", "mov", "mkv", "webm", "avi", "wmv", "flv", "mpg", "mpeg", "ts"), LoadVideo(*length)),
         ]
-        video = ToAbsolutePath(base_path) >> RouteByExtensionName(extensions)
+        video = ToAbsolutePath(base_path, allow_urls) >> RouteByExtensionName(extensions)
         return RouteByType([(str, video), (EmbeddedFile, video)])
 
     def keep_images_as_they_are(self) -> None:

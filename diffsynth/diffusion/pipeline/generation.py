@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING
 import torch
 from PIL import Image
 
+from ...core.data.operators.picture_files import read_image
+from ...core.data.sources.metadata import open_text
 from ...core.pictures import GRID_COLUMNS, beside, row, save_png, stack
 from .remembered import Inputs, to_device
 
@@ -17,26 +19,49 @@ GRID = "grid.png"
 
 
 def read_prompts(prompt: str | Sequence[str]) -> list[str]:
-    """A list of prompts from one prompt, from a list, or from the non-empty lines of a text file."""
+    """A list of prompts from one prompt, from a list, or from the non-empty lines of a text file.
+
+    Raises:
+        ValueError: The text file is empty or not in UTF-8.
+    """
     if not isinstance(prompt, str):
         return list(prompt)
     if not prompt.endswith(".txt"):
         return [prompt]
-    lines = [line.strip() for line in Path(prompt).read_text(encoding="utf-8").splitlines()]
+    try:
+        with open_text(prompt, "utf-8") as file:
+            lines = [line.strip() for line in file]
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{prompt}: {error}; save it as UTF-8") from error
     if not any(lines):
         raise ValueError(f"{prompt} holds no prompt; write one per line.")
     return [line for line in lines if line]
 
 
 def load_images(**paths: str | None) -> dict[str, Image.Image]:
-    """Open the images at these paths, by name; names without a path are left out."""
-    return {name: Image.open(path).convert("RGB") for name, path in paths.items() if path is not None}
+    """The images at these paths, by name, as training loads them; names without a path are left out.
+
+    Raises:
+        ValueError: One cannot be read; names it.
+    """
+    return {name: _read_image(name, path) for name, path in paths.items() if path is not None}
+
+
+def _read_image(name: str, path: str) -> Image.Image:
+    try:
+        return read_image(path)
+    except Exception as error:  # Pillow's decoders raise exceptions of many types
+        raise ValueError(f"{name}={path}: {error}") from error
 
 
 def open_files(inputs: Mapping[str, object]) -> dict[str, object]:
-    """Inputs of a template; a value that is the path of a file is opened as an image."""
+    """Inputs of a template; a value that is the path of a file is opened as an image, as training does.
+
+    Raises:
+        ValueError: It cannot be read; names it.
+    """
     is_file = {name: isinstance(value, str) and Path(value).is_file() for name, value in inputs.items()}
-    return {name: Image.open(value).convert("RGB") if is_file[name] else value for name, value in inputs.items()}
+    return {name: _read_image(name, value) if is_file[name] else value for name, value in inputs.items()}
 
 
 def check_free(folder: Path, count: int, suffix: str) -> None:

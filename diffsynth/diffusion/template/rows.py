@@ -25,7 +25,7 @@ def as_dict(template_inputs: Any) -> dict[str, Any]:
     """
     try:
         value = json.loads(template_inputs) if isinstance(template_inputs, str) else template_inputs
-    except ValueError:
+    except (ValueError, RecursionError):
         value = None
     if not isinstance(value, dict):
         example = '{"scale": 0.2}'

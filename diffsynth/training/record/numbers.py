@@ -5,8 +5,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import yaml
-from PIL import Image
 
+from ...core.data.operators.picture_files import read_image
 from ...core.files import forget_after, going_on_without
 from ...core.json_lines import JsonLines
 from .trackers import Tracker
@@ -42,7 +42,7 @@ class LocalLogger:
             self.lines.append(step, values)
             self._send(step, lambda tracker: tracker.log(step, values))
         for name, path in (pictures or {}).items():
-            picture = Image.open(path).convert("RGB")
+            picture = read_image(str(path))
             self._send(step, lambda tracker, name=name, picture=picture: tracker.picture(step, name, picture))
 
     def _send(self, step: int, send: Callable[[Tracker], None]) -> None:

@@ -15,6 +15,7 @@ from accelerate.utils import broadcast_object_list
 from PIL import Image
 
 from ...core.data import Sample, SampleAddress, TrainingData
+from ...core.data.operators.picture_files import read_image
 from ...core.files import going_on_without
 from ...core.pictures import row, save_png, stack
 from ...core.sharing import share
@@ -215,7 +216,7 @@ class Validation:
         newest = Path(self.path) / f"{prefix}step-{step:06d}.png"
         save_png(picture, newest)
         paths = [path for path in sorted(newest.parent.glob(f"{prefix}step-*.png")) if path <= newest]
-        save_png(stack([Image.open(path) for path in paths]), newest.with_name(f"{prefix}progress.png"))
+        save_png(stack([read_image(str(path)) for path in paths]), newest.with_name(f"{prefix}progress.png"))
         return newest
 
     def _saved(self, name: str, picture: Image.Image, step: int, prefix: str) -> dict[str, Path]:

@@ -125,11 +125,10 @@ BAD_ROWS = [
     ({"image": "a.png", "prompt": ""}, None, "prompt is empty"),
     ({"image": "a.png", "prompt": "  "}, None, "prompt is empty"),
     ({"image": "a.png", "prompt": None}, None, "prompt is empty"),
-    ({"image": "a.png", "prompt": "NaN"}, None, "prompt is empty"),
     ({"image": "a.png", "prompt": float("nan")}, None, "prompt is empty"),
     ({"image": "a.png"}, None, "prompt is empty"),
     ({"image": "", "prompt": "p"}, None, "image is empty"),
-    ({"image": "nan", "prompt": "p"}, None, "image is empty"),
+    ({"image": "nan", "prompt": "p"}, "nan", "image 'nan': not found (looked in {folder} for nan)"),
     ({"image": float("nan"), "prompt": "p"}, None, "image is empty"),
     ({"image": "/etc/x.png", "prompt": "p"}, "/etc/x.png", "image '/etc/x.png': leads out of {folder}; write it"),
     ({"image": "../x.png", "prompt": "p"}, "../x.png", "image '../x.png': leads out of {folder}; write it"),
@@ -199,8 +198,9 @@ def test_scan_reads_no_more_than_headers(folder):
 
 def test_scan_fetches_no_url_and_calls_no_plain_function(folder):
     write_rows(folder, [{"image": "https://example.invalid/a.png", "prompt": "p", "x": 1}])
-    assert UnifiedDataset(folder, special_operator_map={"x": pytest.fail}).scan() == []
-    assert UnifiedDataset(folder, special_operator_map={"x": Operator() >> pytest.fail}).scan() == []
+    main = UnifiedDataset.default_image_operator(str(folder), allow_urls=True)
+    for other in (pytest.fail, Operator() >> pytest.fail):
+        assert UnifiedDataset(folder, main_data_operator=main, special_operator_map={"x": other}).scan() == []
 
 
 def test_undecodable_file_is_named(folder):

@@ -12,8 +12,8 @@ from pathlib import PurePath
 from typing import Any
 from urllib.parse import urlsplit
 
-from ..sources.storage import EmbeddedFile
-from .picture_files import is_url
+from ..sources.storage import EmbeddedFile, is_remote
+from ..sources.urls import is_url
 
 
 class Operator:
@@ -206,21 +206,38 @@ class RouteByExtensionName(Route):
 
 
 class ToAbsolutePath(Operator):
-    """Joins a file name to `base_path`; http(s) URLs and embedded files stay unchanged.
+    """Joins a file name to `base_path`; embedded files, and http(s) URLs if they are allowed, stay unchanged.
 
-    Metadata may come from an untrusted source, so a name must not lead out of `base_path`. Symbolic links inside it are
-    followed, because the caches of model hubs consist of links.
+    Metadata may come from an untrusted source, so a name must not lead out of `base_path`, and a URL would make this
+    machine ask servers that a row chooses. Symbolic links inside `base_path` are followed, because the caches of model
+    hubs consist of links.
     """
 
-    def __init__(self, base_path: str = ""):
-        self.base_path = base_path
+    def __init__(self, base_path: str = "", allow_urls: bool = False):
+        self.base_path, self.allow_urls = str(base_path), allow_urls
 
     def __call__(self, data: str | EmbeddedFile) -> str | EmbeddedFile:
-        if isinstance(data, EmbeddedFile) or is_url(data):
+        if isinstance(data, EmbeddedFile):
             return data
-        path = PurePath(os.path.normpath(data))
-        if path.anchor or path.parts[:1] == ("..",):
-            raise ValueError(f"leads out of {self.base_path or 'the working folder'}; write it relative to that folder")
-        return os.path.join(self.base_path, path)
+        if not is_url(data):
+            return os.path.join(self.base_path, self._inside(data))
+        if not self.allow_urls:
+            raise ValueError(
+                "is a URL, which is not fetched; save the file in the folder, or set dataset.allow_urls=true"
+            )
+        return data
 
     check = unread = __call__
+
+    def _inside(self, name: str) -> PurePath:
+        """A name relative to `base_path`; it may be given as an absolute path."""
+        if is_remote(self.base_path):
+            name = name.removeprefix(self.base_path.rstrip("/") + "/")
+        path = PurePath(os.path.normpath(name))
+        if path.anchor and not is_remote(self.base_path):
+            for folder in (os.path.abspath(self.base_path), os.path.realpath(self.base_path)):
+                if path.is_relative_to(folder):
+                    return path.relative_to(folder)
+        if path.anchor or path.parts[:1] == ("..",):
+            raise ValueError(f"leads out of {self.base_path or 'the working folder'}; write it relative to that folder")
+        return path

@@ -9,24 +9,24 @@ from functools import partial
 from PIL import Image
 
 from ..sources.storage import EmbeddedFile
+from ..sources.urls import is_url, read_url
 from .base import Operator
-from .picture_files import as_shown, describe_file, is_url, open_image, read_url, upright_size
+from .picture_files import describe_file, describe_image, open_image, read_image, upright_size
 from .unread import Unread
 
 
 class LoadImage(Operator):
-    """Loads an image from a path or http(s) URL, upright (EXIF orientation applied), in `mode` ("RGB", "RGBA", ...).
+    """Loads an image from a path or http(s) URL, upright and in sRGB, in `mode` ("RGB", "RGBA", ...).
 
-    In a mode without alpha, transparent pixels become white, as in a viewer; the colour that is stored in them is
-    arbitrary. An animation gives its first frame.
+    The EXIF orientation and the ICC profile are applied. In a mode without alpha, transparent pixels become white, as
+    in a viewer; the colour that is stored in them is arbitrary. An animation gives its first frame.
     """
 
     def __init__(self, mode: str = "RGB"):
         self.mode = mode
 
     def __call__(self, data: str) -> Image.Image:
-        with open_image(read_url(data) if is_url(data) else data) as image:
-            return as_shown(image, self.mode)
+        return read_image(data, self.mode)
 
     def check(self, data: str) -> tuple[int, int] | None:
         """(width, height) of the upright image, from the header; None for a URL, which only the call fetches."""
@@ -37,8 +37,8 @@ class LoadImage(Operator):
 
     def unread(self, data: str | EmbeddedFile) -> Unread:
         with open_image(read_url(data) if is_url(data) else data) as image:
-            size = upright_size(image)
-        return Unread(size, partial(self, data), partial(describe_file, data, ["image", self.mode]))
+            size, description = upright_size(image), describe_image(image, self.mode)
+        return Unread(size, partial(self, data), partial(describe_file, data, description))
 
 
 class ImageCropAndResize(Operator):

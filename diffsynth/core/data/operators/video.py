@@ -10,9 +10,11 @@ from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
 
 from PIL import Image, ImageSequence
 
+from ..sources.picture_formats import how_it_begins
 from ..sources.storage import EmbeddedFile, open_file
+from ..sources.urls import is_url, read_url
 from .base import Operator, check, unread
-from .picture_files import as_shown, beginning, describe_file, is_url, not_found, open_image, read_url
+from .picture_files import as_shown, beginning, describe_file, describe_image, not_found, open_image, upright_size
 from .unread import Unread
 
 if TYPE_CHECKING:
@@ -78,11 +80,11 @@ class LoadFrames(Operator):
     def unread(self, data: str | EmbeddedFile) -> Unread:
         """The list of frames as one `Unread`, whose size is that of each frame."""
         with self.open(data) as file:
-            frame = Unread(self.size(file), tuple, tuple)  # only its size is used
+            frame, colours = Unread(self.size(file), tuple, tuple), self.colours(file)  # only the frame's size is used
         if self.frame_processor is not None:
             frame = unread(self.frame_processor, frame)
         selection = [self.num_frames, self.time_division_factor, self.time_division_remainder, self.frame_rate]
-        description = [type(self).__name__, selection, frame.describe()]
+        description = [type(self).__name__, selection, frame.describe(), *colours]
         return Unread(frame.size, partial(self, data), partial(describe_file, data, description))
 
     def process(self, image: Image.Image) -> Any:
@@ -105,8 +107,12 @@ class LoadFrames(Operator):
         raise NotImplementedError
 
     def size(self, file: Any) -> tuple[int, int]:
-        """(width, height) in pixels, as stored, of an open file."""
+        """(width, height) in pixels of an open file, as its header tells."""
         raise NotImplementedError
+
+    def colours(self, file: Any) -> list[str]:
+        """What the colours of an open file are converted to, if they are converted."""
+        return []
 
     def frames(self, file: Any) -> Iterator[Frame]:
         """The frames of an open file, in order."""
@@ -136,7 +142,8 @@ class LoadVideo(LoadFrames):
                 # FFmpeg also opens playlists. Their entries may be any file or address, and must not be opened.
                 container = av.open(file, options={"protocol_whitelist": "none"})
             except (av.error.FFmpegError, OSError):
-                raise ValueError(f"is not a video that FFmpeg can read; {beginning(file)}") from None
+                found = how_it_begins(beginning(file))
+                raise ValueError(f"is not a video that FFmpeg can read; {found}") from None
             with container:
                 if not any(stream.width for stream in container.streams.video[:1]):
                     raise ValueError("holds no video that FFmpeg can read")
@@ -166,7 +173,10 @@ class LoadGIF(LoadFrames):
         return open_image(read_url(data) if is_url(data) else data)
 
     def size(self, file: Image.Image) -> tuple[int, int]:
-        return file.size
+        return upright_size(file)
+
+    def colours(self, file: Image.Image) -> list[str]:
+        return describe_image(file, "RGB")[2:]
 
     def frames(self, file: Image.Image) -> Iterator[Frame]:
         start = Fraction(0)

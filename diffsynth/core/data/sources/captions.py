@@ -7,7 +7,8 @@ from hashlib import blake2b
 from itertools import groupby
 
 from .metadata import open_text
-from .storage import IMAGE_SUFFIXES, absolute, list_files
+from .picture_formats import picture_suffixes
+from .storage import absolute, list_files
 from .table import Table, json_batches, make_table
 
 
@@ -15,7 +16,7 @@ def read_captions(folder: str, encoding: str = "utf-8") -> Table:
     """A table of the images in a folder and below: `image` is the name, `prompt` the text of its `.txt`, or empty.
 
     Raises:
-        ValueError: A text file is not in that encoding.
+        ValueError: A text file is not in that encoding, or no image has one.
     """
     digest, size = blake2b(digest_size=16), 0
     for file in list_files(folder):
@@ -26,12 +27,18 @@ def read_captions(folder: str, encoding: str = "utf-8") -> Table:
 
 
 def _rows(folder: str, encoding: str) -> Iterator[dict]:
-    names = (file.name for file in list_files(folder))
+    names, first, captions = (file.name for file in list_files(folder)), None, 0
     for stem, group in groupby(names, key=lambda name: os.path.splitext(name)[0]):
         files, text = list(group), f"{stem}.txt"
-        images = [name for name in files if name.lower().endswith(IMAGE_SUFFIXES)]
+        images = [name for name in files if name.lower().endswith(picture_suffixes())]
         prompt = _read_text(os.path.join(folder, text), encoding) if images and text in files else ""
         yield from ({"image": name, "prompt": prompt} for name in images)
+        first, captions = first or (images[0] if images else None), captions + bool(prompt)
+    if first and not captions:
+        raise ValueError(
+            f"{folder}: no image has a caption; write that of {first} into {os.path.splitext(first)[0]}.txt beside it, "
+            "or a metadata.csv with the columns image,prompt, in which all images may have one caption"
+        )
 
 
 def _read_text(path: str, encoding: str) -> str:

@@ -1,5 +1,6 @@
 """Find the rows of a data set: in a metadata table, or from captions beside images."""
 
+import logging
 import os
 from collections.abc import Callable
 
@@ -7,13 +8,19 @@ from .captions import read_captions
 from .metadata import READERS, read_metadata
 from .storage import is_file, is_remote
 from .studio_cache import refuse_studio_cache
-from .table import Rows
+from .table import RenamedRows, Rows
+
+logger = logging.getLogger(__name__)
+
+# Columns of `datasets`' image folders (https://huggingface.co/docs/datasets/image_dataset), and their names here.
+IMAGE_FOLDER_COLUMNS = {"file_name": "image", "text": "prompt"}
 
 
 def find_rows(base_path: str | None, metadata: str | Callable | None, encoding: str) -> tuple[str, Rows]:
     """The path of the metadata and its rows.
 
-    `metadata` is a file in `base_path` or a path of its own; None looks for the default names, then for captions.
+    `metadata` is a file in `base_path` or a path of its own; None looks for the default names, then for captions. A
+    table of an image folder of Hugging Face's `datasets` gets the names of columns that are used here.
 
     Raises:
         ValueError: There is no metadata.
@@ -29,7 +36,7 @@ def find_rows(base_path: str | None, metadata: str | Callable | None, encoding: 
     names = [f"metadata{suffix}" for suffix in READERS] if metadata is None else [metadata]
     candidates = [os.path.join(base_path, name) for name in names] + [str(metadata)] * (metadata is not None)
     for candidate in filter(is_file, candidates):
-        return candidate, read_metadata(candidate, encoding)
+        return candidate, _with_our_names(candidate, read_metadata(candidate, encoding))
     if metadata is None and (rows := read_captions(str(base_path), encoding)):
         return str(base_path), rows
     if base_path:
@@ -37,3 +44,12 @@ def find_rows(base_path: str | None, metadata: str | Callable | None, encoding: 
     looked_for = ", ".join(dict.fromkeys(candidates)) + ", images" * (metadata is None)
     any_folder = "" if metadata is None else ", or dataset=image_folder for a folder of your own"
     raise ValueError(f"no metadata: looked for {looked_for}; set dataset.path or dataset.metadata{any_folder}")
+
+
+def _with_our_names(path: str, rows: Rows) -> Rows:
+    found = rows[0] if rows else {}
+    if "file_name" not in found or "image" in found:
+        return rows
+    names = {theirs: ours for theirs, ours in IMAGE_FOLDER_COLUMNS.items() if theirs in found and ours not in found}
+    logger.info("%s: %s", path, ", ".join(f"{theirs} is taken as {ours}" for theirs, ours in names.items()))
+    return RenamedRows(rows, names)

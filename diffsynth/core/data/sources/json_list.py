@@ -9,6 +9,28 @@ JSON_ENDS = (*JSON_SPACE, ",", "]")  # characters that can follow an element of 
 PIECE = 1 << 20  # characters that are read at a time; a guess
 
 
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    values = dict(pairs)
+    if len(values) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for number, name in enumerate(names) if name in names[:number])
+        raise ValueError(f"two keys are named {twice!r}; rename or delete one")
+    return values
+
+
+def row_error(number: int, error: ValueError | RecursionError, invalid: str) -> ValueError:
+    """The error for a row, counted from 1, that ROW_DECODER cannot read; `invalid` is said if it is not JSON."""
+    if isinstance(error, RecursionError):
+        invalid = "lists or objects are nested too deeply; write the columns of a row as one flat object"
+    elif not isinstance(error, json.JSONDecodeError):
+        digits = "a number has too many digits; write it in quotes, as text"
+        invalid = digits if "int_max_str_digits" in str(error) else str(error)
+    return ValueError(f"row {number}: {invalid}")
+
+
+ROW_DECODER = json.JSONDecoder(object_pairs_hook=_unique)
+
+
 class JsonList:
     """Yields (value, JSON text) of each element of a file that is one JSON list, holding only a piece in memory.
 
@@ -41,13 +63,14 @@ class JsonList:
         self._peek()
         while True:
             try:
-                value, end = json.JSONDecoder().raw_decode(self.text, self.position)
+                value, end = ROW_DECODER.raw_decode(self.text, self.position)
                 if self.text[end : end + 1] in JSON_ENDS or not self._read():  # a number may continue in the next piece
                     start, self.position = self.position, end
                     return value, self.text[start:end]
-            except json.JSONDecodeError as error:
-                if not self._read():
-                    raise ValueError(f"row {number}: {error.msg}; write [{{...}}, {{...}}]") from error
+            except (ValueError, RecursionError) as error:
+                message = getattr(error, "msg", "")
+                if not (message and self._read()):
+                    raise row_error(number, error, f"{message}; write [{{...}}, {{...}}]") from error
 
     def _take(self) -> str:
         """Consume the next character that is not white space."""

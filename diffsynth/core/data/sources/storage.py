@@ -3,16 +3,18 @@
 import io
 import os
 import re
+import stat
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from hashlib import blake2b
 from typing import Any, BinaryIO, NamedTuple
 
 import fsspec
 import numpy as np
 import pyarrow as pa
 
-IMAGE_SUFFIXES = (".avif", ".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 PART = re.compile(r"(.+\.tar)#(\d+)\+(\d+)/.+")
+SAMPLES, SAMPLE = 64, 1 << 12  # pieces of a file that are hashed, and their bytes; guesses
 BLOCK = 1 << 20  # bytes per request to an object store; most images, and all headers, need one request; a guess
 
 
@@ -75,18 +77,46 @@ class FileSlice(io.RawIOBase):
         super().close()
 
 
+class FollowedFile(io.RawIOBase):
+    """A read-only stream of a file, then of `more` bytes."""
+
+    def __init__(self, file: BinaryIO, more: bytes):
+        self.parts = [file, io.BytesIO(more)]
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: bytearray | memoryview) -> int:
+        return self.parts[0].readinto(buffer) or self.parts[1].readinto(buffer)
+
+
 def open_file(file: str | EmbeddedFile) -> BinaryIO:
     """Open a path, a URL of an object store (`s3://…`), a part of a tar file (see `part_of`), or an embedded file.
 
     Raises:
         FileNotFoundError: There is no such file.
-        ValueError: The package for such URLs is not installed.
+        ValueError: The package for such URLs is not installed, or the path is a folder, a pipe or a device.
     """
     if isinstance(file, EmbeddedFile):
         return file.open()
     if part := PART.fullmatch(file):
         return io.BufferedReader(FileSlice(open_file(part[1]), int(part[2]), int(part[3])))
-    return file_system(file).open(file, block_size=BLOCK) if is_remote(file) else open(file, "rb")
+    if is_remote(file):
+        return file_system(file).open(file, block_size=BLOCK)
+    require_regular(file)
+    return open(file, "rb")
+
+
+def require_regular(path: str) -> None:
+    """Raise ValueError for a folder, a pipe or a device: to open a pipe waits for ever, and a device has no end.
+
+    Raises:
+        FileNotFoundError: There is nothing of that name.
+    """
+    mode = os.stat(path).st_mode
+    if not stat.S_ISREG(mode):
+        found = "a folder" if stat.S_ISDIR(mode) else "a pipe or a device"
+        raise ValueError(f"{path} is {found}; expected a file")
 
 
 def part_of(archive: str, offset: int, size: int, name: str) -> str:
@@ -174,6 +204,20 @@ def stored(path: str) -> StoredFile:
         return _described(path, file_system(path).info(path))
     status = os.stat(path)
     return StoredFile(path, status.st_size, str(status.st_mtime_ns))
+
+
+def sampled_digest(path: str, size: int) -> str:
+    """A hash (16 hex digits) of the size of a file, its first and last bytes and SAMPLES pieces between.
+
+    For files whose dates and size stay as they were when their content changes, as some copying programs leave them.
+    """
+    last = max(size - SAMPLE, 0)
+    with open_file(path) as file:
+        digest = blake2b(str(size).encode(), digest_size=8)
+        for number in range(SAMPLES + 1):
+            file.seek(last * number // SAMPLES)
+            digest.update(file.read(SAMPLE))
+    return digest.hexdigest()
 
 
 def list_files(folder: str) -> Iterator[StoredFile]:

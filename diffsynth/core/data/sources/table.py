@@ -5,6 +5,7 @@ import logging
 import os
 from abc import abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from hashlib import blake2b
 from itertools import chain, islice
 from pathlib import Path
@@ -19,7 +20,7 @@ logger = logging.getLogger(__name__)
 
 IN_MEMORY = 16 << 20  # bytes; smaller sources are kept in memory and converted in each process; a guess
 BATCH = 1 << 14  # rows that are in memory while a table is written; a guess
-FORMAT = 1  # version of the files in the cache folder; part of their names
+FORMAT = 2  # version of the files in the cache folder; part of their names
 JSON_ROWS = pa.schema([("row", pa.large_string())], metadata={"rows": "json"})
 
 
@@ -29,6 +30,28 @@ class Rows(Sequence[dict]):
     @abstractmethod
     def digest(self) -> str:
         """A hash (16 hex digits) of the rows, which does not depend on where they are stored."""
+
+
+@dataclass(frozen=True)
+class RenamedRows(Rows):
+    """Rows with other names of columns.
+
+    Args:
+        rows: The rows.
+        names: The new names by the old ones; other columns keep theirs.
+    """
+
+    rows: Rows
+    names: dict[str, str]
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> dict:
+        return {self.names.get(name, name): value for name, value in self.rows[index].items()}
+
+    def digest(self) -> str:
+        return blake2b(f"{self.rows.digest()} {self.names}".encode(), digest_size=8).hexdigest()
 
 
 class Table(Rows):
@@ -83,13 +106,17 @@ def make_table(name: str, batches: Iterator[pa.RecordBatch], size: int, *identit
         return Table(sink.getvalue())
     key = blake2b(json.dumps([FORMAT, *identity]).encode(), digest_size=16).hexdigest()
     file = cache_folder() / f"{key}.arrow"
-    if not file.exists():
-        logger.info("%s is converted into %s, once.", name, file)
+    if file.exists():
         try:
-            with replacing(file) as partial, pa.OSFile(str(partial), "wb") as sink:
-                _write(batches, sink)
-        except OSError as error:
-            raise ValueError(f"the table of {name}: {error}; set DIFFSYNTH_CACHE to a folder for it") from error
+            return Table(str(file))
+        except (pa.ArrowException, OSError) as error:
+            logger.warning("%s is damaged (%s), and is made again.", file, error)
+    logger.info("%s is converted into %s, once.", name, file)
+    try:
+        with replacing(file) as partial, pa.OSFile(str(partial), "wb") as sink:
+            _write(batches, sink)
+    except OSError as error:
+        raise ValueError(f"the table of {name}: {error}; set DIFFSYNTH_CACHE to a folder for it") from error
     return Table(str(file))
 
 
@@ -120,7 +147,10 @@ def read_cell(column: pa.ChunkedArray, index: int) -> Any:
     if is_list and _holds_files(column.type.value_type):
         files = column.slice(index, 1).chunk(0).flatten()
         return [_file(files.slice(number, 1)) for number in range(len(files))]
-    return column[index].as_py()
+    try:
+        return column[index].as_py()
+    except (ValueError, OverflowError):  # Python has no date after the year 9999, and no nanoseconds
+        return column.slice(index, 1).cast(pa.string())[0].as_py()
 
 
 def _holds_files(kind: pa.DataType) -> bool:
@@ -146,7 +176,10 @@ def _write(batches: Iterator[pa.RecordBatch], sink: pa.NativeFile) -> None:
 
 
 def is_empty(value: Any) -> bool:
-    """Whether a cell is empty: None, blank text, an empty list, or NaN, which other programs write for empty cells."""
+    """Whether a cell is empty: None, blank text, an empty list, or NaN, which other programs write for empty cells.
+
+    The text "NaN" is text: a table is read with its types, and Nan may be a grandmother.
+    """
     if isinstance(value, str):
-        return value.strip().lower() in ("", "nan")
+        return not value.strip()
     return value is None or value == [] or value != value

@@ -9,7 +9,8 @@ import tarfile
 from collections.abc import Iterable, Iterator
 from posixpath import basename
 
-from .storage import IMAGE_SUFFIXES, absolute, file_system, is_remote, open_file, part_of, stored
+from .picture_formats import picture_suffixes
+from .storage import absolute, file_system, is_remote, open_file, part_of, stored
 from .table import Table, json_batches, make_table
 
 RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")
@@ -79,8 +80,10 @@ def _match(path: str, pattern: str) -> list[str]:
 def _read_shard(path: str, name: str, caption_key: str | None) -> Iterator[dict]:
     try:
         with open_file(os.path.join(path, name)) as file, tarfile.open(fileobj=file, mode="r:") as archive:
-            for _, members in itertools.groupby(_members(archive), key=lambda member: _split(member.name)[0]):
-                yield {"image": None, "prompt": ""} | dict(_columns(archive, name, members, caption_key))
+            for key, members in itertools.groupby(_members(archive), key=lambda member: _split(member.name)[0]):
+                columns = dict(_columns(archive, name, members, caption_key))
+                _require_key_without_dot(name, key, columns)
+                yield {"image": None, "prompt": ""} | columns
     except tarfile.TarError as error:
         raise ValueError(f"shard {name}: {error}; expected a complete, uncompressed tar file") from error
 
@@ -98,6 +101,17 @@ def _split(name: str) -> tuple[str, str]:
     return name.removesuffix(kind), kind.lower()
 
 
+def _require_key_without_dot(shard: str, key: str, columns: dict) -> None:
+    """Raise ValueError if the name of an image, such as 22.05.png, was cut at a dot that belongs to its key."""
+    numbers = [column for column in columns if column[0].isdigit()]
+    if numbers and "image" not in columns:
+        raise ValueError(
+            f"shard {shard}: {key}{numbers[0]}.…: a sample's key ends at the first dot (WebDataset), so that "
+            f"{numbers[0]!r} would be the name of a column; write the shard with other names, such as "
+            f"{key.rstrip('.')}_{numbers[0]}"
+        )
+
+
 def _columns(
     archive: tarfile.TarFile, shard: str, members: Iterable[tarfile.TarInfo], caption_key: str | None
 ) -> Iterator[tuple[str, str | None]]:
@@ -105,7 +119,7 @@ def _columns(
     for member in members:
         kind = _split(member.name)[1]
         column, _, suffix = kind.rpartition(".")
-        if f".{suffix}" in IMAGE_SUFFIXES:
+        if f".{suffix}" in picture_suffixes():
             yield column or "image", part_of(shard, member.offset_data, member.size, member.name)
         elif kind == ("txt" if caption_key is None else "json"):
             yield "prompt", _caption(archive, member, caption_key)
@@ -115,6 +129,6 @@ def _caption(archive: tarfile.TarFile, member: tarfile.TarInfo, caption_key: str
     try:
         text = archive.extractfile(member).read().decode("utf-8-sig")
         return text.strip() if caption_key is None else json.loads(text).get(caption_key)
-    except (ValueError, AttributeError) as error:
+    except (ValueError, AttributeError, RecursionError) as error:
         expected = "text" if caption_key is None else "one JSON object"
         raise ValueError(f"{member.name} of {archive.name}: {error}; expected {expected} in UTF-8") from error

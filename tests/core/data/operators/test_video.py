@@ -16,7 +16,7 @@ import pytest
 from PIL import Image
 
 from diffsynth.core.data import ImageCropAndResize, LoadGIF, LoadVideo, UnifiedDataset
-from diffsynth.core.data.operators import picture_files
+from diffsynth.core.data.operators import video
 from diffsynth.core.data.sources.storage import EmbeddedFile
 
 ANY_NUMBER = {"time_division_factor": 1, "time_division_remainder": 0}
@@ -182,7 +182,7 @@ def test_a_cache_knows_frames_by_bytes_and_by_what_is_done_to_them(load, write, 
 
 def test_video_is_fetched_from_a_url(tmp_path, monkeypatch):
     path = write_video(tmp_path / "a.mkv", 5)
-    monkeypatch.setattr(picture_files, "urlopen", lambda url, timeout: BytesIO(Path(path).read_bytes()))
+    monkeypatch.setattr(video, "read_url", lambda url: BytesIO(Path(path).read_bytes()))
     assert numbers(LoadVideo()("https://example.org/a.mkv")) == list(range(5))
 
 
@@ -210,7 +210,7 @@ REFUSED = {
     "absent": (lambda path: None, "not found (looked in {folder} for a.mp4)"),
     "empty": (Path.touch, "is not a video that FFmpeg can read; it is empty"),
     "text": (lambda path: path.write_text("no video"), "FFmpeg can read; it begins with b'no video'"),
-    "folder": (Path.mkdir, "[Errno 21] Is a directory"),
+    "folder": (Path.mkdir, "a.mp4 is a folder; expected a file"),
     "sound": (sound, "holds no video that FFmpeg can read"),
     "playlist": (playlist, "is not a video that FFmpeg can read; it begins with b'ffconcat version 1.0'"),
 }

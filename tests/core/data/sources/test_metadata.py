@@ -2,8 +2,10 @@
 
 import csv
 import json
+import os
 import pickle
 from io import StringIO
+from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -14,6 +16,7 @@ from hypothesis import strategies as st
 from diffsynth.core.data import Table, UnifiedDataset, read_metadata
 from diffsynth.core.data.sources import json_list, metadata, table
 from diffsynth.core.data.sources.metadata import JsonList
+from diffsynth.core.data.sources.table import is_empty
 
 ROWS = [{"image": "a.png", "prompt": "red, café"}, {"image": "b.png", "prompt": "blue"}]
 
@@ -39,6 +42,10 @@ def parquet(rows, **options) -> bytes:
     pq.write_table(pa.Table.from_pylist(rows, **options), sink)
     return sink.getvalue().to_pybytes()
 
+
+TWO_COLUMNS = pa.BufferOutputStream()
+pq.write_table(pa.table([["p"], ["q"]], names=["prompt", "prompt"]), TWO_COLUMNS)
+TWO_COLUMNS = TWO_COLUMNS.getvalue().to_pybytes()
 
 FORMATS = [
     ("m.csv", '\ufeffimage,prompt\na.png,"red, café"\n\nb.png,blue\n'),
@@ -69,7 +76,19 @@ def test_a_mapped_table_is_the_one_in_memory(tmp_path, name, content, request):
         ("m.txt", b"", r"suffix '.txt' is not one of .csv, .json, .jsonl, .parquet"),
         ("m.csv", b"image,prompt\na.png,red\nb.png,red, blue\n", "row 2: 3 cells, 2 columns; quote"),
         ("m.csv", b"image,prompt\na.png,\xc4\xe3\n", "save it as UTF-8, or .*dataset.encoding=gbk"),
-        ("m.csv", b"prompt\n" + b"x" * 200_000 + b"\na,b\n", "field larger than field limit"),
+        ("m.csv", b"prompt\n" + b"x" * 200_000 + b"\na,b\n", "after row 0: field larger than field limit"),
+        ("m.csv", b'image,prompt\na.png,p\nb.png,"q\nc.png,r\nd.png,s\n', "row 2: a quote is opened and never closed"),
+        ("m.csv", b'image,prompt\na.png\n"b.png,q\nc.png,r', "row 2: a quote is opened and never closed"),
+        ("m.csv", b'"image,prompt\na.png,p\n', "the header: a quote is opened and never closed"),
+        ("m.csv", b"image,prompt,prompt\na.png,p,q\n", "two columns are named 'prompt'"),
+        ("m.parquet", TWO_COLUMNS, "two columns are named 'prompt'"),
+        ("m.jsonl", b'{"a": 1}\n{"a": 1, "a": 2}\n', "row 2: two keys are named 'a'"),
+        ("m.json", b'[{"a": 1}, {"a": 1, "a": 2}]', "row 2: two keys are named 'a'"),
+        ("m.jsonl", b'{"a": 1}\n{"a": ' + b"9" * 5000 + b"}\n", "row 2: a number has too many digits"),
+        ("m.json", b'[{"a": 1}, {"a": ' + b"9" * 5000 + b"}]", "row 2: a number has too many digits"),
+        ("m.jsonl", b'{"a": 1}\n' + b"[" * 100_000 + b"\n", "row 2: lists or objects are nested too deeply"),
+        ("m.json", b'[{"a": 1}, {"a": ' + b"[" * 100_000 + b"]", "row 2: lists or objects are nested too deeply"),
+        ("m.json", b'{"a": ' * 100_000, "m.json: maximum recursion depth"),
         ("m.json", b'{"image": "a.png"}', "holds one dict, not a list of rows"),
         ("m.json", b"[1]", "row 1: 1 is not an object"),
         ("m.json", b'[{"a": 1}, {"a": ]', "row 2: Expecting value"),
@@ -117,6 +136,10 @@ def test_an_encoding_can_be_named(tmp_path):
     assert UnifiedDataset.from_folder(tmp_path, encoding="gbk").rows[0]["prompt"] == "一只猫"
     with pytest.raises(ValueError, match="unknown encoding: latin-99.*dataset.encoding=gbk"):
         read_metadata(path, "latin-99")
+    with pytest.raises(ValueError, match="m.*unknown encoding: base64; set one of text.*dataset.encoding=gbk"):
+        read_metadata(path, "base64")
+    utf_16 = write(tmp_path / "wide.csv", "image,prompt\na.png,p\n".encode("utf-16"))
+    assert read_metadata(utf_16, "utf-16")[0] == {"image": "a.png", "prompt": "p"}
 
 
 # Cells ----------------------------------------------------------------------------------------------------------------
@@ -137,19 +160,55 @@ def test_csv_reads_as_the_standard_library_does(tmp_path_factory, rows):
     assert list(read_metadata(path)) == list(csv.DictReader(StringIO(text.getvalue(), newline="")))
 
 
+def ends_within_quotes(text: str) -> bool:
+    state = "start"  # of a cell
+    for mark in text:
+        if state == "quoted":
+            state = "quote" if mark == '"' else "quoted"
+        elif mark == '"' and state in ("start", "quote"):
+            state = "quoted"
+        else:
+            state = "start" if mark in ",\r\n" else "plain"
+    return state == "quoted"
+
+
 @given(st.text('",\r\n ab', max_size=12).map("first,second\n{}".format))
 def test_csv_of_any_form_reads_as_the_standard_library_does(tmp_path_factory, text):
     path = write(tmp_path_factory.getbasetemp() / "form.csv", text)
     expected = list(csv.DictReader(StringIO(text, newline=""), restkey="too many"))
-    if any("too many" in row for row in expected):
+    if ends_within_quotes(text):
+        with pytest.raises(ValueError, match="2 columns|a quote is opened and never closed"):
+            read_metadata(path)
+    elif any("too many" in row for row in expected):
         with pytest.raises(ValueError, match="2 columns"):
             read_metadata(path)
     else:
         assert list(read_metadata(path)) == expected
 
 
-def test_a_column_that_is_named_twice_is_the_last(tmp_path):
-    assert read_metadata(write(tmp_path / "m.csv", "a,b,a\n1,2,3\n"))[0] == {"a": "3", "b": "2"}
+def test_columns_without_a_name_may_be_many(tmp_path):
+    assert read_metadata(write(tmp_path / "m.csv", "a,,\n1,,\n"))[0] == {"a": "1", "": ""}
+
+
+@pytest.mark.parametrize("separator", [";", "\t"])
+@pytest.mark.parametrize("rows", ["a.png{0}red, café\n", 'a.png{0}"red, café"\nb.png\n'])  # for Arrow, and for Python
+def test_a_csv_of_a_spreadsheet_may_have_another_separator(tmp_path, separator, rows):
+    path = write(tmp_path / "m.csv", f"image{separator}prompt\n" + rows.format(separator))
+    assert read_metadata(path)[0] == ROWS[0]
+    with pytest.raises(ValueError, match="row 1: 3 cells, 2 columns; quote a cell that contains"):
+        read_metadata(write(path, f"image{separator}prompt\n{separator.join('abc')}\n"))
+
+
+@pytest.mark.parametrize("text", ["Nan", "NaN", "NA", "null", "None"])
+def test_a_word_for_nothing_is_a_text(tmp_path, text):
+    rows = read_metadata(write(tmp_path / "m.csv", f"image,prompt\na.png,{text}\n"))
+    assert rows[0]["prompt"] == text and not is_empty(text)
+
+
+def test_a_date_that_python_has_not_is_a_text(tmp_path):
+    days = pa.array([4_000_000], pa.int32()).cast(pa.date32())  # in the year 12921
+    pq.write_table(pa.table({"image": ["a.png"], "taken": days}), tmp_path / "m.parquet")
+    assert read_metadata(tmp_path / "m.parquet")[0] == {"image": "a.png", "taken": "12921-08-18"}
 
 
 VALUES = st.recursive(
@@ -218,6 +277,21 @@ def test_a_large_table_is_converted_once_for_each_version_of_its_file(tmp_path, 
     assert first.source == second.source and len(list(cache.iterdir())) == 1
     assert read_metadata(write(path, "a\n1\n2\n"))[1] == {"a": "2"}
     assert len(list(cache.iterdir())) == 2
+
+
+def test_a_damaged_conversion_is_made_again(tmp_path, cache, caplog):
+    path = write(tmp_path / "m.csv", "a\n1\n")
+    converted = Path(read_metadata(path).source)
+    converted.write_bytes(converted.read_bytes()[:-100])
+    assert list(read_metadata(path)) == [{"a": "1"}]
+    assert f"{converted} is damaged" in caplog.text and len(list(cache.iterdir())) == 1
+
+
+def test_a_table_that_changes_within_its_size_and_date_is_read_again(tmp_path, cache):
+    path = tmp_path / "m.csv"
+    for cells in ("1" * 1000, "1" * 999 + "2", "3" + "1" * 999, "1" * 500 + "4" + "1" * 499):
+        os.utime(write(path, f"a\n{cells}\n"), ns=(0, 0))
+        assert read_metadata(path)[0] == {"a": cells}
 
 
 def test_a_table_that_cannot_be_converted_leaves_nothing_behind(tmp_path, cache):

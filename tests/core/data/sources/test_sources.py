@@ -26,6 +26,7 @@ from torch.utils.data import ConcatDataset, DataLoader
 from diffsynth.core.data import HubRows, UnifiedDataset, open_file, read_shards
 from diffsynth.core.data.order.row_index import AllBut
 from diffsynth.core.data.sources import table
+from diffsynth.core.data.sources.picture_formats import readable_formats
 from diffsynth.core.data.sources.storage import EmbeddedFile, part_of
 from diffsynth.core.data.sources.tar_shards import expand
 
@@ -218,6 +219,43 @@ def test_a_table_wins_over_captions(tmp_path):
     assert [row["prompt"] for row in UnifiedDataset(tmp_path).rows] == ["said in the table"]
 
 
+def test_every_picture_of_a_folder_is_a_row(tmp_path, monkeypatch):
+    """Also those that cannot be read here, which are named."""
+    monkeypatch.setitem(sys.modules, "pillow_heif", None)
+    monkeypatch.setitem(sys.modules, "pillow_jxl", None)
+    readable_formats.cache_clear()
+    for name in ("a.png", "b.jfif", "c.jp2"):
+        Image.new("RGB", (32, 32), "red").save(tmp_path / name)
+    heif, jxl = b"\0\0\0\x18ftypheic" + bytes(12), b"\0\0\0\x0cJXL \r\n\x87\n"
+    write_files(tmp_path, {"d.heic": heif, "e.jxl": jxl, "f.JPG": heif, "g.eps": b"%!PS-Adobe"})
+    write_files(tmp_path, {f"{name}.txt": name for name in "abcdefg"})
+    dataset = UnifiedDataset(tmp_path, on_error="skip")
+    assert [fault.reason.partition(": ")[2] for fault in dataset.scan()] == [
+        "is HEIC, which Pillow cannot read here: pip install pillow-heif, or save it as PNG",
+        "is JPEG XL, which Pillow cannot read here: pip install pillow-jxl-plugin, or save it as PNG",
+        "is HEIC, which Pillow cannot read here: pip install pillow-heif, or save it as PNG",
+        "is PostScript, which is a program; save it as PNG",
+    ]
+    assert [row["prompt"] for row in dataset] == ["a", "b", "c"]
+
+
+def test_a_folder_without_captions_says_where_they_are_looked_for(tmp_path):
+    write_files(tmp_path, FILES | {"notes.txt": "none"})
+    with pytest.raises(ValueError, match=r"no image has a caption; write that of a.png into a.txt .*metadata.csv"):
+        UnifiedDataset(tmp_path)
+
+
+def test_a_table_of_a_hugging_face_folder_is_read_as_it_is(tmp_path, caplog):
+    write_files(tmp_path, FILES | {"metadata.csv": "file_name,text,seed\na.png,p,1\n"})
+    caplog.set_level("INFO")
+    dataset = UnifiedDataset(tmp_path)
+    assert dataset.scan(("image", "prompt")) == [] and seen(dataset[0]) == ((255, 0, 0), "p")
+    assert "file_name is taken as image, text is taken as prompt" in caplog.text
+    write_files(tmp_path, {"metadata.csv": "image,text\na.png,p\n"})
+    with pytest.raises(ValueError, match="has no prompt, but image, text; 'dataset.augmentation.captions={NAME: 1}'"):
+        UnifiedDataset(tmp_path).scan(("image", "prompt"))
+
+
 def test_captions_can_be_in_another_encoding(tmp_path):
     write_files(tmp_path, {"a.png": png(), "a.txt": "你好".encode("gbk")})
     assert UnifiedDataset.from_folder(str(tmp_path), encoding="gbk").rows[0]["prompt"] == "你好"
@@ -270,6 +308,12 @@ def test_shards_that_cannot_be_read_are_named(tmp_path, content, shards, message
         write_files(tmp_path, {"s-0.tar": content})
     with pytest.raises(ValueError, match=message):
         read_shards(str(tmp_path), shards)
+
+
+def test_a_key_with_a_dot_is_named(tmp_path):
+    write_tar(tmp_path / "s.tar", {"22.05.png": png(), "22.05.txt": "p"})
+    with pytest.raises(ValueError, match=r"shard s.tar: 22.05.*key ends at the first dot .*such as 22_05"):
+        read_shards(str(tmp_path))
 
 
 def test_a_caption_that_is_no_text_is_named(tmp_path):
