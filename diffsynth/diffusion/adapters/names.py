@@ -79,7 +79,8 @@ class LayerNames:
                 found.setdefault(name, (layer,))
         for original, ours in self.original.items():
             every = (ours,) if isinstance(ours, str) else ours
-            for number in filter(None.__ne__, (_number(every[0], layer) for layer in layers)):
+            numbers = [_number(every[0], layer) for layer in layers]
+            for number in [number for number in numbers if number is not None]:
                 found[original.replace("*", number)] = tuple(name.replace("*", number) for name in every)
         return {name.replace(".", "_"): layers for name, layers in found.items()} | found
 
