@@ -7,12 +7,12 @@ from functools import cache
 import pytest
 import torch
 from families import FAMILIES
-from programs import PIPELINES, are_equal, comfyui_names, programs_that_load
+from programs import PIPELINES, are_equal, comfyui_names, lycoris_update, programs_that_load, updates_of
 from safetensors.torch import load_file, save_file
 
 from diffsynth.core.loader import save_safetensors
 from diffsynth.diffusion.adapters import files
-from diffsynth.diffusion.adapters.lora import LoRA
+from diffsynth.diffusion.adapters.lora import LoHa, LoKr, LoRA
 
 QWEN, FLUX2 = FAMILIES[:2]
 EVERY = {"diffusers", "ComfyUI", "DiffSynth-Studio"}
@@ -37,15 +37,14 @@ def built(family):
     return family.build()
 
 
-def shaken(family, targets, **options):
+def shaken(family, targets, kind=LoRA, **options):
     """A training module whose adapter's matrices are random, and the updates of its layers."""
-    module = family.module(lora=LoRA(rank=4, alpha=6, target_modules=targets, **options)).load()
-    generator, layers = torch.Generator().manual_seed(0), dict(module.pipe.dit.named_modules())
-    for name, parameter in module.named_parameters():
-        if "lora_" in name:
-            parameter.data = 0.1 * torch.randn(parameter.shape, generator=generator)
-    adapted = {name: layer for name, layer in layers.items() if hasattr(layer, "get_delta_weight")}
-    return module, {name: layer.get_delta_weight("default").detach() for name, layer in adapted.items()}
+    module = family.module(lora=kind(rank=4, alpha=6, target_modules=targets, **options)).load()
+    generator = torch.Generator().manual_seed(0)
+    for parameter in module.parameters():
+        if parameter.requires_grad:
+            parameter.data = 0.3 * torch.randn(parameter.shape, generator=generator)
+    return module, updates_of(module.pipe.dit)
 
 
 def exported(module, format, path):
@@ -64,6 +63,21 @@ def test_programs_load_the_formats_that_the_table_says(family, tmp_path):
         if of_family is family:
             file = exported(module, format, tmp_path / f"{format}.safetensors")
             assert programs_that_load(file, built(family).dit, family.name, updates) == expected, format
+
+
+@pytest.mark.parametrize(
+    ("kind", "options", "format", "expected"),
+    [
+        (LoRA, {"use_dora": True}, "common", {"diffusers"}),
+        (LoRA, {"use_dora": True}, "comfyui", {"ComfyUI"}),
+        (LoHa, {}, "common", {"ComfyUI"}),
+        (LoKr, {"decompose_factor": 8}, "common", {"ComfyUI"}),
+    ],
+)
+def test_other_kinds_of_adapters_load_in_one_program(kind, options, format, expected, tmp_path):
+    module, updates = shaken(QWEN, ["to_q"], kind, **options)
+    file = exported(module, format, tmp_path / "file.safetensors")
+    assert programs_that_load(file, built(QWEN).dit, "emoji", updates) == expected
 
 
 @pytest.mark.parametrize("family", [QWEN, FLUX2], ids=str)
@@ -121,6 +135,7 @@ SPELLINGS = {
     "onetrainer": (lambda layer: f"lora_transformer_{flat(layer)}.", KOHYA),
     "peft": (lambda layer: f"base_model.model.{layer}.", PEFT),
     "peft around diffusers": (lambda layer: f"base_model.model.transformer.{layer}.", PEFT),
+    "earlier ComfyUI exports": (lambda layer: f"diffusion_model.{layer}.", KOHYA),
     "old diffusers": (lambda layer: f"transformer.{layer}.", OLD),
     "processors": (
         lambda layer: f"transformer.{layer.replace('.attn.', '.attn.processor.').removesuffix('.0')}_",
@@ -179,15 +194,6 @@ LYCORIS = {
 }
 
 
-def lycoris_update(parts, scale):
-    """LyCORIS's update; its scale is not applied to a product of two whole matrices."""
-    if "hada_w1_a" in parts:
-        return scale * (parts["hada_w1_a"] @ parts["hada_w1_b"]) * (parts["hada_w2_a"] @ parts["hada_w2_b"])
-    whole = {n: parts.get(f"lokr_w{n}") for n in "12"}
-    left, right = (parts[f"lokr_w{n}_a"] @ parts[f"lokr_w{n}_b"] if w is None else w for n, w in whole.items())
-    return torch.kron(left, right) * (1 if "lokr_w2" in parts else scale)
-
-
 @pytest.mark.parametrize("kind", LYCORIS)
 @pytest.mark.parametrize("fused", [False, True])
 def test_lycoris_files_are_read_and_a_fused_layers_update_is_divided(kind, fused, tmp_path):
@@ -201,9 +207,8 @@ def test_lycoris_files_are_read_and_a_fused_layers_update_is_divided(kind, fused
     save_file({**named, f"{stem}.alpha": torch.tensor(6.0)}, tmp_path / "lycoris.safetensors")
     network = type(built(FLUX2).dit).from_config(built(FLUX2).dit.config)
     files.load(network, tmp_path / "lycoris.safetensors", built(FLUX2).layer_names("dit"))
-    expected = lycoris_update(parts, scale=3.0).chunk(len(layers))
-    found = [network.get_submodule(layer).get_delta_weight("lora_0") for layer in layers]
-    assert all(torch.allclose(a, b, atol=1e-4) for a, b in zip(found, expected, strict=True))
+    expected = lycoris_update(parts | {"alpha": torch.tensor(6.0)}).chunk(len(layers))
+    assert are_equal(updates_of(network), dict(zip(layers, expected, strict=True)))
 
 
 def test_a_kronecker_product_that_layers_cannot_share_is_refused(tmp_path):
