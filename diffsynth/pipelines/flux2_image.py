@@ -47,7 +47,7 @@ MAX_PROMPT_TOKENS = 512  # including those of the chat template
 EDIT_IMAGE_TIME = 10  # distance between edit images on the first axis of positions
 TRAINING_MU = 0.8  # DiffSynth-Studio's shift of the training grid, at every resolution
 MANY_TOKENS = 4300  # above, μ does not depend on the number of steps
-# Black Forest Labs' names of the layers. `final_layer.adaLN_modulation.1` is left out: its halves are swapped here.
+# Black Forest Labs' names of the layers; in the last one they have the shift before the scale.
 LORA_NAMES = LayerNames(
     prefix="transformer",
     original={
@@ -71,7 +71,9 @@ LORA_NAMES = LayerNames(
         "double_stream_modulation_txt.lin": "double_stream_modulation_txt.linear",
         "single_stream_modulation.lin": "single_stream_modulation.linear",
         "final_layer.linear": "proj_out",
+        "final_layer.adaLN_modulation.1": "norm_out.linear",
     },
+    swapped=("final_layer.adaLN_modulation.1",),
 )
 
 

@@ -24,7 +24,7 @@ from ...core.loader import load_state_dict, parse_object, read_metadata, read_sh
 from ...core.memory.storage import stored_layers
 from .formats import FORMATS, check_holds
 from .names import LayerNames, Scale, owner, peft_names
-from .update import Parts, by_layer, kind, left_size, missing, rank, size
+from .update import Parts, by_layer, kind, left_size, missing, rank, size, unmatched
 
 # How much a layer that was read back may differ, relative to its largest output: guesses.
 TOLERANCE = 1e-5  # in fp32, about a hundred times the rounding error 2⁻²³
@@ -159,14 +159,18 @@ def check_layers(module: nn.Module, tensors: Mapping[str, Tensor], path: str | P
 def _check_shapes(name: str, parts: Parts, weight: torch.Size, path: str | Path) -> None:
     inputs = math.prod(weight[1:])
     for part, tensor in parts.items():
-        if tensor.dim() < 1 + (part != "lora_magnitude_vector"):
-            raise ValueError(f"{path}: '{name}.{part}' has shape {tuple(tensor.shape)}, expected more dimensions.")
+        dims, kind = (1, "vector") if part == "lora_magnitude_vector" else (2, "matrix")
+        if tensor.dim() < dims or not tensor.numel():
+            raise ValueError(f"{path}: '{name}.{part}' has shape {tuple(tensor.shape)}, expected a {kind}.")
     down = parts.get("lora_A.weight")
     if down is not None and down[0].numel() != inputs:
         raise ValueError(
             f"{path}: '{name}.lora_A.weight' has shape {tuple(down.shape)}, but {name} takes {inputs} features; "
             "this adapter was made for a model of another width."
         )
+    if pair := unmatched(parts):
+        shapes = " and ".join(f"{part} {tuple(parts[part].shape)}" for part in pair)
+        raise ValueError(f"{path}: {name} has {shapes}, whose ranks differ; the file is broken, fetch it again.")
     if not missing(parts) and (found := size(parts)) != (weight[0], inputs):
         raise ValueError(
             f"{path}: the update of {name} has {found[0]} outputs and {found[1]} inputs, but the layer has {weight[0]} "

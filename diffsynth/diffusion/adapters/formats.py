@@ -13,7 +13,7 @@ from peft import LoraConfig, PeftConfig
 from torch import Tensor
 
 from .names import LayerNames
-from .update import by_layer, scaled_layers
+from .update import by_layer, scaled_layers, with_halves_swapped
 
 Tensors = dict[str, Tensor]
 
@@ -47,7 +47,7 @@ def comfyui(tensors: Mapping[str, Tensor], config: PeftConfig, names: LayerNames
     renamed = {}
     for layer, parts in by_layer(tensors).items():
         name = names.in_comfyui(layer)
-        for part, tensor in parts.items():
+        for part, tensor in (with_halves_swapped(parts) if names.is_swapped(name) else parts).items():
             renamed[f"{name}.{spelling[part]}"] = tensor[:, None] if part == "lora_magnitude_vector" else tensor
         renamed[f"{name}.alpha"] = torch.tensor(scale(config) * config.r, dtype=torch.float32)
     return renamed

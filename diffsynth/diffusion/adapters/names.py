@@ -12,7 +12,7 @@ from typing import Literal
 
 from torch import Tensor, nn
 
-from .update import Parts, rank, scaled, split
+from .update import Parts, rank, scaled, split, with_halves_swapped
 
 Scale = Callable[[str, int | None], float]  # of a layer's name and its update's rank
 
@@ -56,12 +56,18 @@ class LayerNames:
         common: The format whose names the format `common` takes: the one that most programs read.
         original: Names of layers in the model's original code, with `*` for a block's number, and the layers here that
             each stands for. Several layers share the outputs of a fused one in equal parts.
+        swapped: The names in `original` of layers whose outputs here have their halves in the other order.
     """
 
     prefix: str
     comfyui: str | None = None
     common: Literal["comfyui", "diffusers"] = "diffusers"
     original: Mapping[str, str | tuple[str, ...]] = field(default_factory=dict)
+    swapped: tuple[str, ...] = ()
+
+    def is_swapped(self, name: str) -> bool:
+        """Whether a layer's name in a file says that the halves of its outputs are in the other order."""
+        return _flat(name.removeprefix("diffusion_model.")) in map(_flat, self.swapped)
 
     def in_comfyui(self, layer: str) -> str:
         """ComfyUI's name of a layer."""
@@ -82,7 +88,12 @@ class LayerNames:
             numbers = [_number(every[0], layer) for layer in layers]
             for number in [number for number in numbers if number is not None]:
                 found[original.replace("*", number)] = tuple(name.replace("*", number) for name in every)
-        return {name.replace(".", "_"): layers for name, layers in found.items()} | found
+        return {_flat(name): layers for name, layers in found.items()} | found
+
+
+def _flat(name: str) -> str:
+    """A layer's name as kohya's programs write it."""
+    return name.replace(".", "_")
 
 
 def _number(pattern: str, layer: str) -> str | None:
@@ -141,6 +152,7 @@ def peft_names(
         scale = _scale(alpha, rank(parts), f"{source}: {name}") if alpha is not None else 1.0
         if alpha is None and stated is not None:
             scale = stated(layers[0], rank(parts))
+        parts = with_halves_swapped(parts) if names.is_swapped(name) else parts
         for layer, own in zip(layers, _split(scaled(parts, scale), len(layers), f"{source}: {name}"), strict=True):
             named = {f"{layer}.{part}".rstrip("."): tensor for part, tensor in own.items()}
             _refuse_twice(named.keys() & found.keys(), source)

@@ -6,6 +6,7 @@ The weight W becomes W + B A (LoRA), W + (A₁ B₁) ∘ (A₂ B₂) (LoHa) or W
 import re
 from collections.abc import Mapping
 
+import torch
 from torch import Tensor
 
 Parts = dict[str, Tensor]
@@ -18,6 +19,10 @@ GROUPS = {
     "LOKR": ([{"lokr_w1"}, {"lokr_w1_a", "lokr_w1_b"}], [{"lokr_w2"}, {"lokr_w2_a", "lokr_w2_b"}]),
 }
 LINEAR = ("lora_B.weight", "hada_w1_a", "lokr_w1", "lokr_w1_a")  # the update is proportional to one of these
+PRODUCTS = (
+    ("lora_B.weight", "lora_A.weight"),
+    *((f"{matrix}_a", f"{matrix}_b") for matrix in ("hada_w1", "hada_w2", "lokr_w1", "lokr_w2")),
+)
 ROWS = ("lora_B.weight", "lora_magnitude_vector", "hada_w1_a", "hada_w2_a", "lokr_w1", "lokr_w1_a")
 RANKS = ("lora_A.weight", "hada_w1_b", "lokr_w2_b", "lokr_w1_b")  # their first dimension is the rank
 
@@ -40,6 +45,12 @@ def missing(parts: Mapping[str, Tensor]) -> list[str]:
     """The parts that the update lacks; of a matrix that may be whole or a product, the name of the whole one."""
     groups = GROUPS[kind(parts)]
     return [min(choices[0]) for choices in groups if not any(choice <= parts.keys() for choice in choices)]
+
+
+def unmatched(parts: Mapping[str, Tensor]) -> tuple[str, str] | None:
+    """Names of two matrices whose ranks differ, so that they have no product."""
+    present = (pair for pair in PRODUCTS if parts.keys() >= {*pair})
+    return next((pair for pair in present if parts[pair[0]].shape[1] != parts[pair[1]].shape[0]), None)
 
 
 def rank(parts: Mapping[str, Tensor]) -> int | None:
@@ -76,6 +87,12 @@ def scaled_layers(tensors: Mapping[str, Tensor], factor: float) -> dict[str, Ten
     """The tensors of an adapter, under peft's names, whose updates are multiplied by a factor."""
     layers = {layer: scaled(parts, factor) for layer, parts in by_layer(tensors).items()}
     return {f"{layer}.{part}": tensor for layer, parts in layers.items() for part, tensor in parts.items()}
+
+
+def with_halves_swapped(parts: Parts) -> Parts:
+    """The update of a layer whose outputs have their halves in the other order."""
+    rows = [name for name in ROWS if name in parts and parts[name].dim()]
+    return {**parts, **{name: torch.cat(parts[name].chunk(2)[::-1]) for name in rows}}
 
 
 def split(parts: Parts, count: int) -> list[Parts]:

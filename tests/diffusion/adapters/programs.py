@@ -71,6 +71,8 @@ def in_comfyui(file: Path, network: nn.Module, family: str) -> Updates:
                 found[layer] = b @ a * parts.get("alpha", torch.tensor(len(a))) / len(a)
         if "hada_w1_a" in parts or any(part.startswith("lokr_") for part in parts):
             found[layer] = lycoris_update(parts)
+        if "adaLN_modulation" in name and parts:  # the scale is before the shift in diffusers' layer
+            found[layer] = torch.cat(found[layer].chunk(2)[::-1])
         if "dora_scale" in parts:
             found[layer] = torch.cat([found[layer], parts["dora_scale"]], 1)
     return found
@@ -120,6 +122,7 @@ def _native(layer: str) -> str:
         (r"x_embedder", "img_in"),
         (r"context_embedder", "txt_in"),
         (r"proj_out", "final_layer.linear"),
+        (r"norm_out\.linear", "final_layer.adaLN_modulation.1"),
     ):
         if re.fullmatch(pattern, layer):
             return re.sub(pattern, name, layer)

@@ -89,11 +89,13 @@ def test_the_default_is_the_format_that_most_programs_load(family, tmp_path):
     assert programs_that_load(file, built(family).dit, family.name, updates) >= {"diffusers", "ComfyUI"}
 
 
-def test_comfyui_knows_every_key_of_a_flux2_file(tmp_path):
-    module, _ = shaken(FLUX2, "all-linear")
-    keys = load_file(exported(module, "comfyui", tmp_path / "all.safetensors"))
+def test_comfyui_loads_every_layer_of_a_flux2_file(tmp_path):
+    module, updates = shaken(FLUX2, "all-linear")
+    file = exported(module, "comfyui", tmp_path / "all.safetensors")
     known = comfyui_names(built(FLUX2).dit, "emoji_flux2")
-    assert {key.rpartition(".lora_")[0] or key.removesuffix(".alpha") for key in keys} <= known.keys()
+    assert {key.rpartition(".lora_")[0] or key.removesuffix(".alpha") for key in load_file(file)} <= known.keys()
+    assert programs_that_load(file, built(FLUX2).dit, "emoji_flux2", updates) == {"ComfyUI"}
+    module.check_export(file)
 
 
 # What is read ---------------------------------------------------------------------------------------------------------
@@ -268,8 +270,10 @@ def stating(**changes):
         (stating(lora_alpha=10**400), GOOD, "lora_alpha='1000.*, expected a number"),
         (stating(alpha_pattern=[1]), GOOD, "alpha_pattern=\\[1\\], expected alphas by layer"),
         (stating(alpha_pattern={"(.*)*Q": 1}), GOOD, "has the expression '\\(\\.\\*\\)\\*Q' in alpha_pattern"),
-        (stating(), {key: torch.zeros(()) for key in GOOD}, "has shape \\(\\), expected more dimensions"),
+        (stating(), {key: torch.zeros(()) for key in GOOD}, "has shape \\(\\), expected a matrix"),
         (stating(), {key: t / 0 for key, t in GOOD.items()}, "values that are NaN or infinite"),
+        (stating(), {key: t[:0] for key, t in GOOD.items()}, "has shape \\(0, .*\\), expected a matrix"),
+        (stating(), {key: t[:, :128][: 128 if "B" in key else 1] for key, t in GOOD.items()}, "whose ranks differ"),
         (stating(), dict(list(GOOD.items())[:1]), "to_q has no lora_B.weight; the file is incomplete"),
         (stating(), GOOD | {f"{QKV[0]}.lora_up.weight": torch.zeros(128, 2)}, "a second tensor has the meaning of"),
         (stating(), GOOD | {f"transformer.{QKV[0]}.alpha": torch.zeros(2)}, "to_q.alpha is .*, expected one finite"),
