@@ -20,17 +20,16 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import get_peft_model_state_dict
 from torch import Tensor, nn
 
-from ...core.loader import load_state_dict, parse_object, read_metadata, read_shapes
+from ...core.loader import load_state_dict, read_shapes
 from ...core.memory.storage import stored_layers
 from .formats import FORMATS, check_holds
-from .names import LayerNames, Scale, owner, peft_names
+from .names import LayerNames, owner, peft_names
+from .stated import METADATA_KEY, SAVED_NAMES, stated_scale
 from .update import Parts, by_layer, kind, left_size, missing, rank, size, unmatched
 
 # How much a layer that was read back may differ, relative to its largest output: guesses.
 TOLERANCE = 1e-5  # in fp32, about a hundred times the rounding error 2⁻²³
 HALF_TOLERANCE = 1e-2  # in bf16 and fp16, about the rounding error 2⁻⁷ of bf16
-METADATA_KEY = "lora_adapter_metadata"  # key under which diffusers reads the adapter's configuration
-SAVED_NAMES = ("adapter_model.safetensors", "pytorch_lora_weights.safetensors")  # peft's and diffusers'
 ROUNDED_AWAY = (
     "an update that is smaller than the steps between stored numbers would be rounded away. Merge it into the unstored "
     "weights with python fuse.py lora_path=… output=…, and train on the merged weights; or load it unmerged."
@@ -57,8 +56,7 @@ def read(path: str | Path, names: LayerNames, network: nn.Module) -> dict[str, T
     for key, tensor in tensors.items():
         if not _is_finite(tensor):
             raise ValueError(f"{file}: {key!r} has values that are NaN or infinite; take an earlier export.")
-    stated = stated_scale(file, names.prefix)
-    found = peft_names(tensors, names, network, str(file), stated)
+    found = peft_names(tensors, names, network, str(file), stated_scale(file, names.prefix))
     check_layers(network, found, file)
     for layer, parts in by_layer(found).items():
         if lacking := missing(parts):
@@ -81,59 +79,6 @@ def find_file(path: str | Path) -> Path:
 def prefixes(path: str | Path) -> set[str | None]:
     """Prefixes of the networks that the keys in an adapter file name; None among them if some name none."""
     return {owner(key) for key in read_shapes(find_file(path))}
-
-
-def stated_scale(file: Path, prefix: str) -> Scale | None:
-    """The scale that an adapter's configuration states for a layer; None if it has no configuration with an alpha.
-
-    Raises:
-        ValueError: The configuration is no JSON object, is of an unknown kind, or has values that are no numbers.
-    """
-    config, place = _stated_config(file, prefix)
-    alphas = {key: config[key] for key in ("lora_alpha", "alpha") if config.get(key) is not None}
-    if config.get("peft_type", "LORA") not in tuple(CONFIGS):
-        raise ValueError(f"{place} has peft_type={config['peft_type']!r}; expected one of {', '.join(CONFIGS)}.")
-    if not alphas:
-        return None
-    patterns = config.get("alpha_pattern") or {}
-    if not isinstance(patterns, Mapping):
-        raise ValueError(f"{place} has alpha_pattern={patterns!r}, expected alphas by layer.")
-    by_name = {_literal(name, place): _number(alpha, "alpha_pattern", place) for name, alpha in patterns.items()}
-    (name, alpha), whole_rank = next(iter(alphas.items())), _number(config.get("r") or 1, "r", place)
-    alpha, root = _number(alpha, name, place), config.get("use_rslora") is True
-
-    def scale(layer: str, rank: int | None) -> float:
-        own = next((value for name, value in by_name.items() if f".{layer}".endswith(f".{name}")), alpha)
-        return own / (math.sqrt(rank or whole_rank) if root else rank or whole_rank)
-
-    return scale
-
-
-def _stated_config(file: Path, prefix: str) -> tuple[dict[str, Any], str]:
-    """An adapter's configuration, from the file's metadata or from peft's file beside it, and the place for errors."""
-    place = f"{file}: {METADATA_KEY}"
-    if (stated := read_metadata(file, METADATA_KEY)) is not None:
-        start = f"{prefix}."
-        return {key.removeprefix(start): value for key, value in stated.items() if key.startswith(start)}, place
-    beside = file.parent / "adapter_config.json"
-    if file.name in SAVED_NAMES and beside.is_file():
-        return parse_object(beside.read_text(encoding="utf-8", errors="replace"), str(beside)), str(beside)
-    return {}, place
-
-
-def _number(value: Any, name: str, place: str) -> float:
-    is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    if not is_number or not 0 < value < 2**53:
-        raise ValueError(f"{place} has {name}={str(value)[:40]!r}, expected a number above 0.")
-    return float(value)
-
-
-def _literal(pattern: str, place: str) -> str:
-    """A layer's name from a key of `alpha_pattern`, which may be an anchored and escaped expression."""
-    name = pattern.removeprefix("^").removesuffix("$").replace("\\", "")
-    if not re.fullmatch(r"[\w.-]+", name):
-        raise ValueError(f"{place} has the expression {pattern[:40]!r} in alpha_pattern, expected the name of a layer.")
-    return name
 
 
 def check_layers(module: nn.Module, tensors: Mapping[str, Tensor], path: str | Path) -> None:
@@ -377,8 +322,8 @@ def infer_config(tensors: Mapping[str, Tensor], path: str | Path) -> PeftConfig:
     alpha = "lora_alpha" if kinds == ["LORA"] else "alpha"
     shared = {"r": most, alpha: most, "rank_pattern": pattern, "alpha_pattern": pattern, "target_modules": list(ranks)}
     if kinds == ["LORA"]:
-        return LoraConfig(**shared, use_dora=any("lora_magnitude_vector" in key for key in tensors))
-    return LoHaConfig(**shared) if kinds == ["LOHA"] else LoKrConfig(**shared, **_kronecker(layers, path))
+        shared["use_dora"] = any("lora_magnitude_vector" in key for key in tensors)
+    return CONFIGS[kinds[0]](**shared, **(_kronecker(layers, path) if kinds == ["LOKR"] else {}))
 
 
 def _kronecker(layers: Mapping[str, Parts], path: str | Path) -> dict[str, Any]:
