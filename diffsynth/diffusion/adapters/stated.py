@@ -1,4 +1,4 @@
-"""The scale that an adapter's configuration states, in a file's metadata or in the adapter_config.json that peft writes."""
+"""The scale that an adapter's configuration states: in the file's metadata, or in the adapter_config.json beside it."""
 
 import math
 import re
