@@ -48,7 +48,7 @@ class ModelLogger:
     output_path: str | Path
     remove_prefix_in_ckpt: str | None = None
     save_steps: int | None = None
-    formats: Sequence[str] = ("diffusers",)
+    formats: Sequence[str] = ("common",)
     trigger_prompts: Sequence[str] = ()
     keep_best: str | None = None
 

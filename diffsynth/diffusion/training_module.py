@@ -106,19 +106,19 @@ class DiffusionTrainingModule(nn.Module):
         named = {name: p.detach() for name, p in self.named_parameters() if p.requires_grad}
         return {name.removeprefix(remove_prefix or ""): p for name, p in named.items()}
 
-    def export_weights(self, names: str = "diffusers") -> dict[str, tuple[dict[str, Tensor], dict[str, str]]]:
+    def export_weights(self, format: str = "common") -> dict[str, tuple[dict[str, Tensor], dict[str, str]]]:
         """The files to export, `{model: (tensors, metadata)}`; all adapters share one file, `lora`.
 
         Tensors of models trained in full have the names of the released checkpoint.
 
         Args:
-            names: Format of the adapters' names, a key of `adapters.formats.FORMATS`.
+            format: Format of the adapters, a key of `adapters.formats.FORMATS`.
         """
         files, adapters, configs = {}, {}, {}
         for name, model in self.pipe.named_children():
             trainable = {key for key, parameter in model.named_parameters() if parameter.requires_grad}
             if hasattr(model, "peft_config"):
-                tensors, config = lora_files.export(model, self.pipe.lora_prefixes.get(name, name), names)
+                tensors, config = lora_files.export(model, self.pipe.layer_names(name), format)
                 adapters, configs = {**adapters, **tensors}, {**configs, **config}
             elif trainable:
                 files[name] = (self.pipe.released_weights(name, trainable), {})
@@ -135,7 +135,7 @@ class DiffusionTrainingModule(nn.Module):
         """Read an adapter file back and compare it with the trained adapters; see `adapters.files.check_export`."""
         for name, model in self.pipe.named_children():
             if hasattr(model, "peft_config"):
-                lora_files.check_export(model, path, self.pipe.lora_prefixes.get(name, name))
+                lora_files.check_export(model, path, self.pipe.layer_names(name))
 
 
 class PipelineTrainingModule(DiffusionTrainingModule):

@@ -21,6 +21,7 @@ from ..core.context_parallel import TokenSplit
 from ..core.gradient import checkpoint_blocks
 from ..core.host_memory import sent
 from ..core.loader import ModelConfig
+from ..diffusion.adapters.names import LayerNames
 from ..diffusion.base_pipeline import BasePipeline
 from ..diffusion.flow_match import exponential_shift
 from ..diffusion.pipeline.attention import JointAttention
@@ -46,6 +47,34 @@ MAX_PROMPT_TOKENS = 512  # including those of the chat template
 EDIT_IMAGE_TIME = 10  # distance between edit images on the first axis of positions
 TRAINING_MU = 0.8  # DiffSynth-Studio's shift of the training grid, at every resolution
 MANY_TOKENS = 4300  # above, μ does not depend on the number of steps
+# Black Forest Labs' names of the layers; in the last one they have the shift before the scale.
+LORA_NAMES = LayerNames(
+    prefix="transformer",
+    original={
+        "double_blocks.*.img_attn.qkv": tuple(f"transformer_blocks.*.attn.to_{part}" for part in "qkv"),
+        "double_blocks.*.txt_attn.qkv": tuple(f"transformer_blocks.*.attn.add_{part}_proj" for part in "qkv"),
+        "double_blocks.*.img_attn.proj": "transformer_blocks.*.attn.to_out.0",
+        "double_blocks.*.txt_attn.proj": "transformer_blocks.*.attn.to_add_out",
+        "double_blocks.*.img_mlp.0": "transformer_blocks.*.ff.linear_in",
+        "double_blocks.*.img_mlp.2": "transformer_blocks.*.ff.linear_out",
+        "double_blocks.*.txt_mlp.0": "transformer_blocks.*.ff_context.linear_in",
+        "double_blocks.*.txt_mlp.2": "transformer_blocks.*.ff_context.linear_out",
+        "single_blocks.*.linear1": "single_transformer_blocks.*.attn.to_qkv_mlp_proj",
+        "single_blocks.*.linear2": "single_transformer_blocks.*.attn.to_out",
+        "img_in": "x_embedder",
+        "txt_in": "context_embedder",
+        "time_in.in_layer": "time_guidance_embed.timestep_embedder.linear_1",
+        "time_in.out_layer": "time_guidance_embed.timestep_embedder.linear_2",
+        "guidance_in.in_layer": "time_guidance_embed.guidance_embedder.linear_1",
+        "guidance_in.out_layer": "time_guidance_embed.guidance_embedder.linear_2",
+        "double_stream_modulation_img.lin": "double_stream_modulation_img.linear",
+        "double_stream_modulation_txt.lin": "double_stream_modulation_txt.linear",
+        "single_stream_modulation.lin": "single_stream_modulation.linear",
+        "final_layer.linear": "proj_out",
+        "final_layer.adaLN_modulation.1": "norm_out.linear",
+    },
+    swapped=("final_layer.adaLN_modulation.1",),
+)
 
 
 def flux2_sigmas(
@@ -280,7 +309,7 @@ class Flux2ImagePipeline(BasePipeline):
 
     request = Flux2Request
     components = {
-        "dit": Network("Flux2Transformer2DModel", after=use_joint_attention, lora="transformer"),
+        "dit": Network("Flux2Transformer2DModel", after=use_joint_attention, lora=LORA_NAMES),
         "text_encoder": Network("Qwen3ForCausalLM", "Mistral3ForConditionalGeneration", lora="text_encoder"),
         "vae": Network(Flux2VAE),
         "tokenizer": Folder("AutoTokenizer", check=check_chat_template, needed_by="text_encoder"),

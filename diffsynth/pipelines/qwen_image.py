@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from ..core.context_parallel import TokenSplit
 from ..core.gradient import checkpoint_blocks
 from ..core.loader import ModelConfig
+from ..diffusion.adapters.names import LayerNames
 from ..diffusion.base_pipeline import BasePipeline
 from ..diffusion.flow_match import exponential_shift, stretch_to_terminal
 from ..diffusion.pipeline import image_units
@@ -51,6 +52,9 @@ IMAGE_TOKEN = "<|image_pad|>"  # placeholder of one token of an image in the tex
 EDIT_VISION_PIXELS = 384 * 384
 TRAINING_MU = 0.8  # DiffSynth-Studio's shift of the training grid, at every resolution
 TERMINAL_SIGMA = 0.02
+# ComfyUI's names are also those that diffusers (0.39 to 0.42 at least) and DiffSynth-Studio read.
+LORA_NAMES = LayerNames(prefix="transformer", comfyui="diffusion_model.", common="comfyui")
+TEXT_LORA_NAMES = LayerNames(prefix="text_encoder", common="comfyui")  # diffusers reads no file in which styles differ
 
 
 def qwen_image_sigmas(
@@ -335,8 +339,8 @@ class QwenImagePipeline(BasePipeline):
 
     request = QwenImageRequest
     components = {
-        "dit": Network("QwenImageTransformer2DModel", after=use_joint_attention, lora="transformer"),
-        "text_encoder": Network("Qwen2_5_VLForConditionalGeneration", lora="text_encoder"),
+        "dit": Network("QwenImageTransformer2DModel", after=use_joint_attention, lora=LORA_NAMES),
+        "text_encoder": Network("Qwen2_5_VLForConditionalGeneration", lora=TEXT_LORA_NAMES),
         "vae": Network(QwenImageVAE, after=QwenImageVAE.use_single_frame_convolutions),
         "tokenizer": Folder("Qwen2Tokenizer", check=check_templates, needed_by="text_encoder"),
         "processor": Folder("Qwen2VLImageProcessorPil", check=check_templates),  # torchvision's differs a little

@@ -267,7 +267,7 @@ ROWS = [
 def test_a_run_trains_an_adapter_that_changes_what_is_sampled(pipe, data, tmp_path):
     run_dir = tiny.train(tmp_path, *tiny_qwen_edit.overrides(), f"dataset.path={data}", *ROWS, "optimizer.lr=0.05")
     (file,) = (run_dir / "weights").glob("*.safetensors")
-    assert "transformer.transformer_blocks.0.attn.to_q.lora_A.weight" in load_file(file)
+    assert "diffusion_model.transformer_blocks.0.attn.to_q.lora_down.weight" in load_file(file)
     base = latents_of(pipe, edit_image=TWO)
     pipe.load_lora("dit", file)
     assert (latents_of(pipe, edit_image=TWO) - base).abs().max() > 0.02

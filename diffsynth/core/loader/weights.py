@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from difflib import get_close_matches
 from hashlib import blake2b
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -140,13 +140,39 @@ def read_shapes(file: Path) -> dict[str, tuple[int, ...]]:
             raise ValueError(f"{file} ({size} bytes) is no safetensors file, or is cut off. {_FETCH_AGAIN}")
         try:
             header = json.loads(stream.read(length))
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise ValueError(f"{file} is no safetensors file: its header is not JSON. {_FETCH_AGAIN}") from error
     header.pop("__metadata__", None)
     expected = 8 + length + max((tensor["data_offsets"][1] for tensor in header.values()), default=0)
     if size != expected:
         raise ValueError(f"{file} has {size} bytes, expected {expected}. {_FETCH_AGAIN}")
     return {key: tuple(tensor["shape"]) for key, tensor in header.items()}
+
+
+def read_metadata(file: str | Path, key: str) -> dict[str, Any] | None:
+    """The JSON object that a safetensors file's metadata has under a key; None if it has none.
+
+    Raises:
+        ValueError: The text is no JSON object.
+    """
+    with safe_open(file, "pt") as stored:
+        text = (stored.metadata() or {}).get(key)
+    return None if text is None else parse_object(text, f"{file}: {key}")
+
+
+def parse_object(text: str, source: str) -> dict[str, Any]:
+    """Parse JSON that should be an object.
+
+    Raises:
+        ValueError: It is no JSON, or another value; the message begins with `source`.
+    """
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError) as error:  # the latter if it is nested too deeply
+        raise ValueError(f"{source} is no JSON: {text[:40]!r}; make the file anew, or take another.") from error
+    if not isinstance(value, dict):
+        raise ValueError(f"{source} is {text[:40]!r}, expected a JSON object; make the file anew, or take another.")
+    return value
 
 
 def _require_file(file: Path) -> None:

@@ -1,11 +1,10 @@
 """Adapter files: export them, load them, check them, merge them into a network.
 
-The files that this module writes have diffusers' keys (`transformer.blocks.0.to_q.lora_A.weight`) and the adapter's
-configuration as metadata; it also reads the keys of other programs.
+`names` says what the keys of other programs mean, and `formats` what they are called in the files that are written.
 """
 
 import difflib
-import json
+import math
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping
@@ -14,21 +13,23 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoHaConfig, LoKrConfig, LoraConfig, inject_adapter_in_model, set_peft_model_state_dict
+from peft import LoHaConfig, LoKrConfig, LoraConfig, PeftConfig, inject_adapter_in_model, set_peft_model_state_dict
+from peft.tuners.lokr.layer import factorization
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import get_peft_model_state_dict
-from safetensors import safe_open
 from torch import Tensor, nn
 
 from ...core.json_text import to_json
-from ...core.loader import load_state_dict
+from ...core.loader import load_state_dict, read_shapes
 from ...core.memory.storage import stored_layers
-from .formats import FORMATS
+from .formats import FORMATS, check_holds
+from .names import LayerNames, owner, peft_names
+from .stated import METADATA_KEY, SAVED_NAMES, stated_scale
+from .update import Parts, by_layer, kind, left_size, missing, rank, size, unmatched
 
 # How much a layer that was read back may differ, relative to its largest output: guesses.
 TOLERANCE = 1e-5  # in fp32, about a hundred times the rounding error 2⁻²³
 HALF_TOLERANCE = 1e-2  # in bf16 and fp16, about the rounding error 2⁻⁷ of bf16
-METADATA_KEY = "lora_adapter_metadata"  # key under which diffusers reads the adapter's configuration
 ROUNDED_AWAY = (
     "an update that is smaller than the steps between stored numbers would be rounded away. Merge it into the unstored "
     "weights with python fuse.py lora_path=… output=…, and train on the merged weights; or load it unmerged."
@@ -36,55 +37,48 @@ ROUNDED_AWAY = (
 CONFIGS = {"LORA": LoraConfig, "LOHA": LoHaConfig, "LOKR": LoKrConfig}
 
 
-def read(path: str | Path, prefix: str) -> tuple[dict[str, Tensor], dict | None]:
-    """Read one model's tensors from an adapter file, under peft's names, and its configuration if the file has one.
+def read(path: str | Path, names: LayerNames, network: nn.Module) -> dict[str, Tensor]:
+    """Read a network's tensors from an adapter file, under peft's names, with their scale folded in; needs no weights.
 
-    It reads diffusers' keys, DiffSynth-Studio's (`.lora_A.default.weight`, without a prefix), and `lora_down`/`lora_up`
-    with `alpha`, whose scale alpha / rank is folded into A.
+    The layers and ranks are those of the tensors. The adapter's configuration gives the scale alone, and a tensor
+    `alpha` takes precedence.
 
     Args:
-        prefix: First part of the model's keys in LoRA files, such as `transformer`.
+        path: The file, or the folder that peft or diffusers saved it in.
+        names: Names of the network in adapter files.
+        network: The network, which may be on the meta device.
+
+    Raises:
+        ValueError: The file is broken, has a NaN, is incomplete, or was made for another model.
     """
-    tensors = load_state_dict(path)
-    with safe_open(path, "pt") as file:
-        metadata = (file.metadata() or {}).get(METADATA_KEY)
-    entries = json.loads(metadata or "{}").items()
-    config = {key.removeprefix(prefix + "."): value for key, value in entries if key.startswith(prefix)}
-    return peft_names(tensors, prefix), config or None
+    file = find_file(path)
+    tensors = load_state_dict(file)
+    for key, tensor in tensors.items():
+        if not _is_finite(tensor):
+            raise ValueError(f"{file}: {key!r} has values that are NaN or infinite; take an earlier export.")
+    found = peft_names(tensors, names, network, str(file), stated_scale(file, names.prefix))
+    check_layers(network, found, file)
+    for layer, parts in by_layer(found).items():
+        if lacking := missing(parts):
+            raise ValueError(f"{file}: {layer} has no {lacking[0]}; the file is incomplete, fetch it again.")
+    return found
 
 
-def prefixes(path: str | Path) -> set[str]:
-    """The first parts of the keys in an adapter file, such as `transformer`."""
-    return {key.split(".")[0] for key in load_state_dict(path)}
+def _is_finite(tensor: Tensor) -> bool:
+    """Whether no value is NaN or infinite; from the extremes, which is 15 times as fast as to ask each value."""
+    values = tensor.float() if tensor.dtype.itemsize == 1 else tensor  # torch does not order 8-bit floats
+    return not tensor.numel() or all(extreme.isfinite() for extreme in values.aminmax())
 
 
-def peft_names(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    """One model's tensors under peft's names, from an adapter's tensors under the names of any program; see `read`."""
-    return _with_peft_names(_without_prefix(tensors, prefix))
+def find_file(path: str | Path) -> Path:
+    """The adapter file in a folder that peft or diffusers saved an adapter in; other paths are returned as they are."""
+    inside = (Path(path, name) for name in SAVED_NAMES)
+    return next((file for file in inside if file.is_file()), Path(path))
 
 
-def _without_prefix(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    """The tensors of one model; all of them if no key has a prefix."""
-    others = ("pipe.dit.", "diffusion_model.") if prefix == "transformer" else ()
-    for spelling in (f"{prefix}.", f"pipe.{prefix}.", *others):
-        found = {key.removeprefix(spelling): value for key, value in tensors.items() if key.startswith(spelling)}
-        if found:
-            return found
-    return dict(tensors)
-
-
-def _with_peft_names(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    alphas = {key.removesuffix(".alpha"): float(value) for key, value in tensors.items() if key.endswith(".alpha")}
-    renamed = {}
-    for key, value in tensors.items():
-        if key.endswith(".alpha"):
-            continue
-        name = key.replace(".default.", ".").replace("lora_down.", "lora_A.").replace("lora_up.", "lora_B.")
-        layer, _, is_down = name.partition(".lora_A")
-        if name.endswith(".dora_scale"):
-            name, value = f"{name.removesuffix('.dora_scale')}.lora_magnitude_vector", value.flatten()
-        renamed[name] = value * (alphas[layer] / value.shape[0]) if is_down and layer in alphas else value
-    return renamed
+def prefixes(path: str | Path) -> set[str | None]:
+    """Prefixes of the networks that the keys in an adapter file name; None among them if some name none."""
+    return {owner(key) for key in read_shapes(find_file(path))}
 
 
 def check_layers(module: nn.Module, tensors: Mapping[str, Tensor], path: str | Path) -> None:
@@ -97,25 +91,45 @@ def check_layers(module: nn.Module, tensors: Mapping[str, Tensor], path: str | P
     Raises:
         ValueError: The message names the key and the nearest layer.
     """
-    layers = dict(module.named_modules())
-    for key, value in tensors.items():
-        name = re.sub(r"\.(lora|hada|lokr)_.*$", "", key)
-        layer = layers.get(name)
-        if layer is None or not hasattr(layer, "weight"):
-            nearest = difflib.get_close_matches(name, layers, 1)
-            hint = f"the nearest name is {nearest[0]!r}" if nearest else "no layer has a similar name"
-            raise ValueError(
-                f"{path}: {key!r} belongs to no layer of {type(module).__name__} ({hint}); choose an adapter that was "
-                "made for this model."
-            )
-        if key.endswith("lora_A.weight") and value.dim() == 2 and value.shape[1] != layer.weight.shape[1]:
-            raise ValueError(
-                f"{path}: {key!r} has shape {tuple(value.shape)}, but {name} takes {layer.weight.shape[1]} features; "
-                "this adapter was made for a model of another width."
-            )
+    if not tensors:
+        raise ValueError(f"{path} has no tensor for {type(module).__name__}; choose an adapter of this model.")
+    layers = {name: layer for name, layer in module.named_modules() if hasattr(layer, "weight")}
+    found = by_layer(tensors)
+    if unknown := [name for name in found if name not in layers]:
+        key = next(key for key in tensors if key.startswith(unknown[0]))
+        nearest = difflib.get_close_matches(unknown[0], layers, 1)
+        hint = f"the nearest name is {nearest[0]!r}" if nearest else "no layer has a similar name"
+        raise ValueError(
+            f"{path}: {key!r} belongs to no layer of {type(module).__name__} ({hint}); choose an adapter that was "
+            f"made for this model: it lacks {len(unknown)} of the file's {len(found)} layers."
+        )
+    for name, parts in found.items():
+        _check_shapes(name, parts, layers[name].weight.shape, path)
 
 
-def load(module: nn.Module, path: str | Path, prefix: str, scale: float = 1.0, fuse: bool = False) -> None:
+def _check_shapes(name: str, parts: Parts, weight: torch.Size, path: str | Path) -> None:
+    inputs = math.prod(weight[1:])
+    for part, tensor in parts.items():
+        dims, kind = (1, "vector") if part == "lora_magnitude_vector" else (2, "matrix")
+        if tensor.dim() < dims or not tensor.numel():
+            raise ValueError(f"{path}: '{name}.{part}' has shape {tuple(tensor.shape)}, expected a {kind}.")
+    down = parts.get("lora_A.weight")
+    if down is not None and down[0].numel() != inputs:
+        raise ValueError(
+            f"{path}: '{name}.lora_A.weight' has shape {tuple(down.shape)}, but {name} takes {inputs} features; "
+            "this adapter was made for a model of another width."
+        )
+    if pair := unmatched(parts):
+        shapes = " and ".join(f"{part} {tuple(parts[part].shape)}" for part in pair)
+        raise ValueError(f"{path}: {name} has {shapes}, whose ranks differ; the file is broken, fetch it again.")
+    if not missing(parts) and (found := size(parts)) != (weight[0], inputs):
+        raise ValueError(
+            f"{path}: the update of {name} has {found[0]} outputs and {found[1]} inputs, but the layer has {weight[0]} "
+            f"and {inputs}; this adapter was made for a model of another width."
+        )
+
+
+def load(module: nn.Module, path: str | Path, names: LayerNames, scale: float = 1.0, fuse: bool = False) -> None:
     """Add an adapter file to a model as a frozen adapter.
 
     Args:
@@ -129,9 +143,8 @@ def load(module: nn.Module, path: str | Path, prefix: str, scale: float = 1.0, f
         raise ValueError(f"{path}: cannot be merged into a model that has other adapters; merge it before adding them.")
     if fuse and stored_layers(module):
         raise ValueError(f"{path} cannot be merged into weights that are stored in fewer bits: {ROUNDED_AWAY}")
-    tensors, config = read(path, prefix)
-    check_layers(module, tensors, path)
-    config = CONFIGS[config.pop("peft_type", "LORA")](**config) if config else infer_config(tensors)
+    tensors = read(path, names, module)
+    config = infer_config(tensors, path)
     adapter = f"lora_{len(getattr(module, 'peft_config', {}))}"
     trainable = [parameter for parameter in module.parameters() if parameter.requires_grad]
     inject_adapter_in_model(config, module, adapter_name=adapter)
@@ -183,22 +196,23 @@ def remove(module: nn.Module) -> nn.Module:
 
 
 def export(
-    module: nn.Module, prefix: str, names: str = "diffusers", adapter: str = "default"
+    module: nn.Module, names: LayerNames, format: str = "common", adapter: str = "default"
 ) -> tuple[dict[str, Tensor], dict[str, str]]:
     """An adapter's tensors under the names of a format, and its configuration, which only diffusers' format stores.
 
     Args:
-        prefix: First part of the model's keys in LoRA files, such as `transformer`.
-        names: The format, a key of `formats.FORMATS`.
+        names: Names of the network in adapter files.
+        format: A key of `formats.FORMATS`.
 
     Raises:
         ValueError: The format has no names for this kind of adapter.
     """
     own = get_peft_model_state_dict(module, adapter_name=adapter, save_embedding_layers=False)
     config = module.peft_config[adapter]
-    tensors = FORMATS[names](own, config, prefix)
-    entries = {f"{prefix}.{k}": _plain(v) for k, v in config.to_dict().items() if v is not None}
-    return tensors, entries if names == "diffusers" else {}
+    check_holds(format, config, names.prefix)
+    tensors = FORMATS[format](own, config, names)
+    entries = {f"{names.prefix}.{k}": _plain(v) for k, v in config.to_dict().items() if v is not None}
+    return tensors, entries if format == "diffusers" else {}
 
 
 def describe(module: nn.Module, adapter: str = "default") -> dict[str, str | float]:
@@ -209,7 +223,7 @@ def describe(module: nn.Module, adapter: str = "default") -> dict[str, str | flo
 
 
 @torch.no_grad()
-def check_export(module: nn.Module, path: str | Path, prefix: str, adapter: str = "default") -> None:
+def check_export(module: nn.Module, path: str | Path, names: LayerNames, adapter: str = "default") -> None:
     """Read an adapter file into new adapters, and compare each layer's output on noise with the trained layer's.
 
     Raises:
@@ -218,7 +232,7 @@ def check_export(module: nn.Module, path: str | Path, prefix: str, adapter: str 
     trained = _adapted_layers(module)
     with _evaluating(module):
         copy = _module_of({name: layer.get_base_layer() for name, layer in trained.items()})
-        load(copy, path, prefix)
+        load(copy, path, names)
         copy.eval()
         for name, layer in trained.items():
             _check_layer(copy.get_submodule(name), layer, f"{path}: read back, {name}")
@@ -291,25 +305,41 @@ def metadata(configs: Mapping) -> dict[str, str]:
     return {METADATA_KEY: to_json(dict(configs), sort_keys=True)} if configs else {}
 
 
-def infer_config(tensors: Mapping[str, Tensor]) -> LoraConfig:
-    """The configuration of a LoRA file that stores none: ranks and layers from its shapes, alpha = rank.
+def infer_config(tensors: Mapping[str, Tensor], path: str | Path) -> PeftConfig:
+    """The configuration of an adapter of scale 1 with these tensors: its kind, layers and ranks.
 
     Raises:
-        ValueError: No tensor is a LoRA's.
+        ValueError: Layers have updates of different kinds, or Kronecker products that peft cannot build.
     """
-    down = {key: tensor for key, tensor in tensors.items() if key.endswith("lora_A.weight")}
-    ranks = {key.removesuffix(".lora_A.weight"): tensor.shape[0] for key, tensor in down.items()}
-    if not ranks:
-        raise ValueError(
-            f"No lora_A tensors among {sorted(tensors)[:3]} …; expected a LoRA file with keys such as "
-            "transformer.blocks.0.to_q.lora_A.weight."
-        )
-    rank = Counter(ranks.values()).most_common(1)[0][0]
-    pattern = {f"^{re.escape(name)}$": r for name, r in ranks.items() if r != rank}
-    dora = any("lora_magnitude_vector" in key for key in tensors)
-    return LoraConfig(
-        r=rank, lora_alpha=rank, rank_pattern=pattern, alpha_pattern=pattern, target_modules=list(ranks), use_dora=dora
-    )
+    layers = by_layer(tensors)
+    kinds = sorted({kind(parts) for parts in layers.values()})
+    if len(kinds) > 1:
+        raise ValueError(f"{path} has updates of the kinds {' and '.join(kinds)}; only files of one kind can be read.")
+    # Whole Kronecker matrices have no rank; peft makes them whole from a rank of their size on.
+    ranks = {name: rank(parts) or max(parts["lokr_w2"].shape) for name, parts in layers.items()}
+    most = Counter(ranks.values()).most_common(1)[0][0]
+    pattern = {f"^{re.escape(name)}$": r for name, r in ranks.items() if r != most}
+    alpha = "lora_alpha" if kinds == ["LORA"] else "alpha"
+    shared = {"r": most, alpha: most, "rank_pattern": pattern, "alpha_pattern": pattern, "target_modules": list(ranks)}
+    if kinds == ["LORA"]:
+        shared["use_dora"] = any("lora_magnitude_vector" in key for key in tensors)
+    return CONFIGS[kinds[0]](**shared, **(_kronecker(layers, path) if kinds == ["LOKR"] else {}))
+
+
+def _kronecker(layers: Mapping[str, Parts], path: str | Path) -> dict[str, Any]:
+    """The options with which peft factors the layers' sizes as the file does.
+
+    Raises:
+        ValueError: There are none.
+    """
+    sizes = [(left_size(parts), size(parts)) for parts in layers.values()]
+    for factor in (-1, *sorted({rows for (rows, _), _ in sizes})):
+        factors = [
+            (factorization(outputs, factor)[0], factorization(inputs, factor)[0]) for _, (outputs, inputs) in sizes
+        ]
+        if factors == [first for first, _ in sizes]:
+            return {"decompose_factor": factor, "decompose_both": any("lokr_w1_a" in p for p in layers.values())}
+    raise ValueError(f"{path}: peft has no decompose_factor for Kronecker products of these shapes; train with one.")
 
 
 def _adapted_layers(module: nn.Module) -> dict[str, BaseTunerLayer]:

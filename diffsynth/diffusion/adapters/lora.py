@@ -14,7 +14,9 @@ import torch
 from peft import LoHaConfig, LoKrConfig, LoraConfig, PeftConfig, inject_adapter_in_model
 from torch import nn
 
-from .files import check_layers, fill, infer_config, load, read
+from .files import fill, infer_config, load, read
+from .formats import kind, scale
+from .update import scaled_layers
 
 if TYPE_CHECKING:
     from ..base_pipeline import BasePipeline
@@ -32,7 +34,7 @@ class Adapter:
         models: Models of the pipeline that get an adapter.
         target_modules: Ends of layer names, one regular expression over full names, or `all-linear`; a mapping if it
             differs by model; None takes each model's defaults.
-        checkpoint: Adapter file that the new adapter starts from.
+        checkpoint: Adapter file that the new adapter starts from; it computes what the file does, whatever its alpha.
         preset: Adapter file merged into the frozen weights first, so that the new adapter learns the difference.
     """
 
@@ -63,29 +65,33 @@ class Adapter:
         for name in self.models:
             self.targets(pipe, name)
             for path in filter(None, (self.preset, self.checkpoint)):
-                tensors, config = read(path, pipe.lora_prefixes.get(name, name))
-                check_layers(pipe.named_model(name), tensors, path)
+                tensors = read(path, pipe.layer_names(name), pipe.named_model(name))
                 if path == self.checkpoint:
-                    self.check_start(config or infer_config(tensors).to_dict(), path)
+                    self.check_start(infer_config(tensors, path), path)
 
-    def check_start(self, config: Mapping, path: str | Path) -> None:
-        """Refuse to start from a file that was trained with another rank or with another scale of the update."""
-        ours = self.peft_config([]).to_dict()
-        for key, option in {"r": "rank", "lora_alpha": "alpha", "alpha": "alpha", "use_rslora": "use_rslora"}.items():
-            if key in ours and config.get(key, ours[key]) != ours[key]:
-                raise ValueError(
-                    f"{path} has lora.{option}={config[key]}, this run {ours[key]}; set lora.{option}={config[key]}."
-                )
+    def check_start(self, found: PeftConfig, path: str | Path) -> None:
+        """Refuse to start from a file with an adapter of another kind or rank; its scale may differ."""
+        ours = self.peft_config([])
+        if kind(found) != kind(ours):
+            raise ValueError(
+                f"{path} has an adapter of the kind {kind(found)}, this run one of the kind {kind(ours)}; set "
+                f"lora={kind(found).lower()}."
+            )
+        # Whole Kronecker matrices do not tell their rank; `fill` compares their shapes.
+        if found.r != ours.r and not isinstance(ours, LoKrConfig):
+            raise ValueError(f"{path} has lora.rank={found.r}, this run {ours.r}; set lora.rank={found.r}.")
 
     def inject(self, pipe: "BasePipeline", seed: int) -> None:
         """Add trainable fp32 adapters to the pipeline's models; their initial values depend on `seed` alone."""
         for name in self.models:
-            module, prefix = pipe.named_model(name), pipe.lora_prefixes.get(name, name)
+            module, names = pipe.named_model(name), pipe.layer_names(name)
             if self.preset:
-                load(module, self.preset, prefix, fuse=True)
+                load(module, self.preset, names, fuse=True)
             self.add(module, self.targets(pipe, name), seed)
             if self.checkpoint:
-                fill(module, read(self.checkpoint, prefix)[0], "default", self.checkpoint)
+                # Divided by this run's scale, so that the first step computes what the file does.
+                start = scaled_layers(read(self.checkpoint, names, module), 1 / scale(module.peft_config["default"]))
+                fill(module, start, "default", self.checkpoint)
 
     def add(self, module: nn.Module, targets: Sequence[str], seed: int, name: str = "default") -> list[nn.Parameter]:
         """Add a trainable fp32 adapter to a network, make it the active one, and return its parameters.

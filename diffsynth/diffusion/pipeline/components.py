@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
+from ..adapters.names import LayerNames
+
 if TYPE_CHECKING:
     from ..base_pipeline import BasePipeline
 
@@ -20,16 +22,17 @@ class Network:
         *kinds: Classes that the network may have: the name of a class of diffusers or transformers, as its config.json
             has it, or a subclass of such a class, which is then built instead.
         after: Function that is called with the network when it is built, before its weights are read.
-        lora: First part of the network's keys in LoRA files; None for a network that has no LoRA.
+        lora: Names of the network in adapter files, or only diffusers' name of it; None for a network without LoRAs.
     """
 
     def __init__(
         self,
         *kinds: str | type[nn.Module],
         after: Callable[[nn.Module], Any] | None = None,
-        lora: str | None = None,
+        lora: LayerNames | str | None = None,
     ):
-        self.kinds, self.after, self.lora = kinds, after, lora
+        self.kinds, self.after = kinds, after
+        self.lora = LayerNames(prefix=lora) if isinstance(lora, str) else lora
 
     @property
     def subclasses(self) -> dict[str, type[nn.Module]]:

@@ -20,6 +20,7 @@ from ...core.loader import (
     to_released_keys,
 )
 from ..adapters import files as lora_files
+from ..adapters.names import LayerNames
 from . import sampling_settings
 from .components import Folder, Network
 from .units import PipelineUnit
@@ -90,7 +91,12 @@ class PipelineNetworks(nn.Module):
     @property
     def lora_prefixes(self) -> dict[str, str]:
         """First part of the keys in LoRA files, by network; networks without LoRAs are left out."""
-        return {name: network.lora for name, network in self.networks().items() if network.lora is not None}
+        return {name: network.lora.prefix for name, network in self.networks().items() if network.lora is not None}
+
+    def layer_names(self, name: str) -> LayerNames:
+        """Names of a network and its layers in adapter files."""
+        network = self.networks().get(name)
+        return network.lora if network is not None and network.lora is not None else LayerNames(prefix=name)
 
     @classmethod
     def from_pretrained(
@@ -366,7 +372,7 @@ class PipelineNetworks(nn.Module):
         """
         path, fuse = _one_file(path), fuse if hotload is None else not hotload
         name = model if isinstance(model, str) else next(n for n, m in self.named_children() if m is model)
-        lora_files.load(self.named_model(name), path, prefix=self.lora_prefixes.get(name, name), scale=alpha, fuse=fuse)
+        lora_files.load(self.named_model(name), path, self.layer_names(name), scale=alpha, fuse=fuse)
         self.use_sampling_settings_of(path)
 
     def clear_lora(self) -> None:
@@ -376,15 +382,15 @@ class PipelineNetworks(nn.Module):
         self.sampling_settings = {path: kept for path, kept in self.sampling_settings.items() if path is None}
 
     def check_adapters(self, paths: Iterable[str | Path]) -> None:
-        """Refuse adapter files whose keys belong to no layer of this pipeline's models; needs no weights."""
+        """Refuse adapter files that are broken or were made for other models; needs no weights."""
         for path in paths:
             for name in self.adapted_by(path):
-                tensors, _ = lora_files.read(path, self.lora_prefixes[name])
-                lora_files.check_layers(self.named_model(name), tensors, path)
+                tensors = lora_files.read(path, self.layer_names(name), self.named_model(name))
+                lora_files.infer_config(tensors, path)
 
     def use_sampling_settings_of(self, path: str | Path) -> None:
         """Set the sampling settings to those stored in an adapter file, if it has any; needs no weights."""
-        self.use_sampling_settings(sampling_settings.of_file(path), path)
+        self.use_sampling_settings(sampling_settings.of_file(lora_files.find_file(path)), path)
 
     def load_adapter(self, path: str | Path, scale: float = 1.0, fuse: bool = False) -> None:
         """Add an adapter file to all models that its keys name; see `load_lora`."""
@@ -393,8 +399,10 @@ class PipelineNetworks(nn.Module):
 
     def adapted_by(self, path: str | Path) -> list[str]:
         """Names of the models that an adapter file is for; the predicting network if its keys name none."""
-        named = lora_files.prefixes(path)
-        return [name for name, prefix in self.lora_prefixes.items() if prefix in named] or [self.in_iteration_models[0]]
+        named, main = lora_files.prefixes(path), self.in_iteration_models[0]
+        adapted = [name for name, prefix in self.lora_prefixes.items() if prefix in named]
+        bare = [main] if None in named and main not in adapted else []
+        return [*bare, *adapted] or [main]
 
 
 def _one_file(path: str | Path | ModelConfig) -> str | Path:

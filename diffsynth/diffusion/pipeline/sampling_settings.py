@@ -4,23 +4,28 @@ They are arguments of the pipeline's call that the weights were trained for, suc
 steps.
 """
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from safetensors import safe_open
 from torch import nn
+
+from ...core.loader import read_metadata
 
 METADATA_KEY = "diffsynth"  # its value is JSON about an export: base model, configuration, sampling settings
 CONFIG_KEY = "_sampling"  # diffusers keeps keys that begin with an underscore and does not check them
 
 
 def of_file(path: str | Path) -> dict[str, Any] | None:
-    """The sampling settings in the metadata of a safetensors file; None if it has none."""
-    with safe_open(path, "pt") as file:
-        about = (file.metadata() or {}).get(METADATA_KEY)
-    return _with_current_names(json.loads(about).get("sampling")) if about else None
+    """The sampling settings in the metadata of a safetensors file; None if it has none.
+
+    Raises:
+        ValueError: The metadata is no JSON object, or its settings are none.
+    """
+    settings = (read_metadata(path, METADATA_KEY) or {}).get("sampling")
+    if not isinstance(settings, Mapping | None):
+        raise ValueError(f"{path}: {METADATA_KEY} has sampling={str(settings)[:40]}, expected settings by name.")
+    return _with_current_names(settings)
 
 
 def of_model(network: nn.Module, files: Sequence[Path]) -> dict[str, Any] | None:

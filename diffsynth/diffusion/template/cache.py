@@ -10,8 +10,9 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from ..adapters.names import LayerNames
 from ..pipeline import kv_cache
 from . import lora
 
@@ -32,12 +33,12 @@ def as_inputs(pipe: "BasePipeline", cache: Mapping[str, Any], source: str) -> di
     Raises:
         ValueError: The base's transformer cannot read an output; the message names the block or layer.
     """
-    network, prefix = pipe.network, pipe.lora_prefixes[pipe.in_iteration_models[0]]
+    network, names = pipe.network, pipe.layer_names(pipe.in_iteration_models[0])
     inputs = dict(cache)
     if inputs.get("kv_cache") is not None:
         kv_cache.check(inputs["kv_cache"], network, source)
     if inputs.get("lora") is not None:
-        inputs["lora"] = lora.read(inputs["lora"], network, prefix, source)
+        inputs["lora"] = lora.read(inputs["lora"], network, names, source)
         kv_cache.check_finite({f"lora of {n}": t for n, pair in inputs["lora"].items() for t in pair}, source)
     if inputs.get("extra_text_embedding") is not None:
         _check_text(inputs["extra_text_embedding"], network.config.joint_attention_dim, source)
@@ -62,13 +63,17 @@ def check_names(names: Iterable[str], known: Iterable[str], source: str, taker: 
 
 
 def merge_caches(
-    caches: Sequence[tuple[str, int, Mapping]], prefix: str, wins: Mapping[str, int] | None = None
+    caches: Sequence[tuple[str, int, Mapping]],
+    network: nn.Module,
+    names: LayerNames,
+    wins: Mapping[str, int] | None = None,
 ) -> dict:
     """Merge several template caches into one.
 
     Args:
         caches: For each cache the template's name in errors, the template's number, and the cache.
-        prefix: First part of the base transformer's keys in LoRA files.
+        network: The base's transformer.
+        names: Its names in adapter files.
         wins: For an output that several templates return and that cannot be merged, the number of the template whose
             value is taken.
 
@@ -77,7 +82,7 @@ def merge_caches(
     """
     mergers: dict[str, Callable[[list], Any]] = {
         "kv_cache": kv_cache.merge,
-        "lora": lambda values: lora.merge(values, prefix),
+        "lora": lambda values: lora.merge(values, network, names),
         "extra_text_embedding": lambda values: torch.cat(values, dim=1),
     }
     merged = {}

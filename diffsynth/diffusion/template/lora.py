@@ -9,16 +9,17 @@ from torch import Tensor, nn
 
 from ...core.gradient import recomputing_in
 from ..adapters import files as lora_files
+from ..adapters.names import LayerNames, peft_names
 
 InputLoRA = Mapping[str, tuple[Tensor, Tensor]]  # layer → A (B, r, in), B (B, out, r), scaled
 
 
-def read(state_dict: Mapping[str, Tensor], network: nn.Module, prefix: str, source: str) -> InputLoRA:
+def read(state_dict: Mapping[str, Tensor], network: nn.Module, names: LayerNames, source: str) -> InputLoRA:
     """Convert a LoRA's state dict to pairs A (1, r, in), B (1, out, r) by layer of `network`.
 
     Args:
         state_dict: Tensors under any names that adapter files have.
-        prefix: First part of the network's keys in LoRA files.
+        names: Names of the network in adapter files.
         source: Origin of the LoRA, for errors.
 
     Raises:
@@ -26,7 +27,7 @@ def read(state_dict: Mapping[str, Tensor], network: nn.Module, prefix: str, sour
     """
     if not isinstance(state_dict, Mapping) or not all(isinstance(t, Tensor) for t in state_dict.values()):
         raise ValueError(f"{source}: lora is a {type(state_dict).__name__}, expected a dict of tensors by name.")
-    tensors = lora_files.peft_names(state_dict, prefix)
+    tensors = peft_names(state_dict, names, network, source)
     lora_files.check_layers(network, tensors, f"{source}: lora")
     layers = dict.fromkeys(key.rpartition(".lora_")[0] for key in tensors)
     for layer in layers:
@@ -42,9 +43,9 @@ def _check_layer(layer: str, tensors: Mapping[str, Tensor], module: nn.Module, s
         raise ValueError(f"{source}: lora has A {found[0]} and B {found[1]} for {layer}, expected {expected}.")
 
 
-def merge(state_dicts: Sequence[Mapping[str, Tensor]], prefix: str) -> dict[str, Tensor]:
+def merge(state_dicts: Sequence[Mapping[str, Tensor]], network: nn.Module, names: LayerNames) -> dict[str, Tensor]:
     """One LoRA that adds the updates of several: their matrices (r, in) and (out, r), concatenated along the rank."""
-    named = [lora_files.peft_names(state_dict, prefix) for state_dict in state_dicts]
+    named = [peft_names(state_dict, names, network, "lora") for state_dict in state_dicts]
     keys = dict.fromkeys(key for tensors in named for key in tensors)
     matrices = {key: [tensors[key] for tensors in named if key in tensors] for key in keys}
     return {key: torch.cat(of_key, dim=1 if ".lora_B" in key else 0) for key, of_key in matrices.items()}

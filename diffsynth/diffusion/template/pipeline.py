@@ -136,10 +136,10 @@ class TemplatePipeline:
         calls, caches = self.check(template_inputs, negative_template_inputs), {}
         for number in sorted({call.number for call in calls}):
             caches |= self._run(pipe, number, [call for call in calls if call.number == number])
-        prefix, arguments = pipe.lora_prefixes[pipe.in_iteration_models[0]], {}
+        names, arguments = pipe.layer_names(pipe.in_iteration_models[0]), {}
         for sign in ("", "negative_"):
             of_side = [(call.source, call.index, caches[call]) for call in calls if call.sign == sign]
-            merged = merge_caches(of_side, prefix, wins)
+            merged = merge_caches(of_side, pipe.network, names, wins)
             arguments |= {sign + name: value for name, value in merged.items()}
         return arguments
 

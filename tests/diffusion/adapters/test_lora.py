@@ -10,6 +10,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tiny import mostly_slow
 
+from diffsynth.core.loader import save_safetensors
+from diffsynth.diffusion.adapters.formats import FORMATS
 from diffsynth.diffusion.adapters.lora import LoHa, LoKr, LoRA, find_layers
 from diffsynth.diffusion.logger import ModelLogger
 from diffsynth.diffusion.training_module import DiffusionTrainingModule
@@ -103,7 +105,7 @@ def test_a_trained_adapter_samples_the_same_wherever_it_is_loaded(
 
 
 def test_a_file_says_what_diffusers_needs_to_know(training_module, rows, tmp_path):
-    file = train(training_module(lora=KINDS["rslora"]), rows, tmp_path)
+    file = train(training_module(lora=KINDS["rslora"]), rows, tmp_path, formats=["diffusers"])
     assert file.name == "epoch-1.safetensors"
     with safe_open(file, "pt") as opened:
         keys, metadata = set(opened.keys()), opened.metadata()
@@ -238,13 +240,49 @@ def test_a_warm_start_with_other_ranks_or_layers_is_refused(training_module, tmp
         training_module(lora=LoRA(rank=3, target_modules=[LAYER, "transformer_blocks.0.attn.to_k"], checkpoint=file))
 
 
-@pytest.mark.parametrize(
-    "option, found", [({"alpha": 5}, "alpha=6, this run 5"), ({"use_rslora": True}, "use_rslora=F")]
-)
-def test_a_warm_start_at_another_scale_is_refused(training_module, rows, tmp_path, option, found):
-    file = train(training_module(lora=KINDS["lora"]), rows, tmp_path)
-    with pytest.raises(ValueError, match=f"epoch-1.safetensors has lora.{found}.*; set lora"):
-        training_module(lora=replace(KINDS["lora"], checkpoint=str(file), **option))
+def filled(module):
+    """A training module whose adapter's tensors are random."""
+    generator = torch.Generator().manual_seed(0)
+    for parameter in module.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data + 0.1 * torch.randn(parameter.shape, generator=generator)
+    return module
+
+
+def outputs(module):
+    """What the adapted layers return for noise."""
+    layers = {n: m for n, m in module.pipe.dit.named_modules() if hasattr(m, "base_layer")}
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        return {n: m(torch.randn(2, m.base_layer.in_features, generator=generator)) for n, m in layers.items()}
+
+
+@pytest.mark.parametrize("format", mostly_slow(FORMATS, "common", "diffusers"))
+@pytest.mark.parametrize("kind", mostly_slow(KINDS, "rslora", "lokr"))
+def test_a_warm_start_computes_what_the_file_does_at_any_scale(training_module, tmp_path, kind, format):
+    module = filled(training_module(lora=KINDS[kind]))
+    if kind in ("loha", "lokr", "dora") and format in ("comfyui", "diffsynth"):
+        pytest.skip("the format has no names for this kind")
+    tensors, metadata = module.export_weights(format)["lora"]
+    save_safetensors(tensors, tmp_path / "file.safetensors", metadata)
+    started = training_module(lora=replace(KINDS[kind], alpha=16, checkpoint=str(tmp_path / "file.safetensors")))
+    expected, found = outputs(module), outputs(started)
+    for layer in expected:
+        assert_close(found[layer], expected[layer], atol=1e-4)
+
+
+def test_a_warm_start_keeps_an_alpha_that_is_not_the_rank(training_module, load_pipe, tiny, tmp_path):
+    alpha = {f"{LAYER}.alpha": torch.tensor(16.0)}
+    file = adapter_file(tmp_path / "l.safetensors", rank=8, keys=("lora_down.weight", "lora_up.weight"), **alpha)
+    module = training_module(lora=LoRA(rank=8, target_modules=[LAYER], checkpoint=str(file)))
+    assert_close(sample(module.pipe), sample(with_update(load_pipe(tiny), file, scale=2.0)))
+
+
+def test_a_warm_start_of_another_kind_is_refused(training_module, tmp_path):
+    file = str(adapter_file(tmp_path / "lora.safetensors", rank=3))
+    for kind, other in (("dora", "DoRA"), ("loha", "LOHA"), ("lokr", "LOKR")):
+        with pytest.raises(ValueError, match=f"kind LORA, this run one of the kind {other}; set lora=lora"):
+            training_module(lora=replace(KINDS[kind], rank=3, checkpoint=file))
 
 
 def test_a_preset_is_merged_and_the_new_adapter_learns_the_difference(training_module, load_pipe, rows, tiny, tmp_path):

@@ -193,7 +193,7 @@ def test_a_students_adapter_and_a_style_add_up_and_the_student_says_how_to_sampl
     noise, layer = torch.randn(2, 128), pipe.dit.get_submodule(LAYER)
     expected = layer(noise)
     for file in files:
-        down, up = (tensor for _, tensor in sorted(load_file(file).items()))
+        down, up = (tensor for _, tensor in sorted(load_file(file).items()) if tensor.dim() == 2)
         expected = expected + noise @ down.T @ up.T
     for file in files if student_first else reversed(files):
         pipe.load_adapter(file)
