@@ -13,6 +13,7 @@ from torch import nn
 
 from ..core.files import write_text
 from ..core.loader import save_safetensors
+from ..core.ranges import Count, check_fields
 from .adapters.formats import FORMATS
 from .pipeline.sampling_settings import METADATA_KEY
 
@@ -46,7 +47,7 @@ class ModelLogger:
 
     output_path: str | Path
     remove_prefix_in_ckpt: str | None = None
-    save_steps: int | None = None
+    save_steps: Count | None = None
     formats: Sequence[str] = ("diffusers",)
     trigger_prompts: Sequence[str] = ()
     keep_best: str | None = None
@@ -55,8 +56,7 @@ class ModelLogger:
         unknown = sorted(set(self.formats) - set(FORMATS))
         if unknown or not self.formats:
             raise ValueError(f"export.formats is {list(self.formats)}; expected some of {list(FORMATS)}.")
-        if self.save_steps is not None and self.save_steps < 1:
-            raise ValueError(f"export.save_steps is {self.save_steps}; expected at least 1, or null.")
+        check_fields(self, "export.")
 
     def check(self, measured: Sequence[str]) -> None:
         """Refuse a `keep_best` that is not among the metrics that validation measures."""

@@ -65,7 +65,7 @@ def repository(tmp_path):
             "task.trainable_models=[unet]",
             ["no model 'unet'; set task.trainable_models to some of dit, text_encoder, vae"],
         ),
-        ("task.timesteps.min_boundary=2", ["min_boundary=2", "max_boundary"]),
+        ("task.timesteps.min_boundary=2", ["task.timesteps.min_boundary is 2", "[0, 1)"]),
         ("lora.models=[unet]", ["no model 'unet'; set lora.models to some of dit, text_encoder, vae"]),
         ("lora=none task.trainable_models=[]", ["Nothing is trained", "task.trainable_models=[dit]", "lora=lora"]),
         ("memory.checkpointing=all", ["memory.checkpointing", "'all'", "blocks"]),
@@ -83,7 +83,11 @@ def test_an_option_that_validation_cannot_sample_with_is_answered_with_the_neare
 
 @pytest.mark.parametrize(
     "batch_size, micro_batch_size, fitting",
-    [(4, 3, ["batch_size=3 or 6", "1, 2, 4"]), (6, 4, ["batch_size=4 or 8", "1, 2, 3, 6"]), (0, 1, ["at least 1"])],
+    [
+        (4, 3, ["batch_size=3 or 6", "1, 2, 4"]),
+        (6, 4, ["batch_size=4 or 8", "1, 2, 3, 6"]),
+        (0, 1, ["batch_size is 0", "[1, 1000000]"]),
+    ],
 )
 def test_batch_sizes_that_do_not_divide_are_answered_with_those_that_do(batch_size, micro_batch_size, fitting, refusal):
     message = refusal(f"batch_size={batch_size}", f"micro_batch_size={micro_batch_size}")

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from ..ranges import Repeat, Side, Workers
 from .cache import CacheIndex, DamagedCache
 from .dataset import Row, TrainingData
 from .operators.augmentation import Augmentation, AugmentationChoice
@@ -35,10 +36,10 @@ class CachedDataset(TrainingData):
     def __init__(
         self,
         path: str,
-        height: int | None = None,
-        width: int | None = None,
-        repeat: int = 1,
-        num_workers: int | None = None,
+        height: Side | None = None,
+        width: Side | None = None,
+        repeat: Repeat = 1,
+        num_workers: Workers | None = None,
         augmentation: Augmentation | None = None,
     ):
         self.index, self.metadata_path, self.repeat, self.num_workers = CacheIndex(path), path, repeat, num_workers

@@ -8,12 +8,13 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from peft import LoHaConfig, LoKrConfig, LoraConfig, PeftConfig, inject_adapter_in_model
 from torch import nn
 
+from ...core.ranges import Count, Positive, Share, check_fields
 from .files import check_layers, fill, infer_config, load, read
 
 if TYPE_CHECKING:
@@ -36,16 +37,15 @@ class Adapter:
         preset: Adapter file merged into the frozen weights first, so that the new adapter learns the difference.
     """
 
-    rank: int = 32
-    alpha: float | None = None
+    rank: Count = 32
+    alpha: Positive | None = None
     models: Sequence[str] = ("dit",)
     target_modules: Mapping[str, Sequence[str] | str] | Sequence[str] | str | None = None
     checkpoint: str | None = None
     preset: str | None = None
 
     def __post_init__(self):
-        if not isinstance(self.rank, int) or self.rank < 1:
-            raise ValueError(f"lora.rank is {self.rank!r}; expected a whole number of at least 1.")
+        check_fields(self, "lora.")
 
     def targets(self, pipe: "BasePipeline", name: str) -> list[str]:
         """Full names of the layers of model `name` that get an adapter."""
@@ -125,7 +125,7 @@ class LoRA(Adapter):
         use_dora: Also train the length of each output's weight vector; Liu et al. 2024 (https://arxiv.org/abs/2402.09353).
     """
 
-    dropout: float = 0.0
+    dropout: Share = 0.0
     use_rslora: bool = False
     use_dora: bool = False
 
@@ -148,7 +148,7 @@ class LoHa(Adapter):
         dropout: Probability of dropping a rank in training.
     """
 
-    dropout: float = 0.0
+    dropout: Share = 0.0
 
     def peft_config(self, targets: Sequence[str]) -> LoHaConfig:
         return LoHaConfig(
@@ -165,8 +165,8 @@ class LoKr(Adapter):
         decompose_factor: Side of the small matrix; -1 makes both matrices about equally large.
     """
 
-    dropout: float = 0.0
-    decompose_factor: int = -1
+    dropout: Share = 0.0
+    decompose_factor: Literal[-1] | Count = -1
 
     def peft_config(self, targets: Sequence[str]) -> LoKrConfig:
         return LoKrConfig(

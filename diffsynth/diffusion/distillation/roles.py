@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from ...core.gradient import recomputing_in
 from ...core.memory.storage import restore
+from ...core.ranges import Count, LearningRate
 from ..adapters import files as lora_files
 from ..adapters.lora import Adapter, LoRA
 from ..base_pipeline import BasePipeline
@@ -37,9 +38,9 @@ class FakeScore:
         learning_rate: None takes the student's.
     """
 
-    rank: int | None = None
+    rank: Count | None = None
     full: bool = False
-    learning_rate: float | None = None
+    learning_rate: LearningRate | None = None
 
 
 class AdaptedNetwork:

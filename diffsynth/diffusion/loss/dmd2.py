@@ -6,10 +6,12 @@ that of Yin et al. 2023, "One-step Diffusion with Distribution Matching Distilla
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Annotated
 
 import torch
 from torch import Tensor
 
+from ...core.ranges import Level, NotNegative, at_least, within
 from ..adapters.lora import Adapter
 from ..base_pipeline import BasePipeline
 from ..distillation.context import LossContext
@@ -39,12 +41,12 @@ class DMD2(RoleDistillation):
         adversarial_weight: Weight of the adversarial term in the student's loss; 0.03 is a guess.
     """
 
-    student_every: int = 5
+    student_every: Annotated[int, at_least(2)] = 5
     fake_score: FakeScore = field(default_factory=FakeScore)
-    min_sigma: float = 0.02
-    max_sigma: float = 0.98
+    min_sigma: Annotated[float, within(0, 1, "()")] = 0.02
+    max_sigma: Level = 0.98
     discriminator: Discriminator | None = None
-    adversarial_weight: float = 0.03
+    adversarial_weight: NotNegative = 0.03
 
     def __post_init__(self):
         super().__post_init__()

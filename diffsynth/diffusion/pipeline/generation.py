@@ -1,5 +1,6 @@
 """Samples prompts to files: one image per prompt with its sampling parameters as metadata, and a grid of all."""
 
+import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -13,23 +14,69 @@ from .remembered import Inputs, to_device
 if TYPE_CHECKING:
     from ..base_pipeline import BasePipeline
 
+logger = logging.getLogger(__name__)
+
 GRID = "grid.png"
 
 
 def read_prompts(prompt: str | Sequence[str]) -> list[str]:
-    """A list of prompts from one prompt, from a list, or from the non-empty lines of a text file."""
+    """A list of prompts from one prompt, from a list, or from the non-empty lines of a text file.
+
+    Raises:
+        ValueError: There are none, the file does not exist, or the prompt is the path of another kind of file.
+    """
     if not isinstance(prompt, str):
+        if not prompt:
+            raise ValueError("prompt is an empty list; expected a prompt, a list of prompts, or a text file.")
         return list(prompt)
     if not prompt.endswith(".txt"):
+        if _is_file(prompt):
+            raise ValueError(
+                f"prompt={prompt} is a file, but prompts are read from .txt files only; rename it, or type "
+                f"prompt=[{prompt}] to sample these words."
+            )
         return [prompt]
+    if not _is_file(prompt):
+        raise ValueError(f"prompt={prompt}: no such file; expected a text file with one prompt per line.")
     lines = [line.strip() for line in Path(prompt).read_text(encoding="utf-8").splitlines()]
     if not any(lines):
         raise ValueError(f"{prompt} holds no prompt; write one per line.")
     return [line for line in lines if line]
 
 
+def _is_file(text: str) -> bool:
+    try:
+        return Path(text).is_file()
+    except (OSError, ValueError):  # a prompt may be longer than a path
+        return False
+
+
+def warn_of_ignored(request: Mapping, completed: Mapping) -> None:
+    """Log warnings of what a request asks for and does not get: a size, or the image that it starts from.
+
+    Args:
+        completed: The same request, as `BasePipeline.complete` returns it.
+    """
+    asked, sampled = ((each.get("width"), each.get("height")) for each in (request, completed))
+    if any(side not in (None, own) for side, own in zip(asked, sampled, strict=True)):
+        sizes = [
+            " x ".join(str(side or own) for side, own in zip(size, sampled, strict=True)) for size in (asked, sampled)
+        ]
+        logger.warning("A size of %s pixels is no multiple of what the model needs; %s are sampled.", *sizes)
+    starts = completed["input_image"] is not None and completed["inpaint_mask"] is None
+    if starts and completed["denoising_strength"] == 1:
+        logger.warning("input_image has no effect with denoising_strength=1; set it below 1, such as 0.6.")
+
+
 def load_images(**paths: str | None) -> dict[str, Image.Image]:
-    """Open the images at these paths, by name; names without a path are left out."""
+    """Open the images at these paths, by name; names without a path are left out.
+
+    Raises:
+        ValueError: A file does not exist; the message names its key.
+    """
+    for name, path in paths.items():
+        if path is not None and not _is_file(path):
+            raise ValueError(f"{name}={path}: no such file; expected an image.")
     return {name: Image.open(path).convert("RGB") for name, path in paths.items() if path is not None}
 
 

@@ -9,6 +9,7 @@ import yaml
 from PIL import Image
 
 from ...core.files import forget_after
+from ...core.ranges import Count, check_fields
 from .trackers import Tracker
 
 
@@ -23,12 +24,11 @@ class LocalLogger:
     """
 
     path: str | Path
-    every: int = 10
+    every: Count = 10
     trackers: Mapping[str, Tracker] = field(default_factory=dict)
 
     def __post_init__(self):
-        if self.every < 1:
-            raise ValueError(f"logger.every is {self.every}; expected at least 1.")
+        check_fields(self, "logger.")
 
     def due(self, step: int, done: bool) -> bool:
         """Whether training metrics are written after `step` optimizer steps; `done` after the last one."""
