@@ -98,7 +98,7 @@ def allows(hint: Any, value: Any) -> bool:
 
 def expected(hint: Any, value: Any = None) -> str:
     """What a parameter annotated with `hint` takes, in words; `value` is what was found instead."""
-    if isinstance(value, Real) and not math.isfinite(value):
+    if isinstance(value, Real) and math.isinf(value):
         return "a finite number"
     if isinstance(value, Integral) and abs(value) > LARGEST:
         return f"a number of at most {LARGEST}"

@@ -89,12 +89,14 @@ class Trainer(LoopSettings):
             while True:
                 done, ends = self._ends(state, stop)
 
-                # Log, evaluate, export and save the current weights; a resumed run did so before it stopped.
+                # Log, evaluate, save and export the current weights. A resumed run did so before it stopped, except
+                # perhaps the export, which may fail and comes last for that reason.
                 state.set_mode("eval")
-                if not resumed:
-                    with state.meter.paused():
-                        self._record(state, bar, done)
+                with state.meter.paused():
+                    values = {} if resumed else self._record(state, bar, done)
+                    if not resumed:
                         self.checkpoint.save_if_due(self.accelerator, state, self.identity, ends)
+                    self._export(state, done, values)
                 if ends:
                     break
                 resumed = False
@@ -158,8 +160,8 @@ class Trainer(LoopSettings):
             if workers:
                 batches._shutdown_workers()  # after an error, Python would wait for them: they ignore its signal to end
 
-    def _record(self, state: TrainingState, bar: ProgressBar, done: bool) -> None:
-        """Log the metrics, evaluate, and export the weights of the current step, each if it is due."""
+    def _record(self, state: TrainingState, bar: ProgressBar, done: bool) -> dict[str, float]:
+        """Log the metrics of the current step and evaluate, each if it is due; return the metrics."""
         values, pictures = {}, {}
         evaluated = self.validation.due(state.step, done)
         if self.logger.due(state.step, done):
@@ -173,7 +175,7 @@ class Trainer(LoopSettings):
             bar.keep()
         if self.accelerator.is_main_process:
             self.logger.log(state.step, values, pictures)
-        self._export(state, done, values)
+        return values
 
     def _export(self, state: TrainingState, done: bool, values: Mapping[str, float]) -> None:
         step, epoch = state.step, _ended_epoch(self.order, state.step)

@@ -3,6 +3,7 @@
 import json
 import math
 import shutil
+import sys
 
 import pytest
 import tiny
@@ -59,6 +60,9 @@ def repository(tmp_path):
         ("max_bad_steps=0", ["max_bad_steps is 0", "at least 1"]),
         ("data_report.pictures=-1", ["data_report.pictures is -1", "at least 0"]),
         ("export.save_steps=0", ["export.save_steps is 0", "at least 1"]),
+        ("lora=loha export.formats=[comfyui]", ["export.formats: comfyui has no names for LOHA"]),
+        ("lora=none export.formats=[comfyui]", ["export.formats is ['comfyui']", "in full (lora=none)"]),
+        ("checkpoint.path=README.md/x", ["checkpoint.path is README.md/x", "no folder", "set checkpoint.path=…"]),
         ("device=tpu", ["device=tpu", "cpu"]),
         ("dataset.height=30", ["height=30", "multiple", "16"]),
         (
@@ -74,6 +78,11 @@ def repository(tmp_path):
 def test_a_value_that_cannot_be_is_named(override, named, refusal):
     message = refusal(*override.split())
     assert all(part in message for part in named), message
+
+
+def test_a_tracker_without_its_package_is_named(refusal, monkeypatch):
+    monkeypatch.setitem(sys.modules, "tensorboard", None)
+    assert 'TensorBoard needs tensorboard: pip install "diffsynth-hydra[loggers]"' in refusal("logger=tensorboard")
 
 
 def test_an_option_that_validation_cannot_sample_with_is_answered_with_the_nearest(refusal):

@@ -112,7 +112,7 @@ def test_every_number_of_a_request_has_a_range(family):
     [
         ("seed=18446744073709551616", "seed is 18446744073709551616 (int); expected a number of at most"),
         ("lora.alpha=0", "lora.alpha is 0 (int); expected a number, more than 0, or null."),
-        ("max_grad_norm=nan", "max_grad_norm is nan (float); expected a finite number."),
+        ("max_grad_norm=nan", "max_grad_norm is nan (float); expected a number, more than 0, or null."),
         (
             "optimizer.betas=[0.9]",
             "optimizer.betas is [0.9] (ListConfig); expected a list of 2, each a number in [0, 1).",

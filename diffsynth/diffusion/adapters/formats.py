@@ -52,6 +52,15 @@ def comfyui(tensors: Mapping[str, Tensor], config: PeftConfig, prefix: str) -> T
 FORMATS: dict[str, Callable[..., Tensors]] = {"diffusers": diffusers, "diffsynth": diffsynth, "comfyui": comfyui}
 
 
+def check_format(name: str, config: PeftConfig, prefix: str) -> None:
+    """Check, before any tensor exists, that a format has names for an adapter of this kind, of this model.
+
+    Raises:
+        ValueError: It has none.
+    """
+    FORMATS[name]({}, config, prefix)
+
+
 def _scale(config: LoraConfig) -> float:
     return config.lora_alpha / (math.sqrt(config.r) if config.use_rslora else config.r)
 

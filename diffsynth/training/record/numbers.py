@@ -30,6 +30,15 @@ class LocalLogger:
     def __post_init__(self):
         check_fields(self, "logger.")
 
+    def check(self) -> None:
+        """Check that every tracker has its package.
+
+        Raises:
+            ValueError: One has not.
+        """
+        for tracker in self.trackers.values():
+            tracker.check()
+
     def due(self, step: int, done: bool) -> bool:
         """Whether training metrics are written after `step` optimizer steps; `done` after the last one."""
         return step > 0 and (done or step % self.every == 0)
