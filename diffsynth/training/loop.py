@@ -18,6 +18,7 @@ from ..diffusion.training_module import DiffusionTrainingModule
 from .bad_steps import BadSteps
 from .engines import Engine, choose_engine
 from .run import LoopSettings, Run
+from .schedule import warn_of_warmup
 from .state import TrainingState
 from .stopping import Stopped, StopRequest, stop_on_signals
 from .validation import BANDS
@@ -54,6 +55,7 @@ class Trainer(LoopSettings):
         self.layout = BatchLayout(self.batch_size, self.micro_batch_size, self.engine.replicas)
         self.order = self.dataset.order(self.batch_size, self.seed, self.samples)
         self.steps = self.order.steps_of(self.num_epochs) if self.max_steps is None else self.max_steps
+        warn_of_warmup(self.lr_scheduler, self.optimizer, self.steps)
         if self.ema.every > self.steps:
             raise ValueError(
                 f"ema.every is {self.ema.every}, but the run has {self.steps} steps, so that the average would never "

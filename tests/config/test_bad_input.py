@@ -53,6 +53,8 @@ def repository(tmp_path):
         ("+lora.rnak=8", ["lora.rnak", "did you mean lora.rank?"]),
         ("max_steps=ten", ["max_steps", "'ten'", "int"]),
         ("lora.rank=0", ["lora.rank", "0", "at least 1"]),
+        ("lora.rank=1000000", ["lora.rank is 1000000", "128, the full rank of transformer_blocks.0.", "lora.rank=128"]),
+        ("lora=loha lora.rank=129", ["lora.rank is 129", "full rank"]),
         ("logger.every=0", ["logger.every", "0", "at least 1"]),
         ("max_steps=0", ["max_steps is 0", "at least 1"]),
         ("samples=0", ["samples is 0", "at least 1"]),
@@ -70,6 +72,7 @@ def repository(tmp_path):
             ["no model 'unet'; set task.trainable_models to some of dit, text_encoder, vae"],
         ),
         ("task.timesteps.min_boundary=2", ["task.timesteps.min_boundary is 2", "[0, 1)"]),
+        ("lora.target_modules=['*.to_q']", ["lora.target_modules: '*.to_q' is neither", "type 'to_q'"]),
         ("lora.models=[unet]", ["no model 'unet'; set lora.models to some of dit, text_encoder, vae"]),
         ("lora=none task.trainable_models=[]", ["Nothing is trained", "task.trainable_models=[dit]", "lora=lora"]),
         ("memory.checkpointing=all", ["memory.checkpointing", "'all'", "blocks"]),
@@ -101,6 +104,19 @@ def test_an_option_that_validation_cannot_sample_with_is_answered_with_the_neare
 def test_batch_sizes_that_do_not_divide_are_answered_with_those_that_do(batch_size, micro_batch_size, fitting, refusal):
     message = refusal(f"batch_size={batch_size}", f"micro_batch_size={micro_batch_size}")
     assert all(part in message for part in fitting), message
+
+
+def test_prompts_in_the_place_of_images_are_answered_with_the_tasks_that_use_them(refusal, tmp_path):
+    (tmp_path / "prompts.txt").write_text("a red apple")
+    cfg = tiny.compose("train", *tiny.model_overrides(), "dataset=prompts", f"dataset.path={tmp_path}/prompts.txt")
+    cfg.dataset.height = cfg.dataset.width = 32
+    with pytest.raises(ValueError, match=r"holds prompts without images, but FlowMatchSFT .* task=distill"):
+        tiny.call("train", cfg)
+
+
+def test_options_that_validation_cannot_sample_with_are_named_with_their_range(refusal):
+    message = refusal("validation=base", "validation.prompts=[a red emoji]", "validation.options.num_inference_steps=0")
+    assert "validation.options: num_inference_steps is 0; expected int in [1, 10000]." in message
 
 
 def test_a_folder_of_pictures_in_the_place_of_the_emoji_is_answered_with_what_to_choose(refusal, tmp_path):

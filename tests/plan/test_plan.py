@@ -369,6 +369,32 @@ def test_only_the_first_process_judges_whether_a_run_is_small(tmp_path, monkeypa
     assert preflight.preflight(run, another, SimpleNamespace(file="ddp", cp_size=1)).micro_batch_size == 3
 
 
+@pytest.mark.parametrize(
+    "overrides, is_small",
+    [
+        ([], True),
+        (["dataset.height=8192", "dataset.width=8192"], False),
+        (["batch_size=100000"], False),
+        (["validation=base", "validation.prompts=[a]", "+validation.options={height:8192,width:8192}"], False),
+        (["lora=none"], True),
+    ],
+)
+def test_a_run_is_small_only_if_its_images_are_too(overrides, is_small, tmp_path):
+    parts = tiny.build(tiny.compose("train", *tiny.merged(tiny.train_overrides(tmp_path), overrides)))
+    parts["dataset"].scan(required=())
+    run = PlacedRun(**{name: parts[name] for name in Run.__dataclass_fields__.keys() & parts.keys()}, on_cuda=False)
+    assert preflight.is_small(run, 16 * 2**30) == is_small
+
+
+def test_pictures_that_cannot_fit_are_refused_though_the_weights_are_small(tmp_path, monkeypatch):
+    monkeypatch.setattr(models, "load_weights", mock.Mock(wraps=models.load_weights))
+    monkeypatch.setattr(preflight, "free_bytes", lambda device: 4 * 2**30)
+    with pytest.raises(ValueError, match=r"needs \d+\.\d GiB on cpu, which has 4.0 GiB free: set memory") as refused:
+        tiny.train(tmp_path, "dataset.height=2048", "dataset.width=2048")
+    assert "\n" not in str(refused.value)
+    assert all(call.args[1] is None for call in models.load_weights.call_args_list)
+
+
 def test_a_run_that_cannot_fit_is_refused_before_weights_are_downloaded_or_load(tmp_path, monkeypatch):
     monkeypatch.setattr(preflight, "free_bytes", lambda device: 1 << 20)
     read = mock.Mock(wraps=models.load_weights)

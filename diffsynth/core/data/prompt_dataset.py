@@ -53,7 +53,7 @@ def prompt_dataset(
     read = partial(_read, path, encoding, seeds, (width, height))
     options = {"main_data_operator": Canvas(), "augmentation": augmentation}
     dataset = UnifiedDataset(str(Path(path).parent), read, **options)
-    dataset.num_workers, dataset.metadata_path = num_workers, path
+    dataset.num_workers, dataset.metadata_path, dataset.has_images = num_workers, path, False
     return dataset
 
 

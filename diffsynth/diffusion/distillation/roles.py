@@ -110,7 +110,7 @@ class Roles:
         base = network if lora else self.networks[TEACHER]
         shares_base = fake_score is not None and not fake_score.full
         if shares_base:
-            adapter = _adapter_of(fake_score, lora, pipe.in_iteration_models[0])
+            adapter = adapter_of(fake_score, lora, pipe.in_iteration_models[0])
             self.parameters[FAKE_SCORE] = adapter.add(base, _targets(pipe, base, adapter), seed, FAKE_SCORE)
         elif fake_score is not None:
             self.networks[FAKE_SCORE] = _frozen_copy(network, torch.float32).requires_grad_(True)
@@ -173,7 +173,8 @@ class Roles:
         return parts
 
 
-def _adapter_of(fake_score: FakeScore, lora: Adapter | None, name: str) -> Adapter:
+def adapter_of(fake_score: FakeScore, lora: Adapter | None, name: str) -> Adapter:
+    """Return the fake score's adapter of the network `name`: like the student's, except for its rank."""
     if lora is None:
         return LoRA(rank=fake_score.rank or RANK_BESIDE_FULL, models=(name,))
     alpha = lora.alpha if fake_score.rank is None else None

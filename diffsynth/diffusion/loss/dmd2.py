@@ -16,7 +16,7 @@ from ..adapters.lora import Adapter
 from ..base_pipeline import BasePipeline
 from ..distillation.context import LossContext
 from ..distillation.discriminator import Discriminator, generator_softplus, softplus_loss
-from ..distillation.roles import DISCRIMINATOR, FAKE_SCORE, STUDENT, TEACHER, FakeScore, Roles
+from ..distillation.roles import DISCRIMINATOR, FAKE_SCORE, STUDENT, TEACHER, FakeScore, Roles, adapter_of
 from ..flow_match import clean_estimate, interpolate, per_sample
 from ..trained import MODEL
 from .distillation import RoleDistillation
@@ -60,8 +60,19 @@ class DMD2(RoleDistillation):
                 f"task.min_sigma={self.min_sigma} and task.max_sigma={self.max_sigma}; expected 0 < min < max <= 1."
             )
 
+    def check(self, pipe: BasePipeline, lora: Adapter | None, cached: bool) -> None:
+        super().check(pipe, lora, cached)
+        if self.fake_score.rank is not None and not self.fake_score.full:
+            name = pipe.in_iteration_models[0]
+            adapter = adapter_of(self.fake_score, lora, name)
+            adapter.check_rank(pipe.network, adapter.targets(pipe, name), "task.fake_score.rank")
+
     @property
     def reads_features(self) -> bool:
+        return self.discriminator is not None
+
+    @property
+    def reads_images(self) -> bool:
         return self.discriminator is not None
 
     def build_roles(self, pipe: BasePipeline, lora: Adapter | None, seed: int) -> Roles:
