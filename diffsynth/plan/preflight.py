@@ -75,6 +75,8 @@ def settle(planner: Planner, record: Path, device: torch.device) -> tuple[Memory
         device: The run's device.
     """
     run = planner.run
+    if run.memory.check:
+        check_one_image(run, free_bytes(device))
     settled = run.memory, run.micro_batch_size
     if run.memory.budget is None:
         planner = planner.quickest()
@@ -122,6 +124,21 @@ def pixels_of(run: PlacedRun) -> int:
     trained = run.batches.micro_batch_size * max(map(math.prod, sizes), default=0)
     sides = [run.validation.options.get(name) or 0 for name in ("height", "width")] if run.validation.prompts else [0]
     return max(trained, len(run.validation.prompts) * math.prod(sides))
+
+
+def check_one_image(run: PlacedRun, free: int) -> None:
+    """Check that one image fits, as RGB in fp32, before a rehearsal reads one: that takes host memory itself.
+
+    Raises:
+        ValueError: It does not.
+    """
+    width, height = max([size for size in run.sizes if size] or run.dataset.own_sizes, key=math.prod, default=(0, 0))
+    needed = 3 * torch.float32.itemsize * width * height
+    if needed > free:
+        raise ValueError(
+            f"One image of {width} x {height} pixels takes {shown_size(needed)} by itself, and {shown_size(free)} are "
+            "free: set dataset.height=… and dataset.width=…, or dataset.max_pixels=…, to a smaller size."
+        )
 
 
 def check(run: PlacedRun, plan: Plan, device: torch.device) -> None:

@@ -117,7 +117,7 @@ def test_a_size_that_the_model_cannot_sample_is_rounded_and_said_everywhere(gene
     (pixels,) = generate(f"prompt={APPLE}", "options.height=17").values()
     (path,) = tmp_path.glob("*/0000.png")
     assert pixels.shape == (32, 48, 3) and (parameters(path)["height"], parameters(path)["width"]) == (32, 48)
-    assert "height=17 is no multiple of what the model needs; height=32 is sampled." in caplog.text
+    assert "A size of 48 x 17 pixels is no multiple of what the model needs; 48 x 32 are sampled." in caplog.text
 
 
 def test_an_image_that_has_no_effect_is_said(generate, tmp_path, caplog):

@@ -57,12 +57,11 @@ def warn_of_ignored(request: Mapping, completed: Mapping) -> None:
     Args:
         completed: The same request, as `BasePipeline.complete` returns it.
     """
-    asked, sampled = ((each.get("width"), each.get("height")) for each in (request, completed))
-    if any(side not in (None, own) for side, own in zip(asked, sampled, strict=True)):
-        sizes = [
-            " x ".join(str(side or own) for side, own in zip(size, sampled, strict=True)) for size in (asked, sampled)
-        ]
-        logger.warning("A size of %s pixels is no multiple of what the model needs; %s are sampled.", *sizes)
+    width, height = completed["width"], completed["height"]
+    asked = request.get("width") or width, request.get("height") or height
+    if asked != (width, height):
+        message = "A size of %d x %d pixels is no multiple of what the model needs; %d x %d are sampled."
+        logger.warning(message, *asked, width, height)
     starts = completed["input_image"] is not None and completed["inpaint_mask"] is None
     if starts and completed["denoising_strength"] == 1:
         logger.warning("input_image has no effect with denoising_strength=1; set it below 1, such as 0.6.")
