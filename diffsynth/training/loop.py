@@ -243,7 +243,7 @@ def launch_training_task(
         lr_scheduler=lr_scheduler,
         max_steps=max_steps,
         num_epochs=num_epochs,
-        batch_size=batch_size or (micro_batch_size or 1) * engine.replicas,
+        batch_size=(micro_batch_size or 1) * engine.replicas if batch_size is None else batch_size,
         micro_batch_size=micro_batch_size,
         max_grad_norm=max_grad_norm,
         seed=seed,
