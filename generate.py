@@ -9,6 +9,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 
 from diffsynth.config import build, check, explained, locked, run_main
+from diffsynth.core.ranges import BatchSize, Level, Seed
 
 
 def generate(
@@ -17,17 +18,17 @@ def generate(
     memory: Any,
     prompt: str | Sequence[str],
     negative_prompt: str = "",
-    seed: int | Sequence[int] = 0,
+    seed: Seed | Sequence[Seed] = 0,
     sampler: Literal["euler", "heun", "dpmpp_2m", "renoise"] | None = None,
     lora_path: str | Sequence[str] | None = None,
     lora_scale: float = 1.0,
     input_image: str | None = None,
-    denoising_strength: float = 1.0,
+    denoising_strength: Level = 1.0,
     inpaint_mask: str | None = None,
     template_inputs: Sequence[Mapping[str, object]] = (),
     negative_template_inputs: Sequence[Mapping[str, object]] = (),
     options: Mapping[str, object] | None = None,
-    batch_size: int = 16,
+    batch_size: BatchSize = 16,
     output: str = "outputs/generated",
     overwrite: bool = False,
     device: str = "auto",
@@ -62,10 +63,13 @@ def generate(
         open_files,
         read_prompts,
         sample_to_files,
+        warn_of_ignored,
     )
     from diffsynth.diffusion.pipeline.loaded_models import LoadedModels
 
     pipe = model(device=choose_device(device))
+    if seed == []:
+        raise ValueError("seed is an empty list; expected a seed, or a list of seeds.")
     requests = [
         {
             "prompt": text,
@@ -85,6 +89,7 @@ def generate(
     for path in paths:
         pipe.use_sampling_settings_of(path)
     completed = [pipe.complete({**shared, **request}) for request in requests]  # raises before any weight is read
+    warn_of_ignored({**shared, **requests[0]}, completed[0])
     models = LoadedModels(pipe, memory, paths, lora_scale)
     templates = template.load_all(pipe)
     templates.check(template_inputs, negative_template_inputs)
@@ -93,7 +98,8 @@ def generate(
     if templates.codes:
         source |= {"templates": [str(code.file) for code in templates.codes], "template_inputs": template_inputs}
         source |= {"negative_template_inputs": negative_template_inputs}
-    sampling = [{name: whole[name] for name in pipe.sampling_arguments} for whole in completed]
+    settings = (*pipe.sampling_arguments, "height", "width")
+    sampling = [{name: whole[name] for name in settings} for whole in completed]
     requests = [{**request, **own} for request, own in zip(requests, sampling, strict=True)]
     models.load_encoders(also=templates.called_models(pipe))
     shared |= templates.arguments(pipe, *sides)

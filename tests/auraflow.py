@@ -11,6 +11,7 @@ from diffusers import AuraFlowTransformer2DModel, AutoencoderKL
 from torch import Tensor
 
 from diffsynth.core.gradient import checkpoint_blocks
+from diffsynth.core.ranges import Tokens
 from diffsynth.diffusion.base_pipeline import BasePipeline
 from diffsynth.diffusion.pipeline.components import Folder, Network
 from diffsynth.diffusion.pipeline.conditioning import PromptEmbedder
@@ -81,7 +82,7 @@ class AuraFlowRequest(ImageRequest):
 
     cfg_scale: float = 3.5
     num_inference_steps: int = 50
-    max_sequence_length: int = 256
+    max_sequence_length: Tokens = 256
 
 
 class AuraFlowPipeline(BasePipeline):

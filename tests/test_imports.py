@@ -150,5 +150,11 @@ def test_the_package_and_the_help_need_no_torch():
 def test_entry_scripts_import_only_the_configuration_and_its_schema_at_first(script):
     tree = ast.parse((ROOT / script).read_text(encoding="utf-8"))
     modules = {node.module for node in tree.body if isinstance(node, ast.ImportFrom)}
-    light = {"diffsynth.config", "diffsynth.training.run", "diffsynth.plan.run", "diffsynth.cache.run"}
+    light = {
+        "diffsynth.config",
+        "diffsynth.training.run",
+        "diffsynth.plan.run",
+        "diffsynth.cache.run",
+        "diffsynth.core.ranges",
+    }
     assert {name for name in modules if name.startswith("diffsynth")} <= light

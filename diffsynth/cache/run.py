@@ -3,6 +3,8 @@
 from dataclasses import dataclass, replace
 from typing import Any, Literal, TypeVar, get_args
 
+from ..core.ranges import BatchSize, Count, Seed
+
 Command = Literal["make", "verify", "stats", "gc"]
 COMMANDS = get_args(Command)
 
@@ -30,7 +32,7 @@ class ModelRun:
     lora: Any = None
     template: Any = None
     device: str = "auto"
-    seed: int = 0
+    seed: Seed = 0
 
     @property
     def media(self) -> Any:
@@ -58,5 +60,5 @@ class CacheRun(ModelRun):
 
     path: str
     command: Command = "make"
-    batch_size: int = 8
-    shard_megabytes: int = 256
+    batch_size: BatchSize = 8
+    shard_megabytes: Count = 256

@@ -45,6 +45,7 @@ def run_main(main: Callable[[], None], resumes: bool = False) -> None:
         if flags in HELP:  # with other flags, Hydra shows its own help
             return print(help_text([argument for argument in sys.argv[1:] if argument not in flags]))
         check_arguments(sys.argv[1:])
+        check_rank()
         slurm.register()
         main()
     except LeftBySignal as left:
@@ -57,6 +58,20 @@ def run_main(main: Callable[[], None], resumes: bool = False) -> None:
         sys.exit(f"error: {error}")
     except OSError as error:  # Hydra makes the run's folder before it calls `main`
         sys.exit(f"error: {error}; set {_folder_key()}=… to a folder that can be written to.")
+
+
+def check_rank() -> None:
+    """Check that a process that is not the first of several was started by a launcher.
+
+    Raises:
+        ConfigError: It was not: only RANK is set, so that this process would log nothing and wait for others for ever.
+    """
+    rank, missing = os.environ.get("RANK", "0"), sorted({"MASTER_ADDR", "WORLD_SIZE"} - os.environ.keys())
+    if rank != "0" and missing:
+        raise ConfigError(
+            f"The environment has RANK={rank}, but not {' and '.join(missing)}: start several processes by `accelerate "
+            "launch` or `torchrun`, or type `unset RANK`."
+        )
 
 
 def let_segments_grow() -> None:

@@ -5,15 +5,26 @@ import inspect
 import types
 import typing
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Annotated, Any
 
 from hydra.errors import InstantiationException
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import InterpolationResolutionError
 
+from ..core.ranges import LearningRate, NotNegative, Positive, Share, Whole, expected, is_number
 from .moved import up_to_date
 
 SCALARS = (int, float, bool, str, type(None))
+# Of parameters of libraries' optimizers and schedules, whose own annotations have no ranges, or are absent.
+OF_LIBRARIES = {
+    "lr": LearningRate,
+    "betas": tuple[Share, Share],
+    "eps": Positive,
+    "weight_decay": NotNegative,
+    "num_warmup_steps": Whole,
+    "num_decay_steps": Whole,
+    "warmup_steps": Whole,
+}
 
 
 class ConfigError(ValueError):
@@ -73,22 +84,24 @@ def _check_value(value: Any, hint: Any, where: str) -> None:
         _check_node(value, _locate(value["_target_"], where), where)
     elif isinstance(value, DictConfig):
         for key in value:
-            _check_value(value[key], _hint_of_values(hint), f"{where}.{key}")
+            _check_value(value[key], _hint_of_items(hint, (dict, Mapping)), f"{where}.{key}")
     elif isinstance(value, ListConfig):
         for index, item in enumerate(value):
-            _check_value(item, Any, f"{where}[{index}]")
+            _check_value(item, _hint_of_items(hint, (list, tuple, Sequence)), f"{where}[{index}]")
     if not _fits(value, hint):
         if isinstance(value, DictConfig) and hint not in SCALARS:
             raise ConfigError(
                 f"{where} has no _target_, so that its keys ({', '.join(value)}) build nothing; expected a node that "
-                f"builds {_hint_name(hint)}: choose an option that sets it, or leave these keys out."
+                f"builds {expected(hint)}: choose an option that sets it, or leave these keys out."
             )
-        raise ConfigError(f"{where} is {value!r} ({type(value).__name__}); expected {_hint_name(hint)}.")
+        raise ConfigError(f"{where} is {value!r} ({type(value).__name__}); expected {expected(hint, value)}.")
 
 
-def _hint_of_values(hint: Any) -> Any:
-    """Return the annotation of a mapping's values: `T` of `Mapping[str, T]`."""
-    return typing.get_args(hint)[1] if typing.get_origin(hint) in (dict, Mapping) else Any
+def _hint_of_items(hint: Any, kinds: tuple[type, ...]) -> Any:
+    """Return the annotation of the values of a mapping or the items of a sequence: `T` of `Sequence[T] | None`."""
+    options = typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else [hint]
+    found = [typing.get_args(option) for option in options if typing.get_origin(option) in kinds]
+    return found[0][-1] if len(found) == 1 and found[0] else Any
 
 
 def _fits(value: Any, hint: Any) -> bool:
@@ -100,11 +113,16 @@ def _fits(value: Any, hint: Any) -> bool:
         return any(_fits(value, option) for option in typing.get_args(hint))
     if origin is typing.Literal:
         return value in typing.get_args(hint)
+    if origin is Annotated:
+        kind, *ranges = typing.get_args(hint)
+        return _fits(value, kind) and all(value in each for each in ranges)
+    if hint in (int, float):
+        return is_number(value, hint)
     if hint in SCALARS:
-        accepted = {float: (int, float)}.get(hint, (hint,))
-        return isinstance(value, accepted) and (hint is bool or not isinstance(value, bool))
+        return isinstance(value, hint)
     if origin in (list, Sequence, tuple):
-        return isinstance(value, (ListConfig, list))  # resolvers return plain lists
+        is_list = isinstance(value, (ListConfig, list))  # resolvers return plain lists
+        return is_list and (origin is not tuple or len(value) == len(typing.get_args(hint)))
     if origin in (dict, Mapping):
         return isinstance(value, DictConfig)
     if not inspect.isclass(hint) or hint is object:
@@ -142,18 +160,16 @@ def _extra(target: str) -> str:
 
 
 def _type_hints(target: Callable) -> dict[str, Any]:
+    ranges = {} if target.__module__.startswith("diffsynth.") else OF_LIBRARIES
     try:
-        return typing.get_type_hints(target.__init__ if inspect.isclass(target) else target)
+        own = typing.get_type_hints(target.__init__ if inspect.isclass(target) else target, include_extras=True)
     except (NameError, TypeError, AttributeError):  # an annotation exists only for type checkers
-        return {}
+        own = {}
+    return {**own, **ranges}
 
 
 def _name(target: Callable) -> str:
     return getattr(target, "__qualname__", str(target))
-
-
-def _hint_name(hint: Any) -> str:
-    return getattr(hint, "__name__", str(hint)) if typing.get_origin(hint) is None else str(hint).replace("typing.", "")
 
 
 def build(cfg: DictConfig) -> dict[str, Any]:

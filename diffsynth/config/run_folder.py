@@ -20,7 +20,7 @@ from ..core.json_text import read_json, to_json
 from .nodes import ConfigError
 from .signature import bound_to_length, but_for_length, signature
 
-RANK = int(os.environ.get("RANK", 0))
+RANK = int(os.environ.get("RANK") or 0)
 # Appended to a saved configuration, so that it runs again: train.py --config-path <run> --config-name config
 REPLAY = {"hydra": {"run": {"dir": "${run_dir}"}, "output_subdir": None}}
 RUN_FILES = ("config.yaml", "resolved.yaml", "command.json", "environment.json")

@@ -2,6 +2,7 @@
 
 import os
 import sys
+from pathlib import Path
 
 import psutil
 import torch
@@ -17,6 +18,45 @@ def peak_memory(device: torch.device) -> float:
 
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
+
+
+def free_host_memory(groups: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self/cgroup")) -> int:
+    """The free bytes of host memory: of the machine, or of a container or job that may take less.
+
+    Args:
+        groups, own: Where Linux mounts control groups (cgroups(7)), and the file that names those of this process.
+    """
+    return min([psutil.virtual_memory().available, *_left_in_groups(groups, own)])
+
+
+def _left_in_groups(groups: Path, own: Path) -> list[int]:
+    """The bytes that each limited control group of this process has left, its parents included; none outside Linux."""
+    if not own.exists():
+        return []
+    left = []
+    for line in own.read_text(encoding="utf-8").splitlines():
+        _, controllers, path = line.split(":", 2)
+        if controllers == "":  # version 2
+            names, root = ("memory.max", "memory.current", "inactive_file"), groups
+        elif "memory" in controllers.split(","):
+            names = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
+            root = groups / "memory"
+        else:
+            continue
+        folder = root / path.lstrip("/")
+        parents = [each for each in (folder, *folder.parents) if each.is_relative_to(root)]
+        left += [size for each in parents if (size := _left_in(each, *names)) is not None]
+    return left
+
+
+def _left_in(folder: Path, limit: str, usage: str, cache: str) -> int | None:
+    """The bytes that a control group has left; None if it sets no limit. The kernel takes cached files back."""
+    try:
+        most, used = ((folder / name).read_text().strip() for name in (limit, usage))
+        statistics = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
+    except OSError:  # the root group has no such files, and a container may not see its parents
+        return None
+    return None if most == "max" else max(0, int(most) - int(used) + int(statistics.get(cache, 0)))
 
 
 def reset_peak_memory(device: torch.device) -> None:

@@ -158,6 +158,21 @@ def going_on_without(path: str | Path) -> Iterator[None]:
         logger.warning("%s is not written, and the run goes on without it: %s", path, error)
 
 
+def check_writable(folder: str | Path, key: str) -> None:
+    """Check that a folder takes files, or can be made.
+
+    Args:
+        key: The setting that names the folder, for the error message.
+
+    Raises:
+        ValueError: It does not, or cannot.
+    """
+    path = Path(folder).absolute()
+    nearest = next(each for each in (path, *path.parents) if each.exists())
+    if not nearest.is_dir() or not os.access(nearest, os.W_OK):
+        raise ValueError(f"{key} is {folder}, but {nearest} is no folder that can be written to; set {key}=… to one.")
+
+
 def digest_of(path: str | Path) -> str:
     """32 hex digits of a file's bytes."""
     digest = blake2b(digest_size=16)

@@ -19,7 +19,7 @@ from .flow_match import FlowMatchScheduler
 from .pipeline import declaration, sampling_settings
 from .pipeline.media import ImageMedia, Media
 from .pipeline.networks import PipelineNetworks
-from .pipeline.request import ImageRequest, defaults_of, typed
+from .pipeline.request import ImageRequest, check_numbers, defaults_of, typed
 from .pipeline.samplers import SAMPLERS
 from .pipeline.units import PipelineUnit, PipelineUnitRunner, required_units, run_units
 from .pipeline.vae import Latents
@@ -107,7 +107,7 @@ class BasePipeline(PipelineNetworks):
         return typed(self.request, name, value)
 
     def complete(self, request: Mapping) -> dict:
-        """The request, with its missing arguments filled in.
+        """The request, with its missing arguments filled in, and the size that is sampled.
 
         They come first from the settings that the weights were trained for, then from the model's defaults. This reads
         no weights.
@@ -124,8 +124,10 @@ class BasePipeline(PipelineNetworks):
             raise ValueError(f"{type(self).__name__} has no argument {unknown[0]!r}; {hint}")
         given = {name: value for name, value in request.items() if value is not None}
         completed = {**self.call_defaults, **self.settings_for(given), **given}
+        check_numbers(self.request, completed)
         _check_request(completed)
-        return completed
+        height, width = self.latents.fitted(completed["height"], completed["width"])
+        return {**completed, "height": height, "width": width}
 
     def settings_for(self, request: Mapping) -> dict[str, Any]:
         """The `sampling_arguments` that the weights were trained for, except those that the request sets itself.
@@ -355,7 +357,7 @@ def step_noise(seeds: int | None | Sequence[int | None], index: int, like: Tenso
 
 
 def _check_request(request: Mapping) -> None:
-    """Refuse a complete request whose arguments are out of range or exclude each other."""
+    """Refuse a complete request whose arguments exclude each other, or whose sampler does not exist."""
     if request["sampler"] not in SAMPLERS:
         raise ValueError(f"sampler is {request['sampler']!r}; expected one of {', '.join(SAMPLERS)}.")
     if request["sampler"] == "renoise" and request["inpaint_mask"] is not None:
@@ -363,9 +365,5 @@ def _check_request(request: Mapping) -> None:
             "inpaint_mask needs deterministic sampling, but sampler=renoise adds fresh noise at each step; set "
             "sampler=euler, or leave the mask out."
         )
-    if not 0 < request["denoising_strength"] <= 1:
-        raise ValueError(f"denoising_strength is {request['denoising_strength']}; expected a number in (0, 1].")
-    if request["num_inference_steps"] < 1:
-        raise ValueError(f"num_inference_steps is {request['num_inference_steps']}; expected at least 1.")
     if request["inpaint_mask"] is not None and request["input_image"] is None:
         raise ValueError("inpaint_mask keeps a part of input_image, which is not given; give input_image too.")

@@ -14,12 +14,15 @@ from torch import nn
 from ..core.files import going_on_without, write_text
 from ..core.json_text import read_json, to_json
 from ..core.loader import save_safetensors
-from .adapters.formats import FORMATS
+from ..core.ranges import Count, check_fields
+from .adapters.formats import FORMATS, check_holds
 from .pipeline.sampling_settings import METADATA_KEY
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
+    from .adapters.lora import Adapter
+    from .base_pipeline import BasePipeline
     from .training_module import DiffusionTrainingModule
 
 logger = logging.getLogger(__name__)
@@ -47,7 +50,7 @@ class ModelLogger:
 
     output_path: str | Path
     remove_prefix_in_ckpt: str | None = None
-    save_steps: int | None = None
+    save_steps: Count | None = None
     formats: Sequence[str] = ("common",)
     trigger_prompts: Sequence[str] = ()
     keep_best: str | None = None
@@ -56,8 +59,7 @@ class ModelLogger:
         unknown = sorted(set(self.formats) - set(FORMATS))
         if unknown or not self.formats:
             raise ValueError(f"export.formats is {list(self.formats)}; expected some of {list(FORMATS)}.")
-        if self.save_steps is not None and self.save_steps < 1:
-            raise ValueError(f"export.save_steps is {self.save_steps}; expected at least 1, or null.")
+        check_fields(self, "export.")
 
     def check(self, measured: Sequence[str]) -> None:
         """Refuse a `keep_best` that is not among the metrics that validation measures."""
@@ -65,6 +67,28 @@ class ModelLogger:
             known = ", ".join(measured)
             remedy = f"set export.keep_best to one of {known}" if known else "choose an option of validation"
             raise ValueError(f"export.keep_best is {self.keep_best!r}, which validation does not measure; {remedy}.")
+
+    def check_formats(self, lora: "Adapter | None", pipeline: type["BasePipeline"]) -> None:
+        """Check that every save can write every one of `formats`.
+
+        Args:
+            lora: The run's adapter; None trains models in full, whose files have the names of released checkpoints.
+            pipeline: The model's family.
+
+        Raises:
+            ValueError: A format has no names for the adapter, or there is no adapter to write in another format.
+        """
+        if self.remove_prefix_in_ckpt is not None:
+            return
+        if lora is None and not {*self.formats} <= {"common", "diffusers"}:
+            raise ValueError(
+                f"export.formats is {list(self.formats)}, which are formats of adapters, but this run trains models in "
+                "full (lora=none); leave export.formats out."
+            )
+        prefixes = {name: network.lora or name for name, network in pipeline.networks().items()}
+        for model in lora.models if lora else ():
+            for format in self.formats:
+                check_holds(format, lora.peft_config([]), prefixes.get(model, model))
 
     @property
     def saved(self) -> list[Path]:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..core.ranges import Level, Positive, Share, check_fields
 from .flow_match import TRAINING_STEPS, FlowMatchScheduler, exponential_shift
 
 
@@ -20,8 +21,8 @@ class UniformTimesteps:
         min_boundary, max_boundary: Fractions of the grid in [0, 1]; 0 is its noisy end.
     """
 
-    min_boundary: float = 0.0
-    max_boundary: float = 1.0
+    min_boundary: Share = 0.0
+    max_boundary: Level = 1.0
 
     def __post_init__(self):
         if not 0 <= self.min_boundary < self.max_boundary <= 1:
@@ -46,12 +47,11 @@ class LogitNormalTimesteps:
     """
 
     mean: float = 0.0
-    std: float = 1.0
+    std: Positive = 1.0
     mu: float = 0.0
 
     def __post_init__(self):
-        if self.std <= 0:
-            raise ValueError(f"task.timesteps.std is {self.std}; expected a number above 0.")
+        check_fields(self, "task.timesteps.")
 
     def __call__(self, scheduler: FlowMatchScheduler, u: Tensor) -> Tensor:
         """Noise levels (B,) in (0, 1) of uniform numbers (B,) in [0, 1)."""

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from ..core.context_parallel import TokenSplit
 from ..core.gradient import checkpoint_blocks
 from ..core.loader import ModelConfig
+from ..core.ranges import NotNegative, Pixels, Side
 from ..diffusion.adapters.names import LayerNames
 from ..diffusion.base_pipeline import BasePipeline
 from ..diffusion.flow_match import exponential_shift, stretch_to_terminal
@@ -325,12 +326,12 @@ class QwenImageRequest(EditRequest, TemplateRequest):
         exponential_shift_mu: Shift of the noise levels; None computes it from the number of tokens.
     """
 
-    cfg_scale: float = 4.0
+    cfg_scale: NotNegative = 4.0
     cfg_rescale: bool = True
-    height: int = 1328
-    width: int = 1328
+    height: Side = 1328
+    width: Side = 1328
     edit_image_numbered: bool = False
-    edit_vision_pixels: int = EDIT_VISION_PIXELS
+    edit_vision_pixels: Pixels = EDIT_VISION_PIXELS
     exponential_shift_mu: float | None = None
 
 

@@ -1,15 +1,15 @@
 """Before weights are read: checks that a run fits its device, and chooses memory options that fit a given budget."""
 
 import logging
-from collections.abc import Callable
+import math
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import psutil
 import torch
 from accelerate.utils import broadcast_object_list
 
+from ..core.devices import free_host_memory
 from ..core.files import write_text
 from ..core.json_text import read_json, to_json
 from ..core.loader import ModelConfig
@@ -31,6 +31,11 @@ logger = logging.getLogger(__name__)
 # Bytes of training per byte of a bf16 file, at most: 2 each for fp32 weights, gradients and EMA, 4 for Adam's state,
 # and 2 for everything else, which is a guess.
 MOST_BYTES = 12
+# An adapter of full rank has twice the parameters of its layer, all of them trained.
+MOST_BYTES_WITH_ADAPTER = 3 * MOST_BYTES
+# Bytes of activations per pixel, at most; a guess: an autoencoder with 96 channels at the full size, as released ones
+# have, keeps about ten tensors in fp32.
+PIXEL_BYTES = 4096
 # A guess: a run that takes less than this share of the device is not rehearsed, as that takes longer than many steps.
 SMALL = 0.1
 
@@ -49,7 +54,7 @@ def preflight(run: Run, accelerator: "Accelerator", engine: Engine) -> Run:
     placement = {"processes": accelerator.num_processes, "engine": engine.file, "cp_size": engine.cp_size}
     planned = PlacedRun.of(run, **placement, on_cuda=device.type == "cuda")
     found = [(recipe, run.micro_batch_size)]
-    if accelerator.is_main_process and (recipe.budget or not is_small(run.model, free_bytes(device))):
+    if accelerator.is_main_process and (recipe.budget or not is_small(planned, free_bytes(device))):
         try:
             found = [settle(Planner(planned), Path(run.run_dir) / "memory.json", device)]
         except (ValueError, OSError) as error:  # broadcast, because the other processes wait for a result
@@ -70,6 +75,8 @@ def settle(planner: Planner, record: Path, device: torch.device) -> tuple[Memory
         device: The run's device.
     """
     run = planner.run
+    if run.memory.check:
+        check_one_image(run, free_bytes(device))
     settled = run.memory, run.micro_batch_size
     if run.memory.budget is None:
         planner = planner.quickest()
@@ -113,10 +120,39 @@ def as_record(choice: BudgetChoice) -> dict:
     }
 
 
-def is_small(model: Callable, free: int) -> bool:
-    """Whether all weights are on disk and would take, trained in full, a small share of the `free` bytes."""
-    sizes = [file_bytes(part) for part in model.keywords.values() if isinstance(part, ModelConfig)]
-    return None not in sizes and MOST_BYTES * sum(sizes) < SMALL * free
+def is_small(run: PlacedRun, free: int) -> bool:
+    """Whether all weights are on disk and would take, trained and with a batch, a small share of the `free` bytes.
+
+    This reads sizes of files and of images, and builds nothing.
+    """
+    sizes = [file_bytes(part) for part in run.model.keywords.values() if isinstance(part, ModelConfig)]
+    if None in sizes:
+        return False
+    weights = (MOST_BYTES_WITH_ADAPTER if run.lora else MOST_BYTES) * sum(sizes)
+    return weights + PIXEL_BYTES * pixels_of(run) < SMALL * free
+
+
+def pixels_of(run: PlacedRun) -> int:
+    """Return the pixels of the largest micro-batch of the training, or of the validation's images if they are more."""
+    sizes = [size for size in run.sizes if size is not None] or run.dataset.own_sizes
+    trained = run.batches.micro_batch_size * max(map(math.prod, sizes), default=0)
+    sides = [run.validation.options.get(name) or 0 for name in ("height", "width")] if run.validation.prompts else [0]
+    return max(trained, len(run.validation.prompts) * math.prod(sides))
+
+
+def check_one_image(run: PlacedRun, free: int) -> None:
+    """Check that one image fits, as RGB in fp32, before a rehearsal reads one: that takes host memory itself.
+
+    Raises:
+        ValueError: It does not.
+    """
+    width, height = max([size for size in run.sizes if size] or run.dataset.own_sizes, key=math.prod, default=(0, 0))
+    needed = 3 * torch.float32.itemsize * width * height
+    if needed > free:
+        raise ValueError(
+            f"One image of {width} x {height} pixels takes {shown_size(needed)} by itself, and {shown_size(free)} are "
+            "free: set dataset.height=… and dataset.width=…, or dataset.max_pixels=…, to a smaller size."
+        )
 
 
 def check(run: PlacedRun, plan: Plan, device: torch.device) -> None:
@@ -143,4 +179,4 @@ def free_bytes(device: torch.device) -> int:
         return torch.cuda.mem_get_info(device)[0]
     if device.type == "mps":
         return torch.mps.recommended_max_memory() - torch.mps.current_allocated_memory()
-    return psutil.virtual_memory().available
+    return free_host_memory()

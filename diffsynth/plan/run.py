@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING
 
+from ..core.ranges import BatchSize, Count, Tokens
 from ..training.run import Run
 
 if TYPE_CHECKING:
@@ -32,11 +33,11 @@ class PlanRun(Run):
         path: Folder of plan.json and plan.svg.
     """
 
-    devices: Sequence[int] = (1,)
-    cp_size: int = 1
-    tokens: int = 256
+    devices: Sequence[BatchSize] = (1,)
+    cp_size: Count = 1
+    tokens: Tokens = 256
     cached: bool = False
-    cache_batch_size: int = 8
+    cache_batch_size: BatchSize = 8
     fetch_data: bool = False
     path: str = "outputs/plan"
 

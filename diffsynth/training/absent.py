@@ -62,6 +62,9 @@ class NoCheckpoints:
 class NoLogger:
     """Writes no metrics."""
 
+    def check(self) -> None:
+        pass
+
     def start(self, step: int, resumed: bool) -> None:
         pass
 

@@ -27,6 +27,7 @@ from ..core.data.cache.shards import MALFORMED
 from ..core.files import digest_of, remove_leftovers, replacing_folder, write_text
 from ..core.json_text import to_json
 from ..core.loader import save_safetensors
+from ..core.ranges import Count, check_fields
 from ..core.safe_tree import join_state, split_state
 from .restorable import DamagedCheckpoint, expect
 
@@ -56,17 +57,14 @@ class Checkpoints:
     """
 
     path: str | Path
-    every: int | None = None
-    keep_last: int = 2
-    keep_every: int | None = None
+    every: Count | None = None
+    keep_last: Count = 2
+    keep_every: Count | None = None
     saves: ClassVar[bool] = True
 
     def __post_init__(self):
         self.path = Path(self.path)
-        for name in ("every", "keep_last", "keep_every"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"checkpoint.{name} is {value}; expected at least 1.")
+        check_fields(self, "checkpoint.")
 
     def due(self, step: int) -> bool:
         """Whether a checkpoint is saved after `step` optimizer steps."""

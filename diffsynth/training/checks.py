@@ -1,11 +1,13 @@
 """Checks of a run before any weight is read, and the identity by which a resumed run is recognised."""
 
 import math
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from accelerate.utils import gather_object
 
 from ..core.data import BatchLayout, TrainingData
+from ..core.files import check_writable
 from ..diffusion.template.rows import prepare_data, required_columns
 from .engines import Engine
 
@@ -17,7 +19,7 @@ if TYPE_CHECKING:
 
 
 def check_run(run: "Run", engine: Engine) -> None:
-    """Check the folder, the data's rows, the batch size, the validation and the export of a run with a loaded template.
+    """Check the folder, rows, batch size, validation, and what a save needs, of a run with a loaded template.
 
     All processes call it.
 
@@ -33,6 +35,17 @@ def check_run(run: "Run", engine: Engine) -> None:
         check_one_size(run.dataset, layout.micro_batch_size)
     run.validation.check(run.ema)
     run.export.check(run.validation.metric_names)
+    run.export.check_formats(run.lora, run.model.func.__self__)
+    run.logger.check()
+    for key, folder in written_folders(run).items():
+        check_writable(folder, key)
+
+
+def written_folders(run: "Run") -> dict[str, str | Path]:
+    """Return the folders that the run writes to, by the keys that set them."""
+    folders = {"export.output_path": run.export.output_path}
+    parts = {"checkpoint": run.checkpoint, "validation": run.validation, "logger": run.logger}
+    return folders | {f"{name}.path": part.path for name, part in parts.items() if hasattr(part, "path")}
 
 
 def check_one_folder(run_dir: str) -> None:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ..core.host_memory import empty, fill, flat_size, flat_views, lane
+from ..core.ranges import Count, Level, Share, check_arguments
 
 
 class EMA:
@@ -32,13 +33,14 @@ class EMA:
 
     weights = ("raw", "ema")  # the sets of weights that can be evaluated and exported
 
-    def __init__(self, decay: float = 0.999, power: float | None = None, device: str | None = None, every: int = 1):
-        if not 0 <= decay < 1:
-            raise ValueError(f"ema.decay is {decay}; expected a number in [0, 1).")
-        if power is not None and not 0 < power <= 1:
-            raise ValueError(f"ema.power is {power}; expected a number in (0, 1], or null for a constant decay.")
-        if every < 1:
-            raise ValueError(f"ema.every is {every}; expected a number of optimizer steps, 1 or more.")
+    def __init__(
+        self,
+        decay: Share = 0.999,
+        power: Level | None = None,
+        device: str | None = None,
+        every: Count = 1,
+    ):
+        check_arguments(EMA.__init__, "ema.", decay=decay, power=power, every=every)
         self.decay, self.power, self.device, self.every = decay, power, device, every
         self.average: list[Tensor] = []
         self.betas: list[float] = []

@@ -19,6 +19,7 @@ from ..diffusion.training_module import DiffusionTrainingModule
 from .bad_steps import BadSteps
 from .engines import Engine, choose_engine
 from .run import LoopSettings, Run
+from .schedule import warn_of_warmup
 from .state import TrainingState
 from .stopping import StopRequest, stop_on_signals
 from .validation import BANDS
@@ -57,6 +58,7 @@ class Trainer(LoopSettings):
         self.layout = BatchLayout(self.batch_size, self.micro_batch_size, self.engine.replicas)
         self.order = self.dataset.order(self.batch_size, self.seed, self.samples)
         self.steps = self.order.steps_of(self.num_epochs) if self.max_steps is None else self.max_steps
+        warn_of_warmup(self.lr_scheduler, self.optimizer, self.steps)
         if self.ema.every > self.steps:
             raise ValueError(
                 f"ema.every is {self.ema.every}, but the run has {self.steps} steps, so that the average would never "
@@ -94,12 +96,12 @@ class Trainer(LoopSettings):
             while True:
                 done, ends = self._ends(state, stop)
 
-                # Log, evaluate, export and save the current weights; a resumed run did so before it stopped.
+                # Log, evaluate, save and export the current weights. A resumed run did so before it stopped, except
+                # perhaps the export, which may fail and comes last for that reason.
                 state.set_mode("eval")
-                if not resumed:
-                    with state.meter.paused():
-                        values = self._record(state, bar, done)
-                        self._save(state, values, done, ends)
+                with state.meter.paused():
+                    values = {} if resumed else self._record(state, bar, done)
+                    self._save(state, values, done, ends, resumed)
                 if ends:
                     break
                 resumed = False
@@ -189,28 +191,30 @@ class Trainer(LoopSettings):
             self.logger.log(state.step, values, pictures)
         return values
 
-    def _save(self, state: TrainingState, values: Mapping[str, float], done: bool, ends: bool) -> None:
-        """Export and save a checkpoint, each if it is due and the weights have not diverged.
+    def _save(self, state: TrainingState, values: Mapping[str, float], done: bool, ends: bool, resumed: bool) -> None:
+        """Save a checkpoint and export, each if it is due and the weights have not diverged.
+
+        The export comes last, because the run can be finished without it: a resumed run has its checkpoint, and exports
+        what it had no room for.
 
         Args:
             values: The metrics of the current step.
             done, ends: See `_ends`.
+            resumed: Whether the checkpoint of the current step exists already.
 
         Raises:
             FloatingPointError: The run ends, and its weights are not finite.
-            OSError: The run ends, and the disk is full; a checkpoint is saved first, if there is room for it.
+            OSError: The run ends, and the disk is full.
         """
         step = state.step
         exports = self.export.due(step, _ended_epoch(self.order, step), done, values)
-        if not (exports or ends or self.checkpoint.due(step)) or self._has_diverged(state, ends):
+        saves = not resumed and (ends or self.checkpoint.due(step))
+        if not (exports or saves) or self._has_diverged(state, ends):
             return
-        try:
-            if exports:
-                self._export(state, done, values)
-        except OSError:
+        if saves:
             self.checkpoint.save_if_due(self.accelerator, state, self.identity, ends)
-            raise
-        self.checkpoint.save_if_due(self.accelerator, state, self.identity, ends)
+        if exports:
+            self._export(state, done, values)
 
     def _has_diverged(self, state: TrainingState, ends: bool) -> bool:
         """Whether the weights are not to be saved: they are not finite, or the run goes on after a bad step.
@@ -292,7 +296,7 @@ def launch_training_task(
         lr_scheduler=lr_scheduler,
         max_steps=max_steps,
         num_epochs=num_epochs,
-        batch_size=batch_size or (micro_batch_size or 1) * engine.replicas,
+        batch_size=(micro_batch_size or 1) * engine.replicas if batch_size is None else batch_size,
         micro_batch_size=micro_batch_size,
         max_grad_norm=max_grad_norm,
         seed=seed,

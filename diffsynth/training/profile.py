@@ -9,6 +9,7 @@ import torch
 from accelerate import PartialState
 
 from ..core.files import going_on_without, replacing
+from ..core.ranges import Count, check_fields
 
 logger = logging.getLogger(__name__)
 
@@ -27,14 +28,11 @@ class Profile(AbstractContextManager):
     """
 
     path: str | Path
-    after: int = 3
-    steps: int = 3
+    after: Count = 3
+    steps: Count = 3
 
     def __post_init__(self):
-        if self.after < 1 or self.steps < 1:
-            raise ValueError(
-                f"profile.after is {self.after} and profile.steps is {self.steps}; set both to at least 1."
-            )
+        check_fields(self, "profile.")
 
     def __enter__(self) -> "Profile":
         phases = torch.profiler.schedule(wait=self.after - 1, warmup=1, active=self.steps, repeat=1)

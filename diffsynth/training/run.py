@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..cache.run import ModelRun
+from ..core.ranges import BatchSize, Count, Positive, Seed, check_fields
 from .absent import NoCheckpoints, NoDataReport, NoEMA, NoLogger, NoProfile, NoValidation
 
 
@@ -39,13 +40,13 @@ class LoopSettings:
     logger: Any = None
     validation: Any = None
     profile: Any = None
-    max_steps: int | None = None
-    num_epochs: float = 1
-    samples: int | None = None
-    batch_size: int = 1
-    micro_batch_size: int | None = None
-    max_grad_norm: float | None = None
-    seed: int = 0
+    max_steps: Count | None = None
+    num_epochs: Positive = 1
+    samples: Count | None = None
+    batch_size: BatchSize = 1
+    micro_batch_size: BatchSize | None = None
+    max_grad_norm: Positive | None = None
+    seed: Seed = 0
 
     def __post_init__(self):
         self.ema = self.ema or NoEMA()
@@ -53,13 +54,7 @@ class LoopSettings:
         self.logger = self.logger or NoLogger()
         self.validation = self.validation or NoValidation()
         self.profile = self.profile or NoProfile()
-        for name in ("max_steps", "samples"):
-            if (value := getattr(self, name)) is not None and value < 1:
-                raise ValueError(f"{name} is {value}; expected at least 1, or null.")
-        if self.max_steps is None and self.num_epochs <= 0:
-            raise ValueError(f"num_epochs is {self.num_epochs}; expected more than 0.")
-        if self.max_grad_norm is not None and self.max_grad_norm <= 0:
-            raise ValueError(f"max_grad_norm is {self.max_grad_norm}; expected more than 0, or null.")
+        check_fields(self)
 
 
 @dataclass(kw_only=True)
@@ -83,13 +78,11 @@ class Run(LoopSettings, ModelRun):
     memory: Any
     data_report: Any
     deterministic: bool = False
-    max_bad_steps: int = 10
+    max_bad_steps: Count = 10
 
     def __post_init__(self):
         super().__post_init__()
         self.data_report = self.data_report or NoDataReport()
-        if self.max_bad_steps < 1:
-            raise ValueError(f"max_bad_steps is {self.max_bad_steps}; expected at least 1.")
 
 
 @dataclass(kw_only=True)

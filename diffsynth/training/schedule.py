@@ -1,9 +1,12 @@
 """Make a learning rate schedule, and tell whether two runs of different lengths have equal rates up to a step."""
 
 import inspect
+import logging
 from collections.abc import Callable
 
 import torch
+
+logger = logging.getLogger(__name__)
 
 
 def make_schedule(
@@ -18,6 +21,16 @@ def make_schedule(
         return None
     takes_steps = "num_training_steps" in inspect.signature(lr_scheduler).parameters
     return lr_scheduler(optimizer, num_training_steps=steps) if takes_steps else lr_scheduler(optimizer)
+
+
+def warn_of_warmup(lr_scheduler: Callable | None, optimizer: Callable, steps: int) -> None:
+    """Log a warning if the learning rate of a run of `steps` optimizer steps never reaches its full value."""
+    keys = {"lr_scheduler.num_warmup_steps": lr_scheduler, "optimizer.warmup_steps": optimizer}
+    for key, part in keys.items():
+        warmup = getattr(part, "keywords", {}).get(key.partition(".")[2], 0)
+        if warmup >= steps:
+            message = "%s=%d, but the run has %d steps: the learning rate never reaches its full value; set %s=%d."
+            logger.warning(message, key, warmup, steps, key, steps // 10)
 
 
 def same_until(lr_scheduler: Callable | None, step: int, steps: int, other_steps: int) -> bool:

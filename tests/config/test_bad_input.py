@@ -3,6 +3,7 @@
 import json
 import math
 import shutil
+import sys
 
 import pytest
 import tiny
@@ -52,6 +53,8 @@ def repository(tmp_path):
         ("+lora.rnak=8", ["lora.rnak", "did you mean lora.rank?"]),
         ("max_steps=ten", ["max_steps", "'ten'", "int"]),
         ("lora.rank=0", ["lora.rank", "0", "at least 1"]),
+        ("lora.rank=1000000", ["lora.rank is 1000000", "128, the full rank of transformer_blocks.0.", "lora.rank=128"]),
+        ("lora=loha lora.rank=129", ["lora.rank is 129", "full rank"]),
         ("logger.every=0", ["logger.every", "0", "at least 1"]),
         ("max_steps=0", ["max_steps is 0", "at least 1"]),
         ("samples=0", ["samples is 0", "at least 1"]),
@@ -59,13 +62,17 @@ def repository(tmp_path):
         ("max_bad_steps=0", ["max_bad_steps is 0", "at least 1"]),
         ("data_report.pictures=-1", ["data_report.pictures is -1", "at least 0"]),
         ("export.save_steps=0", ["export.save_steps is 0", "at least 1"]),
+        ("lora=loha export.formats=[comfyui]", ["export.formats: comfyui has no names for LOHA"]),
+        ("lora=none export.formats=[comfyui]", ["export.formats is ['comfyui']", "in full (lora=none)"]),
+        ("checkpoint.path=README.md/x", ["checkpoint.path is README.md/x", "no folder", "set checkpoint.path=…"]),
         ("device=tpu", ["device=tpu", "cpu"]),
         ("dataset.height=30", ["height=30", "multiple", "16"]),
         (
             "task.trainable_models=[unet]",
             ["no model 'unet'; set task.trainable_models to some of dit, text_encoder, vae"],
         ),
-        ("task.timesteps.min_boundary=2", ["min_boundary=2", "max_boundary"]),
+        ("task.timesteps.min_boundary=2", ["task.timesteps.min_boundary is 2", "[0, 1)"]),
+        ("lora.target_modules=['*.to_q']", ["lora.target_modules: '*.to_q' is neither", "type 'to_q'"]),
         ("lora.models=[unet]", ["no model 'unet'; set lora.models to some of dit, text_encoder, vae"]),
         ("lora=none task.trainable_models=[]", ["Nothing is trained", "task.trainable_models=[dit]", "lora=lora"]),
         ("memory.checkpointing=all", ["memory.checkpointing", "'all'", "blocks"]),
@@ -76,6 +83,11 @@ def test_a_value_that_cannot_be_is_named(override, named, refusal):
     assert all(part in message for part in named), message
 
 
+def test_a_tracker_without_its_package_is_named(refusal, monkeypatch):
+    monkeypatch.setitem(sys.modules, "tensorboard", None)
+    assert 'TensorBoard needs tensorboard: pip install "diffsynth-hydra[loggers]"' in refusal("logger=tensorboard")
+
+
 def test_an_option_that_validation_cannot_sample_with_is_answered_with_the_nearest(refusal):
     message = refusal("validation=base", "validation.prompts=[a red emoji]", "+validation.options.cfg_scal=1")
     assert "'cfg_scal'; did you mean 'cfg_scale'?" in message
@@ -83,11 +95,28 @@ def test_an_option_that_validation_cannot_sample_with_is_answered_with_the_neare
 
 @pytest.mark.parametrize(
     "batch_size, micro_batch_size, fitting",
-    [(4, 3, ["batch_size=3 or 6", "1, 2, 4"]), (6, 4, ["batch_size=4 or 8", "1, 2, 3, 6"]), (0, 1, ["at least 1"])],
+    [
+        (4, 3, ["batch_size=3 or 6", "1, 2, 4"]),
+        (6, 4, ["batch_size=4 or 8", "1, 2, 3, 6"]),
+        (0, 1, ["batch_size is 0", "[1, 1000000]"]),
+    ],
 )
 def test_batch_sizes_that_do_not_divide_are_answered_with_those_that_do(batch_size, micro_batch_size, fitting, refusal):
     message = refusal(f"batch_size={batch_size}", f"micro_batch_size={micro_batch_size}")
     assert all(part in message for part in fitting), message
+
+
+def test_prompts_in_the_place_of_images_are_answered_with_the_tasks_that_use_them(refusal, tmp_path):
+    (tmp_path / "prompts.txt").write_text("a red apple")
+    cfg = tiny.compose("train", *tiny.model_overrides(), "dataset=prompts", f"dataset.path={tmp_path}/prompts.txt")
+    cfg.dataset.height = cfg.dataset.width = 32
+    with pytest.raises(ValueError, match=r"holds prompts without images, but FlowMatchSFT .* task=distill"):
+        tiny.call("train", cfg)
+
+
+def test_options_that_validation_cannot_sample_with_are_named_with_their_range(refusal):
+    message = refusal("validation=base", "validation.prompts=[a red emoji]", "validation.options.num_inference_steps=0")
+    assert "validation.options: num_inference_steps is 0; expected int in [1, 10000]." in message
 
 
 def test_a_folder_of_pictures_in_the_place_of_the_emoji_is_answered_with_what_to_choose(refusal, tmp_path):

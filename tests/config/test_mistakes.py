@@ -207,6 +207,15 @@ def test_a_value_that_nobody_gave_is_asked_for(monkeypatch, tmp_path):
     assert "dataset.path" in message and "command line" in message
 
 
+@pytest.mark.parametrize("script", ["train.py", "generate.py"])
+def test_a_rank_that_no_launcher_gave_is_named(script, monkeypatch):
+    for name in ("MASTER_ADDR", "WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("RANK", "1")
+    message = complaint(monkeypatch, script=script)
+    assert "RANK=1, but not MASTER_ADDR and WORLD_SIZE" in message and "unset RANK" in message and "\n" not in message
+
+
 def test_other_scripts_answer_the_same(monkeypatch):
     assert "did you mean lora_path?" in complaint(monkeypatch, "lorapath=x.safetensors", script="generate.py")
 

@@ -33,6 +33,7 @@ from diffsynth.plan.rehearsal import Rehearsal
 from diffsynth.plan.run import PlacedRun
 from diffsynth.plan.shares import shares
 from diffsynth.training.absent import NoEMA
+from diffsynth.training.loop import Trainer
 from diffsynth.training.run import Run
 from diffsynth.training.validation.validation import BANDS, Validation
 
@@ -367,6 +368,41 @@ def test_only_the_first_process_judges_whether_a_run_is_small(tmp_path, monkeypa
     another = SimpleNamespace(device=torch.device("cpu"), is_main_process=False, num_processes=2)
     run = Run(**tiny.build(tiny.compose("train", *tiny.train_overrides(tmp_path))))
     assert preflight.preflight(run, another, SimpleNamespace(file="ddp", cp_size=1)).micro_batch_size == 3
+
+
+@pytest.mark.parametrize(
+    "overrides, is_small",
+    [
+        ([], True),
+        (["dataset.height=8192", "dataset.width=8192"], False),
+        (["batch_size=100000"], False),
+        (["validation=base", "validation.prompts=[a]", "+validation.options={height:8192,width:8192}"], False),
+        (["lora=none"], True),
+    ],
+)
+def test_a_run_is_small_only_if_its_images_are_too(overrides, is_small, tmp_path):
+    parts = tiny.build(tiny.compose("train", *tiny.merged(tiny.train_overrides(tmp_path), overrides)))
+    parts["dataset"].scan(required=())
+    run = PlacedRun(**{name: parts[name] for name in Run.__dataclass_fields__.keys() & parts.keys()}, on_cuda=False)
+    assert preflight.is_small(run, 16 * 2**30) == is_small
+
+
+@pytest.mark.parametrize(
+    "side, answer",
+    [
+        (
+            32768,
+            r"One image of 32768 x 32768 pixels takes 12.0 GiB by itself, and 4.0 GiB are free",
+        ),
+        pytest.param(8192, r"needs 2\d\.\d GiB on cpu, which has 4.0 GiB free: set memory", marks=pytest.mark.slow),
+    ],
+)
+def test_pictures_that_cannot_fit_are_refused_though_the_weights_are_small(side, answer, tmp_path, monkeypatch):
+    monkeypatch.setattr(preflight, "free_bytes", lambda device: 4 * 2**30)
+    monkeypatch.setattr(Trainer, "of", lambda *_: pytest.fail("goes on"))
+    with pytest.raises(ValueError, match=answer) as refused:
+        tiny.train(tmp_path, f"dataset.height={side}", f"dataset.width={side}", "batch_size=1")
+    assert "\n" not in str(refused.value)
 
 
 def test_a_run_that_cannot_fit_is_refused_before_weights_are_downloaded_or_load(tmp_path, monkeypatch):

@@ -10,7 +10,7 @@ from conftest import ROOT
 PAGE = ROOT / "docs" / "errors.md"
 HEAD = """# What a mistake is answered
 
-Every mistake ends before weights are read, in one line, with the exit status 1 ([runs.md](runs.md) lists others). `FOLDER`
+Every mistake ends before weights are read, in one line, with exit status 1 ([runs.md](runs.md) lists others). `FOLDER`
 stands for a folder with the files of the case. `make errors` runs these commands and writes this page.
 """
 COLUMNS = ("| typed | status | answer |", "| --- | --- | --- |")

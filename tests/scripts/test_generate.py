@@ -110,6 +110,22 @@ def test_a_picture_does_not_depend_on_its_company(generate):
         assert np.abs(sampled["0003.png"] - alone).max() <= 1
 
 
+# What is sampled otherwise than asked ---------------------------------------------------------------------------------
+
+
+def test_a_size_that_the_model_cannot_sample_is_rounded_and_said_everywhere(generate, tmp_path, caplog):
+    (pixels,) = generate(f"prompt={APPLE}", "options.height=17").values()
+    (path,) = tmp_path.glob("*/0000.png")
+    assert pixels.shape == (32, 48, 3) and (parameters(path)["height"], parameters(path)["width"]) == (32, 48)
+    assert "A size of 48 x 17 pixels is no multiple of what the model needs; 48 x 32 are sampled." in caplog.text
+
+
+def test_an_image_that_has_no_effect_is_said(generate, tmp_path, caplog):
+    Image.new("RGB", (48, 32), "red").save(tmp_path / "red.png")
+    generate(f"prompt={APPLE}", f"input_image={tmp_path}/red.png")
+    assert "input_image has no effect with denoising_strength=1" in caplog.text
+
+
 # What changes it ------------------------------------------------------------------------------------------------------
 
 
@@ -183,6 +199,29 @@ def refusal(generate, monkeypatch):
         return str(refused.value)
 
     return message
+
+
+@pytest.mark.parametrize(
+    "overrides, answer",
+    [
+        (["prompt=[]"], "prompt is an empty list"),
+        (["seed=[]"], "seed is an empty list"),
+        (["seed=[0,-1]"], "seed[1] is -1 (int); expected int in [0, "),
+        (["prompt=FOLDER/prompts.csv"], "FOLDER/prompts.csv is a file, but prompts are read from .txt files only"),
+        (["prompt=FOLDER/gone.txt"], "prompt=FOLDER/gone.txt: no such file"),
+        (["input_image=FOLDER/gone.png", "denoising_strength=0.5"], "input_image=FOLDER/gone.png: no such file"),
+        (["inpaint_mask=FOLDER/gone.png"], "inpaint_mask=FOLDER/gone.png: no such file"),
+        (["denoising_strength=2"], "denoising_strength is 2 (int); expected a number in (0, 1]"),
+        (["batch_size=0"], "batch_size is 0 (int)"),
+        (["options.height=0"], "height is 0; expected int in [1, 65535]"),
+        (["options.cfg_scale=high"], "cfg_scale is 'high'; expected a number, at least 0"),
+        (["options.num_inference_steps=0"], "num_inference_steps is 0; expected int in [1, 10000]"),
+    ],
+)
+def test_what_cannot_be_sampled_is_answered_with_its_key(overrides, answer, refusal, tmp_path):
+    (tmp_path / "prompts.csv").write_text("prompt\na red apple\n")
+    message = refusal(*(override.replace("FOLDER", str(tmp_path)) for override in overrides))
+    assert answer.replace("FOLDER", str(tmp_path)) in message and "\n" not in message
 
 
 def test_an_unknown_option_is_answered_with_the_nearest(refusal):

@@ -1,16 +1,18 @@
 """A finished run goes on to more steps, and comes out as one that was that long from the start; or it says why not."""
 
 import json
+from functools import partial
 from pathlib import Path
 
 import pytest
 import tiny
 from resumed import EXACT, artefacts, final_weights, kept, metrics
 from torch.testing import assert_close
+from transformers import get_cosine_schedule_with_warmup
 
 from diffsynth.config import ConfigError, claim, finish
 from diffsynth.training.checkpoint import Checkpoints, read_checkpoint
-from diffsynth.training.schedule import same_until
+from diffsynth.training.schedule import same_until, warn_of_warmup
 
 KEEP = ["checkpoint.every=1", "checkpoint.keep_last=9"]
 WARMUP = ["lr_scheduler=constant_with_warmup", "lr_scheduler.num_warmup_steps=2"]
@@ -148,3 +150,12 @@ def test_rates_are_compared_up_to_the_step_that_is_taken_next():
     assert same_until(None, 9, 10, 20)
     assert same_until(schedule, 7, 10, 20)
     assert not same_until(schedule, 8, 10, 20)
+
+
+def test_a_warm_up_as_long_as_the_run_is_a_warning(caplog):
+    cosine = partial(get_cosine_schedule_with_warmup, num_warmup_steps=50)
+    warn_of_warmup(cosine, None, 51)
+    assert caplog.text == ""
+    warn_of_warmup(cosine, None, 50)
+    assert "lr_scheduler.num_warmup_steps=50, but the run has 50 steps" in caplog.text
+    assert "set lr_scheduler.num_warmup_steps=5." in caplog.text

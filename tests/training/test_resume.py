@@ -23,6 +23,7 @@ from resumed import (
 from torch.testing import assert_close
 
 from diffsynth.core.data import UnifiedDataset
+from diffsynth.diffusion.logger import ModelLogger
 from diffsynth.training.stopping import Stopped, stop_on_signals
 
 CLOSE = {"rtol": 1e-5, "atol": 1e-5}
@@ -85,6 +86,18 @@ def test_a_run_that_was_cut_off_at_its_very_end_only_finishes(cut_off_at_the_end
         assert tiny.train(tmp_path, *STEPS, *DROPOUT) == cut_off_at_the_end
     assert metrics(cut_off_at_the_end) == metrics(uninterrupted(*DROPOUT))
     assert artefacts(cut_off_at_the_end) == artefacts(uninterrupted(*DROPOUT))
+
+
+def test_an_export_that_fails_leaves_the_checkpoint_of_its_step_and_is_made_up_for(tmp_path, monkeypatch):
+    def fail(*_):
+        raise OSError("no space left")
+
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="no space left"):
+        patch.setattr(ModelLogger, "save", fail)
+        tiny.train(tmp_path, "max_steps=1")
+    assert [path.name for path in tmp_path.glob("*/checkpoints/step-*")] != []
+    run_dir = tiny.train(tmp_path, "max_steps=1")
+    assert tiny.weights(run_dir) == ["step-1.safetensors"] and len(tiny.metrics(run_dir)) == 1
 
 
 def test_a_run_goes_on_from_the_checkpoint_before_a_damaged_one(cut_off_at_the_end, tmp_path):

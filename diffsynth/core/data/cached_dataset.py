@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from ..json_text import fits, parse
+from ..ranges import Repeat, Side, Workers
 from .cache import CacheIndex, DamagedCache
 from .dataset import Row, TrainingData
 from .operators.augmentation import Augmentation, AugmentationChoice
@@ -51,10 +52,10 @@ class CachedDataset(TrainingData):
     def __init__(
         self,
         path: str,
-        height: int | None = None,
-        width: int | None = None,
-        repeat: int = 1,
-        num_workers: int | None = None,
+        height: Side | None = None,
+        width: Side | None = None,
+        repeat: Repeat = 1,
+        num_workers: Workers | None = None,
         augmentation: Augmentation | None = None,
     ):
         refuse_studio_cache(path)

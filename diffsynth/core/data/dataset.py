@@ -46,6 +46,7 @@ class TrainingData(Dataset):
         metadata_path: File or folder that the rows are from, for messages.
         repeat: How often an epoch shows each sample.
         num_workers: Number of DataLoader processes that should load the data set; None leaves it to `workers_on`.
+        has_images: Whether the samples have images to learn from; a data set of prompts has empty ones.
         needs_encoders: Whether the run has to load encoders; a cache has their outputs already.
         own_sizes: Image sizes (width, height) in pixels, if they differ from sample to sample within a batch.
         undecodable: Whether each row failed to decode (N,), bool; empty if the data set does not keep count.
@@ -55,6 +56,7 @@ class TrainingData(Dataset):
     metadata_path: str = ""
     repeat: int = 1
     num_workers: int | None = 0
+    has_images = True
     needs_encoders = True
     own_sizes: Set[Size] = frozenset()
     undecodable: Tensor = torch.zeros(0, dtype=torch.bool)

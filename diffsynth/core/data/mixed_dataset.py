@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 
+from ..ranges import Positive, Workers
 from .dataset import TrainingData
 from .operators.unread import Variants
 from .order.addresses import SampleAddress
@@ -37,8 +38,8 @@ class MixedDataset(TrainingData):
     def __init__(
         self,
         datasets: Mapping[str, UnifiedDataset],
-        weights: Mapping[str, float] | None = None,
-        num_workers: int | None = None,
+        weights: Mapping[str, Positive] | None = None,
+        num_workers: Workers | None = None,
     ):
         self._datasets, self.num_workers = dict(datasets), num_workers
         self.weights = dict.fromkeys(datasets, 1) | dict(weights or {})

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from PIL import Image
 
+from ..ranges import Repeat, Seed, Side, Workers
 from .operators.augmentation import Augmentation
 from .operators.base import Operator
 from .operators.unread import Unread, identity
@@ -18,12 +19,12 @@ from .unified_dataset import UnifiedDataset
 
 def prompt_dataset(
     path: str,
-    height: int,
-    width: int,
-    seeds: int | Sequence[int] = 1,
-    first_seed: int = 0,
+    height: Side,
+    width: Side,
+    seeds: Repeat | Sequence[Seed] = 1,
+    first_seed: Seed = 0,
     encoding: str = "utf-8",
-    num_workers: int | None = None,
+    num_workers: Workers | None = None,
     augmentation: Augmentation | None = None,
 ) -> UnifiedDataset:
     """Make a data set of prompts and seeds; its images are empty, with the size at which images are sampled.
@@ -52,7 +53,7 @@ def prompt_dataset(
     read = partial(_read, path, encoding, seeds, (width, height))
     options = {"main_data_operator": Canvas(), "augmentation": augmentation}
     dataset = UnifiedDataset(str(Path(path).parent), read, **options)
-    dataset.num_workers, dataset.metadata_path = num_workers, path
+    dataset.num_workers, dataset.metadata_path, dataset.has_images = num_workers, path, False
     return dataset
 
 

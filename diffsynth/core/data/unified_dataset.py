@@ -7,11 +7,12 @@ from fractions import Fraction
 from functools import partial
 from hashlib import blake2b
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from PIL import ImageOps
 
+from ..ranges import Pixels, Repeat, Side, Whole, Workers, at_least
 from .dataset import Row, TrainingData
 from .operators.augmentation import Augmentation, AugmentationChoice
 from .operators.base import RouteByExtensionName, RouteByType, SequentialProcess, ToAbsolutePath, ToList, unread
@@ -97,19 +98,19 @@ class UnifiedDataset(TrainingData):
         cls,
         path: str,
         metadata: str | Callable | None = None,
-        height: int | None = None,
-        width: int | None = None,
-        max_pixels: int | Sequence[int] = 1024 * 1024,
+        height: Side | None = None,
+        width: Side | None = None,
+        max_pixels: Pixels | Sequence[Pixels] = 1024 * 1024,
         buckets: bool = False,
-        max_aspect: float = 2.0,
-        division_factor: int = 16,
+        max_aspect: Annotated[float, at_least(1)] = 2.0,
+        division_factor: Side = 16,
         upscale: bool = False,
         data_file_keys: Sequence[str] = ("image",),
-        repeat: int = 1,
+        repeat: Repeat = 1,
         on_error: Literal["raise", "skip"] = "raise",
-        num_workers: int | None = None,
+        num_workers: Workers | None = None,
         encoding: str = "utf-8",
-        scan_rows: int = 1_000_000,
+        scan_rows: Whole = 1_000_000,
         augmentation: Augmentation | None = None,
         allow_urls: bool = False,
     ) -> "UnifiedDataset":

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from ..ranges import Count, NotNegative, Whole, check_fields
 from .sizes import parse_size
 
 
@@ -23,11 +24,11 @@ class FrozenMemory:
 
     storage: Literal["none", "fp8", "fp8_cast", "int8", "nf4"] = "none"
     stored: Sequence[str] | None = None
-    stream_blocks: int = 0
-    stream_buffers: int = 2
+    stream_blocks: Whole = 0
+    stream_buffers: Count = 2
 
     def __post_init__(self):
-        self._check_least(stream_blocks=0, stream_buffers=1)
+        check_fields(self, "memory.")
         if self.stored is not None and self.storage == "none":
             raise ValueError(
                 f"memory.stored names {list(self.stored)}, but memory.storage is none; set memory.storage=fp8, say."
@@ -37,11 +38,6 @@ class FrozenMemory:
                 f"memory.stream_blocks={self.stream_blocks} with memory.stream_buffers={self.stream_buffers} saves "
                 "nothing; set memory.stream_blocks above memory.stream_buffers, or to 0."
             )
-
-    def _check_least(self, **least: int) -> None:
-        for name, value in least.items():
-            if getattr(self, name) < value:
-                raise ValueError(f"memory.{name} is {getattr(self, name)}; expected at least {value}.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,18 +65,17 @@ class MemoryRecipe(FrozenMemory):
     """
 
     checkpointing: Literal["none", "blocks", "attention", "feed_forward"] = "none"
-    checkpoint_every: int = 1
+    checkpoint_every: Count = 1
     offload_activations: bool = False
-    remember: float = 0.0
+    remember: NotNegative = 0.0
     trained_dtype: Literal["float32", "bfloat16"] = "float32"
     compile: Literal["none", "blocks"] = "none"
-    budget: str | int | None = None
-    host_budget: str | int | None = None
+    budget: str | Count | None = None
+    host_budget: str | Count | None = None
     check: bool = True
 
     def __post_init__(self):
         super().__post_init__()
-        self._check_least(checkpoint_every=1)
         if self.budget is not None:
             _ = self.budgets  # raises if one is no amount of memory
         if self.host_budget is not None and self.budget is None:

@@ -4,22 +4,27 @@ Hu et al. 2021, "LoRA" (https://arxiv.org/abs/2106.09685): W x becomes W x + (α
 """
 
 import difflib
+import logging
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from peft import LoHaConfig, LoKrConfig, LoraConfig, PeftConfig, inject_adapter_in_model
 from torch import nn
 
+from ...core.ranges import Count, Positive, Share, check_fields
 from .files import fill, infer_config, load, read
 from .formats import kind, scale
 from .update import scaled_layers
 
 if TYPE_CHECKING:
     from ..base_pipeline import BasePipeline
+
+logger = logging.getLogger(__name__)
 
 ADAPTABLE = (nn.Linear, nn.Conv2d)
 
@@ -38,16 +43,15 @@ class Adapter:
         preset: Adapter file merged into the frozen weights first, so that the new adapter learns the difference.
     """
 
-    rank: int = 32
-    alpha: float | None = None
+    rank: Count = 32
+    alpha: Positive | None = None
     models: Sequence[str] = ("dit",)
     target_modules: Mapping[str, Sequence[str] | str] | Sequence[str] | str | None = None
     checkpoint: str | None = None
     preset: str | None = None
 
     def __post_init__(self):
-        if not isinstance(self.rank, int) or self.rank < 1:
-            raise ValueError(f"lora.rank is {self.rank!r}; expected a whole number of at least 1.")
+        check_fields(self, "lora.")
 
     def targets(self, pipe: "BasePipeline", name: str) -> list[str]:
         """Full names of the layers of model `name` that get an adapter."""
@@ -60,14 +64,33 @@ class Adapter:
         """Refuse targets and adapter files that do not fit the models; works on the meta device.
 
         Raises:
-            ValueError: A target matches no layer, or a file is of another model.
+            ValueError: A target matches no layer, the rank is beyond every layer, or a file is of another model.
         """
         for name in self.models:
-            self.targets(pipe, name)
+            self.check_rank(pipe.named_model(name, key="lora.models"), self.targets(pipe, name))
             for path in filter(None, (self.preset, self.checkpoint)):
                 tensors = read(path, pipe.layer_names(name), pipe.named_model(name))
                 if path == self.checkpoint:
                     self.check_start(infer_config(tensors, path), path)
+
+    def check_rank(self, module: nn.Module, targets: Sequence[str], key: str = "lora.rank") -> None:
+        """Refuse a rank above the full rank of every layer, where it gains nothing; warn if it is above some layers'.
+
+        Raises:
+            ValueError: It is; names the layer of the largest full rank.
+        """
+        bounds = {name: full_rank(module.get_submodule(name)) for name in targets}
+        beyond = [name for name, bound in bounds.items() if self.rank > bound]
+        if not beyond:
+            return
+        widest = max(bounds, key=bounds.get)
+        if len(beyond) == len(bounds):
+            raise ValueError(
+                f"{key} is {self.rank}; a rank above {bounds[widest]}, the full rank of {widest}, gains nothing in any "
+                f"layer: set {key}={bounds[widest]} or less."
+            )
+        message = "%s=%d gains nothing in %d of %d layers, whose full rank is lower: that of %s is %d."
+        logger.warning(message, key, self.rank, len(beyond), len(bounds), beyond[0], bounds[beyond[0]])
 
     def check_start(self, found: PeftConfig, path: str | Path) -> None:
         """Refuse to start from a file with an adapter of another kind or rank; its scale may differ."""
@@ -131,7 +154,7 @@ class LoRA(Adapter):
         use_dora: Also train the length of each output's weight vector; Liu et al. 2024 (https://arxiv.org/abs/2402.09353).
     """
 
-    dropout: float = 0.0
+    dropout: Share = 0.0
     use_rslora: bool = False
     use_dora: bool = False
 
@@ -154,7 +177,7 @@ class LoHa(Adapter):
         dropout: Probability of dropping a rank in training.
     """
 
-    dropout: float = 0.0
+    dropout: Share = 0.0
 
     def peft_config(self, targets: Sequence[str]) -> LoHaConfig:
         return LoHaConfig(
@@ -171,8 +194,11 @@ class LoKr(Adapter):
         decompose_factor: Side of the small matrix; -1 makes both matrices about equally large.
     """
 
-    dropout: float = 0.0
-    decompose_factor: int = -1
+    dropout: Share = 0.0
+    decompose_factor: Literal[-1] | Count = -1
+
+    def check_rank(self, module: nn.Module, targets: Sequence[str], key: str = "lora.rank") -> None:
+        """Accept every rank: from the half of a factor's side on, peft trains the whole factor."""
 
     def peft_config(self, targets: Sequence[str]) -> LoKrConfig:
         return LoKrConfig(
@@ -184,6 +210,11 @@ class LoKr(Adapter):
         )
 
 
+def full_rank(layer: nn.Linear | nn.Conv2d) -> int:
+    """The rank of a layer's weight, as a matrix, at most."""
+    return min(layer.weight.shape[0], math.prod(layer.weight.shape[1:]))
+
+
 def find_layers(module: nn.Module, targets: Sequence[str] | str, model: str) -> list[str]:
     """Full names of the linear and convolution layers that `targets` match.
 
@@ -192,18 +223,30 @@ def find_layers(module: nn.Module, targets: Sequence[str] | str, model: str) -> 
         model: Name of the model, for the error.
 
     Raises:
-        ValueError: A target matches no layer.
+        ValueError: A target matches no layer, or is no regular expression.
     """
     layers = [name for name, layer in module.named_modules() if isinstance(layer, ADAPTABLE)]
     if targets == "all-linear":
         return [name for name in layers if isinstance(module.get_submodule(name), nn.Linear)]
     if isinstance(targets, str):
         targets = targets.split(",") if "," in targets else [targets]
+    for target in targets:
+        _check_expression(target)
     found = {target: [name for name in layers if _matches(target, name)] for target in targets}
     missing = [target for target, names in found.items() if not names]
     if missing or not found:
         raise ValueError(_no_match(missing, layers, model))
     return sorted(set().union(*found.values()), key=layers.index)
+
+
+def _check_expression(target: str) -> None:
+    try:
+        re.compile(target)
+    except re.error as error:
+        raise ValueError(
+            f"lora.target_modules: {target!r} is neither the end of a layer's name nor a regular expression ({error}); "
+            f"type {target.strip('*.')!r} for all layers whose names end so."
+        ) from error
 
 
 def _matches(target: str, name: str) -> bool:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn import functional as F
 
+from ...core.ranges import LearningRate, Width
 from ..flow_match import TRAINING_STEPS
 
 if TYPE_CHECKING:
@@ -36,8 +37,8 @@ class Discriminator:
     """
 
     layers: Sequence[str] | None = None
-    hidden: int = 256
-    learning_rate: float | None = None
+    hidden: Width = 256
+    learning_rate: LearningRate | None = None
 
     def heads(self, network: nn.Module, seed: int) -> "Heads":
         """New heads, one for each layer; their initial values depend on `seed` alone. Works on the meta device.
@@ -70,7 +71,7 @@ class Heads(nn.ModuleList):
         hidden: Width of the heads' hidden layer.
     """
 
-    def __init__(self, layers: Sequence[str], width: int, hidden: int):
+    def __init__(self, layers: Sequence[str], width: int, hidden: Width):
         super().__init__(_head(width, hidden) for _ in layers)
         self.layers, self.width = list(layers), width
 
@@ -78,7 +79,7 @@ class Heads(nn.ModuleList):
         return torch.cat([head(x.float()).mean(1) for head, x in zip(self, features, strict=True)], dim=1).float()
 
 
-def _head(width: int, hidden: int) -> nn.Module:
+def _head(width: int, hidden: Width) -> nn.Module:
     normalised = nn.LayerNorm(width, elementwise_affine=False)
     return nn.Sequential(normalised, nn.Linear(width, hidden), nn.SiLU(), nn.Linear(hidden, 1)).float()
 

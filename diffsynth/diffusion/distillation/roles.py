@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from ...core.gradient import recomputing_in
 from ...core.memory.storage import restore
+from ...core.ranges import Count, LearningRate
 from ..adapters import files as lora_files
 from ..adapters.lora import Adapter, LoRA
 from ..base_pipeline import BasePipeline
@@ -37,9 +38,9 @@ class FakeScore:
         learning_rate: None takes the student's.
     """
 
-    rank: int | None = None
+    rank: Count | None = None
     full: bool = False
-    learning_rate: float | None = None
+    learning_rate: LearningRate | None = None
 
 
 class AdaptedNetwork:
@@ -109,7 +110,7 @@ class Roles:
         base = network if lora else self.networks[TEACHER]
         shares_base = fake_score is not None and not fake_score.full
         if shares_base:
-            adapter = _adapter_of(fake_score, lora, pipe.in_iteration_models[0])
+            adapter = adapter_of(fake_score, lora, pipe.in_iteration_models[0])
             self.parameters[FAKE_SCORE] = adapter.add(base, _targets(pipe, base, adapter), seed, FAKE_SCORE)
         elif fake_score is not None:
             self.networks[FAKE_SCORE] = _frozen_copy(network, torch.float32).requires_grad_(True)
@@ -172,7 +173,8 @@ class Roles:
         return parts
 
 
-def _adapter_of(fake_score: FakeScore, lora: Adapter | None, name: str) -> Adapter:
+def adapter_of(fake_score: FakeScore, lora: Adapter | None, name: str) -> Adapter:
+    """Return the fake score's adapter of the network `name`: like the student's, except for its rank."""
     if lora is None:
         return LoRA(rank=fake_score.rank or RANK_BESIDE_FULL, models=(name,))
     alpha = lora.alpha if fake_score.rank is None else None

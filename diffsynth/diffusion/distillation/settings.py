@@ -4,6 +4,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
+from ...core.ranges import Level, NotNegative, SamplingSteps, check_fields
+
 
 @dataclass(frozen=True, kw_only=True)
 class Student:
@@ -15,13 +17,12 @@ class Student:
         renoise: Add fresh noise at each step, as consistency models do, instead of following the ODE.
     """
 
-    num_inference_steps: int = 4
-    sigmas: Sequence[float] | None = None
+    num_inference_steps: SamplingSteps = 4
+    sigmas: Sequence[Level] | None = None
     renoise: bool = False
 
     def __post_init__(self):
-        if self.num_inference_steps < 1:
-            raise ValueError(f"task.student.num_inference_steps is {self.num_inference_steps}; expected at least 1.")
+        check_fields(self, "task.student.")
         if self.sigmas is None:
             return
         decreasing = all(a > b for a, b in pairwise([*self.sigmas, 0]))
@@ -52,9 +53,12 @@ class Teacher:
         negative_prompt: Prompt of the unconditional prediction.
     """
 
-    num_inference_steps: int = 40
-    cfg_scale: float = 4.0
+    num_inference_steps: SamplingSteps = 40
+    cfg_scale: NotNegative = 4.0
     negative_prompt: str = ""
+
+    def __post_init__(self):
+        check_fields(self, "task.teacher.")
 
     @property
     def settings(self) -> dict:

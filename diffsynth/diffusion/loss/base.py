@@ -63,6 +63,11 @@ class Objective:
         return False
 
     @property
+    def reads_images(self) -> bool:
+        """Whether the loss learns from the images of the data set."""
+        return True
+
+    @property
     def reads_features(self) -> bool:
         """Whether the loss reads outputs of layers inside a network."""
         return False

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ...core.ranges import SamplingSteps
 from ..base_pipeline import BasePipeline
 from ..distillation.context import LossContext
 from ..distillation.roles import STUDENT, TEACHER
@@ -39,7 +40,7 @@ class Consistency(RoleDistillation):
             to which the edges are added.
     """
 
-    grid_steps: int = 50
+    grid_steps: SamplingSteps = 50
 
     def __post_init__(self):
         super().__post_init__()

@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
+from ...core.ranges import NotNegative
 from ..adapters.lora import Adapter
 from ..base_pipeline import BasePipeline
 from ..distillation.context import LossContext
@@ -137,7 +138,7 @@ class RoleDistillation(Distillation):
         negative_prompt: Prompt of the teacher's unconditional prediction.
     """
 
-    guidance: float = 4.0
+    guidance: NotNegative = 4.0
     negative_prompt: str = ""
 
     def __call__(

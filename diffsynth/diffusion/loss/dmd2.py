@@ -6,15 +6,17 @@ that of Yin et al. 2023, "One-step Diffusion with Distribution Matching Distilla
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Annotated
 
 import torch
 from torch import Tensor
 
+from ...core.ranges import Level, NotNegative, at_least, within
 from ..adapters.lora import Adapter
 from ..base_pipeline import BasePipeline
 from ..distillation.context import LossContext
 from ..distillation.discriminator import Discriminator, generator_softplus, softplus_loss
-from ..distillation.roles import DISCRIMINATOR, FAKE_SCORE, STUDENT, TEACHER, FakeScore, Roles
+from ..distillation.roles import DISCRIMINATOR, FAKE_SCORE, STUDENT, TEACHER, FakeScore, Roles, adapter_of
 from ..flow_match import clean_estimate, interpolate, per_sample
 from ..trained import MODEL
 from .distillation import RoleDistillation
@@ -39,12 +41,12 @@ class DMD2(RoleDistillation):
         adversarial_weight: Weight of the adversarial term in the student's loss; 0.03 is a guess.
     """
 
-    student_every: int = 5
+    student_every: Annotated[int, at_least(2)] = 5
     fake_score: FakeScore = field(default_factory=FakeScore)
-    min_sigma: float = 0.02
-    max_sigma: float = 0.98
+    min_sigma: Annotated[float, within(0, 1, "()")] = 0.02
+    max_sigma: Level = 0.98
     discriminator: Discriminator | None = None
-    adversarial_weight: float = 0.03
+    adversarial_weight: NotNegative = 0.03
 
     def __post_init__(self):
         super().__post_init__()
@@ -58,8 +60,19 @@ class DMD2(RoleDistillation):
                 f"task.min_sigma={self.min_sigma} and task.max_sigma={self.max_sigma}; expected 0 < min < max <= 1."
             )
 
+    def check(self, pipe: BasePipeline, lora: Adapter | None, cached: bool) -> None:
+        super().check(pipe, lora, cached)
+        if self.fake_score.rank is not None and not self.fake_score.full:
+            name = pipe.in_iteration_models[0]
+            adapter = adapter_of(self.fake_score, lora, name)
+            adapter.check_rank(pipe.network, adapter.targets(pipe, name), "task.fake_score.rank")
+
     @property
     def reads_features(self) -> bool:
+        return self.discriminator is not None
+
+    @property
+    def reads_images(self) -> bool:
         return self.discriminator is not None
 
     def build_roles(self, pipe: BasePipeline, lora: Adapter | None, seed: int) -> Roles:

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
+from ...core.ranges import SamplingSteps
 from ..base_pipeline import BasePipeline
 from ..trained import TrainProgress
 from .consistency import Consistency, grid
@@ -24,8 +25,8 @@ class HyperSD(Consistency):
         segments: Numbers of segments, decreasing; each is used for an equal part of the run.
     """
 
-    segments: Sequence[int] = (8, 4)
-    grid_steps: int = 40
+    segments: Sequence[SamplingSteps] = (8, 4)
+    grid_steps: SamplingSteps = 40
 
     def __post_init__(self):
         steps, segments = self.student.num_inference_steps, list(self.segments)

@@ -1,5 +1,6 @@
 """Samples prompts to files: one image per prompt with its sampling parameters as metadata, and a grid of all."""
 
+import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -15,6 +16,8 @@ from .remembered import Inputs, to_device
 if TYPE_CHECKING:
     from ..base_pipeline import BasePipeline
 
+logger = logging.getLogger(__name__)
+
 GRID = "grid.png"
 
 
@@ -22,12 +25,22 @@ def read_prompts(prompt: str | Sequence[str]) -> list[str]:
     """A list of prompts from one prompt, from a list, or from the non-empty lines of a text file.
 
     Raises:
-        ValueError: The text file is empty or not in UTF-8.
+        ValueError: There are none, the file is absent or not in UTF-8, or the prompt is the path of another kind
+            of file.
     """
     if not isinstance(prompt, str):
+        if not prompt:
+            raise ValueError("prompt is an empty list; expected a prompt, a list of prompts, or a text file.")
         return list(prompt)
     if not prompt.endswith(".txt"):
+        if _is_file(prompt):
+            raise ValueError(
+                f"prompt={prompt} is a file, but prompts are read from .txt files only; rename it, or type "
+                f"prompt=[{prompt}] to sample these words."
+            )
         return [prompt]
+    if not _is_file(prompt):
+        raise ValueError(f"prompt={prompt}: no such file; expected a text file with one prompt per line.")
     try:
         with open_text(prompt, "utf-8") as file:
             lines = [line.strip() for line in file]
@@ -36,6 +49,29 @@ def read_prompts(prompt: str | Sequence[str]) -> list[str]:
     if not any(lines):
         raise ValueError(f"{prompt} holds no prompt; write one per line.")
     return [line for line in lines if line]
+
+
+def _is_file(text: str) -> bool:
+    try:
+        return Path(text).is_file()
+    except (OSError, ValueError):  # a prompt may be longer than a path
+        return False
+
+
+def warn_of_ignored(request: Mapping, completed: Mapping) -> None:
+    """Log warnings of what a request asks for and does not get: a size, or the image that it starts from.
+
+    Args:
+        completed: The same request, as `BasePipeline.complete` returns it.
+    """
+    width, height = completed["width"], completed["height"]
+    asked = request.get("width") or width, request.get("height") or height
+    if asked != (width, height):
+        message = "A size of %d x %d pixels is no multiple of what the model needs; %d x %d are sampled."
+        logger.warning(message, *asked, width, height)
+    starts = completed["input_image"] is not None and completed["inpaint_mask"] is None
+    if starts and completed["denoising_strength"] == 1:
+        logger.warning("input_image has no effect with denoising_strength=1; set it below 1, such as 0.6.")
 
 
 def load_images(**paths: str | None) -> dict[str, Image.Image]:

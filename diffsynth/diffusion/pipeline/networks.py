@@ -19,6 +19,7 @@ from ...core.loader import (
     load_weights,
     to_released_keys,
 )
+from ...core.ranges import BatchSize, Count, LearningRate, Pixels
 from ..adapters import files as lora_files
 from ..adapters.names import LayerNames
 from . import sampling_settings
@@ -46,14 +47,14 @@ class TrainingDefaults:
             it has none.
     """
 
-    learning_rate: float = 1e-4
-    full_learning_rate: float = 1e-5
-    max_steps: int = 300
-    batch_size: int = 8
-    micro_batch_size: int | None = 1
-    validate_every: int | None = 100
+    learning_rate: LearningRate = 1e-4
+    full_learning_rate: LearningRate = 1e-5
+    max_steps: Count = 300
+    batch_size: BatchSize = 8
+    micro_batch_size: BatchSize | None = 1
+    validate_every: Count | None = 100
     checkpointing: str = "blocks"
-    max_pixels: int = 1024 * 1024
+    max_pixels: Pixels = 1024 * 1024
     lora_target_modules: Mapping[str, Sequence[str] | str] = field(default_factory=dict)
     data_file_keys: Sequence[str] = ("image",)
     extra_inputs: Sequence[str] = ()

@@ -6,11 +6,13 @@ Shapes: L tokens, D width.
 import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, dataclass, fields
+from functools import cache
 from typing import Any, get_args, get_type_hints
 
 from PIL import Image
 from torch import Tensor
 
+from ...core.ranges import Count, Level, NotNegative, Pixels, SamplingSteps, Seed, Side, allows, expected
 from .kv_cache import KVCache
 
 EDIT_IMAGE_PIXELS = 1024 * 1024  # area at which the released editing models were trained, as DiffSynth-Studio has it
@@ -43,21 +45,21 @@ class ImageRequest:
 
     prompt: str
     negative_prompt: str = ""
-    cfg_scale: float = 1.0
+    cfg_scale: NotNegative = 1.0
     input_image: Image.Image | None = None
-    denoising_strength: float = 1.0
+    denoising_strength: Level = 1.0
     inpaint_mask: Image.Image | None = None
-    inpaint_blur_sigma: float | None = None
-    height: int = 1024
-    width: int = 1024
-    seed: int | None = None
+    inpaint_blur_sigma: NotNegative | None = None
+    height: Side = 1024
+    width: Side = 1024
+    seed: Seed | None = None
     rand_device: str = "cpu"
-    num_inference_steps: int = 30
-    sigmas: Sequence[float] | None = None
+    num_inference_steps: SamplingSteps = 30
+    sigmas: Sequence[Level] | None = None
     sampler: str = "euler"
     tiled: bool = False
-    tile_size: int = 128
-    tile_stride: int = 64
+    tile_size: Count = 128
+    tile_stride: Count = 64
 
 
 @dataclass(kw_only=True)
@@ -73,7 +75,7 @@ class EditRequest(ImageRequest):
 
     edit_image: Image.Image | Sequence[Image.Image] | None = None
     edit_image_auto_resize: bool = True
-    edit_image_pixels: int = EDIT_IMAGE_PIXELS
+    edit_image_pixels: Pixels = EDIT_IMAGE_PIXELS
 
 
 @dataclass(kw_only=True)
@@ -101,10 +103,24 @@ def defaults_of(request: type[ImageRequest]) -> dict[str, Any]:
     return {field.name: field.default for field in fields(request) if field.default is not MISSING}
 
 
+@cache
+def annotations_of(request: type[ImageRequest]) -> dict[str, Any]:
+    """The annotations of a request's fields, by name; a family that only changes a default keeps the field's range."""
+    found: dict[str, Any] = {}
+    types: dict[str, Any] = {}
+    for base in reversed(request.__mro__):
+        plain = get_type_hints(base)
+        for name, hint in get_type_hints(base, include_extras=True).items():
+            only_changes_default = hint == plain[name] == types.get(name)
+            if not only_changes_default:
+                found[name], types[name] = hint, plain[name]
+    return found
+
+
 def parameters_of(request: type[ImageRequest]) -> list[inspect.Parameter]:
     """A request's fields as parameters of a call; all are keyword-only but `prompt`, which comes first."""
     kinds = {"prompt": inspect.Parameter.POSITIONAL_OR_KEYWORD}
-    hints, first = get_type_hints(request), "prompt"
+    hints, first = annotations_of(request), "prompt"
     named = sorted(fields(request), key=lambda field: field.name != first)
     return [
         inspect.Parameter(
@@ -115,6 +131,19 @@ def parameters_of(request: type[ImageRequest]) -> list[inspect.Parameter]:
         )
         for field in named
     ]
+
+
+def check_numbers(request: type[ImageRequest], arguments: Mapping[str, Any]) -> None:
+    """Check the numbers among a call's arguments against their ranges.
+
+    Raises:
+        ValueError: One is out of its range, or is no number.
+    """
+    hints = annotations_of(request)
+    for name in arguments.keys() & hints.keys():
+        if not allows(hints[name], arguments[name]):
+            found = arguments[name]
+            raise ValueError(f"{name} is {found!r}; expected {expected(hints[name], found)}.")
 
 
 def typed(request: type[ImageRequest], name: str, value: Any) -> Any:

@@ -89,9 +89,14 @@ def prepare_data(dataset: TrainingData, task: Objective, template: Template | No
     """Configure a data set for a training: no resizing if the objective forbids it, and how to read template inputs.
 
     Raises:
-        ValueError: Augmentation would change images that the objective needs as they are.
+        ValueError: Augmentation would change images that the objective needs as they are, or there are no images.
     """
     for own in dataset.datasets.values():
+        if not own.has_images and task.reads_images and task.teacher is None:
+            raise ValueError(
+                f"{own.metadata_path} holds prompts without images, but {type(task).__name__} learns from images; "
+                "choose dataset=image_folder, or task=distill or task=distill/…, whose teacher samples the images."
+            )
         if task.keeps_images:
             own.keep_images_as_they_are()
         if template is not None:

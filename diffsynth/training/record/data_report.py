@@ -18,6 +18,7 @@ from ...core.data.order.buckets import is_upscaled
 from ...core.files import going_on_without, write_text
 from ...core.json_text import to_json
 from ...core.pictures import GRID_COLUMNS, beside, row, save_png, stack
+from ...core.ranges import Whole, check_fields
 
 if TYPE_CHECKING:
     from ...diffusion.base_pipeline import BasePipeline
@@ -44,13 +45,11 @@ class DataReport:
     """
 
     path: str | Path
-    rows: int = 2000
-    pictures: int = 32
+    rows: Whole = 2000
+    pictures: Whole = 32
 
     def __post_init__(self):
-        for name in ("rows", "pictures"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"data_report.{name} is {getattr(self, name)}; expected at least 0.")
+        check_fields(self, "data_report.")
 
     def write(
         self,

@@ -9,6 +9,7 @@ import yaml
 from ...core.data.operators.picture_files import read_image
 from ...core.files import forget_after, going_on_without
 from ...core.json_lines import JsonLines
+from ...core.ranges import Count, check_fields
 from .trackers import Tracker
 
 
@@ -23,14 +24,22 @@ class LocalLogger:
     """
 
     path: str | Path
-    every: int = 10
+    every: Count = 10
     trackers: Mapping[str, Tracker] = field(default_factory=dict)
 
     def __post_init__(self):
-        if self.every < 1:
-            raise ValueError(f"logger.every is {self.every}; expected at least 1.")
+        check_fields(self, "logger.")
         self.lines = JsonLines(self.file)
         self.closed: set[str] = set()  # names of trackers whose files could not be written
+
+    def check(self) -> None:
+        """Check that every tracker has its package.
+
+        Raises:
+            ValueError: One has not.
+        """
+        for tracker in self.trackers.values():
+            tracker.check()
 
     def due(self, step: int, done: bool) -> bool:
         """Whether training metrics are written after `step` optimizer steps; `done` after the last one."""

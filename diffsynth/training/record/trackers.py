@@ -5,6 +5,7 @@ A tracker is opened at the step from which a run resumes, so that no step appear
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -29,19 +30,30 @@ class Tracker:
         """
         raise NotImplementedError
 
+    def check(self) -> None:
+        """Check that the service's package is installed.
+
+        Raises:
+            ValueError: It is not.
+        """
+        if find_spec(self.package) is None:
+            raise self._lacks_package("it is not installed")
+
+    def _lacks_package(self, reason: object) -> ValueError:
+        name = type(self).__name__
+        return ValueError(f'{name} needs {self.package}: pip install "diffsynth-hydra[loggers]" ({reason})')
+
     def start(self, step: int, config: Mapping[str, Any]) -> None:
         """Open the run at the service, from `step` on.
 
         Raises:
-            ValueError: The service's package is not installed.
+            ValueError: The service's package is not installed, or lacks a package itself.
         """
         try:
             self.tracker = self.open(step, config)
             self.tracker.start()
         except ImportError as error:
-            raise ValueError(
-                f'{type(self).__name__} needs {self.package}: pip install "diffsynth-hydra[loggers]" ({error})'
-            ) from error
+            raise self._lacks_package(error) from error
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
         """Send metrics by name."""

@@ -18,6 +18,7 @@ from ...core.data.cache.shards import MALFORMED
 from ...core.files import going_on_without
 from ...core.loader import load_state_dict, save_safetensors
 from ...core.pictures import row, stack
+from ...core.ranges import BatchSize, Count, Whole
 from ...core.sharing import share
 from ...diffusion.loss import Distillation
 from ...diffusion.pipeline.remembered import to_device
@@ -46,9 +47,9 @@ class FewSteps:
     """
 
     dataset: CachedDataset | Callable[[], CachedDataset]
-    samples: int = 128
-    pictures: int = 8
-    batch_size: int = 16
+    samples: Count = 128
+    pictures: Whole = 8
+    batch_size: BatchSize = 16
     metrics: Mapping[str, Metric] = field(default_factory=dict)
 
     def __post_init__(self):

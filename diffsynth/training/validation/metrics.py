@@ -14,6 +14,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from ...core.loader import ModelConfig
+from ...core.ranges import BatchSize
 
 Images = Sequence[Image.Image]
 
@@ -51,7 +52,7 @@ class Retrieval(Metric):
 class _NetworkMetric(Metric):
     """A metric whose network is loaded at its first use and is on the device only while it measures."""
 
-    def __init__(self, model: ModelConfig, batch_size: int = 16):
+    def __init__(self, model: ModelConfig, batch_size: BatchSize = 16):
         self.model, self.batch_size = model, batch_size
 
     def find(self) -> None:

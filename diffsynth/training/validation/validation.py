@@ -18,7 +18,9 @@ from ...core.data import Sample, SampleAddress, TrainingData
 from ...core.data.operators.picture_files import read_image
 from ...core.files import going_on_without
 from ...core.pictures import row, save_png, stack
+from ...core.ranges import Count, Seed, Whole, check_fields
 from ...core.sharing import share
+from ...diffusion.pipeline.generation import warn_of_ignored
 from ...diffusion.pipeline.remembered import UnitMemory
 from ...diffusion.randomness import StratifiedRNG
 from .few_steps import FewSteps
@@ -62,21 +64,20 @@ class Validation:
     """
 
     path: str | Path
-    every: int | None = None
+    every: Count | None = None
     prompts: Sequence[str] = ()
-    seed: int = 0
+    seed: Seed = 0
     options: Mapping[str, object] = field(default_factory=dict)
     datasets: Mapping[str, TrainingData] = field(default_factory=dict)
-    loss_samples: int = 64
+    loss_samples: Count = 64
     metrics: Mapping[str, Metric] = field(default_factory=dict)
-    metric_samples: int = 64
-    row_samples: int | None = None
+    metric_samples: Count = 64
+    row_samples: Whole | None = None
     weights: Sequence[str] = ("raw",)
     few_steps: FewSteps | None = None
 
     def __post_init__(self):
-        if self.every is not None and self.every < 1:
-            raise ValueError(f"validation.every is {self.every}; expected at least 1, or null.")
+        check_fields(self, "validation.")
 
     @property
     def saved(self) -> list[Path]:
@@ -89,7 +90,10 @@ class Validation:
         Raises:
             ValueError: The pipeline does not take these options, or `few_steps` cannot compare this task's student.
         """
-        module.pipe.complete(self.options)
+        try:
+            warn_of_ignored(self.options, module.pipe.complete(self.options))
+        except ValueError as error:
+            raise ValueError(f"validation.options: {error}") from error
         compared = self.few_steps.models(module) if self.few_steps else set()
         samples_rows = self.metrics or self.shown_rows(module.pipe)
         if self.prompts or (samples_rows and self.datasets):

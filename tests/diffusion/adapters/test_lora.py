@@ -403,3 +403,15 @@ def test_a_file_of_another_width_is_refused(pipe, tmp_path):
     file = adapter_file(tmp_path / "wide.safetensors", width=3072)
     with pytest.raises(ValueError, match="takes 128 features; this adapter was made for a model of another width"):
         pipe.load_lora(pipe.dit, file)
+
+
+def test_a_rank_above_some_layers_full_rank_is_a_warning_and_lokr_takes_any(caplog):
+    network = torch.nn.ModuleDict({"wide": torch.nn.Linear(8, 16), "narrow": torch.nn.Linear(8, 2)})
+    LoRA(rank=8).check_rank(network, ["wide"])
+    assert caplog.text == ""
+    LoRA(rank=8).check_rank(network, ["wide", "narrow"])
+    assert "lora.rank=8 gains nothing in 1 of 2 layers, whose full rank is lower: that of narrow is 2." in caplog.text
+    with pytest.raises(ValueError, match=r"lora\.rank is 9; a rank above 8, the full rank of wide, gains nothing"):
+        LoRA(rank=9).check_rank(network, ["wide", "narrow"])
+    LoKr(rank=10**6).check_rank(network, ["wide"])
+    assert sum(parameter.numel() for parameter in LoKr(rank=10**6).add(network, ["wide"], seed=0)) < 8 * 16

@@ -1,15 +1,21 @@
 """Adapter files under the names of other programs."""
 
+import copy
 import json
 import logging
+from collections.abc import Callable
+from functools import partial
 
 import pytest
 import torch
+from families import FAMILIES
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from torch import nn
 
+from diffsynth.diffusion.adapters.files import export
 from diffsynth.diffusion.adapters.formats import FORMATS
-from diffsynth.diffusion.adapters.lora import LoHa, LoRA
+from diffsynth.diffusion.adapters.lora import LoHa, LoKr, LoRA, find_layers
 from diffsynth.diffusion.logger import ModelLogger
 from diffsynth.training.accelerator import make_accelerator
 
@@ -146,3 +152,40 @@ def test_reading_a_file_back_leaves_the_training_as_it_was(trained, samples, tmp
     assert all(torch.equal(p, after[name]) and grad == after[name].requires_grad for name, (p, grad) in before.items())
     torch.manual_seed(0)
     assert torch.equal(answers(module, samples), expected)
+
+
+ADAPTERS = {
+    "lora": LoRA(rank=4),
+    "rslora": LoRA(rank=4, use_rslora=True),
+    "dora": LoRA(rank=4, use_dora=True),
+    "loha": LoHa(rank=4),
+    "lokr": LoKr(rank=4),
+}
+
+
+@pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
+def test_what_cannot_be_written_is_refused_before_there_is_anything_to_write(family, tmp_path):
+    """For every option of lora, family and format: the check refuses exactly what an export would refuse."""
+    pipe = family.build()
+    network, prefix = pipe.network, pipe.lora_prefixes[pipe.in_iteration_models[0]]
+    (layer,) = find_layers(network, family.layers, "dit")[:1]
+    for adapter in ADAPTERS.values():
+        parent = nn.ModuleDict({layer.rpartition(".")[2]: copy.deepcopy(network.get_submodule(layer))})
+        adapter.add(parent, list(parent), seed=0)
+        for format in FORMATS:
+            check = partial(ModelLogger(tmp_path, formats=[format]).check_formats, adapter, family.pipeline)
+            written, checked = refusal(partial(export, parent, prefix, format)), refusal(check)
+            assert checked == written and "\n" not in checked
+
+
+def refusal(act: Callable[[], object]) -> str:
+    try:
+        act()
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
+def test_a_format_of_adapters_is_refused_where_there_is_no_adapter(tmp_path):
+    with pytest.raises(ValueError, match=r"export\.formats is \['comfyui'\].*in full \(lora=none\)"):
+        ModelLogger(tmp_path, formats=["comfyui"]).check_formats(None, FAMILIES[0].pipeline)

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from ...ranges import NotNegative, Probability, Whole, check_fields
 from ..order.addresses import SampleAddress, sample_seed
 from ..sources.table import is_empty
 
@@ -62,30 +63,26 @@ class Augmentation:
         ValueError: A probability is not in [0, 1], all weights are 0, or `tag_separator` is empty.
     """
 
-    captions: Mapping[str, float] | None = None
-    caption_dropout: float = 0.0
+    captions: Mapping[str, NotNegative] | None = None
+    caption_dropout: Probability = 0.0
     prefix: str = ""
     suffix: str = ""
     shuffle_tags: bool = False
-    keep_tags: int = 0
+    keep_tags: Whole = 0
     tag_separator: str = ","
-    flip: float = 0.0
+    flip: Probability = 0.0
     random_crop: bool = False
 
     def __post_init__(self):
         if self.captions is None:
             object.__setattr__(self, "captions", {"prompt": 1.0})
-        for name in ("caption_dropout", "flip"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; expected a probability in [0, 1].")
+        check_fields(self)
         if not self.captions or min(self.captions.values()) < 0 or max(self.captions.values()) == 0:
             raise ValueError(
                 f"captions are {dict(self.captions)}; expected columns with weights, at least one above 0."
             )
         if not self.tag_separator:
             raise ValueError('tag_separator is empty; expected the text between two tags, such as ",".')
-        if self.keep_tags < 0:
-            raise ValueError(f"keep_tags is {self.keep_tags}; expected 0 or more.")
 
     def texts(self, row: Mapping) -> list[tuple[str, float]]:
         """The captions of a row that may be chosen, with their weights; the empty caption if there is none.

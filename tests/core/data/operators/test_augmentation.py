@@ -103,13 +103,13 @@ def test_an_empty_caption_is_never_chosen_where_there_is_another(empty):
 @pytest.mark.parametrize(
     "options, message",
     [
-        ({"caption_dropout": 1.1}, "caption_dropout is 1.1; expected a probability"),
-        ({"flip": -0.1}, "flip is -0.1; expected a probability"),
+        ({"caption_dropout": 1.1}, "caption_dropout is 1.1; expected a number in \\[0, 1\\]"),
+        ({"flip": -0.1}, "flip is -0.1; expected a number in"),
         ({"captions": {}}, "captions are {}; expected columns with weights"),
         ({"captions": {"prompt": 0}}, "captions are {'prompt': 0}; .* at least one above 0"),
         ({"captions": {"prompt": 2, "short": -1}}, "captions are .*-1"),
         ({"tag_separator": ""}, 'tag_separator is empty; .* such as ","'),
-        ({"keep_tags": -1}, "keep_tags is -1; expected 0 or more"),
+        ({"keep_tags": -1}, "keep_tags is -1; expected int, at least 0"),
     ],
 )
 def test_options_without_a_meaning_are_refused(options, message):

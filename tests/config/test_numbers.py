@@ -1,0 +1,136 @@
+"""Every number of the configuration has a range: what is outside is answered in one line that names its key."""
+
+import inspect
+import math
+import re
+import typing
+from collections.abc import Callable, Mapping, Sequence
+
+import pytest
+import tiny
+from conf_folder import CONF
+from families import FAMILIES
+from hydra.utils import get_object
+from omegaconf import OmegaConf
+
+from diffsynth.config import ConfigError, check
+from diffsynth.diffusion.pipeline.request import check_numbers
+
+YAML = "\n".join(file.read_text(encoding="utf-8") for file in sorted(CONF.rglob("*.yaml")))
+WRITTEN = set(re.findall(r"^ *(\w+):", YAML, re.MULTILINE))  # every key
+FOREIGN = {"bitsandbytes", "prodigyopt", "schedulefree", "hydra_plugins"}  # are absent, or not checked
+TARGETS = [name for name in sorted(set(re.findall(r"_target_: ([\w.]+)", YAML))) if name.split(".")[0] not in FOREIGN]
+ENTRIES = ("train", "distill", "plan", "make_cache", "generate", "fuse")
+
+# What these numbers mean below the others' ranges, their comments say; everything else is refused.
+MEANINGFUL = {
+    -1: {"mean", "mu", "lora_scale", "decompose_factor", "exponential_shift_mu"},
+    0: {
+        *("caption_dropout", "flip", "keep_tags", "captions", "num_workers", "scan_rows", "dropout", "remember"),
+        *("first_seed", "seed", "stream_blocks", "rows", "pictures", "row_samples", "lora_scale", "mean", "mu"),
+        *("learning_rate", "full_learning_rate", "lr", "weight_decay", "betas", "decay", "min_boundary", "seeds"),
+        *("cfg_scale", "guidance", "distillation_weight", "adversarial_weight", "kl_weight", "inpaint_blur_sigma"),
+        *("num_warmup_steps", "num_decay_steps", "exponential_shift_mu", "embedded_guidance"),
+    },
+}
+WRONG = [-1, 0, 1e30, 10**30, math.nan, math.inf, "high", True]
+
+
+def kinds(hint: object) -> set:
+    """The types that an annotation names, at any depth; those of a function's arguments left out."""
+    if isinstance(hint, list):
+        return set()
+    return {hint, typing.get_origin(hint)}.union(*map(kinds, typing.get_args(hint)))
+
+
+def numbers_of(target: Callable) -> dict[str, set]:
+    """The parameters of a constructor or function that are numbers, with the types in their annotations."""
+    hints = typing.get_type_hints(target.__init__ if inspect.isclass(target) else target)
+    found = {name: kinds(hint) for name, hint in hints.items() if name != "return"}
+    return {name: types for name, types in found.items() if types & {int, float}}
+
+
+def wrapped(value: object, types: set) -> object:
+    """A number as an item of the list or mapping that a parameter takes."""
+    return [value] * 2 if types & {Sequence, tuple} else {"x": value} if Mapping in types else value
+
+
+def answer(entry: Callable, cfg: dict) -> str:
+    """What `check` says to a configuration; empty if it complains of nothing but an unknown key."""
+    with pytest.raises(ConfigError) as refused:
+        check(OmegaConf.create({**cfg, "unknown": 1}), entry)
+    return "" if str(refused.value).startswith("unknown:") else str(refused.value)
+
+
+def assert_in_range(name: str, types: set, say: Callable[[object], str]) -> None:
+    for value in WRONG:
+        message = say(wrapped(value, types))
+        is_meant = value is not True and name in MEANINGFUL.get(value, ())
+        is_factor = float in types and value in (1e30, 10**30)  # has no upper end, or one below
+        is_amount = str in types and value == "high"  # such as 24GiB, which the constructor reads
+        if is_meant:
+            assert message == ""
+        elif message or not (is_factor or is_amount):
+            assert re.search(rf"\b{name}\S* is ", message) and "\n" not in message, f"{name}={value}: {message!r}"
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_every_number_of_a_constructor_has_a_range(target):
+    def entry(node: typing.Any): ...
+
+    is_ours = target.startswith("diffsynth.")
+    numbers = {name: types for name, types in numbers_of(get_object(target)).items() if is_ours or name in WRITTEN}
+    for name, types in numbers.items():
+        node = {"_target_": target, "_partial_": True}
+        assert_in_range(name, types, lambda value, n=name, node=node: answer(entry, {"node": node | {n: value}}))
+
+
+@pytest.mark.parametrize("entry", ENTRIES)
+def test_every_number_of_a_script_has_a_range(entry):
+    schema = tiny.schema(entry)
+    for name, types in numbers_of(schema).items():
+        assert_in_range(name, types, lambda value, n=name: answer(schema, {n: value}))
+
+
+@pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
+def test_every_number_of_a_request_has_a_range(family):
+    request = family.pipeline.request
+
+    def say(name: str, value: object) -> str:
+        try:
+            check_numbers(request, {name: value})
+        except ValueError as error:
+            return str(error)
+        return ""
+
+    for name, types in numbers_of(request).items():
+        assert_in_range(name, types, lambda value, n=name: say(n, value))
+
+
+@pytest.mark.parametrize(
+    "override, answer",
+    [
+        ("seed=18446744073709551616", "seed is 18446744073709551616 (int); expected a number of at most"),
+        ("lora.alpha=0", "lora.alpha is 0 (int); expected a number, more than 0, or null."),
+        ("max_grad_norm=nan", "max_grad_norm is nan (float); expected a number, more than 0, or null."),
+        (
+            "optimizer.betas=[0.9]",
+            "optimizer.betas is [0.9] (ListConfig); expected a list of 2, each a number in [0, 1).",
+        ),
+        ("optimizer.betas=[0.9,1]", "optimizer.betas[1] is 1 (int); expected a number in [0, 1)."),
+        ("max_steps=true", "max_steps is True (bool); expected int, at least 1, or null."),
+        ("dataset.augmentation.captions={prompt:-1}", "dataset.augmentation.captions.prompt is -1 (int)"),
+    ],
+)
+def test_an_answer_names_the_key_the_value_and_the_range(override, answer):
+    with pytest.raises(ConfigError) as refused:
+        check(tiny.compose("train", override), tiny.schema("train"))
+    assert answer in str(refused.value)
+
+
+@pytest.mark.parametrize("wrong", [{"rank": 0}, {"alpha": 0}, {"alpha": math.nan}, {"dropout": 1}, {"rank": True}])
+def test_python_code_is_held_to_the_ranges_too(wrong):
+    from diffsynth.diffusion.adapters.lora import LoRA
+
+    with pytest.raises(ValueError, match=rf"lora\.{next(iter(wrong))} is .*; expected "):
+        LoRA(**wrong)
