@@ -50,4 +50,4 @@ def main(cfg) -> None:
 
 if __name__ == "__main__":
     sys.argv[1:2] = [f"command={word}" if word in COMMANDS else word for word in sys.argv[1:2]]
-    run_main(main)
+    run_main(main, CacheRun)

@@ -15,23 +15,33 @@ from . import slurm
 from .choices import check_arguments
 from .explain import explain
 from .help import help_text
+from .mistyped import check_words
 from .nodes import ConfigError
 from .run_folder import discard_refused
 from .script import compose
+from .texts import as_typed
 
 HELP = ({"-h"}, {"--help"})
 
 
-def run_main(main: Callable[[], None]) -> None:
-    """Call a function that `hydra.main` decorates; a mistake in the configuration exits with an error of one line."""
+def run_main(main: Callable[[], None], entry: Callable) -> None:
+    """Call a function that `hydra.main` decorates; a mistake in the configuration exits with an error of one line.
+
+    Args:
+        main: The function.
+        entry: The function or dataclass that `main` compares the configuration with; it says which keys are text.
+    """
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # otherwise Hydra prints its errors and exits
     let_segments_grow()
     try:
         flags = {argument for argument in sys.argv[1:] if argument.startswith("-")}
         if flags in HELP:  # with other flags, Hydra shows its own help
-            return print(help_text([argument for argument in sys.argv[1:] if argument not in flags]))
+            overrides = [argument for argument in sys.argv[1:] if argument not in flags]
+            return print(help_text(as_typed(overrides, entry)))
+        check_words(sys.argv[1:])
         check_arguments(sys.argv[1:])
         slurm.register()
+        sys.argv[1:] = as_typed(sys.argv[1:], entry)
         main()
     except (ConfigCompositionException, OverrideParseException) as error:
         sys.exit(f"error: {explain(error)}")

@@ -4,7 +4,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 
 def script() -> str:
@@ -25,3 +25,10 @@ def compose(overrides: Sequence[str], **options: bool) -> DictConfig:
     GlobalHydra.instance().clear()
     with hydra.initialize_config_dir(str(conf()), version_base="1.3"):
         return hydra.compose(script(), overrides=list(overrides), **options)
+
+
+def is_key(key: str, config: DictConfig) -> bool:
+    """Whether a configuration has a dotted key, also if its value is null."""
+    parent, _, last = key.rpartition(".")
+    node = OmegaConf.select(config, parent) if parent else config
+    return isinstance(node, DictConfig) and last in node
