@@ -2,6 +2,7 @@
 
 import logging
 import os
+import re
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -18,7 +19,7 @@ from .help import help_text
 from .mistyped import check_words
 from .nodes import ConfigError
 from .run_folder import discard_refused
-from .script import compose
+from .script import compose, conf
 from .texts import as_typed
 
 HELP = ({"-h"}, {"--help"})
@@ -81,7 +82,19 @@ def explained() -> Iterator[None]:
         if HydraConfig.initialized():
             hydra = HydraConfig.get()
             discard_refused(Path(hydra.runtime.output_dir), log=f"{hydra.job.name}.log")
-        sys.exit(f"error: {error}\n(DIFFSYNTH_TRACEBACK=1 shows where this was raised)")
+        sys.exit(f"error: {error}{_where_it_is(str(error))}\n(DIFFSYNTH_TRACEBACK=1 shows where this was raised)")
+
+
+def _where_it_is(message: str) -> str:
+    """Say so if a relative path that a message names is there for a script started in its own folder, and not here."""
+    here, project = Path.cwd(), conf().parent
+    for word in re.findall(r"[^\s,;'\"]+/[^\s,;'\"]+", message):
+        path = here / word.rstrip(".:")
+        if path.is_relative_to(here) and not path.exists() and (project / path.relative_to(here)).exists():
+            return (
+                f" (relative paths belong to the folder that you are in; this one is in {project}: type cd {project})"
+            )
+    return ""
 
 
 def _is_in_sweep() -> bool:

@@ -12,10 +12,10 @@ from omegaconf import DictConfig, OmegaConf
 from .choices import flat
 from .help import SHARED_PREFIX, option_names
 from .other_trainers import spelled_here
-from .script import compose, conf, is_key, script
+from .script import compose_choices, conf, is_key, script
 
 NEAR = 0.6  # likeness from which a name may be the one that was meant; difflib's default
-# What is meant by a file or folder where the name of an option is expected: what it is, and what to type before its path.
+# A file or folder where the name of an option is expected: what it may be, and what to type before its path.
 OWN_FILES = {
     "dataset": ("images of your own", "dataset=image_folder dataset.path="),
     "lora": ("an adapter to go on from", "lora.checkpoint="),
@@ -43,17 +43,17 @@ def _explain_unreadable(override: str) -> str:
     key, _, value = override.lstrip("+~").partition("=")
     if (conf() / key).is_dir():
         return _explain_option(key, value)
-    if not is_key(key, _chosen_groups(other_than=key)):
+    if not is_key(key, compose_choices(sys.argv[1:])):
         return explain_key(key)
     return (
-        f"{key}={value}: expected a number, true, false, null, a list such as [a,b], or a mapping such as {{a: 1}}; for "
-        f"a text with special characters type {_quoted(key, value)}"
+        f"{key}={value}: expected a number, true, false, null, a list such as [a,b], or a mapping such as {{a: 1}}; "
+        f"for a text with special characters type {_quoted(key, value)}"
     )
 
 
 def _explain_comma(override: str) -> str:
     key, _, value = override.lstrip("+").partition("=")
-    if not (conf() / key).is_dir() and not is_key(key, _chosen_groups(other_than=key)):
+    if not (conf() / key).is_dir() and not is_key(key, compose_choices(sys.argv[1:])):
         return explain_key(key)
     return (
         f"{override}: a comma separates choices; for a text with commas type {_quoted(key, value)}, for a list "
@@ -82,14 +82,14 @@ def _explain_option(group: str, option: str) -> str:
 
 
 def _near(group: str, option: str) -> list[str]:
-    """Return at most three options that may be meant by a name, the nearest first; only that one if it is the same word."""
+    """Return at most three options that may be meant by a name, the nearest first; one if it is the same word."""
     likeness = {name: _likeness(option, name) for name in option_names(group)}
     near = sorted((name for name in likeness if likeness[name] >= NEAR), key=lambda name: -likeness[name])
     return near[:1] if near and likeness[near[0]] == 1 else near[:3]
 
 
 def _likeness(typed: str, name: str) -> float:
-    """Return how near a name is, in [0, 1]; only letters and digits count, and a hub's or folder's name may stand before it."""
+    """Return how near a name is, in [0, 1], by its letters and digits; an owner or folder may stand before it."""
     pairs = [(typed, name), (typed.rpartition("/")[2], name.rpartition("/")[2])]
     plain = [[re.sub("[^a-z0-9]+", "_", text.lower()) for text in pair] for pair in pairs]
     is_part = len(plain[0][0]) > 2 and plain[0][0] in plain[0][1]
@@ -98,7 +98,7 @@ def _likeness(typed: str, name: str) -> float:
 
 def explain_key(path: str, cause: BaseException | None = None) -> str:
     """Return which key is meant by one that is not there."""
-    config = _chosen_groups(other_than=path)
+    config = compose_choices([word for word in sys.argv[1:] if word.split("=")[0] != path])
     if path not in config and (typed := typed_here(path, value_of(path), config)):
         return f"{path}: no such key {path!r}; type {typed}"
     if (conf() / path).is_dir():
@@ -155,13 +155,3 @@ def _explain_group(group: str, choices: Mapping[str, str]) -> str:
         return f"{group}: {script()}.py has no such group; it has {', '.join(groups)}."
     names = ", ".join(file.relative_to(tasks).with_suffix("").as_posix() for file in with_group)
     return f"{group}: task={choices['task']} has no group {group}; these tasks have it: {names}."
-
-
-def _chosen_groups(other_than: str) -> DictConfig:
-    """Compose the configuration with the groups that the command line chooses, without its other overrides."""
-    overrides = [argument for argument in sys.argv[1:] if "=" in argument and argument.split("=")[0] != other_than]
-    chosen = [override for override in overrides if (conf() / override.split("=")[0]).is_dir()]
-    try:
-        return compose(chosen, return_hydra_config=True)
-    except (ConfigCompositionException, OverrideParseException):  # a sweep over options, or an option in --config-dir: take the defaults
-        return compose([], return_hydra_config=True)

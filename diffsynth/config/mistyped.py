@@ -7,7 +7,7 @@ from hydra._internal.utils import get_args_parser
 
 from .explain import explain_key, in_shell, typed_here
 from .nodes import ConfigError
-from .script import compose, is_key
+from .script import compose_choices, is_key
 
 
 def check_words(arguments: Sequence[str]) -> None:
@@ -59,6 +59,6 @@ def _is_bare(word: str) -> bool:
 
 def _spelled(name: str, value: str) -> str:
     """Return what to type for a key, this trainer's or another's; an empty text if it is neither."""
-    config = compose([])
+    config = compose_choices([])
     own = in_shell(f"{name}={value or '…'}") if is_key(name, config) else ""
     return typed_here(name, value, config) or own

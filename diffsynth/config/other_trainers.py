@@ -3,8 +3,8 @@
 import re
 from collections.abc import Collection
 
-# What to type here: names of kohya's scripts, of diffusers' examples and of DiffSynth-Studio. `{}` is the value. Of several
-# rows with the same name, the first counts whose keys the script has.
+# What to type here: the names in kohya's scripts, diffusers' examples and DiffSynth-Studio. `{}` is the value. Of several
+# rows with one name, the first counts whose keys the script has.
 NAMES = {
     "optimizer.lr={}": "learning_rate lr unet_lr",
     "optimizer.weight_decay={}": "weight_decay adam_weight_decay",
@@ -29,7 +29,7 @@ NAMES = {
     "memory=checkpointing_offload": "use_gradient_checkpointing_offload",
     "memory=fp8": "fp8_base fp8_models",
     "ema=power": "use_ema",
-    "dataset=image_folder dataset.path={}": "train_data_dir instance_data_dir data_dir dataset_base_path dataset_path data_path",
+    "dataset=image_folder dataset.path={}": "train_data_dir instance_data_dir data_dir dataset_base_path data_path",
     "dataset=hf_dataset dataset.path={}": "dataset_name",
     "dataset.metadata={}": "in_json metadata_path dataset_metadata_path",
     "dataset.data_file_keys=[{}]": "data_file_keys image_column",

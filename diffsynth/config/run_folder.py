@@ -11,6 +11,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf
 
 from ..core.advice import how_to_start_from
@@ -22,7 +23,7 @@ RANK = int(os.environ.get("RANK", 0))
 # Appended to a saved configuration, so that it runs again: train.py --config-path <run> --config-name config
 REPLAY = {"hydra": {"run": {"dir": "${run_dir}"}, "output_subdir": None}}
 RUN_FILES = ("config.yaml", "resolved.yaml", "command.json", "environment.json")
-_begun_here: set[Path] = set()  # folders of runs that had no record before this process wrote it
+_begun_here: set[Path] = set()  # folders that this process made, or that had no record of a run before it wrote one
 PACKAGES = ("torch", "diffusers", "transformers", "accelerate", "peft", "safetensors", "hydra-core", "omegaconf")
 
 
@@ -31,6 +32,15 @@ class RankZeroFilter(logging.Filter):
 
     def filter(self, record: logging.LogRecord) -> bool:
         return RANK == 0
+
+
+class NewFolder(Callback):
+    """Hydra callback that notes whether this process makes the run's folder, which it deletes if the run is refused."""
+
+    def on_run_start(self, config: DictConfig, **_: object) -> None:
+        folder = Path(config.hydra.run.dir)
+        if RANK == 0 and not folder.exists():
+            _begun_here.add(folder.resolve())
 
 
 def claim(cfg: DictConfig) -> Path | None:

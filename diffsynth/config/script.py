@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 
 from omegaconf import DictConfig, OmegaConf
@@ -25,6 +26,26 @@ def compose(overrides: Sequence[str], **options: bool) -> DictConfig:
     GlobalHydra.instance().clear()
     with hydra.initialize_config_dir(str(conf()), version_base="1.3"):
         return hydra.compose(script(), overrides=list(overrides), **options)
+
+
+def compose_choices(overrides: Sequence[str]) -> DictConfig:
+    """Compose the configuration, Hydra's own part included, with those overrides that choose options of groups.
+
+    The result is kept and shared: do not change it.
+    """
+    return _compose_choices(
+        conf(), script(), tuple(word for word in overrides if (conf() / word.split("=")[0]).is_dir())
+    )
+
+
+@cache  # a third of a second
+def _compose_choices(folder: Path, name: str, choices: tuple[str, ...]) -> DictConfig:
+    from hydra.errors import HydraException
+
+    try:
+        return compose(choices, return_hydra_config=True)
+    except HydraException:  # a wrong option, a sweep over options, or an option in --config-dir: take the defaults
+        return compose([], return_hydra_config=True)
 
 
 def is_key(key: str, config: DictConfig) -> bool:

@@ -17,12 +17,12 @@ from typing import Any, NamedTuple
 from hydra._internal.utils import get_args_parser
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Quote, QuotedString
-from hydra.errors import ConfigCompositionException, HydraException
+from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from .nodes import ConfigError, hint_of_values, locate, type_hints
-from .script import compose, conf, is_key, script
+from .script import compose_choices, is_key
 
 QUOTED = r"""(?:"(?:\\.|[^"\\])*"|'(?:\\.|[^'\\])*')"""
 ELEMENT = re.compile(rf"\s*({QUOTED}|\[(?:{QUOTED}|[^\]])*\]|[^,]*?)\s*(,|\Z)", re.DOTALL)
@@ -56,17 +56,16 @@ def as_typed(arguments: Sequence[str], entry: Callable) -> list[str]:
     flags = list(arguments)
     for override in overrides:
         flags.remove(override)
-    groups = tuple(override for override in overrides if (conf() / override.split("=")[0]).is_dir())
     sweeps = parsed.multirun or "hydra.mode=MULTIRUN" in overrides
-    return [*flags, *(_as_typed(override, entry, groups, sweeps) for override in overrides)]
+    return [*flags, *(_as_typed(override, entry, overrides, sweeps) for override in overrides)]
 
 
-def _as_typed(override: str, entry: Callable, groups: tuple[str, ...], sweeps: bool) -> str:
+def _as_typed(override: str, entry: Callable, overrides: Sequence[str], sweeps: bool) -> str:
     match = ASSIGNMENT.fullmatch(override)
     if match is None or _is_read_as_typed(match[3]):
         return override
     prefix, key, value = match.groups()
-    texts = texts_of(key, entry, groups)
+    texts = texts_of(key, entry, overrides)
     is_mapping = texts.others and isinstance(_read(value), dict)
     if not (texts.one or texts.several) or is_mapping or (sweeps and SWEEP.fullmatch(value)):
         return override
@@ -125,14 +124,14 @@ def _elements(text: str, key: str) -> list[str]:
         if element[:1] in ("'", '"') and not re.fullmatch(QUOTED, element, re.DOTALL):
             raise ConfigError(
                 f"{key}: {element} begins with a quote that does not end it; put each whole text into quotes of the "
-                f"other kind, such as '[\"a cat, sitting\",\"a dog\"]'"
+                f'other kind, such as \'["a cat, sitting","a dog"]\''
             )
         elements.append(element)
         position = match.end()
     return elements
 
 
-def texts_of(key: str, entry: Callable, groups: tuple[str, ...] = ()) -> Texts:
+def texts_of(key: str, entry: Callable, overrides: Sequence[str] = ()) -> Texts:
     """Return what text a dotted key takes, by its annotation.
 
     A nested key costs a composition (a third of a second, once) and the import of the class that it belongs to; a key
@@ -141,10 +140,10 @@ def texts_of(key: str, entry: Callable, groups: tuple[str, ...] = ()) -> Texts:
     Args:
         key: The key.
         entry: The function or dataclass whose parameters are the top level of the configuration.
-        groups: Overrides that choose options of groups; the option decides which class a nested key belongs to.
+        overrides: The overrides beside it; the options that they choose decide which class a nested key belongs to.
     """
     *parents, last = key.split(".")
-    config = _composed(script(), groups) if parents else OmegaConf.create()
+    config = compose_choices(overrides) if parents else OmegaConf.create()
     if parents and (isinstance(_value(config, key), (int, float)) or not is_key(key, config)):
         return Texts()
     node, hints = config, type_hints(entry)
@@ -169,15 +168,6 @@ def _value(node: DictConfig, key: str) -> Any:
         return OmegaConf.select(node, key)
     except OmegaConfBaseException:
         return None
-
-
-@cache
-def _composed(name: str, groups: tuple[str, ...]) -> DictConfig:
-    """Compose the configuration of the script of this name with the options that a command line chooses."""
-    try:
-        return compose(groups, return_hydra_config=True)
-    except ConfigCompositionException:  # Hydra will refuse the command line, or --config-dir has the option
-        return compose([], return_hydra_config=True)
 
 
 def _texts(hint: Any) -> Texts:

@@ -92,7 +92,7 @@ def test_batch_sizes_that_do_not_divide_are_answered_with_those_that_do(batch_si
 
 def test_a_folder_of_pictures_in_the_place_of_the_emoji_is_answered_with_what_to_choose(refusal, tmp_path):
     message = refusal(f"dataset.path={tmp_path}", "dataset.metadata=line_train.csv")
-    assert message.endswith("or dataset=image_folder for a folder of your own")
+    assert message.endswith(f"or dataset=image_folder dataset.path={tmp_path} for a folder of your own")
 
 
 # Weights --------------------------------------------------------------------------------------------------------------

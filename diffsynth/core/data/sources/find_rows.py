@@ -32,5 +32,7 @@ def find_rows(base_path: str | None, metadata: str | Callable | None, encoding: 
     if metadata is None and (rows := read_captions(str(base_path), encoding)):
         return str(base_path), rows
     looked_for = ", ".join(dict.fromkeys(candidates)) + ", images" * (metadata is None)
-    any_folder = "" if metadata is None else ", or dataset=image_folder for a folder of your own"
+    any_folder = (
+        "" if metadata is None else f", or dataset=image_folder dataset.path={base_path} for a folder of your own"
+    )
     raise ValueError(f"no metadata: looked for {looked_for}; set dataset.path or dataset.metadata{any_folder}")
