@@ -3,7 +3,7 @@
 import re
 from collections.abc import Collection
 
-# What to type here: the names in kohya's scripts, diffusers' examples and DiffSynth-Studio. `{}` is the value. Of several
+# What to type: the names in kohya's scripts, diffusers' examples and DiffSynth-Studio. `{}` is the value. Of several
 # rows with one name, the first counts whose keys the script has.
 NAMES = {
     "optimizer.lr={}": "learning_rate lr unet_lr",

@@ -62,7 +62,7 @@ def as_typed(arguments: Sequence[str], entry: Callable) -> list[str]:
 
 def _as_typed(override: str, entry: Callable, overrides: Sequence[str], sweeps: bool) -> str:
     match = ASSIGNMENT.fullmatch(override)
-    if match is None or _is_read_as_typed(match[3]):
+    if match is None or _is_read_as_typed(match[3]) or _is_escaped(match[3]):
         return override
     prefix, key, value = match.groups()
     texts = texts_of(key, entry, overrides)
@@ -83,13 +83,24 @@ def _readable(value: str, texts: Texts, key: str) -> str:
         elements = _elements(inside, key) if inside.strip() else []
         return f"[{','.join(_readable(element, Texts(one=True), key) for element in elements)}]"
     value = str(Path(value).expanduser()) if value.startswith("~/") else value
-    is_as_it_should_be = not texts.one or value == "null" or re.fullmatch(QUOTED, value, re.DOTALL)
-    return value if is_as_it_should_be or _is_read_as_typed(value) else QuotedString(value, Quote.single).with_quotes()
+    is_spelled_for_hydra = value == "null" or re.fullmatch(QUOTED, value, re.DOTALL) or _is_escaped(value)
+    return (
+        value
+        if not texts.one or is_spelled_for_hydra or _is_read_as_typed(value)
+        else QuotedString(value, Quote.single).with_quotes()
+    )
 
 
 def _is_read_as_typed(value: str) -> bool:
     """Whether Hydra reads a value as the very text; of a number or of blanks around a text it makes something else."""
     return _read(value) == value and not value.startswith("~/")
+
+
+def _is_escaped(value: str) -> bool:
+    """Whether all special characters of a value have a backslash before them, as Hydra writes the jobs of a sweep."""
+    if "\\" not in value or _read(value) is None:
+        return False
+    return _parser().parse_override(f"key={value}").get_value_element_as_str() == value
 
 
 def _read(value: str) -> Any:
