@@ -36,7 +36,15 @@ def explain(error: ConfigCompositionException | OverrideParseException) -> str:
         return _explain_comma(message.splitlines()[0].partition("'")[2].removesuffix("'"))
     if message.startswith("Could not override '"):
         return explain_key(message.split("'")[1], error.__cause__)
+    if message.startswith("Error merging override "):
+        return _explain_reference(*message.removeprefix("Error merging override ").splitlines()[:2])
     return f"{message}\n{error.__cause__ or ''}".strip()
+
+
+def _explain_reference(override: str, reason: str) -> str:
+    if "${" not in override:
+        return f"{override}: {reason}"
+    return f"{override}: ${{ begins a reference to another key, such as ${{name}}; leave out its brace, or close it"
 
 
 def _explain_unreadable(override: str) -> str:
@@ -103,12 +111,22 @@ def explain_key(path: str, cause: BaseException | None = None) -> str:
         return f"{path}: no such key {path!r}; type {typed}"
     if (conf() / path).is_dir():
         return _explain_group(path, config.hydra.runtime.choices)
+    if (group := path.partition(".")[0]) != path and (conf() / group).is_dir() and not config.get(group, True):
+        return f"{path}: the chosen option of {group} has no keys; {_another_option(group, config)}"
     if OmegaConf.select(config, path) is not None and (inner := getattr(cause, "full_key", path)) != path:
         path = inner  # the value is a dict, and one of its keys is wrong
     parent, _, key = path.rpartition(".")
     while parent and OmegaConf.select(config, parent) is None:  # go up to the first part that does not exist
         path, (parent, _, key) = parent, parent.rpartition(".")
     return f"{path}: no such key {key!r}; {_known_key(config, parent, key)}"
+
+
+def _another_option(group: str, config: DictConfig) -> str:
+    """Say which option to choose instead: the default if it is not the one chosen, else another."""
+    chosen = config.hydra.runtime.choices.get(group)
+    default = compose_choices([]).hydra.runtime.choices.get(group)
+    other = default if default != chosen else next(name for name in reversed(option_names(group)) if name != chosen)
+    return f"choose one that has, such as {group}={other}; python {script()}.py {group}={other} --help lists its keys"
 
 
 def typed_here(name: str, value: str, config: DictConfig) -> str:

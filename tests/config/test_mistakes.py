@@ -170,10 +170,14 @@ TRAINING = [
     (["--output_path", "x"], "type output_root=x"),
     (["--num_epochs", "5"], "type max_steps=null num_epochs=5"),
     (["--lora.rnk", "8"], "did you mean lora.rank?"),
+    (["lora=none", "lora.rank=4"], "the chosen option of lora has no keys; choose one that has, such as lora=lora;"),
+    (["validation=none", "validation.prompts=[a]"], "such as validation=emoji;"),
+    (["ema.decay=0.9"], "such as ema=power; python train.py ema=power --help lists its keys"),
     (["max_steps=2,3"], 'for a list "max_steps=[2,3]", for one run per choice add -m'),
     (["lora.rank=[1"], "lora.rank=[1: expected a number, true, false, null, a list such as [a,b]"),
 ]
 SAMPLING = [
+    (["prompt=costs ${5"], "${ begins a reference to another key, such as ${name}"),
     (["promt=a, b"], "no such key 'promt'; did you mean prompt?"),
     (
         ["prompt=a", "cat"],

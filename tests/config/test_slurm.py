@@ -91,6 +91,7 @@ def test_every_job_is_one_script_over_all_its_nodes(notes, tmp_path, monkeypatch
 def test_texts_survive_the_way_through_a_script(notes, tmp_path, monkeypatch):
     prefixes, prompts = ["a cat, sitting, ", "it's a (cute) cat"], ["a red emoji", "50% #1, 猫"]
     given = [
+        "validation=base",
         f"dataset.augmentation.prefix='{prefixes[0]}',{prefixes[1]}",
         f"validation.prompts=[{prompts[0]},'{prompts[1]}']",
     ]

@@ -4,6 +4,7 @@ import shlex
 
 import pytest
 import tiny
+import yaml
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
@@ -17,7 +18,7 @@ def shown(monkeypatch, capsys):
 
     def configuration(script: str, *arguments: str) -> dict:
         tiny.command_line(monkeypatch, script, *arguments, "--cfg", "job")
-        return OmegaConf.to_container(OmegaConf.create(capsys.readouterr().out))
+        return yaml.safe_load(capsys.readouterr().out)
 
     return configuration
 
