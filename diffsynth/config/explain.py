@@ -37,13 +37,13 @@ def explain(error: ConfigCompositionException | OverrideParseException) -> str:
     if message.startswith("Could not override '"):
         return explain_key(message.split("'")[1], error.__cause__)
     if message.startswith("Error merging override "):
-        return _explain_reference(*message.removeprefix("Error merging override ").splitlines()[:2])
+        return _explain_merging(message.removeprefix("Error merging override "), str(error.__cause__))
     return f"{message}\n{error.__cause__ or ''}".strip()
 
 
-def _explain_reference(override: str, reason: str) -> str:
+def _explain_merging(override: str, reason: str) -> str:
     if "${" not in override:
-        return f"{override}: {reason}"
+        return f"{override}: {reason.splitlines()[0]}"
     return f"{override}: ${{ begins a reference to another key, such as ${{name}}; leave out its brace, or close it"
 
 

@@ -71,7 +71,9 @@ def test_texts_of_nested_keys_arrive_as_they_are_typed(shown, monkeypatch, tmp_p
         "lora.target_modules": "to_(q|k)",
         "name": "1e3",
     }
-    config = OmegaConf.create(shown("train.py", *(f"{key}={value}" for key, value in keys.items())))
+    config = OmegaConf.create(
+        shown("train.py", "dataset=image_folder", *(f"{key}={value}" for key, value in keys.items()))
+    )
     expected = {
         **keys,
         "dataset.path": str(tmp_path / "a=b, c"),
