@@ -52,4 +52,4 @@ def is_key(key: str, config: DictConfig) -> bool:
     """Whether a configuration has a dotted key, also if its value is null."""
     parent, _, last = key.rpartition(".")
     node = OmegaConf.select(config, parent) if parent else config
-    return isinstance(node, DictConfig) and last in node.keys()  # `in node` leaves out one that is ???
+    return isinstance(node, DictConfig) and last in set(node)  # `in node` leaves out one that is ???
