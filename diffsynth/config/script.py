@@ -33,9 +33,8 @@ def compose_choices(overrides: Sequence[str]) -> DictConfig:
 
     The result is kept and shared: do not change it.
     """
-    return _compose_choices(
-        conf(), script(), tuple(word for word in overrides if (conf() / word.split("=")[0]).is_dir())
-    )
+    choices = [word for word in overrides if "=" in word and (conf() / word.split("=")[0]).is_dir()]
+    return _compose_choices(conf(), script(), tuple(choices))
 
 
 @cache  # a third of a second
