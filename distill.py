@@ -49,4 +49,4 @@ def main(cfg) -> None:
 
 
 if __name__ == "__main__":
-    run_main(main, resumes=True)
+    run_main(main, DistillRun, resumes=True)

@@ -122,4 +122,4 @@ def main(cfg) -> None:
 
 
 if __name__ == "__main__":
-    run_main(main)
+    run_main(main, generate)

@@ -51,4 +51,4 @@ def main(cfg) -> None:
 
 if __name__ == "__main__":
     sys.argv[1:2] = [f"command={word}" if word in COMMANDS else word for word in sys.argv[1:2]]
-    run_main(main, resumes=True)
+    run_main(main, CacheRun, resumes=True)

@@ -48,4 +48,4 @@ def main(cfg) -> None:
 
 
 if __name__ == "__main__":
-    run_main(main)
+    run_main(main, PlanRun)

@@ -58,4 +58,4 @@ def main(cfg) -> None:
 
 
 if __name__ == "__main__":
-    run_main(main, resumes=True)
+    run_main(main, Run, resumes=True)

@@ -15,7 +15,7 @@ from hydra.types import RunMode
 from omegaconf import OmegaConf
 
 from .nodes import ConfigError
-from .script import compose, conf, script
+from .script import conf, script
 
 BASE = "base"  # name of the file that a group's options add to, if several of them may be chosen
 RUNS_OF = {"plan": "train"}  # scripts that plan the runs of another script, and therefore take its experiments
@@ -76,24 +76,15 @@ def check_arguments(arguments: Sequence[str]) -> None:
     """Check choices of groups, `experiment=` and `local=` among them, before the configuration is composed.
 
     Raises:
-        ConfigError: A group is null, the experiment is another script's, the local file does not exist, or a key is
-            written as a flag.
+        ConfigError: A group is null, the experiment is another script's, or the local file does not exist.
     """
     for argument in arguments:
         group, _, names = argument.partition("=")
-        if _is_key_with_dashes(argument):
-            raise ConfigError(f"{argument}: keys are written without dashes; type {group.lstrip('-')}={names or '…'}")
         if names == "null" and group and (conf() / group).is_dir():
             raise ConfigError(f"{group}=null names no option; leave it out, or see the options by --help.")
         check = {"experiment": _check_experiment, "local": _check_local}.get(group)
         for name in names.strip("[]").split(",") if check else ():  # a sweep names several
             check(name)
-
-
-def _is_key_with_dashes(argument: str) -> bool:
-    """Whether an argument is a key or a group written as a flag."""
-    match = re.match(r"--(\w+)[.=]", argument)  # flags of Hydra that take a value have further dashes
-    return match is not None and ((conf() / match[1]).is_dir() or match[1] in compose([]))
 
 
 def _check_experiment(name: str) -> None:

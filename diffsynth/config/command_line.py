@@ -2,6 +2,7 @@
 
 import logging
 import os
+import re
 import signal
 import sys
 from collections.abc import Callable, Iterator
@@ -19,18 +20,21 @@ from . import slurm
 from .choices import check_arguments
 from .explain import explain
 from .help import help_text
+from .mistyped import check_words
 from .nodes import ConfigError
 from .run_folder import discard_refused
-from .script import compose
+from .script import compose, conf
+from .texts import as_typed
 
 HELP = ({"-h"}, {"--help"})
 
 
-def run_main(main: Callable[[], None], resumes: bool = False) -> None:
+def run_main(main: Callable[[], None], entry: Callable, resumes: bool = False) -> None:
     """Call a function that `hydra.main` decorates; a mistake in the configuration exits with an error of one line.
 
     Args:
         main: The function.
+        entry: The function or dataclass that `main` compares the configuration with; it says which keys are text.
         resumes: Whether the same command goes on with what a stopped one has done. Then the signals that stop a run
             end the process with status `REQUEUE_STATUS` at any time; the training loop handles them otherwise.
     """
@@ -43,10 +47,13 @@ def run_main(main: Callable[[], None], resumes: bool = False) -> None:
     try:
         flags = {argument for argument in sys.argv[1:] if argument.startswith("-")}
         if flags in HELP:  # with other flags, Hydra shows its own help
-            return print(help_text([argument for argument in sys.argv[1:] if argument not in flags]))
+            overrides = [argument for argument in sys.argv[1:] if argument not in flags]
+            return print(help_text(as_typed(overrides, entry)))
+        check_words(sys.argv[1:])
         check_arguments(sys.argv[1:])
         check_rank()
         slurm.register()
+        sys.argv[1:] = as_typed(sys.argv[1:], entry)
         main()
     except LeftBySignal as left:
         on_stop_signals(signal.SIG_IGN)  # a terminal or scheduler may send several; the process is ending
@@ -111,9 +118,21 @@ def explained() -> Iterator[None]:
         if isinstance(error, FolderInUse):
             print(f"error: {error}", file=sys.stderr)
             sys.exit(IN_USE_STATUS)
-        sys.exit(f"error: {error}\n(DIFFSYNTH_TRACEBACK=1 shows where this was raised)")
+        sys.exit(f"error: {error}{_where_it_is(str(error))}\n(DIFFSYNTH_TRACEBACK=1 shows where this was raised)")
     finally:
         release_all()
+
+
+def _where_it_is(message: str) -> str:
+    """Say so if a relative path that a message names is there for a script started in its own folder, and not here."""
+    here, project = Path.cwd(), conf().parent
+    for word in re.findall(r"[^\s,;'\"]+/[^\s,;'\"]+", message):
+        path = here / word.rstrip(".:")
+        if path.is_relative_to(here) and not path.exists() and (project / path.relative_to(here)).exists():
+            return (
+                f" (relative paths belong to the folder that you are in; this one is in {project}: type cd {project})"
+            )
+    return ""
 
 
 def _is_in_sweep() -> bool:

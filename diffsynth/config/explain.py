@@ -1,22 +1,33 @@
 """Explains in one line why Hydra cannot compose a configuration, and what to type instead."""
 
 import difflib
+import re
 import sys
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 from hydra.errors import ConfigCompositionException, MissingConfigException, OverrideParseException
 from omegaconf import DictConfig, OmegaConf
 
 from .choices import flat
 from .help import SHARED_PREFIX, option_names
-from .script import compose, conf, script
+from .other_trainers import spelled_here
+from .script import compose_choices, conf, is_key, script
+
+NEAR = 0.6  # likeness from which a name may be the one that was meant; difflib's default
+# A file or folder where the name of an option is expected: what it may be, and what to type before its path.
+OWN_FILES = {
+    "dataset": ("images of your own", "dataset=image_folder dataset.path="),
+    "lora": ("an adapter to go on from", "lora.checkpoint="),
+    "model": ("weights of your own", "model=… model.dit.path="),
+}
 
 
 def explain(error: ConfigCompositionException | OverrideParseException) -> str:
-    """Return what is wrong with the command line, and the nearest name that exists."""
+    """Return what is wrong with the command line, and what to type instead."""
     message = str(error)
     if isinstance(error, OverrideParseException):
-        return _explain_unreadable(error.override, message.splitlines()[0])
+        return _explain_unreadable(error.override)
     if isinstance(error, MissingConfigException):
         group, _, option = (error.missing_cfg_file or "").partition("/")
         if option and group != "hydra" and (conf() / group).is_dir():  # groups of Hydra's own are not all in conf/
@@ -24,19 +35,34 @@ def explain(error: ConfigCompositionException | OverrideParseException) -> str:
     if message.startswith("Ambiguous value for argument '"):
         return _explain_comma(message.splitlines()[0].partition("'")[2].removesuffix("'"))
     if message.startswith("Could not override '"):
-        return _explain_key(message.split("'")[1], error.__cause__)
+        return explain_key(message.split("'")[1], error.__cause__)
+    if message.startswith("Error merging override "):
+        return _explain_merging(message.removeprefix("Error merging override "), str(error.__cause__))
     return f"{message}\n{error.__cause__ or ''}".strip()
 
 
-def _explain_unreadable(override: str, reason: str) -> str:
-    key, equals, value = override.partition("=")
-    if not equals:
-        return f"{key}: expected key=value, without spaces around =, such as {key}=…"
-    return f"{override}: {reason}; put text with special characters into two pairs of quotes: {_quoted(key, value)}"
+def _explain_merging(override: str, reason: str) -> str:
+    if "${" not in override:
+        return f"{override}: {reason.splitlines()[0]}"
+    return f"{override}: ${{ begins a reference to another key, such as ${{name}}; leave out its brace, or close it"
+
+
+def _explain_unreadable(override: str) -> str:
+    key, _, value = override.lstrip("+~").partition("=")
+    if (conf() / key).is_dir():
+        return _explain_option(key, value)
+    if not is_key(key, compose_choices(sys.argv[1:])):
+        return explain_key(key)
+    return (
+        f"{key}={value}: expected a number, true, false, null, a list such as [a,b], or a mapping such as {{a: 1}}; "
+        f"for a text with special characters type {_quoted(key, value)}"
+    )
 
 
 def _explain_comma(override: str) -> str:
-    key, _, value = override.partition("=")
+    key, _, value = override.lstrip("+").partition("=")
+    if not (conf() / key).is_dir() and not is_key(key, compose_choices(sys.argv[1:])):
+        return explain_key(key)
     return (
         f"{override}: a comma separates choices; for a text with commas type {_quoted(key, value)}, for a list "
         f'"{key}=[{value}]", for one run per choice add -m.'
@@ -49,16 +75,44 @@ def _quoted(key: str, value: str) -> str:
     return f"\"{key}='{escaped}'\""
 
 
+def in_shell(word: str) -> str:
+    """Return a word as one types it in a shell: in quotes if the shell would split or change it."""
+    return f'"{word}"' if re.search(r"[\s'()\[\]{}|&;<>*?#]", word) else word
+
+
 def _explain_option(group: str, option: str) -> str:
-    options = option_names(group)
-    nearest = difflib.get_close_matches(option, options, 1)
-    return f"{group}={option}: no such option; {_guess([f'{group}={nearest[0]}']) if nearest else _listed(options)}"
+    options = sorted(option_names(group), key=lambda name: -_likeness(option, name))
+    near = _near(group, option)
+    own = OWN_FILES.get(group) if not near or Path(option).exists() else None
+    parts = [_guess([f"{group}={name}" for name in near])] if near else []
+    parts += [f"for {own[0]} type {own[1]}{in_shell(option)};"] if own else []
+    return f"{group}={option}: no such option; {' '.join([*parts, _listed(options)])}"
 
 
-def _explain_key(path: str, cause: BaseException | None) -> str:
-    config = _chosen_groups(other_than=path)
+def _near(group: str, option: str) -> list[str]:
+    """Return at most three options that may be meant by a name, the nearest first; one if it is the same word."""
+    likeness = {name: _likeness(option, name) for name in option_names(group)}
+    near = sorted((name for name in likeness if likeness[name] >= NEAR), key=lambda name: -likeness[name])
+    return near[:1] if near and likeness[near[0]] == 1 else near[:3]
+
+
+def _likeness(typed: str, name: str) -> float:
+    """Return how near a name is, in [0, 1], by its letters and digits; an owner or folder may stand before it."""
+    pairs = [(typed, name), (typed.rpartition("/")[2], name.rpartition("/")[2])]
+    plain = [[re.sub("[^a-z0-9]+", "_", text.lower()) for text in pair] for pair in pairs]
+    is_part = len(plain[0][0]) > 2 and plain[0][0] in plain[0][1]
+    return max(NEAR * is_part, *(difflib.SequenceMatcher(None, *pair).ratio() for pair in plain))
+
+
+def explain_key(path: str, cause: BaseException | None = None) -> str:
+    """Return which key is meant by one that is not there."""
+    config = compose_choices([word for word in sys.argv[1:] if word.split("=")[0] != path])
+    if path not in config and (typed := typed_here(path, value_of(path), config)):
+        return f"{path}: no such key {path!r}; type {typed}"
     if (conf() / path).is_dir():
         return _explain_group(path, config.hydra.runtime.choices)
+    if (group := path.partition(".")[0]) != path and (conf() / group).is_dir() and not config.get(group, True):
+        return f"{path}: the chosen option of {group} has no keys; {_another_option(group, config)}"
     if OmegaConf.select(config, path) is not None and (inner := getattr(cause, "full_key", path)) != path:
         path = inner  # the value is a dict, and one of its keys is wrong
     parent, _, key = path.rpartition(".")
@@ -67,12 +121,36 @@ def _explain_key(path: str, cause: BaseException | None) -> str:
     return f"{path}: no such key {key!r}; {_known_key(config, parent, key)}"
 
 
+def _another_option(group: str, config: DictConfig) -> str:
+    """Say which option to choose instead: the default if it is not the one chosen, else another."""
+    chosen = config.hydra.runtime.choices.get(group)
+    default = compose_choices([]).hydra.runtime.choices.get(group)
+    other = default if default != chosen else next(name for name in reversed(option_names(group)) if name != chosen)
+    return f"choose one that has, such as {group}={other}; python {script()}.py {group}={other} --help lists its keys"
+
+
+def typed_here(name: str, value: str, config: DictConfig) -> str:
+    """Return what to type for a key of another trainer; an empty text if none of this script's keys is its like."""
+    words = spelled_here(name, value, config)
+    if words == ["model=…"] and (near := _near("model", value.partition(":")[0])):
+        words = [f"model={near[0]}"]
+    return " ".join(map(in_shell, words))
+
+
+def value_of(key: str) -> str:
+    """Return what the command line sets a key to; an empty text if it does not."""
+    assignments = [argument.lstrip("+").partition("=") for argument in sys.argv[1:]]
+    return next((value for name, _, value in assignments if name == key), "")
+
+
 def _known_key(config: DictConfig, parent: str, key: str) -> str:
     """Say which key may be meant: the nearest one below the same parent, else keys of this name elsewhere."""
     siblings = (OmegaConf.select(config, parent) if parent else config) or {}
     prefix = f"{parent}." if parent else ""
     if nearest := difflib.get_close_matches(key, siblings, 1):
         return _guess([f"{prefix}{nearest[0]}"])
+    if typed := typed_here(key, value_of(f"{prefix}{key}"), config):
+        return f"type {typed}"
     elsewhere = [name for name, _ in flat(OmegaConf.to_container(config)) if name.endswith(f".{key}")]
     shortest_first = sorted((name for name in elsewhere if not name.startswith("hydra.")), key=lambda n: n.count("."))
     return _guess(shortest_first[:3]) if shortest_first else _listed(sorted(set(siblings) - {"hydra"}))
@@ -95,13 +173,3 @@ def _explain_group(group: str, choices: Mapping[str, str]) -> str:
         return f"{group}: {script()}.py has no such group; it has {', '.join(groups)}."
     names = ", ".join(file.relative_to(tasks).with_suffix("").as_posix() for file in with_group)
     return f"{group}: task={choices['task']} has no group {group}; these tasks have it: {names}."
-
-
-def _chosen_groups(other_than: str) -> DictConfig:
-    """Compose the configuration with the groups that the command line chooses, without its other overrides."""
-    overrides = [argument for argument in sys.argv[1:] if "=" in argument and argument.split("=")[0] != other_than]
-    chosen = [override for override in overrides if (conf() / override.split("=")[0]).is_dir()]
-    try:
-        return compose(chosen, return_hydra_config=True)
-    except ConfigCompositionException:  # a sweep over options, or an option in --config-dir: take the defaults
-        return compose([], return_hydra_config=True)

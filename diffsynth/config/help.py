@@ -23,12 +23,27 @@ def help_text(overrides: Sequence[str] = ()) -> str:
     Hydra's own help searches its search path again for each group, which takes longer than everything else.
     """
     config = compose(overrides, return_hydra_config=True)
-    groups = "\n".join(_describe_group(group, chosen) for group, chosen in sorted(_choices(config, overrides).items()))
+    choices = _choices(config, overrides)
+    groups = "\n".join(_describe_group(group, chosen) for group, chosen in sorted(choices.items()))
     yaml = OmegaConf.to_yaml(OmegaConf.masked_copy(config, [key for key in config if key != "hydra"]))
+    empty = {
+        group: f"this option has no keys; those of another: {_how_to_list(group, choices[group])}"
+        for group in choices
+        if config.get(group) == {}
+    }
+    example = next(group for group in ("ema", "model") if group in choices)
     return (
         f"python {script()}.py group=option … key=value …\n\nGroups and their options (* marks the chosen ones)\n\n"
-        f"{groups}\nConfiguration\n\n{_commented(yaml, _comments(overrides))}"
+        f"{groups}\nAn option's keys are below if it is chosen. To list those of another, choose it: "
+        f"{_how_to_list(example, choices[example])}.\nThe option is the file conf/<group>/<option>.yaml.\n\n"
+        f"Configuration\n\n{_commented(yaml, _comments(overrides) | empty)}"
     )
+
+
+def _how_to_list(group: str, chosen: Sequence[str]) -> str:
+    """Return the command that lists the keys of an option that is not chosen."""
+    other = next(name for name in reversed(option_names(group)) if name not in chosen)
+    return f"python {script()}.py {group}={other} --help"
 
 
 def _commented(yaml: str, comments: dict[str, str]) -> str:

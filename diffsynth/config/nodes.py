@@ -13,6 +13,7 @@ from omegaconf.errors import InterpolationResolutionError
 
 from ..core.ranges import LearningRate, NotNegative, Positive, Share, Whole, expected, is_number
 from .moved import up_to_date
+from .other_trainers import spelled_here
 
 SCALARS = (int, float, bool, str, type(None))
 # Of parameters of libraries' optimizers and schedules, whose own annotations have no ranges, or are absent.
@@ -48,7 +49,7 @@ def _check(cfg: DictConfig, entry: Callable) -> None:
     if missing:
         raise ConfigError(f"{missing[0]} has no value: set {missing[0]}=… on the command line.")
     _check_node(cfg, entry, "")
-    objects = [name for name, hint in _type_hints(entry).items() if hint is Any]
+    objects = [name for name, hint in type_hints(entry).items() if hint is Any]
     for name in objects:
         if isinstance(cfg.get(name), DictConfig) and cfg[name] and "_target_" not in cfg[name]:
             raise ConfigError(
@@ -59,7 +60,7 @@ def _check(cfg: DictConfig, entry: Callable) -> None:
 
 def _check_node(node: DictConfig, target: Callable, path: str) -> None:
     parameters = inspect.signature(target).parameters
-    hints = _type_hints(target)
+    hints = type_hints(target)
     for key in node:
         where = f"{path}.{key}".lstrip(".")
         if key.startswith("_") or (not path and key == "hydra"):
@@ -81,13 +82,13 @@ def _is_required(parameter: inspect.Parameter) -> bool:
 
 def _check_value(value: Any, hint: Any, where: str) -> None:
     if isinstance(value, DictConfig) and "_target_" in value:
-        _check_node(value, _locate(value["_target_"], where), where)
+        _check_node(value, locate(value["_target_"], where), where)
     elif isinstance(value, DictConfig):
         for key in value:
-            _check_value(value[key], _hint_of_items(hint, (dict, Mapping)), f"{where}.{key}")
+            _check_value(value[key], hint_of_items(hint, (dict, Mapping)), f"{where}.{key}")
     elif isinstance(value, ListConfig):
         for index, item in enumerate(value):
-            _check_value(item, _hint_of_items(hint, (list, tuple, Sequence)), f"{where}[{index}]")
+            _check_value(item, hint_of_items(hint, (list, tuple, Sequence)), f"{where}[{index}]")
     if not _fits(value, hint):
         if isinstance(value, DictConfig) and hint not in SCALARS:
             raise ConfigError(
@@ -97,7 +98,7 @@ def _check_value(value: Any, hint: Any, where: str) -> None:
         raise ConfigError(f"{where} is {value!r} ({type(value).__name__}); expected {expected(hint, value)}.")
 
 
-def _hint_of_items(hint: Any, kinds: tuple[type, ...]) -> Any:
+def hint_of_items(hint: Any, kinds: tuple[type, ...]) -> Any:
     """Return the annotation of the values of a mapping or the items of a sequence: `T` of `Sequence[T] | None`."""
     options = typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else [hint]
     found = [typing.get_args(option) for option in options if typing.get_origin(option) in kinds]
@@ -136,11 +137,13 @@ def _fits(value: Any, hint: Any) -> bool:
 def _unknown(where: str, key: str, known: Mapping, target: Callable) -> str:
     nearest = difflib.get_close_matches(key, known, 1)
     parent = where.removesuffix(key)
-    hint = f"did you mean {parent}{nearest[0]}?" if nearest else f"it takes {sorted(known)}."
+    typed = spelled_here(key, "", known) if not (parent or nearest) else []
+    known_here = f"type {' '.join(typed)}" if typed else f"it takes {sorted(known)}."
+    hint = f"did you mean {parent}{nearest[0]}?" if nearest else known_here
     return f"{where}: {_name(target) if parent else 'the configuration'} has no option {key!r}; {hint}"
 
 
-def _locate(target: str, where: str) -> Callable:
+def locate(target: str, where: str) -> Callable:
     from hydra.utils import get_object
 
     try:
@@ -159,7 +162,7 @@ def _extra(target: str) -> str:
     return f' Install it with: pip install "diffsynth-hydra[{extra}]"' if extra else ""
 
 
-def _type_hints(target: Callable) -> dict[str, Any]:
+def type_hints(target: Callable) -> dict[str, Any]:
     ranges = {} if target.__module__.startswith("diffsynth.") else OF_LIBRARIES
     try:
         own = typing.get_type_hints(target.__init__ if inspect.isclass(target) else target, include_extras=True)

@@ -11,6 +11,7 @@ from pathlib import Path
 from threading import Timer
 from typing import Any
 
+from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf
 
 from ..core import locks
@@ -24,7 +25,7 @@ RANK = int(os.environ.get("RANK") or 0)
 # Appended to a saved configuration, so that it runs again: train.py --config-path <run> --config-name config
 REPLAY = {"hydra": {"run": {"dir": "${run_dir}"}, "output_subdir": None}}
 RUN_FILES = ("config.yaml", "resolved.yaml", "command.json", "environment.json")
-_begun_here: set[Path] = set()  # folders of runs that had no record before this process wrote it
+_begun_here: set[Path] = set()  # folders that this process made, or that had no record of a run before it wrote one
 _run_files: dict[Path, dict[str, str]] = {}  # text of each of RUN_FILES, for the folders that this process has claimed
 PACKAGES = ("torch", "diffusers", "transformers", "accelerate", "peft", "safetensors", "hydra-core", "omegaconf")
 # Guesses: git waits for a file system that may not answer, and a tracked file may be of any size.
@@ -43,11 +44,11 @@ class LogFile(logging.FileHandler):
     """A log file that may be on a full disk: a line on stderr says so once, and the next line tries again.
 
     Args:
-        filename: Path of the file; a line is appended to it.
+        filename: Path of the file, which the first line makes; lines are appended to it.
     """
 
     def __init__(self, filename: str):
-        super().__init__(filename, encoding="utf-8", errors="backslashreplace")
+        super().__init__(filename, encoding="utf-8", errors="backslashreplace", delay=True)
         self.has_failed = False
 
     def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802 - the name in logging
@@ -58,6 +59,15 @@ class LogFile(logging.FileHandler):
         elif not self.has_failed:
             self.has_failed = True
             print(f"{self.baseFilename} is not written, and the run goes on without it: {error}", file=sys.stderr)
+
+
+class NewFolder(Callback):
+    """Hydra callback that notes whether this process makes the run's folder, which it deletes if the run is refused."""
+
+    def on_run_start(self, config: DictConfig, **_: object) -> None:
+        folder = Path(config.hydra.run.dir)
+        if RANK == 0 and not folder.exists():
+            _begun_here.add(folder.resolve())
 
 
 def claim(cfg: DictConfig) -> Path | None:

@@ -81,6 +81,12 @@ def choose_device(device: str) -> str:
     """
     available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     present = [name for name, is_available in available.items() if is_available]
+    if device.startswith("cuda:"):
+        number = device.removeprefix("cuda:")
+        raise ValueError(
+            f"device={device} names one GPU; expected device=cuda, and the environment names the GPU: type "
+            f"CUDA_VISIBLE_DEVICES={number} python … device=cuda"
+        )
     if device not in ("auto", *present):
         raise ValueError(f"device={device} is not available here; set device to one of {['auto', *present]}.")
     return present[0] if device == "auto" else device

@@ -121,7 +121,7 @@ def test_options_that_validation_cannot_sample_with_are_named_with_their_range(r
 
 def test_a_folder_of_pictures_in_the_place_of_the_emoji_is_answered_with_what_to_choose(refusal, tmp_path):
     message = refusal(f"dataset.path={tmp_path}", "dataset.metadata=line_train.csv")
-    assert message.endswith("or dataset=image_folder for a folder of your own")
+    assert message.endswith(f"or dataset=image_folder dataset.path={tmp_path} for a folder of your own")
 
 
 # Weights --------------------------------------------------------------------------------------------------------------

@@ -4,6 +4,7 @@ import re
 import shlex
 from fnmatch import fnmatch
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import tiny
@@ -13,6 +14,7 @@ from hydra._internal.utils import get_args_parser
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
 from diffsynth.config import check
+from diffsynth.config.texts import as_typed
 from make_cache import COMMANDS
 
 
@@ -60,7 +62,8 @@ def jobs(line: str) -> list[tuple[str, list[str]]]:
     end = next((n for n, word in enumerate(words) if n > start and set(word) <= set("();<>|&")), len(words))
     given = [filled_in(word) for word in words[start + 1 : end] if word not in ("…", "...")]
     given = [f"command={word}" if entry == "make_cache" and word in COMMANDS else word for word in given]
-    arguments = get_args_parser().parse_args(given)
+    with mock.patch("sys.argv", [str(tiny.ROOT / f"{entry}.py"), *given]):
+        arguments = get_args_parser().parse_args(as_typed(given, tiny.schema(entry)))
     overrides = OverridesParser.create().parse_overrides(arguments.overrides)
     if not arguments.multirun:
         return [(entry, [override.input_line for override in overrides])]

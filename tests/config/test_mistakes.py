@@ -4,7 +4,12 @@ import re
 import sys
 
 import pytest
+import tiny
+from conf_folder import CONF, options
 from tiny import complaint, mostly_slow
+
+from diffsynth.config.other_trainers import NAMES
+from diffsynth.config.script import is_key
 
 
 @pytest.fixture
@@ -71,7 +76,7 @@ def test_a_folder_that_cannot_be_written_to_is_answered_with_its_key(script, mon
 
 
 def test_what_is_no_override_is_answered_in_one_line(monkeypatch):
-    assert "name=[1" in complaint(monkeypatch, "name=[1")
+    assert "seed=[1" in complaint(monkeypatch, "seed=[1")
 
 
 def test_a_key_below_one_that_is_not_there_is_answered_for_that_one(monkeypatch):
@@ -131,24 +136,108 @@ def test_a_group_that_a_script_has_not_is_answered_with_those_it_has(monkeypatch
     assert "dataset: generate.py has no such group; it has model." in message
 
 
+TRAINING = [
+    (["lora=dara"], "lora=dara: no such option; did you mean lora=dora"),
+    (["memory=[fp8,zzz]"], "memory=zzz: no such option; there are base, checkpointing, "),
+    (["task=distill/dmd"], "task=distill/dmd: no such option; did you mean task=distill/dmd2"),
+    (["model=Qwen-Image"], "did you mean model=qwen_image? there are qwen_image, qwen_image_edit, "),
+    (["model=Qwen/Qwen-Image"], "did you mean model=qwen_image?"),
+    (["model=qwen"], "did you mean model=qwen_image or model=qwen_image_edit or "),
+    (["model=FLUX.2-klein-4B"], "did you mean model=flux2_klein_4b or "),
+    (["model=/my/weights"], "type model=… model.dit.path=/my/weights"),
+    (["dataset=my_images"], "type dataset=image_folder dataset.path=my_images"),
+    (["dataset=my (own) images"], 'type dataset=image_folder dataset.path="my (own) images"'),
+    (["lora=x.safetensors"], "type lora.checkpoint=x.safetensors"),
+    (["rank=8"], "no such key 'rank'; type lora.rank=8"),
+    (["learning_rate=1e-4"], "no such key 'learning_rate'; type optimizer.lr=1e-4"),
+    (["optimizer.learning_rate=1e-4"], "type optimizer.lr=1e-4"),
+    (["resolution=512"], "type dataset.height=512 dataset.width=512"),
+    (["model_id=Qwen/Qwen-Image"], "type model=qwen_image"),
+    (["task.timesteps={min_bond: 1}"], "no such key 'min_bond'; did you mean task.timesteps.min_boundary?"),
+    (["dataset.metdata=a, b"], "did you mean dataset.metadata?"),
+    (["lora.rank", "=", "8"], "lora.rank: expected key=value, without spaces around =; type lora.rank=8"),
+    (["lora.rank=", "8"], "type lora.rank=8"),
+    (["lora.rank", "=8"], "type lora.rank=8"),
+    (["lora.rank = 8"], "type lora.rank=8"),
+    (["name=x", "lora.rank", "8"], "type lora.rank=8"),
+    (["--lora.rank", "8"], "--lora.rank: keys are written without dashes; type lora.rank=8"),
+    (["--lora.rank=8"], "type lora.rank=8"),
+    (["--lora_rank", "8"], "type lora.rank=8"),
+    (["--learning_rate=1e-4"], "type optimizer.lr=1e-4"),
+    (["--lora_target_modules", "to_q", "to_k"], 'type "lora.target_modules=[to_q,to_k]"'),
+    (["--dataset_base_path", "my images"], 'type dataset=image_folder "dataset.path=my images"'),
+    (["--model_id_with_origin_paths", "Qwen/Qwen-Image:transformer/*,Qwen/Qwen-Image:vae/*"], "type model=qwen_image"),
+    (["--output_path", "x"], "type output_root=x"),
+    (["--num_epochs", "5"], "type max_steps=null num_epochs=5"),
+    (["--lora.rnk", "8"], "did you mean lora.rank?"),
+    (["lora=none", "lora.rank=4"], "the chosen option of lora has no keys; choose one that has, such as lora=lora;"),
+    (["validation=none", "validation.prompts=[a]"], "such as validation=emoji;"),
+    (["ema.decay=0.9"], "such as ema=power; python train.py ema=power --help lists its keys"),
+    (["max_steps=2,3"], 'for a list "max_steps=[2,3]", for one run per choice add -m'),
+    (["lora.rank=[1"], "lora.rank=[1: expected a number, true, false, null, a list such as [a,b]"),
+]
+SAMPLING = [
+    (["prompt=costs ${5"], "${ begins a reference to another key, such as ${name}"),
+    (["promt=a, b"], "no such key 'promt'; did you mean prompt?"),
+    (
+        ["prompt=a", "cat"],
+        'cat: expected key=value; if it belongs to the value before it, type quotes around both: "prompt=a cat"',
+    ),
+    (["prompt=", "a cat"], 'type "prompt=a cat"'),
+    (["num_inference_steps=4"], "did you mean options.num_inference_steps?"),
+    (["steps=4"], "type options.num_inference_steps=4"),
+    (["--steps", "4"], "type options.num_inference_steps=4"),
+    (["--resolution=512"], "type options.height=512 options.width=512"),
+    (["lora=x.safetensors"], "type lora_path=x.safetensors"),
+    (["--output_dir", "x"], "type output=x"),
+]
+
+
 @pytest.mark.parametrize(
-    "arguments, answer",
-    [
-        (["lora=dara"], "lora=dara: no such option; did you mean lora=dora?"),
-        (["memory=[fp8,zzz]"], "memory=zzz: no such option; there are base, checkpointing, "),
-        (["task=distill/dmd"], "task=distill/dmd: no such option; did you mean task=distill/dmd2?"),
-        (["rank=8"], "no such key 'rank'; did you mean lora.rank?"),
-        (["task.timesteps={min_bond: 1}"], "no such key 'min_bond'; did you mean task.timesteps.min_boundary?"),
-        (["lora.rank", "=", "8"], "lora.rank: expected key=value, without spaces around =, such as lora.rank=…"),
-        (["--lora.rank", "8"], "--lora.rank: keys are written without dashes; type lora.rank=…"),
-        (["--lora.rank=8"], "type lora.rank=8"),
-        (["name=a cat, a dog"], "for a text with commas type \"name='a cat, a dog'\""),
-        (["name=[a"], "put text with special characters into two pairs of quotes"),
-    ],
+    "script, arguments, answer",
+    [("train.py", *row) for row in TRAINING] + [("generate.py", *row) for row in SAMPLING],
 )
-def test_a_mistyped_argument_is_answered_in_one_line_with_what_to_type(arguments, answer, monkeypatch, tmp_path):
-    message = complaint(monkeypatch, *arguments, f"output_root={tmp_path}")
-    assert answer in message and "\n" not in message
+def test_a_mistyped_argument_is_answered_in_one_line_with_what_to_type(script, arguments, answer, monkeypatch):
+    message = complaint(monkeypatch, *arguments, script=script)
+    assert message.startswith("error: ") and answer in message and "\n" not in message, message
+    assert "expecting" not in message and "token recognition" not in message
+
+
+@pytest.mark.parametrize("spelling", NAMES)
+def test_what_is_to_be_typed_for_another_trainers_key_is_a_key_of_a_script(spelling):
+    for word in spelling.split():
+        key, _, option = word.partition("=")
+        if (CONF / key).is_dir():
+            assert option in ("…", "[…]") or option in options(key)
+        else:
+            assert any(is_key(key, tiny.compose(entry)) for entry in ("train", "generate", "plan"))
+
+
+def test_another_trainers_key_in_an_experiment_is_answered_with_ours(experiment):
+    assert "no option 'learning_rate'; type optimizer.lr=…" in experiment("learning_rate: 1e-4")
+
+
+def test_a_gpus_number_is_answered_with_where_it_belongs(monkeypatch, tmp_path):
+    message = complaint(monkeypatch, "device=cuda:1", f"output={tmp_path}/new", script="generate.py")
+    assert "type CUDA_VISIBLE_DEVICES=1 python … device=cuda" in message
+
+
+@pytest.mark.parametrize("script", ["train.py", "generate.py"])
+def test_another_working_directory_is_answered_with_the_one_to_go_to(script, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    assert f"type cd {tiny.ROOT})" in complaint(monkeypatch, script=script)
+
+
+@pytest.mark.parametrize(
+    "script, wrong",
+    [("generate.py", "denoising_strength=high"), ("generate.py", "device=tpu"), ("train.py", "lora.rank=high")],
+)
+def test_a_refused_command_leaves_nothing(script, wrong, monkeypatch, tmp_path):
+    (tmp_path / "old").mkdir()
+    for folder in ("new", "old"):
+        key = "output" if script == "generate.py" else "run_dir"
+        complaint(monkeypatch, wrong, f"{key}={tmp_path / folder}", script=script)
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["old"]
 
 
 def test_an_option_of_hydras_own_groups_is_answered_by_hydra(monkeypatch):

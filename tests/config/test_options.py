@@ -66,6 +66,7 @@ def test_the_help_names_every_option_with_a_phrase_and_marks_the_chosen(entry, m
     for group in groups(entry):
         phrases = dict(re.findall(r"^  [ *] (\S+)  +(\S.*)$", sections[group], re.MULTILINE))
         assert sorted(phrases) == options(group)
+    assert f"choose it: python {entry}.py " in shown
     assert "* qwen_image" in sections["model"] and "* emoji" not in sections["model"]
     assert yaml.safe_load(shown.split("Configuration\n")[1])["model"]["height"] == 1328
 
@@ -79,6 +80,16 @@ def test_the_help_explains_keys_by_the_comments_of_the_chosen_files(monkeypatch,
     keys = (CONF / "training.yaml").read_text().split("\nname: ")[1].split("\nhydra:")[0]
     comments = [line.partition("  # ")[2] for line in keys.splitlines()]
     assert all(comment in shown for comment in comments)
+
+
+def test_the_help_says_how_to_list_the_keys_of_an_option_that_is_not_chosen(monkeypatch, capsys):
+    tiny.command_line(monkeypatch, "train.py", "--help")
+    command = "python train.py ema=power --help"
+    shown = capsys.readouterr().out
+    assert f"To list those of another, choose it: {command}." in shown
+    assert f"ema: {{}}  # this option has no keys; those of another: {command}" in shown
+    tiny.command_line(monkeypatch, *command.split()[1:])
+    assert "  decay: 0.9999  # " in capsys.readouterr().out
 
 
 def nodes_in_full() -> list[Path]:

@@ -5,6 +5,7 @@ There is no Slurm here: `sbatch`, `srun` and `scontrol` are stand-ins that note 
 
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -15,6 +16,7 @@ import psutil
 import pytest
 import tiny
 
+from diffsynth.config.texts import as_typed
 from diffsynth.report.sweep import read_runs
 
 STAND_INS = {
@@ -84,6 +86,22 @@ def test_every_job_is_one_script_over_all_its_nodes(notes, tmp_path, monkeypatch
         assert "account" not in script and "hello" in lines
         assert "--multi_gpu --num_machines 4 --num_processes 8" in script
         assert f" lora.rank={rank}" in script and "hydra" not in script
+
+
+def test_texts_survive_the_way_through_a_script(notes, tmp_path, monkeypatch):
+    prefixes, prompts = ["a cat, sitting, ", "it's a (cute) cat"], ["a red emoji", "50% #1, 猫"]
+    given = [
+        "validation=base",
+        f"dataset.augmentation.prefix='{prefixes[0]}',{prefixes[1]}",
+        f"validation.prompts=[{prompts[0]},'{prompts[1]}']",
+    ]
+    sweep = submit(monkeypatch, tmp_path, *given)
+    for number, prefix in enumerate(prefixes):
+        script = (sweep / f"{number}.sh").read_text(encoding="utf-8").replace("\\\n", " ")
+        (launch,) = (shlex.split(line) for line in script.splitlines() if "train.py" in line)
+        monkeypatch.setattr("sys.argv", launch[launch.index(str(tiny.ROOT / "train.py")) :])
+        config = tiny.compose("train", *as_typed(sys.argv[1:], tiny.schema("train")))
+        assert (config.dataset.augmentation.prefix, config.validation.prompts) == (prefix, prompts)
 
 
 def test_a_launcher_file_takes_the_place_of_plain_data_parallelism(notes, tmp_path, monkeypatch):

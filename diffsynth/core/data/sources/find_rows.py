@@ -42,7 +42,9 @@ def find_rows(base_path: str | None, metadata: str | Callable | None, encoding: 
     if base_path:
         refuse_studio_cache(base_path)
     looked_for = ", ".join(dict.fromkeys(candidates)) + ", images" * (metadata is None)
-    any_folder = "" if metadata is None else ", or dataset=image_folder for a folder of your own"
+    any_folder = (
+        "" if metadata is None else f", or dataset=image_folder dataset.path={base_path} for a folder of your own"
+    )
     raise ValueError(f"no metadata: looked for {looked_for}; set dataset.path or dataset.metadata{any_folder}")
 
 
