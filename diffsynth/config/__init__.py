@@ -8,11 +8,12 @@ from . import resolvers as resolvers
 from .choices import check_choices
 from .command_line import explained, run_main
 from .nodes import ConfigError, build, check
-from .run_folder import RankZeroFilter, claim, finish
+from .run_folder import MaskedFormatter, RankZeroFilter, claim, finish
 from .signature import signature
 
 __all__ = [
     "ConfigError",
+    "MaskedFormatter",
     "RankZeroFilter",
     "build",
     "check",

@@ -11,6 +11,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.errors import ConfigCompositionException, OverrideParseException
 from omegaconf import OmegaConf
 
+from ..core.masking import masked
 from . import slurm
 from .choices import check_arguments
 from .explain import explain
@@ -34,11 +35,11 @@ def run_main(main: Callable[[], None]) -> None:
         slurm.register()
         main()
     except (ConfigCompositionException, OverrideParseException) as error:
-        sys.exit(f"error: {explain(error)}")
+        sys.exit(masked(f"error: {explain(error)}"))
     except (JobFailed, ConfigError) as error:
-        sys.exit(f"error: {error}")
+        sys.exit(masked(f"error: {error}"))
     except OSError as error:  # Hydra makes the run's folder before it calls `main`
-        sys.exit(f"error: {error}; set {_folder_key()}=… to a folder that can be written to.")
+        sys.exit(masked(f"error: {error}; set {_folder_key()}=… to a folder that can be written to."))
 
 
 def let_segments_grow() -> None:
@@ -71,7 +72,7 @@ def explained() -> Iterator[None]:
         if HydraConfig.initialized():
             hydra = HydraConfig.get()
             discard_refused(Path(hydra.runtime.output_dir), log=f"{hydra.job.name}.log")
-        sys.exit(f"error: {error}\n(DIFFSYNTH_TRACEBACK=1 shows where this was raised)")
+        sys.exit(f"error: {masked(str(error))}\n(DIFFSYNTH_TRACEBACK=1 shows where this was raised)")
 
 
 def _is_in_sweep() -> bool:

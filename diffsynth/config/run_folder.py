@@ -5,16 +5,19 @@ import logging
 import os
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import cache
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.resolvers import oc
 
 from ..core.advice import how_to_start_from
 from ..core.files import remove_leftovers, write_text
+from ..core.masking import masked
 from .nodes import ConfigError
 from .signature import bound_to_length, but_for_length, signature
 
@@ -31,6 +34,13 @@ class RankZeroFilter(logging.Filter):
 
     def filter(self, record: logging.LogRecord) -> bool:
         return RANK == 0
+
+
+class MaskedFormatter(logging.Formatter):
+    """Formats log records, tracebacks included, with credentials in URLs masked."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return masked(super().format(record))
 
 
 def claim(cfg: DictConfig) -> Path | None:
@@ -146,14 +156,30 @@ def discard_refused(run_dir: Path, log: str) -> None:
 
 def _write_run_files(run_dir: Path, cfg: DictConfig) -> None:
     replay = OmegaConf.to_yaml(OmegaConf.create(REPLAY))
+    with _environment_unresolved():
+        resolved = OmegaConf.to_yaml(cfg, resolve=True)
     texts = (
         OmegaConf.to_yaml(cfg) + replay,
-        OmegaConf.to_yaml(cfg, resolve=True),
+        resolved,
         json.dumps(sys.argv),
         json.dumps(environment(), indent=1),
     )
     for name, text in zip(RUN_FILES, texts, strict=True):
-        write_text(run_dir / name, text)
+        write_text(run_dir / name, masked(text))
+
+
+@contextmanager
+def _environment_unresolved() -> Iterator[None]:
+    """Inside, `${oc.env:NAME}` resolves to itself: a variable may be a secret, and a replay reads it again."""
+    OmegaConf.register_new_resolver("oc.env", _as_written, replace=True)
+    try:
+        yield
+    finally:
+        OmegaConf.register_new_resolver("oc.env", oc.env, replace=True)
+
+
+def _as_written(name: str, *default: Any) -> str:
+    return f"${{oc.env:{','.join([name, *('null' if value is None else str(value) for value in default)])}}}"
 
 
 @cache  # later edits of the repository do not change the code that this process has loaded

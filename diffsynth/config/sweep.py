@@ -11,6 +11,7 @@ from hydra.experimental.callback import Callback
 from omegaconf import DictConfig
 
 from ..core.files import write_text
+from ..core.masking import masked
 
 
 def sweep_folder(config: DictConfig) -> Path:
@@ -22,7 +23,7 @@ def sweep_folder(config: DictConfig) -> Path:
 def record(folder: Path, number: int, run_dir: Path, overrides: Sequence[str]) -> None:
     """Write `<number>.json` for a job of a sweep: its run's folder, relative to `folder`, and its overrides."""
     content = {"run": os.path.relpath(run_dir, folder), "overrides": list(overrides)}
-    write_text(folder / f"{number}.json", json.dumps(content, indent=1))
+    write_text(folder / f"{number}.json", masked(json.dumps(content, indent=1)))
 
 
 class SweepRecord(Callback):

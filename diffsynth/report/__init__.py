@@ -12,6 +12,7 @@ import yaml
 from PIL import Image
 
 from ..core.files import write_text
+from ..core.masking import masked
 
 PAGE = Path(__file__).with_name("page.html")
 PICTURE_WIDTH = 1600  # pixels; wider images are reduced, to keep the page small; a guess
@@ -41,12 +42,12 @@ def write_report(run_dir: str | Path) -> Path:
     run_dir = Path(run_dir)
     if not (run_dir / "resolved.yaml").exists():
         raise ValueError(f"{run_dir} is not the folder of a run: it has no resolved.yaml; expected outputs/<run>.")
-    config = (run_dir / "resolved.yaml").read_text(encoding="utf-8")
+    config = masked((run_dir / "resolved.yaml").read_text(encoding="utf-8"))
     data = {"charts": charts(run_dir), "pictures": pictures(run_dir)}
     parts = {
         "title": escape(run_dir.name),
         "facts": _table(facts(run_dir, yaml.safe_load(config))),
-        "warnings": "".join(f"<li>{escape(line)}</li>" for line in warnings(run_dir)),
+        "warnings": "".join(f"<li>{escape(masked(line))}</li>" for line in warnings(run_dir)),
         "data_report": contact_sheet(run_dir),
         "config": escape(config),
         "data": json.dumps(data).replace("</", "<\\/"),
@@ -135,7 +136,7 @@ def embed(path: Path) -> str:
 
 
 def _table(rows: dict[str, str]) -> str:
-    shown = {title: text for title, text in rows.items() if text}
+    shown = {title: masked(text) for title, text in rows.items() if text}
     return "".join(f"<tr><th>{escape(title)}</th><td>{escape(text)}</td></tr>" for title, text in shown.items())
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import yaml
 
+from ..core.masking import masked
 from . import read_json, read_lines
 
 DERIVED = ("run_dir",)  # settings that follow from the others
@@ -24,7 +25,7 @@ def compare(first: str | Path, second: str | Path) -> list[str]:
     for run in runs:
         if not (run / "resolved.yaml").exists():
             raise ValueError(f"{run} is not the folder of a run: it has no resolved.yaml; expected outputs/<run>.")
-    return [*_configs(*runs), *_data(*runs), *_code(*runs), *_curves(*runs)]
+    return [masked(line) for find in (_configs, _data, _code, _curves) for line in find(*runs)]
 
 
 def _configs(*runs: Path) -> Iterator[str]:

@@ -8,6 +8,7 @@ from accelerate.utils import gather_object
 
 from ...core.data import TrainingData
 from ...core.files import write_text
+from ...core.masking import masked
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -20,6 +21,6 @@ def record_data(accelerator: "Accelerator", dataset: TrainingData, fingerprint: 
     """
     dataset.undecodable |= torch.stack(gather_object([dataset.undecodable])).any(0)
     if accelerator.is_main_process:
-        about = {"path": dataset.metadata_path, "rows": len(dataset), "fingerprint": fingerprint}
+        about = {"path": masked(dataset.metadata_path), "rows": len(dataset), "fingerprint": fingerprint}
         write_text(f"{run_dir}/data.json", json.dumps(about, indent=1))
         dataset.write_skipped(f"{run_dir}/skipped.jsonl")

@@ -9,6 +9,7 @@ import yaml
 from PIL import Image
 
 from ...core.files import forget_after
+from ...core.masking import masked
 from .trackers import Tracker
 
 
@@ -57,7 +58,7 @@ class LocalLogger:
         forget_after(self.file, step if resumed else -1)
         config = Path(self.path) / "resolved.yaml"
         for tracker in self.trackers.values():
-            tracker.start(step, yaml.safe_load(config.read_text(encoding="utf-8")) if config.exists() else {})
+            tracker.start(step, yaml.safe_load(masked(config.read_text(encoding="utf-8"))) if config.exists() else {})
 
     def finish(self) -> None:
         """Close the trackers."""
