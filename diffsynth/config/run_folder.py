@@ -17,6 +17,7 @@ from omegaconf.resolvers import oc
 
 from ..core.advice import how_to_start_from
 from ..core.files import remove_leftovers, write_text
+from ..core.input_files import changed
 from ..core.masking import masked
 from .nodes import ConfigError
 from .signature import bound_to_length, but_for_length, signature
@@ -47,10 +48,15 @@ def claim(cfg: DictConfig) -> Path | None:
     """Return the run's folder and write the run's configuration into it; return None if the run is already finished.
 
     Raises:
-        ConfigError: The folder holds another experiment, or this one at a length from which it cannot go on.
+        ConfigError: The folder holds another experiment, or this one at a length from which it cannot go on, or the
+            run is finished and a file that it read has changed since.
     """
     run_dir = Path(cfg.run_dir)
-    if is_finished(cfg):
+    if _is_finished_at(cfg):
+        if change := _changed_input(run_dir):
+            raise ConfigError(
+                f"{run_dir} is finished, but {change}. Restore that file, or set name=… to train on what it is now."
+            )
         artefacts = "\n  ".join(_finished(run_dir)["artefacts"])
         logging.info("%s is finished:\n  %s\nTo run it again, delete the folder or set name=….", run_dir, artefacts)
         if cfg.get("lora") and not cfg.get("template"):
@@ -67,6 +73,21 @@ def claim(cfg: DictConfig) -> Path | None:
 
 
 def is_finished(cfg: DictConfig) -> bool:
+    """Whether the run has finished at the length that `cfg` sets, and the files that it read are still the same."""
+    return _is_finished_at(cfg) and _changed_input(Path(cfg.run_dir)) is None
+
+
+def _changed_input(run_dir: Path) -> str | None:
+    """Return which file that a finished run read has changed since; None if none has, or the run recorded none."""
+    path = run_dir / "inputs.json"
+    if not path.exists():
+        logging.warning("%s has no inputs.json: whether its data and weights have changed is not known.", run_dir)
+        return None
+    groups = json.loads(path.read_text(encoding="utf-8"))
+    return next((change for record in groups.values() if (change := changed(record))), None)
+
+
+def _is_finished_at(cfg: DictConfig) -> bool:
     """Whether the run has finished at the length that `cfg` sets."""
     finished = _finished(Path(cfg.run_dir)) or {}
     return all(finished.get(name) == value for name, value in _identity(cfg).items())

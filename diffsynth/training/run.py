@@ -91,6 +91,11 @@ class Run(LoopSettings, ModelRun):
         if self.max_bad_steps < 1:
             raise ValueError(f"max_bad_steps is {self.max_bad_steps}; expected at least 1.")
 
+    @property
+    def data(self) -> dict[str, Any]:
+        """The data sets that the result depends on (`core.data.TrainingData`), by what messages call them."""
+        return {"data set": self.dataset}
+
 
 @dataclass(kw_only=True)
 class DistillRun(Run):
@@ -106,3 +111,7 @@ class DistillRun(Run):
     prompts: Any
     held_out: Any
     teacher_path: str
+
+    @property
+    def data(self) -> dict[str, Any]:
+        return super().data | ({"prompts": self.prompts} if self.prompts else {})

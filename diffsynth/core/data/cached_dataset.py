@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from ..input_files import InputFile
 from .cache import CacheIndex, DamagedCache
 from .dataset import Row, TrainingData
 from .operators.augmentation import Augmentation, AugmentationChoice
@@ -111,6 +112,10 @@ class CachedDataset(TrainingData):
     def fingerprint(self) -> str:
         """A hash (16 hex digits) of the samples, their order and the keys of their cache entries."""
         return self.about["samples"]
+
+    def input_files(self) -> dict[str, InputFile]:
+        """The index, which is compared by the hash of its samples."""
+        return {self.index.path.name: InputFile(str(self.index.path))}
 
     def check_made_for(self, expected: Callable[[], Mapping[str, Any]]) -> None:
         """Check that the cache was made by the networks and code that `expected()` returns.

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from ..input_files import InputFile
 from .operators.unread import Variants
 from .order.addresses import SampleAddress
 from .order.buckets import Size
@@ -89,6 +90,10 @@ class TrainingData(Dataset):
     def fingerprint(self) -> str:
         """A hash (hex digits) that changes with the samples."""
         return ""
+
+    def input_files(self) -> dict[str, InputFile]:
+        """The files on this machine that samples are read from, by name: metadata and, of many images, some."""
+        return {}
 
     def check_made_for(self, expected: Callable[[], Mapping[str, Any]]) -> None:
         """Check that a cache was made by the networks and code of `expected()` (`cache.keys.CacheKeys.about`).
