@@ -37,7 +37,8 @@ def train(run: Run) -> list:
     module = PipelineTrainingModule(pipe, run.task, run.lora, run.seed, run.template, run.memory)
     trainer = Trainer.of(run, accelerator, engine, module, identity)
     engine.check(module, run.optimizer, trainer.layout.accumulation, run.max_grad_norm)
-    run.dataset.check_made_for(CacheKeys(module).about)
+    keys = CacheKeys(module)
+    run.dataset.check_made_for(keys.about, keys.of)
     module.rehearse(run.dataset)
     evaluated = trainer.validation.models(module)
     if accelerator.is_main_process:

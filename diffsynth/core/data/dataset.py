@@ -95,8 +95,13 @@ class TrainingData(Dataset):
         """The files on this machine that samples are read from, by name: metadata and, of many images, some."""
         return {}
 
-    def check_made_for(self, expected: Callable[[], Mapping[str, Any]]) -> None:
+    def check_made_for(
+        self, expected: Callable[[], Mapping[str, Any]], keys_of: Callable[..., Set[tuple[str, str]]] | None = None
+    ) -> None:
         """Check that a cache was made by the networks and code of `expected()` (`cache.keys.CacheKeys.about`).
+
+        Args:
+            keys_of: Returns key and side of the entries of a row (`CacheKeys.of`); None compares no entries.
 
         Raises:
             ValueError: It was not; names every difference.
