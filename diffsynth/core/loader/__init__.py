@@ -1,5 +1,6 @@
 """Find a model's files, on this machine or on a hub, and load them into a module."""
 
+from .foreign import read_object, read_pretrained
 from .model_config import ModelConfig, refuse_pickle
 from .weights import (
     build_module,
@@ -24,6 +25,8 @@ __all__ = [
     "load_model",
     "load_state_dict",
     "load_weights",
+    "read_object",
+    "read_pretrained",
     "refuse_pickle",
     "save_safetensors",
     "to_released_keys",

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
+from ...core.loader import read_pretrained
+
 if TYPE_CHECKING:
     from ..base_pipeline import BasePipeline
 
@@ -67,8 +69,7 @@ class Folder:
         import transformers
 
         kind = getattr(transformers, self.kind)
-        options = {"trust_remote_code": False} if self.kind.startswith("Auto") else {}
-        return kind() if folder is None else kind.from_pretrained(folder, **options)
+        return kind() if folder is None else read_pretrained(kind, folder)
 
 
 def library_name(kind: str | type[nn.Module]) -> str:
