@@ -30,6 +30,7 @@ from diffsynth.cache.make import CacheReport, launch_data_process_task
 from diffsynth.cache.verify import collect_garbage, stats, verify
 from diffsynth.core.data import AddressedDataset, Augmentation, CachedDataset, MixedDataset, Sample, UnifiedDataset
 from diffsynth.core.data.cache import CacheIndex, Shard, keys_of
+from diffsynth.core.input_files import changed, describe
 from diffsynth.core.loader import ModelConfig
 from diffsynth.diffusion.adapters.lora import LoRA
 from diffsynth.diffusion.loss import AutoencoderLoss, FlowMatchSFT
@@ -738,3 +739,13 @@ def test_a_flipped_bit_ends_in_a_line_that_names_the_entry_and_the_command(cache
         [rows[number] for number in range(8)]
     assert "\n" not in str(error.value)
     assert sum(make(cache).made.values()) == 1 and [rows[number] for number in range(8)]
+
+
+def test_a_run_from_a_cache_has_read_its_samples_which_tidying_keeps(cache, tmp_path):
+    before = describe(CachedDataset(str(cache)).input_files())
+    folder = tiny.write_dataset(tmp_path / "data")
+    changed_caption(folder)
+    make(cache, dataset(folder))
+    assert re.search(r"index\.sqlite: it has changed: its fingerprint was \w{16} and is \w{16} now", changed(before))
+    after = describe(CachedDataset(str(cache)).input_files())
+    assert collect_garbage(cache).startswith("1 of 2 files rewritten") and changed(after) is None
