@@ -80,7 +80,7 @@ def test_a_finished_run_whose_input_has_changed_is_neither_finished_nor_extended
         assert file.stat().st_size == len(content)
         with pytest.raises(ConfigError, match=rf"is finished, but \S+{file.name}: .* was \w+ and is \w+ now\. Restore"):
             claim(composed(trained))
-        with pytest.raises(ValueError, match=rf"was trained with another .*{file.name}: its fing.*set name=…"):
+        with pytest.raises(ValueError, match=rf"was trained with other inputs, .*{file.name}: its fing.*set name=…"):
             tiny.train(*arguments(trained), *MORE)
     finally:
         file.write_bytes(content)
