@@ -63,6 +63,6 @@ def _check_same(run_dir: str, before: dict[str, Record], now: dict[str, Record])
     for name in now:
         if difference := first_difference(before.get(name, now[name]), now[name]):
             raise ValueError(
-                f"{run_dir} was trained with other inputs, {name}: {difference}. Restore that file, or set name=… to start a "
-                "new run."
+                f"{run_dir} was trained with other inputs, {name}: {difference}. Restore that file, or set name=… to "
+                "start a new run."
             )
