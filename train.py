@@ -17,6 +17,7 @@ def train(run: Run) -> list:
     from diffsynth.training.engines import choose_engine
     from diffsynth.training.loop import Trainer
     from diffsynth.training.record.data import record_data
+    from diffsynth.training.record.inputs import record_inputs
 
     # Check the configuration and the data before anything heavy is read.
     accelerator = make_accelerator(run.device, run.model.keywords["torch_dtype"], run.deterministic)
@@ -30,12 +31,14 @@ def train(run: Run) -> list:
     pipe = None if needs_download(run.model) else run.model(device=accelerator.device)
     run = preflight(run, accelerator, engine)
     pipe = pipe or run.model(device=accelerator.device)
+    identity |= record_inputs(accelerator, run, pipe)
 
     # Build the training module, and check that its parts work together.
     module = PipelineTrainingModule(pipe, run.task, run.lora, run.seed, run.template, run.memory)
     trainer = Trainer.of(run, accelerator, engine, module, identity)
     engine.check(module, run.optimizer, trainer.layout.accumulation, run.max_grad_norm)
-    run.dataset.check_made_for(CacheKeys(module).about)
+    keys = CacheKeys(module)
+    run.dataset.check_made_for(keys.about, keys.of)
     module.rehearse(run.dataset)
     evaluated = trainer.validation.models(module)
     if accelerator.is_main_process:

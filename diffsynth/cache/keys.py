@@ -7,7 +7,7 @@ new keys and are made again.
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -34,6 +34,7 @@ class CacheKeys:
     """
 
     def __init__(self, module: "PipelineTrainingModule"):
+        self.module = module
         self.pipe, self.units, self.kept = module.pipe, module.frozen_units, set(module.kept_inputs)
         self.reads_negative = module.task.reads_negative
         self.trained = sorted(module.trained_roots)
@@ -68,25 +69,45 @@ class CacheKeys:
         negative = [f"negative {name}" for name in sorted(names & self.kept)]
         return {"pipeline": type(self.pipe).__name__, "units": units, "inputs": sorted(self.kept) + negative}
 
-    def jobs(self, inputs: Sides) -> list[UnitJob]:
+    def jobs(self, inputs: Sides, hashes: Sequence[str] | None = None) -> list[UnitJob]:
         """Return the jobs of one sample, each with its key: its stored units, and the files that are kept as they are.
 
         No unit runs: the key of a unit's output stands for its value in the inputs of later units.
 
         Args:
             inputs: The pipeline's inputs of the sample, with files not yet decoded.
+            hashes: Hashes of the units' identities; None takes those of this training.
         """
+        hashes = self._hashes if hashes is None else hashes
         known = {side: dict(names) for side, names in inputs.items()}
         jobs = []
         for number, unit in enumerate(self.units):
             for side in self.sides_of(unit):
-                key = identity([self._hashes[number], self._inputs_of(unit, known, side)])
+                key = identity([hashes[number], self._inputs_of(unit, known, side)])
                 known[side] |= {name: f"{key}/{name}" for name in unit.output_params}
                 if number in self.stored_units:
                     jobs.append(UnitJob(key, number, side))
         unchanged = [(side, n) for side in inputs for n in inputs[side] if known[side][n] is inputs[side][n]]
         files = [(side, name) for side, name in unchanged if name in self.kept and is_unread(inputs[side][name])]
         return jobs + [UnitJob(identity(inputs[side][name]), KEPT_FILE, side, name) for side, name in files]
+
+    def of(self, row: dict, units: Mapping[str, Any]) -> set[tuple[str, str]]:
+        """Return key and side of the entries that a cache must have for a row whose files are not decoded.
+
+        Args:
+            units: The identities of the cache's units by name, as `about` returned them: this pipeline may lack their
+                networks. An entry that also depends on a network that is in neither is left out.
+        """
+        hashes = [units.get(type(unit).__name__) for unit in self.units]
+        hashes = [own if cached is None else identity(cached) for own, cached in zip(self._hashes, hashes, strict=True)]
+        jobs = self.jobs(pipeline_inputs(self.module, row), hashes)
+        return {(job.key, job.side) for job in jobs if self._is_known(job.unit, units)}
+
+    def _is_known(self, number: int, units: Mapping[str, Any]) -> bool:
+        """Whether the identity of each unit that an output needs is in `units` or complete here."""
+        identities = zip(self.units, self.identities, strict=True)
+        absent = [unit for unit, own in identities if None in own["weights"].values()]
+        return all(unit not in absent or type(unit).__name__ in units for unit in self.needed_units(number))
 
     def sides_of(self, unit: PipelineUnit) -> tuple[str, ...]:
         """Return the sides to which the outputs of a unit belong: `shared`, or `posi` and, if it is read, `nega`."""

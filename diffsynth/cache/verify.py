@@ -132,15 +132,20 @@ def verify(dataset: TrainingData, module: "PipelineTrainingModule", path: str | 
         for number, shard in damaged_shards(shards).items():
             own = entries.get(number, set())
             lines.append(f"{shard.path} is damaged: {len(own - shard.whole_entries())} of {len(own)} entries")
-        lines += differences(index.about["made_of"], keys.about())
-        lines += _changed_samples(dataset, module, keys, index)
+        made_otherwise = differences(index.about["made_of"], keys.about())
+        lines += made_otherwise
+        lines += _changed_samples(dataset, module, keys, index, compares_keys=not made_otherwise)
     return lines
 
 
 def _changed_samples(
-    dataset: TrainingData, module: "PipelineTrainingModule", keys: CacheKeys, index: CacheIndex
+    dataset: TrainingData, module: "PipelineTrainingModule", keys: CacheKeys, index: CacheIndex, compares_keys: bool
 ) -> Iterator[str]:
-    """Yield the differences between the data set's samples and those in the cache."""
+    """Yield the differences between the data set's samples and those in the cache.
+
+    Args:
+        compares_keys: Whether equal rows must have equal keys: the cache was made by these networks and this code.
+    """
     entries, skipped = index.keys(), set(index.about["left_out"])
     numbers = [number for number in range(dataset.size) if number not in skipped]
     if len(numbers) != len(index):
@@ -148,7 +153,11 @@ def _changed_samples(
     for number, record in zip(numbers, index.records(), strict=False):
         now = describe(module, keys, dataset.variants(number))[0]["variants"]
         for name, variant in now.items():
-            changes = _changes(variant["row"], record["variants"].get(name, {"row": {}, "runs": []}), entries)
+            cached = record["variants"].get(name, {"row": {}, "runs": []})
+            changes = [*_changes(variant["row"], cached, entries)]
+            others = {tuple(run) for run in variant["runs"]} - {tuple(run) for run in cached["runs"]}
+            if compares_keys and others and not changes:
+                changes = [f"{len(others)} of {len(variant['runs'])} entries are those of other inputs"]
             yield from (f"sample {number}{f' ({name})' if name else ''}: {change}" for change in changes)
 
 

@@ -9,12 +9,13 @@ from . import resolvers as resolvers
 from .choices import check_choices
 from .command_line import explained, run_main
 from .nodes import ConfigError, build, check
-from .run_folder import LogFile, RankZeroFilter, claim, finish
+from .run_folder import LogFile, MaskedFormatter, RankZeroFilter, claim, finish
 from .signature import signature
 
 __all__ = [
     "ConfigError",
     "LogFile",
+    "MaskedFormatter",
     "RankZeroFilter",
     "build",
     "check",

@@ -15,6 +15,7 @@ from omegaconf import OmegaConf
 
 from ..core.console import keep_console
 from ..core.locks import IN_USE_STATUS, FolderInUse, release_all
+from ..core.masking import masked
 from ..core.signals import LeftBySignal, end_with_parent, leave_on_signals, on_stop_signals
 from . import slurm
 from .choices import check_arguments
@@ -60,11 +61,11 @@ def run_main(main: Callable[[], None], entry: Callable, resumes: bool = False) -
         logging.warning("Stopped by %s; run the same command to go on.", left.name)
         raise
     except (ConfigCompositionException, OverrideParseException) as error:
-        sys.exit(f"error: {explain(error)}")
+        sys.exit(masked(f"error: {explain(error)}"))
     except (JobFailed, ConfigError) as error:
-        sys.exit(f"error: {error}")
+        sys.exit(masked(f"error: {error}"))
     except OSError as error:  # Hydra makes the run's folder before it calls `main`
-        sys.exit(f"error: {error}; set {_folder_key()}=… to a folder that can be written to.")
+        sys.exit(masked(f"error: {error}; set {_folder_key()}=… to a folder that can be written to."))
 
 
 def check_rank() -> None:
@@ -116,9 +117,11 @@ def explained() -> Iterator[None]:
             hydra = HydraConfig.get()
             discard_refused(Path(hydra.runtime.output_dir), log=f"{hydra.job.name}.log")
         if isinstance(error, FolderInUse):
-            print(f"error: {error}", file=sys.stderr)
+            print(f"error: {masked(str(error))}", file=sys.stderr)
             sys.exit(IN_USE_STATUS)
-        sys.exit(f"error: {error}{_where_it_is(str(error))}\n(DIFFSYNTH_TRACEBACK=1 shows where this was raised)")
+        sys.exit(
+            f"error: {masked(str(error))}{_where_it_is(str(error))}\n(DIFFSYNTH_TRACEBACK=1 shows where this was raised)"
+        )
     finally:
         release_all()
 

@@ -11,6 +11,7 @@ from hydra.errors import InstantiationException
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import InterpolationResolutionError
 
+from ..core.masking import is_masked
 from ..core.ranges import LearningRate, NotNegative, Positive, Share, Whole, expected, is_number
 from .moved import up_to_date
 from .other_trainers import spelled_here
@@ -81,6 +82,11 @@ def _is_required(parameter: inspect.Parameter) -> bool:
 
 
 def _check_value(value: Any, hint: Any, where: str) -> None:
+    if isinstance(value, str) and is_masked(value):
+        raise ConfigError(
+            f"{where} is {value!r}, whose credentials were masked when the run was saved; set {where}=… to the whole "
+            "URL, best with the secret from the environment, as ${oc.env:NAME}."
+        )
     if isinstance(value, DictConfig) and "_target_" in value:
         _check_node(value, locate(value["_target_"], where), where)
     elif isinstance(value, DictConfig):

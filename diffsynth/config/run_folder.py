@@ -4,7 +4,8 @@ import logging
 import os
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import cache
 from importlib import metadata
 from pathlib import Path
@@ -13,11 +14,14 @@ from typing import Any
 
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.resolvers import oc
 
 from ..core import locks
 from ..core.advice import how_to_start_from
 from ..core.files import going_on_without, remove_leftovers, write_text
+from ..core.input_files import changed
 from ..core.json_text import read_json, to_json
+from ..core.masking import masked
 from .nodes import ConfigError
 from .signature import bound_to_length, but_for_length, signature
 
@@ -38,6 +42,13 @@ class RankZeroFilter(logging.Filter):
 
     def filter(self, record: logging.LogRecord) -> bool:
         return RANK == 0
+
+
+class MaskedFormatter(logging.Formatter):
+    """Formats log records, tracebacks included, with credentials in URLs masked."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return masked(super().format(record))
 
 
 class LogFile(logging.FileHandler):
@@ -77,14 +88,19 @@ def claim(cfg: DictConfig) -> Path | None:
     whatever becomes of the configuration later.
 
     Raises:
-        ConfigError: The folder holds another experiment, or this one at a length from which it cannot go on.
+        ConfigError: The folder holds another experiment, or this one at a length from which it cannot go on, or the
+            run is finished and a file that it read has changed since.
         FolderInUse: Another process runs this run.
     """
     run_dir = Path(cfg.run_dir)
-    if RANK == 0 and not is_finished(cfg):
+    if RANK == 0 and not _is_finished_at(cfg):
         locks.hold(run_dir)
-    if is_finished(cfg):  # perhaps by the process that has just unlocked it
+    if _is_finished_at(cfg):  # perhaps by the process that has just unlocked it
         locks.release(run_dir)
+        if change := _changed_input(run_dir):
+            raise ConfigError(
+                f"{run_dir} is finished, but {change}. Restore that file, or set name=… to train on what it is now."
+            )
         artefacts = "\n  ".join(_finished(run_dir)["artefacts"])
         logging.info("%s is finished:\n  %s\nTo run it again, delete the folder or set name=….", run_dir, artefacts)
         if cfg.get("lora") and not cfg.get("template"):
@@ -103,6 +119,21 @@ def claim(cfg: DictConfig) -> Path | None:
 
 
 def is_finished(cfg: DictConfig) -> bool:
+    """Whether the run has finished at the length that `cfg` sets, and the files that it read are still the same."""
+    return _is_finished_at(cfg) and _changed_input(Path(cfg.run_dir)) is None
+
+
+def _changed_input(run_dir: Path) -> str | None:
+    """Return which file that a finished run read has changed since; None if none has, or the run recorded none."""
+    path = run_dir / "inputs.json"
+    if not path.exists():
+        logging.warning("%s has no inputs.json: whether its data and weights have changed is not known.", run_dir)
+        return None
+    groups = read_json(path)
+    return next((change for record in groups.values() if (change := changed(record))), None)
+
+
+def _is_finished_at(cfg: DictConfig) -> bool:
     """Whether the run has finished at the length that `cfg` sets."""
     finished = _finished(Path(cfg.run_dir)) or {}
     return all(finished.get(name) == value for name, value in _identity(cfg).items())
@@ -227,13 +258,29 @@ def _write_run_files(run_dir: Path) -> None:
 def _texts_of(cfg: DictConfig) -> dict[str, str]:
     """Return the text of each of `RUN_FILES`."""
     replay = OmegaConf.to_yaml(OmegaConf.create(REPLAY))
+    with _environment_unresolved():
+        resolved = OmegaConf.to_yaml(cfg, resolve=True)
     texts = (
         OmegaConf.to_yaml(cfg) + replay,
-        OmegaConf.to_yaml(cfg, resolve=True),
+        resolved,
         to_json(sys.argv),
         to_json(environment(), indent=1),
     )
-    return dict(zip(RUN_FILES, texts, strict=True))
+    return {name: masked(text) for name, text in zip(RUN_FILES, texts, strict=True)}
+
+
+@contextmanager
+def _environment_unresolved() -> Iterator[None]:
+    """Inside, `${oc.env:NAME}` resolves to itself: a variable may be a secret, and a replay reads it again."""
+    OmegaConf.register_new_resolver("oc.env", _as_written, replace=True)
+    try:
+        yield
+    finally:
+        OmegaConf.register_new_resolver("oc.env", oc.env, replace=True)
+
+
+def _as_written(name: str, *default: Any) -> str:
+    return f"${{oc.env:{','.join([name, *('null' if value is None else str(value) for value in default)])}}}"
 
 
 @cache  # later edits of the repository do not change the code that this process has loaded

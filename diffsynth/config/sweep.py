@@ -12,6 +12,7 @@ from omegaconf import DictConfig
 
 from ..core.files import going_on_without, write_text
 from ..core.json_text import to_json
+from ..core.masking import masked
 
 
 def sweep_folder(config: DictConfig) -> Path:
@@ -25,7 +26,7 @@ def record(folder: Path, number: int, run_dir: Path, overrides: Sequence[str]) -
     content = {"run": os.path.relpath(run_dir, folder), "overrides": list(overrides)}
     path = folder / f"{number}.json"
     with going_on_without(path):
-        write_text(path, to_json(content, indent=1))
+        write_text(path, masked(to_json(content, indent=1)))
 
 
 class SweepRecord(Callback):

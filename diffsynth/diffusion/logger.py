@@ -9,11 +9,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import yaml
 from torch import nn
 
 from ..core.files import going_on_without, write_text
 from ..core.json_text import read_json, to_json
 from ..core.loader import save_safetensors
+from ..core.masking import in_strings, masked, without_folders
 from ..core.ranges import Count, check_fields
 from .adapters.formats import FORMATS, check_holds
 from .pipeline.sampling_settings import METADATA_KEY
@@ -178,11 +180,12 @@ class ModelLogger:
                 self._check(module, path)
 
     def _about(self, module: "DiffusionTrainingModule", is_adapter: bool) -> dict[str, str]:
-        """Metadata of a file: the base model, the run's configuration, the adapter, the sampling settings."""
-        about = {"base_model": module.pipe.sources(), "trigger_prompts": list(self.trigger_prompts)}
+        """Metadata of a file, for anyone: the base model, the configuration, the adapter, the sampling settings."""
+        base_model = in_strings(without_folders, module.pipe.sources())
+        about = {"base_model": base_model, "trigger_prompts": list(self.trigger_prompts)}
         about |= {"sampling": module.sampling_settings} if module.sampling_settings else {}
-        config = Path(self.output_path).parent / "resolved.yaml"
-        about["config"] = config.read_text(encoding="utf-8") if config.exists() else None
+        config = Path(self.output_path).parent / "config.yaml"
+        about["config"] = _for_others(config.read_text(encoding="utf-8")) if config.exists() else None
         about |= module.describe_adapters() if is_adapter else {}
         return {METADATA_KEY: to_json(about)}
 
@@ -197,6 +200,12 @@ class ModelLogger:
             return f"epoch-{epoch}"
         due = done if self.save_steps is None else (done or step % self.save_steps == 0)
         return f"step-{step}" if due and step > 0 else None
+
+
+def _for_others(config: str) -> str:
+    """A run's configuration as it was composed, without credentials, folders and Hydra's own settings."""
+    nodes = {name: node for name, node in yaml.safe_load(masked(config)).items() if name != "hydra"}
+    return yaml.safe_dump(in_strings(without_folders, nodes), sort_keys=False, allow_unicode=True)
 
 
 def _by_number(path: Path) -> tuple[int, str]:

@@ -15,6 +15,7 @@ import yaml
 from ..core.console import keep_console
 from ..core.files import write_text
 from ..core.json_text import read_json, read_lines, to_json
+from ..core.masking import masked
 
 PAGE = Path(__file__).with_name("page.html")
 PICTURE_WIDTH = 1600  # pixels; wider images are reduced, to keep the page small; a guess
@@ -57,12 +58,12 @@ def write_report(run_dir: str | Path, finished: Mapping[str, Any] | None = None)
     """
     run_dir = Path(run_dir)
     settings = read_config(run_dir)
-    config = (run_dir / "resolved.yaml").read_text(encoding="utf-8", errors="replace")
+    config = masked((run_dir / "resolved.yaml").read_text(encoding="utf-8", errors="replace"))
     data = {"charts": charts(run_dir), "pictures": pictures(run_dir)}
     parts = {
         "title": escape(run_dir.name),
         "facts": _table(facts(run_dir, settings, finished or read_json(run_dir / "finished.json"))),
-        "warnings": "".join(f"<li>{escape(line)}</li>" for line in warnings(run_dir)),
+        "warnings": "".join(f"<li>{escape(masked(line))}</li>" for line in warnings(run_dir)),
         "data_report": contact_sheet(run_dir),
         "config": escape(config),
         "data": to_json(data).replace("</", "<\\/"),
@@ -152,7 +153,7 @@ def embed(path: Path) -> str:
 
 
 def _table(rows: dict[str, str]) -> str:
-    shown = {title: text for title, text in rows.items() if text}
+    shown = {title: masked(text) for title, text in rows.items() if text}
     return "".join(f"<tr><th>{escape(title)}</th><td>{escape(text)}</td></tr>" for title, text in shown.items())
 
 

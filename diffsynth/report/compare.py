@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ..core.json_text import read_json
+from ..core.masking import masked
 from . import explained, read_config, read_metrics
 
 DERIVED = ("run_dir",)  # settings that follow from the others
@@ -20,7 +21,7 @@ def compare(first: str | Path, second: str | Path) -> list[str]:
         ValueError: A folder is not the folder of a run.
     """
     runs = [Path(first), Path(second)]
-    return [*_configs(*runs), *_data(*runs), *_code(*runs), *_curves(*runs)]
+    return [masked(line) for find in (_configs, _data, _code, _curves) for line in find(*runs)]
 
 
 def _configs(*runs: Path) -> Iterator[str]:

@@ -47,6 +47,9 @@ class NoCheckpoints:
     def most(self, steps: int) -> int:
         return 0
 
+    def steps(self) -> list[int]:
+        return []
+
     def resume(self, accelerator: "Accelerator", state: "TrainingState", identity: Mapping[str, Any]) -> bool:
         return False
 

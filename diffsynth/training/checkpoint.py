@@ -241,8 +241,14 @@ class Checkpoints:
 
 
 def _check_identity(folder: Path, saved: Mapping[str, Any], identity: Mapping[str, Any]) -> None:
+    if unknown := [name for name in identity if name not in saved]:
+        logger.warning(
+            "%s is of an older version, which recorded no fingerprint of %s: whether that has changed is not known.",
+            folder,
+            ", ".join(unknown),
+        )
     for name, now in identity.items():
-        if saved.get(name) != now:
+        if saved.get(name, now) != now:
             raise ValueError(
                 f"{folder} was saved with another {name}: its fingerprint was {saved.get(name)} and is {now} now. "
                 f"Restore the old {name}, or set name=… to start a new run."

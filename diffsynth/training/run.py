@@ -84,6 +84,11 @@ class Run(LoopSettings, ModelRun):
         super().__post_init__()
         self.data_report = self.data_report or NoDataReport()
 
+    @property
+    def data(self) -> dict[str, Any]:
+        """The data sets that the result depends on (`core.data.TrainingData`), by what messages call them."""
+        return {"data set": self.dataset}
+
 
 @dataclass(kw_only=True)
 class DistillRun(Run):
@@ -99,3 +104,7 @@ class DistillRun(Run):
     prompts: Any
     held_out: Any
     teacher_path: str
+
+    @property
+    def data(self) -> dict[str, Any]:
+        return super().data | ({"prompts": self.prompts} if self.prompts else {})

@@ -32,6 +32,7 @@ from diffsynth.cache.verify import collect_garbage, stats, verify
 from diffsynth.core import locks
 from diffsynth.core.data import AddressedDataset, Augmentation, CachedDataset, MixedDataset, Sample, UnifiedDataset
 from diffsynth.core.data.cache import CacheIndex, Shard, keys_of
+from diffsynth.core.input_files import changed, describe
 from diffsynth.core.loader import ModelConfig
 from diffsynth.core.locks import LOCK, FolderInUse
 from diffsynth.diffusion.adapters.lora import LoRA
@@ -743,3 +744,45 @@ def test_a_cache_of_another_format_is_refused_before_anything_is_made(tmp_path):
     for use in (lambda: tiny.make_cache(tmp_path / "cache"), lambda: CachedDataset(str(tmp_path / "cache"))):
         with pytest.raises(ValueError, match="has another format than .*; delete the folder and run make_cache"):
             use()
+
+
+def moved_on(cache: Path) -> None:
+    """Give every sample the caption's entry of the next one."""
+    with sqlite3.connect(cache / "index.sqlite") as database:
+        rows = [json.loads(row) for (row,) in database.execute("SELECT record FROM samples ORDER BY number")]
+        runs = [row["variants"][""]["runs"] for row in rows]
+        captions = [next(key for key, side in run if side == "posi") for run in runs]
+        for number, run in enumerate(runs):
+            run[:] = [[key, side] if side != "posi" else [captions[number - 7], side] for key, side in run]
+        texts = [(json.dumps(row, ensure_ascii=False), number) for number, row in enumerate(rows)]
+        database.executemany("UPDATE samples SET record = ? WHERE number = ?", texts)
+
+
+def test_captions_that_are_moved_on_by_one_are_found_by_verify_and_by_a_training(cache):
+    moved_on(cache)
+    assert changes(cache) == [f"sample {number}: 1 of 2 entries are those of other inputs" for number in range(8)]
+    keys = CacheKeys(training(vae=None, text_encoder=None, tokenizer=None))  # a training needs no encoders
+    with pytest.raises(ValueError, match=r"the entries of sample 0 are those of another image or caption; delete \S+"):
+        CachedDataset(str(cache)).check_made_for(keys.about, keys.of)
+
+
+def test_a_flipped_bit_ends_in_a_line_that_names_the_entry_and_the_command(cache):
+    path = first_shard(cache)
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+    rows = CachedDataset(str(cache))
+    with pytest.raises(ValueError, match=r"the entry \w{32} differs from its checksum; python make_cache\.py") as error:
+        [rows[number] for number in range(8)]
+    assert "\n" not in str(error.value)
+    assert sum(make(cache).made.values()) == 1 and [rows[number] for number in range(8)]
+
+
+def test_a_run_from_a_cache_has_read_its_samples_which_tidying_keeps(cache, tmp_path):
+    before = describe(CachedDataset(str(cache)).input_files())
+    folder = tiny.write_dataset(tmp_path / "data")
+    changed_caption(folder)
+    make(cache, dataset(folder))
+    assert re.search(r"index\.sqlite: it has changed: its fingerprint was \w{16} and is \w{16} now", changed(before))
+    after = describe(CachedDataset(str(cache)).input_files())
+    assert collect_garbage(cache).startswith("1 of 2 files rewritten") and changed(after) is None

@@ -1,9 +1,11 @@
 """Which folder a run owns, and what it keeps there."""
 
 import json
+import logging
 import os
 import shutil
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -13,8 +15,13 @@ import tiny
 from omegaconf import OmegaConf
 
 from diffsynth import report
-from diffsynth.config import ConfigError, build, claim, finish, run_folder, signature
+from diffsynth.config import ConfigError, MaskedFormatter, build, check, claim, finish, run_folder, signature
 from diffsynth.core import locks
+from diffsynth.report import write_report
+from diffsynth.report.compare import compare
+from diffsynth.training.record.numbers import LocalLogger
+from diffsynth.training.record.trackers import Tracker
+from diffsynth.training.run import Run
 
 
 @pytest.fixture(autouse=True)
@@ -244,3 +251,85 @@ def test_a_run_keeps_its_resolved_configuration_commit_and_versions(tmp_path):
     assert "${" not in (run_dir / "resolved.yaml").read_text()
     assert environment["commit"] == (head or None)
     assert {"torch", "diffusers", "transformers", "hydra-core"} <= environment.keys()
+
+
+# Secrets --------------------------------------------------------------------------------------------------------------
+
+URL = "https://me:hunter2@example.org/data?token=hunter2"
+
+
+class Listener(Tracker):
+    """A tracker that keeps the configuration that it is sent."""
+
+    def start(self, step, config):
+        self.config = config
+
+
+@pytest.fixture
+def secret_run(tmp_path, monkeypatch):
+    """The folder of a run whose data set's URL and table are secret, and its configuration."""
+    monkeypatch.setenv("TABLE", "s3cr3t.csv")
+    chosen = [f"dataset.path='{URL}'", "dataset.metadata=${oc.env:TABLE}", "task.extra_inputs=['${oc.env:NONE,a}']"]
+    monkeypatch.setattr(sys, "argv", ["train.py", *chosen])
+    cfg = tiny.compose("train", *chosen, f"output_root={tmp_path}")
+    return claim(cfg), cfg
+
+
+def test_no_file_of_a_run_holds_a_secret_and_the_run_is_found_again(secret_run, caplog):
+    run_dir, cfg = secret_run
+    finish(cfg, [])
+    files = {path.name: path.read_text(encoding="utf-8") for path in run_dir.iterdir()}
+    del files["environment.json"]  # the changes of this repository, which may be in this very file
+    assert files.keys() >= {"config.yaml", "resolved.yaml", "command.json", "report.html"}
+    assert [name for name, text in files.items() if "hunter2" in text or "s3cr3t" in text] == []
+    for name in ("config.yaml", "resolved.yaml"):
+        saved = OmegaConf.to_container(OmegaConf.create(files[name]), resolve=False)
+        assert saved["dataset"]["path"] == "https://***@example.org/data?token=***"
+        assert saved["dataset"]["metadata"] == "${oc.env:TABLE}"
+        assert saved["task"]["extra_inputs"] == ["${oc.env:NONE,a}"]
+    assert cfg.dataset.metadata == "s3cr3t.csv"  # the run itself still reads the variable
+    assert claim(cfg) is None and signature(OmegaConf.load(run_dir / "config.yaml")) == signature(cfg)
+
+
+def test_what_an_older_version_saved_is_masked_on_its_way_out(secret_run):
+    run_dir, cfg = secret_run
+    (run_dir / "resolved.yaml").write_text(OmegaConf.to_yaml(cfg, resolve=True), encoding="utf-8")
+    (run_dir / "command.json").write_text(json.dumps(sys.argv), encoding="utf-8")
+    (run_dir / "train.log").write_text(f"2026-01-01 WARNING {URL}\n", encoding="utf-8")
+    tracker = Listener()
+    LocalLogger(run_dir, trackers={"it": tracker}).start(0, resumed=False)
+    assert tracker.config["dataset"]["path"] == "https://***@example.org/data?token=***"
+    assert "hunter2" not in write_report(run_dir).read_text(encoding="utf-8")
+    other = claim(tiny.compose("train", f"output_root={cfg.output_root}", "name=other"))
+    assert "hunter2" not in "".join(compare(run_dir, other))
+
+
+def test_a_new_token_is_no_new_run():
+    def folder(token: str) -> str:
+        return tiny.compose("train", f"dataset.path='https://me:{token}@h/x?X-Amz-Date=1&sig={token}'").run_dir
+
+    assert folder("one") == folder("two")
+
+
+def test_a_replay_of_a_masked_url_says_what_to_set(secret_run):
+    with pytest.raises(
+        ConfigError, match=r"dataset\.path is 'https://\*{3}@\S+', whose credentials were masked .* set d"
+    ):
+        check(OmegaConf.load(secret_run[0] / "config.yaml"), Run)
+
+
+def test_logs_and_errors_mask_credentials(tmp_path, monkeypatch):
+    try:
+        raise OSError(f"{URL} does not answer")
+    except OSError:
+        record = logging.LogRecord("a", logging.ERROR, __file__, 1, "cannot read %s", (URL,), sys.exc_info())
+    assert "hunter2" not in MaskedFormatter("%(message)s").format(record)
+    options = [
+        "dataset=image_folder",
+        f"dataset.path='{tmp_path}/nowhere?token=hunter2'",
+        f"output_root={tmp_path}/out",
+    ]
+    said = tiny.complaint(monkeypatch, *options)
+    assert "there is no folder" in said and "nowhere?token=***" in said
+    layout = OmegaConf.load(tiny.ROOT / "conf/hydra/job_logging/rank_zero.yaml")
+    assert {each["class"] for each in layout.formatters.values()} == {"diffsynth.config.MaskedFormatter"}

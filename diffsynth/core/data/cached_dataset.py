@@ -1,11 +1,12 @@
 """The data set that `make_cache.py` writes: the outputs of frozen networks for every sample, read from disk."""
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Set
 from typing import Any
 
 import numpy as np
 
+from ..input_files import InputFile
 from ..json_text import fits, parse
 from ..ranges import Repeat, Side, Workers
 from .cache import CacheIndex, DamagedCache
@@ -29,6 +30,8 @@ ABOUT = {
 }
 
 WEIGHT = re.compile(r"\d+(\.\d+)?(/[1-9]\d*)?")  # of a part, a decimal number or a fraction
+
+COMPARED = 256  # samples whose keys are compared with their rows before a training, evenly spread; a guess
 
 
 class CachedDataset(TrainingData):
@@ -137,8 +140,18 @@ class CachedDataset(TrainingData):
         """A hash (16 hex digits) of the samples, their order and the keys of their cache entries."""
         return self.about["samples"]
 
-    def check_made_for(self, expected: Callable[[], Mapping[str, Any]]) -> None:
-        """Check that the cache was made by the networks and code that `expected()` returns.
+    def input_files(self) -> dict[str, InputFile]:
+        """The index, which is compared by the hash of its samples."""
+        return {self.index.path.name: InputFile(str(self.index.path))}
+
+    def check_made_for(
+        self, expected: Callable[[], Mapping[str, Any]], keys_of: Callable[..., Set[tuple[str, str]]] | None = None
+    ) -> None:
+        """Check that the cache was made by the networks and code that `expected()` returns, for the rows that it names.
+
+        Args:
+            keys_of: Returns key and side of the entries of a row (`CacheKeys.of`), which are compared for `COMPARED`
+                samples; None compares none.
 
         Raises:
             ValueError: It was not; names every difference.
@@ -149,6 +162,17 @@ class CachedDataset(TrainingData):
                 f"{self.metadata_path} was not made for this training:\n  " + "\n  ".join(lines) + "\n"
                 "Choose the model, task and lora that it was made with, or run make_cache.py again with these."
             )
+
+        units = self.about["made_of"]["units"]
+        for number in range(0, self.size, -(-self.size // COMPARED)) if keys_of else ():
+            for name, variant in self.index.record(number)["variants"].items():
+                row = Row(_undecoded(variant["row"]))
+                if not keys_of(row, units) <= {tuple(run) for run in variant["runs"]}:
+                    raise DamagedCache(
+                        f"{self.metadata_path} does not fit together: the entries of sample {number}"
+                        f"{f' ({name})' if name else ''} are those of another image or caption; delete "
+                        f"{self.index.path} and run make_cache.py again."
+                    )
 
     def _check_about(self) -> None:
         wrong = [name for name, shape in ABOUT.items() if not fits(self.about.get(name), shape)]
@@ -202,6 +226,18 @@ def _restored(value: Any) -> Any:
     if isinstance(value, dict) and value.keys() == {"unread"}:
         return Unread(tuple(value["unread"][:2]), _refuse, _refuse)
     return value
+
+
+def _undecoded(value: Any) -> Any:
+    """A value of a cached row in which every image is an `Unread` that knows its identity, from which keys follow."""
+    if isinstance(value, dict) and value.keys() == {"unread"}:
+        width, height, identity = value["unread"]
+        image = Unread((width, height), _refuse, _refuse)
+        image.identity = identity
+        return image
+    if isinstance(value, dict):
+        return {name: _undecoded(element) for name, element in value.items()}
+    return [_undecoded(element) for element in value] if isinstance(value, list) else value
 
 
 def _refuse() -> None:

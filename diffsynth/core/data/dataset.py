@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from ..input_files import InputFile
 from .operators.unread import Variants
 from .order.addresses import SampleAddress
 from .order.buckets import Size
@@ -92,8 +93,17 @@ class TrainingData(Dataset):
         """A hash (hex digits) that changes with the samples."""
         return ""
 
-    def check_made_for(self, expected: Callable[[], Mapping[str, Any]]) -> None:
+    def input_files(self) -> dict[str, InputFile]:
+        """The files on this machine that samples are read from, by name: metadata and, of many images, some."""
+        return {}
+
+    def check_made_for(
+        self, expected: Callable[[], Mapping[str, Any]], keys_of: Callable[..., Set[tuple[str, str]]] | None = None
+    ) -> None:
         """Check that a cache was made by the networks and code of `expected()` (`cache.keys.CacheKeys.about`).
+
+        Args:
+            keys_of: Returns key and side of the entries of a row (`CacheKeys.of`); None compares no entries.
 
         Raises:
             ValueError: It was not; names every difference.

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 
+from ..input_files import InputFile
 from ..ranges import Positive, Workers
 from .dataset import TrainingData
 from .operators.unread import Variants
@@ -121,6 +122,11 @@ class MixedDataset(TrainingData):
         """A hash (16 hex digits) of the data sets' fingerprints, names and order."""
         fingerprints = [(name, dataset.fingerprint()) for name, dataset in self.datasets.items()]
         return blake2b(repr(fingerprints).encode(), digest_size=8).hexdigest()
+
+    def input_files(self) -> dict[str, InputFile]:
+        """The files of the data sets, each under its data set's name."""
+        files = ((name, dataset.input_files()) for name, dataset in self.datasets.items())
+        return {f"{name}: {file}": each for name, own in files for file, each in own.items()}
 
     @property
     def skipped(self) -> list[SkippedRow]:

@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal
 import torch
 from PIL import ImageOps
 
+from ..input_files import InputFile
 from ..ranges import Pixels, Repeat, Side, Whole, Workers, at_least
 from .dataset import Row, TrainingData
 from .operators.augmentation import Augmentation, AugmentationChoice
@@ -24,8 +25,9 @@ from .order.buckets import AspectBuckets, Size
 from .order.mixing import WeightedRows
 from .order.row_index import AllBut, SortedRows
 from .scan import SkippedRow, check_rows, known_size, write_skipped
+from .sources.files_read import captions_of, files_of_rows, folders_of, table, tables_in
 from .sources.find_rows import find_rows
-from .sources.storage import EmbeddedFile, size_on_disk
+from .sources.storage import EmbeddedFile, is_remote, size_on_disk
 
 logger = logging.getLogger(__name__)
 
@@ -75,6 +77,7 @@ class UnifiedDataset(TrainingData):
         if on_error not in ("raise", "skip"):
             raise ValueError(f'{on_error=}, expected "raise" or "skip"')
         self.metadata_path, self.rows = find_rows(base_path, metadata_path, encoding)
+        self.has_own_reader = callable(metadata_path)
         self.base_path = os.path.dirname(self.metadata_path) if base_path is None else str(base_path)
         if not self.rows:
             raise ValueError(f"metadata {self.metadata_path}: has no rows; add some, or set dataset.metadata")
@@ -364,6 +367,15 @@ class UnifiedDataset(TrainingData):
             sizes = [self._bytes_of(row[key]) for key in self.data_file_keys if key in row]
             digest.update(repr(sizes).encode())
         return digest.hexdigest()
+
+    def input_files(self) -> dict[str, InputFile]:
+        images = files_of_rows(self.rows, list(self.operators), self.base_path)
+        if os.path.isfile(self.metadata_path):
+            return {os.path.basename(self.metadata_path): table(self.metadata_path), **images}
+        if is_remote(self.metadata_path):
+            return images
+        listed = tables_in(self.base_path) if self.has_own_reader else captions_of(images)
+        return {**listed, **images, **folders_of(images)}
 
     def _bytes_of(self, cell: Any) -> list[int | None]:
         """Sizes in bytes of the files that a cell names."""

@@ -1,5 +1,6 @@
 """Find a model's files, on this machine or on a hub, and load them into a module."""
 
+from .foreign import read_object, read_pretrained
 from .model_config import ModelConfig, refuse_pickle
 from .weights import (
     build_module,
@@ -29,6 +30,8 @@ __all__ = [
     "load_weights",
     "parse_object",
     "read_metadata",
+    "read_object",
+    "read_pretrained",
     "read_shapes",
     "refuse_pickle",
     "save_safetensors",

@@ -1,6 +1,5 @@
 """Find the files of a model's weights on this machine, and download them from a hub if they are absent."""
 
-import json
 import os
 import re
 from collections.abc import Callable
@@ -9,9 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..hub import answers, downloads_are_off, is_complete, locked, marked, modelscope_endpoint
+from .foreign import read_object
 
 SOURCES = ("modelscope", "huggingface")
 PICKLE_SUFFIXES = {".bin", ".pt", ".pth", ".ckpt"}
+SHARD = re.compile(r"[^/\\:\0]+\.\w+")  # a file in a folder
 SHARD_NAME = re.compile(r"(?P<stem>.+)-\d{5}-of-(?P<count>\d{5})(?P<suffix>\..+)")
 
 
@@ -167,11 +168,27 @@ def missing_shards(files: list[Path]) -> list[Path]:
             numbers = range(1, int(count) + 1)
             expected |= {file.with_name(f"{stem}-{number:05d}-of-{count}{suffix}") for number in numbers}
     for index in {index for file in files for index in file.parent.glob("*.index*.json")}:
-        shards = {index.with_name(shard) for shard in json.loads(index.read_text())["weight_map"].values()}
+        shards = {index.with_name(shard) for shard in _shards_in(index)}
         # A folder may hold several variants of the weights, each with its index.
         if shards & set(files):
             expected |= shards
     return sorted(expected - set(files))
+
+
+def _shards_in(index: Path) -> set[str]:
+    """Names of the shards that an index lists.
+
+    Raises:
+        ValueError: It lists none, or a name that leads to another folder.
+    """
+    weight_map = read_object(index).get("weight_map")
+    names = set(map(str, weight_map.values())) if isinstance(weight_map, dict) else {str(weight_map)}
+    if bad := sorted(name for name in names if not SHARD.fullmatch(name)):
+        raise ValueError(
+            f"{index} names the shard {bad[0]!r}; expected names of files beside it, such as "
+            "model-00001-of-00002.safetensors. Delete it and download it again."
+        )
+    return names
 
 
 def refuse_pickle(name: str | Path) -> None:

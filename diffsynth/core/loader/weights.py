@@ -2,7 +2,8 @@
 
 import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from difflib import get_close_matches
 from hashlib import blake2b
 from pathlib import Path
@@ -12,14 +13,21 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.nn.modules import module as registration
 
 from ..files import replacing
 from ..memory.storage import store, stored_layers
+from .foreign import read_object, shown
 from .model_config import ModelConfig, missing_shards, refuse_pickle
 
 # Blocks that `fingerprint` reads of each file, and their size in bytes; guesses.
 FINGERPRINT_BLOCKS = 64
 FINGERPRINT_BYTES = 4096
+HEADER_BYTES = 100_000_000  # the longest header that the safetensors library accepts
+# Modules and parameters that a network may have: so many for each tensor of its files, and some more; guesses. Building
+# 20,000 takes seconds, and three million layers, of which a damaged config.json may speak, would take hours.
+PER_TENSOR, MOST_PARTS = 4, 20_000
+LARGEST = 1 << 27  # a whole number in a config.json, except bases of RoPE (theta): it may be the length of a table
 
 
 def load_model(model_config: ModelConfig, dtype: torch.dtype | None = None, device: str = "cpu") -> nn.Module:
@@ -47,12 +55,62 @@ def build_module(
     from accelerate import init_empty_weights
 
     config_file = "config" if isinstance(config, Mapping) else _find_config(Path(config or files[0].parent))
-    config = config if isinstance(config, Mapping) else json.loads(config_file.read_text())
-    network = (classes or {}).get(config.get("_class_name")) or _network_class(config, config_file)
-    with init_empty_weights(include_buffers=False):
-        if "_class_name" in config:
-            return network.from_config(config)
-        return network(network.config_class.from_dict(config))
+    config = config if isinstance(config, Mapping) else _read_config(config_file)
+    name = str(config.get("_class_name"))
+    network = (classes or {}).get(name) or _network_class(config, config_file)
+    most = MOST_PARTS + PER_TENSOR * sum(len(read_shapes(file)) for file in files or ())
+    try:
+        with _at_most(most), init_empty_weights(include_buffers=False):
+            if "_class_name" in config:
+                return network.from_config(config)
+            return network(network.config_class.from_dict(config))
+    except Exception as error:  # constructors raise errors of nearly any class for a value that they do not expect
+        raise ValueError(
+            f"{config_file}: no {network.__name__} can be built of it: {shown(error)}. Use the config.json that was "
+            "released with the weights."
+        ) from error
+
+
+@contextmanager
+def _at_most(most: int) -> Iterator[None]:
+    """Inside, a module that gets more than `most` submodules and parameters raises an error."""
+    count = 0
+
+    def register(*_: object) -> None:
+        nonlocal count
+        count += 1
+        if count > most:
+            raise ValueError(f"it has more than {most} modules and parameters, its files too few tensors for that")
+
+    handles = [
+        registration.register_module_module_registration_hook(register),
+        registration.register_module_parameter_registration_hook(register),
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _read_config(file: Path) -> dict:
+    config = read_object(file)
+    if large := next(_too_large(config), None):
+        name, value = large
+        raise ValueError(
+            f"{file}: {name} is {value}, expected at most {LARGEST}. Use the config.json that was released with the "
+            "weights."
+        )
+    return config
+
+
+def _too_large(value: object, name: str = "") -> Iterator[tuple[str, int]]:
+    """Name and value of each whole number in a config that cannot be the size of anything."""
+    if isinstance(value, dict | list):
+        for key, element in value.items() if isinstance(value, dict) else enumerate(value):
+            yield from _too_large(element, f"{name}.{key}".lstrip("."))
+    elif isinstance(value, int) and abs(value) > LARGEST and "theta" not in name:
+        yield name, value
 
 
 def _find_config(path: Path) -> Path:
@@ -69,15 +127,15 @@ def _network_class(config: Mapping, config_file: Path | str) -> type[nn.Module]:
     import diffusers
     import transformers
 
+    library, names = transformers, config.get("architectures")
     if "_class_name" in config:
-        library, name = diffusers, config["_class_name"]
-    elif config.get("architectures"):
-        library, name = transformers, config["architectures"][0]
-    else:
+        library, names = diffusers, [config["_class_name"]]
+    if not (isinstance(names, list) and names and isinstance(names[0], str)):
         raise ValueError(
             f"{config_file} names no class. Expected _class_name (diffusers) or architectures (transformers) in it; "
             "use the config.json that was released with the weights."
         )
+    name = names[0]
     network = getattr(library, name, None)
     if not (isinstance(network, type) and issubclass(network, nn.Module)):
         nearest = get_close_matches(name, dir(library), 1)
@@ -89,10 +147,11 @@ def _network_class(config: Mapping, config_file: Path | str) -> type[nn.Module]:
 
 
 class StoredTensor(NamedTuple):
-    """Name, shape and file of a tensor, from the file's header."""
+    """Name, shape, dtype (as safetensors calls it: `BF16`) and file of a tensor, from the file's header."""
 
     key: str
     shape: tuple[int, ...]
+    dtype: str
     file: Path
 
 
@@ -100,26 +159,34 @@ def check_weights(module: nn.Module, files: list[Path]) -> None:
     """Check that the names and shapes in the files' headers are those of the module; reads no tensor.
 
     Raises:
-        ValueError: A shard is missing, a file is cut off or no safetensors file, or names or shapes differ.
+        ValueError: A shard is missing, a file is cut off or no safetensors file, names or shapes differ, or a tensor
+            holds whole numbers where the module computes with others.
     """
-    shapes = {file: read_shapes(file) for file in files}
+    headers = {file: _read_header(file) for file in files}
     if missing := missing_shards(files):
         raise ValueError(
             f"Shards missing beside {files[0]}: {', '.join(file.name for file in missing)}; download them."
         )
 
-    names = _module_keys(module, [key for header in shapes.values() for key in header])
+    names = _module_keys(module, [key for header in headers.values() for key in header])
     found = {
-        names[key]: StoredTensor(key, shape, file) for file, header in shapes.items() for key, shape in header.items()
+        names[key]: StoredTensor(key, tuple(tensor["shape"]), tensor["dtype"], file)
+        for file, header in headers.items()
+        for key, tensor in header.items()
     }
-    expected = {key: tuple(tensor.shape) for key, tensor in module.state_dict().items()}
-    problems = (_missing(module, expected, found), _unexpected(module, expected, found), _misshapen(expected, found))
+    expected = dict(module.state_dict())
+    problems = (
+        _missing(module, expected, found),
+        _unexpected(module, expected, found),
+        _misshapen(expected, found),
+        _mistyped(expected, found),
+    )
     if any(problems):
         shown = [line for kind in problems for line in kind[:3]]
         hidden = sum(map(len, problems)) - len(shown)
         listed = "\n  ".join([*shown, f"and {hidden} more"] if hidden else shown)
         raise ValueError(
-            f"The weights do not fit {type(module).__name__}:\n  {listed}\n"
+            f"The weights in {files[0].parent} do not fit {type(module).__name__}:\n  {listed}\n"
             "Are they of another architecture or size? Use the config.json that was released with them."
         )
 
@@ -130,23 +197,34 @@ def read_shapes(file: Path) -> dict[str, tuple[int, ...]]:
     Raises:
         ValueError: There is no such file, it is no safetensors file, or it is not as long as its header says.
     """
+    return {key: tuple(tensor["shape"]) for key, tensor in _read_header(file).items()}
+
+
+def _read_header(file: Path) -> dict[str, dict]:
+    """Shape, dtype and offsets of each tensor of a safetensors file; see `read_shapes`."""
     refuse_pickle(file)
     _require_file(file)
     size = file.stat().st_size
     with file.open("rb") as stream:
         length = int.from_bytes(stream.read(8), "little")
         # In a cut-off or other file these bytes may be any length up to 2^64.
-        if not 2 <= length <= size - 8:
+        if not 2 <= length <= min(size - 8, HEADER_BYTES):
             raise ValueError(f"{file} ({size} bytes) is no safetensors file, or is cut off. {_FETCH_AGAIN}")
         try:
             header = json.loads(stream.read(length))
+            header.pop("__metadata__", None)
+            expected = 8 + length + max((tensor["data_offsets"][1] for tensor in header.values()), default=0)
         except (ValueError, RecursionError) as error:
             raise ValueError(f"{file} is no safetensors file: its header is not JSON. {_FETCH_AGAIN}") from error
-    header.pop("__metadata__", None)
-    expected = 8 + length + max((tensor["data_offsets"][1] for tensor in header.values()), default=0)
+        except (AttributeError, KeyError, IndexError, TypeError) as error:
+            raise ValueError(f"{file} is no safetensors file: its header lists no tensors. {_FETCH_AGAIN}") from error
     if size != expected:
         raise ValueError(f"{file} has {size} bytes, expected {expected}. {_FETCH_AGAIN}")
-    return {key: tuple(tensor["shape"]) for key, tensor in header.items()}
+    try:
+        with safe_open(file, "pt"):  # the library checks dtypes, and that tensors neither overlap nor leave gaps
+            return header
+    except SafetensorError as error:
+        raise ValueError(f"{file} is no safetensors file: {shown(error)}. {_FETCH_AGAIN}") from error
 
 
 def read_metadata(file: str | Path, key: str) -> dict[str, Any] | None:
@@ -206,9 +284,17 @@ def _unexpected(module: nn.Module, expected: Mapping, found: Mapping) -> list[st
 
 def _misshapen(expected: Mapping, found: Mapping) -> list[str]:
     return [
-        f"{tensor.key} in {tensor.file} has shape {list(tensor.shape)}, expected {list(expected[name])}"
+        f"{tensor.key} in {tensor.file} has shape {list(tensor.shape)}, expected {list(expected[name].shape)}"
         for name, tensor in found.items()
-        if name in expected and tensor.shape != expected[name]
+        if name in expected and tensor.shape != tuple(expected[name].shape)
+    ]
+
+
+def _mistyped(expected: Mapping, found: Mapping) -> list[str]:
+    return [
+        f"{tensor.key} in {tensor.file} has dtype {tensor.dtype}, expected one with fractions, such as BF16"
+        for name, tensor in found.items()
+        if name in expected and expected[name].is_floating_point() and not tensor.dtype.startswith(("F", "BF"))
     ]
 
 

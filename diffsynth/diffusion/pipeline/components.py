@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
+from ...core.loader import read_pretrained
 from ..adapters.names import LayerNames
 
 if TYPE_CHECKING:
@@ -70,8 +71,7 @@ class Folder:
         import transformers
 
         kind = getattr(transformers, self.kind)
-        options = {"trust_remote_code": False} if self.kind.startswith("Auto") else {}
-        return kind() if folder is None else kind.from_pretrained(folder, **options)
+        return kind() if folder is None else read_pretrained(kind, folder)
 
 
 def library_name(kind: str | type[nn.Module]) -> str:

@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from ...core.input_files import InputFile, all_in, beside
 from ...core.loader import (
     ModelConfig,
     build_module,
@@ -326,6 +327,15 @@ class PipelineNetworks(nn.Module):
         """Folder and fingerprint of each built model's weights."""
         loaded = [name for name in self._files if name in self.built_models]
         return {n: {"path": str(self._files[n][0].parent), "fingerprint": self.fingerprint(n)} for n in loaded}
+
+    def input_files(self) -> dict[str, dict[str, InputFile]]:
+        """The files of each network, tokenizer and processor, by its name and then by their names."""
+        networks = {}
+        for name, files in self._files.items():
+            config = Path(self._configs[name] or files[0].parent)
+            config_file = config / "config.json" if config.is_dir() else config
+            networks[name] = {"config.json": InputFile(str(config_file)), **beside(files[0], files)}
+        return networks | {name: all_in(folder) for name, folder in self.folders.items()}
 
     def fingerprint(self, name: str) -> str | None:
         """Fingerprint of the files of a model, a tokenizer or a processor, loaded or not; None if it has no files."""

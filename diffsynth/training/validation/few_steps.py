@@ -80,7 +80,8 @@ class FewSteps:
                 f"validation.few_steps compares a student with its teacher, but {type(module.task).__name__} has "
                 "neither; choose task=distill, or leave validation.few_steps out."
             )
-        self.rows.check_made_for(CacheKeys(module).about)
+        keys = CacheKeys(module)
+        self.rows.check_made_for(keys.about, keys.of)
         decoding = module.pipe.decoding_models if self.pictures or self.metrics else ()
         return {*module.pipe.in_iteration_models, *decoding}
 

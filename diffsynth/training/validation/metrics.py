@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from ...core.loader import ModelConfig
+from ...core.loader import ModelConfig, read_pretrained
 from ...core.ranges import BatchSize
 
 Images = Sequence[Image.Image]
@@ -83,13 +83,13 @@ class ClipScore(_NetworkMetric):
     def network(self) -> nn.Module:
         from transformers import CLIPModel
 
-        return CLIPModel.from_pretrained(self.folder, use_safetensors=True).eval()
+        return read_pretrained(CLIPModel, self.folder, use_safetensors=True).eval()
 
     @cached_property
     def processor(self):
         from transformers import CLIPProcessor
 
-        return CLIPProcessor.from_pretrained(self.folder)
+        return read_pretrained(CLIPProcessor, self.folder)
 
     def measure(self, images: Images, prompts: Sequence[str], targets: Images, device: torch.device) -> float:
         def cosine(some: Images, texts: Sequence[str]) -> Tensor:
@@ -114,14 +114,14 @@ class FrechetDistance(_NetworkMetric):
     def network(self) -> nn.Module:
         from transformers import AutoModel
 
-        return AutoModel.from_pretrained(self.folder, use_safetensors=True).eval()
+        return read_pretrained(AutoModel, self.folder, use_safetensors=True).eval()
 
     @cached_property
     def processor(self):
         # The name that the package exports needs torchvision in most releases; the class itself does not.
         from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
-        return AutoImageProcessor.from_pretrained(self.folder)
+        return read_pretrained(AutoImageProcessor, self.folder)
 
     def find(self) -> None:
         super().find()

@@ -8,6 +8,7 @@ from functools import partial
 
 import pytest
 import torch
+import yaml
 from families import FAMILIES
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -86,6 +87,26 @@ def test_a_file_says_where_it_comes_from(trained, tmp_path):
         about = json.loads(file.metadata()["diffsynth"])
     assert about["trigger_prompts"] == ["a line emoji"] and about["dit"] == {"kind": "LORA", "rank": 4, "alpha": 8}
     assert len(about["base_model"]["dit"]["fingerprint"]) == 16
+
+
+def test_a_file_says_how_it_was_made_without_credentials_and_folders(trained, tmp_path):
+    config = {"output_root": str(tmp_path), "run_dir": "${output_root}/x", "dataset": {"path": "https://me:pw@h/x"}}
+    model = {"model_id": "Qwen/Qwen-Image", "path": "/home/alice/secret/dit", "license": "${oc.env:KEY}"}
+    hydra = {"run": {"dir": str(tmp_path)}}
+    text = yaml.safe_dump(config | {"model": model, "hydra": hydra, "lr": 1e-4})
+    (tmp_path / "config.yaml").write_text(text, encoding="utf-8")
+    (path,) = save(trained(), tmp_path, "diffusers")
+    with safe_open(path, "pt") as file:
+        metadata = file.metadata()
+    about = json.loads(metadata["diffsynth"])
+    assert str(tmp_path.parent) not in str(metadata) and about["base_model"]["dit"]["path"] == "***/transformer"
+    assert yaml.safe_load(about["config"]) == {
+        "output_root": f"***/{tmp_path.name}",
+        "run_dir": "${output_root}/x",
+        "dataset": {"path": "https://***@h/x"},
+        "model": {"model_id": "Qwen/Qwen-Image", "path": "***/dit", "license": "${oc.env:KEY}"},
+        "lr": 1e-4,
+    }
 
 
 def test_what_a_format_has_no_names_for_is_refused(training_module):

@@ -35,6 +35,7 @@ CREATE TABLE IF NOT EXISTS entries (key TEXT PRIMARY KEY, shard INTEGER) WITHOUT
 CREATE TABLE IF NOT EXISTS samples (number INTEGER PRIMARY KEY, size TEXT, record TEXT);
 CREATE TABLE IF NOT EXISTS about (name TEXT PRIMARY KEY, value TEXT);
 """
+LARGEST = 1 << 16  # pixels of a side; a guess, a JPEG's largest
 SHARD_NAMES = "[0-9a-f]" * 32 + ".safetensors"  # other files in the folder are ignored
 # Shapes of JSON values in the file, as `fits` reads them.
 RECORD = {"weights": [int | float], "variants": {str: {"row": dict, "runs": [(str, str)]}}}
@@ -98,8 +99,20 @@ class CacheIndex:
         except (sqlite3.DatabaseError, UnicodeDecodeError) as error:
             raise self._unreadable(error) from error
 
+    def _check_schema(self, database: sqlite3.Connection) -> None:
+        """Refuse a file that does more than hold tables: it may be anybody's, and no trigger or view of it may run."""
+        database.execute("PRAGMA trusted_schema = OFF")
+        database.execute(f"PRAGMA query_only = {'OFF' if self.writable else 'ON'}")
+        for kind, name, sql in database.execute("SELECT type, name, sql FROM sqlite_master"):
+            if kind not in ("table", "index") or str(sql).upper().startswith("CREATE VIRTUAL"):
+                raise DamagedCache(
+                    f"{self.path} has a {kind} {name!r}; expected tables alone. Delete that file and run make_cache.py "
+                    "again, which makes it from the shards."
+                )
+
     def _check_format(self, database: sqlite3.Connection) -> None:
         """Refuse a cache of another version of the program, whose tables have other columns."""
+        self._check_schema(database)
         columns = [row[1] for row in database.execute("PRAGMA table_info(samples)")]
         tables = [name for (name,) in database.execute("SELECT name FROM sqlite_master")]
         query = "SELECT value FROM about WHERE name = 'format'"
@@ -161,8 +174,18 @@ class CacheIndex:
         """The numbers of the samples of each size, (width, height) in pixels."""
         rows = self._rows("SELECT size, number FROM samples ORDER BY size, number")
         by_size = groupby(rows, itemgetter(0))
-        numbers = {tuple(self._parsed(size, SIZE)): [number for _, number in group] for size, group in by_size}
+        numbers = {self._size(size): [number for _, number in group] for size, group in by_size}
         return dict(sorted(numbers.items()))
+
+    def _size(self, text: Any) -> tuple[int, int]:
+        """The size that a cell gives, which may be anybody's."""
+        size = self._parsed(text, SIZE)
+        if not all(0 <= side <= LARGEST for side in size):
+            raise DamagedCache(
+                f"{self.path} gives samples the size {text}; expected [width, height] of at most {LARGEST} pixels. "
+                "Delete that file and run make_cache.py again, which makes it from the shards."
+            )
+        return tuple(size)
 
     def _parsed(self, text: Any, shape: Any) -> Any:
         """The JSON value of a cell, which must have a shape (see `fits`).

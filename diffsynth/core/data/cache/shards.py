@@ -44,6 +44,7 @@ class Shard:
 
     def __init__(self, path: Path):
         self.path = path
+        self._verified: set[str] = set()
 
     @cached_property
     def _file(self) -> MappedTensors:
@@ -66,17 +67,22 @@ class Shard:
             raise DamagedShard(self.path, f"lists no entries: {error!r}") from error
 
     def read(self, key: str) -> Entry:
-        """The entry of a key.
+        """The entry of a key, compared with its digest when it is read for the first time.
 
         Raises:
-            DamagedShard: The file cannot be read, or holds no such entry.
+            DamagedShard: The file cannot be read, holds no such entry, or another than was written.
         """
         contents = self.contents
         try:
             layout = contents[key]["layout"]
-            return {name: _put_together(part, self._tensors(key, part)) for name, part in layout.items()}
+            entry = {name: _put_together(part, self._tensors(key, part)) for name, part in layout.items()}
         except MALFORMED as error:
             raise DamagedShard(self.path, f"does not hold {key}: {error!r}") from error
+        if key not in self._verified:
+            if not self._is_whole(key):
+                raise DamagedShard(self.path, f"is damaged: the entry {key} differs from its checksum")
+            self._verified.add(key)
+        return entry
 
     def _tensors(self, key: str, part: dict) -> Tensors:
         return {name: self._file[f"{key}/{name}"] for name in _names(part)}

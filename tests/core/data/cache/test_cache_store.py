@@ -596,3 +596,37 @@ def test_counts_are_right(tmp_path):
     assert lines["entries"] == "5, of which 3 are no longer needed"
     assert lines["shared"] == "1 entries by several samples"
     assert lines["files"].startswith("3, 0.0 MB, 13.")
+
+
+# A file of anybody's --------------------------------------------------------------------------------------------------
+
+TRAPS = {
+    "trigger": "CREATE TRIGGER trap AFTER INSERT ON samples BEGIN DELETE FROM entries; END",
+    "view": "CREATE VIEW trap AS WITH RECURSIVE n(x) AS (SELECT 1 UNION ALL SELECT x FROM n) SELECT x FROM n",
+    "table": "CREATE VIRTUAL TABLE trap USING fts5(text)",
+}
+
+
+@pytest.mark.parametrize("kind", TRAPS)
+@pytest.mark.parametrize("writable", [False, True], ids=["reading", "writing"])
+def test_an_index_that_is_more_than_tables_is_refused(kind, writable, tmp_path):
+    folder = cache(tmp_path, entries(2))
+    with sqlite3.connect(folder / "index.sqlite") as database:
+        database.execute(TRAPS[kind])
+    with pytest.raises(DamagedCache, match=rf"index.sqlite has a {kind} 'trap'; expected tables alone\. Delete"):
+        len(CacheIndex(folder, writable=writable))
+
+
+def test_an_index_that_is_read_cannot_be_written(tmp_path):
+    folder = cache(tmp_path, entries(1))
+    with pytest.raises(sqlite3.OperationalError, match="readonly"):
+        CacheIndex(folder)._database.execute("DELETE FROM samples")
+
+
+@pytest.mark.parametrize("size", ["[-1, 8]", "[8]", "[1e9, 8]", "[99999, 8]", "{}", '["8", "8"]', "[true, 8]", "null"])
+def test_a_size_of_anybodys_is_bounded(size, tmp_path):
+    folder = cache(tmp_path, entries(1))
+    with sqlite3.connect(folder / "index.sqlite") as database:
+        database.execute("UPDATE samples SET size = ?", (size,))
+    with pytest.raises(DamagedCache, match=r"gives samples the size .*; expected \[width, height\] of at most 65536"):
+        CacheIndex(folder).sizes()
