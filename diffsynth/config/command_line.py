@@ -119,9 +119,8 @@ def explained() -> Iterator[None]:
         if isinstance(error, FolderInUse):
             print(f"error: {masked(str(error))}", file=sys.stderr)
             sys.exit(IN_USE_STATUS)
-        sys.exit(
-            f"error: {masked(str(error))}{_where_it_is(str(error))}\n(DIFFSYNTH_TRACEBACK=1 shows where this was raised)"
-        )
+        text = masked(str(error)) + _where_it_is(str(error))
+        sys.exit(f"error: {text}\n(DIFFSYNTH_TRACEBACK=1 shows where this was raised)")
     finally:
         release_all()
 
