@@ -14,8 +14,8 @@ from collections.abc import Callable, Sequence
 import torch
 from loop_overhead import build
 
-from diffsynth.core.console import keep_console
 from diffsynth.core.data import collate
+from diffsynth.core.process.console import keep_console
 from diffsynth.diffusion.loss import FlowMatchSFT
 
 SAMPLES, TURNS = 8, 3

@@ -18,7 +18,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from diffsynth.core.console import keep_console
+from diffsynth.core.process.console import keep_console
 
 IMAGES, SIDE = 16, 256
 THREADS = os.cpu_count()

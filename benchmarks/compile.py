@@ -15,8 +15,8 @@ import time
 import torch
 from diffusers import QwenImageTransformer2DModel
 
-from diffsynth.core.console import keep_console
 from diffsynth.core.memory.compile import compile_blocks
+from diffsynth.core.process.console import keep_console
 from diffsynth.diffusion.adapters.lora import LoRA
 from diffsynth.diffusion.training_module import prepare_training
 from diffsynth.pipelines.qwen_image import QwenImagePipeline, use_joint_attention

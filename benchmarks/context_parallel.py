@@ -17,9 +17,9 @@ from diffusers import QwenImageTransformer2DModel
 from memory_options import Trained, sample
 from torch.multiprocessing import spawn
 
-from diffsynth.core.console import keep_console
 from diffsynth.core.context_parallel import Devices, split_tokens
 from diffsynth.core.live_bytes import LiveBytes
+from diffsynth.core.process.console import keep_console
 from diffsynth.pipelines.qwen_image import use_joint_attention
 
 OPTIONS = {"none": {}, "blocks": {"checkpointing": "blocks"}}

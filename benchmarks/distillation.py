@@ -16,7 +16,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from diffsynth.core.console import keep_console
+from diffsynth.core.process.console import keep_console
 
 ROOT = Path(__file__).parents[1]
 CAPTION_LINE = 13  # pixels

@@ -14,7 +14,7 @@ import resource
 import subprocess
 import sys
 
-from diffsynth.core.console import keep_console
+from diffsynth.core.process.console import keep_console
 
 KINDS = ("sft", "dmd2", "dmd2 with a full fake score")
 

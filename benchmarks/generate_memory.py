@@ -14,9 +14,9 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from diffsynth.config import build
-from diffsynth.core.console import keep_console
 from diffsynth.core.live_bytes import LiveBytes
 from diffsynth.core.memory import FrozenMemory
+from diffsynth.core.process.console import keep_console
 from diffsynth.diffusion.pipeline.generation import encode
 from diffsynth.diffusion.pipeline.loaded_models import LoadedModels
 from diffsynth.plan.meta_pipeline import meta_pipeline

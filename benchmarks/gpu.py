@@ -22,8 +22,8 @@ from on_gpu import table
 from on_gpu.rows import BenchmarkRow, distinct, fitting, matching
 
 from diffsynth.config.command_line import let_segments_grow
-from diffsynth.core.console import keep_console
-from diffsynth.core.signals import child_environment, end_with_parent
+from diffsynth.core.process.console import keep_console
+from diffsynth.core.process.signals import child_environment, end_with_parent
 
 FEW_CORES = 4  # a guess: with fewer, a plan beside the measurement would slow it down
 PATIENCE = 4  # a guess: a row may take so many times its expected seconds, and a minute

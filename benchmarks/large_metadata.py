@@ -18,7 +18,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from diffsynth.core.console import keep_console
+from diffsynth.core.process.console import keep_console
 
 REPEAT, BATCH = 100, 16
 ROWS = {

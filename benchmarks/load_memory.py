@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 
-from diffsynth.core.console import keep_console
+from diffsynth.core.process.console import keep_console
 
 MB = 1e6
 ALLOWANCE = 300 * MB

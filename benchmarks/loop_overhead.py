@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from diffusers import QwenImageTransformer2DModel
 
-from diffsynth.core.console import keep_console
+from diffsynth.core.process.console import keep_console
 from diffsynth.diffusion.adapters.lora import LoRA
 from diffsynth.diffusion.flow_match import interpolate
 from diffsynth.diffusion.logger import ModelLogger

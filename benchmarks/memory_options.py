@@ -14,11 +14,11 @@ import torch
 from accelerate import init_empty_weights
 from diffusers import QwenImageTransformer2DModel
 
-from diffsynth.core.console import keep_console
 from diffsynth.core.gradient import checkpoint_blocks, follow
 from diffsynth.core.live_bytes import LiveBytes
 from diffsynth.core.memory import MemoryRecipe
 from diffsynth.core.memory.streaming import stream_blocks
+from diffsynth.core.process.console import keep_console
 from diffsynth.diffusion.adapters.lora import LoRA
 
 TARGETS = [

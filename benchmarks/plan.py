@@ -19,10 +19,10 @@ from PIL import Image
 from torch import nn
 from torch.utils._pytree import tree_leaves
 
-from diffsynth.core.console import keep_console
 from diffsynth.core.data import Row, Sample
 from diffsynth.core.live_bytes import LiveBytes
 from diffsynth.core.memory import MemoryRecipe
+from diffsynth.core.process.console import keep_console
 from diffsynth.diffusion.adapters.lora import LoRA
 from diffsynth.diffusion.loss import FlowMatchSFT
 from diffsynth.diffusion.training_module import PipelineTrainingModule

@@ -19,7 +19,7 @@ import hydra
 from loop_overhead import Prepared, build
 
 from diffsynth.config import build as build_nodes
-from diffsynth.core.console import keep_console
+from diffsynth.core.process.console import keep_console
 from diffsynth.diffusion.loss import FlowMatchSFT
 from diffsynth.diffusion.training_module import DiffusionTrainingModule
 from diffsynth.training.accelerator import make_accelerator

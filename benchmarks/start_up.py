@@ -13,7 +13,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from diffsynth.core.console import keep_console
+from diffsynth.core.process.console import keep_console
 
 ROOT = Path(__file__).parents[1]
 EMPTY_APP = """

@@ -20,8 +20,8 @@ from pathlib import Path
 import torch
 from load_memory import peak_of, write_checkpoint
 
-from diffsynth.core.console import keep_console
 from diffsynth.core.live_bytes import LiveBytes
+from diffsynth.core.process.console import keep_console
 
 STORAGES = ("none", "fp8", "fp8_cast", "int8", "nf4")
 

@@ -18,9 +18,9 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps
 
-from diffsynth.core.console import keep_console
 from diffsynth.core.loader import ModelConfig
 from diffsynth.core.pictures import row, save_png, stack
+from diffsynth.core.process.console import keep_console
 from diffsynth.diffusion.template import TemplatePipeline
 from diffsynth.pipelines.qwen_image import QwenImagePipeline
 

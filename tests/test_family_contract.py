@@ -124,7 +124,7 @@ def test_a_part_of_another_kind_is_refused_when_the_class_is_made(part, value, m
     "change, message",
     [
         ({"denoising_strength": 1.5}, r"denoising_strength is 1.5; expected a number in \(0, 1\]"),
-        ({"num_inference_steps": 0}, r"num_inference_steps is 0; expected int in \[1, 10000\]"),
+        ({"num_inference_steps": 0}, r"num_inference_steps is 0; expected a whole number in \[1, 10000\]"),
         ({"inpaint_mask": image(0)}, "give input_image too"),
     ],
 )

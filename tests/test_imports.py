@@ -121,7 +121,7 @@ def test_a_folder_holds_at_most_20_files():
 
 
 # Tests of the entry scripts and of the benchmarks, and those that need a GPU.
-ELSEWHERE = ("scripts", "benchmarks", "cuda")
+ELSEWHERE = ("scripts", "benchmarks", "cuda", "fuzz")
 
 
 def test_tests_stand_in_the_folders_of_what_they_test():

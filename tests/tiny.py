@@ -29,8 +29,8 @@ from omegaconf import DictConfig
 from PIL import Image
 
 from diffsynth.config import build, check, claim, finish
-from diffsynth.core.locks import release_all
-from diffsynth.core.signals import STOP_SIGNALS
+from diffsynth.core.process.locks import release_all
+from diffsynth.core.process.signals import STOP_SIGNALS
 
 ROOT = Path(__file__).parents[1]
 COMPONENTS = {"dit": "transformer", "text_encoder": "text_encoder", "vae": "vae", "tokenizer": "tokenizer"}

@@ -26,7 +26,7 @@ from ..core.data.cached_dataset import captions_of
 from ..core.data.loading import WorkerKilled, loading
 from ..core.data.operators.unread import Unread, Variants, read, unread_in
 from ..core.files import remove_leftovers
-from ..core.locks import FolderInUse, locked
+from ..core.process.locks import FolderInUse, locked
 from ..core.progress import ProgressBar
 from ..diffusion.flow_match import TRAINING_STEPS
 from ..diffusion.training_module import PipelineTrainingModule

@@ -13,7 +13,7 @@ from ..core.data import TrainingData
 from ..core.data.cache import CacheIndex, Shard, keys_of, rewrite
 from ..core.data.cached_dataset import differences
 from ..core.json_text import parse, to_json
-from ..core.locks import locked
+from ..core.process.locks import locked
 from .keys import CacheKeys, describe
 
 if TYPE_CHECKING:

@@ -4,7 +4,7 @@ This is the only package that knows Hydra. An entry script calls `run_main`. Its
 `check_choices`, `check`, `claim`, `build` and `finish`. Read `command_line.py`, `nodes.py` and `run_folder.py` first.
 """
 
-from ..core.locks import locked
+from ..core.process.locks import locked
 from . import resolvers as resolvers
 from .choices import check_choices
 from .command_line import explained, run_main

@@ -13,10 +13,10 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.errors import ConfigCompositionException, OverrideParseException
 from omegaconf import OmegaConf
 
-from ..core.console import keep_console
-from ..core.locks import IN_USE_STATUS, FolderInUse, release_all
 from ..core.masking import masked
-from ..core.signals import LeftBySignal, end_with_parent, leave_on_signals, on_stop_signals
+from ..core.process.console import keep_console
+from ..core.process.locks import IN_USE_STATUS, FolderInUse, release_all
+from ..core.process.signals import LeftBySignal, end_with_parent, leave_on_signals, on_stop_signals
 from . import slurm
 from .choices import check_arguments
 from .explain import explain

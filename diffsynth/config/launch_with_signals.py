@@ -15,8 +15,8 @@ from types import FrameType
 
 import psutil
 
-from ..core.console import keep_console
-from ..core.signals import REQUEUE_STATUS, STOP_SIGNALS, child_environment, on_stop_signals
+from ..core.process.console import keep_console
+from ..core.process.signals import REQUEUE_STATUS, STOP_SIGNALS, child_environment, on_stop_signals
 
 PASSED_ON = [name for name in STOP_SIGNALS if name != "SIGINT"]  # a terminal sends Ctrl-C to all processes itself
 

@@ -16,12 +16,12 @@ from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.resolvers import oc
 
-from ..core import locks
 from ..core.advice import how_to_start_from
 from ..core.files import going_on_without, remove_leftovers, write_text
 from ..core.input_files import changed
 from ..core.json_text import read_json, to_json
 from ..core.masking import masked
+from ..core.process import locks
 from .nodes import ConfigError
 from .signature import bound_to_length, but_for_length, signature
 

@@ -15,7 +15,7 @@ from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig
 
 from ..core.files import write_text
-from ..core.signals import REQUEUE_STATUS
+from ..core.process.signals import REQUEUE_STATUS
 from .nodes import ConfigError, check
 from .run_folder import is_finished
 from .sweep import record, sweep_folder

@@ -11,7 +11,7 @@ from hashlib import blake2b
 from pathlib import Path
 
 from .json_text import read_lines, to_json
-from .locks import LOCK, is_held, machine, started
+from .process.locks import LOCK, is_held, machine, started
 
 logger = logging.getLogger(__name__)
 

@@ -33,7 +33,7 @@ class Range:
 
     def __str__(self) -> str:
         if self.high == math.inf:
-            return f", {'at least' if self.brackets[0] == '[' else 'more than'} {self.low}"
+            return f" of at least {self.low}" if self.brackets[0] == "[" else f" above {self.low}"
         return f" in {self.brackets[0]}{self.low}, {self.high}{self.brackets[1]}"
 
 
@@ -108,10 +108,11 @@ def expected(hint: Any, value: Any = None) -> str:
         return f"{', '.join(words[:-1])}{',' if ' ' in words[0] else ''} or {words[-1]}"
     if get_origin(hint) is Annotated:
         kind, *ranges = get_args(hint)
-        return "".join(["int" if kind is int else "a number", *map(str, ranges)])
+        return "".join(["a whole number" if kind is int else "a number", *map(str, ranges)])
     if get_origin(hint) in (tuple, Sequence, Mapping) and get_args(hint):
         kind = {tuple: f"a list of {len(get_args(hint))}", Sequence: "a list", Mapping: "a mapping"}[get_origin(hint)]
-        return f"{kind}, each {expected(get_args(hint)[-1])}"
+        values = get_args(hint)[-1]
+        return kind if values in (object, Any) else f"{kind}, each {expected(values)}"
     return getattr(hint, "__name__", str(hint)) if get_origin(hint) is None else str(hint).replace("typing.", "")
 
 

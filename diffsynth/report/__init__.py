@@ -12,10 +12,10 @@ from typing import Any
 
 import yaml
 
-from ..core.console import keep_console
 from ..core.files import write_text
 from ..core.json_text import read_json, read_lines, to_json
 from ..core.masking import masked
+from ..core.process.console import keep_console
 
 PAGE = Path(__file__).with_name("page.html")
 PICTURE_WIDTH = 1600  # pixels; wider images are reduced, to keep the page small; a guess

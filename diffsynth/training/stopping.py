@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 from accelerate.utils import gather_object
 
 from ..core.data.loading import WorkerKilled
-from ..core.signals import REQUEUE_STATUS, on_stop_signals
+from ..core.process.signals import REQUEUE_STATUS, on_stop_signals
 
 if TYPE_CHECKING:
     from accelerate import Accelerator

@@ -24,7 +24,7 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers, trainers
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration, Qwen2Tokenizer
 
-from diffsynth.core.console import keep_console
+from diffsynth.core.process.console import keep_console
 from diffsynth.pipelines.qwen_image import PROMPT_TEMPLATE, QwenImageVAE
 
 DATA = Path(__file__).parents[2] / "data" / "emoji"

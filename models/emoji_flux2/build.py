@@ -19,7 +19,7 @@ from diffusers import AutoencoderKLFlux2, FlowMatchEulerDiscreteScheduler, Flux2
 from safetensors.torch import load_file, save_file
 from transformers import Qwen2Tokenizer, Qwen3Config, Qwen3ForCausalLM
 
-from diffsynth.core.console import keep_console
+from diffsynth.core.process.console import keep_console
 from diffsynth.pipelines.flux2_image import Flux2VAE
 from models.emoji.build import VOCABULARY, pixels, psnr, release, train_tokenizer
 

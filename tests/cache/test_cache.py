@@ -29,12 +29,12 @@ from torch import Tensor
 from diffsynth.cache.keys import CacheKeys
 from diffsynth.cache.make import CacheReport, launch_data_process_task
 from diffsynth.cache.verify import collect_garbage, stats, verify
-from diffsynth.core import locks
 from diffsynth.core.data import AddressedDataset, Augmentation, CachedDataset, MixedDataset, Sample, UnifiedDataset
 from diffsynth.core.data.cache import CacheIndex, Shard, keys_of
 from diffsynth.core.input_files import changed, describe
 from diffsynth.core.loader import ModelConfig
-from diffsynth.core.locks import LOCK, FolderInUse
+from diffsynth.core.process import locks
+from diffsynth.core.process.locks import LOCK, FolderInUse
 from diffsynth.diffusion.adapters.lora import LoRA
 from diffsynth.diffusion.loss import AutoencoderLoss, FlowMatchSFT
 from diffsynth.diffusion.training_module import PipelineTrainingModule

@@ -58,7 +58,7 @@ def repository(tmp_path):
         ("logger.every=0", ["logger.every", "0", "at least 1"]),
         ("max_steps=0", ["max_steps is 0", "at least 1"]),
         ("samples=0", ["samples is 0", "at least 1"]),
-        ("max_grad_norm=-1", ["max_grad_norm is -1", "more than 0"]),
+        ("max_grad_norm=-1", ["max_grad_norm is -1", "above 0"]),
         ("max_bad_steps=0", ["max_bad_steps is 0", "at least 1"]),
         ("data_report.pictures=-1", ["data_report.pictures is -1", "at least 0"]),
         ("export.save_steps=0", ["export.save_steps is 0", "at least 1"]),
@@ -116,7 +116,7 @@ def test_prompts_in_the_place_of_images_are_answered_with_the_tasks_that_use_the
 
 def test_options_that_validation_cannot_sample_with_are_named_with_their_range(refusal):
     message = refusal("validation=base", "validation.prompts=[a red emoji]", "validation.options.num_inference_steps=0")
-    assert "validation.options: num_inference_steps is 0; expected int in [1, 10000]." in message
+    assert "validation.options: num_inference_steps is 0; expected a whole number in [1, 10000]." in message
 
 
 def test_a_folder_of_pictures_in_the_place_of_the_emoji_is_answered_with_what_to_choose(refusal, tmp_path):

@@ -6,7 +6,7 @@ import kills
 import pytest
 import tiny
 
-from diffsynth.core.locks import IN_USE_STATUS
+from diffsynth.core.process.locks import IN_USE_STATUS
 
 NAMES = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
 

@@ -259,10 +259,10 @@ def test_a_target_of_a_package_that_is_not_installed_is_answered_with_the_extra(
 @pytest.mark.parametrize(
     "override, expected",
     [
-        ("max_steps=ten", "max_steps is 'ten' (str); expected int"),
-        ("lora.rank=high", "lora.rank is 'high' (str); expected int"),
-        ("seed=1.5", "seed is 1.5 (float); expected int"),
-        ("batch_size=null", "batch_size is None (NoneType); expected int"),
+        ("max_steps=ten", "max_steps is 'ten' (str); expected a whole number"),
+        ("lora.rank=high", "lora.rank is 'high' (str); expected a whole number"),
+        ("seed=1.5", "seed is 1.5 (float); expected a whole number"),
+        ("batch_size=null", "batch_size is None (NoneType); expected a whole number"),
         ("task.timesteps=uniform", "task.timesteps is 'uniform' (str); expected UniformTimesteps"),
     ],
 )
@@ -312,5 +312,7 @@ def test_other_scripts_answer_the_same(monkeypatch):
 @pytest.mark.parametrize("script", mostly_slow(["distill.py", "plan.py"], "distill.py"))
 def test_scripts_that_hand_arguments_on_to_a_training_know_what_these_may_be(script, monkeypatch, tmp_path):
     folder = f"output_root={tmp_path}"
-    assert "max_steps is 'ten' (str); expected int" in complaint(monkeypatch, "max_steps=ten", folder, script=script)
+    assert "max_steps is 'ten' (str); expected a whole number" in complaint(
+        monkeypatch, "max_steps=ten", folder, script=script
+    )
     assert "did you mean max_steps?" in complaint(monkeypatch, "+max_step=10", folder, script=script)

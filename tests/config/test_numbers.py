@@ -111,14 +111,14 @@ def test_every_number_of_a_request_has_a_range(family):
     "override, answer",
     [
         ("seed=18446744073709551616", "seed is 18446744073709551616 (int); expected a number of at most"),
-        ("lora.alpha=0", "lora.alpha is 0 (int); expected a number, more than 0, or null."),
-        ("max_grad_norm=nan", "max_grad_norm is nan (float); expected a number, more than 0, or null."),
+        ("lora.alpha=0", "lora.alpha is 0 (int); expected a number above 0, or null."),
+        ("max_grad_norm=nan", "max_grad_norm is nan (float); expected a number above 0, or null."),
         (
             "optimizer.betas=[0.9]",
             "optimizer.betas is [0.9] (ListConfig); expected a list of 2, each a number in [0, 1).",
         ),
         ("optimizer.betas=[0.9,1]", "optimizer.betas[1] is 1 (int); expected a number in [0, 1)."),
-        ("max_steps=true", "max_steps is True (bool); expected int, at least 1, or null."),
+        ("max_steps=true", "max_steps is True (bool); expected a whole number of at least 1, or null."),
         ("dataset.augmentation.captions={prompt:-1}", "dataset.augmentation.captions.prompt is -1 (int)"),
     ],
 )

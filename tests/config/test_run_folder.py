@@ -16,7 +16,7 @@ from omegaconf import OmegaConf
 
 from diffsynth import report
 from diffsynth.config import ConfigError, MaskedFormatter, build, check, claim, finish, run_folder, signature
-from diffsynth.core import locks
+from diffsynth.core.process import locks
 from diffsynth.report import write_report
 from diffsynth.report.compare import compare
 from diffsynth.training.record.numbers import LocalLogger

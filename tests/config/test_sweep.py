@@ -27,7 +27,7 @@ def sweep(tmp_path_factory):
     """Two learning rates of one step, and a third that the optimizer refuses: the sweep's folder."""
     folder = tmp_path_factory.mktemp("sweep")
     given = overrides(folder, "optimizer.lr=-1,1e-3,1e-2", "max_steps=1", "batch_size=2", *EVALUATING)
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit, match="error: .*learning rate"):
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit, match="error: optimizer.lr is -1"):
         tiny.command_line(patch, "train.py", "-m", *given)
     (found,) = folder.glob("tiny-sweep-*")
     return found
@@ -36,7 +36,7 @@ def sweep(tmp_path_factory):
 def test_a_job_that_fails_does_not_end_the_sweep(sweep):
     rows = json.loads((sweep / "sweep.json").read_text())
     assert [row["state"].split(":")[0] for row in rows] == ["failed", "finished", "finished"]
-    assert "learning rate" in rows[0]["state"]
+    assert "optimizer.lr is -1" in rows[0]["state"]
 
 
 def test_the_page_shows_only_what_differs_and_marks_the_best(sweep):

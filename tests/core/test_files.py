@@ -7,9 +7,10 @@ import stat
 
 import pytest
 
-from diffsynth.core import files, locks
+from diffsynth.core import files
 from diffsynth.core.json_lines import JsonLines
 from diffsynth.core.json_text import read_json, read_lines, to_json
+from diffsynth.core.process import locks
 
 
 def test_windows_where_no_folder_can_be_opened_gets_its_files_synced(tmp_path, monkeypatch):

@@ -15,18 +15,25 @@ import pyarrow as pa
 import pyarrow.parquet
 import tiny
 import torch
+from omegaconf import OmegaConf
 from PIL import Image
 from safetensors.torch import save_file
 
-from diffsynth.core.data import CachedDataset, UnifiedDataset, read_shards
+from diffsynth.config.run_folder import is_finished
+from diffsynth.core.data import CachedDataset, LoadGIF, UnifiedDataset, read_shards
+from diffsynth.core.data.prompt_dataset import read_lines
 from diffsynth.core.files import forget_after
 from diffsynth.core.loader import ModelConfig, build_module, check_weights, load_weights
 from diffsynth.diffusion.adapters import files as adapters
+from diffsynth.diffusion.adapters.names import LayerNames
+from diffsynth.diffusion.adapters.stated import METADATA_KEY
 from diffsynth.diffusion.pipeline import sampling_settings
 from diffsynth.diffusion.pipeline.generation import load_images, read_prompts
 from diffsynth.diffusion.pipeline.repository import component_folders
 from diffsynth.report import write_report
 from diffsynth.training.checkpoint import load_part, read_checkpoint
+
+NAMES = LayerNames(prefix="transformer")
 
 
 @dataclass(frozen=True)
@@ -97,7 +104,7 @@ def adapter(folder: Path) -> None:
     save_file(
         {f"{layer}.lora_{part}.weight": torch.zeros(shape) for part, shape in shapes.items()},
         folder / "a.safetensors",
-        {adapters.METADATA_KEY: json.dumps(config)},
+        {METADATA_KEY: json.dumps(config)},
     )
 
 
@@ -111,7 +118,7 @@ def read_adapter(folder: Path) -> None:
     adapters.prefixes(path)
     sampling_settings.of_file(path)
     try:
-        adapters.load(network(), path, "transformer")
+        adapters.load(network(), path, NAMES)
     finally:
         adapters.remove(network())
 
@@ -157,6 +164,17 @@ def cache_folder(folder: Path) -> None:
     copytree(cached(), folder, dirs_exist_ok=True)
 
 
+def read_record(folder: Path) -> None:
+    cfg = OmegaConf.load(run_dir() / "config.yaml")
+    cfg.run_dir = str(folder)
+    is_finished(cfg)
+
+
+def animation(folder: Path) -> None:
+    frames = [Image.new("RGB", (8, 8), colour) for colour in ("red", "blue")]
+    frames[0].save(folder / "a.gif", save_all=True, append_images=frames[1:])
+
+
 def read_cache(folder: Path) -> None:
     data = CachedDataset(str(folder))
     data.rows_in_buckets()
@@ -164,7 +182,7 @@ def read_cache(folder: Path) -> None:
 
 
 def read_pictures(name: str, folder: Path) -> None:
-    load_images(input_image=folder / name)
+    load_images(input_image=str(folder / name))
 
 
 def of_picture(suffix: str) -> Reader:
@@ -201,6 +219,12 @@ READERS = {
     "model index": Reader("model_index.json", index, read_index),
     "metrics": Reader("metrics.jsonl", run, write_report),
     "run's configuration": Reader("config.yaml", run, write_report),
+    "finished run": Reader("finished.json", run, read_record),
+    "inputs of a run": Reader("inputs.json", run, read_record),
+    "frames": Reader("a.gif", animation, lambda folder: LoadGIF(num_frames=1)(str(folder / "a.gif"))),
+    "lines": Reader(
+        "p.txt", image_beside("p.txt", "a\nb\n"), lambda folder: read_whole(read_lines(str(folder / "p.txt")))
+    ),
     "bad steps": Reader("bad_steps.jsonl", run, lambda folder: forget_after(folder / "bad_steps.jsonl", 1)),
     "checkpoint's index": Reader("checkpoints/step-000001/checkpoint.json", run, read_checkpoints),
     "cache's index": Reader("index.sqlite", cache_folder, read_cache),

@@ -206,16 +206,16 @@ def refusal(generate, monkeypatch):
     [
         (["prompt=[]"], "prompt is an empty list"),
         (["seed=[]"], "seed is an empty list"),
-        (["seed=[0,-1]"], "seed[1] is -1 (int); expected int in [0, "),
+        (["seed=[0,-1]"], "seed[1] is -1 (int); expected a whole number in [0, "),
         (["prompt=FOLDER/prompts.csv"], "FOLDER/prompts.csv is a file, but prompts are read from .txt files only"),
         (["prompt=FOLDER/gone.txt"], "prompt=FOLDER/gone.txt: no such file"),
-        (["input_image=FOLDER/gone.png", "denoising_strength=0.5"], "input_image=FOLDER/gone.png: no such file"),
-        (["inpaint_mask=FOLDER/gone.png"], "inpaint_mask=FOLDER/gone.png: no such file"),
+        (["input_image=FOLDER/gone.png", "denoising_strength=0.5"], "input_image=FOLDER/gone.png: not found"),
+        (["inpaint_mask=FOLDER/gone.png"], "inpaint_mask=FOLDER/gone.png: not found"),
         (["denoising_strength=2"], "denoising_strength is 2 (int); expected a number in (0, 1]"),
         (["batch_size=0"], "batch_size is 0 (int)"),
-        (["options.height=0"], "height is 0; expected int in [1, 65535]"),
-        (["options.cfg_scale=high"], "cfg_scale is 'high'; expected a number, at least 0"),
-        (["options.num_inference_steps=0"], "num_inference_steps is 0; expected int in [1, 10000]"),
+        (["options.height=0"], "height is 0; expected a whole number in [1, 65535]"),
+        (["options.cfg_scale=high"], "cfg_scale is 'high'; expected a number of at least 0"),
+        (["options.num_inference_steps=0"], "num_inference_steps is 0; expected a whole number in [1, 10000]"),
     ],
 )
 def test_what_cannot_be_sampled_is_answered_with_its_key(overrides, answer, refusal, tmp_path):

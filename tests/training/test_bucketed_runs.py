@@ -163,7 +163,7 @@ def test_a_size_of_which_no_picture_can_be_read_is_named(tmp_path):
 
 
 def test_a_picture_whose_size_cannot_be_fetched_is_a_bad_row(tmp_path, monkeypatch):
-    monkeypatch.setattr("diffsynth.core.data.operators.picture_files.time.sleep", lambda seconds: None)
+    monkeypatch.setattr("diffsynth.core.data.sources.urls.time.sleep", lambda seconds: None)
     folder = write_pictures(tmp_path, SIZES[:1])
     with (folder / "metadata.csv").open("a") as file:
         file.write("http://127.0.0.1:9/a.png,p\n")

@@ -165,7 +165,7 @@ def test_they_are_due_every_so_many_steps(every, expected, tmp_path):
 
 @pytest.mark.parametrize("name", ["every", "keep_last", "keep_every"])
 def test_numbers_below_one_are_refused(name, tmp_path):
-    with pytest.raises(ValueError, match=rf"checkpoint\.{name} is 0; expected at least 1"):
+    with pytest.raises(ValueError, match=rf"checkpoint\.{name} is 0; expected a whole number of at least 1"):
         Checkpoints(tmp_path, **{name: 0})
 
 

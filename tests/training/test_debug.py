@@ -60,7 +60,7 @@ def test_a_run_that_is_too_short_for_its_trace_says_so(tmp_path, caplog):
 
 @pytest.mark.parametrize("overrides", [["profile.steps=0"], ["profile.after=0"]])
 def test_a_profile_of_nothing_is_refused(overrides, tmp_path):
-    with pytest.raises(ValueError, match="set both to at least 1"):
+    with pytest.raises(ValueError, match=r"profile.\w+ is 0 \(int\); expected a whole number of at least 1"):
         train(tmp_path, "profile", *overrides)
 
 

@@ -163,7 +163,7 @@ def test_an_average_in_host_memory_is_that_beside_the_weights_and_clones_no_weig
 
 @pytest.mark.parametrize("every", [0, -1])
 def test_an_interval_that_is_none_is_refused(every):
-    with pytest.raises(ValueError, match=rf"ema\.every is {every}; expected int, at least 1"):
+    with pytest.raises(ValueError, match=rf"ema\.every is {every}; expected a whole number of at least 1"):
         EMA(every=every)
 
 

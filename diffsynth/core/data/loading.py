@@ -9,7 +9,7 @@ from typing import Any
 
 from torch.utils.data import DataLoader, Dataset
 
-from ..signals import WorkerContext, leave_to_parent
+from ..process.signals import WorkerContext, leave_to_parent
 
 END = object()
 

@@ -1,6 +1,5 @@
 """A diffusers repository: a `model_index.json` that names the components, each in a folder beside it."""
 
-import json
 import os
 import shutil
 from collections.abc import Iterable, Mapping
@@ -9,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from ...core.files import check_replaceable, mark_as_made, replacing, replacing_folder
-from ...core.loader import ModelConfig
+from ...core.loader import ModelConfig, read_object
 
 if TYPE_CHECKING:
     from ..base_pipeline import BasePipeline
@@ -35,8 +34,12 @@ def find_index(config: ModelConfig) -> Path | None:
 
 
 def component_folders(pipe: "BasePipeline", index: Path) -> dict[str, Path]:
-    """The folder of each component that an index names: where the pipeline has it from, else beside the index."""
-    entries = json.loads(index.read_text(encoding="utf-8")).items()
+    """The folder of each component that an index names: where the pipeline has it from, else beside the index.
+
+    Raises:
+        ValueError: The index is no JSON object.
+    """
+    entries = read_object(index).items()
     components = [name for name, value in entries if name.isidentifier() and _is_component(value)]
     sources = {name: Path(source["path"]) for name, source in pipe.sources().items()} | pipe.folders
     own = {pipe.lora_prefixes.get(name, name): folder for name, folder in sources.items()}

@@ -322,7 +322,7 @@ def test_an_autoencoder_follows_none_but_is_trained_where_models_start_from_bloc
 
 
 def test_every_counts_checkpointed_blocks():
-    with pytest.raises(ValueError, match="checkpoint_every is 0; expected at least 1"):
+    with pytest.raises(ValueError, match="checkpoint_every is 0; expected a whole number of at least 1"):
         MemoryRecipe(checkpointing="blocks", checkpoint_every=0)
     with pytest.raises(ValueError, match="checkpoint_every=2 .* set memory.checkpointing=blocks"):
         MemoryRecipe(checkpointing="attention", checkpoint_every=2)

@@ -253,8 +253,8 @@ def test_tensors_without_values_stream_as_others_do(device, streams):
 @pytest.mark.parametrize(
     "options, message",
     [
-        ({"stream_blocks": -1}, "stream_blocks is -1; expected at least 0"),
-        ({"stream_blocks": 3, "stream_buffers": 0}, "stream_buffers is 0; expected at least 1"),
+        ({"stream_blocks": -1}, "stream_blocks is -1; expected a whole number of at least 0"),
+        ({"stream_blocks": 3, "stream_buffers": 0}, "stream_buffers is 0; expected a whole number of at least 1"),
         ({"stream_blocks": 2}, "stream_blocks=2 .*stream_buffers=2.* saves nothing"),
         ({"stream_blocks": 3, "checkpointing": "none"}, "in the backward pass.*set memory.checkpointing=blocks"),
         ({"stream_blocks": 3, "checkpointing": "attention"}, "checkpointing=attention"),

@@ -309,7 +309,7 @@ def test_the_command_line_opens_files(generate, tmp_path):
         (["template_inputs=[{{scale: 1}}]"], "has model_id 0, expected the number of one of 0 templates"),
         (["template.path=gone"], "gone is no folder"),
         (["template.path={0}", "template_inputs=[{{scole: 1}}]"], "process_inputs needs 'scale'"),
-        (["template.path={0}", "template_inputs=[0.8]"], r"template_inputs\[0\] is 0.8, expected a dict of"),
+        (["template.path={0}", "template_inputs=[0.8]"], r"template_inputs\[0\] is 0.8 \(float\); expected a mapping"),
     ],
 )
 def test_the_command_line_refuses_before_weights_are_read(overrides, message, generate, folders, monkeypatch):

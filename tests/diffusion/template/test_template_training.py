@@ -668,7 +668,7 @@ def test_a_run_does_not_go_on_with_another_template(run, tmp_path):
     overrides = tiny.merged(templates.overrides(tmp_path / "template", tmp_path / "rows"), steps)
     tiny.cut_off(2, tmp_path / "runs", *overrides)
     templates.write(tmp_path / "template", templates.SCALE, ("length=3", "length=4"))
-    with pytest.raises(ValueError, match="was saved with another template"):
+    with pytest.raises(ValueError, match="files of the template: model.py: its fingerprint was"):
         run(*steps)
 
 

@@ -179,8 +179,8 @@ class CacheIndex:
 
     def _size(self, text: Any) -> tuple[int, int]:
         """The size that a cell gives, which may be anybody's."""
-        size = self._parsed(text, SIZE)
-        if not all(0 <= side <= LARGEST for side in size):
+        size = self._parsed(text, object)
+        if not (fits(size, SIZE) and all(0 <= side <= LARGEST for side in size)):
             raise DamagedCache(
                 f"{self.path} gives samples the size {text}; expected [width, height] of at most {LARGEST} pixels. "
                 "Delete that file and run make_cache.py again, which makes it from the shards."

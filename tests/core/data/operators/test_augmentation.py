@@ -109,7 +109,7 @@ def test_an_empty_caption_is_never_chosen_where_there_is_another(empty):
         ({"captions": {"prompt": 0}}, "captions are {'prompt': 0}; .* at least one above 0"),
         ({"captions": {"prompt": 2, "short": -1}}, "captions are .*-1"),
         ({"tag_separator": ""}, 'tag_separator is empty; .* such as ","'),
-        ({"keep_tags": -1}, "keep_tags is -1; expected int, at least 0"),
+        ({"keep_tags": -1}, "keep_tags is -1; expected a whole number of at least 0"),
     ],
 )
 def test_options_without_a_meaning_are_refused(options, message):

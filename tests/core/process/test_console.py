@@ -11,8 +11,9 @@ import pytest
 import tiny
 import yaml
 
+from diffsynth.config import LogFile
 from diffsynth.core import progress
-from diffsynth.core.console import keep_console
+from diffsynth.core.process.console import keep_console
 
 
 def broken_pipe() -> io.TextIOWrapper:
@@ -58,7 +59,9 @@ def test_characters_that_the_console_lacks_are_escaped(monkeypatch):
 
 
 def test_a_process_ends_with_its_own_status_after_its_console():
-    code = "import sys; from diffsynth.core.console import keep_console; keep_console(); print('x'); sys.exit({})"
+    code = (
+        "import sys; from diffsynth.core.process.console import keep_console; keep_console(); print('x'); sys.exit({})"
+    )
     for end, status in [("75", 75), ("'error'", 1), ("0", 0)]:
         with broken_pipe() as lost:
             process = subprocess.run([sys.executable, "-c", code.format(end)], stdout=lost, stderr=lost, cwd=tiny.ROOT)
@@ -76,15 +79,16 @@ def test_a_run_whose_console_is_lost_finishes_and_logs_all(tmp_path, monkeypatch
     assert f"Finished. {run_dir} holds:" in (run_dir / "train.log").read_text(encoding="utf-8")
 
 
-def test_the_log_holds_every_character_on_every_system():
+def test_the_log_holds_every_character_on_every_system(tmp_path):
     logging = yaml.safe_load((tiny.ROOT / "conf/hydra/job_logging/rank_zero.yaml").read_text(encoding="utf-8"))
-    assert logging["handlers"]["file"]["encoding"] == "utf-8"
+    assert logging["handlers"]["file"]["class"] == "diffsynth.config.LogFile"
+    assert LogFile(tmp_path / "train.log").encoding == "utf-8"
 
 
 def test_every_tool_that_prints_keeps_its_console():
     files = [file for folder in (".", "diffsynth", "benchmarks", "models") for file in scripts_in(folder)]
     assert len(files) > 20
-    kept = re.compile(r"\b(keep_console|run_main|launch)\(")
+    kept = re.compile(r"\b(keep_console|explained|run_main|launch)\(")
     assert [file for file in files if not kept.search(file.read_text(encoding="utf-8"))] == []
 
 

@@ -172,6 +172,8 @@ def _take(path: Path) -> int:
         try:
             is_alone = _lock(descriptor)
             previous = None if is_new else _read(descriptor)
+            if is_alone is False and previous and not _is_alive(previous, path, is_alone):
+                is_alone = _lock_soon(descriptor)
             if is_alone is False or (previous and _is_alive(previous, path, is_alone)):
                 raise FolderInUse(_in_use(path.parent, previous))
             if _is_at(descriptor, path):
@@ -208,6 +210,14 @@ def _lock(descriptor: int) -> bool | None:
     except OSError:
         return None
     return True
+
+
+def _lock_soon(descriptor: int) -> bool | None:
+    """Try for a moment: a child that a killed owner had just forked has not closed its copy of the lock yet."""
+    until = time.monotonic() + SETTLE
+    while (is_alone := _lock(descriptor)) is False and time.monotonic() < until:
+        time.sleep(0.01)
+    return is_alone
 
 
 def _is_at(descriptor: int, path: Path) -> bool:

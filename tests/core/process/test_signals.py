@@ -12,8 +12,8 @@ import warm
 from kills import left_by
 
 import diffsynth.config
-from diffsynth.core import signals
-from diffsynth.core.signals import child_environment
+from diffsynth.core.process import signals
+from diffsynth.core.process.signals import child_environment
 
 pytestmark = pytest.mark.skipif(not hasattr(signal, "SIGHUP"), reason="no such signals on this system")
 
@@ -45,7 +45,7 @@ def test_a_run_that_nohup_started_loads_on_without_its_terminal(tmp_path):
 
 
 WAITING = """
-from diffsynth.core.signals import end_with_parent
+from diffsynth.core.process.signals import end_with_parent
 end_with_parent()
 print("ready", flush=True)
 time.sleep(60)
