@@ -77,11 +77,11 @@ def state(run: Path, lines: Sequence[Mapping]) -> str:
     """The state of a run: `finished`, `failed: …`, `not started`, or `not finished: … steps`."""
     if (run / "finished.json").exists():
         return "finished"
-    if not (run / "resolved.yaml").exists():
-        return "not started"
     logged = _log(run)
     if logged and logged[-1][1] == "ERROR":
         return f"failed: {logged[-1][2]}"
+    if not (run / "resolved.yaml").exists():
+        return "not started"
     return f"not finished: {lines[-1]['step'] if lines else 0} steps"
 
 

@@ -51,7 +51,7 @@ def repository(tmp_path):
     "override, named",
     [
         ("+lora.rnak=8", ["lora.rnak", "did you mean lora.rank?"]),
-        ("max_steps=ten", ["max_steps", "'ten'", "int"]),
+        ("max_steps=ten", ["max_steps", "'ten'", "a whole number"]),
         ("lora.rank=0", ["lora.rank", "0", "at least 1"]),
         ("lora.rank=1000000", ["lora.rank is 1000000", "128, the full rank of transformer_blocks.0.", "lora.rank=128"]),
         ("lora=loha lora.rank=129", ["lora.rank is 129", "full rank"]),
@@ -238,10 +238,9 @@ def test_a_lora_file_that_does_not_exist_is_named(refusal, tmp_path):
         ({"image": "gone.png"}, ["image 'gone.png'", "not found"]),
         ({"image": "text.png"}, ["image 'text.png'", "not an image"]),
         ({"image": ""}, ["image is empty"]),
-        ({"image": math.nan}, ["image is empty"]),
+        ({"image": math.nan}, ["image 'nan'", "not found"]),
         ({"prompt": ""}, ["prompt is empty"]),
         ({"prompt": "   "}, ["prompt is empty"]),
-        ({"prompt": math.nan}, ["prompt is empty"]),
         ({"image": "/etc/passwd"}, ["image '/etc/passwd'", "leads out of"]),
         ({"image": "../secret.png"}, ["image '../secret.png'", "leads out of"]),
     ],
@@ -254,8 +253,8 @@ def test_a_row_that_cannot_be_used_is_named_with_its_number_and_file(row, named,
 
 
 def test_a_column_that_the_task_needs_is_asked_for(refusal, pictures):
-    tiny.write_rows(pictures, [{"file_name": "0.png", "text": "a red emoji"}])
-    assert "row 1: has no image, but file_name, text" in refusal(f"dataset.path={pictures}")
+    tiny.write_rows(pictures, [{"photo": "0.png", "prompt": "a red emoji"}])
+    assert "row 1: has no image, but photo, prompt" in refusal(f"dataset.path={pictures}")
 
 
 def test_a_column_of_extra_inputs_is_asked_for(refusal):

@@ -188,14 +188,14 @@ ADAPTERS = {
 def test_what_cannot_be_written_is_refused_before_there_is_anything_to_write(family, tmp_path):
     """For every option of lora, family and format: the check refuses exactly what an export would refuse."""
     pipe = family.build()
-    network, prefix = pipe.network, pipe.lora_prefixes[pipe.in_iteration_models[0]]
+    network, names = pipe.network, pipe.layer_names(pipe.in_iteration_models[0])
     (layer,) = find_layers(network, family.layers, "dit")[:1]
     for adapter in ADAPTERS.values():
         parent = nn.ModuleDict({layer.rpartition(".")[2]: copy.deepcopy(network.get_submodule(layer))})
         adapter.add(parent, list(parent), seed=0)
         for format in FORMATS:
             check = partial(ModelLogger(tmp_path, formats=[format]).check_formats, adapter, family.pipeline)
-            written, checked = refusal(partial(export, parent, prefix, format)), refusal(check)
+            written, checked = refusal(partial(export, parent, names, format)), refusal(check)
             assert checked == written and "\n" not in checked
 
 

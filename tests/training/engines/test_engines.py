@@ -292,6 +292,7 @@ def test_tokens_are_split_over_a_divisor_of_the_processes(refused):
 def test_what_tokens_cannot_be_split_for_is_refused(refused, monkeypatch, overrides, said):
     monkeypatch.setattr("diffsynth.training.engines.asked_cp_size", lambda processes: 3)
     monkeypatch.setattr("diffsynth.training.engines.Engine.replicas", 1)
+    monkeypatch.setattr("diffsynth.plan.preflight.is_small", lambda *_: True)
     assert said in refused("ddp", *overrides)
 
 
