@@ -92,7 +92,8 @@ def _ended(process: BaseProcess) -> bool:
 @contextmanager
 def owner(folder: Path, then: str = "") -> Iterator[subprocess.Popen]:
     """Inside, a process has locked the folder, run the Python code `then`, and waits; it is killed at the end."""
-    code = f"from diffsynth.core.process import locks; locks.hold({str(folder)!r}); {then}\nprint('locked', flush=True); input()"
+    lock = f"from diffsynth.core.process import locks; locks.hold({str(folder)!r})"
+    code = f"{lock}; {then}\nprint('locked', flush=True); input()"
     root = Path(__file__).parents[1]
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
     with subprocess.Popen([sys.executable, "-c", code], cwd=root, **pipes) as process:
