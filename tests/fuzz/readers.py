@@ -165,7 +165,7 @@ def cache_folder(folder: Path) -> None:
 
 
 def read_record(folder: Path) -> None:
-    cfg = OmegaConf.load(run_dir() / "config.yaml")
+    cfg = OmegaConf.load(folder / "config.yaml")
     cfg.run_dir = str(folder)
     is_finished(cfg)
 
