@@ -21,6 +21,7 @@ from safetensors.torch import save_file
 
 from diffsynth.config.run_folder import is_finished
 from diffsynth.core.data import CachedDataset, LoadGIF, UnifiedDataset, read_shards
+from diffsynth.core.data.operators.base import apply_to_each
 from diffsynth.core.data.prompt_dataset import read_lines
 from diffsynth.core.files import forget_after
 from diffsynth.core.loader import ModelConfig, build_module, check_weights, load_weights
@@ -170,6 +171,10 @@ def read_record(folder: Path) -> None:
     is_finished(cfg)
 
 
+def read_frames(folder: Path) -> None:
+    apply_to_each(LoadGIF(num_frames=1), [str(folder / "a.gif")])
+
+
 def animation(folder: Path) -> None:
     frames = [Image.new("RGB", (8, 8), colour) for colour in ("red", "blue")]
     frames[0].save(folder / "a.gif", save_all=True, append_images=frames[1:])
@@ -221,7 +226,7 @@ READERS = {
     "run's configuration": Reader("config.yaml", run, write_report),
     "finished run": Reader("finished.json", run, read_record),
     "inputs of a run": Reader("inputs.json", run, read_record),
-    "frames": Reader("a.gif", animation, lambda folder: LoadGIF(num_frames=1)(str(folder / "a.gif"))),
+    "frames": Reader("a.gif", animation, read_frames),
     "lines": Reader(
         "p.txt", image_beside("p.txt", "a\nb\n"), lambda folder: read_whole(read_lines(str(folder / "p.txt")))
     ),
