@@ -9,7 +9,9 @@ from typing import Any
 
 MASK = "***"
 END = r"\s'\"<>\\"  # characters that end a URL in a text, in JSON and in YAML
-USER = re.compile(rf"(?<=://)[^{END}/?#]+(?=@)")
+# Where a user alone may be a token. Elsewhere it is none without a password: `abfss://` has the container there.
+OF_TOKENS = "|".join(f"(?<={scheme}://)" for scheme in ("http", "https", "ftp", "ssh"))
+USER = re.compile(rf"(?:{OF_TOKENS})[^{END}/?#]+(?=@)|(?<=://)[^{END}/?#:@]*:[^{END}/?#]+(?=@)", re.IGNORECASE)
 # Query parameters that are or hold secrets: of S3, Google and CloudFront (signed URLs), Azure (`sig`), and of APIs.
 SECRET_WORDS = "token|secret|passw|signature|credential|api[-_]?key|access[-_]?key|key[-_]?(?:pair[-_]?)?id|auth"
 SECRET_NAME = rf"[\w.-]{{0,40}}(?:{SECRET_WORDS})[\w.-]{{0,40}}|x-(?:amz|goog)-[\w-]+|sig|key|pwd|policy"

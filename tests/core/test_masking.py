@@ -11,6 +11,8 @@ MASKED = {
     "https://user:token@host/x": "https://***@host/x",
     "s3://key:sec/ret@bucket/x?a=1": "s3://key:sec/ret@bucket/x?a=1",  # no user information by RFC 3986
     "https://u:p@ss@host": "https://***@host",
+    "s3://key:secret@bucket/x": "s3://***@bucket/x",
+    "abfss://train@acc.dfs.core.windows.net/data": "abfss://train@acc.dfs.core.windows.net/data",  # a container
     "see https://u:p@a.b/c, and http://d@e": "see https://***@a.b/c, and http://***@e",
     "https://h/x?token=abc&size=3#end": "https://h/x?token=***&size=3#end",
     "https://h/x?X-Amz-Date=1&X-Amz-Signature=f0&id=7": "https://h/x?X-Amz-Date=***&X-Amz-Signature=***&id=7",
@@ -31,7 +33,7 @@ def test_credentials_in_urls_are_masked_and_nothing_else_is(text):
 def test_masked_json_is_json():
     nested = {"a": ['https://u:"p@h?token="x', "https://h?token=\\"], "b": 1}
     assert json.loads(masked(json.dumps(nested))) == {"a": ['https://u:"p@h?token="x', "https://h?token=\\"], "b": 1}
-    assert in_strings(masked, {"a": ("x://u@h", 1)}) == {"a": ["x://***@h", 1]}
+    assert in_strings(masked, {"a": ("x://u:p@h", 1)}) == {"a": ["x://***@h", 1]}
 
 
 @pytest.mark.parametrize("text", ["a" * 10**6, "://" * 10**5, "?token" * 10**5, "/a" * 10**5, "://" + "a@" * 10**5])
