@@ -18,7 +18,7 @@ from omegaconf.resolvers import oc
 
 from ..core.advice import how_to_start_from
 from ..core.files import going_on_without, remove_leftovers, write_text
-from ..core.input_files import changed
+from ..core.input_files import changed, read_records
 from ..core.json_text import read_json, to_json
 from ..core.masking import masked
 from ..core.process import locks
@@ -129,7 +129,7 @@ def _changed_input(run_dir: Path) -> str | None:
     if not path.exists():
         logging.warning("%s has no inputs.json: whether its data and weights have changed is not known.", run_dir)
         return None
-    groups = read_json(path)
+    groups = read_records(path)
     return next((change for record in groups.values() if (change := changed(record))), None)
 
 
