@@ -26,6 +26,8 @@ from pathlib import Path
 
 import psutil
 
+from . import rank
+
 logger = logging.getLogger(__name__)
 
 ON_WINDOWS = os.name == "nt"
@@ -99,7 +101,7 @@ def hold(folder: str | Path) -> None:
         OSError: The folder cannot be written.
     """
     folder = Path(folder).resolve()
-    if folder not in _held and os.environ.get("RANK", "0") == "0":
+    if folder not in _held and rank() == "0":
         _held[folder] = _Lock(folder)
 
 

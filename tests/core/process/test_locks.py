@@ -10,6 +10,8 @@ from pathlib import Path
 import kills
 import pytest
 
+from diffsynth.config.command_line import check_rank
+from diffsynth.config.run_folder import RankZeroFilter
 from diffsynth.core.process import locks
 from diffsynth.core.process.locks import FolderInUse
 
@@ -74,6 +76,13 @@ def test_only_the_first_process_of_a_launch_locks(tmp_path, monkeypatch):
     with kills.owner(tmp_path):
         locks.hold(tmp_path)
     assert not locks.is_held(tmp_path)
+
+
+def test_a_rank_that_is_set_to_nothing_is_the_first(tmp_path, monkeypatch):
+    monkeypatch.setenv("RANK", "")
+    check_rank()
+    locks.hold(tmp_path)
+    assert locks.is_held(tmp_path) and RankZeroFilter().filter(None)
 
 
 # Where the operating system's lock says nothing -----------------------------------------------------------------------
