@@ -26,6 +26,7 @@ from pathlib import Path
 
 import psutil
 
+from ..json_text import fits
 from . import rank
 
 logger = logging.getLogger(__name__)
@@ -42,6 +43,7 @@ BEAT = 10  # seconds between two renewals of a lock; a guess
 LEASE = 120  # seconds without a renewal after which a lock of another machine is taken over; a guess
 POLL = 1  # seconds between two looks at a lock of another machine; a guess
 SETTLE = 2  # seconds in which two processes that take over one lock see each other; a guess
+RECORD = {"host": str, "machine": str, "pid": int, "started": int | float, "job": object}  # see `_write`
 RECORD_BYTES = 512  # size of the record, padded, so that one write replaces the whole of it
 FAR = 2**30  # the byte that is locked on Windows, where nobody could read the record if it were among the locked bytes
 SAME_START = 10  # seconds by which two readings of one process's start differ at most, as clocks are set; a guess
@@ -242,11 +244,13 @@ def _write(descriptor: int) -> None:
 
 
 def _read(descriptor: int) -> dict | None:
-    """Return who owns a lock; None if nobody has written that within two seconds."""
+    """Return who owns a lock; None if nobody has written that within two seconds, or the file is none of ours."""
     for _ in range(10):
         os.lseek(descriptor, 0, os.SEEK_SET)
         with suppress(ValueError):
-            return json.loads(os.read(descriptor, RECORD_BYTES))
+            owner = json.loads(os.read(descriptor, RECORD_BYTES))
+            if fits(owner, RECORD) and (owner["job"] is None or fits(owner["job"], (str, str))):
+                return owner
         time.sleep(SETTLE / 10)  # its owner may be about to write
     return None
 

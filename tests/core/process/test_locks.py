@@ -149,6 +149,13 @@ def test_a_lock_whose_owner_wrote_nothing_is_taken_over(tmp_path):
     assert owner_of(tmp_path) == os.getpid()
 
 
+@pytest.mark.parametrize("text", ["5", '{"machine": "zzzz"}', "[" * 512, "\x00"])
+def test_a_file_that_is_no_lock_of_ours_is_taken_over(text, tmp_path):
+    (tmp_path / locks.LOCK).write_text(text)
+    locks.hold(tmp_path)
+    assert owner_of(tmp_path) == os.getpid()
+
+
 def test_a_lock_is_renewed(tmp_path):
     locks.hold(tmp_path)
     path = tmp_path / locks.LOCK
