@@ -26,7 +26,6 @@ from pathlib import Path
 
 import psutil
 
-from ..json_text import fits
 from . import rank
 
 logger = logging.getLogger(__name__)
@@ -43,7 +42,7 @@ BEAT = 10  # seconds between two renewals of a lock; a guess
 LEASE = 120  # seconds without a renewal after which a lock of another machine is taken over; a guess
 POLL = 1  # seconds between two looks at a lock of another machine; a guess
 SETTLE = 2  # seconds in which two processes that take over one lock see each other; a guess
-RECORD = {"host": str, "machine": str, "pid": int, "started": int | float, "job": object}  # see `_write`
+RECORD = {"host": str, "machine": str, "pid": int, "started": int | float, "job": list | None}  # see `_write`
 RECORD_BYTES = 512  # size of the record, padded, so that one write replaces the whole of it
 FAR = 2**30  # the byte that is locked on Windows, where nobody could read the record if it were among the locked bytes
 SAME_START = 10  # seconds by which two readings of one process's start differ at most, as clocks are set; a guess
@@ -61,6 +60,7 @@ class _Lock:
         folder.mkdir(parents=True, exist_ok=True)
         self.path = folder / LOCK
         self.descriptor = _take(self.path)
+        self.lost: str | None = None  # who has taken it over, once that is known
         self.ended = threading.Event()
         self.thread = threading.Thread(target=self._renew, daemon=True)
         self.thread.start()
@@ -68,8 +68,10 @@ class _Lock:
     def _renew(self) -> None:
         while not self.ended.wait(BEAT):
             with suppress(OSError):  # the file system may be away for a moment
-                if not _is_own(owner := _read(self.descriptor)):
-                    logger.error("This process stood still for too long: %s", _in_use(self.folder, owner))
+                owner = _read(self.descriptor)
+                if owner is not None and not _is_own(owner):
+                    self.lost = f"This process stood still for too long: {_in_use(self.folder, owner)}"
+                    logger.error(self.lost)
                     return
                 os.utime(self.path)
 
@@ -135,9 +137,20 @@ def locked(folder: str | Path) -> Iterator[None]:
 
 
 def is_held(folder: str | Path) -> bool:
-    """Whether this process holds the lock of a folder, or of one that it is in."""
+    """Whether this process holds the lock of a folder, or of one that it is in, and no other has taken it over."""
     folder = Path(folder).resolve()
-    return not _held.keys().isdisjoint((folder, *folder.parents))
+    return any(path in _held and not _held[path].lost for path in (folder, *folder.parents))
+
+
+def require_held() -> None:
+    """Check that no other process has taken over a lock of this one. It costs nothing: no file is read.
+
+    Raises:
+        FolderInUse: One has.
+    """
+    for lock in _held.values():
+        if lock.lost:
+            raise FolderInUse(lock.lost)
 
 
 @cache
@@ -249,7 +262,7 @@ def _read(descriptor: int) -> dict | None:
         os.lseek(descriptor, 0, os.SEEK_SET)
         with suppress(ValueError):
             owner = json.loads(os.read(descriptor, RECORD_BYTES))
-            if fits(owner, RECORD) and (owner["job"] is None or fits(owner["job"], (str, str))):
+            if isinstance(owner, dict) and all(isinstance(owner.get(name, ...), RECORD[name]) for name in RECORD):
                 return owner
         time.sleep(SETTLE / 10)  # its owner may be about to write
     return None
@@ -271,7 +284,7 @@ def _is_alive(owner: Mapping, path: Path, is_alone: bool | None) -> bool:
         now = started(owner["pid"])
         return not is_alone and now is not None and abs(now - owner["started"]) < SAME_START
     job, here = owner["job"], _slurm_job()
-    if job and here and job[0] == here[0] and job[1] != here[1]:  # Slurm has ended this job there, and queued it again
+    if job and here and job[:1] == here[:1] and job != here:  # Slurm has ended this job there, and queued it again
         return False
     return _is_renewed(owner, path)
 

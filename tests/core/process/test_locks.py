@@ -166,12 +166,30 @@ def test_a_lock_is_renewed(tmp_path):
     assert time.time() - path.stat().st_mtime < 20
 
 
+def test_a_lock_that_cannot_be_read_for_a_moment_is_renewed_all_the_same(tmp_path, monkeypatch):
+    locks.hold(tmp_path)
+    seen, read = [], locks._read
+
+    def unreadable_once(descriptor):
+        seen.append(descriptor)
+        return None if len(seen) == 1 else read(descriptor)
+
+    monkeypatch.setattr(locks, "_read", unreadable_once)
+    until = time.monotonic() + 10
+    while len(seen) < 3 and time.monotonic() < until:
+        time.sleep(0.01)
+    assert len(seen) >= 3 and locks.is_held(tmp_path)
+
+
 def test_an_owner_that_stood_still_for_too_long_says_so_and_leaves_the_lock_to_the_next(tmp_path, caplog):
     locks.hold(tmp_path)
     path = write_lock(tmp_path)
     until = time.monotonic() + 10
     while not caplog.records and time.monotonic() < until:
         time.sleep(0.01)
-    assert f"{tmp_path} is in use by process {os.getpid()} on elsewhere" in caplog.text
+    said = f"{tmp_path} is in use by process {os.getpid()} on elsewhere"
+    assert said in caplog.text and not locks.is_held(tmp_path)
+    with pytest.raises(FolderInUse, match=said):
+        locks.require_held()
     locks.release(tmp_path)
     assert path.exists()
