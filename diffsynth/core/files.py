@@ -120,7 +120,10 @@ def _is_being_written(partial: Path) -> bool:
     if named["machine"] != machine():
         return not is_held(partial.parent)
     since = started(int(named["pid"]))
-    return since is not None and partial.exists() and since <= partial.stat().st_mtime + SLACK  # else it is a later one
+    try:
+        return since is not None and since <= partial.stat().st_mtime + SLACK  # else it is a later one
+    except FileNotFoundError:  # it has just been moved to its place
+        return False
 
 
 def write_text(path: str | Path, text: str, errors: str = "backslashreplace") -> None:

@@ -156,6 +156,43 @@ def test_a_file_that_is_no_lock_of_ours_is_taken_over(text, tmp_path):
     assert owner_of(tmp_path) == os.getpid()
 
 
+def test_a_folder_that_its_last_owner_is_just_deleting_is_made_again(tmp_path, monkeypatch):
+    folder, system_open = tmp_path / "a", os.open
+
+    def open_after_its_deletion(path, *arguments):
+        monkeypatch.setattr(locks.os, "open", system_open)
+        folder.rmdir()
+        return system_open(path, *arguments)
+
+    monkeypatch.setattr(locks.os, "open", open_after_its_deletion)
+    locks.hold(folder)
+    assert owner_of(folder) == os.getpid()
+
+
+def test_a_lock_that_is_deleted_while_it_is_looked_at_is_gone(tmp_path, monkeypatch):
+    locks.hold(tmp_path)
+    monkeypatch.setattr(Path, "exists", lambda path: True)  # it was there a moment ago
+    (tmp_path / locks.LOCK).unlink()
+    locks.release(tmp_path)
+
+
+def test_a_process_that_may_not_be_asked_counts_as_alive(tmp_path, monkeypatch):
+    def refuse(pid):
+        raise locks.psutil.AccessDenied(pid)
+
+    monkeypatch.setattr(locks, "_lock", lambda descriptor: None)
+    write_lock(tmp_path, machine=locks.machine())
+    monkeypatch.setattr(locks.psutil, "Process", refuse)
+    with pytest.raises(FolderInUse):
+        locks.hold(tmp_path)
+
+
+def test_machines_of_one_name_differ_also_where_there_is_no_linux(monkeypatch):
+    monkeypatch.setattr(locks, "Path", lambda path: Path("/no/such/file"))
+    monkeypatch.setattr(locks.uuid, "getnode", iter([1, 2]).__next__)
+    assert locks.machine.__wrapped__() != locks.machine.__wrapped__()
+
+
 def test_a_lock_is_renewed(tmp_path):
     locks.hold(tmp_path)
     path = tmp_path / locks.LOCK
