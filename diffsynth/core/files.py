@@ -171,7 +171,8 @@ def check_writable(folder: str | Path, key: str) -> None:
         ValueError: It does not, or cannot.
     """
     path = Path(folder).absolute()
-    nearest = next(each for each in (path, *path.parents) if each.exists())
+    # Of a drive that Windows does not have, nothing exists.
+    nearest = next((each for each in (path, *path.parents) if each.exists()), Path(path.anchor))
     if not nearest.is_dir() or not os.access(nearest, os.W_OK):
         raise ValueError(f"{key} is {folder}, but {nearest} is no folder that can be written to; set {key}=… to one.")
 

@@ -111,6 +111,13 @@ def test_a_disk_that_fails_is_an_error_that_names_the_file(number, folders_fail,
     assert error.value.errno == number
 
 
+def test_a_drive_that_does_not_exist_cannot_be_written_to(monkeypatch):
+    monkeypatch.setattr(files.Path, "exists", lambda path: False)
+    monkeypatch.setattr(files.Path, "is_dir", lambda path: False)
+    with pytest.raises(ValueError, match="output_root is a/b, but .* is no folder that can be written to"):
+        files.check_writable("a/b", "output_root")
+
+
 def test_bytes_of_names_that_are_no_utf_8_are_written_as_escapes(tmp_path):
     name = b"caf\xe9.png".decode("utf-8", "surrogateescape")
     files.write_text(tmp_path / "names.json", to_json([name], ensure_ascii=False))
