@@ -49,14 +49,27 @@ def replacing_folder(path: str | Path) -> Iterator[Path]:
     try:
         with _named(path):
             yield partial
-            for file in partial.iterdir():
+            for file in partial.rglob("*"):
                 _sync(file)
             _sync(partial)
-            shutil.rmtree(path, ignore_errors=True)
-            partial.replace(path)
+            _replace_folder(partial, path)
             _sync(path.parent)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def _replace_folder(new: Path, path: Path) -> None:
+    """Move a folder to the place of another, which is moved aside first: deleted halfway, it would be neither."""
+    old = _partial(path.with_name(f"old-{path.name}"))
+    if path.is_dir():
+        path.replace(old)
+    try:
+        new.replace(path)
+    except OSError:
+        if old.exists():
+            old.replace(path)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
 
 
 @contextmanager
