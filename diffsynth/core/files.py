@@ -22,6 +22,7 @@ SLACK = 60  # seconds by which the clocks of a machine and of its file server ma
 # Errors of file systems that cannot sync a folder (VirtualBox, CIFS, some FUSE); PostgreSQL's `fsync_fname` passes over
 # EINVAL and EBADF as well. A disk that fails has others: EIO, ENOSPC.
 CANNOT_SYNC_FOLDERS = {errno.EINVAL, errno.EBADF, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS}
+OF_THE_DISK = {errno.EIO, errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.ESTALE}
 
 
 @contextmanager
@@ -78,7 +79,7 @@ def _named(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno is None or error.filename is not None:
+        if error.errno not in OF_THE_DISK or error.filename is not None:
             raise
         raise OSError(error.errno, error.strerror, str(path)) from error
 

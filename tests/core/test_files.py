@@ -136,6 +136,12 @@ def test_a_disk_that_fails_is_an_error_that_names_the_file(number, folders_fail,
     assert error.value.errno == number
 
 
+def test_an_error_that_is_not_the_disks_stays_what_it_is(tmp_path):
+    with pytest.raises(ConnectionResetError) as error, files.replacing(tmp_path / "a.txt"):
+        raise ConnectionResetError(errno.ECONNRESET, "Connection reset by peer")
+    assert error.value.filename is None
+
+
 def test_a_drive_that_does_not_exist_cannot_be_written_to(monkeypatch):
     monkeypatch.setattr(files.Path, "exists", lambda path: False)
     monkeypatch.setattr(files.Path, "is_dir", lambda path: False)
