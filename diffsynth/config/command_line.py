@@ -78,8 +78,8 @@ def check_rank() -> None:
     missing = sorted({"MASTER_ADDR", "WORLD_SIZE"} - os.environ.keys())
     if rank() != "0" and missing:
         raise ConfigError(
-            f"The environment has RANK={rank()}, but not {' and '.join(missing)}: start several processes by `accelerate "
-            "launch` or `torchrun`, or type `unset RANK`."
+            f"The environment has RANK={rank()}, but not {' and '.join(missing)}: start several processes by "
+            "`accelerate launch` or `torchrun`, or type `unset RANK`."
         )
 
 

@@ -25,9 +25,11 @@ PIECES = 64  # places in a file of weights, evenly spread; a guess
 HEADER_BYTES = 100_000_000  # the most that the safetensors library accepts
 READERS = 8  # threads that read files; a guess
 # Suffixes of the files that count in a folder. Python's own table of types has others on other machines.
-MEDIA = tuple(
-    ".apng .avif .avifs .bmp .dib .eps .gif .heic .heif .hif .jfif .jp2 .jpe .jpeg .jpg .jxl .mpo .png .pbm .pgm .pnm "
-    ".ppm .tga .tif .tiff .webp .avi .flv .m4v .mkv .mov .mp4 .mpeg .mpg .ts .webm .wmv .tar".split()
+MEDIA = (
+    *(".apng", ".avif", ".avifs", ".bmp", ".dib", ".eps", ".gif", ".heic", ".heif", ".hif", ".jfif", ".jp2", ".jpe"),
+    *(".jpeg", ".jpg", ".jxl", ".mpo", ".png", ".pbm", ".pgm", ".pnm", ".ppm", ".tga", ".tif", ".tiff", ".webp"),
+    *(".avi", ".flv", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".ts", ".webm", ".wmv"),
+    ".tar",
 )
 CACHE_INDEX = "index.sqlite"  # it is compared by its samples, because tidying a cache rewrites the file
 

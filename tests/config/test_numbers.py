@@ -80,8 +80,9 @@ def test_every_number_of_a_constructor_has_a_range(target):
 
     is_ours = target.startswith("diffsynth.")
     numbers = {name: types for name, types in numbers_of(get_object(target)).items() if is_ours or name in WRITTEN}
+    key = "node" if is_ours else "optimizer"
     for name, types in numbers.items():
-        node, key = {"_target_": target, "_partial_": True}, "node" if is_ours else "optimizer"
+        node = {"_target_": target, "_partial_": True}
         assert_in_range(name, types, lambda value, n=name, node=node: answer(entry, {key: node | {n: value}}))
 
 

@@ -157,7 +157,10 @@ def require_held() -> None:
 
 @cache
 def machine() -> str:
-    """8 hex digits that differ between machines, even if they have one host name; on Linux between starts and containers."""
+    """8 hex digits that differ between machines, even if they have one host name.
+
+    On Linux they also differ between starts and containers.
+    """
     digest = blake2b(socket.gethostname().encode(), digest_size=4)
     try:  # only Linux has these files
         digest.update(Path("/proc/sys/kernel/random/boot_id").read_bytes())

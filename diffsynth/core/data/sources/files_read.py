@@ -17,9 +17,10 @@ TABLES = (".arrow", ".csv", ".json", ".jsonl", ".parquet")
 
 
 def files_of_rows(rows: Rows, columns: Sequence[str], folder: str) -> dict[str, InputFile]:
-    """Return the files in a folder that cells of these columns name, by that name; remote and embedded ones are left out.
+    """Return the files that cells of these columns name, by that name.
 
-    The rows are all, or `SAMPLED_ROWS` that are chosen at random, the same in every run.
+    Remote and embedded files, and those outside of the folder, are left out. The rows are all, or `SAMPLED_ROWS` that
+    are chosen at random, the same in every run.
     """
     numbers: Iterable[int] = range(len(rows))
     if len(rows) > SAMPLED_ROWS:

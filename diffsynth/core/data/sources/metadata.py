@@ -36,7 +36,7 @@ def read_metadata(path: str | Path, encoding: str = "utf-8") -> Table:
         raise ValueError(f"metadata {path}: suffix {suffix!r} is not one of {', '.join(READERS)}; set dataset.metadata")
     try:
         _, size, version = stored(path)
-        digest = "" if is_remote(path) else sampled_digest(path, size)  # the version of a store changes with the content
+        digest = "" if is_remote(path) else sampled_digest(path, size)  # a store's version changes with the content
         identity = (absolute(path), size, version, digest, encoding)
         if suffix == ".csv":
             # Python's reader, below, accepts some files that Arrow refuses; of others it names the row at fault.
