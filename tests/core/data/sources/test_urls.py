@@ -166,8 +166,11 @@ def test_a_server_that_has_no_such_file_is_asked_once(open_server, waits):
 def test_a_connection_that_opens_after_the_limit_of_time_is_left(open_server, monkeypatch):
     monkeypatch.setattr(urls, "SECONDS", 0)
     monkeypatch.setattr(urls, "_abort", lambda connection: None)  # it comes before the socket is open
+    answers = []
+    monkeypatch.setattr(urls.HTTPConnection, "getresponse", lambda opened: answers.append(opened))
     with pytest.raises(ValueError, match="it takes longer than 0 s"):
         read_url(f"{open_server.url}/a.png")
+    assert answers == []
 
 
 def test_an_error_of_the_content_stays_what_it_is_after_the_limit_of_time(open_server, monkeypatch):
