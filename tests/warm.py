@@ -35,10 +35,7 @@ def ranks(count: int, act: Callable, *given) -> list[int]:
 def _act(act: Callable, given: tuple, output: Path | None, environment: dict[str, str]) -> None:
     import torch
 
-    from diffsynth.config import run_folder
-
     os.environ.update(environment)
-    run_folder.RANK = int(os.environ.get("RANK", 0))  # the server read it before RANK was set
     torch.set_num_threads(1)
     if output:
         for stream in (1, 2):

@@ -14,6 +14,7 @@ from hydra.errors import ConfigCompositionException, OverrideParseException
 from omegaconf import OmegaConf
 
 from ..core.masking import masked
+from ..core.process import rank
 from ..core.process.console import keep_console
 from ..core.process.locks import IN_USE_STATUS, FolderInUse, release_all
 from ..core.process.signals import LeftBySignal, end_with_parent, leave_on_signals, on_stop_signals
@@ -74,11 +75,11 @@ def check_rank() -> None:
     Raises:
         ConfigError: It was not: only RANK is set, so that this process would log nothing and wait for others for ever.
     """
-    rank, missing = os.environ.get("RANK", "0"), sorted({"MASTER_ADDR", "WORLD_SIZE"} - os.environ.keys())
-    if rank != "0" and missing:
+    missing = sorted({"MASTER_ADDR", "WORLD_SIZE"} - os.environ.keys())
+    if rank() != "0" and missing:
         raise ConfigError(
-            f"The environment has RANK={rank}, but not {' and '.join(missing)}: start several processes by `accelerate "
-            "launch` or `torchrun`, or type `unset RANK`."
+            f"The environment has RANK={rank()}, but not {' and '.join(missing)}: start several processes by "
+            "`accelerate launch` or `torchrun`, or type `unset RANK`."
         )
 
 
@@ -130,7 +131,10 @@ def _where_it_is(message: str) -> str:
     here, project = Path.cwd(), conf().parent
     for word in re.findall(r"[^\s,;'\"]+/[^\s,;'\"]+", message):
         path = here / word.rstrip(".:")
-        if path.is_relative_to(here) and not path.exists() and (project / path.relative_to(here)).exists():
+        # Unlike Path.exists, os.path.exists raises nothing for a name that is too long.
+        if not path.is_relative_to(here) or os.path.exists(path):
+            continue
+        if os.path.exists(project / path.relative_to(here)):
             return (
                 f" (relative paths belong to the folder that you are in; this one is in {project}: type cd {project})"
             )

@@ -12,16 +12,17 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import InterpolationResolutionError
 
 from ..core.masking import is_masked
-from ..core.ranges import LearningRate, NotNegative, Positive, Share, Whole, expected, is_number
+from ..core.ranges import LearningRate, NotNegative, Share, Whole, expected, is_number
 from .moved import up_to_date
 from .other_trainers import spelled_here
 
 SCALARS = (int, float, bool, str, type(None))
 # Of parameters of libraries' optimizers and schedules, whose own annotations have no ranges, or are absent.
+NODES_OF_LIBRARIES = ("optimizer", "lr_scheduler")
 OF_LIBRARIES = {
     "lr": LearningRate,
     "betas": tuple[Share, Share],
-    "eps": Positive,
+    "eps": NotNegative,
     "weight_decay": NotNegative,
     "num_warmup_steps": Whole,
     "num_decay_steps": Whole,
@@ -62,6 +63,8 @@ def _check(cfg: DictConfig, entry: Callable) -> None:
 def _check_node(node: DictConfig, target: Callable, path: str) -> None:
     parameters = inspect.signature(target).parameters
     hints = type_hints(target)
+    if path.endswith(NODES_OF_LIBRARIES) and not target.__module__.startswith("diffsynth."):
+        hints |= OF_LIBRARIES
     for key in node:
         where = f"{path}.{key}".lstrip(".")
         if key.startswith("_") or (not path and key == "hydra"):
@@ -94,7 +97,7 @@ def _check_value(value: Any, hint: Any, where: str) -> None:
             _check_value(value[key], hint_of_items(hint, (dict, Mapping)), f"{where}.{key}")
     elif isinstance(value, ListConfig):
         for index, item in enumerate(value):
-            _check_value(item, hint_of_items(hint, (list, tuple, Sequence)), f"{where}[{index}]")
+            _check_value(item, hint_of_items(hint, (list, tuple, Sequence), index), f"{where}[{index}]")
     if not _fits(value, hint):
         if isinstance(value, DictConfig) and hint not in SCALARS:
             raise ConfigError(
@@ -104,11 +107,14 @@ def _check_value(value: Any, hint: Any, where: str) -> None:
         raise ConfigError(f"{where} is {value!r} ({type(value).__name__}); expected {expected(hint, value)}.")
 
 
-def hint_of_items(hint: Any, kinds: tuple[type, ...]) -> Any:
-    """Return the annotation of the values of a mapping or the items of a sequence: `T` of `Sequence[T] | None`."""
+def hint_of_items(hint: Any, kinds: tuple[type, ...], index: int = 0) -> Any:
+    """Return the annotation of the values of a mapping or an item of a sequence: `T` of `Sequence[T] | None`."""
     options = typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else [hint]
-    found = [typing.get_args(option) for option in options if typing.get_origin(option) in kinds]
-    return found[0][-1] if len(found) == 1 and found[0] else Any
+    found = [option for option in options if typing.get_origin(option) in kinds]
+    items = typing.get_args(found[0]) if len(found) == 1 else ()
+    if items and typing.get_origin(found[0]) is tuple and Ellipsis not in items:
+        return items[index] if index < len(items) else Any
+    return next((item for item in reversed(items) if item is not Ellipsis), Any)
 
 
 def _fits(value: Any, hint: Any) -> bool:
@@ -129,7 +135,8 @@ def _fits(value: Any, hint: Any) -> bool:
         return isinstance(value, hint)
     if origin in (list, Sequence, tuple):
         is_list = isinstance(value, (ListConfig, list))  # resolvers return plain lists
-        return is_list and (origin is not tuple or len(value) == len(typing.get_args(hint)))
+        items = typing.get_args(hint)
+        return is_list and (origin is not tuple or Ellipsis in items or len(value) == len(items))
     if origin in (dict, Mapping):
         return isinstance(value, DictConfig)
     if not inspect.isclass(hint) or hint is object:
@@ -169,12 +176,10 @@ def _extra(target: str) -> str:
 
 
 def type_hints(target: Callable) -> dict[str, Any]:
-    ranges = {} if target.__module__.startswith("diffsynth.") else OF_LIBRARIES
     try:
-        own = typing.get_type_hints(target.__init__ if inspect.isclass(target) else target, include_extras=True)
+        return typing.get_type_hints(target.__init__ if inspect.isclass(target) else target, include_extras=True)
     except (NameError, TypeError, AttributeError):  # an annotation exists only for type checkers
-        own = {}
-    return {**own, **ranges}
+        return {}
 
 
 def _name(target: Callable) -> str:

@@ -1,7 +1,6 @@
 """The folder of a run: which run it belongs to, and the files that record how the run was started and finished."""
 
 import logging
-import os
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
@@ -18,14 +17,13 @@ from omegaconf.resolvers import oc
 
 from ..core.advice import how_to_start_from
 from ..core.files import going_on_without, remove_leftovers, write_text
-from ..core.input_files import changed
+from ..core.input_files import changed, read_records
 from ..core.json_text import read_json, to_json
 from ..core.masking import masked
-from ..core.process import locks
+from ..core.process import locks, rank
 from .nodes import ConfigError
 from .signature import bound_to_length, but_for_length, signature
 
-RANK = int(os.environ.get("RANK") or 0)
 # Appended to a saved configuration, so that it runs again: train.py --config-path <run> --config-name config
 REPLAY = {"hydra": {"run": {"dir": "${run_dir}"}, "output_subdir": None}}
 RUN_FILES = ("config.yaml", "resolved.yaml", "command.json", "environment.json")
@@ -41,7 +39,7 @@ class RankZeroFilter(logging.Filter):
     """Drops the log records of all processes but the first."""
 
     def filter(self, record: logging.LogRecord) -> bool:
-        return RANK == 0
+        return rank() == "0"
 
 
 class MaskedFormatter(logging.Formatter):
@@ -77,7 +75,7 @@ class NewFolder(Callback):
 
     def on_run_start(self, config: DictConfig, **_: object) -> None:
         folder = Path(config.hydra.run.dir)
-        if RANK == 0 and not folder.exists():
+        if rank() == "0" and not folder.exists():
             _begun_here.add(folder.resolve())
 
 
@@ -93,7 +91,7 @@ def claim(cfg: DictConfig) -> Path | None:
         FolderInUse: Another process runs this run.
     """
     run_dir = Path(cfg.run_dir)
-    if RANK == 0 and not _is_finished_at(cfg):
+    if rank() == "0" and not _is_finished_at(cfg):
         locks.hold(run_dir)
     if _is_finished_at(cfg):  # perhaps by the process that has just unlocked it
         locks.release(run_dir)
@@ -106,7 +104,7 @@ def claim(cfg: DictConfig) -> Path | None:
         if cfg.get("lora") and not cfg.get("template"):
             logging.info("To sample with an adapter: python generate.py lora_path=<file> prompt=<text>")
         return None
-    if RANK == 0:
+    if rank() == "0":
         _check_folder(run_dir, cfg)
         remove_leftovers(run_dir)
         if not (run_dir / "config.yaml").exists():
@@ -129,7 +127,7 @@ def _changed_input(run_dir: Path) -> str | None:
     if not path.exists():
         logging.warning("%s has no inputs.json: whether its data and weights have changed is not known.", run_dir)
         return None
-    groups = read_json(path)
+    groups = read_records(path)
     return next((change for record in groups.values() if (change := changed(record))), None)
 
 
@@ -144,7 +142,7 @@ def finish(cfg: DictConfig, artefacts: Sequence[Path]) -> None:
     from ..report import write_report
 
     run_dir = Path(cfg.run_dir)
-    if RANK == 0:
+    if rank() == "0":
         if _finished(run_dir) is not None:  # it was shorter; see `claim`
             _write_run_files(run_dir)
         paths = [str(path) for path in [*artefacts, run_dir / "report.html"]]

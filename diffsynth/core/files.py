@@ -22,6 +22,7 @@ SLACK = 60  # seconds by which the clocks of a machine and of its file server ma
 # Errors of file systems that cannot sync a folder (VirtualBox, CIFS, some FUSE); PostgreSQL's `fsync_fname` passes over
 # EINVAL and EBADF as well. A disk that fails has others: EIO, ENOSPC.
 CANNOT_SYNC_FOLDERS = {errno.EINVAL, errno.EBADF, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS}
+OF_THE_DISK = {errno.EIO, errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.ESTALE}
 
 
 @contextmanager
@@ -49,14 +50,27 @@ def replacing_folder(path: str | Path) -> Iterator[Path]:
     try:
         with _named(path):
             yield partial
-            for file in partial.iterdir():
+            for file in partial.rglob("*"):
                 _sync(file)
             _sync(partial)
-            shutil.rmtree(path, ignore_errors=True)
-            partial.replace(path)
+            _replace_folder(partial, path)
             _sync(path.parent)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def _replace_folder(new: Path, path: Path) -> None:
+    """Move a folder to the place of another, which is moved aside first: deleted halfway, it would be neither."""
+    old = _partial(path.with_name(f"old-{path.name}"))
+    if path.is_dir():
+        path.replace(old)
+    try:
+        new.replace(path)
+    except OSError:
+        if old.exists():
+            old.replace(path)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
 
 
 @contextmanager
@@ -65,7 +79,7 @@ def _named(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno is None or error.filename is not None:
+        if error.errno not in OF_THE_DISK or error.filename is not None:
             raise
         raise OSError(error.errno, error.strerror, str(path)) from error
 
@@ -120,7 +134,10 @@ def _is_being_written(partial: Path) -> bool:
     if named["machine"] != machine():
         return not is_held(partial.parent)
     since = started(int(named["pid"]))
-    return since is not None and partial.exists() and since <= partial.stat().st_mtime + SLACK  # else it is a later one
+    try:
+        return since is not None and since <= partial.stat().st_mtime + SLACK  # else it is a later one
+    except FileNotFoundError:  # it has just been moved to its place
+        return False
 
 
 def write_text(path: str | Path, text: str, errors: str = "backslashreplace") -> None:
@@ -168,7 +185,8 @@ def check_writable(folder: str | Path, key: str) -> None:
         ValueError: It does not, or cannot.
     """
     path = Path(folder).absolute()
-    nearest = next(each for each in (path, *path.parents) if each.exists())
+    # Of a drive that Windows does not have, nothing exists.
+    nearest = next((each for each in (path, *path.parents) if each.exists()), Path(path.anchor))
     if not nearest.is_dir() or not os.access(nearest, os.W_OK):
         raise ValueError(f"{key} is {folder}, but {nearest} is no folder that can be written to; set {key}=… to one.")
 

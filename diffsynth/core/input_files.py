@@ -4,9 +4,10 @@ The digests are the identity. Sizes and modification times only tell which files
 a checkout changes times. Weights of 41 GB cost 256 KiB and a header per file.
 """
 
-import mimetypes
+import logging
 import os
 import sqlite3
+import stat
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
@@ -15,13 +16,25 @@ from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 from urllib.parse import quote
 
+from .json_text import fits, read_json
+
+logger = logging.getLogger(__name__)
+
 PIECE = 4096  # bytes that are read at a place in a file; a disk reads no fewer
 PIECES = 64  # places in a file of weights, evenly spread; a guess
 HEADER_BYTES = 100_000_000  # the most that the safetensors library accepts
 READERS = 8  # threads that read files; a guess
+# Suffixes of the files that count in a folder. Python's own table of types has others on other machines.
+MEDIA = (
+    *(".apng", ".avif", ".avifs", ".bmp", ".dib", ".eps", ".gif", ".heic", ".heif", ".hif", ".jfif", ".jp2", ".jpe"),
+    *(".jpeg", ".jpg", ".jxl", ".mpo", ".png", ".pbm", ".pgm", ".pnm", ".ppm", ".tga", ".tif", ".tiff", ".webp"),
+    *(".avi", ".flv", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".ts", ".webm", ".wmv"),
+    ".tar",
+)
 CACHE_INDEX = "index.sqlite"  # it is compared by its samples, because tidying a cache rewrites the file
 
 Record = dict[str, dict[str, Any]]  # what is known of each file of a group, by the file's name
+RECORD = {"path": str, "start": int, "size": object, "pieces": int, "status": (int, int), "folder": bool, "digest": str}
 
 
 class InputFile(NamedTuple):
@@ -30,20 +43,33 @@ class InputFile(NamedTuple):
     Args:
         path: Its path.
         start, size: Where the part begins in the file, and its bytes; a size of None is the whole file.
-        pieces: Number of places at which `PIECE` bytes are read; a file of no more bytes is read whole.
+        pieces, piece: Number of places at which bytes are read, and how many; a file of no more bytes is read whole.
     """
 
     path: str
     start: int = 0
     size: int | None = None
     pieces: int = PIECES
+    piece: int = PIECE
 
 
 def describe(files: Mapping[str, InputFile]) -> Record:
-    """Return size, modification time and digest of each file that exists, by its name."""
+    """Return size, modification time and digest of each file that exists, by its name; pipes and devices are left out.
+
+    A file that cannot be read, which a data set may skip, has the digest "unreadable".
+    """
     with ThreadPoolExecutor(READERS) as pool:
         found = pool.map(_described, files.values())
         return {name: record for name, record in zip(files, found, strict=True) if record is not None}
+
+
+def read_records(path: Path) -> dict[str, Record]:
+    """Return the records of groups of files in a JSON file; none if it is absent, or damaged, which a warning says."""
+    groups = read_json(path)
+    if fits(groups, {str: {str: RECORD}}):
+        return groups
+    logger.warning("%s is damaged and left out: expected a JSON object of groups of files.", path)
+    return {}
 
 
 def digest_of_all(record: Record) -> str:
@@ -71,7 +97,7 @@ def changed(record: Record) -> str | None:
     for file in record.values():
         status = _status(file["path"])
         if status is not None and [status.st_size, status.st_mtime_ns] != file["status"]:
-            now = _described(InputFile(*(file[name] for name in InputFile._fields)))
+            now = _described(InputFile(**{name: file[name] for name in InputFile._fields if name in file}))
             if now is not None and now["digest"] != file["digest"]:
                 what = "the names of its images have changed" if file["folder"] else "it has changed"
                 return f"{file['path']}: {what}: its fingerprint was {file['digest']} and is {now['digest']} now"
@@ -80,10 +106,13 @@ def changed(record: Record) -> str | None:
 
 def _described(file: InputFile) -> dict[str, Any] | None:
     status = _status(file.path)
-    if status is None:
+    is_folder = status is not None and stat.S_ISDIR(status.st_mode)
+    if not (is_folder or (status is not None and stat.S_ISREG(status.st_mode))):
         return None
-    is_folder = os.path.isdir(file.path)
-    digest = _digest_of_folder(file.path) if is_folder else _digest_of_file(file, status.st_size)
+    try:
+        digest = _digest_of_folder(file.path) if is_folder else _digest_of_file(file, status.st_size)
+    except OSError:
+        digest = "unreadable"
     about = {"status": [status.st_size, status.st_mtime_ns], "folder": is_folder, "digest": digest}
     return {**file._asdict(), **about}
 
@@ -97,7 +126,7 @@ def _status(path: str) -> os.stat_result | None:
 
 def _digest_of_file(file: InputFile, file_size: int) -> str:
     if os.path.basename(file.path) == CACHE_INDEX:
-        return _samples_of_cache(file.path)
+        return _samples_of_cache(file.path, file_size)
     size = file_size - file.start if file.size is None else file.size
     digest = blake2b(f"{size}\0".encode(), digest_size=8)
     with open(file.path, "rb") as stream:
@@ -109,13 +138,13 @@ def _digest_of_file(file: InputFile, file_size: int) -> str:
 
 def _places(file: InputFile, size: int, stream: BinaryIO) -> Iterator[tuple[int, int]]:
     """Yield offset and length of what is read of a part of `size` bytes."""
-    if size <= file.pieces * PIECE:
+    if size <= file.pieces * file.piece:
         yield 0, max(size, 0)
         return
     if file.path.endswith(".safetensors"):
         yield 0, min(8 + int.from_bytes(stream.read(8), "little"), HEADER_BYTES, size)
     for number in range(file.pieces):
-        yield number * (size - PIECE) // (file.pieces - 1), PIECE
+        yield number * (size - file.piece) // (file.pieces - 1), file.piece
 
 
 def _digest_of_folder(path: str) -> str:
@@ -127,18 +156,17 @@ def _digest_of_folder(path: str) -> str:
 
 
 def _is_media(name: str) -> bool:
-    kind = mimetypes.guess_type(name)[0] or ""
-    return kind.startswith(("image/", "video/")) or kind == "application/x-tar"
+    return name.lower().endswith(MEDIA)
 
 
-def _samples_of_cache(index: str) -> str:
-    """Return the hash of a cache's samples, which its index holds; that of the file's size if it cannot be read."""
+def _samples_of_cache(index: str, size: int) -> str:
+    """Return the hash of a cache's samples, which its index holds; the file's size if that cannot be read."""
     try:
         with closing(sqlite3.connect(f"file:{quote(index)}?mode=ro", uri=True)) as database:
             row = database.execute("SELECT value FROM about WHERE name = 'samples'").fetchone()
             return str(row and row[0]).strip('"')
-    except sqlite3.Error as error:
-        return f"unreadable: {error}"
+    except sqlite3.Error:
+        return f"unreadable, {size} bytes"
 
 
 def all_in(folder: Path) -> dict[str, InputFile]:

@@ -9,11 +9,18 @@ from typing import Any
 
 MASK = "***"
 END = r"\s'\"<>\\"  # characters that end a URL in a text, in JSON and in YAML
-USER = re.compile(rf"(?<=://)[^{END}/?#]+(?=@)")
+# Where a user alone may be a token. Elsewhere it is none without a password: `abfss://` has the container there.
+OF_TOKENS = "|".join(f"(?<={scheme}://)" for scheme in ("http", "https", "ftp", "ssh"))
+USER = re.compile(rf"(?:{OF_TOKENS})[^{END}/?#]+(?=@)|(?<=://)[^{END}/?#:@]*:[^{END}/?#]+(?=@)", re.IGNORECASE)
 # Query parameters that are or hold secrets: of S3, Google and CloudFront (signed URLs), Azure (`sig`), and of APIs.
-SECRET_WORDS = "token|secret|passw|signature|credential|api[-_]?key|access[-_]?key|key[-_]?(?:pair[-_]?)?id|auth"
-SECRET_NAME = rf"[\w.-]{{0,40}}(?:{SECRET_WORDS})[\w.-]{{0,40}}|x-(?:amz|goog)-[\w-]+|sig|key|pwd|policy"
-QUERY = re.compile(rf"(?<=[?&;])({SECRET_NAME})=([^{END}&#]+)", re.IGNORECASE)
+# A word ends at a separator, so that `tokenizer`, `max_tokens` and `author` are none.
+SECRET_WORDS = (
+    "token|secret|passw(?:or)?d|passphrase|signature|credentials?|auth|authorization|"
+    "api[-_]?key|access[-_]?key(?:[-_]?id)?|access[-_]?id|key[-_]?pair[-_]?id|key[-_]?id"
+)
+SECRET_NAME = rf"[\w.-]{{0,40}}(?:{SECRET_WORDS})(?=[=._-])[\w.-]{{0,40}}|x-(?:amz|goog)-[\w-]+|sig|pwd"
+LONG = rf"(?:key|policy)(?==[^{END}&#]{{16}})"  # these names also have harmless values; a guess: keys are no shorter
+QUERY = re.compile(rf"(?<=[?&;])({SECRET_NAME}|{LONG})=([^{END}&#]+)", re.IGNORECASE)
 MASKED = re.compile(rf"://{re.escape(MASK)}@|[?&;][\w.-]+={re.escape(MASK)}")
 ABSOLUTE = re.compile(r"(?:file:/)?/|~[\w.-]*[\\/]|[A-Za-z]:[\\/]|\\\\|\.\.[\\/]")
 FOLDERS = re.compile(rf"(?<![\w.~$}}:/\\*-])(?:~?/|[A-Za-z]:[\\/])(?:[^{END}/,;:]+[\\/]+)+")

@@ -109,6 +109,10 @@ def expected(hint: Any, value: Any = None) -> str:
     if get_origin(hint) is Annotated:
         kind, *ranges = get_args(hint)
         return "".join(["a whole number" if kind is int else "a number", *map(str, ranges)])
+    if get_origin(hint) is tuple and Ellipsis in get_args(hint):
+        return expected(Sequence[get_args(hint)[0]])
+    if get_origin(hint) is tuple and len(set(get_args(hint))) > 1:
+        return f"a list of {len(get_args(hint))}: {', '.join(map(expected, get_args(hint)))}"
     if get_origin(hint) in (tuple, Sequence, Mapping) and get_args(hint):
         kind = {tuple: f"a list of {len(get_args(hint))}", Sequence: "a list", Mapping: "a mapping"}[get_origin(hint)]
         values = get_args(hint)[-1]

@@ -13,6 +13,7 @@ from torch.utils.data import Dataset
 from ..core.data import AddressedDataset, BatchLayout, BatchSampler, MixedOrder, PlainData, TrainingData
 from ..core.data.loading import WorkerKilled, loading
 from ..core.devices import peak_memory, reset_peak_memory
+from ..core.process.locks import require_held
 from ..core.progress import ProgressBar
 from ..diffusion.logger import ModelLogger
 from ..diffusion.training_module import DiffusionTrainingModule
@@ -84,6 +85,7 @@ class Trainer(LoopSettings):
             WorkerKilled: A process that loads data was killed; the run's state is saved.
             FloatingPointError: Too many steps in a row had a gradient that is not finite, or the last weights are not.
             OSError: The disk is full at the last export or checkpoint.
+            FolderInUse: Another process has taken over the run's folder while this one stood still.
         """
         reset_peak_memory(self.accelerator.device)  # loading may have taken more
         state = self._build_state()
@@ -94,6 +96,7 @@ class Trainer(LoopSettings):
         casts = state.mixed_precision()
         with stop_on_signals() as stop, self._batches(sampler, stop) as batches, self.profile as profile, casts:
             while True:
+                require_held()
                 done, ends = self._ends(state, stop)
 
                 # Log, evaluate, save and export the current weights. A resumed run did so before it stopped, except

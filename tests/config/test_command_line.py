@@ -6,6 +6,7 @@ import kills
 import pytest
 import tiny
 
+from diffsynth.config.command_line import _where_it_is
 from diffsynth.core.process.locks import IN_USE_STATUS
 
 NAMES = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
@@ -31,3 +32,7 @@ def test_a_folder_that_another_process_writes_is_refused_before_the_model_is_bui
     with kills.owner(output) as process:
         assert tiny.complaint(monkeypatch, given, f"output={output}", script=script) == str(IN_USE_STATUS)
     assert f"error: {output} is in use by process {process.pid} on " in capfd.readouterr().err
+
+
+def test_a_long_name_in_an_error_is_looked_for_without_another_error():
+    assert _where_it_is(f"docs/{'a' * 300} is no picture") == ""

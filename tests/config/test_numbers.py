@@ -30,7 +30,7 @@ MEANINGFUL = {
         *("first_seed", "seed", "stream_blocks", "rows", "pictures", "row_samples", "lora_scale", "mean", "mu"),
         *("learning_rate", "full_learning_rate", "lr", "weight_decay", "betas", "decay", "min_boundary", "seeds"),
         *("cfg_scale", "guidance", "distillation_weight", "adversarial_weight", "kl_weight", "inpaint_blur_sigma"),
-        *("num_warmup_steps", "num_decay_steps", "exponential_shift_mu", "embedded_guidance"),
+        *("num_warmup_steps", "num_decay_steps", "eps", "exponential_shift_mu", "embedded_guidance"),
     },
 }
 WRONG = [-1, 0, 1e30, 10**30, math.nan, math.inf, "high", True]
@@ -76,13 +76,45 @@ def assert_in_range(name: str, types: set, say: Callable[[object], str]) -> None
 
 @pytest.mark.parametrize("target", TARGETS)
 def test_every_number_of_a_constructor_has_a_range(target):
-    def entry(node: typing.Any): ...
+    def entry(node: typing.Any = None, optimizer: typing.Any = None): ...
 
     is_ours = target.startswith("diffsynth.")
     numbers = {name: types for name, types in numbers_of(get_object(target)).items() if is_ours or name in WRITTEN}
+    key = "node" if is_ours else "optimizer"
     for name, types in numbers.items():
         node = {"_target_": target, "_partial_": True}
-        assert_in_range(name, types, lambda value, n=name, node=node: answer(entry, {"node": node | {n: value}}))
+        assert_in_range(name, types, lambda value, n=name, node=node: answer(entry, {key: node | {n: value}}))
+
+
+class Own:
+    """A class of a user's own, whose numbers are its own affair."""
+
+    def __init__(self, eps: float): ...
+
+
+@pytest.mark.parametrize("target", [f"{__name__}.Own", "torch.optim.AdamW"])
+def test_an_eps_of_0_is_left_to_classes_of_others(target):
+    def entry(own: typing.Any = None, optimizer: typing.Any = None): ...
+
+    key = "optimizer" if target.startswith("torch.") else "own"
+    check(OmegaConf.create({key: {"_target_": target, "_partial_": True, "eps": 0.0}}), entry)
+
+
+@pytest.mark.parametrize(
+    "value, said",
+    [
+        ({"any": [1, 2, 3]}, ""),
+        ({"two": [1, "x"]}, ""),
+        ({"any": ["x"]}, "any[0] is 'x' (str); expected int."),
+        ({"two": ["x", "x"]}, "two[0] is 'x' (str); expected int."),
+        ({"two": [1]}, "two is [1] (ListConfig); expected a list of 2: int, str."),
+        ({"any": 1}, "any is 1 (int); expected a list, each int."),
+    ],
+)
+def test_the_items_of_a_tuple_are_checked_by_their_places(value, said):
+    def entry(any: tuple[int, ...] = (), two: tuple[int, str] = (1, "x")): ...
+
+    assert answer(entry, value) == said
 
 
 @pytest.mark.parametrize("entry", ENTRIES)

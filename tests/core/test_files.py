@@ -31,6 +31,31 @@ def test_windows_where_no_folder_can_be_opened_gets_its_files_synced(tmp_path, m
     assert opened == [os.O_RDWR] * 2  # it does not sync what is open for reading only
 
 
+def test_a_folder_that_is_replaced_is_synced_with_all_that_is_below(tmp_path, monkeypatch):
+    synced = []
+    monkeypatch.setattr(files, "_sync", lambda path: synced.append(path.name))
+    with files.replacing_folder(tmp_path / "a") as partial:
+        (partial / "b" / "c").mkdir(parents=True)
+        (partial / "b" / "c" / "d.txt").touch()
+    assert {"b", "c", "d.txt"} <= set(synced)
+
+
+def test_a_folder_that_cannot_be_replaced_stays_as_it_was(tmp_path, monkeypatch):
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "old.txt").touch()
+    replace = os.replace
+
+    def refuse(path, target):
+        if (path / "new.txt").exists():
+            raise PermissionError(errno.EACCES, "in use", str(target))
+        replace(path, target)
+
+    monkeypatch.setattr(files.Path, "replace", refuse)
+    with pytest.raises(PermissionError), files.replacing_folder(tmp_path / "a") as partial:
+        (partial / "new.txt").touch()
+    assert [path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*")] == ["a", "a/old.txt"]
+
+
 HERE, PARENT = locks.machine(), os.getppid()
 
 
@@ -109,6 +134,19 @@ def test_a_disk_that_fails_is_an_error_that_names_the_file(number, folders_fail,
     with pytest.raises(OSError, match=r"a\.txt") as error:
         files.write_text(tmp_path / "a.txt", "whole")
     assert error.value.errno == number
+
+
+def test_an_error_that_is_not_the_disks_stays_what_it_is(tmp_path):
+    with pytest.raises(ConnectionResetError) as error, files.replacing(tmp_path / "a.txt"):
+        raise ConnectionResetError(errno.ECONNRESET, "Connection reset by peer")
+    assert error.value.filename is None
+
+
+def test_a_drive_that_does_not_exist_cannot_be_written_to(monkeypatch):
+    monkeypatch.setattr(files.Path, "exists", lambda path: False)
+    monkeypatch.setattr(files.Path, "is_dir", lambda path: False)
+    with pytest.raises(ValueError, match="output_root is a/b, but .* is no folder that can be written to"):
+        files.check_writable("a/b", "output_root")
 
 
 def test_bytes_of_names_that_are_no_utf_8_are_written_as_escapes(tmp_path):

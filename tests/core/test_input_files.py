@@ -1,10 +1,13 @@
 """Digests of samples of a file's bytes: what they notice, what they cost, and what counts as a change."""
 
 import io
+import json
 import os
 
 import pytest
 
+from diffsynth.core import input_files
+from diffsynth.core.data.sources.files_read import files_of_rows, table
 from diffsynth.core.input_files import PIECE, PIECES, InputFile, _places, changed, describe, digest_of_all
 
 HEADER = 300_000  # about that of Qwen-Image's 1,933 tensors
@@ -66,3 +69,54 @@ def test_only_content_is_a_change_and_what_is_gone_is_none(tmp_path):
     assert digest_of_all(describe({"a": InputFile(str(file))})) != digest_of_all(record)
     file.unlink()
     assert changed(record) is None
+
+
+def test_a_large_table_costs_64_reads():
+    assert len(list(_places(table("a.csv"), 65 << 20, io.BytesIO()))) == 64
+    assert len(list(_places(table("a.csv"), 64 << 20, io.BytesIO()))) == 1
+
+
+def test_a_file_that_cannot_be_read_is_recorded_as_that(tmp_path, monkeypatch):
+    def refuse(path, mode):
+        raise PermissionError(13, "Permission denied", path)
+
+    (tmp_path / "a.png").write_bytes(b"1")
+    monkeypatch.setattr(input_files, "open", refuse, raising=False)
+    assert digest(tmp_path / "a.png") == "unreadable"
+
+
+def test_an_index_that_cannot_be_read_counts_by_its_size(tmp_path):
+    (tmp_path / input_files.CACHE_INDEX).write_bytes(b"no database")
+    assert digest(tmp_path / input_files.CACHE_INDEX) == "unreadable, 11 bytes"
+
+
+def test_a_device_and_what_is_outside_of_the_folder_are_not_read(tmp_path):
+    assert describe({"a": InputFile(os.devnull)}) == {}
+    folder = tmp_path / "data"
+    rows = [{"image": name} for name in ("a.png", "../b.png", str(folder / "c.png"), str(tmp_path / "d.png"))]
+    assert [*files_of_rows(rows, ["image"], str(folder))] == ["a.png", str(folder / "c.png")]
+
+
+@pytest.mark.parametrize("name", ["a.JPG", "a.webp", "a.jxl", "a.mkv", "a.tar"])
+def test_a_folder_counts_by_the_names_of_its_media_on_every_machine(name, tmp_path):
+    before = digest(tmp_path)
+    (tmp_path / "a.svg").touch()
+    assert digest(tmp_path) == before
+    (tmp_path / name).touch()
+    assert digest(tmp_path) != before
+
+
+@pytest.mark.parametrize("text", ['{"a": 1}', '{"dit": {"a": {"path": "a"}}}', "[]"])
+def test_records_of_another_shape_count_as_absent(text, tmp_path, caplog):
+    (tmp_path / "inputs.json").write_text(text)
+    assert input_files.read_records(tmp_path / "inputs.json") == {} and "inputs.json is damaged" in caplog.text
+
+
+def test_records_of_older_versions_are_read(tmp_path):
+    file = tmp_path / "a.txt"
+    file.write_text("one")
+    record = describe({"a": InputFile(str(file))})
+    del record["a"]["piece"]
+    (tmp_path / "inputs.json").write_text(json.dumps({"files": record}))
+    os.utime(file, (1, 1))
+    assert changed(input_files.read_records(tmp_path / "inputs.json")["files"]) is None

@@ -11,11 +11,16 @@ MASKED = {
     "https://user:token@host/x": "https://***@host/x",
     "s3://key:sec/ret@bucket/x?a=1": "s3://key:sec/ret@bucket/x?a=1",  # no user information by RFC 3986
     "https://u:p@ss@host": "https://***@host",
+    "s3://key:secret@bucket/x": "s3://***@bucket/x",
+    "abfss://train@acc.dfs.core.windows.net/data": "abfss://train@acc.dfs.core.windows.net/data",  # a container
     "see https://u:p@a.b/c, and http://d@e": "see https://***@a.b/c, and http://***@e",
     "https://h/x?token=abc&size=3#end": "https://h/x?token=***&size=3#end",
     "https://h/x?X-Amz-Date=1&X-Amz-Signature=f0&id=7": "https://h/x?X-Amz-Date=***&X-Amz-Signature=***&id=7",
     "https://h/x?sv=1&sig=a%2Fb": "https://h/x?sv=1&sig=***",
     "https://h/x?a=1&amp;api_key=k": "https://h/x?a=1&amp;api_key=***",
+    "https://h/x?tokenizer=a&author=b&max_tokens=5&key=cats": "https://h/x?tokenizer=a&author=b&max_tokens=5&key=cats",
+    "https://h/x?accessToken=a&AWSAccessKeyId=b&auth=c": "https://h/x?accessToken=***&AWSAccessKeyId=***&auth=***",
+    "https://h/x?key=AIzaSy0123456789abcdef&client_secret.1=s": "https://h/x?key=***&client_secret.1=***",
     "https://u:${oc.env:T}@h?token=${oc.env:T}": "https://u:${oc.env:T}@h?token=${oc.env:T}",
     "hf://datasets/me/photos@main/a.png?tokens": "hf://datasets/me/photos@main/a.png?tokens",
     "mail me@home.org about a cat@night": "mail me@home.org about a cat@night",
@@ -31,7 +36,7 @@ def test_credentials_in_urls_are_masked_and_nothing_else_is(text):
 def test_masked_json_is_json():
     nested = {"a": ['https://u:"p@h?token="x', "https://h?token=\\"], "b": 1}
     assert json.loads(masked(json.dumps(nested))) == {"a": ['https://u:"p@h?token="x', "https://h?token=\\"], "b": 1}
-    assert in_strings(masked, {"a": ("x://u@h", 1)}) == {"a": ["x://***@h", 1]}
+    assert in_strings(masked, {"a": ("x://u:p@h", 1)}) == {"a": ["x://***@h", 1]}
 
 
 @pytest.mark.parametrize("text", ["a" * 10**6, "://" * 10**5, "?token" * 10**5, "/a" * 10**5, "://" + "a@" * 10**5])

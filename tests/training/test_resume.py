@@ -23,6 +23,8 @@ from resumed import (
 from torch.testing import assert_close
 
 from diffsynth.core.data import UnifiedDataset
+from diffsynth.core.process import locks
+from diffsynth.core.process.locks import FolderInUse
 from diffsynth.diffusion.logger import ModelLogger
 from diffsynth.training.stopping import Stopped, stop_on_signals
 
@@ -154,6 +156,20 @@ def test_a_run_that_is_asked_to_stop_finishes_its_step_and_saves(tmp_path, caplo
     assert stop.value.code == 75 and "Stopped after step 3; run the same command to resume" in caplog.text
     assert kept(run_dir) == [2, 3] and [line["step"] for line in tiny.metrics(run_dir)] == [1, 2, 3]
     assert not (run_dir / "finished.json").exists()
+
+
+def test_a_run_whose_folder_another_process_has_taken_over_ends_before_it_writes(tmp_path):
+    def take_over():
+        (lock,) = locks._held.values()
+        lock.lost = "is in use"
+
+    try:
+        with tiny.in_step(2, take_over), pytest.raises(FolderInUse, match="is in use"):
+            tiny.train(tmp_path, *STEPS)
+    finally:
+        locks.release_all()
+    (run_dir,) = tmp_path.iterdir()
+    assert [line["step"] for line in tiny.metrics(run_dir)] == [1] and 2 not in kept(run_dir)
 
 
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGUSR1", "SIGHUP"])

@@ -52,27 +52,33 @@ def loading(dataset: Dataset, workers: int, **options: Any) -> Iterator[Iterator
 
 def _watched(batches: Iterator, raise_if_killed: Any) -> Iterator:
     """Yield the batches of a DataLoader's iterator; `raise_if_killed` handles SIGCHLD while a batch is waited for."""
-    workers: list[BaseProcess] = batches._workers
+    workers: list[BaseProcess] = batches._workers  # a private name, as _shutdown_workers; checked with torch 2.13.0
     while True:
         try:
             with _on_child_end(raise_if_killed):
-                if not all(worker.is_alive() for worker in workers):
-                    raise RuntimeError
-                batch = next(batches, END)
+                killed = _killed(workers)
+                if not killed:
+                    batch = next(batches, END)
         except RuntimeError:
-            killed = [worker for worker in workers if not worker.is_alive()]
+            killed = _killed(workers)
             if not killed:  # an error of the data set's
                 raise
+        if killed:
             _end(batches)
-            raise WorkerKilled(_message(killed[0], len(workers))) from None
+            raise WorkerKilled(_message(killed[0], len(workers)))
         if batch is END:
             return
         yield batch
 
 
+def _killed(workers: list[BaseProcess]) -> list[BaseProcess]:
+    return [worker for worker in workers if not worker.is_alive()]
+
+
 def _message(killed: BaseProcess, workers: int) -> str:
     code = killed.exitcode
-    how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
+    names = {each.value: each.name for each in signal.Signals}  # without the real-time signals
+    how = f"was killed by {names.get(-code, f'signal {-code}')}" if code < 0 else f"ended with exit code {code}"
     fewer = f"a dataset.num_workers of less than {workers}" if workers > 1 else "dataset.num_workers=0"
     return (
         f"a process that loads data (process id {killed.pid}) {how}, most often because memory ran out; set {fewer}, "

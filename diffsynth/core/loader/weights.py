@@ -231,10 +231,13 @@ def read_metadata(file: str | Path, key: str) -> dict[str, Any] | None:
     """The JSON object that a safetensors file's metadata has under a key; None if it has none.
 
     Raises:
-        ValueError: The text is no JSON object.
+        ValueError: The file is no safetensors file, or the text is no JSON object.
     """
-    with safe_open(file, "pt") as stored:
-        text = (stored.metadata() or {}).get(key)
+    try:
+        with safe_open(file, "pt") as stored:
+            text = (stored.metadata() or {}).get(key)
+    except SafetensorError as error:
+        raise ValueError(f"{file} is no safetensors file: {shown(error)}. {_FETCH_AGAIN}") from error
     return None if text is None else parse_object(text, f"{file}: {key}")
 
 

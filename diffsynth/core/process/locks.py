@@ -12,11 +12,13 @@ ones wait for ever, the newer ones keep the lock of a dead process of another ma
 import atexit
 import json
 import logging
+import math
 import os
 import socket
 import tempfile
 import threading
 import time
+import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from datetime import datetime
@@ -25,6 +27,8 @@ from hashlib import blake2b
 from pathlib import Path
 
 import psutil
+
+from . import rank
 
 logger = logging.getLogger(__name__)
 
@@ -40,6 +44,8 @@ BEAT = 10  # seconds between two renewals of a lock; a guess
 LEASE = 120  # seconds without a renewal after which a lock of another machine is taken over; a guess
 POLL = 1  # seconds between two looks at a lock of another machine; a guess
 SETTLE = 2  # seconds in which two processes that take over one lock see each other; a guess
+TRIES = 10  # within SETTLE; a guess
+RECORD = {"host": str, "machine": str, "pid": int, "started": int | float, "job": list | None}  # see `_write`
 RECORD_BYTES = 512  # size of the record, padded, so that one write replaces the whole of it
 FAR = 2**30  # the byte that is locked on Windows, where nobody could read the record if it were among the locked bytes
 SAME_START = 10  # seconds by which two readings of one process's start differ at most, as clocks are set; a guess
@@ -54,9 +60,9 @@ class _Lock:
 
     def __init__(self, folder: Path):
         self.folder, self.is_new = folder, not folder.exists()
-        folder.mkdir(parents=True, exist_ok=True)
         self.path = folder / LOCK
         self.descriptor = _take(self.path)
+        self.lost: str | None = None  # who has taken it over, once that is known
         self.ended = threading.Event()
         self.thread = threading.Thread(target=self._renew, daemon=True)
         self.thread.start()
@@ -64,8 +70,10 @@ class _Lock:
     def _renew(self) -> None:
         while not self.ended.wait(BEAT):
             with suppress(OSError):  # the file system may be away for a moment
-                if not _is_own(owner := _read(self.descriptor)):
-                    logger.error("This process stood still for too long: %s", _in_use(self.folder, owner))
+                owner = _read(self.descriptor)
+                if owner is not None and not _is_own(owner):
+                    self.lost = f"This process stood still for too long: {_in_use(self.folder, owner)}"
+                    logger.error(self.lost)
                     return
                 os.utime(self.path)
 
@@ -99,7 +107,7 @@ def hold(folder: str | Path) -> None:
         OSError: The folder cannot be written.
     """
     folder = Path(folder).resolve()
-    if folder not in _held and os.environ.get("RANK", "0") == "0":
+    if folder not in _held and rank() == "0":
         _held[folder] = _Lock(folder)
 
 
@@ -131,27 +139,48 @@ def locked(folder: str | Path) -> Iterator[None]:
 
 
 def is_held(folder: str | Path) -> bool:
-    """Whether this process holds the lock of a folder, or of one that it is in."""
+    """Whether this process holds the lock of a folder, or of one that it is in, and no other has taken it over."""
     folder = Path(folder).resolve()
-    return not _held.keys().isdisjoint((folder, *folder.parents))
+    return any(path in _held and not _held[path].lost for path in (folder, *folder.parents))
+
+
+def require_held() -> None:
+    """Check that no other process has taken over a lock of this one. It costs nothing: no file is read.
+
+    Raises:
+        FolderInUse: One has.
+    """
+    for lock in _held.values():
+        if lock.lost:
+            raise FolderInUse(lock.lost)
 
 
 @cache
 def machine() -> str:
-    """8 hex digits that differ between machines, their starts and containers, even if they have one host name."""
+    """8 hex digits that differ between machines, even if they have one host name.
+
+    On Linux they also differ between starts and containers.
+    """
     digest = blake2b(socket.gethostname().encode(), digest_size=4)
-    with suppress(OSError):  # only Linux has these files
+    try:  # only Linux has these files
         digest.update(Path("/proc/sys/kernel/random/boot_id").read_bytes())
         digest.update(os.readlink("/proc/self/ns/pid").encode())
+    except OSError:
+        digest.update(str(uuid.getnode()).encode())
     return digest.hexdigest()
 
 
 def started(pid: int) -> float | None:
-    """Return when a process of this machine started, in seconds since 1970; None if there is no such process."""
+    """Return when a process of this machine started, in seconds since 1970; None if there is no such process.
+
+    `-math.inf` stands for a process that another user's rights hide.
+    """
     try:
         return psutil.Process(pid).create_time()
     except psutil.NoSuchProcess:
         return None
+    except psutil.AccessDenied:
+        return -math.inf
 
 
 def _forget() -> None:
@@ -189,7 +218,16 @@ def _take(path: Path) -> int:
 
 
 def _open(path: Path) -> tuple[int, bool]:
-    """Return the descriptor of a lock file, and whether it was made by this call."""
+    """Return the descriptor of a lock file, whose folder is made, and whether the file was made by this call."""
+    for _ in range(TRIES - 1):
+        with suppress(FileNotFoundError, *([PermissionError] if ON_WINDOWS else [])):
+            return _open_once(path)
+        time.sleep(SETTLE / TRIES)  # its last owner is deleting the folder, or on Windows the file
+    return _open_once(path)
+
+
+def _open_once(path: Path) -> tuple[int, bool]:
+    path.parent.mkdir(parents=True, exist_ok=True)
     flags = os.O_RDWR | os.O_CREAT | getattr(os, "O_BINARY", 0)
     try:
         return os.open(path, flags | os.O_EXCL, 0o666), True
@@ -222,7 +260,10 @@ def _lock_soon(descriptor: int) -> bool | None:
 
 def _is_at(descriptor: int, path: Path) -> bool:
     """Whether an open file is still the one of this path."""
-    return path.exists() and os.path.samestat(os.fstat(descriptor), path.stat())
+    try:
+        return os.path.samestat(os.fstat(descriptor), path.stat())
+    except FileNotFoundError:
+        return False
 
 
 def _write(descriptor: int) -> None:
@@ -240,12 +281,14 @@ def _write(descriptor: int) -> None:
 
 
 def _read(descriptor: int) -> dict | None:
-    """Return who owns a lock; None if nobody has written that within two seconds."""
-    for _ in range(10):
+    """Return who owns a lock; None if nobody has written that within two seconds, or the file is none of ours."""
+    for _ in range(TRIES):
         os.lseek(descriptor, 0, os.SEEK_SET)
         with suppress(ValueError):
-            return json.loads(os.read(descriptor, RECORD_BYTES))
-        time.sleep(SETTLE / 10)  # its owner may be about to write
+            owner = json.loads(os.read(descriptor, RECORD_BYTES))
+            if isinstance(owner, dict) and all(isinstance(owner.get(name, ...), RECORD[name]) for name in RECORD):
+                return owner
+        time.sleep(SETTLE / TRIES)  # its owner may be about to write
     return None
 
 
@@ -263,9 +306,10 @@ def _is_alive(owner: Mapping, path: Path, is_alone: bool | None) -> bool:
     """Whether the process that wrote a lock lives, given that the operating system does not say so."""
     if owner["machine"] == machine():
         now = started(owner["pid"])
-        return not is_alone and now is not None and abs(now - owner["started"]) < SAME_START
+        is_the_same = now == -math.inf or (now is not None and abs(now - owner["started"]) < SAME_START)
+        return not is_alone and is_the_same
     job, here = owner["job"], _slurm_job()
-    if job and here and job[0] == here[0] and job[1] != here[1]:  # Slurm has ended this job there, and queued it again
+    if job and here and job[:1] == here[:1] and job != here:  # Slurm has ended this job there, and queued it again
         return False
     return _is_renewed(owner, path)
 

@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING
 from accelerate.utils import broadcast_object_list
 
 from ...core.files import write_text
-from ...core.input_files import InputFile, Record, beside, describe, digest_of_all, first_difference
-from ...core.json_text import read_json, to_json
+from ...core.input_files import InputFile, Record, beside, describe, digest_of_all, first_difference, read_records
+from ...core.json_text import to_json
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -26,15 +26,15 @@ def record_inputs(accelerator: "Accelerator", run: "Run", pipe: "BasePipeline") 
     Raises:
         ValueError: The run has a checkpoint or is finished, and a file differs from the one that it was trained with.
     """
-    found = [None]
+    found, failure = [None], None
     if accelerator.is_main_process:
         try:
             found = [_record(run, pipe)]
-        except (ValueError, OSError) as error:  # broadcast, so that all processes raise it and none waits
-            found = [str(error)]
+        except Exception as error:  # broadcast, so that all processes raise it and none waits
+            found, failure = [str(error)], error
     (digests,) = broadcast_object_list(found)
     if isinstance(digests, str):
-        raise ValueError(digests)
+        raise ValueError(digests) from failure
     return digests
 
 
@@ -42,7 +42,7 @@ def _record(run: "Run", pipe: "BasePipeline") -> dict[str, str]:
     path = Path(run.run_dir) / FILE
     records = {name: describe(files) for name, files in input_files(run, pipe).items()}
     if path.exists() and (run.checkpoint.steps() or path.with_name("finished.json").exists()):
-        _check_same(run.run_dir, read_json(path), records)
+        _check_same(run.run_dir, read_records(path), records)
     write_text(path, to_json(records, indent=1))
     return {name: digest_of_all(record) for name, record in records.items()}
 

@@ -3,13 +3,14 @@
 import os
 import signal
 import time
+from types import SimpleNamespace
 
 import pytest
 import warm
 from kills import left_by
 from torch.utils.data import Dataset
 
-from diffsynth.core.data.loading import WorkerKilled, loading
+from diffsynth.core.data.loading import WorkerKilled, _message, loading
 
 pytestmark = pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="no SIGKILL on this system")
 
@@ -53,3 +54,8 @@ def test_a_worker_that_is_killed_is_an_error_of_one_line_where_its_batch_is_wait
             seen.append(item)
             time.sleep(item)  # the worker is killed meanwhile; the loop, in the middle of something else, goes on
     assert seen == [0, 1] and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("code, how", [(-9, "was killed by SIGKILL"), (-40, "was killed by signal 40"), (3, "code 3")])
+def test_how_a_worker_ended_is_said_whatever_the_signal(code, how):
+    assert how in _message(SimpleNamespace(pid=1, exitcode=code), workers=2)

@@ -23,6 +23,7 @@ from diffsynth.core.loader import (
     load_state_dict,
     load_weights,
     model_config,
+    read_metadata,
     save_safetensors,
     to_released_keys,
 )
@@ -575,3 +576,10 @@ def test_an_interrupted_folder_is_not_taken_for_whole(tmp_path, monkeypatch):
     monkeypatch.setattr(model_config, "_hub", lambda source: ("hub", whole))
     files = sorted(file.name for file in config.resolve()[0].iterdir())
     assert files == ["merges.txt", "vocab.json"]
+
+
+def test_metadata_of_another_file_are_an_error_of_one_line(tmp_path):
+    (tmp_path / "a.safetensors").write_bytes(b"no safetensors")
+    with pytest.raises(ValueError, match=r"a\.safetensors is no safetensors file") as error:
+        read_metadata(tmp_path / "a.safetensors", "diffsynth")
+    assert "\n" not in str(error.value)

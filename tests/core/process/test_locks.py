@@ -10,6 +10,8 @@ from pathlib import Path
 import kills
 import pytest
 
+from diffsynth.config.command_line import check_rank
+from diffsynth.config.run_folder import RankZeroFilter
 from diffsynth.core.process import locks
 from diffsynth.core.process.locks import FolderInUse
 
@@ -76,6 +78,13 @@ def test_only_the_first_process_of_a_launch_locks(tmp_path, monkeypatch):
     assert not locks.is_held(tmp_path)
 
 
+def test_a_rank_that_is_set_to_nothing_is_the_first(tmp_path, monkeypatch):
+    monkeypatch.setenv("RANK", "")
+    check_rank()
+    locks.hold(tmp_path)
+    assert locks.is_held(tmp_path) and RankZeroFilter().filter(None)
+
+
 # Where the operating system's lock says nothing -----------------------------------------------------------------------
 
 
@@ -140,6 +149,50 @@ def test_a_lock_whose_owner_wrote_nothing_is_taken_over(tmp_path):
     assert owner_of(tmp_path) == os.getpid()
 
 
+@pytest.mark.parametrize("text", ["5", '{"machine": "zzzz"}', "[" * 512, "\x00"])
+def test_a_file_that_is_no_lock_of_ours_is_taken_over(text, tmp_path):
+    (tmp_path / locks.LOCK).write_text(text)
+    locks.hold(tmp_path)
+    assert owner_of(tmp_path) == os.getpid()
+
+
+def test_a_folder_that_its_last_owner_is_just_deleting_is_made_again(tmp_path, monkeypatch):
+    folder, system_open = tmp_path / "a", os.open
+
+    def open_after_its_deletion(path, *arguments):
+        monkeypatch.setattr(locks.os, "open", system_open)
+        folder.rmdir()
+        return system_open(path, *arguments)
+
+    monkeypatch.setattr(locks.os, "open", open_after_its_deletion)
+    locks.hold(folder)
+    assert owner_of(folder) == os.getpid()
+
+
+def test_a_lock_that_is_deleted_while_it_is_looked_at_is_gone(tmp_path, monkeypatch):
+    locks.hold(tmp_path)
+    monkeypatch.setattr(Path, "exists", lambda path: True)  # it was there a moment ago
+    (tmp_path / locks.LOCK).unlink()
+    locks.release(tmp_path)
+
+
+def test_a_process_that_may_not_be_asked_counts_as_alive(tmp_path, monkeypatch):
+    def refuse(pid):
+        raise locks.psutil.AccessDenied(pid)
+
+    monkeypatch.setattr(locks, "_lock", lambda descriptor: None)
+    write_lock(tmp_path, machine=locks.machine())
+    monkeypatch.setattr(locks.psutil, "Process", refuse)
+    with pytest.raises(FolderInUse):
+        locks.hold(tmp_path)
+
+
+def test_machines_of_one_name_differ_also_where_there_is_no_linux(monkeypatch):
+    monkeypatch.setattr(locks, "Path", lambda path: Path("/no/such/file"))
+    monkeypatch.setattr(locks.uuid, "getnode", iter([1, 2]).__next__)
+    assert locks.machine.__wrapped__() != locks.machine.__wrapped__()
+
+
 def test_a_lock_is_renewed(tmp_path):
     locks.hold(tmp_path)
     path = tmp_path / locks.LOCK
@@ -150,12 +203,30 @@ def test_a_lock_is_renewed(tmp_path):
     assert time.time() - path.stat().st_mtime < 20
 
 
+def test_a_lock_that_cannot_be_read_for_a_moment_is_renewed_all_the_same(tmp_path, monkeypatch):
+    locks.hold(tmp_path)
+    seen, read = [], locks._read
+
+    def unreadable_once(descriptor):
+        seen.append(descriptor)
+        return None if len(seen) == 1 else read(descriptor)
+
+    monkeypatch.setattr(locks, "_read", unreadable_once)
+    until = time.monotonic() + 10
+    while len(seen) < 3 and time.monotonic() < until:
+        time.sleep(0.01)
+    assert len(seen) >= 3 and locks.is_held(tmp_path)
+
+
 def test_an_owner_that_stood_still_for_too_long_says_so_and_leaves_the_lock_to_the_next(tmp_path, caplog):
     locks.hold(tmp_path)
     path = write_lock(tmp_path)
     until = time.monotonic() + 10
     while not caplog.records and time.monotonic() < until:
         time.sleep(0.01)
-    assert f"{tmp_path} is in use by process {os.getpid()} on elsewhere" in caplog.text
+    said = f"{tmp_path} is in use by process {os.getpid()} on elsewhere"
+    assert said in caplog.text and not locks.is_held(tmp_path)
+    with pytest.raises(FolderInUse, match=said):
+        locks.require_held()
     locks.release(tmp_path)
     assert path.exists()

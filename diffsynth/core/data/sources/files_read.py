@@ -3,6 +3,7 @@
 import os
 import random
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import PurePath
 from typing import Any
 
 from ...input_files import InputFile
@@ -11,20 +12,27 @@ from .table import Rows
 
 SAMPLED_ROWS = 4096  # rows whose files are read; a guess: at 8 files at a time and 5 ms each, 3 s on a network disk
 IMAGE_PIECES = 16  # of 4 KiB; a smaller image is read whole; a guess
-TABLE_PIECES = 1 << 14  # of 4 KiB; a table of up to 64 MiB is read whole; a guess
+TABLE_PIECE = 1 << 20  # bytes; a table of up to 64 MiB is read whole, and as much of a larger one; a guess
 TABLES = (".arrow", ".csv", ".json", ".jsonl", ".parquet")
 
 
 def files_of_rows(rows: Rows, columns: Sequence[str], folder: str) -> dict[str, InputFile]:
-    """Return the files that cells of these columns name, by that name; remote and embedded files are left out.
+    """Return the files that cells of these columns name, by that name.
 
-    The rows are all, or `SAMPLED_ROWS` that are chosen at random, the same in every run.
+    Remote and embedded files, and those outside of the folder, are left out. The rows are all, or `SAMPLED_ROWS` that
+    are chosen at random, the same in every run.
     """
     numbers: Iterable[int] = range(len(rows))
     if len(rows) > SAMPLED_ROWS:
         numbers = sorted(random.Random(0).sample(range(len(rows)), SAMPLED_ROWS))
     cells = (row[column] for row in map(rows.__getitem__, numbers) for column in columns if column in row)
-    return {name: _file(name, folder) for cell in cells for name in _names(cell) if not is_remote(folder + name)}
+    names = [name for cell in cells for name in _names(cell) if not is_remote(folder + name)]
+    roots = (os.path.abspath(folder), os.path.realpath(folder))
+    return {name: _file(name, folder) for name in names if _is_inside(os.path.join(folder, name), roots)}
+
+
+def _is_inside(path: str, roots: Sequence[str]) -> bool:
+    return any(PurePath(os.path.abspath(path)).is_relative_to(root) for root in roots)
 
 
 def _names(cell: Any) -> Iterator[str]:
@@ -62,4 +70,4 @@ def tables_in(folder: str) -> dict[str, InputFile]:
 
 def table(path: str) -> InputFile:
     """Return a table as a file that is read whole unless it is large."""
-    return InputFile(path, pieces=TABLE_PIECES)
+    return InputFile(path, piece=TABLE_PIECE)

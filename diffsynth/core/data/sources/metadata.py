@@ -15,7 +15,7 @@ from pyarrow.csv import ConvertOptions, ParseOptions, ReadOptions, open_csv
 from pyarrow.parquet import ParquetFile
 
 from .json_list import ROW_DECODER, JsonList, row_error
-from .storage import FollowedFile, absolute, open_file, sampled_digest, stored
+from .storage import FollowedFile, absolute, is_remote, open_file, sampled_digest, stored
 from .table import Table, chunks, json_batches, make_table
 
 END = (
@@ -36,7 +36,8 @@ def read_metadata(path: str | Path, encoding: str = "utf-8") -> Table:
         raise ValueError(f"metadata {path}: suffix {suffix!r} is not one of {', '.join(READERS)}; set dataset.metadata")
     try:
         _, size, version = stored(path)
-        identity = (absolute(path), size, version, sampled_digest(path, size), encoding)
+        digest = "" if is_remote(path) else sampled_digest(path, size)  # a store's version changes with the content
+        identity = (absolute(path), size, version, digest, encoding)
         if suffix == ".csv":
             # Python's reader, below, accepts some files that Arrow refuses; of others it names the row at fault.
             with suppress(pa.ArrowInvalid):

@@ -19,6 +19,7 @@ PIECE = 1 << 16  # bytes that are read at a time
 REDIRECTS = 5  # a guess; browsers follow 20
 NAT64 = IPv6Network("64:ff9b::/96")  # RFC 6052: the last 32 bits are an IPv4 address
 MOVED = (301, 302, 303, 307, 308)
+MAY_PASS = (408, 429)  # of the errors that are the client's: too slow, and too many requests
 
 
 def is_url(path: str | EmbeddedFile) -> bool:
@@ -53,18 +54,21 @@ def _fetch(url: str) -> BytesIO:
         watch = Timer(max(0, end - time.monotonic()), _abort, [connection])
         watch.start()
         try:
-            response = _ask(connection, parts)
+            response = _ask(connection, parts, end)
             if response.status in MOVED:
                 url = urljoin(url, response.getheader("Location", ""))
                 continue
+            if 400 <= response.status < 500 and response.status not in MAY_PASS:
+                raise ValueError(f"could not be fetched: the server answers {response.status} {response.reason}")
             if response.status != 200:
                 raise OSError(f"the server answers {response.status} {response.reason}")
-            return _read(response)
+            return _read(response, end)
+        except (OSError, HTTPException):
+            _require_before(end)  # otherwise the connection was cut off
+            raise
         finally:
             watch.cancel()
             connection.close()
-            if time.monotonic() >= end:
-                raise OSError(f"it takes longer than {SECONDS} s")
     raise ValueError(f"is redirected more than {REDIRECTS} times")
 
 
@@ -76,18 +80,25 @@ def _connection(parts: SplitResult) -> HTTPConnection:
     return kind(parts.hostname, parts.port, timeout=SILENCE)
 
 
-def _ask(connection: HTTPConnection, parts: SplitResult) -> HTTPResponse:
+def _ask(connection: HTTPConnection, parts: SplitResult, end: float) -> HTTPResponse:
     target = quote(f"{parts.path or '/'}{'?' if parts.query else ''}{parts.query}", safe="/%?=&:;,+@!$'()*~[]|")
     connection.request("GET", target, headers={"User-Agent": "diffsynth-hydra"})
+    _require_before(end)  # while the socket connects, `_abort` finds nothing to cut off
     return connection.getresponse()
 
 
-def _read(response: HTTPResponse) -> BytesIO:
+def _require_before(end: float) -> None:
+    if time.monotonic() >= end:
+        raise OSError(f"it takes longer than {SECONDS} s")
+
+
+def _read(response: HTTPResponse, end: float) -> BytesIO:
     content = BytesIO()
     while piece := response.read1(PIECE):
         content.write(piece)
         if content.tell() > BYTES:
             raise ValueError(f"is larger than {BYTES >> 20} MiB, the most that is downloaded; save it in the folder")
+    _require_before(end)  # otherwise the connection was cut off, which looks like the end of the file
     if response.length:
         raise OSError(f"the connection ended {response.length} bytes early")
     content.seek(0)

@@ -28,6 +28,7 @@ from diffsynth.core.data.cache import (
     ShardWriter,
     rewrite,
 )
+from diffsynth.core.data.cache.database import naming
 from diffsynth.core.data.cached_dataset import CachedDataset
 
 ABOUT = {"made_of": {"pipeline": "Pipeline", "units": {}}}
@@ -630,3 +631,12 @@ def test_a_size_of_anybodys_is_bounded(size, tmp_path):
         database.execute("UPDATE samples SET size = ?", (size,))
     with pytest.raises(DamagedCache, match=r"gives samples the size .*; expected \[width, height\] of at most 65536"):
         CacheIndex(folder).sizes()
+
+
+@pytest.mark.parametrize(
+    "said, remedy",
+    [("database is locked", "in use by another process .* wait until it ends"), ("disk is full", "see to its disk")],
+)
+def test_an_error_of_a_database_says_whose_it_is(said, remedy, tmp_path):
+    with pytest.raises(OSError, match=rf"index\.sqlite .*{remedy}"), naming(tmp_path / "index.sqlite"):
+        raise sqlite3.OperationalError(said)

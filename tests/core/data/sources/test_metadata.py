@@ -7,6 +7,7 @@ import pickle
 from io import StringIO
 from pathlib import Path
 
+import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -292,6 +293,14 @@ def test_a_table_that_changes_within_its_size_and_date_is_read_again(tmp_path, c
     for cells in ("1" * 1000, "1" * 999 + "2", "3" + "1" * 999, "1" * 500 + "4" + "1" * 499):
         os.utime(write(path, f"a\n{cells}\n"), ns=(0, 0))
         assert read_metadata(path)[0] == {"a": cells}
+
+
+def test_a_table_in_a_store_is_told_by_its_version_and_not_read_for_a_digest(monkeypatch):
+    store = fsspec.filesystem("memory")
+    store.pipe("/tables/m.csv", b"a\n1\n")
+    monkeypatch.setattr(metadata, "sampled_digest", None)
+    assert list(read_metadata("memory://tables/m.csv")) == [{"a": "1"}]
+    store.rm("/tables", recursive=True)
 
 
 def test_a_table_that_cannot_be_converted_leaves_nothing_behind(tmp_path, cache):

@@ -136,7 +136,7 @@ def test_a_url_of_this_machine_is_never_asked_for(server, host, monkeypatch):
         ("/file", "leads to 'file:///etc/hostname'; expected an http or https URL"),
         ("/round", "is redirected more than 5 times"),
         ("/page", "is not an image that Pillow can read; it begins with b'<!DOCTYPE html>'"),
-        ("/gone.png", "could not be fetched in 3 tries: the server answers 404"),
+        ("/gone.png", "could not be fetched: the server answers 404"),
         ("/short", "could not be fetched in 3 tries: the connection ended 4 bytes early"),
     ],
 )
@@ -155,6 +155,28 @@ def test_a_redirect_within_the_public_is_followed(open_server):
 def test_a_busy_server_is_asked_three_times_with_growing_waits(open_server, waits):
     assert LoadImage()(f"{open_server.url}/busy.png").size == (32, 16)
     assert waits == [1, 2]
+
+
+def test_a_server_that_has_no_such_file_is_asked_once(open_server, waits):
+    with pytest.raises(ValueError, match="could not be fetched: the server answers 404"):
+        read_url(f"{open_server.url}/gone.png")
+    assert waits == [] and len(open_server.asked) == 1
+
+
+def test_a_connection_that_opens_after_the_limit_of_time_is_left(open_server, monkeypatch):
+    monkeypatch.setattr(urls, "SECONDS", 0)
+    monkeypatch.setattr(urls, "_abort", lambda connection: None)  # it comes before the socket is open
+    answers = []
+    monkeypatch.setattr(urls.HTTPConnection, "getresponse", lambda opened: answers.append(opened))
+    with pytest.raises(ValueError, match="it takes longer than 0 s"):
+        read_url(f"{open_server.url}/a.png")
+    assert answers == []
+
+
+def test_an_error_of_the_content_stays_what_it_is_after_the_limit_of_time(open_server, monkeypatch):
+    monkeypatch.setattr(urls, "SECONDS", 0)
+    with pytest.raises(ValueError, match="leads to 127.0.0.2"):
+        read_url("http://127.0.0.2/a.png")
 
 
 def test_a_file_without_end_is_left_at_the_limit_of_bytes(open_server, monkeypatch):
