@@ -36,6 +36,8 @@ def check_counters(counters: Any) -> None:
     expect(all(type(number) is int and number >= 0 for number in found), f"whole numbers as {', '.join(COUNTS)}")
     betas = counters.get("ema_betas", [])
     expect(isinstance(betas, list) and all(map(_is_number, betas)), "a list of numbers as ema_betas")
+    measured = counters.get("measured", {})
+    expect(isinstance(measured, dict) and all(map(_is_number, measured.values())), "metrics by name as measured")
     expect(isinstance(counters["meter"], dict), "a meter")
     for sums in counters["meter"].values():
         numbers = [*sums["loss"], sums["samples"], sums["grad_norm"], sums["steps"]]

@@ -261,6 +261,7 @@ CRAFTED = {
     "counters are numbers": with_content(setting("parts", "counters", value=3)),
     "counted steps are negative": with_content(setting("parts", "counters", "step", value=-1)),
     "counted steps are a text": with_content(setting("parts", "counters", "skipped_in_a_row", value="0")),
+    "a metric is a text": with_content(setting("parts", "counters", "measured", value={"loss": "0"})),
     "the meter is a list": with_content(setting("parts", "counters", "meter", value=[1])),
     "a sum is a text": with_content(setting("parts", "counters", "meter", "model", "grad_norm", value="0")),
     "weights are a number": with_content(setting("parts", "weights", value=3)),
