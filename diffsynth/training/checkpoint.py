@@ -295,7 +295,7 @@ def check_content(folder: Path, content: Mapping, state: "TrainingState") -> Non
         state.check(partial(load_part, folder, content, read=_on_meta))
     except DamagedCheckpoint as error:
         raise DamagedCheckpoint(f"{folder} holds no training state: {error}.") from error
-    except (KeyError, TypeError, AttributeError, IndexError, RecursionError) as error:
+    except (KeyError, TypeError, AttributeError, IndexError, RuntimeError) as error:  # RecursionError among them
         raise DamagedCheckpoint(f"{folder} holds no training state: {error!r:.300}.") from error
 
 

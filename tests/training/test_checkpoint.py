@@ -275,6 +275,7 @@ CRAFTED = {
     "a key is a list": with_content(setting(*ITEMS, 0, 0, value=[0])),
     "a moment's shape": with_tensors("optimizer", reshaped("state.0.exp_avg")),
     "an average's shape": with_tensors("ema", reshaped("0")),
+    "the average is one tensor": with_content(setting("parts", "ema", value={"__tensor__": "0"})),
     "the average is short": with_content(lambda content: content["parts"]["ema"].pop()),
 }
 DAMAGES += [pytest.param(damage, id=name) for name, damage in CRAFTED.items()]
