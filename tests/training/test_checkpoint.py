@@ -291,6 +291,12 @@ def test_a_damaged_checkpoint_is_named_and_passed_over_for_the_one_before(damage
     assert "step-000002" in line and "\n" not in line and len(line) < 600
 
 
+def test_an_altered_index_is_said_to_be_damaged(checkpoints, kept):
+    alter_the_index(checkpoints.path / "step-000002")
+    with pytest.raises(DamagedCheckpoint, match=r"checkpoint\.json is damaged: its checksum differs\.$"):
+        checkpoint.read_checkpoint(checkpoints.path / "step-000002")
+
+
 PLACES = st.lists(st.integers(0, 9), min_size=1, max_size=6)
 VALUES = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=3),
