@@ -3,12 +3,13 @@
 import os
 import shutil
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from ...core.files import check_replaceable, mark_as_made, replacing, replacing_folder
-from ...core.loader import ModelConfig, read_object
+from ...core.loader import ModelConfig, NotInRepository, read_object
 
 if TYPE_CHECKING:
     from ..base_pipeline import BasePipeline
@@ -23,12 +24,20 @@ def find_index(config: ModelConfig) -> Path | None:
 
     Args:
         config: Where the weights are, in a folder of the repository.
+
+    Raises:
+        FileNotFoundError: It is not on this machine, and the hub does not answer.
     """
     if config.path is None:
         try:
-            return replace(config, origin_file_pattern=["scheduler/", INDEX]).resolve()[-1]
-        except FileNotFoundError:  # the repository has none, or the hub does not answer
+            (index,) = replace(config, origin_file_pattern=INDEX).resolve()
+        except NotInRepository:
             return None
+        except FileNotFoundError as error:
+            raise FileNotFoundError(f"{error} Or set rest=none.") from error
+        with suppress(FileNotFoundError):  # `check_rest` names the component that is missing
+            replace(config, origin_file_pattern="scheduler/").resolve()
+        return index
     index = config.resolve()[0].parent.parent / INDEX
     return index if index.is_file() else None
 
