@@ -7,7 +7,7 @@ import difflib
 import math
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -76,9 +76,13 @@ def find_file(path: str | Path) -> Path:
     return next((file for file in inside if file.is_file()), Path(path))
 
 
-def prefixes(path: str | Path) -> set[str | None]:
-    """Prefixes of the networks that the keys in an adapter file name; None among them if some name none."""
-    return {owner(key) for key in read_shapes(find_file(path))}
+def prefixes(path: str | Path, known: Collection[str] = ()) -> set[str | None]:
+    """Prefixes of the networks that the keys in an adapter file name; None among them if some name none.
+
+    Args:
+        known: Those of the model's networks.
+    """
+    return {owner(key, known) for key in read_shapes(find_file(path))}
 
 
 def check_layers(module: nn.Module, tensors: Mapping[str, Tensor], path: str | Path) -> None:
