@@ -99,6 +99,8 @@ def check_layers(module: nn.Module, tensors: Mapping[str, Tensor], path: str | P
         raise ValueError(f"{path} has no tensor for {type(module).__name__}; choose an adapter of this model.")
     layers = {name: layer for name, layer in module.named_modules() if hasattr(layer, "weight")}
     found = by_layer(tensors)
+    if bare := [name for name, parts in found.items() if name in layers and "" in parts]:
+        raise ValueError(f"{path}: {bare[0]!r} is a layer and no part of an adapter; choose the file of an adapter.")
     if unknown := [name for name in found if name not in layers]:
         key = next(key for key in tensors if key.startswith(unknown[0]))
         nearest = difflib.get_close_matches(unknown[0], layers, 1)

@@ -278,6 +278,7 @@ def stating(**changes):
         (stating(), GOOD | {f"{QKV[0]}.lora_up.weight": torch.zeros(128, 2)}, "a second tensor has the meaning of"),
         (stating(), GOOD | {f"transformer.{QKV[0]}.alpha": torch.zeros(2)}, "to_q.alpha is .*, expected one finite"),
         (stating(), GOOD | {f"transformer.{QKV[0]}.diff": torch.zeros(128)}, "to_q.diff' belongs to no layer"),
+        (stating(), GOOD | {QKV[0]: torch.zeros(128, 128)}, "to_q' is a layer and no part of an adapter"),
         (stating(), {k: t[:, :1].repeat(1, 64) for k, t in GOOD.items()}, "takes 128 features; .* of another width"),
         (
             stating(),
