@@ -384,7 +384,8 @@ class PipelineNetworks(nn.Module):
         path, fuse = _one_file(path), fuse if hotload is None else not hotload
         name = model if isinstance(model, str) else next(n for n, m in self.named_children() if m is model)
         lora_files.load(self.named_model(name), path, self.layer_names(name), scale=alpha, fuse=fuse)
-        self.use_sampling_settings_of(path)
+        settings = sampling_settings.of_file(lora_files.find_file(path))
+        self.use_sampling_settings(settings, None if fuse else path)
 
     def clear_lora(self) -> None:
         """Remove all adapters that are not merged into the weights."""
