@@ -90,6 +90,7 @@ def launch_data_process_task(
         WorkerKilled: A process that reads files was killed; what was made is saved.
         TypeError: An input of the pipeline is neither plain data nor a file.
         FolderInUse: Another process makes, checks or tidies this cache.
+        OSError: The folder cannot be written.
     """
     folder = Path(path)
     with _locked(folder, accelerator):
@@ -106,11 +107,11 @@ def _locked(folder: Path, accelerator: "Accelerator") -> Iterator[None]:
         if accelerator.is_main_process:
             try:
                 stack.enter_context(locked(folder))
-            except FolderInUse as error:  # broadcast, so that none waits
-                refused = [str(error)]
-        (message,) = broadcast_object_list(refused)
-        if message:
-            raise FolderInUse(message)
+            except (FolderInUse, OSError) as error:  # broadcast, so that none waits
+                refused = [error]
+        (error,) = broadcast_object_list(refused)
+        if error is not None:
+            raise error
         yield
 
 
