@@ -404,6 +404,15 @@ def test_no_target_at_all_is_refused(pipe):
         find_layers(pipe.dit, (), "dit")
 
 
+@pytest.mark.parametrize(
+    "target, remedy",
+    [("*.to_q", "type 'to_q' for all"), ("to_q(", r"end in \['attn.add_k_proj'"), ("*", r"end in \['attn.add_k_proj'")],
+)
+def test_a_broken_expression_is_answered_with_one_that_matches(target, remedy, pipe):
+    with pytest.raises(ValueError, match=f"nor a regular expression .*; .*{remedy}"):
+        find_layers(pipe.dit, [target], "dit")
+
+
 @pytest.mark.parametrize("rank", [0, -1, 2.5])
 def test_a_rank_is_a_whole_number(rank):
     with pytest.raises(ValueError, match="lora.rank"):
