@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from diffsynth.core.loader import save_safetensors
 from diffsynth.diffusion.adapters import files
 from diffsynth.diffusion.adapters.lora import LoHa, LoKr, LoRA
+from diffsynth.diffusion.logger import ModelLogger
 
 QWEN, FLUX2 = FAMILIES[:2]
 EVERY = {"diffusers", "ComfyUI", "DiffSynth-Studio"}
@@ -82,8 +83,7 @@ def test_other_kinds_of_adapters_load_in_one_program(kind, options, format, expe
 
 @pytest.mark.parametrize("family", [QWEN, FLUX2], ids=str)
 def test_the_default_is_the_format_that_most_programs_load(family, tmp_path):
-    counts = {format: len(programs) for of_family, format, programs in LOADS if of_family is family}
-    assert counts["common"] == max(counts.values())
+    assert ModelLogger(output_path="x").formats == ("common",)
     module, updates = shaken(family, list(family.layers), use_rslora=True)
     file = exported(module, "common", tmp_path / "file.safetensors")
     assert programs_that_load(file, built(family).dit, family.name, updates) >= {"diffusers", "ComfyUI"}
