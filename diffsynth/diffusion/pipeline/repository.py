@@ -91,8 +91,8 @@ def _check_component(name: str, folder: Path) -> None:
 def _check_target(link: Path, folder: Path) -> None:
     if link.resolve() != folder.resolve():
         raise ValueError(
-            f"{link} would be replaced, but is a link to {link.resolve()} instead of {folder}; set another output=…, or "
-            "rest=none."
+            f"{link} would be replaced, but is a link to {link.resolve()} instead of {folder}; set another "
+            "output=…, or rest=none."
         )
 
 
