@@ -53,7 +53,8 @@ def fuse(
     index = None if rest == "none" else repository.find_index(model.keywords[adapted[0]])
     others = repository.component_folders(pipe, index) if index else {}
     others = {name: folder for name, folder in others.items() if Path(output, name) not in folders}
-    repository.check_rest(Path(output), others, inputs)
+    if index:
+        repository.check_rest(Path(output), index, others, inputs, rest)
     pipe.load_models(adapted, dtypes=dict.fromkeys(adapted, torch.float32))
     for path in paths:
         pipe.load_adapter(path, lora_scale, fuse=True)

@@ -66,6 +66,7 @@ def generate(
         warn_of_ignored,
     )
     from diffsynth.diffusion.pipeline.loaded_models import LoadedModels
+    from diffsynth.diffusion.pipeline.request import check_numbers
 
     pipe = model(device=choose_device(device))
     if seed == []:
@@ -84,6 +85,8 @@ def generate(
     ]
     if not overwrite:
         check_free(Path(output), len(requests), pipe.media.suffix)
+    given = {name: value for name, value in (options or {}).items() if value is not None}
+    check_numbers(pipe.request, given, "options.")
     shared = load_images(input_image=input_image, inpaint_mask=inpaint_mask)
     pipe.check_adapters(paths := [lora_path] if isinstance(lora_path, str) else lora_path or [])
     for path in paths:

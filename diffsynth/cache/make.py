@@ -10,7 +10,7 @@ If the process is killed, the same command continues with the entries that are m
 import logging
 from collections import Counter
 from collections.abc import Generator, Iterable, Iterator, Sequence
-from contextlib import ExitStack, closing, contextmanager
+from contextlib import AbstractContextManager, ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from itertools import chain, groupby, islice
 from pathlib import Path
@@ -90,6 +90,7 @@ def launch_data_process_task(
         WorkerKilled: A process that reads files was killed; what was made is saved.
         TypeError: An input of the pipeline is neither plain data nor a file.
         FolderInUse: Another process makes, checks or tidies this cache.
+        OSError: The folder cannot be written.
     """
     folder = Path(path)
     with _locked(folder, accelerator):
@@ -106,11 +107,11 @@ def _locked(folder: Path, accelerator: "Accelerator") -> Iterator[None]:
         if accelerator.is_main_process:
             try:
                 stack.enter_context(locked(folder))
-            except FolderInUse as error:  # broadcast, so that none waits
-                refused = [str(error)]
-        (message,) = broadcast_object_list(refused)
-        if message:
-            raise FolderInUse(message)
+            except (FolderInUse, OSError) as error:  # broadcast, so that none waits
+                refused = [error]
+        (error,) = broadcast_object_list(refused)
+        if error is not None:
+            raise error
         yield
 
 
@@ -255,9 +256,12 @@ class CacheMaker:
         """Yield each batch with the entries that one unit makes of it; the unit's networks are in memory meanwhile."""
         networks = self.module.pipe.models_of(self.keys.needed_units(unit), model_fn=False)
         decoded = self._load(_Decoded(self.dataset), map(self._inputs, batches))
-        with self.module.pipe.loaded(networks), decoded as loaded:
-            for batch, inputs in loaded:
-                yield batch, self._make_batch(batch, inputs)
+        try:
+            with self.module.pipe.loaded(networks), decoded as loaded:
+                for batch, inputs in loaded:
+                    yield batch, self._make_batch(batch, inputs)
+        except WorkerKilled as error:
+            raise WorkerKilled(f"{error} What was made is saved, and the same command goes on.") from None
 
     def _make_batch(self, batch: Sequence[CacheRequest], inputs: Sequence[Sides]) -> list[dict]:
         device = self.module.pipe.device
@@ -279,15 +283,9 @@ class CacheMaker:
     def _progress(self, steps: int, unit: str) -> ProgressBar:
         return ProgressBar(steps, visible=self.accelerator.is_main_process, unit=unit)
 
-    @contextmanager
-    def _load(self, dataset: Dataset, items: Iterable) -> Iterator[Iterator]:
+    def _load(self, dataset: Dataset, items: Iterable) -> AbstractContextManager[Iterator]:
         """Inside, an iterator over `dataset[item]` for all items in order; workers, if there are any, load ahead."""
-        options = {"sampler": items, "batch_size": None, "collate_fn": _unchanged}
-        try:
-            with loading(dataset, self.num_workers, **options) as loaded:
-                yield loaded
-        except WorkerKilled as error:
-            raise WorkerKilled(f"{error} What was made is saved, and the same command goes on.") from None
+        return loading(dataset, self.num_workers, sampler=items, batch_size=None, collate_fn=_unchanged)
 
 
 class _HashedVariants(Dataset):

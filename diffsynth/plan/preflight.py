@@ -15,6 +15,7 @@ from ..core.json_text import read_json, to_json
 from ..core.loader import ModelConfig
 from ..core.memory import MemoryRecipe
 from ..core.memory.sizes import shown_size
+from ..diffusion.pipeline.request import defaults_of
 from ..training.engines import Engine
 from ..training.run import Run
 from .budget import Budget, BudgetChoice
@@ -136,8 +137,11 @@ def pixels_of(run: PlacedRun) -> int:
     """Return the pixels of the largest micro-batch of the training, or of the validation's images if they are more."""
     sizes = [size for size in run.sizes if size is not None] or run.dataset.own_sizes
     trained = run.batches.micro_batch_size * max(map(math.prod, sizes), default=0)
-    sides = [run.validation.options.get(name) or 0 for name in ("height", "width")] if run.validation.prompts else [0]
-    return max(trained, len(run.validation.prompts) * math.prod(sides))
+    if not run.validation.prompts:
+        return trained
+    given = {name: value for name, value in run.validation.options.items() if value is not None}
+    sampled = {**defaults_of(run.model.func.__self__.request), **given}
+    return max(trained, len(run.validation.prompts) * sampled["height"] * sampled["width"])
 
 
 def check_one_image(run: PlacedRun, free: int) -> None:

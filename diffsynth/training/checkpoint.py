@@ -263,6 +263,8 @@ def read_checkpoint(folder: Path) -> dict:
     """
     try:
         content = _read_index(folder / INDEX)
+    except DamagedCheckpoint as error:
+        raise DamagedCheckpoint(f"{folder / INDEX} is damaged: {error}.") from error
     except (OSError, *MALFORMED) as error:
         raise DamagedCheckpoint(f"{folder / INDEX} cannot be read: {error!r:.300}") from error
     for name, expected in content["files"].items():
@@ -277,7 +279,8 @@ def _read_index(path: Path) -> dict:
     expect(path.stat().st_size <= INDEX_BYTES, f"at most {INDEX_BYTES} bytes")
     index = json.loads(path.read_text(encoding="utf-8"))
     content, digest = index["content"], index["digest"]
-    expect(_digest_of(content) == digest, "another checksum: it is damaged")
+    if _digest_of(content) != digest:
+        raise DamagedCheckpoint("its checksum differs")
     expect(all(isinstance(content[name], dict) for name in ("identity", "parts", "files")), "identity, parts and files")
     expect(type(content["step"]) is int and content["step"] >= 0, "a number of steps")
     expect(all(map(FILE_NAME.fullmatch, content["files"])), "names such as weights-00000.safetensors")
@@ -295,7 +298,7 @@ def check_content(folder: Path, content: Mapping, state: "TrainingState") -> Non
         state.check(partial(load_part, folder, content, read=_on_meta))
     except DamagedCheckpoint as error:
         raise DamagedCheckpoint(f"{folder} holds no training state: {error}.") from error
-    except (KeyError, TypeError, AttributeError, IndexError, RecursionError) as error:
+    except (KeyError, TypeError, AttributeError, IndexError, RuntimeError) as error:  # RecursionError among them
         raise DamagedCheckpoint(f"{folder} holds no training state: {error!r:.300}.") from error
 
 

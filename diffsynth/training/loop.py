@@ -103,8 +103,10 @@ class Trainer(LoopSettings):
                 # perhaps the export, which may fail and comes last for that reason.
                 state.set_mode("eval")
                 with state.meter.paused():
-                    values = {} if resumed else self._record(state, bar, done)
-                    self._save(state, values, done, ends, resumed)
+                    if not resumed:
+                        values = self._record(state, bar, done)
+                        state.measured = {name: values[name] for name in values if name == self.export.keep_best}
+                    self._save(state, done, ends, resumed)
                 if ends:
                     break
                 resumed = False
@@ -194,14 +196,13 @@ class Trainer(LoopSettings):
             self.logger.log(state.step, values, pictures)
         return values
 
-    def _save(self, state: TrainingState, values: Mapping[str, float], done: bool, ends: bool, resumed: bool) -> None:
+    def _save(self, state: TrainingState, done: bool, ends: bool, resumed: bool) -> None:
         """Save a checkpoint and export, each if it is due and the weights have not diverged.
 
         The export comes last, because the run can be finished without it: a resumed run has its checkpoint, and exports
         what it had no room for.
 
         Args:
-            values: The metrics of the current step.
             done, ends: See `_ends`.
             resumed: Whether the checkpoint of the current step exists already.
 
@@ -210,14 +211,14 @@ class Trainer(LoopSettings):
             OSError: The run ends, and the disk is full.
         """
         step = state.step
-        exports = self.export.due(step, _ended_epoch(self.order, step), done, values)
+        exports = self.export.due(step, _ended_epoch(self.order, step), done, state.measured)
         saves = not resumed and (ends or self.checkpoint.due(step))
         if not (exports or saves) or self._has_diverged(state, ends):
             return
         if saves:
             self.checkpoint.save_if_due(self.accelerator, state, self.identity, ends)
         if exports:
-            self._export(state, done, values)
+            self._export(state, done)
 
     def _has_diverged(self, state: TrainingState, ends: bool) -> bool:
         """Whether the weights are not to be saved: they are not finite, or the run goes on after a bad step.
@@ -236,12 +237,12 @@ class Trainer(LoopSettings):
             return True
         return False
 
-    def _export(self, state: TrainingState, done: bool, values: Mapping[str, float]) -> None:
+    def _export(self, state: TrainingState, done: bool) -> None:
         step, epoch = state.step, _ended_epoch(self.order, state.step)
         for weights in self.ema.weights:
             # Exporting gathers a copy of the weights, so the average must be in place before.
             with state.using(weights) if weights != "raw" else nullcontext(), state.exporting():
-                self.export.on_step_end(self.accelerator, state.model, step, epoch, done, values, weights)
+                self.export.on_step_end(self.accelerator, state.model, step, epoch, done, state.measured, weights)
 
 
 def launch_training_task(

@@ -36,6 +36,8 @@ def check_counters(counters: Any) -> None:
     expect(all(type(number) is int and number >= 0 for number in found), f"whole numbers as {', '.join(COUNTS)}")
     betas = counters.get("ema_betas", [])
     expect(isinstance(betas, list) and all(map(_is_number, betas)), "a list of numbers as ema_betas")
+    measured = counters.get("measured", {})
+    expect(isinstance(measured, dict) and all(map(_is_number, measured.values())), "metrics by name as measured")
     expect(isinstance(counters["meter"], dict), "a meter")
     for sums in counters["meter"].values():
         numbers = [*sums["loss"], sums["samples"], sums["grad_norm"], sums["steps"]]
@@ -81,8 +83,10 @@ def _alike(saved: Any, own: Any) -> bool:
 def check_average(state: "TrainingState", average: Any) -> None:
     """Check the average of the weights: one tensor of each weight's shape, or none without an EMA."""
     shapes = list(state.main.shapes.values()) if state.ema.average else []
-    expect(_are_floats(dict(enumerate(average or ()))), "an average of floating-point tensors")
-    expect([tuple(each.shape) for each in average or ()] == shapes, f"an average of {len(shapes)} tensors")
+    expect(isinstance(average, list | tuple | None), "a list of tensors as the average")
+    average = average or ()
+    expect(_are_floats(dict(enumerate(average))), "an average of floating-point tensors")
+    expect([tuple(each.shape) for each in average] == shapes, f"an average of {len(shapes)} tensors")
 
 
 def _are_floats(tensors: Any) -> bool:

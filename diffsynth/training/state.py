@@ -150,6 +150,7 @@ class TrainingState:
         self.model = self.engine.prepare(model, self.parts)
         self.step = self.skipped_steps = self.skipped_in_a_row = 0
         self.learning_rate = self._next_rate
+        self.measured: Mapping[str, float] = {}  # metrics of the current step that decide whether it is exported
         self.skipped_losses: Sequence[Tensor] = ()  # (b,) of each micro-batch, if the last step was skipped
         ema.start(self.engine.local(self.main.all))
 
@@ -265,6 +266,7 @@ class TrainingState:
                 "skipped_steps": self.skipped_steps,
                 "skipped_in_a_row": self.skipped_in_a_row,
                 "ema_betas": list(self.ema.betas),
+                "measured": dict(self.measured),
                 "meter": self.meter.state(),
             },
         }
@@ -307,6 +309,7 @@ class TrainingState:
         self.step, self.skipped_steps = counters["step"], counters["skipped_steps"]
         self.skipped_in_a_row = counters["skipped_in_a_row"]
         self.ema.betas = counters.get("ema_betas", [])  # absent in checkpoints from before ema.every
+        self.measured = counters.get("measured", {})  # absent in older checkpoints
         self.meter.restore(counters["meter"])
 
 

@@ -11,6 +11,7 @@ import shutil
 import signal
 import sqlite3
 from collections.abc import Callable
+from contextlib import contextmanager
 from datetime import date
 from itertools import chain
 from pathlib import Path
@@ -26,11 +27,13 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from diffsynth.cache import make as making
 from diffsynth.cache.keys import CacheKeys
 from diffsynth.cache.make import CacheReport, launch_data_process_task
 from diffsynth.cache.verify import collect_garbage, stats, verify
 from diffsynth.core.data import AddressedDataset, Augmentation, CachedDataset, MixedDataset, Sample, UnifiedDataset
 from diffsynth.core.data.cache import CacheIndex, Shard, keys_of
+from diffsynth.core.data.loading import WorkerKilled, loading
 from diffsynth.core.input_files import changed, describe
 from diffsynth.core.loader import ModelConfig
 from diffsynth.core.process import locks
@@ -729,6 +732,36 @@ def test_a_cache_that_another_process_writes_is_refused_and_left_alone(use, tmp_
         with pytest.raises(FolderInUse, match=f"cache is in use by process {process.pid} on .*; wait until it ends"):
             use(folder)
         assert {path.name for path in folder.iterdir()} == {unfinished.name, LOCK}
+
+
+def test_all_processes_hear_that_a_folder_cannot_be_written(tmp_path, monkeypatch):
+    def refuse(folder):
+        raise PermissionError(13, "Permission denied", str(folder))
+
+    heard = []
+    monkeypatch.setattr(making, "locked", refuse)
+    monkeypatch.setattr(making, "broadcast_object_list", lambda found: heard.extend(found) or found)
+    with pytest.raises(PermissionError):
+        make(tmp_path)
+    assert [type(error) for error in heard] == [PermissionError]
+
+
+@pytest.mark.parametrize("phase, saved", [(0, False), (1, True)], ids=["planning", "making"])
+def test_a_killed_worker_ends_with_what_is_saved_if_anything_is(phase, saved, tmp_path, monkeypatch):
+    begun = []
+
+    @contextmanager
+    def load(*arguments, **options):
+        begun.append(arguments)
+        if len(begun) > phase:
+            raise WorkerKilled("A worker was killed.")
+        with loading(*arguments, **options) as loaded:
+            yield loaded
+
+    monkeypatch.setattr(making, "loading", load)
+    with pytest.raises(WorkerKilled) as killed:
+        make(tmp_path)
+    assert ("What was made is saved" in str(killed.value)) == saved
 
 
 def test_a_cache_that_cannot_be_written_is_verified(cache, monkeypatch):

@@ -1,4 +1,4 @@
-"""What a wrong command line or experiment is answered."""
+"""Error messages for a wrong command line or experiment."""
 
 import re
 import sys

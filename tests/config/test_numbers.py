@@ -124,6 +124,13 @@ def test_every_number_of_a_script_has_a_range(entry):
         assert_in_range(name, types, lambda value, n=name: answer(schema, {n: value}))
 
 
+def test_of_two_wrong_numbers_the_first_field_is_named():
+    request = FAMILIES[0].pipeline.request
+    wrong = [name for name in numbers_of(request) if name in ("height", "width", "cfg_scale", "num_inference_steps")]
+    with pytest.raises(ValueError, match=f"^options.{wrong[0]} is -1;"):
+        check_numbers(request, dict.fromkeys(reversed(wrong), -1), "options.")
+
+
 @pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
 def test_every_number_of_a_request_has_a_range(family):
     request = family.pipeline.request

@@ -376,6 +376,10 @@ def test_only_the_first_process_judges_whether_a_run_is_small(tmp_path, monkeypa
         ([], True),
         (["dataset.height=8192", "dataset.width=8192"], False),
         (["batch_size=100000"], False),
+        (
+            ["validation=base", "validation.prompts=[a]", "+validation.options={height:null,width:null}"],
+            False,
+        ),  # 1328 x 1328
         (["validation=base", "validation.prompts=[a]", "+validation.options={height:8192,width:8192}"], False),
         (["lora=none"], True),
     ],

@@ -1,4 +1,4 @@
-"""What a mistake is answered: the rows of docs/errors.md, which `make errors` writes and test_errors.py compares."""
+"""Error messages, by mistake: the rows of docs/errors.md, which `make errors` writes and test_errors.py compares."""
 
 import math
 import shlex
@@ -13,10 +13,11 @@ from PIL import Image
 from safetensors.torch import save
 
 PAGE = ROOT / "docs" / "errors.md"
-HEAD = """# What a mistake is answered
+HEAD = """# Error messages, by mistake
 
-Every mistake ends before weights are read, in one line, with exit status 1 ([runs.md](runs.md) lists others). `FOLDER`
-stands for a folder with the files of the case. `make errors` runs these commands and writes this page.
+Every mistake on this page is found before weights are read; the answer is one line, and the exit status is 1
+([runs.md](runs.md) lists others). `FOLDER` stands for a folder with the files of the case. `make errors` runs these
+commands and writes this page.
 """
 COLUMNS = ("| typed | status | answer |", "| --- | --- | --- |")
 TRACEBACK = "(DIFFSYNTH_TRACEBACK=1 shows where this was raised)"

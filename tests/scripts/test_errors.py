@@ -1,4 +1,4 @@
-"""docs/errors.md says what mistakes are answered; each line is what the command answers now."""
+"""Each line of docs/errors.md is what the command answers now."""
 
 import os
 

@@ -1,6 +1,7 @@
 """Merging adapters from the command line: which folders it may write over."""
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -8,7 +9,10 @@ import tiny
 import torch
 from safetensors.torch import load_file, save_file
 
+from diffsynth.core.files import mark_as_made
+from diffsynth.core.loader import ModelConfig, model_config
 from diffsynth.diffusion.pipeline import networks
+from diffsynth.diffusion.pipeline.repository import INDEX, find_index
 
 PARTS = {"dit": "transformer", "text_encoder": "text_encoder", "vae": "vae", "tokenizer": "tokenizer"}
 
@@ -32,7 +36,7 @@ def fuse(adapter: Path, output: Path, *overrides: str) -> list[Path]:
 def refusal(monkeypatch, *given) -> str:
     """What it says before it reads weights."""
     monkeypatch.setattr(networks, "load_weights", None)
-    with pytest.raises(ValueError) as refused:
+    with pytest.raises((ValueError, OSError)) as refused:
         fuse(*given)
     return str(refused.value)
 
@@ -53,18 +57,72 @@ def test_the_base_that_is_read_is_not_replaced(adapter, tmp_path, monkeypatch):
     assert (base / "transformer" / "config.json").read_bytes() == before
 
 
+@pytest.fixture
+def base(tmp_path) -> tuple[Path, list[str]]:
+    """A whole repository, and the settings that name its parts."""
+    folder = Path(shutil.copytree(tiny.model(), tmp_path / "base"))
+    shutil.copytree("models/emoji/scheduler", folder / "scheduler", dirs_exist_ok=True)
+    shutil.copy("models/emoji/model_index.json", folder)
+    return folder, [f"model.{key}.path={folder}/{name}" for key, name in PARTS.items()]
+
+
+def refuse_links(*_, **__):
+    raise PermissionError(1, "Operation not permitted")
+
+
+def own_index(output: Path, monkeypatch) -> str:
+    (output / "model_index.json").write_text("{}")
+    return "model_index.json would be replaced"
+
+
+def own_link(output: Path, monkeypatch) -> str:
+    (output / "mine").mkdir()
+    (output / "vae").symlink_to(output / "mine")
+    return "vae would be replaced, but is a link to"
+
+
+def no_links(output: Path, monkeypatch) -> str:
+    (output / "vae").mkdir()
+    mark_as_made(output / "vae")
+    monkeypatch.setattr(Path, "symlink_to", refuse_links)
+    return "set rest=copy"
+
+
+def no_configuration(output: Path, monkeypatch) -> str:
+    (output.parent / "base" / "vae" / "config.json").rename(output.parent / "config.json")
+    return "base/vae, the vae, has no config.json"
+
+
+@pytest.mark.parametrize("make", [own_index, own_link, no_links, no_configuration])
+def test_what_the_rest_cannot_be_written_over_is_refused_and_kept(make, base, adapter, tmp_path, monkeypatch):
+    output = tmp_path / "out"
+    output.mkdir()
+    expected = make(output, monkeypatch)
+    before = sorted(output.rglob("*"))
+    config = [f"model.vae.config={tmp_path}/config.json"] if make is no_configuration else []
+    assert expected in refusal(monkeypatch, adapter, output, *base[1], *config)
+    assert sorted(output.rglob("*")) == before
+
+
+def test_an_index_that_cannot_be_fetched_is_an_error_but_none_is_an_answer(tmp_path, monkeypatch):
+    here = ModelConfig(model_id="a/b", local_model_path=str(tmp_path), skip_download=True)
+    with pytest.raises(FileNotFoundError, match=r"Or set rest=none\.$"):
+        find_index(here)
+    with monkeypatch.context() as patch:
+        patch.setattr(model_config, "answers", lambda endpoint: True)
+        patch.setattr(model_config, "_hub", lambda source: ("hub", lambda *_, **__: None))
+        assert find_index(replace(here, skip_download=False)) is None
+    here.folder.mkdir(parents=True, exist_ok=True)
+    (here.folder / INDEX).write_text("{}")
+    assert find_index(here) == here.folder / INDEX  # although there is no scheduler
+
+
 @pytest.mark.parametrize("rest", ["link", "copy"])
-def test_diffusers_loads_the_merged_repository(rest, adapter, tmp_path):
+def test_diffusers_loads_the_merged_repository(rest, base, adapter, tmp_path):
     from diffusers import DiffusionPipeline
 
-    base = tiny.model()
-    shutil.copytree("models/emoji/scheduler", tmp_path / "base" / "scheduler")
-    shutil.copy("models/emoji/model_index.json", tmp_path / "base")
-    for part in base.iterdir():
-        if part.is_dir() and part.name != "scheduler":
-            shutil.copytree(part, tmp_path / "base" / part.name)
-    parts = [f"model.{key}.path={tmp_path}/base/{name}" for key, name in PARTS.items()]
-    (merged,) = fuse(adapter, tmp_path / "out", f"rest={rest}", *parts)
+    for _ in range(2):  # what it has made itself is replaced
+        (merged,) = fuse(adapter, tmp_path / "out", f"rest={rest}", *base[1])
     if rest == "copy":
         shutil.rmtree(tmp_path / "base")
     loaded = DiffusionPipeline.from_pretrained(tmp_path / "out").transformer.state_dict()

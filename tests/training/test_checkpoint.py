@@ -261,6 +261,7 @@ CRAFTED = {
     "counters are numbers": with_content(setting("parts", "counters", value=3)),
     "counted steps are negative": with_content(setting("parts", "counters", "step", value=-1)),
     "counted steps are a text": with_content(setting("parts", "counters", "skipped_in_a_row", value="0")),
+    "a metric is a text": with_content(setting("parts", "counters", "measured", value={"loss": "0"})),
     "the meter is a list": with_content(setting("parts", "counters", "meter", value=[1])),
     "a sum is a text": with_content(setting("parts", "counters", "meter", "model", "grad_norm", value="0")),
     "weights are a number": with_content(setting("parts", "weights", value=3)),
@@ -274,6 +275,7 @@ CRAFTED = {
     "a key is a list": with_content(setting(*ITEMS, 0, 0, value=[0])),
     "a moment's shape": with_tensors("optimizer", reshaped("state.0.exp_avg")),
     "an average's shape": with_tensors("ema", reshaped("0")),
+    "the average is one tensor": with_content(setting("parts", "ema", value={"__tensor__": "0"})),
     "the average is short": with_content(lambda content: content["parts"]["ema"].pop()),
 }
 DAMAGES += [pytest.param(damage, id=name) for name, damage in CRAFTED.items()]
@@ -287,6 +289,12 @@ def test_a_damaged_checkpoint_is_named_and_passed_over_for_the_one_before(damage
     assert all(map(torch.equal, weights(fresh), kept[1]))
     (line,) = [record.message for record in caplog.records if "damaged" in record.message]
     assert "step-000002" in line and "\n" not in line and len(line) < 600
+
+
+def test_an_altered_index_is_said_to_be_damaged(checkpoints, kept):
+    alter_the_index(checkpoints.path / "step-000002")
+    with pytest.raises(DamagedCheckpoint, match=r"checkpoint\.json is damaged: its checksum differs\.$"):
+        checkpoint.read_checkpoint(checkpoints.path / "step-000002")
 
 
 PLACES = st.lists(st.integers(0, 9), min_size=1, max_size=6)

@@ -1,5 +1,6 @@
 """A run that was cut off, or asked to stop, goes on as if nothing had been."""
 
+import json
 import multiprocessing
 import os
 import shutil
@@ -94,12 +95,16 @@ def test_an_export_that_fails_leaves_the_checkpoint_of_its_step_and_is_made_up_f
     def fail(*_):
         raise OSError("no space left")
 
+    overrides = ["max_steps=1", *EVALUATING, "export.keep_best=held_out_loss"]
     with monkeypatch.context() as patch, pytest.raises(OSError, match="no space left"):
-        patch.setattr(ModelLogger, "save", fail)
-        tiny.train(tmp_path, "max_steps=1")
+        patch.setattr(ModelLogger, "_write", fail)
+        tiny.train(tmp_path, *overrides)
     assert [path.name for path in tmp_path.glob("*/checkpoints/step-*")] != []
-    run_dir = tiny.train(tmp_path, "max_steps=1")
-    assert tiny.weights(run_dir) == ["step-1.safetensors"] and len(tiny.metrics(run_dir)) == 1
+    run_dir = tiny.train(tmp_path, *overrides)
+    assert tiny.weights(run_dir) == ["best.json", "best.safetensors", "step-1.safetensors"]
+    assert [line["step"] for line in tiny.metrics(run_dir)] == [0, 1]
+    best = json.loads((run_dir / "weights" / "best.json").read_text())
+    assert best["step"] == 1 and best["value"] == tiny.metrics(run_dir)[-1]["held_out_loss"]
 
 
 def test_a_run_goes_on_from_the_checkpoint_before_a_damaged_one(cut_off_at_the_end, tmp_path):

@@ -436,8 +436,8 @@ class UnifiedDataset(TrainingData):
         return ", ".join(str(row[key]) for key in self.data_file_keys if key in row)
 
     def _describe(self, faults: list[SkippedRow]) -> str:
-        first = "\n  ".join(map(str, faults[:5]))
-        more = f"\n  and {len(faults) - 5} more" if len(faults) > 5 else ""
+        first = "\n  ".join(f"{str(fault).rstrip('.')}." for fault in faults[:5])
+        more = f"\n  and {len(faults) - 5} more." if len(faults) > 5 else ""
         or_skip = ", or skip them with dataset.on_error=skip" if len(faults) < len(self.scanned) else ""
         return (
             f"{len(faults)} of {len(self.scanned)} rows of {self.metadata_path} cannot be used:\n  {first}{more}\n"

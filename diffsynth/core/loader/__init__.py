@@ -1,7 +1,7 @@
 """Find a model's files, on this machine or on a hub, and load them into a module."""
 
 from .foreign import read_object, read_pretrained
-from .model_config import ModelConfig, refuse_pickle
+from .model_config import ModelConfig, NotInRepository, refuse_pickle
 from .weights import (
     build_module,
     check_weights,
@@ -20,6 +20,7 @@ from .weights import (
 
 __all__ = [
     "ModelConfig",
+    "NotInRepository",
     "build_module",
     "check_weights",
     "drop_weights",

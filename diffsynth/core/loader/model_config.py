@@ -14,6 +14,11 @@ SOURCES = ("modelscope", "huggingface")
 PICKLE_SUFFIXES = {".bin", ".pt", ".pth", ".ckpt"}
 SHARD = re.compile(r"[^/\\:\0]+\.\w+")  # a file in a folder
 SHARD_NAME = re.compile(r"(?P<stem>.+)-\d{5}-of-(?P<count>\d{5})(?P<suffix>\..+)")
+NO_SUCH_FILE = "has no such file"
+
+
+class NotInRepository(FileNotFoundError):
+    """The hub has answered, and its repository has no such file."""
 
 
 @dataclass
@@ -101,6 +106,7 @@ class ModelConfig:
             The files sorted by name; for a pattern that is a folder, the folder.
 
         Raises:
+            NotInRepository: Files are absent, here and on the hub.
             FileNotFoundError: Files are absent and could not be downloaded.
         """
         if self.path is not None:
@@ -113,7 +119,7 @@ class ModelConfig:
         if self._is_incomplete(pattern):
             reason = self._download(pattern)
         if absent := self._absent(pattern):
-            raise FileNotFoundError(
+            raise (NotInRepository if reason.endswith(NO_SUCH_FILE) else FileNotFoundError)(
                 f"{self.model_id}: {', '.join(absent)} not found in {self.folder} ({reason}). Copy the files there, "
                 f"or set DIFFSYNTH_MODEL_BASE_PATH to the folder that holds {self.model_id}/, "
                 "or DIFFSYNTH_DOWNLOAD_SOURCE to modelscope or huggingface, and leave DIFFSYNTH_SKIP_DOWNLOAD unset."
@@ -147,7 +153,7 @@ class ModelConfig:
             return f"{endpoint} does not answer"
         with locked(self.folder):  # all processes of a run call this; the first one downloads
             error = self._take_snapshot(snapshot_download, pattern) if self._is_incomplete(pattern) else None
-        return f"{endpoint} has no such file" if error is None else f"{endpoint} answered: {error}"
+        return f"{endpoint} {NO_SUCH_FILE}" if error is None else f"{endpoint} answered: {error}"
 
     def _take_snapshot(self, snapshot_download: Callable, pattern: str) -> str | None:
         """Download the files of a pattern; return the client's error."""

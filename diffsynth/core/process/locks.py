@@ -358,5 +358,5 @@ def _in_use(folder: Path, owner: Mapping | None) -> str:
     who = "another process"
     if owner is not None:
         since = datetime.fromtimestamp(owner["started"]).isoformat(" ", "seconds")
-        who = f"process {owner['pid']} on {owner['host']}, which runs since {since}"
+        who = f"process {owner['pid']} on {owner['host']}, running since {since}"
     return f"{folder} is in use by {who}; wait until it ends, stop it there, or choose another folder."

@@ -7,7 +7,7 @@ import difflib
 import math
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -76,9 +76,13 @@ def find_file(path: str | Path) -> Path:
     return next((file for file in inside if file.is_file()), Path(path))
 
 
-def prefixes(path: str | Path) -> set[str | None]:
-    """Prefixes of the networks that the keys in an adapter file name; None among them if some name none."""
-    return {owner(key) for key in read_shapes(find_file(path))}
+def prefixes(path: str | Path, known: Collection[str] = ()) -> set[str | None]:
+    """Prefixes of the networks that the keys in an adapter file name; None among them if some name none.
+
+    Args:
+        known: Those of the model's networks.
+    """
+    return {owner(key, known) for key in read_shapes(find_file(path))}
 
 
 def check_layers(module: nn.Module, tensors: Mapping[str, Tensor], path: str | Path) -> None:
@@ -95,6 +99,8 @@ def check_layers(module: nn.Module, tensors: Mapping[str, Tensor], path: str | P
         raise ValueError(f"{path} has no tensor for {type(module).__name__}; choose an adapter of this model.")
     layers = {name: layer for name, layer in module.named_modules() if hasattr(layer, "weight")}
     found = by_layer(tensors)
+    if bare := [name for name, parts in found.items() if name in layers and "" in parts]:
+        raise ValueError(f"{path}: {bare[0]!r} is a layer and no part of an adapter; choose the file of an adapter.")
     if unknown := [name for name in found if name not in layers]:
         key = next(key for key in tensors if key.startswith(unknown[0]))
         nearest = difflib.get_close_matches(unknown[0], layers, 1)

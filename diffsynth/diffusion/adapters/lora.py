@@ -231,7 +231,7 @@ def find_layers(module: nn.Module, targets: Sequence[str] | str, model: str) -> 
     if isinstance(targets, str):
         targets = targets.split(",") if "," in targets else [targets]
     for target in targets:
-        _check_expression(target)
+        _check_expression(target, layers)
     found = {target: [name for name in layers if _matches(target, name)] for target in targets}
     missing = [target for target, names in found.items() if not names]
     if missing or not found:
@@ -239,13 +239,18 @@ def find_layers(module: nn.Module, targets: Sequence[str] | str, model: str) -> 
     return sorted(set().union(*found.values()), key=layers.index)
 
 
-def _check_expression(target: str) -> None:
+def _check_expression(target: str, layers: Sequence[str]) -> None:
     try:
         re.compile(target)
     except re.error as error:
+        end = target.strip("*.")
+        is_end = any(f".{name}".endswith(f".{end}") for name in layers)
+        remedy = (
+            f"type {end!r} for all layers whose names end so" if is_end else f"the layers end in {_endings(layers)}"
+        )
         raise ValueError(
             f"lora.target_modules: {target!r} is neither the end of a layer's name nor a regular expression ({error}); "
-            f"type {target.strip('*.')!r} for all layers whose names end so."
+            f"{remedy}."
         ) from error
 
 
@@ -253,8 +258,12 @@ def _matches(target: str, name: str) -> bool:
     return name == target or name.endswith("." + target) or re.fullmatch(target, name) is not None
 
 
+def _endings(layers: Sequence[str]) -> list[str]:
+    return sorted({re.sub(r"^.*\.\d+\.", "", name) for name in layers})
+
+
 def _no_match(missing: Sequence[str], layers: Sequence[str], model: str) -> str:
-    endings = sorted({re.sub(r"^.*\.\d+\.", "", name) for name in layers})
+    endings = _endings(layers)
     tails = [name.split(".", start)[-1] for name in endings for start in range(name.count(".") + 1)]
     nearest = difflib.get_close_matches(missing[0], tails, 1) if missing else []
     hint = f" Did you mean {nearest[0]!r}?" if nearest else ""

@@ -57,6 +57,7 @@ class LayerNames:
         original: Names of layers in the model's original code, with `*` for a block's number, and the layers here that
             each stands for. Several layers share the outputs of a fused one in equal parts.
         swapped: The names in `original` of layers whose outputs here have their halves in the other order.
+        others: Prefixes of the model's other networks, whose layers a file may have as well.
     """
 
     prefix: str
@@ -64,6 +65,7 @@ class LayerNames:
     common: Literal["comfyui", "diffusers"] = "diffusers"
     original: Mapping[str, str | tuple[str, ...]] = field(default_factory=dict)
     swapped: tuple[str, ...] = ()
+    others: tuple[str, ...] = ()
 
     def is_swapped(self, name: str) -> bool:
         """Whether a layer's name in a file says that the halves of its outputs are in the other order."""
@@ -108,21 +110,21 @@ def _older_names(layer: str) -> list[str]:
     return [f"{parent}.processor.{last}", f"{parent}.{last}"]
 
 
-def owner(key: str) -> str | None:
-    """Prefix of the network that a key in an adapter file names; None if it names none."""
+def owner(key: str, prefixes: Iterable[str] = ()) -> str | None:
+    """Prefix of the network that a key in an adapter file names; None if it names none.
+
+    Args:
+        prefixes: Those of the model's networks, if it has other ones than `STARTS`.
+    """
     bare = key.removeprefix(WRAPPER)
-    return next((prefix for prefix, starts in STARTS.items() if bare.startswith(starts)), None)
+    return next((prefix for prefix in (*prefixes, *STARTS) if bare.startswith(_starts(prefix))), None)
 
 
-def _of_network(keys: Iterable[str], prefix: str) -> list[str]:
+def _of_network(keys: Iterable[str], names: LayerNames) -> list[str]:
     """The keys that name a network; those that name none belong to the transformer, or to the only one in a file."""
-    owners = {key: _owner(key, prefix) for key in keys}
-    bare = prefix == "transformer" or set(owners.values()) == {None}
-    return [key for key, name in owners.items() if name == prefix or (bare and name is None)]
-
-
-def _owner(key: str, prefix: str) -> str | None:
-    return prefix if key.removeprefix(WRAPPER).startswith(_starts(prefix)) else owner(key)
+    owners = {key: owner(key, (names.prefix, *names.others)) for key in keys}
+    bare = names.prefix == "transformer" or set(owners.values()) == {None}
+    return [key for key, name in owners.items() if name == names.prefix or (bare and name is None)]
 
 
 def _starts(prefix: str) -> tuple[str, ...]:
@@ -146,7 +148,7 @@ def peft_names(
             among the layers here.
     """
     known, found = names.of_network(network), {}
-    for name, parts in _by_layer(tensors, names.prefix, known, source).items():
+    for name, parts in _by_layer(tensors, names, known, source).items():
         layers = known.get(name, (name,))
         alpha = parts.pop("alpha", None)
         scale = _scale(alpha, rank(parts), f"{source}: {name}") if alpha is not None else 1.0
@@ -161,14 +163,14 @@ def peft_names(
 
 
 def _by_layer(
-    tensors: Mapping[str, Tensor], prefix: str, known: Mapping[str, tuple[str, ...]], source: str
+    tensors: Mapping[str, Tensor], names: LayerNames, known: Mapping[str, tuple[str, ...]], source: str
 ) -> dict[str, Parts]:
     """The tensors of a network by the layer's name in the file, and by peft's name of the part ("" if it has none)."""
     by_layer: dict[str, Parts] = defaultdict(dict)
-    for key in _of_network(tensors, prefix):
+    for key in _of_network(tensors, names):
         plain = key.replace(".default.", ".").removesuffix(".default")
         ending = next((ending for ending in ENDINGS if plain.endswith(ending)), "")
-        parts = by_layer[_without_start(plain.removesuffix(ending), prefix, known)]
+        parts = by_layer[_without_start(plain.removesuffix(ending), names.prefix, known)]
         part = ENDINGS.get(ending, "")
         _refuse_twice({key} if part in parts else (), source)
         parts[part] = tensors[key].flatten() if ending == ".dora_scale" else tensors[key]

@@ -23,7 +23,7 @@ class Network:
         *kinds: Classes that the network may have: the name of a class of diffusers or transformers, as its config.json
             has it, or a subclass of such a class, which is then built instead.
         after: Function that is called with the network when it is built, before its weights are read.
-        lora: Names of the network in adapter files, or only diffusers' name of it; None for a network without LoRAs.
+        lora: Names of the network in adapter files, or only diffusers' name of it; None is its attribute.
     """
 
     def __init__(

@@ -45,7 +45,7 @@ def read_prompts(prompt: str | Sequence[str]) -> list[str]:
         with open_text(prompt, "utf-8") as file:
             lines = [line.strip() for line in file]
     except UnicodeDecodeError as error:
-        raise ValueError(f"{prompt}: {error}; save it as UTF-8") from error
+        raise ValueError(f"{prompt} is not UTF-8 ({error.reason} at byte {error.start}); save it as UTF-8.") from error
     if not any(lines):
         raise ValueError(f"{prompt} holds no prompt; write one per line.")
     return [line for line in lines if line]

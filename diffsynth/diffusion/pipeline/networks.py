@@ -2,7 +2,7 @@
 
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -92,13 +92,13 @@ class PipelineNetworks(nn.Module):
 
     @property
     def lora_prefixes(self) -> dict[str, str]:
-        """First part of the keys in LoRA files, by network; networks without LoRAs are left out."""
-        return {name: network.lora.prefix for name, network in self.networks().items() if network.lora is not None}
+        """First part of the keys in LoRA files, by network."""
+        return {name: _layer_names(name, network).prefix for name, network in self.networks().items()}
 
     def layer_names(self, name: str) -> LayerNames:
         """Names of a network and its layers in adapter files."""
-        network = self.networks().get(name)
-        return network.lora if network is not None and network.lora is not None else LayerNames(prefix=name)
+        own = _layer_names(name, self.networks().get(name))
+        return replace(own, others=tuple(prefix for prefix in self.lora_prefixes.values() if prefix != own.prefix))
 
     @classmethod
     def from_pretrained(
@@ -384,7 +384,8 @@ class PipelineNetworks(nn.Module):
         path, fuse = _one_file(path), fuse if hotload is None else not hotload
         name = model if isinstance(model, str) else next(n for n, m in self.named_children() if m is model)
         lora_files.load(self.named_model(name), path, self.layer_names(name), scale=alpha, fuse=fuse)
-        self.use_sampling_settings_of(path)
+        settings = sampling_settings.of_file(lora_files.find_file(path))
+        self.use_sampling_settings(settings, None if fuse else path)
 
     def clear_lora(self) -> None:
         """Remove all adapters that are not merged into the weights."""
@@ -410,10 +411,14 @@ class PipelineNetworks(nn.Module):
 
     def adapted_by(self, path: str | Path) -> list[str]:
         """Names of the models that an adapter file is for; the predicting network if its keys name none."""
-        named, main = lora_files.prefixes(path), self.in_iteration_models[0]
+        named, main = lora_files.prefixes(path, self.lora_prefixes.values()), self.in_iteration_models[0]
         adapted = [name for name, prefix in self.lora_prefixes.items() if prefix in named]
         bare = [main] if None in named and main not in adapted else []
         return [*bare, *adapted] or [main]
+
+
+def _layer_names(name: str, network: Network | None) -> LayerNames:
+    return (network and network.lora) or LayerNames(prefix=name)
 
 
 def _one_file(path: str | Path | ModelConfig) -> str | Path:

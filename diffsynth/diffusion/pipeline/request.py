@@ -133,17 +133,20 @@ def parameters_of(request: type[ImageRequest]) -> list[inspect.Parameter]:
     ]
 
 
-def check_numbers(request: type[ImageRequest], arguments: Mapping[str, Any]) -> None:
+def check_numbers(request: type[ImageRequest], arguments: Mapping[str, Any], path: str = "") -> None:
     """Check the numbers among a call's arguments against their ranges.
 
+    Args:
+        path: What stands before an argument's name where it is typed, such as `options.`.
+
     Raises:
-        ValueError: One is out of its range, or is no number.
+        ValueError: One is out of its range, or is no number; the first by the order of the request's fields.
     """
     hints = annotations_of(request)
-    for name in arguments.keys() & hints.keys():
+    for name in [name for name in hints if name in arguments]:
         if not allows(hints[name], arguments[name]):
             found = arguments[name]
-            raise ValueError(f"{name} is {found!r}; expected {expected(hints[name], found)}.")
+            raise ValueError(f"{path}{name} is {found!r}; expected {expected(hints[name], found)}.")
 
 
 def typed(request: type[ImageRequest], name: str, value: Any) -> Any:

@@ -52,8 +52,7 @@ class LocalLogger:
             self.lines.append(step, values)
             self._send(step, lambda tracker: tracker.log(step, values))
         for name, path in (pictures or {}).items():
-            picture = read_image(str(path))
-            self._send(step, lambda tracker, name=name, picture=picture: tracker.picture(step, name, picture))
+            self._send(step, lambda tracker, name=name, path=path: tracker.picture(step, name, read_image(str(path))))
 
     def _send(self, step: int, send: Callable[[Tracker], None]) -> None:
         """Call `send` with each tracker; one whose files cannot be written is opened anew the next time."""

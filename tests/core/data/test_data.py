@@ -182,7 +182,7 @@ def test_scan_reports_the_first_five_rows_and_counts_all(folder):
     lines = str(error.value).splitlines()
     assert lines[0].startswith("40 of 41 rows")
     assert [line.split(":")[0].strip() for line in lines[1:6]] == [f"row {n}" for n in range(2, 7)]
-    assert lines[6:] == ["  and 35 more", "Correct them, or skip them with dataset.on_error=skip."]
+    assert lines[6:] == ["  and 35 more.", "Correct them, or skip them with dataset.on_error=skip."]
 
 
 def test_scan_that_leaves_nothing_is_an_error(folder):

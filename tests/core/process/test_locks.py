@@ -43,9 +43,8 @@ def test_a_folder_of_a_living_process_is_refused_by_its_host_and_pid(tmp_path):
     with kills.owner(tmp_path / "a") as process, pytest.raises(FolderInUse) as refused:
         locks.hold(tmp_path / "a")
     said = str(refused.value)
-    assert said.startswith(
-        f"{tmp_path / 'a'} is in use by process {process.pid} on {socket.gethostname()}, which runs "
-    )
+    owner = f"process {process.pid} on {socket.gethostname()}, running since "
+    assert said.startswith(f"{tmp_path / 'a'} is in use by {owner}")
     assert said.endswith("; wait until it ends, stop it there, or choose another folder.") and "\n" not in said
 
 

@@ -1,3 +1,4 @@
+import json
 import re
 from dataclasses import replace
 
@@ -14,6 +15,7 @@ from diffsynth.core.loader import save_safetensors
 from diffsynth.diffusion.adapters.formats import FORMATS
 from diffsynth.diffusion.adapters.lora import LoHa, LoKr, LoRA, find_layers
 from diffsynth.diffusion.logger import ModelLogger
+from diffsynth.diffusion.pipeline.sampling_settings import METADATA_KEY
 from diffsynth.diffusion.training_module import DiffusionTrainingModule
 from diffsynth.pipelines.qwen_image import pack_latents
 from diffsynth.training.accelerator import make_accelerator
@@ -125,6 +127,29 @@ def test_adapters_of_two_models_share_a_file(training_module, load_pipe, base, r
     half = load_pipe(tiny)
     half.load_lora(half.dit, file)
     assert (sample(half) - sample(pipe)).abs().max() > 1e-3
+
+
+def test_a_file_is_for_every_network_that_its_keys_name(load_pipe, tiny, tmp_path):
+    pipe = load_pipe(tiny)
+    name, layer = next((n, layer) for n, layer in pipe.vae.named_modules() if isinstance(layer, torch.nn.Conv2d))
+    parts = {"A": layer.weight[:1], "B": layer.weight[:, :1, :1, :1]}
+    of_vae = {f"vae.{name}.lora_{part}.weight": torch.ones_like(like) for part, like in parts.items()}
+    file = adapter_file(tmp_path / "both.safetensors", [f"transformer.{LAYER}"], **of_vae)
+    assert pipe.adapted_by(file) == ["dit", "vae"]
+    pipe.load_adapter(file)
+    assert hasattr(pipe.vae, "peft_config") and hasattr(pipe.dit, "peft_config")
+    pipe.clear_lora()
+    assert not hasattr(pipe.vae, "peft_config")
+
+
+@pytest.mark.parametrize("fuse", [False, True])
+def test_clearing_adapters_keeps_the_sampling_settings_of_those_that_are_merged(fuse, load_pipe, tiny, tmp_path):
+    about = {METADATA_KEY: json.dumps({"sampling": {"num_inference_steps": 4}})}
+    save_file(load_file(adapter_file(tmp_path / "a.safetensors")), tmp_path / "student.safetensors", about)
+    pipe = load_pipe(tiny)
+    pipe.load_lora("dit", tmp_path / "student.safetensors", fuse=fuse)
+    pipe.clear_lora()
+    assert pipe.complete({"prompt": "a"})["num_inference_steps"] == (4 if fuse else 30)
 
 
 def test_a_file_with_the_originals_keys_can_be_saved(training_module, load_pipe, rows, tiny, tmp_path):
@@ -377,6 +402,15 @@ def test_the_targets_of_a_models_configuration_exist(pipe, model):
 def test_no_target_at_all_is_refused(pipe):
     with pytest.raises(ValueError, match="lora.target_modules"):
         find_layers(pipe.dit, (), "dit")
+
+
+@pytest.mark.parametrize(
+    "target, remedy",
+    [("*.to_q", "type 'to_q' for all"), ("to_q(", r"end in \['attn.add_k_proj'"), ("*", r"end in \['attn.add_k_proj'")],
+)
+def test_a_broken_expression_is_answered_with_one_that_matches(target, remedy, pipe):
+    with pytest.raises(ValueError, match=f"nor a regular expression .*; .*{remedy}"):
+        find_layers(pipe.dit, [target], "dit")
 
 
 @pytest.mark.parametrize("rank", [0, -1, 2.5])

@@ -5,11 +5,14 @@ import struct
 import sys
 from collections import defaultdict
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import tiny
+from PIL import Image
 
 from diffsynth.training.record import trackers
+from diffsynth.training.record.numbers import LocalLogger
 
 EVALUATING = [
     "validation=base",
@@ -39,6 +42,16 @@ def test_tensorboard_files_hold_every_number_once_and_the_pictures(tmp_path):
     for name, points in expected(run_dir).items():
         assert [(s.step, s.value) for s in events.Scalars(name)] == [(n, pytest.approx(v)) for n, v in points]
     assert [image.step for image in events.Images("samples")] == [0, 2]
+
+
+def test_a_picture_is_read_only_for_a_tracker_and_the_run_goes_on_if_it_cannot_be(tmp_path, caplog):
+    Image.effect_noise((64, 64), 64).save(path := tmp_path / "cut_off.png")
+    path.write_bytes(path.read_bytes()[:2000])
+    LocalLogger(tmp_path).log(1, {}, {"samples": path})
+    assert not caplog.records
+    trackers = {"it": SimpleNamespace(picture=lambda *_: None)}
+    LocalLogger(tmp_path, trackers=trackers).log(1, {}, {"samples": path})
+    assert "Step 1 of logger.trackers.it is not written" in caplog.text
 
 
 def wandb_history(file: Path) -> dict[str, list]:

@@ -246,5 +246,5 @@ def test_a_byte_order_mark_is_no_part_of_a_prompt(tmp_path):
     (tmp_path / "a.txt").write_text("\ufeffa bear\r\na fox\n", encoding="utf-8", newline="")
     assert read_prompts(str(tmp_path / "a.txt")) == ["a bear", "a fox"]
     (tmp_path / "a.txt").write_bytes("ein Bär".encode("latin-1"))
-    with pytest.raises(ValueError, match="a.txt: 'utf-8' codec .*; save it as UTF-8"):
+    with pytest.raises(ValueError, match=r"a.txt is not UTF-8 \(.* at byte 5\); save it as UTF-8\.$"):
         read_prompts(str(tmp_path / "a.txt"))
