@@ -188,12 +188,15 @@ def _require_objects(rows: Iterable[tuple[Any, str]]) -> Iterator[str]:
 
 def _parquet_batches(path: str, encoding: str) -> Iterator[pa.RecordBatch]:
     with open_file(path) as source:
-        file = ParquetFile(source)
-        _require_unique(file.schema_arrow.names)
-        schema = pa.schema([field.with_type(_plain(field.type)) for field in file.schema_arrow])
-        yield pa.RecordBatch.from_pylist([], schema)
-        for batch in file.iter_batches(PARQUET_ROWS):
-            yield batch.cast(schema)
+        try:
+            file = ParquetFile(source)
+            _require_unique(file.schema_arrow.names)
+            schema = pa.schema([field.with_type(_plain(field.type)) for field in file.schema_arrow])
+            yield pa.RecordBatch.from_pylist([], schema)
+            for batch in file.iter_batches(PARQUET_ROWS):
+                yield batch.cast(schema)
+        except OSError as error:  # Arrow's, which names no file
+            raise ValueError(f"is damaged: {str(error).strip()}; write it again") from error
 
 
 def _plain(kind: pa.DataType) -> pa.DataType:

@@ -326,3 +326,11 @@ def test_a_table_in_memory_travels_whole(tmp_path):
     rows = read_metadata(write(tmp_path / "m.csv", "a\n1\n"))
     assert list(pickle.loads(pickle.dumps(rows))) == [{"a": "1"}]
     assert isinstance(rows, Table)
+
+
+def test_a_damaged_parquet_file_is_named(tmp_path):
+    pq.write_table(pa.table({"image": ["a.png"]}), path := tmp_path / "m.parquet")
+    content = path.read_bytes()
+    path.write_bytes(content[:-40] + b"\xff" * 32 + content[-8:])  # the end of the footer
+    with pytest.raises(ValueError, match=r"^metadata .*m\.parquet: is damaged: .*; write it again$"):
+        read_metadata(path)
