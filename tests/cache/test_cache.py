@@ -728,7 +728,7 @@ def test_workers_read_the_same_cache(cache):
 def test_a_cache_that_another_process_writes_is_refused_and_left_alone(use, tmp_path):
     folder = tmp_path / "cache"
     with kills.owner(folder) as process:
-        (unfinished := folder / ".partial-requests-0.sqlite").touch()
+        (unfinished := folder / ".partial-0-requests.sqlite").touch()
         with pytest.raises(FolderInUse, match=f"cache is in use by process {process.pid} on .*; wait until it ends"):
             use(folder)
         assert {path.name for path in folder.iterdir()} == {unfinished.name, LOCK}
