@@ -60,8 +60,8 @@ class SweepRecord(Callback):
 
     def on_job_start(self, config: DictConfig, **_: object) -> None:
         if self.folder is not None:
-            _mask_record_of_hydra(config)
             record(self.folder, config.hydra.job.num, Path(config.run_dir), _overrides(config))
+            _mask_record_of_hydra(config)
 
     def on_job_end(self, config: DictConfig, job_return: JobReturn, **_: object) -> None:
         from ..report.sweep import write_sweep
