@@ -26,7 +26,7 @@ from ..core.data.cached_dataset import captions_of
 from ..core.data.loading import WorkerKilled, loading
 from ..core.data.operators.unread import Unread, Variants, read, unread_in
 from ..core.files import remove_leftovers
-from ..core.process.locks import FolderInUse, locked
+from ..core.process.locks import locked
 from ..core.progress import ProgressBar
 from ..diffusion.flow_match import TRAINING_STEPS
 from ..diffusion.training_module import PipelineTrainingModule
@@ -107,7 +107,7 @@ def _locked(folder: Path, accelerator: "Accelerator") -> Iterator[None]:
         if accelerator.is_main_process:
             try:
                 stack.enter_context(locked(folder))
-            except (FolderInUse, OSError) as error:  # broadcast, so that none waits
+            except (ValueError, OSError) as error:  # broadcast, so that none waits
                 refused = [error]
         (error,) = broadcast_object_list(refused)
         if error is not None:
@@ -196,7 +196,8 @@ class CacheMaker:
 
     def gather_requests(self) -> CacheRequests:
         """Return the entries that all samples need, gathered from all processes."""
-        paths = [self.index.folder / f".partial-requests-{rank}.sqlite" for rank in range(self.world)]
+        # Names that `remove_leftovers` deletes, whichever process wrote them.
+        paths = [self.index.folder / f".partial-{rank}-requests.sqlite" for rank in range(self.world)]
         own = CacheRequests(paths[self.rank])
         numbers = range(self.rank, self.dataset.size, self.world)
         progress = self._progress(len(numbers), "sample planned")

@@ -11,15 +11,17 @@ from pathlib import Path
 from threading import Timer
 from typing import Any
 
+import yaml
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf
+from omegaconf._utils import get_omega_conf_dumper
 from omegaconf.resolvers import oc
 
 from ..core.advice import how_to_start_from
 from ..core.files import going_on_without, remove_leftovers, write_text
 from ..core.input_files import changed, read_records
 from ..core.json_text import read_json, to_json
-from ..core.masking import masked
+from ..core.masking import in_strings, masked, masked_values
 from ..core.process import locks, rank
 from .nodes import ConfigError
 from .signature import bound_to_length, but_for_length, signature
@@ -257,14 +259,23 @@ def _texts_of(cfg: DictConfig) -> dict[str, str]:
     """Return the text of each of `RUN_FILES`."""
     replay = OmegaConf.to_yaml(OmegaConf.create(REPLAY))
     with _environment_unresolved():
-        resolved = OmegaConf.to_yaml(cfg, resolve=True)
+        resolved = masked_yaml(cfg, resolve=True)
     texts = (
-        OmegaConf.to_yaml(cfg) + replay,
+        masked_yaml(cfg) + replay,
         resolved,
-        to_json(sys.argv),
-        to_json(environment(), indent=1),
+        to_json(masked_values(sys.argv)),
+        to_json(in_strings(masked, environment()), indent=1),
     )
-    return {name: masked(text) for name, text in zip(RUN_FILES, texts, strict=True)}
+    return dict(zip(RUN_FILES, texts, strict=True))
+
+
+def masked_yaml(cfg: DictConfig, resolve: bool = False) -> str:
+    """Return a configuration as `OmegaConf.to_yaml` does, with the credentials in its values masked.
+
+    The masked values are no `DictConfig` in between, which would refuse defaults of `${oc.env:…}` that it cannot parse.
+    """
+    values = masked_values(OmegaConf.to_container(cfg, resolve=resolve, enum_to_str=True))
+    return yaml.dump(values, allow_unicode=True, sort_keys=False, Dumper=get_omega_conf_dumper())
 
 
 @contextmanager

@@ -7,7 +7,7 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from ..core.masking import in_strings, masked
+from ..core.masking import masked_values
 from .moved import with_current_names
 
 # Keys that do not change the trained weights: where and how fast a run trains, and what it logs, evaluates and saves.
@@ -74,7 +74,7 @@ def bound_to_length(config: Mapping[str, Any]) -> str | None:
 
 def _plain(cfg: DictConfig) -> dict[str, Any]:
     """Return the settings with credentials masked: a new token, or a newly signed URL, makes no other run."""
-    return in_strings(masked, with_current_names(OmegaConf.to_container(cfg, resolve=False)))
+    return masked_values(with_current_names(OmegaConf.to_container(cfg, resolve=False)))
 
 
 def _digest(config: dict[str, Any], left_out: Sequence[str]) -> str:

@@ -17,7 +17,7 @@ logger = logging.getLogger(__name__)
 
 ON_WINDOWS = os.name == "nt"
 MADE = ".made-by-diffsynth"  # a file in folders that this program has made and may replace
-PARTIAL = re.compile(r"\.partial-(?P<machine>[0-9a-f]{8})-(?P<pid>\d+)-")
+PARTIAL = re.compile(r"\.partial-(?:(?P<machine>[0-9a-f]{8})-(?P<pid>\d+)|\d+)-")  # older versions left the machine out
 SLACK = 60  # seconds by which the clocks of a machine and of its file server may differ; a guess
 # Errors of file systems that cannot sync a folder (VirtualBox, CIFS, some FUSE); PostgreSQL's `fsync_fname` passes over
 # EINVAL and EBADF as well. A disk that fails has others: EIO, ENOSPC.
@@ -30,7 +30,7 @@ def replacing(path: str | Path) -> Iterator[Path]:
     """Yield a temporary path, and move it to `path`, on disk, when the block ends without an error."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = _partial(path)
+    partial = partial_path(path)
     try:
         with _named(path):
             yield partial
@@ -45,7 +45,7 @@ def replacing(path: str | Path) -> Iterator[Path]:
 def replacing_folder(path: str | Path) -> Iterator[Path]:
     """Yield a temporary folder, and move it to `path`, with its files on disk, when the block ends without an error."""
     path = Path(path)
-    partial = _partial(path)
+    partial = partial_path(path)
     partial.mkdir(parents=True)
     try:
         with _named(path):
@@ -61,7 +61,7 @@ def replacing_folder(path: str | Path) -> Iterator[Path]:
 
 def _replace_folder(new: Path, path: Path) -> None:
     """Move a folder to the place of another, which is moved aside first: deleted halfway, it would be neither."""
-    old = _partial(path.with_name(f"old-{path.name}"))
+    old = partial_path(path.with_name(f"old-{path.name}"))
     if path.is_dir():
         path.replace(old)
     try:
@@ -112,30 +112,31 @@ def mark_as_made(folder: Path) -> None:
 def remove_leftovers(folder: str | Path) -> None:
     """Delete the temporary files and folders that killed processes left in `folder` and below.
 
-    Those of a living process stay, and so does all that is in a folder below which has a lock of its own. A process of
-    another machine counts as living unless this process holds the lock of `folder`.
+    Those of a living process stay, and so does all that is in a folder below which has a lock of its own, or has a name
+    that `partial_path` does not give. A process of another machine counts as living unless this process holds the lock
+    of `folder`.
     """
     folder = Path(folder)
     for partial in list(folder.rglob(".partial-*")):
         below = partial.relative_to(folder).parents[:-1]
-        if _is_being_written(partial) or any((folder / path / LOCK).exists() for path in below):
+        named = PARTIAL.match(partial.name)
+        if named is None or _is_being_written(partial, named) or any((folder / path / LOCK).exists() for path in below):
             continue
-        if partial.is_dir():
+        if partial.is_dir() and not partial.is_symlink():
             shutil.rmtree(partial)
         else:
             partial.unlink(missing_ok=True)  # it may have been in a temporary folder that is deleted already
 
 
-def _is_being_written(partial: Path) -> bool:
+def _is_being_written(partial: Path, named: re.Match) -> bool:
     """Whether the process that is named by a temporary file or folder may still write it."""
-    named = PARTIAL.match(partial.name)
-    if named is None or int(named["pid"]) == os.getpid():
+    if named["pid"] is None or int(named["pid"]) == os.getpid():
         return False
     if named["machine"] != machine():
         return not is_held(partial.parent)
     since = started(int(named["pid"]))
     try:
-        return since is not None and since <= partial.stat().st_mtime + SLACK  # else it is a later one
+        return since is not None and since <= partial.lstat().st_mtime + SLACK  # else it is a later one
     except FileNotFoundError:  # it has just been moved to its place
         return False
 
@@ -208,7 +209,8 @@ def forget_after(path: str | Path, step: int) -> None:
         write_text(path, "".join(to_json(line) + "\n" for line in kept))
 
 
-def _partial(path: Path) -> Path:
+def partial_path(path: Path) -> Path:
+    """Return the temporary name for `path` that tells `remove_leftovers` which process writes it."""
     return path.with_name(f".partial-{machine()}-{os.getpid()}-{path.name}")
 
 

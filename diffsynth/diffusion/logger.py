@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import yaml
 from torch import nn
@@ -15,7 +15,7 @@ from torch import nn
 from ..core.files import going_on_without, write_text
 from ..core.json_text import read_json, to_json
 from ..core.loader import save_safetensors
-from ..core.masking import in_strings, masked, without_folders
+from ..core.masking import in_strings, masked_values, without_folders
 from ..core.ranges import Count, check_fields
 from .adapters.formats import FORMATS, check_holds
 from .pipeline.sampling_settings import METADATA_KEY
@@ -181,13 +181,18 @@ class ModelLogger:
 
     def _about(self, module: "DiffusionTrainingModule", is_adapter: bool) -> dict[str, str]:
         """Metadata of a file, for anyone: the base model, the configuration, the adapter, the sampling settings."""
-        base_model = in_strings(without_folders, module.pipe.sources())
-        about = {"base_model": base_model, "trigger_prompts": list(self.trigger_prompts)}
+        about = {"base_model": _for_others(module.pipe.sources()), "trigger_prompts": self._shown_prompts()}
         about |= {"sampling": module.sampling_settings} if module.sampling_settings else {}
         config = Path(self.output_path).parent / "config.yaml"
-        about["config"] = _for_others(config.read_text(encoding="utf-8")) if config.exists() else None
+        about["config"] = _shown_config(config.read_text(encoding="utf-8")) if config.exists() else None
         about |= module.describe_adapters() if is_adapter else {}
         return {METADATA_KEY: to_json(about)}
+
+    def _shown_prompts(self) -> list[str]:
+        """Return `trigger_prompts` for anyone, as the run recorded them: with the environment's variables by name."""
+        resolved = Path(self.output_path).parent / "resolved.yaml"
+        saved = yaml.safe_load(resolved.read_text(encoding="utf-8")) if resolved.exists() else {}
+        return _for_others(saved.get("export", {}).get("trigger_prompts", list(self.trigger_prompts)))
 
     def _check(self, module: "DiffusionTrainingModule", path: Path) -> None:
         try:
@@ -202,10 +207,15 @@ class ModelLogger:
         return f"step-{step}" if due and step > 0 else None
 
 
-def _for_others(config: str) -> str:
-    """A run's configuration as it was composed, without credentials, folders and Hydra's own settings."""
-    nodes = {name: node for name, node in yaml.safe_load(masked(config)).items() if name != "hydra"}
-    return yaml.safe_dump(in_strings(without_folders, nodes), sort_keys=False, allow_unicode=True)
+def _for_others(value: Any) -> Any:
+    """Nested dicts and lists without credentials and folders."""
+    return in_strings(without_folders, masked_values(value))
+
+
+def _shown_config(config: str) -> str:
+    """A run's configuration as it was composed, for anyone, and without Hydra's own settings."""
+    nodes = {name: node for name, node in yaml.safe_load(config).items() if name != "hydra"}
+    return yaml.safe_dump(_for_others(nodes), sort_keys=False, allow_unicode=True)
 
 
 def _by_number(path: Path) -> tuple[int, str]:

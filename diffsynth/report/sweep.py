@@ -12,7 +12,7 @@ from pathlib import Path
 
 from ..core.files import write_text
 from ..core.json_text import read_json, to_json
-from ..core.masking import masked
+from ..core.masking import masked_values
 from . import PAGE, embed, explained, read_metrics
 
 MEASURE = "held_out_loss"  # the metric that decides: the run with its lowest value is the best
@@ -55,9 +55,9 @@ def read_runs(folder: Path) -> dict[Path, list[str]]:
     records = sorted(folder.glob("[0-9]*.json"), key=lambda path: int(path.stem))
     if records:
         jobs = [job for job in map(read_json, records) if job.keys() >= {"run", "overrides"}]
-        return {(folder / job["run"]).resolve(): list(map(masked, job["overrides"])) for job in jobs}
+        return {(folder / job["run"]).resolve(): masked_values(job["overrides"]) for job in jobs}
     runs = [path.parent for path in sorted(folder.glob("*/resolved.yaml"))]
-    return {run: list(map(masked, read_json(run / "command.json", list)[1:])) for run in runs}
+    return {run: masked_values(read_json(run / "command.json", list)[1:]) for run in runs}
 
 
 def about(run: Path, overrides: Sequence[str]) -> dict:

@@ -291,6 +291,19 @@ def test_no_file_of_a_run_holds_a_secret_and_the_run_is_found_again(secret_run, 
     assert claim(cfg) is None and signature(OmegaConf.load(run_dir / "config.yaml")) == signature(cfg)
 
 
+def test_no_character_of_a_password_ends_it_early(tmp_path, monkeypatch):
+    url = "https://me:hé'\\\"hunter2@example.org/data?token=hé'\\\"hunter2"
+    cfg = tiny.compose("train", f"output_root={tmp_path}")
+    cfg.dataset.path = url
+    monkeypatch.setattr(sys, "argv", ["train.py", f"dataset.path={url}"])
+    run_dir = claim(cfg)
+    for name in ("config.yaml", "resolved.yaml"):
+        assert OmegaConf.load(run_dir / name).dataset.path == "https://***@example.org/data?token=***"
+    command = json.loads((run_dir / "command.json").read_text())
+    assert command[1] == "dataset.path=https://***@example.org/data?token=***"
+    assert signature(OmegaConf.load(run_dir / "config.yaml")) == signature(cfg)
+
+
 def test_what_an_older_version_saved_is_masked_on_its_way_out(secret_run):
     run_dir, cfg = secret_run
     (run_dir / "resolved.yaml").write_text(OmegaConf.to_yaml(cfg, resolve=True), encoding="utf-8")

@@ -2,10 +2,13 @@
 
 import json
 import re
+from pathlib import Path
 
 import pytest
 import tiny
+from omegaconf import OmegaConf
 
+from diffsynth.config.sweep import sweep_folder
 from diffsynth.report.sweep import read_runs, write_sweep
 
 EVALUATING = [
@@ -26,8 +29,10 @@ def overrides(folder, *others: str) -> list[str]:
 def sweep(tmp_path_factory):
     """Two learning rates of one step, and a third that is refused: the sweep's folder."""
     folder = tmp_path_factory.mktemp("sweep")
-    given = overrides(folder, "optimizer.lr=-1,1e-3,1e-2", "max_steps=1", "batch_size=2", *EVALUATING)
+    secret = "export.trigger_prompts=['${oc.env:MYSEC}','https://me:hunter2@h/x']"
+    given = overrides(folder, "optimizer.lr=-1,1e-3,1e-2", "max_steps=1", "batch_size=2", secret, *EVALUATING)
     with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit, match="error: optimizer.lr is -1"):
+        patch.setenv("MYSEC", "hunter2")
         tiny.command_line(patch, "train.py", "-m", *given)
     (found,) = folder.glob("tiny-sweep-*")
     return found
@@ -58,6 +63,25 @@ def test_the_page_shows_what_each_run_sampled(sweep):
 def test_any_folder_of_runs_is_compared(sweep):
     rows = json.loads(write_sweep(sweep.parent).with_name("sweep.json").read_text())
     assert len(rows) == 2 and any(row["best"] for row in rows)
+
+
+def test_no_file_of_a_sweep_holds_a_secret(sweep):
+    paths = [path for path in sweep.parent.rglob("*") if path.is_file()]
+    paths = [path for path in paths if path.name != "environment.json"]  # changes of this repository, maybe these lines
+    texts = {path.relative_to(sweep.parent).as_posix(): path.read_bytes() for path in paths}
+    holds = {name for name, text in texts.items() if b"https://***@h/x" in text and b"${oc.env:MYSEC}" in text}
+    assert holds >= {"multirun.yaml", *(f"{sweep.name}/{name}" for name in ("0.json", "1.json", "sweep.json"))}
+    assert any(name.endswith(".safetensors") for name in holds)
+    assert [name for name, text in texts.items() if b"hunter2" in text] == []
+
+
+def test_a_new_token_is_no_new_sweep(tmp_path):
+    def folder(token: str) -> Path:
+        overrides = {"task": [f"dataset.path=https://me:{token}@h/x", "model.path=${oc.env:NOT_SET}"]}
+        hydra = {"overrides": overrides, "sweep": {"dir": str(tmp_path)}}
+        return sweep_folder(OmegaConf.create({"name": "a", "hydra": hydra}))
+
+    assert folder("one") == folder("two")
 
 
 def test_a_run_that_is_cut_off_says_how_far_it_is(tmp_path):

@@ -69,8 +69,9 @@ HERE, PARENT = locks.machine(), os.getppid()
         (f".partial-{PARENT}-a", 0, False),  # as an older version named it
         (f".partial-{'0' * 8}-{PARENT}-a", 0, True),
         (f"locked/.partial-{PARENT}-a", 0, True),
+        (".partial-notes.txt", 10**9, True),
     ],
-    ids=["living", "later", "ended", "own", "older", "of another machine", "in a locked folder"],
+    ids=["living", "later", "ended", "own", "older", "of another machine", "in a locked folder", "named by another"],
 )
 @pytest.mark.parametrize("make", ["touch", "mkdir"])
 def test_leftovers_are_those_of_processes_that_have_ended(make, name, age, stays, tmp_path):
@@ -82,6 +83,16 @@ def test_leftovers_are_those_of_processes_that_have_ended(make, name, age, stays
     os.utime(partial, (partial.stat().st_mtime - age,) * 2)
     files.remove_leftovers(tmp_path)
     assert partial.exists() == stays
+
+
+@pytest.mark.skipif(files.ON_WINDOWS, reason="links need rights on Windows")
+@pytest.mark.parametrize("pid, stays", [(2**22 + 1, False), (PARENT, True)], ids=["ended", "living"])
+@pytest.mark.parametrize("target", ["kept", "absent"])
+def test_a_leftover_link_is_deleted_and_what_it_leads_to_stays(target, pid, stays, tmp_path):
+    (tmp_path / "kept").mkdir()
+    (link := tmp_path / f".partial-{HERE}-{pid}-vae").symlink_to(target)
+    files.remove_leftovers(tmp_path)
+    assert link.is_symlink() == stays and (tmp_path / "kept").is_dir()
 
 
 def test_in_a_folder_that_this_process_has_locked_leftovers_of_other_machines_are_removed(tmp_path):

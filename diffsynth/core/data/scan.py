@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..files import write_text
 from ..json_text import to_json
-from ..masking import masked
+from ..masking import masked_values
 from .operators.base import check, unread
 from .order.buckets import Size
 from .sources.table import is_empty
@@ -121,6 +121,6 @@ def _first(value: Any) -> Any:
 
 def write_skipped(path: str | Path, skipped: Sequence[SkippedRow], count: int, source: str) -> None:
     """Write the rows that are skipped as JSON lines, and log how many of the `count` rows of `source` they are."""
-    write_text(path, masked("".join(to_json(asdict(row), ensure_ascii=False) + "\n" for row in skipped)))
+    write_text(path, "".join(to_json(masked_values(asdict(row)), ensure_ascii=False) + "\n" for row in skipped))
     if skipped:
         logger.warning("%d of %d rows of %s are skipped; %s lists them.", len(skipped), count, source, path)

@@ -15,6 +15,7 @@ import logging
 import math
 import os
 import socket
+import stat
 import tempfile
 import threading
 import time
@@ -104,6 +105,7 @@ def hold(folder: str | Path) -> None:
 
     Raises:
         FolderInUse: Another process holds it.
+        ValueError: Its `.in-use` is a link, also a hard one, a folder or a device.
         OSError: The folder cannot be written.
     """
     folder = Path(folder).resolve()
@@ -228,11 +230,21 @@ def _open(path: Path) -> tuple[int, bool]:
 
 def _open_once(path: Path) -> tuple[int, bool]:
     path.parent.mkdir(parents=True, exist_ok=True)
-    flags = os.O_RDWR | os.O_CREAT | getattr(os, "O_BINARY", 0)
+    flags = os.O_RDWR | os.O_CREAT
+    for name in ("O_BINARY", "O_NOFOLLOW", "O_NONBLOCK"):
+        flags |= getattr(os, name, 0)
     try:
         return os.open(path, flags | os.O_EXCL, 0o666), True
     except FileExistsError:
+        _check_is_a_file_of_one_name(path)
         return os.open(path, flags, 0o666), False
+
+
+def _check_is_a_file_of_one_name(path: Path) -> None:
+    """Refuse a lock file through which another file would be overwritten, or that no lock can be written to."""
+    about = path.lstat()
+    if not stat.S_ISREG(about.st_mode) or about.st_nlink > 1:
+        raise ValueError(f"{path} is a link, a folder or a device; expected the file of a lock, or none: delete it.")
 
 
 def _lock(descriptor: int) -> bool | None:

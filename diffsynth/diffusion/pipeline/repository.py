@@ -1,6 +1,5 @@
 """A diffusers repository: a `model_index.json` that names the components, each in a folder beside it."""
 
-import os
 import shutil
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
@@ -8,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from ...core.files import check_replaceable, mark_as_made, replacing, replacing_folder
+from ...core.files import check_replaceable, mark_as_made, partial_path, replacing, replacing_folder
 from ...core.loader import ModelConfig, NotInRepository, read_object
 
 if TYPE_CHECKING:
@@ -121,7 +120,7 @@ def _link(folder: Path, path: Path) -> None:
 
 def _new_link(folder: Path, path: Path) -> Path:
     """Make the link to a folder that `path` is to be, under a temporary name."""
-    link = path.with_name(f".partial-{os.getpid()}-{path.name}")
+    link = partial_path(path)
     link.parent.mkdir(parents=True, exist_ok=True)
     try:
         link.symlink_to(folder, target_is_directory=True)

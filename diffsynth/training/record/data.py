@@ -8,7 +8,7 @@ from accelerate.utils import gather_object
 from ...core.data import TrainingData
 from ...core.files import going_on_without, write_text
 from ...core.json_text import to_json
-from ...core.masking import masked
+from ...core.masking import masked_values
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -21,7 +21,7 @@ def record_data(accelerator: "Accelerator", dataset: TrainingData, fingerprint: 
     """
     dataset.undecodable |= torch.stack(gather_object([dataset.undecodable])).any(0)
     if accelerator.is_main_process:
-        about = {"path": masked(dataset.metadata_path), "rows": len(dataset), "fingerprint": fingerprint}
+        about = {"path": masked_values(dataset.metadata_path), "rows": len(dataset), "fingerprint": fingerprint}
         with going_on_without(f"{run_dir}/data.json"):
             write_text(f"{run_dir}/data.json", to_json(about, indent=1))
         with going_on_without(f"{run_dir}/skipped.jsonl"):

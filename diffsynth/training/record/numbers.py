@@ -9,7 +9,7 @@ import yaml
 from ...core.data.operators.picture_files import read_image
 from ...core.files import forget_after, going_on_without
 from ...core.json_lines import JsonLines
-from ...core.masking import masked
+from ...core.masking import masked_values
 from ...core.ranges import Count, check_fields
 from .trackers import Tracker
 
@@ -72,7 +72,7 @@ class LocalLogger:
 
     def _config(self) -> dict:
         config = Path(self.path) / "resolved.yaml"
-        return yaml.safe_load(masked(config.read_text(encoding="utf-8"))) if config.exists() else {}
+        return masked_values(yaml.safe_load(config.read_text(encoding="utf-8"))) if config.exists() else {}
 
     def finish(self) -> None:
         """Write the lines that waited for room on the disk, and close the trackers."""

@@ -155,6 +155,21 @@ def test_a_file_that_is_no_lock_of_ours_is_taken_over(text, tmp_path):
     assert owner_of(tmp_path) == os.getpid()
 
 
+@pytest.mark.parametrize("kind", ["symlink", "hard link", "dangling", "loop", "device", "fifo", "folder"])
+def test_a_lock_through_which_something_else_would_be_written_is_refused(kind, tmp_path):
+    (notes := tmp_path / "notes.txt").write_text("mine")
+    (folder := tmp_path / "a").mkdir()
+    path = folder / locks.LOCK
+    if not hasattr(os, "mkfifo") and kind != "folder":
+        pytest.skip("links need rights on Windows")
+    make = {"hard link": lambda: path.hardlink_to(notes), "fifo": lambda: os.mkfifo(path), "folder": path.mkdir}
+    targets = {"symlink": notes, "dangling": tmp_path / "absent", "loop": path, "device": os.devnull}
+    make.get(kind, lambda: path.symlink_to(targets[kind]))()
+    with pytest.raises(ValueError, match=r"in-use is a link, a folder or a device; .*: delete it\.$"):
+        locks.hold(folder)
+    assert notes.read_text() == "mine" and not (tmp_path / "absent").exists()
+
+
 def test_a_folder_that_its_last_owner_is_just_deleting_is_made_again(tmp_path, monkeypatch):
     folder, system_open = tmp_path / "a", os.open
 

@@ -82,10 +82,12 @@ def test_each_format_has_its_names(trained, tmp_path):
 
 
 def test_a_file_says_where_it_comes_from(trained, tmp_path):
-    (path,) = save(trained(), tmp_path, "diffusers", trigger_prompts=["a line emoji"])
+    prompts = ["a line emoji", "https://me:it's@h/x", "/home/alice/secret/a"]
+    (path,) = save(trained(), tmp_path, "diffusers", trigger_prompts=prompts)
     with safe_open(path, "pt") as file:
         about = json.loads(file.metadata()["diffsynth"])
-    assert about["trigger_prompts"] == ["a line emoji"] and about["dit"] == {"kind": "LORA", "rank": 4, "alpha": 8}
+    assert about["trigger_prompts"] == ["a line emoji", "https://***@h/x", "***/a"]
+    assert about["dit"] == {"kind": "LORA", "rank": 4, "alpha": 8}
     assert len(about["base_model"]["dit"]["fingerprint"]) == 16
 
 
