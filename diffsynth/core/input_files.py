@@ -76,7 +76,7 @@ def digest_of_all(record: Record) -> str:
     """Return one digest (16 hex digits) of all files of a group, which does not depend on their folders and times."""
     digest = blake2b(digest_size=8)
     for name in sorted(name for name, file in record.items() if not file["folder"]):
-        digest.update(f"{name}\0{record[name]['digest']}\0".encode())
+        digest.update(f"{name}\0{record[name]['digest']}\0".encode(errors="surrogateescape"))
     return digest.hexdigest()
 
 

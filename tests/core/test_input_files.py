@@ -71,6 +71,13 @@ def test_only_content_is_a_change_and_what_is_gone_is_none(tmp_path):
     assert changed(record) is None
 
 
+def test_a_name_that_is_no_utf_8_counts_as_others_do(tmp_path):
+    file = tmp_path / "a.png"
+    file.write_bytes(b"1")
+    digests = {digest_of_all(describe({name: InputFile(str(file))})) for name in ("\udcff.png", "\udcfe.png")}
+    assert len(digests) == 2
+
+
 def test_a_large_table_costs_64_reads():
     assert len(list(_places(table("a.csv"), 65 << 20, io.BytesIO()))) == 64
     assert len(list(_places(table("a.csv"), 64 << 20, io.BytesIO()))) == 1
