@@ -78,7 +78,7 @@ def _check_row(dataset: "UnifiedDataset", number: int, required: Sequence[str]) 
                 targets = _target_sizes(dataset.fit, known)
                 size = targets[0] if key == dataset.data_file_keys[0] else size
         except Exception as error:  # Pillow's decoders raise exceptions of many types
-            return SkippedRow(number + 1, str(row[key]), f"{key} {row[key]!r}: {error}")
+            return SkippedRow(number + 1, str(row[key]), f"{key} {row[key]!r:.300}: {error!s:.999}")
     return size and (number, size)
 
 

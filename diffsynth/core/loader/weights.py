@@ -140,7 +140,7 @@ def _network_class(config: Mapping, config_file: Path | str) -> type[nn.Module]:
     if not (isinstance(network, type) and issubclass(network, nn.Module)):
         nearest = get_close_matches(name, dir(library), 1)
         raise ValueError(
-            f"{config_file} names {name!r}, which is no network of {library.__name__} {library.__version__}. "
+            f"{config_file} names {name!r:.99}, which is no network of {library.__name__} {library.__version__}. "
             f"Nearest: {', '.join(nearest) or 'none'}. A newer release may have it: pip install -U {library.__name__}"
         )
     return network
