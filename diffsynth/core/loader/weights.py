@@ -23,6 +23,7 @@ from .model_config import ModelConfig, missing_shards, refuse_pickle
 # Blocks that `fingerprint` reads of each file, and their size in bytes; guesses.
 FINGERPRINT_BLOCKS = 64
 FINGERPRINT_BYTES = 4096
+FRACTIONS = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")  # dtypes that torch casts to any other
 HEADER_BYTES = 100_000_000  # the longest header that the safetensors library accepts
 # Modules and parameters that a network may have: so many for each tensor of its files, and some more; guesses. Building
 # 20,000 takes seconds, and three million layers, of which a damaged config.json may speak, would take hours.
@@ -297,7 +298,7 @@ def _mistyped(expected: Mapping, found: Mapping) -> list[str]:
     return [
         f"{tensor.key} in {tensor.file} has dtype {tensor.dtype}, expected one with fractions, such as BF16"
         for name, tensor in found.items()
-        if name in expected and expected[name].is_floating_point() and not tensor.dtype.startswith(("F", "BF"))
+        if name in expected and expected[name].is_floating_point() and tensor.dtype not in FRACTIONS
     ]
 
 
