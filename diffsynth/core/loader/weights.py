@@ -17,6 +17,7 @@ from torch.nn.modules import module as registration
 
 from ..files import replacing
 from ..memory.storage import store, stored_layers
+from ..regular import require_regular
 from .foreign import read_object, shown
 from .model_config import ModelConfig, missing_shards, refuse_pickle
 
@@ -265,6 +266,7 @@ def _require_file(file: Path) -> None:
         raise ValueError(f"{file} is a folder; expected a file, such as {newest}.")
     if not file.exists():
         raise ValueError(f"{file} does not exist; expected a .safetensors file.")
+    require_regular(file)
 
 
 _FETCH_AGAIN = "Delete it and download it again (a git clone without LFS has pointers instead of weights)."
