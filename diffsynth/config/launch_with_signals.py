@@ -18,6 +18,7 @@ import psutil
 from ..core.process.console import keep_console
 from ..core.process.signals import REQUEUE_STATUS, STOP_SIGNALS, child_environment, on_stop_signals
 
+IS_SWEEP_JOB = "DIFFSYNTH_IS_SWEEP_JOB"  # variable of a Slurm script's runs, whose overrides have Hydra's backslashes
 PASSED_ON = [name for name in STOP_SIGNALS if name != "SIGINT"]  # a terminal sends Ctrl-C to all processes itself
 
 
@@ -30,6 +31,7 @@ def launch(arguments: Sequence[str]) -> int:
     parser = launch_command_parser()
     if node := os.environ.get("SLURM_NODEID"):
         parser.set_defaults(machine_rank=int(node))
+        os.environ[IS_SWEEP_JOB] = "1"
     os.environ.setdefault("TORCHELASTIC_SIGNALS_TO_HANDLE", "SIGINT")
     os.environ.update(child_environment())
     on_stop_signals(pass_on, PASSED_ON)

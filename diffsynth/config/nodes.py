@@ -157,11 +157,19 @@ def _unknown(where: str, key: str, known: Mapping, target: Callable) -> str:
 
 
 def locate(target: str, where: str) -> Callable:
+    """Return the class or function of a dotted name.
+
+    Raises:
+        ConfigError: It cannot be imported, or is something else.
+        OSError: The operating system refuses something while it is imported.
+    """
     from hydra.utils import get_object
 
     try:
         found = get_object(target)
     except ImportError as error:
+        if getattr(error.__cause__, "errno", None) is not None:  # of a full disk, say; the name is right
+            raise error.__cause__ from None
         reason = f"{error.__cause__ or error}.{_extra(target)}"
         raise ConfigError(f"{where}._target_ is {target!r}, which cannot be imported: {reason}") from error
     if not callable(found):

@@ -23,6 +23,7 @@ from ..core.input_files import changed, read_records
 from ..core.json_text import read_json, to_json
 from ..core.masking import in_strings, masked, masked_values
 from ..core.process import locks, rank
+from ..core.regular import require_regular
 from .nodes import ConfigError
 from .signature import bound_to_length, but_for_length, signature
 
@@ -181,6 +182,7 @@ def _saved_config(run_dir: Path) -> DictConfig:
     """
     path = run_dir / "config.yaml"
     try:
+        require_regular(path)
         saved = OmegaConf.load(path)
         _ = saved["run_dir"], signature(saved)
     except Exception as error:  # of the YAML library, of OmegaConf, of Python: whatever the file's content leads to

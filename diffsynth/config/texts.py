@@ -4,6 +4,7 @@ A text is most of what one types: a prompt with commas, an apostrophe, a folder 
 from the annotations that `check` compares values with: `str`, `Path`, and lists of them.
 """
 
+import os
 import re
 import types
 import typing
@@ -21,6 +22,7 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from .launch_with_signals import IS_SWEEP_JOB
 from .nodes import ConfigError, hint_of_items, locate, type_hints
 from .script import compose_choices, is_key
 
@@ -49,7 +51,7 @@ def as_typed(arguments: Sequence[str], entry: Callable) -> list[str]:
         entry: The function or dataclass whose parameters are the top level of the configuration.
 
     Raises:
-        ConfigError: A text in a list or sweep begins with a quote that is not closed.
+        ConfigError: A text in a list or sweep begins with a quote that is not closed, or is missing.
     """
     parsed, others = get_args_parser().parse_known_args(list(arguments))
     overrides = [*parsed.overrides, *others]  # argparse takes only those before the next flag
@@ -81,6 +83,8 @@ def _readable(value: str, texts: Texts, key: str) -> str:
     if texts.several and _is_list(value):
         inside = value[1:-1]
         elements = _elements(inside, key) if inside.strip() else []
+        if "" in elements:
+            raise ConfigError(f"{key}: {value:.99} has a comma without a text beside it; leave it out, or type ''.")
         return f"[{','.join(_readable(element, Texts(one=True), key) for element in elements)}]"
     value = str(Path(value).expanduser()) if value.startswith("~/") else value
     is_spelled_for_hydra = value == "null" or re.fullmatch(QUOTED, value, re.DOTALL) or _is_escaped(value)
@@ -92,13 +96,19 @@ def _readable(value: str, texts: Texts, key: str) -> str:
 
 
 def _is_read_as_typed(value: str) -> bool:
-    """Whether Hydra reads a value as the very text; of a number or of blanks around a text it makes something else."""
-    return _read(value) == value and not value.startswith("~/")
+    """Whether Hydra reads a value as the very text; of a number or of blanks around a text it makes something else.
+
+    Before the end of a list, the backslash at the end of a text would be one of the bracket.
+    """
+    return _read(value) == value and not value.startswith("~/") and not value.endswith("\\")
 
 
 def _is_escaped(value: str) -> bool:
-    """Whether all special characters of a value have a backslash before them, as Hydra writes the jobs of a sweep."""
-    if "\\" not in value or _read(value) is None:
+    """Whether all special characters of a value have a backslash before them, as Hydra writes the jobs of a sweep.
+
+    Of a command line that is typed, a backslash is one of the text: tags are written so, `saber\\(fate\\)`.
+    """
+    if IS_SWEEP_JOB not in os.environ or "\\" not in value or _read(value) is None:
         return False
     return _parser().parse_override(f"key={value}").get_value_element_as_str() == value
 

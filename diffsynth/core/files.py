@@ -12,6 +12,7 @@ from pathlib import Path
 
 from .json_text import read_lines, to_json
 from .process.locks import LOCK, is_held, machine, started
+from .regular import require_regular
 
 logger = logging.getLogger(__name__)
 
@@ -154,6 +155,8 @@ def write_text(path: str | Path, text: str, errors: str = "backslashreplace") ->
 
 def append_text(path: str | Path, text: str) -> None:
     """Append to a text file, or raise an OSError and leave it as it was."""
+    if os.path.exists(path):
+        require_regular(path)
     with Path(path).open("ab", buffering=0) as file:
         size, left = file.seek(0, os.SEEK_END), memoryview(text.encode("utf-8", "backslashreplace"))
         try:
@@ -195,6 +198,7 @@ def check_writable(folder: str | Path, key: str) -> None:
 def digest_of(path: str | Path) -> str:
     """32 hex digits of a file's bytes."""
     digest = blake2b(digest_size=16)
+    require_regular(path)
     with Path(path).open("rb") as file:
         while piece := file.read(1 << 20):
             digest.update(piece)

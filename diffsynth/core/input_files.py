@@ -34,7 +34,7 @@ MEDIA = (
 CACHE_INDEX = "index.sqlite"  # it is compared by its samples, because tidying a cache rewrites the file
 
 Record = dict[str, dict[str, Any]]  # what is known of each file of a group, by the file's name
-RECORD = {"path": str, "start": int, "size": object, "pieces": int, "status": (int, int), "folder": bool, "digest": str}
+RECORD = {"path": str, "start": int, "size": object, "pieces": int, "status": [int], "folder": bool, "digest": str}
 
 
 class InputFile(NamedTuple):
@@ -54,7 +54,7 @@ class InputFile(NamedTuple):
 
 
 def describe(files: Mapping[str, InputFile]) -> Record:
-    """Return size, modification time and digest of each file that exists, by its name; pipes and devices are left out.
+    """Return size, times and digest of each file that exists, by its name; pipes and devices are left out.
 
     A file that cannot be read, which a data set may skip, has the digest "unreadable".
     """
@@ -76,7 +76,7 @@ def digest_of_all(record: Record) -> str:
     """Return one digest (16 hex digits) of all files of a group, which does not depend on their folders and times."""
     digest = blake2b(digest_size=8)
     for name in sorted(name for name, file in record.items() if not file["folder"]):
-        digest.update(f"{name}\0{record[name]['digest']}\0".encode())
+        digest.update(f"{name}\0{record[name]['digest']}\0".encode(errors="surrogateescape"))
     return digest.hexdigest()
 
 
@@ -92,16 +92,26 @@ def first_difference(before: Record, now: Record) -> str | None:
 def changed(record: Record) -> str | None:
     """Return which recorded file has changed on disk since, and how; None if none has, as far as the files are there.
 
-    Only files whose size or modification time has changed are read.
+    Only files whose size or a time of which has changed are read. A warning names a file that is gone.
     """
+    gone = []
     for file in record.values():
         status = _status(file["path"])
-        if status is not None and [status.st_size, status.st_mtime_ns] != file["status"]:
+        if status is None:
+            gone.append(file["path"])
+        elif _stamps(status)[: len(file["status"])] != file["status"]:  # until 2026-11-30 without st_ctime
             now = _described(InputFile(**{name: file[name] for name in InputFile._fields if name in file}))
             if now is not None and now["digest"] != file["digest"]:
                 what = "the names of its images have changed" if file["folder"] else "it has changed"
                 return f"{file['path']}: {what}: its fingerprint was {file['digest']} and is {now['digest']} now"
+    if gone:
+        logger.warning("%s is gone (%d such files): whether it has changed is not known.", gone[0], len(gone))
     return None
+
+
+def _stamps(status: os.stat_result) -> list[int]:
+    """Size and times of a file, by which one that was rewritten is told; a program can set back all but the last."""
+    return [status.st_size, status.st_mtime_ns, status.st_ctime_ns]
 
 
 def _described(file: InputFile) -> dict[str, Any] | None:
@@ -113,7 +123,7 @@ def _described(file: InputFile) -> dict[str, Any] | None:
         digest = _digest_of_folder(file.path) if is_folder else _digest_of_file(file, status.st_size)
     except OSError:
         digest = "unreadable"
-    about = {"status": [status.st_size, status.st_mtime_ns], "folder": is_folder, "digest": digest}
+    about = {"status": _stamps(status), "folder": is_folder, "digest": digest}
     return {**file._asdict(), **about}
 
 

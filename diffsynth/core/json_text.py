@@ -6,6 +6,8 @@ import math
 from pathlib import Path
 from typing import Any
 
+from .regular import require_regular
+
 logger = logging.getLogger(__name__)
 
 
@@ -73,6 +75,7 @@ def read_lines(path: str | Path) -> list[dict]:
     path = Path(path)
     if not path.exists():
         return []
+    require_regular(path)
     lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
     found = [_object(line) for line in lines if line.strip()]
     objects = [each for each in found if each is not None]
@@ -89,6 +92,7 @@ def read_json(path: str | Path, kind: type = dict) -> Any:
     path = Path(path)
     if not path.exists():
         return kind()
+    require_regular(path)
     try:
         value = parse(path.read_text(encoding="utf-8", errors="replace"))
     except ValueError as error:

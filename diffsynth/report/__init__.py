@@ -2,6 +2,7 @@
 
 import base64
 import io
+import logging
 import sys
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
@@ -16,6 +17,9 @@ from ..core.files import write_text
 from ..core.json_text import read_json, read_lines, to_json
 from ..core.masking import masked
 from ..core.process.console import keep_console
+from ..core.regular import require_regular
+
+logger = logging.getLogger(__name__)
 
 PAGE = Path(__file__).with_name("page.html")
 PICTURE_WIDTH = 1600  # pixels; wider images are reduced, to keep the page small; a guess
@@ -96,13 +100,15 @@ def charts(run_dir: Path) -> list[dict]:
 def pictures(run_dir: Path) -> list[dict]:
     """The validation images of a run, `{step, source}` for each validation; `source` is a data URL."""
     files = sorted((run_dir / "samples").glob("*step-*.png"), key=lambda file: file.stem.rpartition("-")[2])
-    return [{"step": int(file.stem.rpartition("-")[2]), "source": embed(file)} for file in files]
+    sources = [(int(file.stem.rpartition("-")[2]), embed(file)) for file in files]
+    return [{"step": step, "source": source} for step, source in sources if source]
 
 
 def contact_sheet(run_dir: Path) -> str:
     """The image of the data report as an HTML `img`; empty text if there is none."""
     path = run_dir / "data_report.png"
-    return f'<img src="{embed(path)}" alt="the first samples">' if path.exists() else ""
+    source = embed(path) if path.exists() else ""
+    return source and f'<img src="{source}" alt="the first samples">'
 
 
 def facts(run_dir: Path, config: dict, finished: Mapping[str, Any]) -> dict[str, str]:
@@ -136,16 +142,30 @@ def data_report_lines(data_report: dict) -> str:
 
 def warnings(run_dir: Path) -> list[str]:
     """The warnings and errors in the run's log."""
+    return [line for line in read_log(run_dir).splitlines() if "WARNING" in line or "ERROR" in line]
+
+
+def read_log(run_dir: Path) -> str:
+    """The text of the run's log; empty if it has none."""
     log = run_dir / "train.log"
-    lines = log.read_text(encoding="utf-8", errors="replace").splitlines() if log.exists() else []
-    return [line for line in lines if "WARNING" in line or "ERROR" in line]
+    if not log.exists():
+        return ""
+    require_regular(log)
+    return log.read_text(encoding="utf-8", errors="replace")
 
 
 def embed(path: Path) -> str:
-    """An image file as a data URL for the source of an `img`, reduced to `PICTURE_WIDTH`."""
+    """An image file as a data URL for the source of an `img`, reduced to `PICTURE_WIDTH`.
+
+    A file that cannot be read is left out with a warning; its URL is empty.
+    """
     from ..core.data.operators.picture_files import read_image  # it imports torch, which other reports do without
 
-    picture = read_image(str(path))
+    try:
+        picture = read_image(str(path))
+    except Exception as error:  # Pillow's decoders raise exceptions of many types
+        logger.warning("%s is left out of the report: %s", path, error)
+        return ""
     picture.thumbnail((PICTURE_WIDTH, picture.height))
     stream = io.BytesIO()
     picture.save(stream, format="WEBP", quality=85)
@@ -171,6 +191,7 @@ def read_config(run_dir: Path) -> dict:
     path = run_dir / "resolved.yaml"
     if not path.exists():
         raise ValueError(f"{run_dir} is not the folder of a run: it has no resolved.yaml; expected outputs/<run>.")
+    require_regular(path)
     try:
         config = yaml.safe_load(path.read_text(encoding="utf-8", errors="replace"))
     except (yaml.YAMLError, RecursionError) as error:

@@ -13,7 +13,7 @@ from pathlib import Path
 from ..core.files import write_text
 from ..core.json_text import read_json, to_json
 from ..core.masking import masked_values
-from . import PAGE, embed, explained, read_metrics
+from . import PAGE, embed, explained, read_log, read_metrics
 
 MEASURE = "held_out_loss"  # the metric that decides: the run with its lowest value is the best
 NUMBERS = ("loss", MEASURE, "at step", "minutes", "memory_gb")
@@ -96,8 +96,7 @@ def minutes(run: Path) -> float | None:
 
 def _log(run: Path) -> list[tuple[str, str, str]]:
     """Time, level and first line of the message of every entry of the run's log."""
-    log = run / "train.log"
-    return LOGGED.findall(log.read_text(encoding="utf-8", errors="replace")) if log.exists() else []
+    return LOGGED.findall(read_log(run))
 
 
 def mark_best(rows: Sequence[dict]) -> None:
@@ -121,12 +120,12 @@ def table(rows: Sequence[Mapping]) -> str:
 
 
 def picture_row(run: Path, row: Mapping) -> str:
-    """An HTML table row with the last validation images of a run; empty text if it has none."""
+    """An HTML table row with the last validation images of a run; empty text if none can be read."""
     files = sorted((run / "samples").glob("step-*.png"))
-    if not files:
+    if not files or not (source := embed(files[-1])):
         return ""
     name, step = escape(row["run"]), int(files[-1].stem.rpartition("-")[2])
-    picture = f'<img src="{embed(files[-1])}" alt="{name} after {step} steps">'
+    picture = f'<img src="{source}" alt="{name} after {step} steps">'
     return f"<tr><th>{name}<br>{'★ ' if row['best'] else ''}after {step} steps</th><td>{picture}</td></tr>"
 
 

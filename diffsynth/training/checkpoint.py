@@ -28,6 +28,7 @@ from ..core.files import digest_of, remove_leftovers, replacing_folder, write_te
 from ..core.json_text import to_json
 from ..core.loader import save_safetensors
 from ..core.ranges import Count, check_fields
+from ..core.regular import require_regular
 from ..core.safe_tree import join_state, split_state
 from .restorable import DamagedCheckpoint, expect
 
@@ -276,6 +277,7 @@ def read_checkpoint(folder: Path) -> dict:
 
 
 def _read_index(path: Path) -> dict:
+    require_regular(path)
     expect(path.stat().st_size <= INDEX_BYTES, f"at most {INDEX_BYTES} bytes")
     index = json.loads(path.read_text(encoding="utf-8"))
     content, digest = index["content"], index["digest"]

@@ -12,6 +12,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from diffsynth.config import ConfigError
+from diffsynth.config.nodes import locate
 from diffsynth.diffusion.pipeline import networks as models
 
 RED = {"image": "0.png", "prompt": "a red emoji"}
@@ -250,6 +251,13 @@ def test_a_row_that_cannot_be_used_is_named_with_its_number_and_file(row, named,
     tiny.write_rows(pictures, [RED, RED | row, RED])
     message = refusal(f"dataset.path={pictures}")
     assert all(part in message for part in [f"1 of 3 rows of {pictures}/metadata.csv", "row 2:", *named]), message
+
+
+def test_an_error_of_the_disk_is_not_one_of_the_name_that_is_imported(tmp_path, monkeypatch):
+    (tmp_path / "full_disk.py").write_text("raise OSError(28, 'No space left on device')")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(OSError, match="No space left on device"):
+        locate("full_disk.Model", "model")
 
 
 def test_a_column_that_the_task_needs_is_asked_for(refusal, pictures):

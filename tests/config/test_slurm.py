@@ -16,6 +16,7 @@ import psutil
 import pytest
 import tiny
 
+from diffsynth.config import launch_with_signals
 from diffsynth.config.texts import as_typed
 from diffsynth.report.sweep import read_runs
 
@@ -96,12 +97,20 @@ def test_texts_survive_the_way_through_a_script(notes, tmp_path, monkeypatch):
         f"validation.prompts=[{prompts[0]},'{prompts[1]}']",
     ]
     sweep = submit(monkeypatch, tmp_path, *given)
+    monkeypatch.setenv(launch_with_signals.IS_SWEEP_JOB, "1")  # as the script's launcher sets it
     for number, prefix in enumerate(prefixes):
         script = (sweep / f"{number}.sh").read_text(encoding="utf-8").replace("\\\n", " ")
         (launch,) = (shlex.split(line) for line in script.splitlines() if "train.py" in line)
         monkeypatch.setattr("sys.argv", launch[launch.index(str(tiny.ROOT / "train.py")) :])
         config = tiny.compose("train", *as_typed(sys.argv[1:], tiny.schema("train")))
         assert (config.dataset.augmentation.prefix, config.validation.prompts) == (prefix, prompts)
+
+
+def test_the_launcher_of_a_script_says_that_its_overrides_have_hydras_backslashes(monkeypatch):
+    monkeypatch.setattr("os.environ", {**os.environ, "SLURM_NODEID": "0"})
+    monkeypatch.setattr(launch_with_signals, "on_stop_signals", lambda *_: None)
+    monkeypatch.setattr("accelerate.commands.launch.launch_command", lambda _: None)
+    assert launch_with_signals.launch(["train.py"]) == 0 and os.environ[launch_with_signals.IS_SWEEP_JOB] == "1"
 
 
 def test_a_launcher_file_takes_the_place_of_plain_data_parallelism(notes, tmp_path, monkeypatch):

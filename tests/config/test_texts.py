@@ -9,6 +9,7 @@ from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
 
+from diffsynth.config.launch_with_signals import IS_SWEEP_JOB
 from diffsynth.config.texts import as_typed
 
 
@@ -89,6 +90,13 @@ def test_texts_of_nested_keys_arrive_as_they_are_typed(shown, monkeypatch, tmp_p
         ('prompt=["a cat, sitting", "a dog"]', ["a cat, sitting", "a dog"]),
         ("prompt=[it's,1984]", ["it's", "1984"]),
         ("prompt=[]", []),
+        (r"prompt=saber\(fate\)", r"saber\(fate\)"),
+        (r"prompt=saber \(fate\)", r"saber \(fate\)"),
+        (r"prompt=[saber\(fate\),b]", [r"saber\(fate\)", "b"]),
+        (r"prompt=a\,b", r"a\,b"),
+        ("prompt=a" + 2 * "\\", "a" + 2 * "\\"),
+        (r"prompt=[a\]", ["a\\"]),
+        ("prompt=[a,'']", ["a", ""]),
         ("prompt='a, b'", "a, b"),
         ('prompt="it\'s"', "it's"),
         ("prompt=null", None),
@@ -117,14 +125,16 @@ def test_lists_quotes_and_other_values_mean_what_they_did(argument, value, typed
         ("prompt=[a cat, a dog]", [["a cat", "a dog"]]),
         ("prompt=choice(a,b)", ["a", "b"]),
         ("seed=0,1", [0, 1]),
+        (r"prompt=saber\(fate\),b", [r"saber\(fate\)", "b"]),
     ],
 )
-def test_a_comma_in_a_sweep_separates_jobs_unless_it_is_in_quotes(argument, jobs, typed):
+def test_a_comma_in_a_sweep_separates_jobs_unless_it_is_in_quotes(argument, jobs, typed, monkeypatch):
     flag, *overrides = typed("generate", argument, "-m")
     assert flag == "-m"
     (batch,) = BasicSweeper.split_arguments(OverridesParser.create().parse_overrides(overrides), None)
     parsed = [OverridesParser.create().parse_override(override).value() for (override,) in batch]
     assert parsed == jobs
+    monkeypatch.setenv(IS_SWEEP_JOB, "1")
     for (override,) in batch:  # as the launcher of a cluster hands it on
         assert typed("generate", override) == [override]
 
@@ -132,6 +142,12 @@ def test_a_comma_in_a_sweep_separates_jobs_unless_it_is_in_quotes(argument, jobs
 def test_a_quote_that_is_not_closed_is_answered_with_the_spelling(monkeypatch):
     message = tiny.complaint(monkeypatch, "prompt=['tis the season, a dog]", script="generate.py")
     assert "prompt: 'tis the season begins with a quote" in message and "\n" not in message
+
+
+@pytest.mark.parametrize("value", ["[,]", "[a,]"])
+def test_a_comma_without_a_text_is_answered_in_one_line(value, monkeypatch):
+    message = tiny.complaint(monkeypatch, f"prompt={value}", script="generate.py")
+    assert f"prompt: {value} has a comma without a text" in message and "\n" not in message
 
 
 def test_overrides_after_a_flag_count(shown):

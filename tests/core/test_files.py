@@ -7,10 +7,35 @@ import stat
 
 import pytest
 
+from diffsynth.config import run_folder
 from diffsynth.core import files
+from diffsynth.core.data.cache.mapped import MappedTensors
 from diffsynth.core.json_lines import JsonLines
 from diffsynth.core.json_text import read_json, read_lines, to_json
+from diffsynth.core.loader import load_state_dict, read_shapes
+from diffsynth.core.loader.foreign import read_object
 from diffsynth.core.process import locks
+from diffsynth.report import read_config, read_log
+from diffsynth.training import checkpoint
+
+READERS = {
+    "a.json": [read_json, read_lines, files.digest_of, read_object, checkpoint._read_index],
+    "a.jsonl": [lambda path: files.append_text(path, "line")],
+    "a.safetensors": [read_shapes, load_state_dict, MappedTensors],
+    "resolved.yaml": [lambda path: read_config(path.parent)],
+    "train.log": [lambda path: read_log(path.parent)],
+    "config.yaml": [lambda path: run_folder._saved_config(path.parent)],
+}
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="Windows has no pipes in folders")
+@pytest.mark.parametrize("name, use", [(name, use) for name, uses in READERS.items() for use in uses])
+def test_a_pipe_is_not_waited_for(name, use, tmp_path, monkeypatch):
+    os.mkfifo(path := tmp_path / name)
+    for opened in ("builtins.open", "io.open", "diffsynth.core.data.cache.mapped.safe_open"):
+        monkeypatch.setattr(opened, lambda *_, **__: pytest.fail("waits for someone who writes to the pipe"))
+    with pytest.raises(ValueError, match=f"{name}.* is a pipe or a device; expected a file"):
+        use(path)
 
 
 def test_windows_where_no_folder_can_be_opened_gets_its_files_synced(tmp_path, monkeypatch):

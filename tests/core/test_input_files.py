@@ -57,7 +57,7 @@ def test_a_part_counts_alone(tmp_path):
     assert digest(tmp_path / "a.tar", start=2, size=3) != digest(tmp_path / "a.tar", start=1, size=3)
 
 
-def test_only_content_is_a_change_and_what_is_gone_is_none(tmp_path):
+def test_only_content_is_a_change_and_what_is_gone_is_named(tmp_path, caplog):
     file = tmp_path / "a.txt"
     file.write_text("one")
     record = describe({"a": InputFile(str(file)), "absent": InputFile(str(tmp_path / "b")), "0": InputFile("a\0b")})
@@ -68,7 +68,25 @@ def test_only_content_is_a_change_and_what_is_gone_is_none(tmp_path):
     assert f"{file}: it has changed: its fingerprint was {record['a']['digest']} and is" in changed(record)
     assert digest_of_all(describe({"a": InputFile(str(file))})) != digest_of_all(record)
     file.unlink()
-    assert changed(record) is None
+    assert changed(record) is None and f"{file} is gone (1 such files)" in caplog.text
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows keeps the time of creation alone")
+def test_a_file_that_is_rewritten_within_its_size_and_date_is_read_again(tmp_path):
+    file = tmp_path / "a.txt"
+    file.write_text("one")
+    os.utime(file, (1, 1))
+    record = describe({"a": InputFile(str(file))})
+    file.write_text("two")
+    os.utime(file, (1, 1))
+    assert "a.txt: it has changed" in changed(record)
+
+
+def test_a_name_that_is_no_utf_8_counts_as_others_do(tmp_path):
+    file = tmp_path / "a.png"
+    file.write_bytes(b"1")
+    digests = {digest_of_all(describe({name: InputFile(str(file))})) for name in ("\udcff.png", "\udcfe.png")}
+    assert len(digests) == 2
 
 
 def test_a_large_table_costs_64_reads():
@@ -116,7 +134,7 @@ def test_records_of_older_versions_are_read(tmp_path):
     file = tmp_path / "a.txt"
     file.write_text("one")
     record = describe({"a": InputFile(str(file))})
-    del record["a"]["piece"]
+    del record["a"]["piece"], record["a"]["status"][2]
     (tmp_path / "inputs.json").write_text(json.dumps({"files": record}))
     os.utime(file, (1, 1))
     assert changed(input_files.read_records(tmp_path / "inputs.json")["files"]) is None

@@ -61,6 +61,22 @@ def test_a_run_without_numbers_or_pictures_has_a_page(run_dir, tmp_path):
     assert page_data(write_report(tmp_path).read_text(encoding="utf-8")) == {"charts": [], "pictures": []}
 
 
+def test_a_page_is_written_without_the_pictures_that_cannot_be_read(run_dir, tmp_path, caplog):
+    shutil.copy(run_dir / "resolved.yaml", tmp_path)
+    (tmp_path / "data_report.png").mkdir()
+    (tmp_path / "samples").mkdir()
+    (tmp_path / "samples" / "step-000001.png").write_bytes(b"no picture")
+    assert page_data(write_report(tmp_path).read_text(encoding="utf-8"))["pictures"] == []
+    assert "data_report.png is left out of the report" in caplog.text and "step-000001.png is left out" in caplog.text
+
+
+def test_metrics_that_are_no_file_are_named(run_dir, tmp_path):
+    shutil.copy(run_dir / "resolved.yaml", tmp_path)
+    (tmp_path / "metrics.jsonl").mkdir()
+    with pytest.raises(ValueError, match="metrics.jsonl is a folder; expected a file"):
+        write_report(tmp_path)
+
+
 def chromium(page, folder, width: int, *options: str) -> subprocess.CompletedProcess:
     command = [CHROMIUM, *QUIET.split(), f"--user-data-dir={folder / 'profile'}", f"--window-size={width},1600"]
     return subprocess.run(

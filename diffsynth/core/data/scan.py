@@ -78,18 +78,19 @@ def _check_row(dataset: "UnifiedDataset", number: int, required: Sequence[str]) 
                 targets = _target_sizes(dataset.fit, known)
                 size = targets[0] if key == dataset.data_file_keys[0] else size
         except Exception as error:  # Pillow's decoders raise exceptions of many types
-            return SkippedRow(number + 1, str(row[key]), f"{key} {row[key]!r}: {error}")
+            return SkippedRow(number + 1, str(row[key]), f"{key} {row[key]!r:.300}: {error!s:.999}")
     return size and (number, size)
 
 
 def _fault_of_cells(dataset: "UnifiedDataset", row: dict, required: Sequence[str]) -> str | None:
     """Why a row's cells cannot be used, its files not considered; None if they can."""
-    needed = [*required, *dataset.data_file_keys[:1]] if dataset.buckets else required
+    needed = dict.fromkeys([*required, *(dataset.data_file_keys[:1] if dataset.buckets else ()), "prompt"])
     given = {*row, "prompt"} if any(column in row for column in dataset.augmentation.captions) else row
     if absent := [key for key in needed if key not in given]:
         other_column = "; 'dataset.augmentation.captions={NAME: 1}' takes another column"
         is_unnamed = absent == ["prompt"] and list(dataset.augmentation.captions) == absent
-        return f"has no {absent[0]}, but {', '.join(row)}{other_column if is_unnamed else ''}"
+        columns = ", ".join(name if name == name.strip() else repr(name) for name in row)
+        return f"has no {absent[0]}, but {columns:.300}{other_column if is_unnamed else ''}"
     if empty := [key for key in dataset.data_file_keys if key in row and is_empty(row[key])]:
         return f"{empty[0]} is empty"
     return _fault_of_captions(dataset.augmentation, row)

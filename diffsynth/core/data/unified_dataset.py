@@ -408,7 +408,7 @@ class UnifiedDataset(TrainingData):
             # Pillow's decoders raise OSError, SyntaxError, struct.error, DecompressionBombError and others.
             except Exception as error:
                 kind = TypeError if isinstance(error, TypeError) else ValueError
-                raise kind(f"{key} {row[key]!r}: {error}") from error
+                raise kind(f"{key} {row[key]!r:.300}: {error!s:.999}") from error
         return row
 
     def _fitted(self, value: Any, size: Size | None, choice: AugmentationChoice) -> Any:

@@ -4,6 +4,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from ..regular import require_regular
+
 MOST_BYTES = 1 << 26  # of a JSON file; a guess: released indices of shards have a few MB
 
 
@@ -14,6 +16,7 @@ def read_object(file: Path) -> dict[str, Any]:
         ValueError: The file is no JSON, holds something else than an object, or is too large.
     """
     try:
+        require_regular(file)
         if file.stat().st_size > MOST_BYTES:
             raise ValueError(f"it has {file.stat().st_size} bytes, expected at most {MOST_BYTES}")
         content = json.loads(file.read_text(encoding="utf-8"))

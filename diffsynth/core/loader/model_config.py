@@ -191,7 +191,7 @@ def _shards_in(index: Path) -> set[str]:
     names = set(map(str, weight_map.values())) if isinstance(weight_map, dict) else {str(weight_map)}
     if bad := sorted(name for name in names if not SHARD.fullmatch(name)):
         raise ValueError(
-            f"{index} names the shard {bad[0]!r}; expected names of files beside it, such as "
+            f"{index} names the shard {bad[0]!r:.99}; expected names of files beside it, such as "
             "model-00001-of-00002.safetensors. Delete it and download it again."
         )
     return names

@@ -17,12 +17,14 @@ from torch.nn.modules import module as registration
 
 from ..files import replacing
 from ..memory.storage import store, stored_layers
+from ..regular import require_regular
 from .foreign import read_object, shown
 from .model_config import ModelConfig, missing_shards, refuse_pickle
 
 # Blocks that `fingerprint` reads of each file, and their size in bytes; guesses.
 FINGERPRINT_BLOCKS = 64
 FINGERPRINT_BYTES = 4096
+FRACTIONS = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")  # dtypes that torch casts to any other
 HEADER_BYTES = 100_000_000  # the longest header that the safetensors library accepts
 # Modules and parameters that a network may have: so many for each tensor of its files, and some more; guesses. Building
 # 20,000 takes seconds, and three million layers, of which a damaged config.json may speak, would take hours.
@@ -140,7 +142,7 @@ def _network_class(config: Mapping, config_file: Path | str) -> type[nn.Module]:
     if not (isinstance(network, type) and issubclass(network, nn.Module)):
         nearest = get_close_matches(name, dir(library), 1)
         raise ValueError(
-            f"{config_file} names {name!r}, which is no network of {library.__name__} {library.__version__}. "
+            f"{config_file} names {name!r:.99}, which is no network of {library.__name__} {library.__version__}. "
             f"Nearest: {', '.join(nearest) or 'none'}. A newer release may have it: pip install -U {library.__name__}"
         )
     return network
@@ -264,6 +266,7 @@ def _require_file(file: Path) -> None:
         raise ValueError(f"{file} is a folder; expected a file, such as {newest}.")
     if not file.exists():
         raise ValueError(f"{file} does not exist; expected a .safetensors file.")
+    require_regular(file)
 
 
 _FETCH_AGAIN = "Delete it and download it again (a git clone without LFS has pointers instead of weights)."
@@ -297,7 +300,7 @@ def _mistyped(expected: Mapping, found: Mapping) -> list[str]:
     return [
         f"{tensor.key} in {tensor.file} has dtype {tensor.dtype}, expected one with fractions, such as BF16"
         for name, tensor in found.items()
-        if name in expected and expected[name].is_floating_point() and not tensor.dtype.startswith(("F", "BF"))
+        if name in expected and expected[name].is_floating_point() and tensor.dtype not in FRACTIONS
     ]
 
 

@@ -34,6 +34,12 @@ ROUNDED_AWAY = (
     "an update that is smaller than the steps between stored numbers would be rounded away. Merge it into the unstored "
     "weights with python fuse.py lora_path=… output=…, and train on the merged weights; or load it unmerged."
 )
+LONGEST_KEY = 500  # characters of a tensor's name; a guess
+# torch cannot compare or cast all the others that safetensors reads, such as complex numbers and packed 4-bit ones.
+DTYPES = (
+    *(torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2),
+    *(torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8),
+)
 CONFIGS = {"LORA": LoraConfig, "LOHA": LoHaConfig, "LOKR": LoKrConfig}
 
 
@@ -49,11 +55,20 @@ def read(path: str | Path, names: LayerNames, network: nn.Module) -> dict[str, T
         network: The network, which may be on the meta device.
 
     Raises:
-        ValueError: The file is broken, has a NaN, is incomplete, or was made for another model.
+        ValueError: The file is broken, has a NaN, is neither of floats nor of integers, is incomplete, or was made for
+            another model.
     """
     file = find_file(path)
+    if long := next((key for key in read_shapes(file) if len(key) > LONGEST_KEY), None):
+        raise ValueError(
+            f"{file}: the name {long[:40]!r}… has {len(long)} characters, expected at most {LONGEST_KEY}; choose the "
+            "file of an adapter."
+        )
     tensors = load_state_dict(file)
     for key, tensor in tensors.items():
+        if tensor.dtype not in DTYPES:
+            expected = f"a float or an integer, such as {torch.bfloat16}"
+            raise ValueError(f"{file}: {key!r} has dtype {tensor.dtype}, expected {expected}; save it as one.")
         if not _is_finite(tensor):
             raise ValueError(f"{file}: {key!r} has values that are NaN or infinite; take an earlier export.")
     found = peft_names(tensors, names, network, str(file), stated_scale(file, names.prefix))

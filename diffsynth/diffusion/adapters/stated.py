@@ -47,13 +47,13 @@ def stated_scale(file: Path, prefix: str) -> StatedScale | None:
     """
     config, place = _configuration(file, prefix)
     if config.get("peft_type", "LORA") not in tuple(GROUPS):
-        raise ValueError(f"{place} has peft_type={config['peft_type']!r}; expected one of {', '.join(GROUPS)}.")
+        raise ValueError(f"{place} has peft_type={config['peft_type']!r:.99}; expected one of {', '.join(GROUPS)}.")
     name = next((name for name in ("lora_alpha", "alpha") if config.get(name) is not None), None)
     if name is None:
         return None
     alphas = config.get("alpha_pattern") or {}
     if not isinstance(alphas, Mapping):
-        raise ValueError(f"{place} has alpha_pattern={alphas!r}, expected alphas by layer.")
+        raise ValueError(f"{place} has alpha_pattern={alphas!r:.99}, expected alphas by layer.")
     return StatedScale(
         alpha=_number(config[name], name, place),
         alphas={_literal(end, place): _number(alpha, "alpha_pattern", place) for end, alpha in alphas.items()},

@@ -30,7 +30,7 @@ def as_dict(template_inputs: Any) -> dict[str, Any]:
     if not isinstance(value, dict):
         example = '{"scale": 0.2}'
         raise ValueError(
-            f"found {template_inputs!r}, expected template inputs such as {example}, which a csv holds as JSON text"
+            f"found {template_inputs!r:.99}, expected template inputs such as {example}, which a csv holds as JSON text"
         )
     return value
 

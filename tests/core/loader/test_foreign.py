@@ -90,11 +90,12 @@ def test_a_header_of_100_gb_that_is_there_is_not_read(model):
     assert time.monotonic() - start < 20
 
 
-def test_whole_numbers_for_weights_are_named(model):
+@pytest.mark.parametrize("dtype, name", [(torch.int32, "I32"), (torch.float8_e8m0fnu, "F8_E8M0")])
+def test_weights_without_fractions_are_named(dtype, name, model):
     tensors = load_file(model / WEIGHTS)
-    tensors["proj_out.bias"] = tensors["proj_out.bias"].to(torch.int32)
+    tensors["proj_out.bias"] = tensors["proj_out.bias"].to(dtype)
     (model / WEIGHTS).write_bytes(save(tensors))
-    assert f"proj_out.bias in {model / WEIGHTS} has dtype I32, expected one with fractions" in complaint(model)
+    assert f"proj_out.bias in {model / WEIGHTS} has dtype {name}, expected one with fractions" in complaint(model)
 
 
 @pytest.mark.parametrize(

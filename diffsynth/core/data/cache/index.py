@@ -106,8 +106,8 @@ class CacheIndex:
         for kind, name, sql in database.execute("SELECT type, name, sql FROM sqlite_master"):
             if kind not in ("table", "index") or str(sql).upper().startswith("CREATE VIRTUAL"):
                 raise DamagedCache(
-                    f"{self.path} has a {kind} {name!r}; expected tables alone. Delete that file and run make_cache.py "
-                    "again, which makes it from the shards."
+                    f"{self.path} has a {kind!s:.99} {name!r:.99}; expected tables alone. Delete that file and run "
+                    "make_cache.py again, which makes it from the shards."
                 )
 
     def _check_format(self, database: sqlite3.Connection) -> None:
@@ -182,8 +182,8 @@ class CacheIndex:
         size = self._parsed(text, object)
         if not (fits(size, SIZE) and all(0 <= side <= LARGEST for side in size)):
             raise DamagedCache(
-                f"{self.path} gives samples the size {text}; expected [width, height] of at most {LARGEST} pixels. "
-                "Delete that file and run make_cache.py again, which makes it from the shards."
+                f"{self.path} gives samples the size {text!s:.99}; expected [width, height] of at most {LARGEST} "
+                "pixels. Delete that file and run make_cache.py again, which makes it from the shards."
             )
         return tuple(size)
 
@@ -292,8 +292,8 @@ class CacheIndex:
         """
         if not SHARD_NAME.fullmatch(str(shard_name)):
             raise DamagedCache(
-                f"{self.path} names a shard {shard_name!r}; expected 32 hex digits and .safetensors. Delete that file "
-                "and run make_cache.py again, which makes it from the shards."
+                f"{self.path} names a shard {shard_name!r:.99}; expected 32 hex digits and .safetensors. Delete that "
+                "file and run make_cache.py again, which makes it from the shards."
             )
         return self.shard_folder / str(shard_name)
 

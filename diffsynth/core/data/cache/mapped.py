@@ -14,6 +14,8 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
+from ...regular import require_regular
+
 DTYPES = {
     "BOOL": torch.bool,
     "U8": torch.uint8,
@@ -39,6 +41,7 @@ class MappedTensors:
     """
 
     def __init__(self, path: Path):
+        require_regular(path)
         with safe_open(path, "pt") as file:  # the library checks the header: sizes, offsets, overlaps
             self.metadata = file.metadata()
         with path.open("rb") as file:

@@ -88,7 +88,7 @@ class Augmentation:
         """The captions of a row that may be chosen, with their weights; the empty caption if there is none.
 
         Raises:
-            ValueError: A caption is not text.
+            ValueError: A caption is not text, or has half of a character.
         """
         weights = {column: weight for column, weight in self.captions.items() if weight > 0}
         captions = []
@@ -151,5 +151,16 @@ def _texts(column: str, cell: Any) -> list[str]:
     """The texts in a cell that are not empty."""
     texts = [text for text in (cell if isinstance(cell, list) else [cell]) if not is_empty(text)]
     if not all(isinstance(text, str) for text in texts):
-        raise ValueError(f"{column} is {cell!r}; expected text, or a list of texts")
+        raise ValueError(f"{column} is {cell!r:.99}; expected text, or a list of texts")
+    if halves := [text for text in texts if not _is_unicode(text)]:
+        raise ValueError(f"{column} is {halves[0]!r:.99}, with half of a character (such as \\ud83d); write it whole")
     return texts
+
+
+def _is_unicode(text: str) -> bool:
+    """Whether a text has no lone surrogate, which JSON can spell and tokenizers refuse."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True

@@ -147,7 +147,7 @@ def apply_to_each(function: Callable, elements: Sequence) -> list:
         try:
             results.append(function(element))
         except Exception as error:  # Pillow's decoders raise exceptions of many types
-            raise ValueError(f"{element!r}: {error}") from error
+            raise ValueError(f"{element!r:.300}: {error}") from error
     return results
 
 
@@ -202,7 +202,7 @@ class RouteByExtensionName(Route):
             if extensions is None or extension in extensions:
                 return operator
         expected = ", ".join(chain.from_iterable(extensions for extensions, _ in self.operator_map))
-        raise ValueError(f"has the extension {extension!r}, expected one of {expected}")
+        raise ValueError(f"has the extension {extension!r:.99}, expected one of {expected}")
 
 
 class ToAbsolutePath(Operator):

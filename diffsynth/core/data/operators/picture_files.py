@@ -9,8 +9,9 @@ from typing import BinaryIO
 
 from PIL import ExifTags, Image, ImageOps, PngImagePlugin, UnidentifiedImageError
 
+from ...regular import require_regular
 from ..sources.picture_formats import readable_formats, why_unreadable
-from ..sources.storage import EmbeddedFile, is_path, open_file, require_regular
+from ..sources.storage import EmbeddedFile, is_path, open_file
 from ..sources.urls import is_url, read_url
 from .colours import in_srgb
 

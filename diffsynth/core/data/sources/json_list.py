@@ -1,7 +1,8 @@
 """Iterate over the elements of a JSON list without reading the whole file."""
 
 import json
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterable, Iterator
 from typing import Any, TextIO
 
 JSON_SPACE = " \t\n\r"
@@ -12,10 +13,13 @@ PIECE = 1 << 20  # characters that are read at a time; a guess
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     values = dict(pairs)
     if len(values) < len(pairs):
-        names = [name for name, _ in pairs]
-        twice = next(name for number, name in enumerate(names) if name in names[:number])
-        raise ValueError(f"two keys are named {twice!r}; rename or delete one")
+        raise ValueError(f"two keys are named {first_twice(name for name, _ in pairs)!r:.99}; rename or delete one")
     return values
+
+
+def first_twice(names: Iterable[str]) -> str | None:
+    """The first name that stands there more than once; None if there is none."""
+    return next((name for name, count in Counter(names).items() if count > 1), None)
 
 
 def row_error(number: int, error: ValueError | RecursionError, invalid: str) -> ValueError:

@@ -14,13 +14,14 @@ import pyarrow as pa
 from pyarrow.csv import ConvertOptions, ParseOptions, ReadOptions, open_csv
 from pyarrow.parquet import ParquetFile
 
-from .json_list import ROW_DECODER, JsonList, row_error
+from .json_list import ROW_DECODER, JsonList, first_twice, row_error
 from .storage import FollowedFile, absolute, is_remote, open_file, sampled_digest, stored
 from .table import Table, chunks, json_batches, make_table
 
 END = (
     "\x03end of the table\x03"  # a row after the last one; within quotes that are never closed it is no row of its own
 )
+MOST_COLUMNS = 10_000  # a guess: a csv of 4 MB may have a million, none of which is a column
 PARQUET_ROWS = 1 << 10  # rows that are read at a time, few as they may contain whole images; a guess
 
 
@@ -112,13 +113,13 @@ def _csv_header(path: str, encoding: str) -> tuple[str, list[str]]:
     Spreadsheets write `;` where the comma is the decimal mark, and tabs on request.
 
     Raises:
-        ValueError: A name stands there twice.
+        ValueError: A name stands there twice, or there are too many.
     """
     with open_text(path, encoding) as file:
         first = next(filter(str.strip, file), "")
         separator = next((mark for mark in ",;\t" if mark in first), ",")
         header = next(_csv_rows(chain([first], file), separator), [])
-    _require_unique(header)
+    _check_columns(header)
     return separator, header
 
 
@@ -146,9 +147,11 @@ def _unclosed(number: int) -> ValueError:
     return ValueError(f'{row}: a quote is opened and never closed; close it, or write "" for a quote within quotes')
 
 
-def _require_unique(columns: list[str]) -> None:
-    if twice := [name for number, name in enumerate(columns) if name and name in columns[:number]]:
-        raise ValueError(f"two columns are named {twice[0]!r}; rename or delete one")
+def _check_columns(columns: list[str]) -> None:
+    if len(columns) > MOST_COLUMNS:
+        raise ValueError(f"{len(columns)} columns, expected at most {MOST_COLUMNS}; delete those that are not read")
+    if twice := first_twice(filter(None, columns)):
+        raise ValueError(f"two columns are named {twice!r:.99}; rename or delete one")
 
 
 def _require_cells(rows: list[list[str]], header: list[str], separator: str, before: int) -> None:
@@ -182,7 +185,7 @@ def _require_objects(rows: Iterable[tuple[Any, str]]) -> Iterator[str]:
     """The JSON texts of (value, text) pairs, checked to be objects."""
     for number, (row, text) in enumerate(rows, 1):
         if not isinstance(row, dict):
-            raise ValueError(f"row {number}: {row!r} is not an object of columns and values")
+            raise ValueError(f"row {number}: {row!r:.99} is not an object of columns and values")
         yield text
 
 
@@ -190,7 +193,7 @@ def _parquet_batches(path: str, encoding: str) -> Iterator[pa.RecordBatch]:
     with open_file(path) as source:
         try:
             file = ParquetFile(source)
-            _require_unique(file.schema_arrow.names)
+            _check_columns(file.schema_arrow.names)
             schema = pa.schema([field.with_type(_plain(field.type)) for field in file.schema_arrow])
             yield pa.RecordBatch.from_pylist([], schema)
             for batch in file.iter_batches(PARQUET_ROWS):

@@ -3,7 +3,6 @@
 import io
 import os
 import re
-import stat
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from hashlib import blake2b
@@ -12,6 +11,8 @@ from typing import Any, BinaryIO, NamedTuple
 import fsspec
 import numpy as np
 import pyarrow as pa
+
+from ...regular import require_regular
 
 PART = re.compile(r"(.+\.tar)#(\d+)\+(\d+)/.+")
 SAMPLES, SAMPLE = 64, 1 << 12  # pieces of a file that are hashed, and their bytes; guesses
@@ -105,18 +106,6 @@ def open_file(file: str | EmbeddedFile) -> BinaryIO:
         return file_system(file).open(file, block_size=BLOCK)
     require_regular(file)
     return open(file, "rb")
-
-
-def require_regular(path: str) -> None:
-    """Raise ValueError for a folder, a pipe or a device: to open a pipe waits for ever, and a device has no end.
-
-    Raises:
-        FileNotFoundError: There is nothing of that name.
-    """
-    mode = os.stat(path).st_mode
-    if not stat.S_ISREG(mode):
-        found = "a folder" if stat.S_ISDIR(mode) else "a pipe or a device"
-        raise ValueError(f"{path} is {found}; expected a file")
 
 
 def part_of(archive: str, offset: int, size: int, name: str) -> str:

@@ -106,9 +106,9 @@ def _require_key_without_dot(shard: str, key: str, columns: dict) -> None:
     numbers = [column for column in columns if column[0].isdigit()]
     if numbers and "image" not in columns:
         raise ValueError(
-            f"shard {shard}: {key}{numbers[0]}.…: a sample's key ends at the first dot (WebDataset), so that "
-            f"{numbers[0]!r} would be the name of a column; write the shard with other names, such as "
-            f"{key.rstrip('.')}_{numbers[0]}"
+            f"shard {shard}: {key:.99}{numbers[0]:.99}.…: a sample's key ends at the first dot (WebDataset), so that "
+            f"{numbers[0]!r:.99} would be the name of a column; write the shard with other names, such as "
+            f"{key.rstrip('.'):.99}_{numbers[0]:.99}"
         )
 
 

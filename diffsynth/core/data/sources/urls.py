@@ -18,6 +18,12 @@ BYTES = 64 << 20  # of one file; a guess
 PIECE = 1 << 16  # bytes that are read at a time
 REDIRECTS = 5  # a guess; browsers follow 20
 NAT64 = IPv6Network("64:ff9b::/96")  # RFC 6052: the last 32 bits are an IPv4 address
+# Of IANA's registry of special addresses and RFC 4291, those that Python counts as global: addresses that stand for
+# IPv4 ones, of this machine too (::/96, RFC 2765, RFC 8215), site-local ones, documentation, segment routing.
+NOT_PUBLIC = [
+    IPv6Network(block)
+    for block in ("::/96", "::ffff:0:0:0/96", "64:ff9b:1::/48", "fec0::/10", "3fff::/20", "5f00::/16")
+]
 MOVED = (301, 302, 303, 307, 308)
 MAY_PASS = (408, 429)  # of the errors that are the client's: too slow, and too many requests
 
@@ -150,7 +156,7 @@ def _connect(host: str, port: int, timeout: float) -> socket.socket:
 def is_public(address: str) -> bool:
     """Whether an IP address is one of the public internet: not private, loopback, link-local or multicast."""
     ip = _embedded(ip_address(address.partition("%")[0]))
-    return ip.is_global and not ip.is_multicast
+    return ip.is_global and not ip.is_multicast and not any(ip in block for block in NOT_PUBLIC)
 
 
 def _embedded(ip: IPv4Address | IPv6Address) -> IPv4Address | IPv6Address:

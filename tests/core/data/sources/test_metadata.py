@@ -82,6 +82,8 @@ def test_a_mapped_table_is_the_one_in_memory(tmp_path, name, content, request):
         ("m.csv", b'image,prompt\na.png\n"b.png,q\nc.png,r', "row 2: a quote is opened and never closed"),
         ("m.csv", b'"image,prompt\na.png,p\n', "the header: a quote is opened and never closed"),
         ("m.csv", b"image,prompt,prompt\na.png,p,q\n", "two columns are named 'prompt'"),
+        ("m.csv", ",".join(map(str, range(10_001))), "10001 columns, expected at most 10000; delete"),
+        ("m.csv", f"image,{'p' * 500},{'p' * 500}\n", r"two columns are named 'p{98}; rename"),
         ("m.parquet", TWO_COLUMNS, "two columns are named 'prompt'"),
         ("m.jsonl", b'{"a": 1}\n{"a": 1, "a": 2}\n', "row 2: two keys are named 'a'"),
         ("m.json", b'[{"a": 1}, {"a": 1, "a": 2}]', "row 2: two keys are named 'a'"),
