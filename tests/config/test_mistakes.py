@@ -287,8 +287,7 @@ def test_keys_that_would_build_nothing_are_named(override, expected, monkeypatch
 
 def test_a_value_that_others_refer_to_and_that_is_gone_is_named(monkeypatch, tmp_path):
     message = complaint(monkeypatch, "~model.training", f"output_root={tmp_path}")
-    first, *others = message.splitlines()
-    assert "Interpolation key 'model.training" in first and "DIFFSYNTH_TRACEBACK" in "".join(others)
+    assert "Interpolation key 'model.training" in message and "\n" not in message
 
 
 def test_a_value_that_nobody_gave_is_asked_for(monkeypatch, tmp_path):

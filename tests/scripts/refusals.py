@@ -16,11 +16,11 @@ PAGE = ROOT / "docs" / "errors.md"
 HEAD = """# Error messages, by mistake
 
 Every mistake on this page is found before weights are read; the answer is one line, and the exit status is 1
-([runs.md](runs.md) lists others). `FOLDER` stands for a folder with the files of the case. `make errors` runs these
-commands and writes this page.
+([runs.md](runs.md) lists others). With `DIFFSYNTH_TRACEBACK=1` in the environment, an error of a run's configuration or input
+is raised with its traceback. `FOLDER` stands for a folder with the files of the case. `make errors` runs these commands and
+writes this page.
 """
 COLUMNS = ("| typed | status | answer |", "| --- | --- | --- |")
-TRACEBACK = "(DIFFSYNTH_TRACEBACK=1 shows where this was raised)"
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ class Refusal:
 
     def row(self, status: int, answer: str, folder: Path) -> str:
         """The page's line about it."""
-        text = answer.replace(str(folder), "FOLDER").replace(f"{ROOT}/", "").replace(TRACEBACK, "").strip()
+        text = answer.replace(str(folder), "FOLDER").replace(f"{ROOT}/", "").strip()
         cells = [self.shown, str(status), " ".join(text.split())]
         return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
 
