@@ -226,6 +226,7 @@ def test_a_gpus_number_is_answered_with_where_it_belongs(monkeypatch, tmp_path):
 def test_another_working_directory_is_answered_with_the_one_to_go_to(script, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     assert f"type cd {tiny.ROOT})" in complaint(monkeypatch, script=script)
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize(
@@ -234,7 +235,7 @@ def test_another_working_directory_is_answered_with_the_one_to_go_to(script, mon
 )
 def test_a_refused_command_leaves_nothing(script, wrong, monkeypatch, tmp_path):
     (tmp_path / "old").mkdir()
-    for folder in ("new", "old"):
+    for folder in ("new", "old", "above/new"):
         key = "output" if script == "generate.py" else "run_dir"
         complaint(monkeypatch, wrong, f"{key}={tmp_path / folder}", script=script)
     assert sorted(path.name for path in tmp_path.rglob("*")) == ["old"]
