@@ -104,7 +104,12 @@ def _check_value(value: Any, hint: Any, where: str) -> None:
                 f"{where} has no _target_, so that its keys ({', '.join(value)}) build nothing; expected a node that "
                 f"builds {expected(hint)}: choose an option that sets it, or leave these keys out."
             )
-        raise ConfigError(f"{where} is {value!r} ({type(value).__name__}); expected {expected(hint, value)}.")
+        raise ConfigError(f"{where} is {value!r} ({_kind(value)}); expected {expected(hint, value)}.")
+
+
+def _kind(value: Any) -> str:
+    """Return what the type of a value is called in YAML."""
+    return {DictConfig: "mapping", ListConfig: "list"}.get(type(value), type(value).__name__)
 
 
 def hint_of_items(hint: Any, kinds: tuple[type, ...], index: int = 0) -> Any:

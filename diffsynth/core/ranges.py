@@ -102,6 +102,8 @@ def expected(hint: Any, value: Any = None) -> str:
         return "a finite number"
     if isinstance(value, Integral) and abs(value) > LARGEST:
         return f"a number of at most {LARGEST}"
+    if hint in (int, float) and isinstance(value, Sequence) and not isinstance(value, str):
+        return f"one {'whole ' * (hint is int)}number for all"
     if get_origin(hint) in (Union, types.UnionType):
         options = [option for option in get_args(hint) if option is not type(None)]
         words = [*map(expected, options), *(["null"] if type(None) in get_args(hint) else [])]

@@ -217,6 +217,11 @@ def test_another_trainers_key_in_an_experiment_is_answered_with_ours(experiment)
     assert "no option 'learning_rate'; type optimizer.lr=…" in experiment("learning_rate: 1e-4")
 
 
+def test_a_list_where_one_number_counts_for_all_is_answered_so(monkeypatch, tmp_path):
+    message = complaint(monkeypatch, "lora_scale=[0.5,0.5]", f"output={tmp_path}/new", script="generate.py")
+    assert "lora_scale is [0.5, 0.5] (list); expected one number for all" in message
+
+
 def test_a_gpus_number_is_answered_with_where_it_belongs(monkeypatch, tmp_path):
     message = complaint(monkeypatch, "device=cuda:1", f"output={tmp_path}/new", script="generate.py")
     assert "type CUDA_VISIBLE_DEVICES=1 python … device=cuda" in message
@@ -262,6 +267,8 @@ def test_a_target_of_a_package_that_is_not_installed_is_answered_with_the_extra(
     [
         ("max_steps=ten", "max_steps is 'ten' (str); expected a whole number"),
         ("lora.rank=high", "lora.rank is 'high' (str); expected a whole number"),
+        ("max_grad_norm=[1]", "max_grad_norm is [1] (list); expected a number above 0"),
+        ("batch_size={a: 1}", "batch_size is {'a': 1} (mapping); expected a whole number"),
         ("seed=1.5", "seed is 1.5 (float); expected a whole number"),
         ("batch_size=null", "batch_size is None (NoneType); expected a whole number"),
         ("task.timesteps=uniform", "task.timesteps is 'uniform' (str); expected UniformTimesteps"),
