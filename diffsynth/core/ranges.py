@@ -119,6 +119,8 @@ def expected(hint: Any, value: Any = None) -> str:
         kind = {tuple: f"a list of {len(get_args(hint))}", Sequence: "a list", Mapping: "a mapping"}[get_origin(hint)]
         values = get_args(hint)[-1]
         return kind if values in (object, Any) else f"{kind}, each {expected(values)}"
+    if get_origin(hint) is Literal:
+        return ", ".join(map(str, get_args(hint)))
     return getattr(hint, "__name__", str(hint)) if get_origin(hint) is None else str(hint).replace("typing.", "")
 
 

@@ -16,9 +16,9 @@ PAGE = ROOT / "docs" / "errors.md"
 HEAD = """# Error messages, by mistake
 
 Every mistake on this page is found before weights are read; the answer is one line, and the exit status is 1
-([runs.md](runs.md) lists others). With `DIFFSYNTH_TRACEBACK=1` in the environment, an error of a run's configuration or input
-is raised with its traceback. `FOLDER` stands for a folder with the files of the case. `make errors` runs these commands and
-writes this page.
+([runs.md](runs.md) lists others). With `DIFFSYNTH_TRACEBACK=1` in the environment, an error of a run's configuration or
+input is raised with its traceback. `FOLDER` stands for a folder with the files of the case. `make errors` runs these
+commands and writes this page.
 """
 COLUMNS = ("| typed | status | answer |", "| --- | --- | --- |")
 
