@@ -6,6 +6,7 @@ counts what it has; `gc` deletes entries that no sample needs any more.
 
 import logging
 import sys
+from difflib import get_close_matches
 
 import hydra
 
@@ -50,5 +51,5 @@ def main(cfg) -> None:
 
 
 if __name__ == "__main__":
-    sys.argv[1:2] = [f"command={word}" if word in COMMANDS else word for word in sys.argv[1:2]]
+    sys.argv[1:] = [f"command={word}" if get_close_matches(word, COMMANDS, 1) else word for word in sys.argv[1:]]
     run_main(main, CacheRun, resumes=True)

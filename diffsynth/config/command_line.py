@@ -103,6 +103,7 @@ class JobFailed(Exception):
 def explained() -> Iterator[None]:
     """Inside, errors of a run's configuration and input exit with their message instead of a traceback.
 
+    With DIFFSYNTH_TRACEBACK=1 in the environment, they are raised with it.
     At its end, the folders that the run has locked are unlocked.
     """
     keep_console()  # again, because a job of a sweep may run in a process of its own
@@ -120,8 +121,7 @@ def explained() -> Iterator[None]:
         if isinstance(error, FolderInUse):
             print(f"error: {masked(str(error))}", file=sys.stderr)
             sys.exit(IN_USE_STATUS)
-        text = masked(str(error)) + _where_it_is(str(error))
-        sys.exit(f"error: {text}\n(DIFFSYNTH_TRACEBACK=1 shows where this was raised)")
+        sys.exit(f"error: {masked(str(error))}{_where_it_is(str(error))}")
     finally:
         release_all()
 

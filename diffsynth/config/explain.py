@@ -7,11 +7,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from hydra.errors import ConfigCompositionException, MissingConfigException, OverrideParseException
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from .choices import flat
 from .help import SHARED_PREFIX, option_names
-from .other_trainers import spelled_here
+from .other_trainers import NOTES, not_needed, spelled_here
 from .script import compose_choices, conf, is_key, script
 
 NEAR = 0.6  # likeness from which a name may be the one that was meant; difflib's default
@@ -38,7 +38,14 @@ def explain(error: ConfigCompositionException | OverrideParseException) -> str:
         return explain_key(message.split("'")[1], error.__cause__)
     if message.startswith("Error merging override "):
         return _explain_merging(message.removeprefix("Error merging override "), str(error.__cause__))
+    if message.startswith("Could not append to config. An item is already at '"):
+        return _explain_append(message.split("'")[1])
     return f"{message}\n{error.__cause__ or ''}".strip()
+
+
+def _explain_append(key: str) -> str:
+    typed = in_shell(f"{key}={value_of(key)}")
+    return f"+{key}: + adds a key that is not there, and {key} is; type {typed}"
 
 
 def _explain_merging(override: str, reason: str) -> str:
@@ -54,19 +61,33 @@ def _explain_unreadable(override: str) -> str:
     if not is_key(key, compose_choices(sys.argv[1:])):
         return explain_key(key)
     return (
-        f"{key}={value}: expected a number, true, false, null, a list such as [a,b], or a mapping such as {{a: 1}}; "
-        f"for a text with special characters type {_quoted(key, value)}"
+        f"{key}={value}: expected a number, true, false, null, a list such as [a,b], or a mapping such as {{a: 1}}"
+        + ("" if _is_number(key) else f"; for a text with special characters type {_quoted(key, value)}")
     )
 
 
 def _explain_comma(override: str) -> str:
     key, _, value = override.lstrip("+").partition("=")
-    if not (conf() / key).is_dir() and not is_key(key, compose_choices(sys.argv[1:])):
+    is_group, config = (conf() / key).is_dir(), compose_choices(sys.argv[1:])
+    if not is_group and not is_key(key, config):
         return explain_key(key)
-    return (
-        f"{override}: a comma separates choices; for a text with commas type {_quoted(key, value)}, for a list "
-        f'"{key}=[{value}]", for one run per choice add -m.'
-    )
+    listed, jobs = f'"{key}=[{value}]"', f"one run per choice type -m {in_shell(f'{key}={value}')}"
+    if is_group:
+        return f"{override}: a comma separates choices; for {jobs}, for all of them in one run {listed}"
+    if _is_number(key):
+        return f"{override}: {key} is one number; for {jobs}"
+    if isinstance(OmegaConf.select(config, key), ListConfig):
+        text = in_shell(f'{key}=["{value}"]')
+        return f"{override}: {key} is a list; type {listed if _are_numbers(value) else text}"
+    return f"{override}: a comma separates choices; for {jobs}, for a text {_quoted(key, value)}, for a list {listed}"
+
+
+def _are_numbers(value: str) -> bool:
+    return re.fullmatch(r"[\d.e+,\s-]*", value) is not None
+
+
+def _is_number(key: str) -> bool:
+    return isinstance(OmegaConf.select(compose_choices(sys.argv[1:]), key), int | float)
 
 
 def _quoted(key: str, value: str) -> str:
@@ -77,6 +98,8 @@ def _quoted(key: str, value: str) -> str:
 
 def in_shell(word: str) -> str:
     """Return a word as one types it in a shell: in quotes if the shell would split or change it."""
+    if '"' in word and "'" not in word:
+        return f"'{word}'"
     return f'"{word}"' if re.search(r"[\s'()\[\]{}|&;<>*?#]", word) else word
 
 
@@ -107,8 +130,8 @@ def _likeness(typed: str, name: str) -> float:
 def explain_key(path: str, cause: BaseException | None = None) -> str:
     """Return which key is meant by one that is not there."""
     config = compose_choices([word for word in sys.argv[1:] if word.split("=")[0] != path])
-    if path not in config and (typed := typed_here(path, value_of(path), config)):
-        return f"{path}: no such key {path!r}; type {typed}"
+    if path not in set(config) and (known := known_here(path, value_of(path), config)):
+        return f"{path}: no such key {path!r}; {known}"
     if (conf() / path).is_dir():
         return _explain_group(path, config.hydra.runtime.choices)
     if (group := path.partition(".")[0]) != path and (conf() / group).is_dir() and not config.get(group, True):
@@ -129,12 +152,20 @@ def _another_option(group: str, config: DictConfig) -> str:
     return f"choose one that has, such as {group}={other}; python {script()}.py {group}={other} --help lists its keys"
 
 
-def typed_here(name: str, value: str, config: DictConfig) -> str:
-    """Return what to type for a key of another trainer; an empty text if none of this script's keys is its like."""
-    words = spelled_here(name, value, config)
-    if words == ["model=…"] and (near := _near("model", value.partition(":")[0])):
-        words = [f"model={near[0]}"]
-    return " ".join(map(in_shell, words))
+def known_here(name: str, value: str, config: DictConfig) -> str:
+    """Return what to do about a key of another trainer; an empty text if none of this script's keys is its like."""
+    if reason := not_needed(name):
+        return f"not needed: {reason}"
+    words = [_chosen(word, value) for word in spelled_here(name, value, set(config))]
+    note = NOTES.get(name.replace("-", "_"), "").replace("{}", value or "…")
+    return f"type {' '.join(map(in_shell, words))}{note}" if words else ""
+
+
+def _chosen(word: str, value: str) -> str:
+    """Return a word with the option in place of its `…` that is nearest to the value in another trainer's spelling."""
+    group, _, option = word.partition("=")
+    near = _near(group, value.partition(":")[0]) if option == "…" and value and (conf() / group).is_dir() else []
+    return f"{group}={near[0]}" if near else word
 
 
 def value_of(key: str) -> str:
@@ -149,8 +180,8 @@ def _known_key(config: DictConfig, parent: str, key: str) -> str:
     prefix = f"{parent}." if parent else ""
     if nearest := difflib.get_close_matches(key, siblings, 1):
         return _guess([f"{prefix}{nearest[0]}"])
-    if typed := typed_here(key, value_of(f"{prefix}{key}"), config):
-        return f"type {typed}"
+    if known := known_here(key, value_of(f"{prefix}{key}"), config):
+        return known
     elsewhere = [name for name, _ in flat(OmegaConf.to_container(config)) if name.endswith(f".{key}")]
     shortest_first = sorted((name for name in elsewhere if not name.startswith("hydra.")), key=lambda n: n.count("."))
     return _guess(shortest_first[:3]) if shortest_first else _listed(sorted(set(siblings) - {"hydra"}))

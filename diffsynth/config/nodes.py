@@ -99,12 +99,37 @@ def _check_value(value: Any, hint: Any, where: str) -> None:
         for index, item in enumerate(value):
             _check_value(item, hint_of_items(hint, (list, tuple, Sequence), index), f"{where}[{index}]")
     if not _fits(value, hint):
-        if isinstance(value, DictConfig) and hint not in SCALARS:
+        if isinstance(value, DictConfig) and _may_be_built(hint):
             raise ConfigError(
                 f"{where} has no _target_, so that its keys ({', '.join(value)}) build nothing; expected a node that "
                 f"builds {expected(hint)}: choose an option that sets it, or leave these keys out."
             )
-        raise ConfigError(f"{where} is {value!r} ({type(value).__name__}); expected {expected(hint, value)}.")
+        meant = _meant(value, hint)
+        typed = "." if meant is None else f"; type {where}={meant}"
+        raise ConfigError(f"{where} is {value!r} ({_kind(value)}); expected {expected(hint, value)}{typed}")
+
+
+def _may_be_built(hint: Any) -> bool:
+    """Whether an annotation allows more than numbers and texts."""
+    if typing.get_origin(hint) is Annotated:
+        return _may_be_built(typing.get_args(hint)[0])
+    if typing.get_origin(hint) in (typing.Union, types.UnionType):
+        return any(map(_may_be_built, typing.get_args(hint)))
+    return hint not in SCALARS
+
+
+def _meant(value: Any, hint: Any) -> int | str | None:
+    """Return the value that may be meant: the integer for 1e3, a float to YAML, or the nearest of a choice's names."""
+    if isinstance(value, float) and value.is_integer() and _fits(int(value), hint):
+        return int(value)
+    kinds = [kind for kind in (hint, *typing.get_args(hint)) if typing.get_origin(kind) is typing.Literal]
+    names = [name for kind in kinds for name in typing.get_args(kind) if isinstance(name, str)]
+    return next(iter(difflib.get_close_matches(str(value), names, 1)), None)
+
+
+def _kind(value: Any) -> str:
+    """Return what the type of a value is called in YAML."""
+    return {DictConfig: "mapping", ListConfig: "list"}.get(type(value), type(value).__name__)
 
 
 def hint_of_items(hint: Any, kinds: tuple[type, ...], index: int = 0) -> Any:
@@ -151,9 +176,9 @@ def _unknown(where: str, key: str, known: Mapping, target: Callable) -> str:
     nearest = difflib.get_close_matches(key, known, 1)
     parent = where.removesuffix(key)
     typed = spelled_here(key, "", known) if not (parent or nearest) else []
-    known_here = f"type {' '.join(typed)}" if typed else f"it takes {sorted(known)}."
+    known_here = f"type {' '.join(typed)}" if typed else f"there are {', '.join(sorted(known))}."
     hint = f"did you mean {parent}{nearest[0]}?" if nearest else known_here
-    return f"{where}: {_name(target) if parent else 'the configuration'} has no option {key!r}; {hint}"
+    return f"{where}: {f'{_name(target)} has ' if parent else ''}no such key {key!r}; {hint}"
 
 
 def locate(target: str, where: str) -> Callable:

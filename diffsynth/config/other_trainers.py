@@ -10,6 +10,7 @@ NAMES = {
     "optimizer.weight_decay={}": "weight_decay adam_weight_decay",
     "optimizer=…": "optimizer_type optimizer_name",
     "optimizer=adamw_8bit": "use_8bit_adam",
+    "logger=[{}]": "report_to log_with",
     "lr_scheduler.num_warmup_steps={}": "lr_warmup_steps warmup_steps",
     "lora.rank={}": "rank lora_rank lora_r lora_dim network_dim",
     "lora.alpha={}": "alpha lora_alpha network_alpha",
@@ -24,7 +25,7 @@ NAMES = {
     "max_steps=null num_epochs={}": "num_epochs num_train_epochs max_train_epochs epochs",
     "batch_size={}": "train_batch_size",
     "micro_batch_size={}": "per_device_train_batch_size per_gpu_batch_size",
-    "batch_size=… micro_batch_size=…": "gradient_accumulation_steps",
+    "batch_size=… micro_batch_size=…": "gradient_accumulation_steps accumulation_steps",
     "memory=checkpointing": "gradient_checkpointing use_gradient_checkpointing",
     "memory=checkpointing_offload": "use_gradient_checkpointing_offload",
     "memory=fp8": "fp8_base fp8_models",
@@ -44,7 +45,8 @@ NAMES = {
     "dataset.augmentation.caption_dropout={}": "caption_dropout_rate",
     "dataset.augmentation.shuffle_tags=true": "shuffle_caption",
     "dataset.augmentation.flip=0.5": "flip_aug random_flip",
-    "validation.prompts=[{}]": "validation_prompt validation_prompts sample_prompts",
+    'validation.prompts=["{}"]': "validation_prompt",
+    "validation.prompts=[{}]": "validation_prompts sample_prompts",
     "validation.every={}": "validation_steps eval_steps sample_every_n_steps",
     "export.save_steps={}": "save_steps save_every_n_steps",
     "export.remove_prefix_in_ckpt={}": "remove_prefix_in_ckpt",
@@ -67,6 +69,24 @@ NAMES = {
     "inpaint_mask={}": "mask mask_image",
     "denoising_strength={}": "strength",
 }
+
+# What a name needs besides what is to be typed.
+NOTES = dict.fromkeys(
+    ("gradient_accumulation_steps", "accumulation_steps"), ", with batch_size = {} × micro_batch_size × devices"
+)
+# Names that need nothing here, by the reason.
+NOT_NEEDED = {
+    "the same command goes on from the last checkpoint": "resume resume_from_checkpoint",
+    "networks compute in model.torch_dtype": "mixed_precision full_bf16 full_fp16",
+    "torch's own attention is used": "xformers enable_xformers_memory_efficient_attention sdpa mem_eff_attn",
+    "an adapter is trained by default; lora=… chooses its kind": "network_module network_train_unet_only",
+    "without a table, dataset=image_folder takes the .txt beside each image": "caption_extension caption_extention",
+}
+
+
+def not_needed(name: str) -> str:
+    """Return why a key of another trainer needs nothing here; an empty text for other names."""
+    return next((reason for reason, names in NOT_NEEDED.items() if name.replace("-", "_") in names.split()), "")
 
 
 def spelled_here(name: str, value: str, keys: Collection[str]) -> list[str]:

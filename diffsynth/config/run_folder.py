@@ -4,9 +4,10 @@ import logging
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import cache
 from importlib import metadata
+from itertools import takewhile
 from pathlib import Path
 from threading import Timer
 from typing import Any
@@ -30,7 +31,8 @@ from .signature import bound_to_length, but_for_length, signature
 # Appended to a saved configuration, so that it runs again: train.py --config-path <run> --config-name config
 REPLAY = {"hydra": {"run": {"dir": "${run_dir}"}, "output_subdir": None}}
 RUN_FILES = ("config.yaml", "resolved.yaml", "command.json", "environment.json")
-_begun_here: set[Path] = set()  # folders that this process made, or that had no record of a run before it wrote one
+# Folders that this process made, with those above them, or that had no record of a run before it wrote one.
+_begun_here: set[Path] = set()
 _run_files: dict[Path, dict[str, str]] = {}  # text of each of RUN_FILES, for the folders that this process has claimed
 PACKAGES = ("torch", "diffusers", "transformers", "accelerate", "peft", "safetensors", "hydra-core", "omegaconf")
 # Guesses: git waits for a file system that may not answer, and a tracked file may be of any size.
@@ -77,9 +79,9 @@ class NewFolder(Callback):
     """Hydra callback that notes whether this process makes the run's folder, which it deletes if the run is refused."""
 
     def on_run_start(self, config: DictConfig, **_: object) -> None:
-        folder = Path(config.hydra.run.dir)
-        if rank() == "0" and not folder.exists():
-            _begun_here.add(folder.resolve())
+        folder = Path(config.hydra.run.dir).resolve()
+        if rank() == "0":
+            _begun_here.update(path for path in (folder, *folder.parents) if not path.exists())
 
 
 def claim(cfg: DictConfig) -> Path | None:
@@ -237,6 +239,8 @@ def _not_extended(run_dir: Path, cfg: DictConfig) -> str:
 def discard_refused(run_dir: Path, log: str) -> None:
     """Delete the folder of a refused run if this process began it, and it has only the files of `claim` and the log.
 
+    The folders above it that this process made are deleted too if they are empty.
+
     Args:
         log: Name of Hydra's log file in the folder.
     """
@@ -250,6 +254,9 @@ def discard_refused(run_dir: Path, log: str) -> None:
         for path in files.values():
             path.unlink()
         run_dir.rmdir()
+        with suppress(OSError):  # another run has begun below it
+            for parent in takewhile(_begun_here.__contains__, run_dir.resolve().parents):
+                parent.rmdir()
 
 
 def _write_run_files(run_dir: Path) -> None:

@@ -102,6 +102,8 @@ def expected(hint: Any, value: Any = None) -> str:
         return "a finite number"
     if isinstance(value, Integral) and abs(value) > LARGEST:
         return f"a number of at most {LARGEST}"
+    if hint in (int, float) and isinstance(value, Sequence) and not isinstance(value, str):
+        return f"one {'whole ' * (hint is int)}number for all"
     if get_origin(hint) in (Union, types.UnionType):
         options = [option for option in get_args(hint) if option is not type(None)]
         words = [*map(expected, options), *(["null"] if type(None) in get_args(hint) else [])]
@@ -117,6 +119,8 @@ def expected(hint: Any, value: Any = None) -> str:
         kind = {tuple: f"a list of {len(get_args(hint))}", Sequence: "a list", Mapping: "a mapping"}[get_origin(hint)]
         values = get_args(hint)[-1]
         return kind if values in (object, Any) else f"{kind}, each {expected(values)}"
+    if get_origin(hint) is Literal:
+        return ", ".join(map(str, get_args(hint)))
     return getattr(hint, "__name__", str(hint)) if get_origin(hint) is None else str(hint).replace("typing.", "")
 
 

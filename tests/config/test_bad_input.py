@@ -122,7 +122,7 @@ def test_options_that_validation_cannot_sample_with_are_named_with_their_range(r
 
 def test_a_folder_of_pictures_in_the_place_of_the_emoji_is_answered_with_what_to_choose(refusal, tmp_path):
     message = refusal(f"dataset.path={tmp_path}", "dataset.metadata=line_train.csv")
-    assert message.endswith(f"or dataset=image_folder dataset.path={tmp_path} for a folder of your own")
+    assert f"for images of your own type dataset=image_folder dataset.path={tmp_path};" in message
 
 
 # Weights --------------------------------------------------------------------------------------------------------------
@@ -148,6 +148,7 @@ def test_a_folder_in_the_place_of_a_file_is_answered_with_its_newest_file(refusa
     save_file({"a": torch.zeros(1)}, newest)
     assert f"run is a folder; expected a file, such as {newest}." in refusal(f"lora.checkpoint={tmp_path}/run")
     assert f"{tmp_path}/none.safetensors does not exist" in refusal(f"lora.checkpoint={tmp_path}/none.safetensors")
+    assert f"did you mean {newest}?" in refusal(f"lora.checkpoint={newest.with_suffix('.safetensor')}")
 
 
 def test_a_missing_shard_is_named(refusal, repository):

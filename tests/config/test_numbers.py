@@ -107,7 +107,7 @@ def test_an_eps_of_0_is_left_to_classes_of_others(target):
         ({"two": [1, "x"]}, ""),
         ({"any": ["x"]}, "any[0] is 'x' (str); expected int."),
         ({"two": ["x", "x"]}, "two[0] is 'x' (str); expected int."),
-        ({"two": [1]}, "two is [1] (ListConfig); expected a list of 2: int, str."),
+        ({"two": [1]}, "two is [1] (list); expected a list of 2: int, str."),
         ({"any": 1}, "any is 1 (int); expected a list, each int."),
     ],
 )
@@ -154,7 +154,7 @@ def test_every_number_of_a_request_has_a_range(family):
         ("max_grad_norm=nan", "max_grad_norm is nan (float); expected a number above 0, or null."),
         (
             "optimizer.betas=[0.9]",
-            "optimizer.betas is [0.9] (ListConfig); expected a list of 2, each a number in [0, 1).",
+            "optimizer.betas is [0.9] (list); expected a list of 2, each a number in [0, 1).",
         ),
         ("optimizer.betas=[0.9,1]", "optimizer.betas[1] is 1 (int); expected a number in [0, 1)."),
         ("max_steps=true", "max_steps is True (bool); expected a whole number of at least 1, or null."),

@@ -16,11 +16,11 @@ PAGE = ROOT / "docs" / "errors.md"
 HEAD = """# Error messages, by mistake
 
 Every mistake on this page is found before weights are read; the answer is one line, and the exit status is 1
-([runs.md](runs.md) lists others). `FOLDER` stands for a folder with the files of the case. `make errors` runs these
+([runs.md](runs.md) lists others). With `DIFFSYNTH_TRACEBACK=1` in the environment, an error of a run's configuration or
+input is raised with its traceback. `FOLDER` stands for a folder with the files of the case. `make errors` runs these
 commands and writes this page.
 """
 COLUMNS = ("| typed | status | answer |", "| --- | --- | --- |")
-TRACEBACK = "(DIFFSYNTH_TRACEBACK=1 shows where this was raised)"
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ class Refusal:
 
     def row(self, status: int, answer: str, folder: Path) -> str:
         """The page's line about it."""
-        text = answer.replace(str(folder), "FOLDER").replace(f"{ROOT}/", "").replace(TRACEBACK, "").strip()
+        text = answer.replace(str(folder), "FOLDER").replace(f"{ROOT}/", "").strip()
         cells = [self.shown, str(status), " ".join(text.split())]
         return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
 
@@ -98,6 +98,11 @@ REFUSALS = {
         Refusal('train.py "lora.rank = 8"'),
         Refusal("train.py learning_rate=1e-4"),
         Refusal("train.py --network_dim 8"),
+        Refusal("train.py --gradient_accumulation_steps=4"),
+        Refusal("train.py --mixed_precision bf16"),
+        Refusal("train.py --config FOLDER/my.yaml"),
+        Refusal("train.py lora.rank=8,16"),
+        Refusal("train.py 'validation.prompts=a cat, sitting'"),
         Refusal("train.py --dataset_base_path data/mine"),
         Refusal("train.py dataset=my_images"),
         Refusal("train.py dataset.path=FOLDER/gone"),
@@ -107,11 +112,13 @@ REFUSALS = {
         Refusal("generate.py num_inference_steps=4"),
         Refusal("generate.py lora=style.safetensors"),
         Refusal("generate.py prompt=a cat"),
+        Refusal("generate.py a cat"),
         Refusal('generate.py "prompt=[\'tis the season, a dog]"'),
     ],
     "Numbers": [
         Refusal("train.py max_steps=0"),
         Refusal("train.py max_steps=ten"),
+        Refusal("train.py max_steps=1e3"),
         Refusal("train.py batch_size=0"),
         Refusal("train.py max_grad_norm=-1"),
         Refusal("train.py lora.alpha=0"),

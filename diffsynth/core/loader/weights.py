@@ -265,7 +265,10 @@ def _require_file(file: Path) -> None:
         newest = max(inside, key=lambda path: path.stat().st_mtime, default="….safetensors")
         raise ValueError(f"{file} is a folder; expected a file, such as {newest}.")
     if not file.exists():
-        raise ValueError(f"{file} does not exist; expected a .safetensors file.")
+        names = [path.name for path in file.parent.glob("*.safetensors")]
+        near = [str(file.with_name(name)) for name in get_close_matches(file.name, names, 1)]
+        hint = f"did you mean {near[0]}?" if near else "expected a .safetensors file."
+        raise ValueError(f"{file} does not exist; {hint}")
     require_regular(file)
 
 

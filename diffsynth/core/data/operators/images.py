@@ -122,5 +122,8 @@ def part(length: int, scaled: int, side: int, position: float) -> tuple[float, f
 def require_multiple(name: str, value: int, factor: int) -> None:
     """Raise ValueError unless a side is a positive multiple of its division factor."""
     if value < factor or value % factor:
-        below = max(value // factor, 1) * factor
-        raise ValueError(f"{name}={value} is not a multiple of {name}_division_factor={factor}: use {below}")
+        below = value // factor * factor
+        sizes = f"{below + factor} or {below}" if below > 0 else str(factor)
+        raise ValueError(
+            f"{name}={value} is not a multiple of {name}_division_factor={factor}: set dataset.{name} to {sizes}"
+        )

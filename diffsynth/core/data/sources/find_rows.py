@@ -27,8 +27,15 @@ def find_rows(base_path: str | None, metadata: str | Callable | None, encoding: 
     """
     if callable(metadata):
         return str(base_path), metadata(str(base_path))
+    own = "" if metadata is None else "for images of your own type dataset=image_folder dataset.path={}; "
+    if base_path and os.path.isfile(base_path):
+        folder = os.path.dirname(base_path) or "."
+        raise ValueError(f"{base_path} is a file; set the data set's path to its folder, dataset.path={folder}")
     if base_path and not is_remote(str(base_path)) and not os.path.isdir(base_path):
-        raise ValueError(f"there is no folder {base_path}; set the data set's path, dataset.path=…, to one that exists")
+        raise ValueError(
+            f"there is no folder {base_path}; {own.format('…')}set the data set's path, dataset.path=…, to one that "
+            "exists"
+        )
     if base_path is None and metadata is None:
         raise ValueError("base_path and metadata_path are both None; pass at least one")
     if base_path is None:
@@ -42,10 +49,9 @@ def find_rows(base_path: str | None, metadata: str | Callable | None, encoding: 
     if base_path:
         refuse_studio_cache(base_path)
     looked_for = ", ".join(dict.fromkeys(candidates)) + ", images" * (metadata is None)
-    any_folder = (
-        "" if metadata is None else f", or dataset=image_folder dataset.path={base_path} for a folder of your own"
+    raise ValueError(
+        f"no metadata: {own.format(base_path or '…')}set dataset.path or dataset.metadata; looked for {looked_for}"
     )
-    raise ValueError(f"no metadata: looked for {looked_for}; set dataset.path or dataset.metadata{any_folder}")
 
 
 def _with_our_names(path: str, rows: Rows) -> Rows:

@@ -174,8 +174,9 @@ def test_image_smaller_than_one_patch_is_refused():
     [
         ({"height": 512}, "height=512 and width=None: set both"),
         ({"width": 512}, "height=None and width=512: set both"),
-        ({"height": 500, "width": 512}, "height=500 is not a multiple of height_division_factor=16: use 496"),
-        ({"height": 512, "width": 8}, "width=8 is not a multiple of width_division_factor=16: use 16"),
+        ({"height": 500, "width": 512}, "height_division_factor=16: set dataset.height to 512 or 496"),
+        ({"height": 512, "width": 8}, "width=8 is not a multiple of width_division_factor=16: set dataset.width to 16"),
+        ({"height": 64, "width": -5}, "set dataset.width to 16"),
     ],
 )
 def test_impossible_target_is_refused(sizes, message):

@@ -4,6 +4,7 @@ import csv
 import json
 import os
 import pickle
+import re
 from io import StringIO
 from pathlib import Path
 
@@ -111,11 +112,14 @@ def test_unreadable_metadata_is_named(tmp_path, name, content, message):
 
 def test_missing_metadata_says_what_was_looked_for(tmp_path):
     names = ".*".join(f"metadata\\.{suffix}," for suffix in ("csv", "json", "jsonl", "parquet"))
-    with pytest.raises(ValueError, match=f"looked for .*{names} images; set dataset.path"):
+    with pytest.raises(ValueError, match=f"set dataset.path .*looked for .*{names} images$"):
         UnifiedDataset(tmp_path)
     with pytest.raises(ValueError, match="there is no folder .*gone; set the data set's path"):
         UnifiedDataset(tmp_path / "gone")
-    with pytest.raises(ValueError, match=r"looked for .*other\.csv, other\.csv;"):
+    (tmp_path / "img_00.jpg").touch()
+    with pytest.raises(ValueError, match=f"img_00.jpg is a file; .* dataset.path={re.escape(str(tmp_path))}$"):
+        UnifiedDataset(tmp_path / "img_00.jpg")
+    with pytest.raises(ValueError, match=r"dataset=image_folder dataset.path=.*looked for .*other\.csv, other\.csv$"):
         UnifiedDataset.from_folder(tmp_path, metadata="other.csv")
     with pytest.raises(ValueError, match="base_path and metadata_path are both None"):
         UnifiedDataset()
