@@ -220,7 +220,7 @@ def _check_folder(run_dir: Path, cfg: DictConfig) -> None:
         if finished is None or finished["but_for_length"] != but_for_length(cfg):
             continue
         if finished["length"] != _length(cfg) and bound_to_length(cfg) is not None:
-            logging.info("This run starts from step 0: %s", _not_extended(path.parent, cfg))
+            logging.warning("This run starts from step 0: %s", _not_extended(path.parent, cfg))
 
 
 def _not_extended(run_dir: Path, cfg: DictConfig) -> str:
