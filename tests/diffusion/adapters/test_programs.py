@@ -299,6 +299,15 @@ def test_what_is_wrong_with_a_file_is_said_in_one_line_that_names_it(metadata, t
     assert "\n" not in str(refused.value) and len(str(refused.value)) < 600
 
 
+def test_layers_of_another_text_encoder_are_named_as_the_file_writes_them(tmp_path):
+    stem = "lora_te_text_model_encoder_layers_0_self_attn_q_proj.lora"
+    clip = {f"{stem}_down.weight": torch.ones(2, 64), f"{stem}_up.weight": torch.ones(64, 2)}
+    save_file(GOOD | clip, path := tmp_path / "kohya.safetensors")
+    said = f"'{stem}_down.weight' belongs to no layer of .* \\(these layers are of another text encoder\\)"
+    with pytest.raises(ValueError, match=f"{said}; .* it lacks 1 of the file's 2 layers"):
+        built(QWEN).check_adapters([path])
+
+
 @pytest.mark.parametrize("changes", [{"target_modules": "(.*)*" * 12 + "Q"}, {"r": 10**9}])
 def test_layers_and_ranks_are_those_of_the_tensors(changes, tmp_path):
     save_file(GOOD, path := tmp_path / "odd.safetensors", {"lora_adapter_metadata": stating(**changes)})
