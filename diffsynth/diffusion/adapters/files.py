@@ -4,11 +4,13 @@
 """
 
 import difflib
+import logging
 import math
 import re
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +28,8 @@ from .formats import FORMATS, check_holds
 from .names import LayerNames, layers_in, owner, peft_names
 from .stated import METADATA_KEY, SAVED_NAMES, stated_scale
 from .update import Parts, by_layer, kind, left_size, missing, rank, size, unmatched
+
+logger = logging.getLogger(__name__)
 
 # How much a layer that was read back may differ, relative to its largest output: guesses.
 TOLERANCE = 1e-5  # in fp32, about a hundred times the rounding error 2⁻²³
@@ -56,12 +60,28 @@ def read(path: str | Path, names: LayerNames, network: nn.Module) -> dict[str, T
     for key, tensor in tensors.items():
         if not _is_finite(tensor):
             raise ValueError(f"{file}: {key!r} has values that are NaN or infinite; take an earlier export.")
-    found = peft_names(tensors, names, network, str(file), stated_scale(file, names.prefix))
+    stated = stated_scale(file, names.prefix)
+    found = peft_names(tensors, names, network, str(file), stated)
     check_layers(network, found, file, tensors)
     for layer, parts in by_layer(found).items():
         if lacking := missing(parts):
             raise ValueError(f"{file}: {layer} has no {lacking[0]}; the file is incomplete, fetch it again.")
+    if stated is not None and stated.states_all_ranks:
+        ranks = {rank(parts) for parts in by_layer(found).values()} - {None, stated.rank}
+        if ranks:
+            _warn_of_ranks(file, stated.rank, tuple(sorted(ranks)))
     return found
+
+
+@cache  # a file is read twice: when it is checked, and when it is loaded
+def _warn_of_ranks(file: Path, stated: float, ranks: tuple[int, ...]) -> None:
+    logger.warning(
+        "%s: its configuration states r=%d, but its tensors have rank %s, which counts: the scale is "
+        "lora_alpha / rank. Correct lora_alpha there if the adapter acts too weakly or too strongly.",
+        file,
+        stated,
+        ", ".join(map(str, ranks)),
+    )
 
 
 def _is_finite(tensor: Tensor) -> bool:

@@ -244,6 +244,18 @@ def test_the_folder_that_peft_saves_is_read_with_its_scale(config, scale, tmp_pa
         assert are_equal(updates_read(tmp_path, QWEN), {QKV[0]: update(tensors, scale)})
 
 
+@pytest.mark.parametrize(
+    ("config", "warns"), [({"r": 8}, 1), ({"r": 2}, 0), ({}, 0), ({"r": 8, "rank_pattern": {"q": 2}}, 0)]
+)
+def test_a_rank_that_is_not_that_of_the_tensors_is_warned_of_once(config, warns, tmp_path, caplog):
+    tensors = pair(f"base_model.model.{QKV[0]}.", QKV[:1], QWEN, *PEFT)
+    save_file(tensors, tmp_path / "adapter_model.safetensors")
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "lora_alpha": 6} | config))
+    for _ in range(2):
+        assert are_equal(updates_read(tmp_path, QWEN), {QKV[0]: update(tensors, 3)})
+    assert caplog.text.count("states r=8, but its tensors have rank 2, which counts") == warns
+
+
 # What is refused ------------------------------------------------------------------------------------------------------
 
 GOOD = {
