@@ -1,6 +1,7 @@
 """The folder of a run: which run it belongs to, and the files that record how the run was started and finished."""
 
 import logging
+import os
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
@@ -28,6 +29,7 @@ from .signature import bound_to_length, but_for_length, signature
 REPLAY = {"hydra": {"run": {"dir": "${run_dir}"}, "output_subdir": None}}
 RUN_FILES = ("config.yaml", "resolved.yaml", "command.json", "environment.json")
 _begun_here: set[Path] = set()  # folders that this process made, or that had no record of a run before it wrote one
+_names_before: dict[Path, set[str]] = {}  # what the folder of this process's run held before
 _run_files: dict[Path, dict[str, str]] = {}  # text of each of RUN_FILES, for the folders that this process has claimed
 PACKAGES = ("torch", "diffusers", "transformers", "accelerate", "peft", "safetensors", "hydra-core", "omegaconf")
 # Guesses: git waits for a file system that may not answer, and a tracked file may be of any size.
@@ -71,12 +73,14 @@ class LogFile(logging.FileHandler):
 
 
 class NewFolder(Callback):
-    """Hydra callback that notes whether this process makes the run's folder, which it deletes if the run is refused."""
+    """Hydra callback that notes what the run's folder holds; if the run is refused, it holds no more afterwards."""
 
     def on_run_start(self, config: DictConfig, **_: object) -> None:
-        folder = Path(config.hydra.run.dir)
+        folder = Path(config.hydra.run.dir).resolve()
         if rank() == "0" and not folder.exists():
-            _begun_here.add(folder.resolve())
+            _begun_here.add(folder)
+        elif rank() == "0":
+            _names_before[folder] = set(os.listdir(folder))
 
 
 def claim(cfg: DictConfig) -> Path | None:
@@ -231,21 +235,25 @@ def _not_extended(run_dir: Path, cfg: DictConfig) -> str:
 
 
 def discard_refused(run_dir: Path, log: str) -> None:
-    """Delete the folder of a refused run if this process began it, and it has only the files of `claim` and the log.
+    """Delete what a refused run left: the folder that this process began, or the log that it began in another's folder.
+
+    It stays if it has more than the files of `claim` and the log.
 
     Args:
         log: Name of Hydra's log file in the folder.
     """
-    if run_dir.resolve() not in _begun_here:
+    began, before = run_dir.resolve() in _begun_here, _names_before.get(run_dir.resolve())
+    if not began and before is None:
         return
     locks.release(run_dir)
-    files = {path.name: path for path in run_dir.iterdir()}
-    if files.keys() <= {*RUN_FILES, log}:
+    new = set(os.listdir(run_dir)) - (set() if began else before)
+    if new <= ({*RUN_FILES, log} if began else {log}):
         for handler in logging.root.handlers:
             handler.close()  # Windows cannot delete a log that is open
-        for path in files.values():
-            path.unlink()
-        run_dir.rmdir()
+        for name in new:
+            (run_dir / name).unlink()
+        if began:
+            run_dir.rmdir()
 
 
 def _write_run_files(run_dir: Path) -> None:
