@@ -79,7 +79,7 @@ class NewFolder(Callback):
         folder = Path(config.hydra.run.dir).resolve()
         if rank() == "0" and not folder.exists():
             _begun_here.add(folder)
-        elif rank() == "0":
+        elif rank() == "0" and folder.is_dir():
             _names_before[folder] = set(os.listdir(folder))
 
 
