@@ -33,13 +33,16 @@ def fuse(
         The folders of the saved models.
 
     Raises:
-        ValueError: `output` has such a folder that this program has not made, or that is read.
+        ValueError: `output` has files or such a folder that this program has not made, or that is read.
     """
     import torch
 
-    from diffsynth.core.files import check_replaceable, mark_as_made, replacing_folder
+    from diffsynth.core.files import check_replaceable, mark_as_made, replacing_folder, was_made
     from diffsynth.diffusion.pipeline import repository, sampling_settings
 
+    models = [config.parent for config in Path(output).glob("*/config.json")]
+    if not any(map(was_made, models)):  # until 2026-11-30 those were marked, and the folder was not
+        check_replaceable(output)
     pipe = model(device="cpu")
     pipe.check_adapters(paths := [lora_path] if isinstance(lora_path, str) else lora_path)
     for path in paths:
@@ -55,6 +58,8 @@ def fuse(
     others = {name: folder for name, folder in others.items() if Path(output, name) not in folders}
     if index:
         repository.check_rest(Path(output), index, others, inputs, rest)
+    Path(output).mkdir(parents=True, exist_ok=True)
+    mark_as_made(Path(output))
     pipe.load_models(adapted, dtypes=dict.fromkeys(adapted, torch.float32))
     for path in paths:
         pipe.load_adapter(path, lora_scale, fuse=True)
@@ -82,8 +87,10 @@ def main(cfg) -> None:
         check(cfg, fuse)
         given = build(cfg)
         with locked(given["output"]):
-            for path in fuse(**given):
-                print(path)
+            fuse(**given)
+        print(given["output"])
+        if Path(given["output"], "model_index.json").is_file():
+            print(f'DiffusionPipeline.from_pretrained("{given["output"]}")')
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """Stage one of two: `python make_cache.py model=… dataset=… path=…`; then `python train.py dataset=cache …`.
 
-`python make_cache.py verify path=…` checks a cache's files and compares the cache with its data and models; `stats`
-counts what it has; `gc` deletes entries that no sample needs any more.
+`python make_cache.py verify …`, with the same options, checks a cache's files and compares the cache with its data and
+models; `stats path=…` counts what it has; `gc path=…` deletes entries that no sample needs any more.
 """
 
 import logging
@@ -18,7 +18,7 @@ def make_cache(run: CacheRun) -> str:
     """Run one command on a cache and return a report of it.
 
     Raises:
-        ValueError: `verify` finds differences; the message lists them.
+        ValueError: `verify` finds differences, and the message lists them; or the cache was made of another data set.
     """
     from diffsynth.cache.make import launch_data_process_task
     from diffsynth.cache.verify import collect_garbage, stats, verify

@@ -31,7 +31,7 @@ from ..core.progress import ProgressBar
 from ..diffusion.flow_match import TRAINING_STEPS
 from ..diffusion.training_module import PipelineTrainingModule
 from .keys import CacheKeys, Sides, describe, pipeline_inputs
-from .verify import damaged_shards, mend
+from .verify import check_same_data, damaged_shards, locations, mend
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -86,7 +86,7 @@ def launch_data_process_task(
 
     Raises:
         ValueError: The training has no frozen unit, the pipeline lacks a model, a sample has infinitely many variants
-            (random crop, shuffled tags), or a file cannot be read.
+            (random crop, shuffled tags), a file cannot be read, or the cache was made of another data set.
         WorkerKilled: A process that reads files was killed; what was made is saved.
         TypeError: An input of the pipeline is neither plain data nor a file.
         FolderInUse: Another process makes, checks or tidies this cache.
@@ -144,6 +144,7 @@ class CacheMaker:
             remove_leftovers(index.folder)
             lost = index.match_shards()
         self.accelerator.wait_for_everyone()
+        check_same_data(index, self.dataset, self._records())
         damaged = self.damaged_shards()
         if is_main:
             lost += mend(index, damaged.values())
@@ -172,6 +173,7 @@ class CacheMaker:
             "by_size": len(self.dataset.order(batch_size=1, seed=0).buckets) > 1,
             "parts": self._parts(),
             "left_out": self.skipped,  # the name in the files of existing caches
+            "data_sets": locations(self.dataset),
         }
 
     def _parts(self) -> list[tuple[int, str]]:
@@ -185,6 +187,12 @@ class CacheMaker:
         return parts
 
     # Checking what exists
+
+    def _records(self) -> Iterator[dict]:
+        """Yield the records of the samples that can be read."""
+        samples = _HashedVariants(self.dataset)
+        readable = (variants for _, variants in map(samples.__getitem__, range(self.dataset.size)))
+        return (describe(self.module, self.keys, each)[0] for each in readable if not isinstance(each, str))
 
     def damaged_shards(self) -> dict[int, Shard]:
         """Return the damaged shards of the cache by number; each process reads a share of all files."""

@@ -6,13 +6,15 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager, nullcontext
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..core.data import TrainingData
 from ..core.data.cache import CacheIndex, Shard, keys_of, rewrite
 from ..core.data.cached_dataset import differences
-from ..core.json_text import parse, to_json
+from ..core.data.sources.storage import is_remote
+from ..core.json_text import fits, parse, to_json
 from ..core.process.locks import locked
 from .keys import CacheKeys, describe
 
@@ -22,6 +24,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 READERS = 8  # threads that read files; a guess
+COMPARED = 256  # samples at the beginning by which a data set is recognised at another path; a guess
 
 
 def stats(path: str | Path) -> str:
@@ -124,9 +127,12 @@ def verify(dataset: TrainingData, module: "PipelineTrainingModule", path: str | 
     Raises:
         DamagedCache: The cache is not finished.
         FolderInUse: Another process makes, checks or tidies this cache.
+        ValueError: The cache was made of another data set.
     """
     with _finished_cache(path) as index:
         keys, shards, entries = CacheKeys(module), index.shards, index.keys_by_shard()
+        samples = (dataset.variants(number) for number in range(dataset.size))
+        check_same_data(index, dataset, (describe(module, keys, variants)[0] for variants in samples))
         missing = {number: shard for number, shard in shards.items() if not shard.path.is_file()}
         lines = [f"{shard.path} is missing: {len(entries.get(n, ()))} entries" for n, shard in missing.items()]
         for number, shard in damaged_shards(shards).items():
@@ -136,6 +142,41 @@ def verify(dataset: TrainingData, module: "PipelineTrainingModule", path: str | 
         lines += made_otherwise
         lines += _changed_samples(dataset, module, keys, index, compares_keys=not made_otherwise)
     return lines
+
+
+def locations(dataset: TrainingData) -> list[str]:
+    """Return the absolute paths, or the URLs, of the tables or folders that a data set's rows are from."""
+    paths = [own.metadata_path for own in dataset.datasets.values()]
+    return [path if is_remote(path) else os.path.abspath(path) for path in paths]
+
+
+def check_same_data(index: CacheIndex, dataset: TrainingData, records: Iterable[Mapping]) -> None:
+    """Check that a cache was not made of another data set, which would replace all of its samples.
+
+    A data set at another path is the same one if the cache has one of its first `COMPARED` samples, or if nothing is
+    left at the path that the cache was made of. It is read no further than to the first such sample.
+
+    Args:
+        records: The data set's samples as `describe` returns them.
+
+    Raises:
+        ValueError: It was; the message names that data set.
+    """
+    made_of = index.about.get("data_sets")  # caches until 2026-11-30 do not say it
+    if not fits(made_of, [str]) or made_of == locations(dataset):
+        return
+    if not all(is_remote(place) or os.path.exists(place) for place in made_of):
+        return
+    cached = {row for record in islice(index.records(), COMPARED) for row in _rows(record)}
+    if cached.isdisjoint(row for record in islice(records, COMPARED) for row in _rows(record)):
+        raise ValueError(
+            f"{index.folder} was made of {', '.join(made_of)} ({len(index)} samples), not of {dataset.metadata_path}; "
+            "type that data set's keys too (dataset=… dataset.path=…), or path=… for another cache."
+        )
+
+
+def _rows(record: Mapping) -> Iterator[str]:
+    return (to_json(variant["row"], sort_keys=True) for variant in record["variants"].values())
 
 
 def _changed_samples(

@@ -16,6 +16,7 @@ from omegaconf import OmegaConf
 from ..core.masking import masked
 from ..core.process import rank
 from ..core.process.console import keep_console
+from ..core.process.library_warnings import drop_needless_warnings
 from ..core.process.locks import IN_USE_STATUS, FolderInUse, release_all
 from ..core.process.signals import LeftBySignal, end_with_parent, leave_on_signals, on_stop_signals
 from . import slurm
@@ -107,6 +108,7 @@ def explained() -> Iterator[None]:
     At its end, the folders that the run has locked are unlocked.
     """
     keep_console()  # again, because a job of a sweep may run in a process of its own
+    drop_needless_warnings()
     try:
         yield
     except (ValueError, OSError, FloatingPointError) as error:

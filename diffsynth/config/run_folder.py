@@ -1,6 +1,7 @@
 """The folder of a run: which run it belongs to, and the files that record how the run was started and finished."""
 
 import logging
+import os
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
@@ -33,6 +34,7 @@ REPLAY = {"hydra": {"run": {"dir": "${run_dir}"}, "output_subdir": None}}
 RUN_FILES = ("config.yaml", "resolved.yaml", "command.json", "environment.json")
 # Folders that this process made, with those above them, or that had no record of a run before it wrote one.
 _begun_here: set[Path] = set()
+_names_before: dict[Path, set[str]] = {}  # what the folder of this process's run held before
 _run_files: dict[Path, dict[str, str]] = {}  # text of each of RUN_FILES, for the folders that this process has claimed
 PACKAGES = ("torch", "diffusers", "transformers", "accelerate", "peft", "safetensors", "hydra-core", "omegaconf")
 # Guesses: git waits for a file system that may not answer, and a tracked file may be of any size.
@@ -76,12 +78,14 @@ class LogFile(logging.FileHandler):
 
 
 class NewFolder(Callback):
-    """Hydra callback that notes whether this process makes the run's folder, which it deletes if the run is refused."""
+    """Hydra callback that notes what the run's folder holds; if the run is refused, it holds no more afterwards."""
 
     def on_run_start(self, config: DictConfig, **_: object) -> None:
         folder = Path(config.hydra.run.dir).resolve()
         if rank() == "0":
             _begun_here.update(path for path in (folder, *folder.parents) if not path.exists())
+            if folder.is_dir():
+                _names_before[folder] = set(os.listdir(folder))
 
 
 def claim(cfg: DictConfig) -> Path | None:
@@ -226,7 +230,7 @@ def _check_folder(run_dir: Path, cfg: DictConfig) -> None:
         if finished is None or finished["but_for_length"] != but_for_length(cfg):
             continue
         if finished["length"] != _length(cfg) and bound_to_length(cfg) is not None:
-            logging.info("This run starts from step 0: %s", _not_extended(path.parent, cfg))
+            logging.warning("This run starts from step 0: %s", _not_extended(path.parent, cfg))
 
 
 def _not_extended(run_dir: Path, cfg: DictConfig) -> str:
@@ -237,22 +241,27 @@ def _not_extended(run_dir: Path, cfg: DictConfig) -> str:
 
 
 def discard_refused(run_dir: Path, log: str) -> None:
-    """Delete the folder of a refused run if this process began it, and it has only the files of `claim` and the log.
+    """Delete what a refused run left: the folder that this process began, or the log that it began in another's folder.
+
+    It stays if it has more than the files of `claim` and the log.
 
     The folders above it that this process made are deleted too if they are empty.
 
     Args:
         log: Name of Hydra's log file in the folder.
     """
-    if run_dir.resolve() not in _begun_here:
+    began, before = run_dir.resolve() in _begun_here, _names_before.get(run_dir.resolve())
+    if not began and before is None:
         return
     locks.release(run_dir)
-    files = {path.name: path for path in run_dir.iterdir()}
-    if files.keys() <= {*RUN_FILES, log}:
+    new = set(os.listdir(run_dir)) - (set() if began else before)
+    if new <= ({*RUN_FILES, log} if began else {log}):
         for handler in logging.root.handlers:
             handler.close()  # Windows cannot delete a log that is open
-        for path in files.values():
-            path.unlink()
+        for name in new:
+            (run_dir / name).unlink()
+        if not began:
+            return
         run_dir.rmdir()
         with suppress(OSError):  # another run has begun below it
             for parent in takewhile(_begun_here.__contains__, run_dir.resolve().parents):

@@ -86,7 +86,7 @@ def _named(path: Path) -> Iterator[None]:
 
 
 def check_replaceable(folder: str | Path, inputs: Iterable[str | Path] = ()) -> None:
-    """Check that `replacing_folder` may replace this folder: it is empty, or was marked by `mark_as_made`.
+    """Check that this folder may be replaced or filled: it is empty but for its lock, or was marked by `mark_as_made`.
 
     Args:
         inputs: Files and folders that the run reads.
@@ -98,16 +98,21 @@ def check_replaceable(folder: str | Path, inputs: Iterable[str | Path] = ()) -> 
     for path in map(Path, inputs):
         if path.resolve().is_relative_to(folder):
             raise ValueError(f"{folder} would be replaced, but {path} in it is read; set another output=….")
-    if folder.exists() and not (folder / MADE).exists() and any(folder.iterdir()):
+    if folder.exists() and not was_made(folder) and any(path.name != LOCK for path in folder.iterdir()):
         raise ValueError(
-            f"{folder} holds files that this program has not made, and would be replaced; expected a new or an empty "
-            "folder: set another output=…."
+            f"{folder} holds files that this program has not made; expected a new or an empty folder: set another "
+            "output=…."
         )
 
 
 def mark_as_made(folder: Path) -> None:
     """Note in a folder that this program has made it, so that it may replace it."""
     (folder / MADE).touch()
+
+
+def was_made(folder: Path) -> bool:
+    """Whether `mark_as_made` marked a folder."""
+    return (folder / MADE).exists()
 
 
 def remove_leftovers(folder: str | Path) -> None:

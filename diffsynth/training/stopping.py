@@ -4,10 +4,11 @@ A run whose data cannot be loaded any more, because a worker was killed, stops i
 """
 
 import logging
+import os
 import signal
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from types import FrameType
 from typing import TYPE_CHECKING
@@ -15,12 +16,15 @@ from typing import TYPE_CHECKING
 from accelerate.utils import gather_object
 
 from ..core.data.loading import WorkerKilled
+from ..core.process import rank
 from ..core.process.signals import REQUEUE_STATUS, on_stop_signals
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
 logger = logging.getLogger(__name__)
+
+ACKNOWLEDGED = b"Stopping after this step, and saving; a second Ctrl-C stops at once.\n"
 
 
 class Stopped(SystemExit):
@@ -47,6 +51,9 @@ class StopRequest:
         """Handle a signal: remember it, so that the run stops after its step; a second Ctrl-C stops at once."""
         if self.received and number == signal.SIGINT:
             raise KeyboardInterrupt
+        if not self.received and rank() == "0":
+            with suppress(OSError):  # the console may be gone; the log says at the end that the run has stopped
+                os.write(2, ACKNOWLEDGED)  # unlike a stream, it can be written to while another write is interrupted
         self.received = signal.Signals(number).name
 
     def lose(self, error: WorkerKilled) -> None:

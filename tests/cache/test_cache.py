@@ -472,6 +472,32 @@ def test_a_cache_and_a_data_set_that_were_moved_are_the_same(cache, tmp_path):
     assert make(folder, dataset(data)).made == {}
 
 
+def other_captions(folder: Path) -> UnifiedDataset:
+    """The same images, each with another caption."""
+    rows = [{"image": f"{number}.png", "prompt": f"a pencil drawing of {number}"} for number in range(8)]
+    return dataset(tiny.write_rows(tiny.write_dataset(folder), rows))
+
+
+@pytest.mark.parametrize("use", [make, changes], ids=["make", "verify"])
+def test_a_cache_of_another_data_set_is_refused_and_left_alone(use, cache, tmp_path):
+    before, rows = content(cache), other_captions(tmp_path / "other")
+    with pytest.raises(ValueError, match=r"cache was made of .*metadata.csv \(8 samples\), not of .*; type .* path=…"):
+        use(cache, rows)
+    assert content(cache) == before
+    with sqlite3.connect(cache / "index.sqlite") as index:
+        index.execute("DELETE FROM about WHERE name = 'data_sets'")  # as older caches
+    assert changes(cache, rows) == [f"sample {number}: prompt differs" for number in range(8)]
+
+
+def test_all_captions_of_the_same_data_set_may_change_and_so_may_its_path_if_it_is_moved(tmp_path):
+    cache, data = tmp_path / "cache", tmp_path / "data"
+    make(cache, dataset(tiny.write_dataset(data)))
+    shutil.rmtree(data)
+    assert make(cache, other_captions(data)).made == {PROMPTS: 8}
+    shutil.rmtree(data)
+    assert make(cache, dataset(tiny.write_dataset(tmp_path / "moved"))).made == {}
+
+
 def test_tidying_deletes_what_a_changed_caption_left_and_nothing_else(cache, tmp_path):
     folder = tiny.write_dataset(tmp_path / "data")
     changed_caption(folder)

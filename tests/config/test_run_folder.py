@@ -16,6 +16,7 @@ from omegaconf import OmegaConf
 
 from diffsynth import report
 from diffsynth.config import ConfigError, MaskedFormatter, build, check, claim, finish, run_folder, signature
+from diffsynth.config.run_folder import NewFolder, discard_refused
 from diffsynth.core.process import locks
 from diffsynth.report import write_report
 from diffsynth.report.compare import compare
@@ -164,6 +165,20 @@ def test_a_refused_run_leaves_no_folder_unless_it_had_begun(tmp_path, monkeypatc
     (begun / "metrics.jsonl").write_text("")
     tiny.complaint(monkeypatch, *arguments, f"run_dir={begun}")
     assert (begun / "metrics.jsonl").exists() and (begun / "config.yaml").exists()
+
+
+@pytest.mark.parametrize(
+    ("before", "new", "left"), [([], ["log"], []), (["log"], [], ["log"]), ([], ["log", "a"], ["log", "a"])]
+)
+def test_a_refused_command_leaves_no_log_that_it_began_in_a_folder_of_others(before, new, left, tmp_path):
+    files = {name: tmp_path / name for name in ("0.png", "log", "a")}
+    for name in ["0.png", *before]:
+        files[name].touch()
+    NewFolder().on_run_start(OmegaConf.create({"hydra": {"run": {"dir": str(tmp_path)}}}))
+    for name in new:
+        files[name].touch()
+    discard_refused(tmp_path, "log")
+    assert {path.name for path in tmp_path.iterdir()} == {"0.png", *left}
 
 
 def test_a_finished_run_says_so_and_names_what_it_left(tmp_path, caplog):

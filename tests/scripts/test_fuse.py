@@ -9,7 +9,7 @@ import tiny
 import torch
 from safetensors.torch import load_file, save_file
 
-from diffsynth.core.files import mark_as_made
+from diffsynth.core.files import MADE, mark_as_made
 from diffsynth.core.loader import ModelConfig, model_config
 from diffsynth.diffusion.pipeline import networks
 from diffsynth.diffusion.pipeline.repository import INDEX, find_index
@@ -49,9 +49,28 @@ def test_a_folder_with_other_files_is_not_replaced(adapter, tmp_path, monkeypatc
     assert notes.read_text() == "mine"
 
 
+def test_a_folder_of_pictures_is_refused_before_anything_is_written(adapter, tmp_path, monkeypatch):
+    pictures = Path(shutil.copytree(tiny.dataset(), tmp_path / "pictures"))
+    before = sorted(pictures.rglob("*"))
+    given = [*tiny.model_overrides(), f"lora_path={adapter}", f"output={pictures}"]
+    said = tiny.complaint(monkeypatch, *given, script="fuse.py")
+    assert f"{pictures} holds files that this program has not made; expected a new or an empty folder" in said
+    assert sorted(pictures.rglob("*")) == before
+
+
+def test_the_folder_is_printed_and_how_diffusers_loads_it(base, adapter, tmp_path, monkeypatch, capsys):
+    out = tmp_path / "out"
+    given = [*tiny.model_overrides(), *base[1], f"lora_path={adapter}", f"output={out}"]
+    tiny.command_line(monkeypatch, "fuse.py", *given)
+    assert capsys.readouterr().out.endswith(f'{out}\nDiffusionPipeline.from_pretrained("{out}")\n')
+
+
 def test_the_base_that_is_read_is_not_replaced(adapter, tmp_path, monkeypatch):
     base = Path(shutil.copytree(tiny.model(), tmp_path / "base"))
     before = (base / "transformer" / "config.json").read_bytes()
+    said = refusal(monkeypatch, adapter, base, f"model.dit.path={base}/transformer")
+    assert f"{base} holds files that this program has not made" in said
+    mark_as_made(base)
     said = refusal(monkeypatch, adapter, base, f"model.dit.path={base}/transformer")
     assert "is read; set another output" in said
     assert (base / "transformer" / "config.json").read_bytes() == before
@@ -97,6 +116,7 @@ def no_configuration(output: Path, monkeypatch) -> str:
 def test_what_the_rest_cannot_be_written_over_is_refused_and_kept(make, base, adapter, tmp_path, monkeypatch):
     output = tmp_path / "out"
     output.mkdir()
+    mark_as_made(output)
     expected = make(output, monkeypatch)
     before = sorted(output.rglob("*"))
     config = [f"model.vae.config={tmp_path}/config.json"] if make is no_configuration else []
@@ -139,8 +159,9 @@ def test_a_component_that_the_base_lacks_is_named(adapter, tmp_path, monkeypatch
 
 
 def test_what_it_has_made_and_empty_folders_are_replaced_but_not_while_they_are_read(adapter, tmp_path, monkeypatch):
-    (tmp_path / "out" / "transformer").mkdir(parents=True)
+    (tmp_path / "out").mkdir()
     (first,) = fuse(adapter, tmp_path / "out")
+    (tmp_path / "out" / MADE).unlink()  # as until 2026-11-30
     (second,) = fuse(adapter, tmp_path / "out", "lora_scale=2")
     assert first == second and load_file(next(second.glob("*.safetensors")))
     said = refusal(monkeypatch, adapter, tmp_path / "out", f"model.dit.path={second}")

@@ -84,7 +84,7 @@ def test_a_stopped_run_is_not_made_shorter_than_it_is(tmp_path):
 
 
 def test_a_run_whose_rate_depends_on_its_length_starts_anew_and_says_why(tmp_path, caplog):
-    caplog.set_level("INFO")
+    caplog.set_level("WARNING")
     short = tiny.train(tmp_path, "max_steps=2", "lr_scheduler=cosine")
     long = tiny.train(tmp_path, "max_steps=3", "lr_scheduler=cosine")
     assert short != long

@@ -201,11 +201,15 @@ def test_a_run_that_nohup_started_outlives_its_terminal():
         signal.signal(signal.SIGHUP, before)
 
 
-def test_a_second_interrupt_stops_at_once():
+@pytest.mark.parametrize(("rank", "lines"), [("0", 1), ("1", 0)])
+def test_an_interrupt_is_acknowledged_once_and_a_second_stops_at_once(rank, lines, monkeypatch, capfd):
+    monkeypatch.setenv("RANK", rank)
     with stop_on_signals() as request, pytest.raises(KeyboardInterrupt):
         os.kill(os.getpid(), signal.SIGINT)
         assert request.received == "SIGINT"
+        assert capfd.readouterr().err.count("Stopping after this step") == lines
         os.kill(os.getpid(), signal.SIGINT)
+    assert capfd.readouterr().err == ""
 
 
 def test_a_process_whose_whole_group_is_asked_to_stop_saves_and_says_that_it_wants_to_go_on(tmp_path):

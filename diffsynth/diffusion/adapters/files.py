@@ -4,11 +4,13 @@
 """
 
 import difflib
+import logging
 import math
 import re
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +25,11 @@ from ...core.json_text import to_json
 from ...core.loader import load_state_dict, read_shapes
 from ...core.memory.storage import stored_layers
 from .formats import FORMATS, check_holds
-from .names import LayerNames, owner, peft_names
+from .names import LayerNames, layers_in, owner, peft_names
 from .stated import METADATA_KEY, SAVED_NAMES, stated_scale
 from .update import Parts, by_layer, kind, left_size, missing, rank, size, unmatched
+
+logger = logging.getLogger(__name__)
 
 # How much a layer that was read back may differ, relative to its largest output: guesses.
 TOLERANCE = 1e-5  # in fp32, about a hundred times the rounding error 2⁻²³
@@ -71,12 +75,28 @@ def read(path: str | Path, names: LayerNames, network: nn.Module) -> dict[str, T
             raise ValueError(f"{file}: {key!r} has dtype {tensor.dtype}, expected {expected}; save it as one.")
         if not _is_finite(tensor):
             raise ValueError(f"{file}: {key!r} has values that are NaN or infinite; take an earlier export.")
-    found = peft_names(tensors, names, network, str(file), stated_scale(file, names.prefix))
-    check_layers(network, found, file)
+    stated = stated_scale(file, names.prefix)
+    found = peft_names(tensors, names, network, str(file), stated)
+    check_layers(network, found, file, tensors)
     for layer, parts in by_layer(found).items():
         if lacking := missing(parts):
             raise ValueError(f"{file}: {layer} has no {lacking[0]}; the file is incomplete, fetch it again.")
+    if stated is not None and stated.states_all_ranks:
+        ranks = {rank(parts) for parts in by_layer(found).values()} - {None, stated.rank}
+        if ranks:
+            _warn_of_ranks(file, stated.rank, tuple(sorted(ranks)))
     return found
+
+
+@cache  # a file is read twice: when it is checked, and when it is loaded
+def _warn_of_ranks(file: Path, stated: float, ranks: tuple[int, ...]) -> None:
+    logger.warning(
+        "%s: its configuration states r=%d, but its tensors have rank %s, which counts: the scale is "
+        "lora_alpha / rank. Correct lora_alpha there if the adapter acts too weakly or too strongly.",
+        file,
+        stated,
+        ", ".join(map(str, ranks)),
+    )
 
 
 def _is_finite(tensor: Tensor) -> bool:
@@ -100,15 +120,16 @@ def prefixes(path: str | Path, known: Collection[str] = ()) -> set[str | None]:
     return {owner(key, known) for key in read_shapes(find_file(path))}
 
 
-def check_layers(module: nn.Module, tensors: Mapping[str, Tensor], path: str | Path) -> None:
+def check_layers(module: nn.Module, tensors: Mapping[str, Tensor], path: str | Path, keys: Collection[str]) -> None:
     """Refuse an adapter file whose layers the model does not have, or whose shapes do not fit the model's.
 
     Args:
         tensors: The file's tensors under peft's names.
         path: The file, which the error names.
+        keys: All keys of the file, those of other networks among them.
 
     Raises:
-        ValueError: The message names the key and the nearest layer.
+        ValueError: The message names the key as the file writes it, and the nearest layer.
     """
     if not tensors:
         raise ValueError(f"{path} has no tensor for {type(module).__name__}; choose an adapter of this model.")
@@ -117,15 +138,21 @@ def check_layers(module: nn.Module, tensors: Mapping[str, Tensor], path: str | P
     if bare := [name for name, parts in found.items() if name in layers and "" in parts]:
         raise ValueError(f"{path}: {bare[0]!r} is a layer and no part of an adapter; choose the file of an adapter.")
     if unknown := [name for name in found if name not in layers]:
-        key = next(key for key in tensors if key.startswith(unknown[0]))
-        nearest = difflib.get_close_matches(unknown[0], layers, 1)
-        hint = f"the nearest name is {nearest[0]!r}" if nearest else "no layer has a similar name"
+        key = next((key for key in keys if unknown[0] in key), unknown[0])
+        hint = _nearest(unknown[0], layers)
+        if owner(key) == "text_encoder" and len(unknown) == len(found):
+            hint = "these layers are of another text encoder"
         raise ValueError(
             f"{path}: {key!r} belongs to no layer of {type(module).__name__} ({hint}); choose an adapter that was "
-            f"made for this model: it lacks {len(unknown)} of the file's {len(found)} layers."
+            f"made for this model: it lacks {len(unknown)} of the file's {len(layers_in(keys))} layers."
         )
     for name, parts in found.items():
         _check_shapes(name, parts, layers[name].weight.shape, path)
+
+
+def _nearest(name: str, layers: Collection[str]) -> str:
+    nearest = difflib.get_close_matches(name, layers, 1)
+    return f"the nearest name is {nearest[0]!r}" if nearest else "no layer has a similar name"
 
 
 def _check_shapes(name: str, parts: Parts, weight: torch.Size, path: str | Path) -> None:

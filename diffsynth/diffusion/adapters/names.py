@@ -120,6 +120,18 @@ def owner(key: str, prefixes: Iterable[str] = ()) -> str | None:
     return next((prefix for prefix in (*prefixes, *STARTS) if bare.startswith(_starts(prefix))), None)
 
 
+def layers_in(keys: Iterable[str]) -> set[str]:
+    """The layers of all networks whose tensors a file has, under the file's names."""
+    return {_without_ending(key)[0] for key in keys}
+
+
+def _without_ending(key: str) -> tuple[str, str]:
+    """A layer's name in a file, and the ending of the key, "" if no program has it."""
+    plain = key.replace(".default.", ".").removesuffix(".default")
+    ending = next((ending for ending in ENDINGS if plain.endswith(ending)), "")
+    return plain.removesuffix(ending), ending
+
+
 def _of_network(keys: Iterable[str], names: LayerNames) -> list[str]:
     """The keys that name a network; those that name none belong to the transformer, or to the only one in a file."""
     owners = {key: owner(key, (names.prefix, *names.others)) for key in keys}
@@ -168,9 +180,8 @@ def _by_layer(
     """The tensors of a network by the layer's name in the file, and by peft's name of the part ("" if it has none)."""
     by_layer: dict[str, Parts] = defaultdict(dict)
     for key in _of_network(tensors, names):
-        plain = key.replace(".default.", ".").removesuffix(".default")
-        ending = next((ending for ending in ENDINGS if plain.endswith(ending)), "")
-        parts = by_layer[_without_start(plain.removesuffix(ending), names.prefix, known)]
+        name, ending = _without_ending(key)
+        parts = by_layer[_without_start(name, names.prefix, known)]
         part = ENDINGS.get(ending, "")
         _refuse_twice({key} if part in parts else (), source)
         parts[part] = tensors[key].flatten() if ending == ".dora_scale" else tensors[key]

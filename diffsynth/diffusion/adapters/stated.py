@@ -23,12 +23,14 @@ class StatedScale:
         alphas: By the end of a layer's name.
         rank: Of layers whose tensors have none: Kronecker products of whole matrices.
         use_rslora: Divide by the square root.
+        states_all_ranks: `rank` is stated, and no layer's rank is stated apart from it.
     """
 
     alpha: float
     alphas: Mapping[str, float]
     rank: float
     use_rslora: bool
+    states_all_ranks: bool = False
 
     def __call__(self, layer: str, rank: int | None) -> float:
         alpha = next((alpha for end, alpha in self.alphas.items() if f".{layer}".endswith(f".{end}")), self.alpha)
@@ -59,6 +61,7 @@ def stated_scale(file: Path, prefix: str) -> StatedScale | None:
         alphas={_literal(end, place): _number(alpha, "alpha_pattern", place) for end, alpha in alphas.items()},
         rank=_number(config.get("r", 1), "r", place),
         use_rslora=config.get("use_rslora") is True,
+        states_all_ranks="r" in config and not config.get("rank_pattern"),
     )
 
 

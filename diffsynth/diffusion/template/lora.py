@@ -28,7 +28,7 @@ def read(state_dict: Mapping[str, Tensor], network: nn.Module, names: LayerNames
     if not isinstance(state_dict, Mapping) or not all(isinstance(t, Tensor) for t in state_dict.values()):
         raise ValueError(f"{source}: lora is a {type(state_dict).__name__}, expected a dict of tensors by name.")
     tensors = peft_names(state_dict, names, network, source)
-    lora_files.check_layers(network, tensors, f"{source}: lora")
+    lora_files.check_layers(network, tensors, f"{source}: lora", state_dict)
     layers = dict.fromkeys(key.rpartition(".lora_")[0] for key in tensors)
     for layer in layers:
         _check_layer(layer, tensors, network.get_submodule(layer), source)

@@ -493,7 +493,7 @@ def test_what_is_absent_is_downloaded_and_what_the_hub_lacks_is_named(source, re
         }
         command = [sys.executable, "-c", RESOLVE, MODEL_ID]
         result = subprocess.run(command, env=os.environ | settings, capture_output=True, text=True)
-    assert "FileNotFoundError: owner/tiny: vae/*.safetensors not found" in result.stderr
+    assert "owner/tiny: vae/*.safetensors not found" in result.stderr
     folder, names = tmp_path / MODEL_ID, [file.name for file in sorted(repository.glob("transformer/*.safetensors"))]
     lines = result.stdout.splitlines()[-len(names) - 1 :]
     assert lines == [str(folder / "transformer" / name) for name in names] + [f"{folder / 'tokenizer'}"]

@@ -423,7 +423,7 @@ def test_a_rank_is_a_whole_number(rank):
 def test_a_file_of_another_model_is_refused_by_its_key(training_module, pipe, tmp_path, field):
     file = adapter_file(tmp_path / "flux.safetensors", ["transformer.single_transformer_blocks.0.attn.to_q"])
     with pytest.raises(
-        ValueError, match=r"flux.safetensors: 'single_transformer_blocks.0.attn.to_q.lora_A.weight' bel"
+        ValueError, match=r"flux.safetensors: 'transformer.single_transformer_blocks.0.attn.to_q.lora_A.weight' bel"
     ):
         training_module(lora=LoRA(rank=3, target_modules=TARGETS, **{field: str(file)}))
     with pytest.raises(ValueError, match="belongs to no layer of QwenImageTransformer2DModel"):

@@ -244,6 +244,18 @@ def test_the_folder_that_peft_saves_is_read_with_its_scale(config, scale, tmp_pa
         assert are_equal(updates_read(tmp_path, QWEN), {QKV[0]: update(tensors, scale)})
 
 
+@pytest.mark.parametrize(
+    ("config", "warns"), [({"r": 8}, 1), ({"r": 2}, 0), ({}, 0), ({"r": 8, "rank_pattern": {"q": 2}}, 0)]
+)
+def test_a_rank_that_is_not_that_of_the_tensors_is_warned_of_once(config, warns, tmp_path, caplog):
+    tensors = pair(f"base_model.model.{QKV[0]}.", QKV[:1], QWEN, *PEFT)
+    save_file(tensors, tmp_path / "adapter_model.safetensors")
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "lora_alpha": 6} | config))
+    for _ in range(2):
+        assert are_equal(updates_read(tmp_path, QWEN), {QKV[0]: update(tensors, 3)})
+    assert caplog.text.count("states r=8, but its tensors have rank 2, which counts") == warns
+
+
 # What is refused ------------------------------------------------------------------------------------------------------
 
 GOOD = {
@@ -305,6 +317,15 @@ def test_what_is_wrong_with_a_file_is_said_in_one_line_that_names_it(metadata, t
     with pytest.raises(ValueError, match=f"bad.safetensors.*{message}") as refused:
         built(QWEN).check_adapters([path])
     assert "\n" not in str(refused.value) and len(str(refused.value)) < 600
+
+
+def test_layers_of_another_text_encoder_are_named_as_the_file_writes_them(tmp_path):
+    stem = "lora_te_text_model_encoder_layers_0_self_attn_q_proj.lora"
+    clip = {f"{stem}_down.weight": torch.ones(2, 64), f"{stem}_up.weight": torch.ones(64, 2)}
+    save_file(GOOD | clip, path := tmp_path / "kohya.safetensors")
+    said = f"'{stem}_down.weight' belongs to no layer of .* \\(these layers are of another text encoder\\)"
+    with pytest.raises(ValueError, match=f"{said}; .* it lacks 1 of the file's 2 layers"):
+        built(QWEN).check_adapters([path])
 
 
 @pytest.mark.parametrize("changes", [{"target_modules": "(.*)*" * 12 + "Q"}, {"r": 10**9}])

@@ -232,7 +232,10 @@ def test_scales_of_other_formats_are_folded_in(base):
     "given, message",
     [
         (3, "lora is a int, expected a dict of tensors"),
-        ({"transformer.blocks.0.lora_A.weight": torch.zeros(2, 128)}, "'blocks.0.lora_A.weight' belongs to no layer"),
+        (
+            {"transformer.blocks.0.lora_A.weight": torch.zeros(2, 128)},
+            "'transformer.blocks.0.lora_A.weight' belongs to no layer",
+        ),
         ({"proj_out.lora_A.weight": torch.zeros(2, 64)}, "shape \\(2, 64\\), but proj_out takes 128 features"),
         ({"proj_out.lora_A.weight": torch.zeros(2, 128)}, "A \\(2, 128\\) and B None for proj_out"),
         (
