@@ -9,7 +9,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 
 from diffsynth.config import build, check, explained, locked, run_main
-from diffsynth.core.ranges import BatchSize, Level, Seed
+from diffsynth.core.ranges import BatchSize, PositiveFraction, Seed
 
 
 def generate(
@@ -23,7 +23,7 @@ def generate(
     lora_path: str | Sequence[str] | None = None,
     lora_scale: float = 1.0,
     input_image: str | None = None,
-    denoising_strength: Level = 1.0,
+    denoising_strength: PositiveFraction = 1.0,
     inpaint_mask: str | None = None,
     template_inputs: Sequence[Mapping[str, object]] = (),
     negative_template_inputs: Sequence[Mapping[str, object]] = (),

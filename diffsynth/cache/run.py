@@ -3,7 +3,7 @@
 from dataclasses import dataclass, replace
 from typing import Any, Literal, TypeVar, get_args
 
-from ..core.ranges import BatchSize, Count, Seed
+from ..core.ranges import BatchSize, PositiveInt, Seed
 
 Command = Literal["make", "verify", "stats", "gc"]
 COMMANDS = get_args(Command)
@@ -61,4 +61,4 @@ class CacheRun(ModelRun):
     path: str
     command: Command = "make"
     batch_size: BatchSize = 8
-    shard_megabytes: Count = 256
+    shard_megabytes: PositiveInt = 256

@@ -12,7 +12,7 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import InterpolationResolutionError
 
 from ..core.masking import is_masked
-from ..core.ranges import LearningRate, NotNegative, Share, Whole, expected, is_number
+from ..core.ranges import FractionBelowOne, LearningRate, NonNegativeFloat, NonNegativeInt, expected, is_number
 from .moved import up_to_date
 from .other_trainers import spelled_here
 
@@ -21,12 +21,12 @@ SCALARS = (int, float, bool, str, type(None))
 NODES_OF_LIBRARIES = ("optimizer", "lr_scheduler")
 OF_LIBRARIES = {
     "lr": LearningRate,
-    "betas": tuple[Share, Share],
-    "eps": NotNegative,
-    "weight_decay": NotNegative,
-    "num_warmup_steps": Whole,
-    "num_decay_steps": Whole,
-    "warmup_steps": Whole,
+    "betas": tuple[FractionBelowOne, FractionBelowOne],
+    "eps": NonNegativeFloat,
+    "weight_decay": NonNegativeFloat,
+    "num_warmup_steps": NonNegativeInt,
+    "num_decay_steps": NonNegativeInt,
+    "warmup_steps": NonNegativeInt,
 }
 
 

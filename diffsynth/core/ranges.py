@@ -52,13 +52,13 @@ def within(low: float, high: float, brackets: str = "[]") -> Range:
     return Range(low, high, brackets)
 
 
-Count = Annotated[int, at_least(1)]
-Whole = Annotated[int, at_least(0)]
-Positive = Annotated[float, more_than(0)]
-NotNegative = Annotated[float, at_least(0)]
+PositiveInt = Annotated[int, at_least(1)]
+NonNegativeInt = Annotated[int, at_least(0)]
+PositiveFloat = Annotated[float, more_than(0)]
+NonNegativeFloat = Annotated[float, at_least(0)]
 Probability = Annotated[float, within(0, 1)]
-Share = Annotated[float, within(0, 1, "[)")]  # such as a decay, or a rate of dropping that leaves something
-Level = Annotated[float, within(0, 1, "(]")]  # such as a noise level, or an exponent
+FractionBelowOne = Annotated[float, within(0, 1, "[)")]  # such as a decay, or a rate of dropping that leaves something
+PositiveFraction = Annotated[float, within(0, 1, "(]")]  # such as a noise level, or an exponent
 Seed = Annotated[int, within(0, LARGEST)]
 # Pixels of a side; a JPEG has at most 65,535 (ITU-T T.81, B.2.2).
 Side = Annotated[int, within(1, 65_535)]

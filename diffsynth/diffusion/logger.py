@@ -16,7 +16,7 @@ from ..core.files import going_on_without, write_text
 from ..core.json_text import read_json, to_json
 from ..core.loader import save_safetensors
 from ..core.masking import in_strings, masked_values, without_folders
-from ..core.ranges import Count, check_fields
+from ..core.ranges import PositiveInt, check_fields
 from .adapters.formats import FORMATS, check_holds
 from .pipeline.sampling_settings import METADATA_KEY
 
@@ -52,7 +52,7 @@ class ModelLogger:
 
     output_path: str | Path
     remove_prefix_in_ckpt: str | None = None
-    save_steps: Count | None = None
+    save_steps: PositiveInt | None = None
     formats: Sequence[str] = ("common",)
     trigger_prompts: Sequence[str] = ()
     keep_best: str | None = None

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..core.ranges import Level, Positive, Share, check_fields
+from ..core.ranges import FractionBelowOne, PositiveFloat, PositiveFraction, check_fields
 from .flow_match import TRAINING_STEPS, FlowMatchScheduler, exponential_shift
 
 
@@ -21,8 +21,8 @@ class UniformTimesteps:
         min_boundary, max_boundary: Fractions of the grid in [0, 1]; 0 is its noisy end.
     """
 
-    min_boundary: Share = 0.0
-    max_boundary: Level = 1.0
+    min_boundary: FractionBelowOne = 0.0
+    max_boundary: PositiveFraction = 1.0
 
     def __post_init__(self):
         if not 0 <= self.min_boundary < self.max_boundary <= 1:
@@ -47,7 +47,7 @@ class LogitNormalTimesteps:
     """
 
     mean: float = 0.0
-    std: Positive = 1.0
+    std: PositiveFloat = 1.0
     mu: float = 0.0
 
     def __post_init__(self):

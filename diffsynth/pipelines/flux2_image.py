@@ -21,7 +21,7 @@ from ..core.context_parallel import TokenSplit
 from ..core.gradient import checkpoint_blocks
 from ..core.host_memory import sent
 from ..core.loader import ModelConfig
-from ..core.ranges import NotNegative, Tokens
+from ..core.ranges import NonNegativeFloat, Tokens
 from ..diffusion.adapters.names import LayerNames
 from ..diffusion.base_pipeline import BasePipeline
 from ..diffusion.flow_match import exponential_shift
@@ -301,7 +301,7 @@ class Flux2Request(EditRequest, TemplateRequest):
         max_sequence_length: Tokens that the prompt is truncated or padded to, including those of the chat template.
     """
 
-    embedded_guidance: NotNegative = 4.0
+    embedded_guidance: NonNegativeFloat = 4.0
     max_sequence_length: Tokens = MAX_PROMPT_TOKENS
 
 

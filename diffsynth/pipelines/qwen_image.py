@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from ..core.context_parallel import TokenSplit
 from ..core.gradient import checkpoint_blocks
 from ..core.loader import ModelConfig
-from ..core.ranges import NotNegative, Pixels, Side
+from ..core.ranges import NonNegativeFloat, Pixels, Side
 from ..diffusion.adapters.names import LayerNames
 from ..diffusion.base_pipeline import BasePipeline
 from ..diffusion.flow_match import exponential_shift, stretch_to_terminal
@@ -326,7 +326,7 @@ class QwenImageRequest(EditRequest, TemplateRequest):
         exponential_shift_mu: Shift of the noise levels; None computes it from the number of tokens.
     """
 
-    cfg_scale: NotNegative = 4.0
+    cfg_scale: NonNegativeFloat = 4.0
     cfg_rescale: bool = True
     height: Side = 1328
     width: Side = 1328

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING
 
-from ..core.ranges import BatchSize, Count, Tokens
+from ..core.ranges import BatchSize, PositiveInt, Tokens
 from ..training.run import Run
 
 if TYPE_CHECKING:
@@ -34,7 +34,7 @@ class PlanRun(Run):
     """
 
     devices: Sequence[BatchSize] = (1,)
-    cp_size: Count = 1
+    cp_size: PositiveInt = 1
     tokens: Tokens = 256
     cached: bool = False
     cache_batch_size: BatchSize = 8

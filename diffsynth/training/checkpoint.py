@@ -27,7 +27,7 @@ from ..core.data.cache.shards import MALFORMED
 from ..core.files import digest_of, remove_leftovers, replacing_folder, write_text
 from ..core.json_text import to_json
 from ..core.loader import save_safetensors
-from ..core.ranges import Count, check_fields
+from ..core.ranges import PositiveInt, check_fields
 from ..core.regular import require_regular
 from ..core.safe_tree import join_state, split_state
 from .restorable import DamagedCheckpoint, expect
@@ -58,9 +58,9 @@ class Checkpoints:
     """
 
     path: str | Path
-    every: Count | None = None
-    keep_last: Count = 2
-    keep_every: Count | None = None
+    every: PositiveInt | None = None
+    keep_last: PositiveInt = 2
+    keep_every: PositiveInt | None = None
     saves: ClassVar[bool] = True
 
     def __post_init__(self):

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..core.host_memory import empty, fill, flat_size, flat_views, lane
-from ..core.ranges import Count, Level, Share, check_arguments
+from ..core.ranges import FractionBelowOne, PositiveFraction, PositiveInt, check_arguments
 
 
 class EMA:
@@ -35,10 +35,10 @@ class EMA:
 
     def __init__(
         self,
-        decay: Share = 0.999,
-        power: Level | None = None,
+        decay: FractionBelowOne = 0.999,
+        power: PositiveFraction | None = None,
         device: str | None = None,
-        every: Count = 1,
+        every: PositiveInt = 1,
     ):
         check_arguments(EMA.__init__, "ema.", decay=decay, power=power, every=every)
         self.decay, self.power, self.device, self.every = decay, power, device, every

@@ -9,7 +9,7 @@ import torch
 from accelerate import PartialState
 
 from ..core.files import going_on_without, replacing
-from ..core.ranges import Count, check_fields
+from ..core.ranges import PositiveInt, check_fields
 
 logger = logging.getLogger(__name__)
 
@@ -28,8 +28,8 @@ class Profile(AbstractContextManager):
     """
 
     path: str | Path
-    after: Count = 3
-    steps: Count = 3
+    after: PositiveInt = 3
+    steps: PositiveInt = 3
 
     def __post_init__(self):
         check_fields(self, "profile.")

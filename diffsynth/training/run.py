@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..cache.run import ModelRun
-from ..core.ranges import BatchSize, Count, Positive, Seed, check_fields
+from ..core.ranges import BatchSize, PositiveFloat, PositiveInt, Seed, check_fields
 from .absent import NoCheckpoints, NoDataReport, NoEMA, NoLogger, NoProfile, NoValidation
 
 
@@ -40,12 +40,12 @@ class LoopSettings:
     logger: Any = None
     validation: Any = None
     profile: Any = None
-    max_steps: Count | None = None
-    num_epochs: Positive = 1
-    samples: Count | None = None
+    max_steps: PositiveInt | None = None
+    num_epochs: PositiveFloat = 1
+    samples: PositiveInt | None = None
     batch_size: BatchSize = 1
     micro_batch_size: BatchSize | None = None
-    max_grad_norm: Positive | None = None
+    max_grad_norm: PositiveFloat | None = None
     seed: Seed = 0
 
     def __post_init__(self):
@@ -78,7 +78,7 @@ class Run(LoopSettings, ModelRun):
     memory: Any
     data_report: Any
     deterministic: bool = False
-    max_bad_steps: Count = 10
+    max_bad_steps: PositiveInt = 10
 
     def __post_init__(self):
         super().__post_init__()

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from ..input_files import InputFile
-from ..ranges import Positive, Workers
+from ..ranges import PositiveFloat, Workers
 from .dataset import TrainingData
 from .operators.unread import Variants
 from .order.addresses import SampleAddress
@@ -39,7 +39,7 @@ class MixedDataset(TrainingData):
     def __init__(
         self,
         datasets: Mapping[str, UnifiedDataset],
-        weights: Mapping[str, Positive] | None = None,
+        weights: Mapping[str, PositiveFloat] | None = None,
         num_workers: Workers | None = None,
     ):
         self._datasets, self.num_workers = dict(datasets), num_workers

@@ -13,7 +13,7 @@ import torch
 from PIL import ImageOps
 
 from ..input_files import InputFile
-from ..ranges import Pixels, Repeat, Side, Whole, Workers, at_least
+from ..ranges import NonNegativeInt, Pixels, Repeat, Side, Workers, at_least
 from .dataset import Row, TrainingData
 from .operators.augmentation import Augmentation, AugmentationChoice
 from .operators.base import RouteByExtensionName, RouteByType, SequentialProcess, ToAbsolutePath, ToList, unread
@@ -113,7 +113,7 @@ class UnifiedDataset(TrainingData):
         on_error: Literal["raise", "skip"] = "raise",
         num_workers: Workers | None = None,
         encoding: str = "utf-8",
-        scan_rows: Whole = 1_000_000,
+        scan_rows: NonNegativeInt = 1_000_000,
         augmentation: Augmentation | None = None,
         allow_urls: bool = False,
     ) -> "UnifiedDataset":

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from ..ranges import Count, NotNegative, Whole, check_fields
+from ..ranges import NonNegativeFloat, NonNegativeInt, PositiveInt, check_fields
 from .sizes import parse_size
 
 
@@ -24,8 +24,8 @@ class FrozenMemory:
 
     storage: Literal["none", "fp8", "fp8_cast", "int8", "nf4"] = "none"
     stored: Sequence[str] | None = None
-    stream_blocks: Whole = 0
-    stream_buffers: Count = 2
+    stream_blocks: NonNegativeInt = 0
+    stream_buffers: PositiveInt = 2
 
     def __post_init__(self):
         check_fields(self, "memory.")
@@ -65,13 +65,13 @@ class MemoryRecipe(FrozenMemory):
     """
 
     checkpointing: Literal["none", "blocks", "attention", "feed_forward"] = "none"
-    checkpoint_every: Count = 1
+    checkpoint_every: PositiveInt = 1
     offload_activations: bool = False
-    remember: NotNegative = 0.0
+    remember: NonNegativeFloat = 0.0
     trained_dtype: Literal["float32", "bfloat16"] = "float32"
     compile: Literal["none", "blocks"] = "none"
-    budget: str | Count | None = None
-    host_budget: str | Count | None = None
+    budget: str | PositiveInt | None = None
+    host_budget: str | PositiveInt | None = None
     check: bool = True
 
     def __post_init__(self):

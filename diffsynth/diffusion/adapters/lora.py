@@ -16,7 +16,7 @@ import torch
 from peft import LoHaConfig, LoKrConfig, LoraConfig, PeftConfig, inject_adapter_in_model
 from torch import nn
 
-from ...core.ranges import Count, Positive, Share, check_fields
+from ...core.ranges import FractionBelowOne, PositiveFloat, PositiveInt, check_fields
 from .files import fill, infer_config, load, read
 from .formats import kind, scale
 from .update import scaled_layers
@@ -43,8 +43,8 @@ class Adapter:
         preset: Adapter file merged into the frozen weights first, so that the new adapter learns the difference.
     """
 
-    rank: Count = 32
-    alpha: Positive | None = None
+    rank: PositiveInt = 32
+    alpha: PositiveFloat | None = None
     models: Sequence[str] = ("dit",)
     target_modules: Mapping[str, Sequence[str] | str] | Sequence[str] | str | None = None
     checkpoint: str | None = None
@@ -154,7 +154,7 @@ class LoRA(Adapter):
         use_dora: Also train the length of each output's weight vector; Liu et al. 2024 (https://arxiv.org/abs/2402.09353).
     """
 
-    dropout: Share = 0.0
+    dropout: FractionBelowOne = 0.0
     use_rslora: bool = False
     use_dora: bool = False
 
@@ -177,7 +177,7 @@ class LoHa(Adapter):
         dropout: Probability of dropping a rank in training.
     """
 
-    dropout: Share = 0.0
+    dropout: FractionBelowOne = 0.0
 
     def peft_config(self, targets: Sequence[str]) -> LoHaConfig:
         return LoHaConfig(
@@ -194,8 +194,8 @@ class LoKr(Adapter):
         decompose_factor: Side of the small matrix; -1 makes both matrices about equally large.
     """
 
-    dropout: Share = 0.0
-    decompose_factor: Literal[-1] | Count = -1
+    dropout: FractionBelowOne = 0.0
+    decompose_factor: Literal[-1] | PositiveInt = -1
 
     def check_rank(self, module: nn.Module, targets: Sequence[str], key: str = "lora.rank") -> None:
         """Accept every rank: from the half of a factor's side on, peft trains the whole factor."""

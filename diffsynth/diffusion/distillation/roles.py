@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from ...core.gradient import recomputing_in
 from ...core.memory.storage import restore
-from ...core.ranges import Count, LearningRate
+from ...core.ranges import LearningRate, PositiveInt
 from ..adapters import files as lora_files
 from ..adapters.lora import Adapter, LoRA
 from ..base_pipeline import BasePipeline
@@ -38,7 +38,7 @@ class FakeScore:
         learning_rate: None takes the student's.
     """
 
-    rank: Count | None = None
+    rank: PositiveInt | None = None
     full: bool = False
     learning_rate: LearningRate | None = None
 

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
-from ...core.ranges import Level, NotNegative, SamplingSteps, check_fields
+from ...core.ranges import NonNegativeFloat, PositiveFraction, SamplingSteps, check_fields
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -18,7 +18,7 @@ class Student:
     """
 
     num_inference_steps: SamplingSteps = 4
-    sigmas: Sequence[Level] | None = None
+    sigmas: Sequence[PositiveFraction] | None = None
     renoise: bool = False
 
     def __post_init__(self):
@@ -54,7 +54,7 @@ class Teacher:
     """
 
     num_inference_steps: SamplingSteps = 40
-    cfg_scale: NotNegative = 4.0
+    cfg_scale: NonNegativeFloat = 4.0
     negative_prompt: str = ""
 
     def __post_init__(self):

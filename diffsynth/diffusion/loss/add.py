@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from ...core.ranges import NotNegative
+from ...core.ranges import NonNegativeFloat
 from ..adapters.lora import Adapter
 from ..base_pipeline import BasePipeline
 from ..distillation.context import LossContext
@@ -41,7 +41,7 @@ class AdversarialDistillation(RoleDistillation):
     """
 
     discriminator: Discriminator = field(default_factory=Discriminator)
-    distillation_weight: NotNegative = 2.5
+    distillation_weight: NonNegativeFloat = 2.5
     timesteps: UniformTimesteps | LogitNormalTimesteps = field(default_factory=UniformTimesteps)
     renoising: UniformTimesteps | LogitNormalTimesteps = field(default_factory=LogitNormalTimesteps)
 

@@ -10,7 +10,7 @@ import torch
 from PIL.Image import Image
 from torch import Tensor
 
-from ...core.ranges import NotNegative
+from ...core.ranges import NonNegativeFloat
 from ..base_pipeline import BasePipeline
 from ..randomness import GlobalRNG, SampleRNG
 from .base import Objective
@@ -24,7 +24,7 @@ class AutoencoderLoss(Objective):
         kl_weight: Weight of the KL term, which keeps latents near unit variance; 1e-4 is a guess.
     """
 
-    kl_weight: NotNegative = 1e-4
+    kl_weight: NonNegativeFloat = 1e-4
 
     default_model = "vae"
     calls_model_fn = False

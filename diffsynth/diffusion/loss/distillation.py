@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from ...core.ranges import NotNegative
+from ...core.ranges import NonNegativeFloat
 from ..adapters.lora import Adapter
 from ..base_pipeline import BasePipeline
 from ..distillation.context import LossContext
@@ -138,7 +138,7 @@ class RoleDistillation(Distillation):
         negative_prompt: Prompt of the teacher's unconditional prediction.
     """
 
-    guidance: NotNegative = 4.0
+    guidance: NonNegativeFloat = 4.0
     negative_prompt: str = ""
 
     def __call__(

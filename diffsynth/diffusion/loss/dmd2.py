@@ -11,7 +11,7 @@ from typing import Annotated
 import torch
 from torch import Tensor
 
-from ...core.ranges import Level, NotNegative, at_least, within
+from ...core.ranges import NonNegativeFloat, PositiveFraction, at_least, within
 from ..adapters.lora import Adapter
 from ..base_pipeline import BasePipeline
 from ..distillation.context import LossContext
@@ -44,9 +44,9 @@ class DMD2(RoleDistillation):
     student_every: Annotated[int, at_least(2)] = 5
     fake_score: FakeScore = field(default_factory=FakeScore)
     min_sigma: Annotated[float, within(0, 1, "()")] = 0.02
-    max_sigma: Level = 0.98
+    max_sigma: PositiveFraction = 0.98
     discriminator: Discriminator | None = None
-    adversarial_weight: NotNegative = 0.03
+    adversarial_weight: NonNegativeFloat = 0.03
 
     def __post_init__(self):
         super().__post_init__()

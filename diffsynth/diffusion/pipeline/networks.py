@@ -20,7 +20,7 @@ from ...core.loader import (
     load_weights,
     to_released_keys,
 )
-from ...core.ranges import BatchSize, Count, LearningRate, Pixels
+from ...core.ranges import BatchSize, LearningRate, Pixels, PositiveInt
 from ..adapters import files as lora_files
 from ..adapters.names import LayerNames
 from . import sampling_settings
@@ -50,10 +50,10 @@ class TrainingDefaults:
 
     learning_rate: LearningRate = 1e-4
     full_learning_rate: LearningRate = 1e-5
-    max_steps: Count = 300
+    max_steps: PositiveInt = 300
     batch_size: BatchSize = 8
     micro_batch_size: BatchSize | None = 1
-    validate_every: Count | None = 100
+    validate_every: PositiveInt | None = 100
     checkpointing: str = "blocks"
     max_pixels: Pixels = 1024 * 1024
     lora_target_modules: Mapping[str, Sequence[str] | str] = field(default_factory=dict)

@@ -12,7 +12,17 @@ from typing import Any, get_args, get_type_hints
 from PIL import Image
 from torch import Tensor
 
-from ...core.ranges import Count, Level, NotNegative, Pixels, SamplingSteps, Seed, Side, allows, expected
+from ...core.ranges import (
+    NonNegativeFloat,
+    Pixels,
+    PositiveFraction,
+    PositiveInt,
+    SamplingSteps,
+    Seed,
+    Side,
+    allows,
+    expected,
+)
 from .kv_cache import KVCache
 
 EDIT_IMAGE_PIXELS = 1024 * 1024  # area at which the released editing models were trained, as DiffSynth-Studio has it
@@ -45,21 +55,21 @@ class ImageRequest:
 
     prompt: str
     negative_prompt: str = ""
-    cfg_scale: NotNegative = 1.0
+    cfg_scale: NonNegativeFloat = 1.0
     input_image: Image.Image | None = None
-    denoising_strength: Level = 1.0
+    denoising_strength: PositiveFraction = 1.0
     inpaint_mask: Image.Image | None = None
-    inpaint_blur_sigma: NotNegative | None = None
+    inpaint_blur_sigma: NonNegativeFloat | None = None
     height: Side = 1024
     width: Side = 1024
     seed: Seed | None = None
     rand_device: str = "cpu"
     num_inference_steps: SamplingSteps = 30
-    sigmas: Sequence[Level] | None = None
+    sigmas: Sequence[PositiveFraction] | None = None
     sampler: str = "euler"
     tiled: bool = False
-    tile_size: Count = 128
-    tile_stride: Count = 64
+    tile_size: PositiveInt = 128
+    tile_stride: PositiveInt = 64
 
 
 @dataclass(kw_only=True)

@@ -18,7 +18,7 @@ from ...core.data.order.buckets import is_upscaled
 from ...core.files import going_on_without, write_text
 from ...core.json_text import to_json
 from ...core.pictures import GRID_COLUMNS, beside, row, save_png, stack
-from ...core.ranges import Whole, check_fields
+from ...core.ranges import NonNegativeInt, check_fields
 
 if TYPE_CHECKING:
     from ...diffusion.base_pipeline import BasePipeline
@@ -45,8 +45,8 @@ class DataReport:
     """
 
     path: str | Path
-    rows: Whole = 2000
-    pictures: Whole = 32
+    rows: NonNegativeInt = 2000
+    pictures: NonNegativeInt = 32
 
     def __post_init__(self):
         check_fields(self, "data_report.")

@@ -10,7 +10,7 @@ from ...core.data.operators.picture_files import read_image
 from ...core.files import forget_after, going_on_without
 from ...core.json_lines import JsonLines
 from ...core.masking import masked_values
-from ...core.ranges import Count, check_fields
+from ...core.ranges import PositiveInt, check_fields
 from .trackers import Tracker
 
 
@@ -25,7 +25,7 @@ class LocalLogger:
     """
 
     path: str | Path
-    every: Count = 10
+    every: PositiveInt = 10
     trackers: Mapping[str, Tracker] = field(default_factory=dict)
 
     def __post_init__(self):

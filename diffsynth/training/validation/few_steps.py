@@ -18,7 +18,7 @@ from ...core.data.cache.shards import MALFORMED
 from ...core.files import going_on_without
 from ...core.loader import load_state_dict, save_safetensors
 from ...core.pictures import row, stack
-from ...core.ranges import BatchSize, Count, Whole
+from ...core.ranges import BatchSize, NonNegativeInt, PositiveInt
 from ...core.sharing import share
 from ...diffusion.loss import Distillation
 from ...diffusion.pipeline.remembered import to_device
@@ -47,8 +47,8 @@ class FewSteps:
     """
 
     dataset: CachedDataset | Callable[[], CachedDataset]
-    samples: Count = 128
-    pictures: Whole = 8
+    samples: PositiveInt = 128
+    pictures: NonNegativeInt = 8
     batch_size: BatchSize = 16
     metrics: Mapping[str, Metric] = field(default_factory=dict)
 

@@ -18,7 +18,7 @@ from ...core.data import Sample, SampleAddress, TrainingData
 from ...core.data.operators.picture_files import read_image
 from ...core.files import going_on_without
 from ...core.pictures import row, save_png, stack
-from ...core.ranges import Count, Seed, Whole, check_fields
+from ...core.ranges import NonNegativeInt, PositiveInt, Seed, check_fields
 from ...core.sharing import share
 from ...diffusion.pipeline.generation import warn_of_ignored
 from ...diffusion.pipeline.remembered import UnitMemory
@@ -64,15 +64,15 @@ class Validation:
     """
 
     path: str | Path
-    every: Count | None = None
+    every: PositiveInt | None = None
     prompts: Sequence[str] = ()
     seed: Seed = 0
     options: Mapping[str, object] = field(default_factory=dict)
     datasets: Mapping[str, TrainingData] = field(default_factory=dict)
-    loss_samples: Count = 64
+    loss_samples: PositiveInt = 64
     metrics: Mapping[str, Metric] = field(default_factory=dict)
-    metric_samples: Count = 64
-    row_samples: Whole | None = None
+    metric_samples: PositiveInt = 64
+    row_samples: NonNegativeInt | None = None
     weights: Sequence[str] = ("raw",)
     few_steps: FewSteps | None = None
 

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ...ranges import NotNegative, Probability, Whole, check_fields
+from ...ranges import NonNegativeFloat, NonNegativeInt, Probability, check_fields
 from ..order.addresses import SampleAddress, sample_seed
 from ..sources.table import is_empty
 
@@ -63,12 +63,12 @@ class Augmentation:
         ValueError: A probability is not in [0, 1], all weights are 0, or `tag_separator` is empty.
     """
 
-    captions: Mapping[str, NotNegative] | None = None
+    captions: Mapping[str, NonNegativeFloat] | None = None
     caption_dropout: Probability = 0.0
     prefix: str = ""
     suffix: str = ""
     shuffle_tags: bool = False
-    keep_tags: Whole = 0
+    keep_tags: NonNegativeInt = 0
     tag_separator: str = ","
     flip: Probability = 0.0
     random_crop: bool = False
