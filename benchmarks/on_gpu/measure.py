@@ -56,6 +56,8 @@ class LastLoss(NoLogger):
 class NoExport:
     """Exports no weights."""
 
+    keep_best = None
+
     def due(self, *_: object) -> bool:
         return False
 

@@ -78,7 +78,7 @@ def test_a_sampler_is_chosen_by_a_word(generate, tmp_path):
     assert differs(plain, heun)
     named = {parameters(path)["sampler"] for path in tmp_path.glob("*/0000.png")}
     assert named == {"euler", "heun"}
-    with pytest.raises(ConfigError, match=r"sampler is 'heum' \(str\); expected .*'heun'"):
+    with pytest.raises(ConfigError, match=r"sampler is 'heum' \(str\); expected .*; type sampler=heun"):
         generate(f"prompt={APPLE}", "sampler=heum")
 
 
