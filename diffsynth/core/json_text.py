@@ -3,6 +3,7 @@
 import json
 import logging
 import math
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +22,8 @@ def to_json(value: Any, **options: Any) -> str:
         text = json.dumps(value, allow_nan=False, **options)
     except ValueError:
         text = json.dumps(finite(value), allow_nan=False, **options)
-    return text.encode(
-        "utf-8", "backslashreplace"
-    ).decode()  # `\\udc80`, an escape of JSON, for bytes that are no UTF-8
+    # Bytes that are no UTF-8, as in file names, become escapes of JSON such as \udc80.
+    return text.encode("utf-8", "backslashreplace").decode()
 
 
 def finite(value: Any) -> Any:
@@ -47,6 +47,21 @@ def parse(text: str) -> Any:
         raise ValueError("it is nested too deeply") from None
 
 
+def parse_object(text: str, source: str) -> dict[str, Any]:
+    """Parse JSON that should be an object.
+
+    Raises:
+        ValueError: It is no JSON, or another value; the message begins with `source`.
+    """
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError) as error:  # the latter if it is nested too deeply
+        raise ValueError(f"{source} is no JSON: {text[:40]!r}; make the file anew, or take another.") from error
+    if not isinstance(value, dict):
+        raise ValueError(f"{source} is {text[:40]!r}, expected a JSON object; make the file anew, or take another.")
+    return value
+
+
 def fits(value: Any, shape: Any) -> bool:
     """Whether a JSON value has a shape.
 
@@ -59,8 +74,8 @@ def fits(value: Any, shape: Any) -> bool:
     if isinstance(shape, tuple):
         return isinstance(value, list) and len(value) == len(shape) and all(map(fits, value, shape))
     if not isinstance(shape, dict):
-        is_number = not isinstance(value, bool)  # Python counts True and False as numbers
-        return isinstance(value, shape) and (is_number or shape in (bool, object))
+        is_bool = isinstance(value, bool)  # Python counts True and False as numbers
+        return isinstance(value, shape) and (not is_bool or shape in (bool, object))
     if not isinstance(value, dict):
         return False
     shapes = dict.fromkeys(value, shape[str]) if str in shape else shape
@@ -93,13 +108,11 @@ def read_json(path: str | Path, kind: type = dict) -> Any:
     if not path.exists():
         return kind()
     require_regular(path)
-    try:
-        value = parse(path.read_text(encoding="utf-8", errors="replace"))
-    except ValueError as error:
-        value = error
-    if isinstance(value, kind):
-        return value
-    logger.warning("%s is damaged and left out: expected JSON with a %s, found %.99r.", path, kind.__name__, value)
+    text = path.read_text(encoding="utf-8", errors="replace")
+    with suppress(ValueError):
+        if isinstance(value := parse(text), kind):
+            return value
+    logger.warning("%s is damaged and left out: expected JSON with a %s, found %.99r.", path, kind.__name__, text)
     return kind()
 
 

@@ -4,7 +4,7 @@ from .building import build_module
 from .fingerprints import fingerprint, fingerprint_folder
 from .foreign import read_object, read_pretrained
 from .model_config import ModelConfig, NotInRepository, refuse_pickle
-from .safetensors_files import load_state_dict, parse_object, read_metadata, read_shapes, save_safetensors
+from .safetensors_files import load_state_dict, read_metadata, read_shapes, save_safetensors
 from .weights import check_weights, drop_weights, load_model, load_weights, to_released_keys
 
 __all__ = [
@@ -18,7 +18,6 @@ __all__ = [
     "load_model",
     "load_state_dict",
     "load_weights",
-    "parse_object",
     "read_metadata",
     "read_object",
     "read_pretrained",

@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ..files import replacing
+from ..json_text import parse_object
 from ..regular import require_regular
 from .foreign import shown
 from .model_config import refuse_pickle
@@ -68,21 +69,6 @@ def read_metadata(file: str | Path, key: str) -> dict[str, Any] | None:
     except SafetensorError as error:
         raise ValueError(f"{file} is no safetensors file: {shown(error)}. {FETCH_AGAIN}") from error
     return None if text is None else parse_object(text, f"{file}: {key}")
-
-
-def parse_object(text: str, source: str) -> dict[str, Any]:
-    """Parse JSON that should be an object.
-
-    Raises:
-        ValueError: It is no JSON, or another value; the message begins with `source`.
-    """
-    try:
-        value = json.loads(text)
-    except (ValueError, RecursionError) as error:  # the latter if it is nested too deeply
-        raise ValueError(f"{source} is no JSON: {text[:40]!r}; make the file anew, or take another.") from error
-    if not isinstance(value, dict):
-        raise ValueError(f"{source} is {text[:40]!r}, expected a JSON object; make the file anew, or take another.")
-    return value
 
 
 def _require_file(file: Path) -> None:

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ...core.loader import parse_object, read_metadata
+from ...core.json_text import parse_object
+from ...core.loader import read_metadata
 from .update import GROUPS
 
 METADATA_KEY = "lora_adapter_metadata"  # key under which diffusers reads the adapter's configuration
