@@ -96,7 +96,7 @@ class CacheKeys:
 
         Args:
             units: The identities of the cache's units by name, as `about` returned them: this pipeline may lack their
-                networks. An entry that also depends on a network that is in neither is left out.
+                networks. Entries of other networks are left out.
         """
         hashes = [units.get(type(unit).__name__) for unit in self.units]
         hashes = [own if cached is None else identity(cached) for own, cached in zip(self._hashes, hashes, strict=True)]

@@ -55,7 +55,7 @@ TRAINING_MU = 0.8  # DiffSynth-Studio's shift of the training grid, at every res
 TERMINAL_SIGMA = 0.02
 # ComfyUI's names are also those that diffusers (0.39 to 0.42 at least) and DiffSynth-Studio read.
 LORA_NAMES = LayerNames(prefix="transformer", comfyui="diffusion_model.", common="comfyui")
-TEXT_LORA_NAMES = LayerNames(prefix="text_encoder", common="comfyui")  # diffusers reads no file in which styles differ
+TEXT_LORA_NAMES = LayerNames(prefix="text_encoder", common="comfyui")  # diffusers refuses a file of two styles
 
 
 def qwen_image_sigmas(

@@ -37,6 +37,7 @@ class NoCheckpoints:
     """Saves no checkpoints and resumes from none."""
 
     saves = False
+    path = None
 
     def due(self, step: int) -> bool:
         return False
@@ -65,6 +66,8 @@ class NoCheckpoints:
 class NoLogger:
     """Writes no metrics."""
 
+    path = None
+
     def check(self) -> None:
         pass
 
@@ -83,6 +86,8 @@ class NoLogger:
 
 class NoValidation:
     """Evaluates nothing."""
+
+    path = None
 
     datasets: Mapping[str, Any] = {}
     prompts: Sequence[str] = ()

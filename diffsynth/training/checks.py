@@ -45,7 +45,7 @@ def written_folders(run: "Run") -> dict[str, str | Path]:
     """Return the folders that the run writes to, by the keys that set them."""
     folders = {"export.output_path": run.export.output_path}
     parts = {"checkpoint": run.checkpoint, "validation": run.validation, "logger": run.logger}
-    return folders | {f"{name}.path": part.path for name, part in parts.items() if hasattr(part, "path")}
+    return folders | {f"{name}.path": part.path for name, part in parts.items() if part.path is not None}
 
 
 def check_one_folder(run_dir: str) -> None:

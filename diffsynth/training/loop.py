@@ -99,8 +99,8 @@ class Trainer(LoopSettings):
                 require_held()
                 done, ends = self._ends(state, stop)
 
-                # Log, evaluate, save and export the current weights. A resumed run did so before it stopped, except
-                # perhaps the export, which may fail and comes last for that reason.
+                # Log, evaluate, save and export the current weights. A resumed run has done so, except that the export,
+                # which comes last, may be missing.
                 state.set_mode("eval")
                 with state.meter.paused():
                     if not resumed:
@@ -174,7 +174,7 @@ class Trainer(LoopSettings):
                 count += 1
             return
         except WorkerKilled as error:
-            stop.lose(error)
+            stop.note_killed_worker(error)
         step, done = divmod(count, self.layout.accumulation)
         for addresses in sampler.step(sampler.start_step + step)[done:]:
             yield self.module.collate_fn([dataset[address] for address in addresses])

@@ -41,11 +41,11 @@ class StopRequest:
 
     Attributes:
         received: Name of the signal; None while there was none.
-        lost: Message about a worker that was killed; None while there was none.
+        killed_worker: Message about a worker that was killed; None while there was none.
     """
 
     received: str | None = field(default=None, init=False)
-    lost: str | None = field(default=None, init=False)
+    killed_worker: str | None = field(default=None, init=False)
 
     def receive(self, number: int, frame: FrameType | None) -> None:
         """Handle a signal: remember it, so that the run stops after its step; a second Ctrl-C stops at once."""
@@ -56,13 +56,13 @@ class StopRequest:
                 os.write(2, ACKNOWLEDGED)  # unlike a stream, it can be written to while another write is interrupted
         self.received = signal.Signals(number).name
 
-    def lose(self, error: WorkerKilled) -> None:
+    def note_killed_worker(self, error: WorkerKilled) -> None:
         """Remember that a worker was killed, so that the run stops after its step."""
-        self.lost = str(error)
+        self.killed_worker = str(error)
 
     def agreed(self, accelerator: "Accelerator") -> bool:
         """Whether any process is to stop; all processes call this and get the same answer."""
-        asked = self.received is not None or self.lost is not None
+        asked = self.received is not None or self.killed_worker is not None
         if accelerator.num_processes == 1:
             return asked
         if asked:
@@ -74,7 +74,7 @@ class StopRequest:
 
         A signal comes first: it may have killed the worker, too.
         """
-        requests = gather_object([(self.received, self.lost)])
+        requests = gather_object([(self.received, self.killed_worker)])
         lost = [message for _, message in requests if message]
         if any(name for name, _ in requests) or not lost:
             return Stopped(step, saved)

@@ -1,4 +1,4 @@
-"""A process among others: its console, the signals that it gets, and the folders that it alone may write."""
+"""What a process shares with others: its console, its signals, and folders that one at a time may write."""
 
 import os
 

@@ -77,7 +77,7 @@ class Adapter:
         """Refuse a rank above the full rank of every layer, where it gains nothing; warn if it is above some layers'.
 
         Raises:
-            ValueError: It is; names the layer of the largest full rank.
+            ValueError: The rank is above every layer's full rank; names the layer of the largest.
         """
         bounds = {name: full_rank(module.get_submodule(name)) for name in targets}
         beyond = [name for name, bound in bounds.items() if self.rank > bound]

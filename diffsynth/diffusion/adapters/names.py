@@ -52,7 +52,7 @@ class LayerNames:
 
     Args:
         prefix: diffusers' name of the network, such as `transformer`.
-        comfyui: What ComfyUI expects before the names of layers that `original` does not have; None is the prefix.
+        comfyui: ComfyUI's prefix of layers that `original` does not list; None takes `prefix` and a dot.
         common: The format whose names the format `common` takes: the one that most programs read.
         original: Names of layers in the model's original code, with `*` for a block's number, and the layers here that
             each stands for. Several layers share the outputs of a fused one in equal parts.

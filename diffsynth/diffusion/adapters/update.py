@@ -12,7 +12,7 @@ from torch import Tensor
 Parts = dict[str, Tensor]
 NAME = re.compile(r"(.*)\.((?:lora|hada|lokr)_.*)")
 
-# Each kind has either of the parts of a group, in every group.
+# For each list of a kind, an update has all parts of one of its sets.
 GROUPS = {
     "LORA": ([{"lora_A.weight"}], [{"lora_B.weight"}]),
     "LOHA": ([{"hada_w1_a"}], [{"hada_w1_b"}], [{"hada_w2_a"}], [{"hada_w2_b"}]),

@@ -1,4 +1,4 @@
-"""The one door for pictures: open files and URLs, and show them as a viewer does: upright, in sRGB, and on white."""
+"""Opens all pictures, from files and URLs, and shows them as a viewer does: upright, in sRGB, and on white."""
 
 import os
 from collections.abc import Iterator
