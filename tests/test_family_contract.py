@@ -41,7 +41,7 @@ def image(number: int, size: tuple[int, int] = (32, 48)) -> Image.Image:
 
 def edited_from(number: int) -> list[Image.Image]:
     """Two pictures of other shapes."""
-    return [image(9 + number, (64, 64)), image(19 + number, (96, 48))]
+    return [image(9 + number, (64, 64)), image(19 + number, (96, 64))]
 
 
 def samples(family: Family) -> list[Sample]:
@@ -131,6 +131,21 @@ def test_a_part_of_another_kind_is_refused_when_the_class_is_made(part, value, m
 def test_a_request_that_cannot_be_sampled_is_refused(change, message):
     with pytest.raises(ValueError, match=message):
         FAMILIES[0].build().prepare([REQUEST | change])
+
+
+@pytest.mark.parametrize("guidance", [1.0, 3.0])
+@pytest.mark.parametrize("family", [family for family in FAMILIES if family.reference], ids=str)
+def test_latents_are_those_that_diffusers_samples(family, guidance):
+    edits = {"edit_image": edited_from(0), "edit_image_auto_resize": False} if family.edits else {}
+    requests = [
+        GUIDED | {"cfg_scale": guidance, "prompt": prompt, **edits} for prompt in ("a red apple", "a line " * 9)
+    ]
+    pipe = family.load()
+    shared, posi, nega = pipe.prepare(requests)
+    with torch.no_grad():
+        found = pipe.denoise(shared, posi, nega)
+    assert (found[0] - found[1]).abs().max() > 1e-2
+    assert_close(found, family.reference(requests, shared["noise"]), atol=1e-4, rtol=0)
 
 
 @of_families

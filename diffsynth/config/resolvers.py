@@ -1,14 +1,15 @@
 """Resolvers: functions that YAML files call as `${name:…}`, besides those of OmegaConf."""
 
 from collections.abc import Mapping
+from fnmatch import fnmatchcase
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
 
 def case(key: str, table: Mapping[str, Any], otherwise: Any) -> Any:
-    """`${case:${model},{emoji:emoji},example}`: return the table's value for a key, else the last argument."""
-    return table.get(key, otherwise)
+    """`${case:${model},{emoji*:emoji},example}`: the value of the first pattern that a key fits, else the last one."""
+    return next((value for pattern, value in table.items() if fnmatchcase(key, pattern)), otherwise)
 
 
 def lora_or_full(for_lora: Any, for_full: Any, _root_: DictConfig) -> Any:

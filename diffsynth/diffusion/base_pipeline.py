@@ -310,11 +310,13 @@ class BasePipeline(PipelineNetworks):
         self.add_units()
 
     def add_units(self) -> None:
-        """Add each unit that needs an optional component, once that component is built."""
+        """Add each unit that needs an optional component, once that component is built, in its declared place."""
         existing = {type(unit) for unit in self.units}
         optional = [unit for unit in self.unit_classes if unit.needs is not None]
         ready = [unit for unit in optional if getattr(self, unit.needs) is not None]
+        places = {unit: place for place, unit in enumerate(self.unit_classes)}
         self.units += [unit() for unit in ready if unit not in existing]
+        self.units.sort(key=lambda unit: places.get(type(unit), len(places)))
 
     def required_units(self, wanted: Iterable[str]) -> list[PipelineUnit]:
         """The units that compute the `wanted` inputs of an objective or of `model_fn`."""

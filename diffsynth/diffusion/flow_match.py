@@ -16,15 +16,19 @@ from torch import Tensor
 TRAINING_STEPS = 1000  # noise levels of the training grid, as the released models were trained; timestep = σ · 1000
 
 
-def exponential_shift(sigmas: Tensor, mu: float) -> Tensor:
-    """Move noise levels towards pure noise, σ' = e^μ / (e^μ + 1/σ - 1); Esser et al. 2024, Eq. 23 with m/n = e^2μ.
+def time_shift(sigmas: Tensor, shift: float) -> Tensor:
+    """Move noise levels towards pure noise, σ' = k σ / (1 + (k - 1) σ); Esser et al. 2024, Eq. 23 with m/n = k².
 
     Args:
         sigmas: Noise levels of any shape, in [0, 1].
-        mu: The shift; 0 changes nothing, and larger images need a larger one.
+        shift: k, above 0; 1 changes nothing, and larger images need a larger one.
     """
-    # e^μ σ / (1 + (e^μ - 1) σ) is the same without a division by σ = 0.
-    return math.exp(mu) * sigmas / (1 + (math.exp(mu) - 1) * sigmas)
+    return shift * sigmas / (1 + (shift - 1) * sigmas)
+
+
+def exponential_shift(sigmas: Tensor, mu: float) -> Tensor:
+    """Move noise levels towards pure noise by `time_shift` with k = e^μ, σ' = e^μ / (e^μ + 1/σ - 1)."""
+    return time_shift(sigmas, math.exp(mu))
 
 
 def stretch_to_terminal(sigmas: Tensor, terminal: float) -> Tensor:

@@ -5,7 +5,6 @@ Latents are (B, 128, H/16, W/16), and the transformer reads each latent pixel as
 tokens. Constants are those of the released pipeline (diffusers' Flux2Pipeline) unless a comment says otherwise.
 """
 
-import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -28,6 +27,7 @@ from ..diffusion.flow_match import exponential_shift
 from ..diffusion.pipeline.attention import JointAttention
 from ..diffusion.pipeline.components import Folder, Network
 from ..diffusion.pipeline.conditioning import PromptEmbedder
+from ..diffusion.pipeline.hidden_states import hidden_states
 from ..diffusion.pipeline.image_units import (
     EditImageEmbedder,
     Inpaint,
@@ -124,18 +124,7 @@ def text_embeddings(decoder: nn.Module, ids: Tensor, mask: Tensor) -> Tensor:
     Args:
         ids, mask: Token ids (B, L), and False where they are padding (B, L).
     """
-    depths, config, states = text_depths(decoder), decoder.config, []
-    layers = [decoder.layers[depth - 1] for depth in depths]
-    hooks = [layer.register_forward_hook(lambda _, __, state: states.append(state)) for layer in layers]
-    decoder.config = copy.copy(config)
-    decoder.config.num_hidden_layers = depths[-1]
-    try:
-        decoder(ids, mask, use_cache=False)
-    finally:
-        decoder.config = config
-        for hook in hooks:
-            hook.remove()
-    return torch.cat(states, dim=2)
+    return torch.cat(hidden_states(decoder, text_depths(decoder), input_ids=ids, attention_mask=mask), dim=2)
 
 
 def text_depths(decoder: nn.Module) -> list[int]:

@@ -87,7 +87,7 @@ def meta_pipeline(model: Callable[..., BasePipeline], tokens: int) -> BasePipeli
         read_images_as_text(pipe.text_encoder)
     for name, part in parts.items():
         component = pipe.components[name]
-        if isinstance(component, Folder) and component.needed_by is None:
+        if isinstance(component, Folder) and component.is_optional:
             (folder,) = [None] if part.is_absent else part.resolve()
             setattr(pipe, name, component.read(folder))
     pipe.add_units()

@@ -4,6 +4,7 @@ All of the run's own code is executed; only the arithmetic is left out.
 """
 
 import gc
+import os
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
@@ -28,6 +29,7 @@ from ..diffusion.training_module import PipelineTrainingModule
 from .cuda_autocast import cuda_autocast
 from .first_device import FirstOf
 
+CHECKS = "TRANSFORMERS_DISABLE_TORCH_CHECK"  # read by transformers.utils.torch_compilable_check
 STEPS_AHEAD = 16  # a guess: within this many steps, an objective with several roles trains each of them
 
 
@@ -230,7 +232,7 @@ class Rehearsal:
         """
         gc.freeze()
         try:
-            with self.mode, self.live:
+            with self.mode, self.live, without_checks_of_values():
                 self.live.restart()
                 yield self.live.device.now
         finally:
@@ -239,6 +241,19 @@ class Rehearsal:
 
     def _since(self, before: int) -> WorkingMemory:
         return WorkingMemory((self.live.device.peak - before,), self.live.host.peak)
+
+
+@contextmanager
+def without_checks_of_values() -> Iterator[None]:
+    """Inside, transformers does not check values of its inputs, which fake tensors do not have."""
+    before = os.environ.get(CHECKS)
+    os.environ[CHECKS] = "1"
+    try:
+        yield
+    finally:
+        del os.environ[CHECKS]
+        if before is not None:
+            os.environ[CHECKS] = before
 
 
 def with_values(sigma_grid: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:

@@ -15,9 +15,10 @@ def collate(samples: list[dict]) -> dict:
     """Stack the units' outputs of several samples into one batch.
 
     - Tensors (1, ...) of one shape become (B, ...).
-    - Text `X` (1, L, D) with its `X_mask` (1, L) is padded with zeros on the right to the longest: (B, L, D), (B, L).
+    - Text `X` (1, L, …) with its `X_mask` (1, L) is padded with zeros on the right to the longest: (B, L, …), (B, L).
       The mask of one sample is True everywhere. Where no text was padded, `X_mask` is None, which means all tokens:
       with a mask, attention could not run its fastest kernels.
+    - Text `X` (1, L, …) with its `X_lengths`, a list of ints that add up to L, is padded likewise.
     - Lists and tuples of tensors are stacked element by element, dicts key by key.
     - A number, string, bool or None that is equal in all samples stays one value.
     - All other values become a list of B values.
@@ -69,15 +70,21 @@ def _is_tensor_list(value: Any) -> bool:
 
 
 def _is_text(key: str, sample: dict) -> bool:
-    """Whether `key` belongs to a pair `X` (1, L, D), `X_mask` (1, L), or to a pair of lists of such tensors."""
+    """Whether `key` belongs to a pair `X` (1, L, …), `X_mask` (1, L), or to a pair of lists, or is `X` of lengths."""
     name = key.removesuffix("_mask")
+    if _has_lengths(sample.get(name), sample.get(f"{name}_lengths")):
+        return True
     texts, masks = _as_list(sample.get(name)), _as_list(sample.get(f"{name}_mask"))
     return len(texts) == len(masks) and all(map(_is_text_and_mask, texts, masks))
 
 
+def _has_lengths(text: Any, lengths: Any) -> bool:
+    return isinstance(text, Tensor) and isinstance(lengths, list) and text.ndim > 2 and sum(lengths) == text.shape[1]
+
+
 def _is_text_and_mask(text: Any, mask: Any) -> bool:
     are_tensors = isinstance(text, Tensor) and isinstance(mask, Tensor)
-    return are_tensors and text.ndim == 3 and mask.shape == text.shape[:2]
+    return are_tensors and text.ndim > 2 and mask.shape == text.shape[:2]
 
 
 def _as_list(value: Any) -> list:
@@ -113,5 +120,5 @@ def _stack(key: str, tensors: list[Tensor], is_text: bool) -> Tensor | None:
 
 
 def _pad_length(tensor: Tensor, length: int) -> Tensor:
-    """Pad dimension 1 of a tensor (1, L) or (1, L, D) with zeros on the right."""
+    """Pad dimension 1 of a tensor (1, L, …) with zeros on the right."""
     return pad(tensor, (0, 0) * (tensor.ndim - 2) + (0, length - tensor.shape[1]))

@@ -24,6 +24,7 @@ class Network:
             has it, or a subclass of such a class, which is then built instead.
         after: Function that is called with the network when it is built, before its weights are read.
         lora: Names of the network in adapter files, or only diffusers' name of it; None is its attribute.
+        optional: Whether there are models of the family without it.
     """
 
     def __init__(
@@ -31,8 +32,9 @@ class Network:
         *kinds: str | type[nn.Module],
         after: Callable[[nn.Module], Any] | None = None,
         lora: LayerNames | str | None = None,
+        optional: bool = False,
     ):
-        self.kinds, self.after = kinds, after
+        self.kinds, self.after, self.is_optional = kinds, after, optional
         self.lora = LayerNames(prefix=lora) if isinstance(lora, str) else lora
 
     @property
@@ -65,6 +67,11 @@ class Folder:
     kind: str
     check: Callable[["BasePipeline"], None] | None = None
     needed_by: str | None = None
+
+    @property
+    def is_optional(self) -> bool:
+        """Whether there are models of the family without it."""
+        return self.needed_by is None
 
     def read(self, folder: Path | None) -> Any:
         """Read it from a folder, without running code that the folder may hold; None makes one with the defaults."""

@@ -1,11 +1,11 @@
 """`PromptEmbedder`: the base class of the units that compute text embeddings.
 
-Shapes: B prompts, L tokens, L' tokens after the family has cut its template off, D width.
+Shapes: B prompts, L tokens, L' tokens after the family has cut its template off, … further dimensions, such as D width.
 """
 
 import inspect
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -19,7 +19,7 @@ Tokens = Mapping[str, Tensor]
 
 
 class PromptEmbedder(PipelineUnit):
-    """Computes text embeddings (1, L', D) of the prompt and, under guidance, of the negative prompt.
+    """Computes text embeddings (1, L', …) of the prompt and, under guidance, of the negative prompt.
 
     A subclass writes `tokenize`, whose parameters are the inputs that the unit reads, and `embed`. Prompts of equal
     length go through the text encoder together.
@@ -27,23 +27,29 @@ class PromptEmbedder(PipelineUnit):
     Args:
         masked: Also return `prompt_emb_mask` (1, L'), which is True everywhere, because padding comes only with
             batches. A family whose prompts all have one length needs none.
+        counted: Also return `prompt_emb_lengths`, the number of tokens of each piece of the prompt as a list of ints:
+            a network that takes lists gets them without reading a mask back from the device.
     """
 
-    def __init__(self, masked: bool = False):
+    def __init__(self, masked: bool = False, counted: bool = False):
+        outputs = {"prompt_emb": True, "prompt_emb_mask": masked, "prompt_emb_lengths": counted}
         super().__init__(
             separate_cfg=True,
             input_params_posi={"prompt": "prompt"},
             input_params_nega={"prompt": "negative_prompt"},
-            output_params=("prompt_emb", "prompt_emb_mask") if masked else ("prompt_emb",),
+            output_params=[name for name, is_made in outputs.items() if is_made],
             onload_model_names=("text_encoder",),
         )
 
-    def tokenize(self, pipe: "BasePipeline", prompt: str) -> Tokens:
-        """The text encoder's inputs for one prompt: `input_ids` (1, L), and perhaps a mask and image patches."""
+    def tokenize(self, pipe: "BasePipeline", prompt: str) -> Tokens | list[Tokens]:
+        """The text encoder's inputs for one prompt: `input_ids` (1, L), and perhaps a mask and image patches.
+
+        A list has the pieces of a prompt, which are embedded each for itself and then put one after another.
+        """
         raise NotImplementedError(f"{type(self).__name__} does not say how prompts are tokenized.")
 
     def embed(self, pipe: "BasePipeline", tokens: Tokens) -> Tensor:
-        """Text embeddings (B, L', D) of the tokens (B, L) of B prompts, on the pipeline's device."""
+        """Text embeddings (B, L', …) of the tokens (B, L) of B prompts, on the pipeline's device."""
         raise NotImplementedError(f"{type(self).__name__} does not say how tokens are embedded.")
 
     def process(self, pipe, **inputs):
@@ -58,12 +64,17 @@ class PromptEmbedder(PipelineUnit):
             return self.embed(pipe, stacked).split(1)
 
         tokenized = [self.tokenize(pipe, **inputs) for inputs in batch]
-        kinds = [(tokens["input_ids"].shape[1], *sorted(tokens)) for tokens in tokenized]
-        return [self._outputs(embeddings) for embeddings in in_groups(tokenized, kinds, embed)]
+        prompts = [own if isinstance(own, list) else [own] for own in tokenized]
+        pieces = [piece for prompt in prompts for piece in prompt]
+        kinds = [(tokens["input_ids"].shape[1], *sorted(tokens)) for tokens in pieces]
+        embedded = iter(in_groups(pieces, kinds, embed))
+        return [self._outputs([next(embedded) for _ in prompt]) for prompt in prompts]
 
-    def _outputs(self, embeddings: Tensor) -> dict[str, Tensor]:
+    def _outputs(self, pieces: Sequence[Tensor]) -> dict[str, Any]:
+        embeddings = torch.cat(pieces, dim=1)
         mask = torch.ones(embeddings.shape[:2], dtype=torch.bool, device=embeddings.device)
-        outputs = {"prompt_emb": embeddings, "prompt_emb_mask": mask}
+        lengths = [piece.shape[1] for piece in pieces]
+        outputs = {"prompt_emb": embeddings, "prompt_emb_mask": mask, "prompt_emb_lengths": lengths}
         return {name: outputs[name] for name in self.output_params}
 
     def _parameters(self) -> dict[str, inspect.Parameter]:

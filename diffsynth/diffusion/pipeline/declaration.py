@@ -80,7 +80,7 @@ def settings_of(cls: type["BasePipeline"]) -> list[str]:
 
 def _component_parameters(cls: type["BasePipeline"]) -> list[inspect.Parameter]:
     required = inspect.Parameter.empty
-    optional = {name for name, part in cls.components.items() if isinstance(part, Folder) and part.needed_by is None}
+    optional = {name for name, part in cls.components.items() if part.is_optional}
     components = [_keyword(name, None if name in optional else required, ModelConfig | None) for name in cls.components]
     annotations = {parameter.name: parameter.annotation for parameter in parameters_of(cls.request)}
     defaults = defaults_of(cls.request)

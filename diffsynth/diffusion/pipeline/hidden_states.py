@@ -1,0 +1,33 @@
+"""Hidden states of language models, without the layers and heads that come after the last one that is read.
+
+Shapes: B prompts, L tokens, D width.
+"""
+
+import copy
+from collections.abc import Sequence
+
+from torch import Tensor, nn
+
+
+def hidden_states(decoder: nn.Module, depths: Sequence[int], **inputs: Tensor) -> list[Tensor]:
+    """States (B, L, D) of a language model after each number of layers in `depths`; later layers are not run.
+
+    A layer's state is read before the model's last norm. That of depth 0 is not available here.
+
+    Args:
+        decoder: A decoder of transformers, with its blocks in `layers` and their number in its configuration.
+        depths: Increasing numbers of layers, from 1 to all.
+        inputs: Arguments of the decoder's call, such as `input_ids` (B, L).
+    """
+    config, states = decoder.config, []
+    layers = [decoder.layers[depth - 1] for depth in depths]
+    hooks = [layer.register_forward_hook(lambda _, __, state: states.append(state)) for layer in layers]
+    decoder.config = copy.copy(config)
+    decoder.config.num_hidden_layers = depths[-1]
+    try:
+        decoder(**inputs, use_cache=False)
+    finally:
+        decoder.config = config
+        for hook in hooks:
+            hook.remove()
+    return states

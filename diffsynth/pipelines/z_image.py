@@ -1,0 +1,227 @@
+"""Z-Image (base, Turbo, Omni): text-to-image and image-to-image; Omni also makes an image from several others.
+
+Tongyi-MAI 2025, "Z-Image" (https://arxiv.org/abs/2511.22699). Networks: diffusers, transformers.
+Latents are (B, 16, H/8, W/8); the transformer reads 2 × 2 latent pixels as a token. It takes a list of samples, each
+with tokens of its own, reads 1 - σ instead of σ, and predicts -v. Constants are those of the released pipelines
+(diffusers' ZImagePipeline, ZImageOmniPipeline) unless a comment says otherwise.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from diffusers import ZImageTransformer2DModel
+from PIL import Image
+from torch import Tensor
+
+from ..core.gradient import checkpoint_blocks
+from ..core.loader import ModelConfig
+from ..core.ranges import NonNegativeFloat, SamplingSteps, Tokens
+from ..diffusion.adapters.names import LayerNames
+from ..diffusion.base_pipeline import BasePipeline
+from ..diffusion.flow_match import time_shift
+from ..diffusion.pipeline.autoencoder_kl import NormalisedAutoencoderKL
+from ..diffusion.pipeline.components import Folder, Network
+from ..diffusion.pipeline.conditioning import PromptEmbedder
+from ..diffusion.pipeline.hidden_states import hidden_states
+from ..diffusion.pipeline.image_units import (
+    EditImageEmbedder,
+    Inpaint,
+    InputImageEmbedder,
+    LossMask,
+    NoiseInitializer,
+    ShapeChecker,
+    edit_images,
+)
+from ..diffusion.pipeline.request import EDIT_IMAGE_PIXELS, EditRequest
+from ..diffusion.pipeline.units import PipelineUnit
+from ..diffusion.pipeline.vae import Latents
+
+__all__ = ["ModelConfig", "ZImagePipeline"]
+
+SHIFT = 3.0
+MAX_PROMPT_TOKENS = 512
+NOISY, CLEAN = 1, 0  # how the network of Omni marks images
+BLOCKS = ("layers", "noise_refiner", "context_refiner", "siglip_refiner")
+# The names here are those that ComfyUI, diffusers and DiffSynth-Studio read; the original fuses query, key and value.
+LORA_NAMES = LayerNames(
+    prefix="transformer",
+    comfyui="diffusion_model.",
+    common="comfyui",
+    original={
+        f"{blocks}.*.attention.{name}": layers
+        for blocks in BLOCKS
+        for name, layers in {
+            "qkv": tuple(f"{blocks}.*.attention.to_{part}" for part in "qkv"),
+            "out": (f"{blocks}.*.attention.to_out.0",),
+        }.items()
+    },
+)
+
+
+def z_image_sigmas(num_inference_steps: int, denoising_strength: float = 1.0) -> Tensor:
+    """Noise levels (N,) of Z-Image: linear, then shifted by a constant factor of 3 at every resolution."""
+    linear = torch.linspace(denoising_strength, 0, num_inference_steps + 1)[:-1]
+    return time_shift(linear, SHIFT)
+
+
+def model_fn_z_image(
+    dit: ZImageTransformer2DModel,
+    latents: Tensor,
+    timestep: Tensor,
+    prompt_emb: Tensor,
+    prompt_emb_lengths: Sequence[Sequence[int]],
+    edit_latents: Sequence[Tensor] = (),
+    edit_features: Sequence[Tensor] = (),
+    use_gradient_checkpointing: bool = False,
+    use_gradient_checkpointing_offload: bool = False,
+) -> Tensor:
+    """Velocity (B, 16, h, w) of noisy latents (B, 16, h, w) at timesteps (B,) in [0, 1000].
+
+    Args:
+        prompt_emb: Text embeddings (B, L, D), right-padded.
+        prompt_emb_lengths: For each sample the numbers of tokens of the pieces of its prompt.
+        edit_latents: Clean latents (B, 16, h', w') of each image to edit, of their own sizes; Omni only.
+        edit_features: Features (B, h'', w'', D') of the same images; Omni only.
+    """
+    checkpoint_blocks(dit, use_gradient_checkpointing, use_gradient_checkpointing_offload)
+    images = by_sample([image.to(dit.dtype).unsqueeze(2) for image in (*edit_latents, latents)])
+    texts = [
+        list(text.tensor_split(np.cumsum(lengths).tolist())[:-1])  # the rest is padding
+        for text, lengths in zip(prompt_emb.to(dit.dtype), prompt_emb_lengths, strict=True)
+    ]
+    if dit.config.siglip_feat_dim is None:
+        inputs = {"x": [image for (image,) in images], "cap_feats": [text for (text,) in texts]}
+    else:
+        features = [[*own, None] for own in by_sample([feature.to(dit.dtype) for feature in edit_features])]
+        marks = [CLEAN] * len(edit_latents) + [NOISY]
+        inputs = {"x": images, "cap_feats": texts, "image_noise_mask": [marks] * len(images)}
+        inputs["siglip_feats"] = features or [None] * len(images)
+    velocities = dit(**inputs, t=1 - timestep / 1000, return_dict=False)[0]
+    return -torch.stack(velocities).squeeze(2)
+
+
+def by_sample(batches: Sequence[Tensor]) -> list[list[Tensor]]:
+    """The tensors of each sample, from tensors (B, …) of a batch."""
+    return [list(own) for own in zip(*batches, strict=True)]
+
+
+# Units ----------------------------------------------------------------------------------------------------------------
+
+
+class ZImageUnit_PromptEmbedder(PromptEmbedder):
+    """Computes text embeddings (1, L, D) of a prompt in its chat template, and the lengths of its pieces."""
+
+    def __init__(self):
+        super().__init__(counted=True)
+
+    def tokenize(self, pipe, prompt, max_sequence_length, edit_image=None):
+        images = edit_images(edit_image, True, EDIT_IMAGE_PIXELS)
+        if images and pipe.siglip_processor is None:
+            raise ValueError(
+                "edit_image is given, but this Z-Image reads no images; take model=z_image_omni, or leave it out."
+            )
+        options = {"max_length": max_sequence_length, "truncation": True, "return_tensors": "pt"}
+        return [{"input_ids": pipe.tokenizer([text], **options).input_ids} for text in pieces(prompt, len(images))]
+
+    def embed(self, pipe, tokens):
+        decoder = pipe.text_encoder.get_decoder()
+        (states,) = hidden_states(decoder, [decoder.config.num_hidden_layers - 1], **tokens)
+        return states
+
+
+def pieces(prompt: str, images: int = 0) -> list[str]:
+    """The prompt in Qwen3's chat template, cut where the network inserts each of some images and the result."""
+    if not images:
+        return [f"<|im_start|>user\n{prompt}<|im_end|>\n<|im_start|>assistant\n"]
+    return [
+        "<|im_start|>user\n<|vision_start|>",
+        *["<|vision_end|><|vision_start|>"] * (images - 1),
+        f"<|vision_end|>{prompt}<|im_end|>\n<|im_start|>assistant\n<|vision_start|>",
+        "<|vision_end|><|im_end|>",
+    ]
+
+
+class ZImageUnit_EditImageEmbedder(EditImageEmbedder):
+    needs = "siglip_processor"
+
+
+class ZImageUnit_EditImageFeatures(PipelineUnit):
+    """Computes the features (1, h, w, D) of each image to edit."""
+
+    needs = "siglip_processor"
+
+    def __init__(self):
+        super().__init__(output_params=("edit_features",), onload_model_names=("siglip",))
+
+    def process(self, pipe, edit_image, edit_image_auto_resize, edit_image_pixels):
+        images = edit_images(edit_image, edit_image_auto_resize, edit_image_pixels)
+        return {"edit_features": [pipe.image_features(image) for image in images]} if images else {}
+
+
+# Pipeline -------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(kw_only=True)
+class ZImageRequest(EditRequest):
+    """Sample one image with Z-Image; only Omni reads `edit_image`.
+
+    Args:
+        max_sequence_length: Tokens that a prompt is truncated to, including those of the chat template.
+    """
+
+    num_inference_steps: SamplingSteps = 50
+    cfg_scale: NonNegativeFloat = 6.0  # the released scale of 5 counts from the conditional velocity on
+    max_sequence_length: Tokens = MAX_PROMPT_TOKENS
+
+
+class ZImagePipeline(BasePipeline):
+    """Z-Image on diffusers' transformer and VAE, transformers' Qwen3, and for Omni its SigLIP 2."""
+
+    request = ZImageRequest
+    components = {
+        "dit": Network("ZImageTransformer2DModel", lora=LORA_NAMES),
+        "text_encoder": Network("Qwen3Model", "Qwen3ForCausalLM", lora="text_encoder"),
+        "vae": Network(NormalisedAutoencoderKL),
+        "siglip": Network("Siglip2VisionModel", optional=True),
+        "tokenizer": Folder("AutoTokenizer", needed_by="text_encoder"),
+        "siglip_processor": Folder("Siglip2ImageProcessorPil"),
+    }
+    latents = Latents(channels=16, factor=8, patch=2)
+    model_fn = staticmethod(model_fn_z_image)
+    sigma_grid = staticmethod(z_image_sigmas)
+    model_settings = ("max_sequence_length", "edit_image_pixels")
+    unit_classes = (
+        ShapeChecker,
+        NoiseInitializer,
+        InputImageEmbedder,
+        Inpaint,
+        LossMask,
+        ZImageUnit_EditImageEmbedder,
+        ZImageUnit_EditImageFeatures,
+        ZImageUnit_PromptEmbedder,
+    )
+
+    def check_networks(self) -> None:
+        if self.dit is None or self.text_encoder is None:
+            return
+        wanted, width = self.dit.config.cap_feat_dim, self.text_encoder.config.hidden_size
+        if wanted != width:
+            raise ValueError(
+                f"dit takes text embeddings of width {wanted}, but text_encoder makes {width}: they are of different "
+                "models; take the text encoder that was released with the transformer."
+            )
+
+    def image_features(self, image: Image.Image) -> Tensor:
+        """SigLIP's features (1, h, w, D) of an image, one a patch."""
+        arrays = self.siglip_processor(images=[image], return_tensors="np")
+        height, width = arrays["spatial_shapes"][0].tolist()
+        tensors = {name: torch.from_numpy(array).to(self.device) for name, array in arrays.items()}
+        features = self.siglip(**tensors).last_hidden_state[:, : height * width]
+        return features.unflatten(1, (height, width))
+
+    def cuts_off(self, prompt: str) -> bool:
+        if self.tokenizer is None:
+            return False
+        return len(self.tokenizer(pieces(prompt)[0]).input_ids) > self.call_defaults["max_sequence_length"]
