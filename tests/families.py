@@ -14,7 +14,7 @@ import tiny_auraflow
 import tiny_flux2
 import tiny_qwen_edit
 from auraflow import AuraFlowPipeline
-from miniatures import z_image
+from miniatures import qwen_image, z_image
 from torch import Tensor
 
 from diffsynth.core.loader import ModelConfig
@@ -128,6 +128,16 @@ FAMILIES = [
         SIZES | {"edit_image_pixels": 64 * 64, "edit_vision_pixels": 96 * 96},
         edits=True,
         parts=tiny_qwen_edit.PARTS,
+    ),
+    Family(
+        "qwen_image_controlnet",
+        QwenImagePipeline,
+        qwen_image.controlled,
+        ("to_q", "add_k_proj", "img_mod.1", "to_out.0"),
+        SIZES,
+        controls=True,
+        parts=qwen_image.PARTS,
+        reference=qwen_image.sampled_by_diffusers,
     ),
     Family(
         "z_image",

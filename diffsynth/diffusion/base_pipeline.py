@@ -59,6 +59,7 @@ class BasePipeline(PipelineNetworks):
         "input_image",
         "inpaint_mask",
         "edit_image",
+        "context_image",
         "controlnet_image",
         "controlnet_inpaint_image",
         "controlnet_inpaint_mask",

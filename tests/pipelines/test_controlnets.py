@@ -7,7 +7,7 @@ import pytest
 import tiny
 import torch
 from families import FAMILIES
-from miniatures import z_image
+from miniatures import qwen_image, z_image
 from PIL import Image
 from safetensors.torch import load_file
 from test_family_contract import GUIDED, REQUEST, image, sampled, samples
@@ -16,6 +16,8 @@ from torch.testing import assert_close
 from controlnet import start
 from diffsynth.core.loader import ModelConfig
 from diffsynth.diffusion.loss import FlowMatchSFT
+from diffsynth.diffusion.pipeline.generation import with_images
+from diffsynth.pipelines.qwen_image import QwenImagePipeline
 from diffsynth.pipelines.z_image import ZImagePipeline
 
 SIZE = (32, 48)
@@ -41,6 +43,14 @@ def pipeline(controlnet: Path | None = None, base: Path | None = None) -> ZImage
     return pipe
 
 
+def qwen_pipeline(controlnet: Path) -> QwenImagePipeline:
+    parts = {name: ModelConfig(path=str(tiny.model() / part)) for name, part in tiny.COMPONENTS.items()}
+    control = ModelConfig(path=str(controlnet))
+    pipe = QwenImagePipeline.from_components(**parts, controlnet=control, torch_dtype="float32")
+    pipe.progress_bar = iter
+    return pipe
+
+
 def loaded(controlnet: Path | None = None) -> ZImagePipeline:
     pipe = pipeline(controlnet)
     pipe.load_models()
@@ -57,6 +67,27 @@ def test_a_controlnet_that_reads_masks_samples_as_in_diffusers(inpaint, guidance
     with torch.no_grad():
         found = pipe.denoise(shared, posi, nega)
     assert_close(found, z_image.sampled_with_control(requests, shared["noise"], 33), atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("guidance", tiny.mostly_slow([1.0, 3.0]))
+def test_qwen_images_controlnet_for_inpainting_samples_as_in_diffusers(guidance):
+    request = GUIDED | CONTROL | {"controlnet_inpaint_mask": mask(), "cfg_scale": guidance}
+    pipe = qwen_pipeline(qwen_image.controlnet(qwen_image.INPAINT_CHANNELS))
+    pipe.load_models()
+    shared, posi, nega = pipe.prepare([request])
+    with torch.no_grad():
+        found = pipe.denoise(shared, posi, nega)
+    assert_close(found, qwen_image.sampled_by_diffusers([request], shared["noise"]), atol=1e-4, rtol=0)
+
+
+@pytest.mark.slow
+def test_qwen_images_controlnet_begins_as_copies_of_the_first_blocks(tmp_path):
+    folder = start(lambda device: qwen_pipeline(qwen_image.controlnet()), blocks=2, output=str(tmp_path / "new"))
+    base, own = (load_file(next(path.glob("*.safetensors"))) for path in (tiny.model() / "transformer", folder))
+    shared = own.keys() & base.keys()
+    assert own.keys() - shared == {key for key in own if key.startswith("controlnet_")}
+    assert all(torch.equal(own[key], base[key]) for key in shared)
+    assert not any(own[key].any() for key in own.keys() - shared)
 
 
 def test_the_outputs_for_several_images_are_added_and_a_scale_of_zero_is_no_control():
@@ -138,3 +169,11 @@ def test_a_training_without_images_that_control_is_refused_before_weights_are_re
 def test_a_controlnet_of_another_base_is_refused_before_weights_are_read():
     with pytest.raises(ValueError, match="Z-Image-Omni takes no ControlNet"):
         pipeline(base=z_image.omni())
+
+
+def test_images_among_options_are_files(tmp_path):
+    image(3, SIZE).save(tmp_path / "a.png")
+    found = with_images(pipeline(), {"controlnet_image": [str(tmp_path / "a.png")], "cfg_scale": 2.0})
+    assert found["controlnet_image"][0].size == SIZE and found["cfg_scale"] == 2.0
+    with pytest.raises(ValueError, match="options.edit_image=nothing.png: .*nothing.png"):
+        with_images(pipeline(), {"edit_image": "nothing.png"})
