@@ -1,0 +1,84 @@
+"""The launcher of our command: which file of conf/accelerate/ stands for theirs, and how many processes there are."""
+
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import yaml
+
+from .lines import Differs, LeftOut, Line
+from .parsing import Command
+
+FOLDER = Path(__file__).parents[2] / "conf" / "accelerate"
+# Words of accelerate that say how networks compute, which model.torch_dtype decides here.
+PRECISION = ("--mixed_precision", "--dynamo_backend")
+
+
+class Launch(NamedTuple):
+    """How our command starts.
+
+    Args:
+        words: The words before the script.
+        processes: Number of processes of a training.
+        lines: What to say of their launcher, by its words.
+    """
+
+    words: list[str]
+    processes: int
+    lines: list[tuple[str, Line]]
+
+
+def launch_of(command: Command, script: Path) -> Launch:
+    """The launch of our command for one of theirs.
+
+    Args:
+        command: Their command.
+        script: The file that their command came from; files beside it are looked for.
+    """
+    options = dict(_options(command.launcher))
+    theirs = options.pop("--config_file", "")
+    lines: list[tuple[str, Line]] = []
+    for name in PRECISION:
+        if options.pop(name, ""):
+            lines.append((name, LeftOut("networks compute in model.torch_dtype")))
+    own = [word for name, value in options.items() for word in (name, value) if word]
+    words = [*command.before, "accelerate", "launch"]
+    if not theirs:
+        return Launch([*words, *own], int(options.get("--num_processes") or 1), lines)
+    text = _text(theirs, script)
+    file = FOLDER / f"{_option(Path(theirs).name, text)}.yaml"
+    ours = yaml.safe_load(file.read_text(encoding="utf-8"))["num_processes"]
+    found = options.get("--num_processes") or (yaml.safe_load(text) or {}).get("num_processes") or ours
+    if int(found) != ours and "--num_processes" not in options:
+        own += ["--num_processes", str(found)]
+    if not text:
+        lines.append(("--config_file", Differs(f"{theirs} is not here: {file.name} is taken by its name.")))
+    return Launch([*words, "--config_file", f"conf/accelerate/{file.name}", *own], int(found), lines)
+
+
+def _options(words: Sequence[str]) -> Iterator[tuple[str, str]]:
+    """The options of accelerate with their values; empty for one without a value."""
+    for number, word in enumerate(words):
+        if word.startswith("--"):
+            name, _, value = word.partition("=")
+            following = words[number + 1] if number + 1 < len(words) else "--"
+            yield name, value or ("" if following.startswith("--") else following)
+
+
+def _text(file: str, script: Path) -> str:
+    """The text of their launcher file, relative to this folder or to one above the script; empty if it is not there."""
+    places = [Path(), *script.absolute().parents]
+    found = next((place / file for place in places if (place / file).is_file()), None)
+    return found.read_text(encoding="utf-8", errors="replace") if found else ""
+
+
+def _option(name: str, text: str) -> str:
+    """Our file for a launcher file of theirs: by what it says of DeepSpeed, else by its name."""
+    words = f"{name} {text}".lower()
+    offloads = re.search(r"offload_(optimizer|param)_device: *['\"]?(cpu|nvme)|cpu_?offload|zero2_?offload", words)
+    if re.search(r"zero_stage: *3|(zero|ds_z|stage)_?3", words):
+        return "zero3_offload"
+    if text and not re.search("deepspeed", words):
+        return "ddp"
+    return "zero2_offload" if offloads or "14b" in name.lower() else "zero2"

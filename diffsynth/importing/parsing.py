@@ -1,0 +1,109 @@
+"""Reads the commands of DiffSynth-Studio: a shell script that launches its trainings, or a run's training_args.json."""
+
+import re
+import shlex
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from ..core.json_text import parse_object
+from ..core.regular import require_regular
+
+SEPARATORS = ";&|\n"  # of the shell's commands
+# Flags that only a training has; validation scripts have none of them.
+OF_TRAINING = {"model_id_with_origin_paths", "model_paths", "dataset_base_path"}
+
+
+@dataclass(frozen=True)
+class Command:
+    """A command of DiffSynth-Studio.
+
+    Args:
+        flags: The values of its flags as texts; `true` for a flag without a value.
+        script: The Python file that it runs; empty if the file does not say.
+        before: The words before the launcher, such as `CUDA_VISIBLE_DEVICES=0`.
+        launcher: The launcher's own words, such as `--num_processes 2`.
+    """
+
+    flags: Mapping[str, str]
+    script: str = ""
+    before: tuple[str, ...] = ()
+    launcher: tuple[str, ...] = ()
+
+
+def read_commands(path: str | Path) -> list[Command | str]:
+    """Return the commands of a file in their order; those that start no training are texts.
+
+    Raises:
+        ValueError: The file has no training command, or cannot be read.
+        FileNotFoundError: There is no such file.
+    """
+    require_regular(path)
+    text = Path(path).read_text(encoding="utf-8-sig", errors="replace")
+    if text.lstrip().startswith("{"):
+        return [Command(dict(_of_json(parse_object(text, str(path)))))]
+    found = [_command(words, path) for words in _in_shell(text, path)]
+    if not any(isinstance(command, Command) for command in found):
+        raise ValueError(
+            f"{path} has no command of DiffSynth-Studio; expected a script with `accelerate launch …/train.py --…`, or "
+            "the training_args.json of a run."
+        )
+    return found
+
+
+def _of_json(arguments: Mapping[str, object]) -> Iterator[tuple[str, str]]:
+    for flag, value in arguments.items():
+        if value is True:
+            yield flag, "true"
+        elif value not in (None, False, ""):
+            yield flag, str(value)
+
+
+def _in_shell(text: str, path: str | Path) -> Iterator[list[str]]:
+    """Yield the words of each command of a shell script, without comments."""
+    lines = [line for line in text.splitlines() if not line.lstrip().startswith("#")]
+    joined = re.sub(r"\\[ \t]*\n", " ", "\n".join(lines))
+    lexer = shlex.shlex(joined, posix=True, punctuation_chars=SEPARATORS)
+    lexer.whitespace, lexer.whitespace_split, lexer.commenters = " \t", True, ""
+    words = []
+    try:
+        for word in [*lexer, "\n"]:
+            if word and set(word) <= set(SEPARATORS):
+                yield from [_without_comment(words)] if words else []
+                words = []
+            else:
+                words.append(word)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}; close the quote that is open.") from error
+
+
+def _without_comment(words: list[str]) -> list[str]:
+    start = next((number for number, word in enumerate(words) if word.startswith("#")), len(words))
+    return words[:start]
+
+
+def _command(words: list[str], path: str | Path) -> Command | str:
+    start = next((number for number, word in enumerate(words) if word.endswith(".py")), len(words))
+    flags = _flags(words[start + 1 :])
+    if not (words[start : start + 1] and (words[start].endswith("train.py") or flags.keys() & OF_TRAINING)):
+        return shlex.join(words)
+    if "" in flags:
+        raise ValueError(f"{path}: {flags['']!r} after {words[start]} belongs to no flag; expected --flag value.")
+    launchers = [number for number, word in enumerate(words[:start]) if Path(word).name in ("accelerate", "torchrun")]
+    launcher = launchers[0] if launchers else start
+    own = [word for word in words[launcher + 1 : start] if word != "launch"]
+    before = [word for word in words[:launcher] if "=" in word]
+    return Command(flags, words[start], tuple(before), tuple(own))
+
+
+def _flags(words: list[str]) -> dict[str, str]:
+    """The values of flags; words before the first flag have an empty name."""
+    found: dict[str, list[str]] = {}
+    name = ""
+    for word in words:
+        if word.startswith("--"):
+            name, equals, value = word.removeprefix("--").partition("=")
+            found[name] = [value] if equals else []
+        else:
+            found.setdefault(name, []).append(word)
+    return {name: " ".join(values) if values else "true" for name, values in found.items()}

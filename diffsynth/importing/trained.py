@@ -1,0 +1,151 @@
+"""Readers of the flags about what is trained, how, and what is saved of it."""
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path, PurePosixPath
+
+import yaml
+
+from .lines import Differs, LeftOut, Line, Refused, Set
+from .theirs import DEFAULTS, Theirs, listed, names_in, path
+
+CONF = Path(__file__).parents[2] / "conf"
+
+
+def trainable_models(value: str, theirs: Theirs) -> Iterator[Line]:
+    names = names_in(value)
+    if theirs.trains_template:
+        yield Set("task.trainable_models", listed(names))
+        return
+    known = theirs.model.networks if theirs.model else [name.partition(".")[0] for name in names]
+    unknown = [name for name in names if name.partition(".")[0] not in known]
+    for name in unknown:
+        yield Refused(f"{theirs.model.name} has no component {name} to train yet; train one of {', '.join(known)}")
+    if not theirs.has_lora:
+        yield Set("lora", "none")
+    yield Set("task.trainable_models", listed([name for name in names if name not in unknown]))
+
+
+def lora_models(value: str, theirs: Theirs) -> Iterator[Line]:
+    yield Set("lora.models", listed(names_in(value)))
+
+
+def lora_targets(value: str, theirs: Theirs) -> Iterator[Line]:
+    """The layers by their names here; nothing for those that the model has by default."""
+    if not theirs.has_lora or not theirs.says("lora_target_modules"):
+        return
+    component, targets = names_in(theirs["lora_base_model"])[0], names_in(value)
+    if theirs.model is None:
+        yield Set("lora.target_modules", _typed(targets))
+        return
+    default = theirs.model.default_targets(component)
+    whole = _with_whole_blocks(targets, default, _numbers_of_blocks(theirs, component))
+    if not isinstance(default, list) or set(whole) != set(default):
+        whole = list(dict.fromkeys(ours for name in whole for ours in _names_here(name, theirs, component)))
+    if whole != default and set(whole) != set(default or ()):
+        yield Set("lora.target_modules", _typed(whole))
+
+
+def _typed(targets: list[str]) -> str:
+    """Targets as they are typed: one alone is a regular expression, there and here."""
+    return targets[0] if len(targets) == 1 else listed(targets)
+
+
+def _numbers_of_blocks(theirs: Theirs, component: str) -> set[int]:
+    """How many blocks the lists of a released network have; empty for a network that is not known."""
+    from ..plan.meta_pipeline import architectures  # it imports torch
+
+    part = theirs.model.components.get(component, {})
+    folder = str(PurePosixPath(part.get("origin_file_pattern", "")).parent)
+    config: Mapping = architectures().get(part.get("model_id"), {}).get(folder, {})
+    return {value for key, value in config.items() if key.startswith("num_") and key.endswith("layers")}
+
+
+def _with_whole_blocks(targets: list[str], default: Sequence[str] | None, counts: set[int]) -> list[str]:
+    """Targets in which the default's name of a layer stands for the full names of this layer in every block."""
+    by_pattern: dict[str, list[str]] = {}
+    for name in targets:
+        by_pattern.setdefault(re.sub(r"\.\d+\.", ".*.", name, count=1), []).append(name)
+    found = []
+    for pattern, names in by_pattern.items():
+        ends = [end for end in default or () if isinstance(default, list) and f".{pattern}".endswith(f".{end}")]
+        every = "*" in pattern and len(names) in counts and names[-1] == pattern.replace("*", str(len(names) - 1))
+        found += ends[:1] if every and ends else names
+    return found
+
+
+def _names_here(target: str, theirs: Theirs, component: str) -> list[str]:
+    """The ends of the names here of the layers that DiffSynth-Studio's code calls by a name; else the name itself."""
+    network = theirs.model.pipeline.components.get(component)
+    original = getattr(getattr(network, "lora", None), "original", {})
+    found = [ours for theirs_, ours in original.items() if f".{theirs_}".endswith(f".{target}")]
+    layers = [layer for ours in found for layer in ((ours,) if isinstance(ours, str) else ours)]
+    return list(dict.fromkeys(layer.rpartition("*.")[2] for layer in layers)) or [target]
+
+
+def optimizer(value: str, theirs: Theirs) -> Iterator[Line]:
+    options = {yaml.safe_load(file.read_text())["_target_"]: file.stem for file in CONF.glob("optimizer/*.yaml")}
+    if value in options:
+        yield Set("optimizer", options[value])
+    else:
+        yield Refused(f"no option of optimizer is {value}; write a file conf/optimizer/mine.yaml, type optimizer=mine")
+
+
+def accumulation(value: str, theirs: Theirs) -> Iterator[Line]:
+    yield Set("batch_size", str(int(value) * theirs.processes))
+    yield Set("micro_batch_size", "1")
+    if theirs.processes == 1:
+        yield Differs(
+            f"batch_size={value} is theirs on one device. On N devices theirs has N times as many samples per step, "
+            f"whatever the command says: type batch_size={'N' if value == '1' else f'{value} × N'}."
+        )
+
+
+def epochs(value: str, theirs: Theirs) -> Iterator[Line]:
+    yield from [Set("max_steps", "null"), Set("num_epochs", value)]
+
+
+def save_steps(value: str, theirs: Theirs) -> Iterator[Line]:
+    steps, accumulated = int(value), int(theirs["gradient_accumulation_steps"])
+    yield Set("export.save_steps", str(max(steps // accumulated, 1)))
+    if accumulated > 1:
+        yield Differs(
+            f"--save_steps {steps} counts micro-batches, {accumulated} of which are an optimizer step; ours counts the "
+            "optimizer steps."
+        )
+
+
+def output_path(value: str, theirs: Theirs) -> Iterator[Line]:
+    if theirs.stage == "data_process":
+        yield Set("path", path(value))
+        return
+    folder = PurePosixPath(value)
+    yield from [Set("output_root", str(folder.parent)), Set("name", folder.name)]
+    yield Differs(f"The run's folder is {path(value)}-<signature>, and the weights are in its folder weights.")
+
+
+def prefix(value: str, theirs: Theirs) -> Iterator[Line]:
+    if theirs.trains_template:
+        yield LeftOut("a template's file has its own names")
+    elif theirs.has_lora and "trainable_models" not in theirs.flags:
+        yield Set("export.formats", "[diffsynth]")
+    elif value == DEFAULTS["remove_prefix_in_ckpt"] == f"pipe.{theirs['trainable_models']}.":
+        yield LeftOut("a network's file has the names of its released checkpoint")
+    else:
+        yield Set("export.remove_prefix_in_ckpt", value)
+
+
+def aligned(value: str, theirs: Theirs) -> Iterator[Line]:
+    yield Set("export.formats", "[common]")
+
+
+def checkpointing(value: str, theirs: Theirs) -> Iterator[Line]:
+    yield Set("memory.checkpointing", "blocks")
+
+
+def offloading(value: str, theirs: Theirs) -> Iterator[Line]:
+    yield from [Set("memory.checkpointing", "blocks"), Set("memory.offload_activations", "true")]
+
+
+def streaming(value: str, theirs: Theirs) -> Iterator[Line]:
+    yield Set("memory", "streaming")
