@@ -2,41 +2,47 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from copy import deepcopy
+from functools import cache
 from pathlib import Path
 from typing import Any
 
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import ConfigCompositionException, OverrideParseException
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 
 from .explain import explain
 from .nodes import ConfigError, check
-from .script import acting_as, compose
+from .script import acting_as, compose, conf
 from .texts import as_typed
 
 
-def configuration(script: Path, overrides: Sequence[str], entry: Callable) -> dict[str, Any]:
+def configuration(script: Path, overrides: Sequence[str], entry: Callable, checked: bool = False) -> dict[str, Any]:
     """Return the configuration of `python <script> <overrides>` as plain values; a missing value is `???`.
 
     Args:
         script: The script, beside its folder `conf`.
-        overrides: The words after it, as they are typed.
+        overrides: The words after it, as they are typed: options of groups, and keys that the configuration has.
         entry: The function or dataclass whose parameters are the top level of the configuration.
+        checked: Whether to check it as the script does before it starts.
 
     Raises:
-        ConfigError: A key or an option does not exist, or a value cannot be read.
+        ConfigError: An option does not exist, a value cannot be read, or the check finds a mistake.
     """
     with acting_as(script, overrides), _one_kind_of_error():
-        return OmegaConf.to_container(compose(as_typed(overrides, entry)), resolve=True)
+        words = as_typed(overrides, entry)
+        choices = [word for word in words if (conf() / word.partition("=")[0]).is_dir()]
+        cfg = deepcopy(_composed(script, tuple(choices)))
+        for override in OverridesParser.create().parse_overrides([word for word in words if word not in choices]):
+            OmegaConf.update(cfg, override.key_or_group, override.value(), merge=False, force_add=override.is_add())
+        if checked:
+            check(cfg, entry)
+        return OmegaConf.to_container(cfg, resolve=True)
 
 
-def check_command(script: Path, overrides: Sequence[str], entry: Callable) -> None:
-    """Check `python <script> <overrides>` as the script checks it before it starts; see `configuration`.
-
-    Raises:
-        ConfigError: The command has a mistake.
-    """
-    with acting_as(script, overrides), _one_kind_of_error():
-        check(compose(as_typed(overrides, entry)), entry)
+@cache  # a third of a second
+def _composed(_script: Path, choices: tuple[str, ...]) -> DictConfig:
+    return compose(choices)
 
 
 @contextmanager

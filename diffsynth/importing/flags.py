@@ -28,7 +28,9 @@ def refused(why: str) -> Reader:
     return lambda value, theirs: [Refused(why)]
 
 
-OFFLOADED = "memory=streaming keeps frozen weights in host memory; for the optimizer, conf/accelerate/zero2_offload.yaml"
+OFFLOADED = (
+    "memory=streaming keeps frozen weights in host memory; for the optimizer, conf/accelerate/zero2_offload.yaml"
+)
 OF_PIPELINE = "no model here has such an input of the pipeline; train without it, or write a unit that reads it"
 OF_DMD2 = "task=distill/dmd2 has no such setting; python train.py task=distill/dmd2 --help lists those that it has"
 

@@ -10,7 +10,6 @@ import yaml
 from .lines import Differs, LeftOut, Line
 from .parsing import Command
 
-FOLDER = Path(__file__).parents[2] / "conf" / "accelerate"
 # Words of accelerate that say how networks compute, which model.torch_dtype decides here.
 PRECISION = ("--mixed_precision", "--dynamo_backend")
 
@@ -29,12 +28,13 @@ class Launch(NamedTuple):
     lines: list[tuple[str, Line]]
 
 
-def launch_of(command: Command, script: Path) -> Launch:
+def launch_of(command: Command, script: Path, project: Path) -> Launch:
     """The launch of our command for one of theirs.
 
     Args:
         command: Their command.
-        script: The file that their command came from; files beside it are looked for.
+        script: The file that their command came from; launcher files are looked for in the folders above it.
+        project: The folder of our scripts and of `conf`.
     """
     options = dict(_options(command.launcher))
     theirs = options.pop("--config_file", "")
@@ -47,13 +47,14 @@ def launch_of(command: Command, script: Path) -> Launch:
     if not theirs:
         return Launch([*words, *own], int(options.get("--num_processes") or 1), lines)
     text = _text(theirs, script)
-    file = FOLDER / f"{_option(Path(theirs).name, text)}.yaml"
+    file = project / "conf" / "accelerate" / f"{_option(Path(theirs).name, text)}.yaml"
     ours = yaml.safe_load(file.read_text(encoding="utf-8"))["num_processes"]
     found = options.get("--num_processes") or (yaml.safe_load(text) or {}).get("num_processes") or ours
     if int(found) != ours and "--num_processes" not in options:
         own += ["--num_processes", str(found)]
     if not text:
-        lines.append(("--config_file", Differs(f"{theirs} is not here: {file.name} is taken by its name.")))
+        how = f"{theirs} is not here: {file.name} is taken by its name, with num_processes={found}."
+        lines.append(("--config_file", Differs(how)))
     return Launch([*words, "--config_file", f"conf/accelerate/{file.name}", *own], int(found), lines)
 
 

@@ -76,7 +76,7 @@ def paths_of(value: str) -> list[str | list[str]]:
     except ValueError:
         paths = None
     if not isinstance(paths, list):
-        raise ValueError(f'--model_paths is {value[:60]!r}; expected a JSON list, such as \'["dit.safetensors"]\'.')
+        raise ValueError(f"--model_paths is {value[:60]!r}; expected a JSON list, such as '[\"dit.safetensors\"]'.")
     return paths
 
 

@@ -3,18 +3,17 @@
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
-from pathlib import Path
 from typing import Any
 
 from ..cache.run import CacheRun
 from ..config import ConfigError
-from ..config.commands import check_command, configuration
+from ..config.commands import configuration
 from ..training.run import DistillRun, Run
 from .flags import FLAGS, reader
 from .launch import Launch
 from .lines import Differs, LeftOut, Line, Refused, Set
+from .tasks import habits
 from .theirs import ALWAYS, Theirs
-from .trained import CONF
 
 SCHEMAS = {"train": Run, "make_cache": CacheRun, "distill": DistillRun}
 OF_TRAINING = {each.name for each in fields(Run)} - {each.name for each in fields(CacheRun)}
@@ -58,16 +57,16 @@ def our_command(theirs: Theirs, launch: Launch, problem: str = "") -> OurCommand
     script = _script(theirs)
     ours = OurCommand([*launch.words, f"{script}.py"], [], problem=problem)
     words: dict[str, tuple[str, Set]] = {}
-    for flag, line in [*_read(theirs, ours), *launch.lines, *(("", line) for line in _always(theirs, script))]:
+    others = habits(theirs) if script != "make_cache" else ()
+    for flag, line in [*_read(theirs, ours), *launch.lines, *(("", line) for line in others)]:
         if isinstance(line, Set):
             words.setdefault(line.key, (flag, line))
         else:
             _say(ours, flag, line, theirs)
     if script == "make_cache":
-        words = _without_training(words, ours)
-    if theirs.model:
-        words = {"model": ("", Set("model", theirs.model.name)), **words}
-    ordered = sorted(words.values(), key=lambda each: not _is_choice(each[1]))
+        words = _without_training(words, ours, theirs)
+    words = {"model": ("", Set("model", theirs.model.name if theirs.model else "…")), **words}
+    ordered = sorted(words.values(), key=lambda each: not _is_choice(each[1], theirs))
     ours.overrides = [_typed(line) for _, line in ordered]
     if theirs.model:
         _settle(ours, script, ordered, theirs)
@@ -99,50 +98,32 @@ def _place(flag: str, known: Sequence[str]) -> int:
     return known.index(name) if name in known else len(known)
 
 
-def _always(theirs: Theirs, script: str) -> Iterator[Line]:
-    """What no flag says: their schedule, and their exports after every epoch."""
-    if script == "make_cache":
-        return
-    yield Set("lr_scheduler", "constant")
-    yield Set("export.save_steps", "null")
-    if theirs.exact:
-        yield from _exact(theirs)
-
-
-def _exact(theirs: Theirs) -> Iterator[Line]:
-    yield Set("max_grad_norm", "null")
-    yield Set("task.exact_upstream", "true", "this task has no such key")
-    yield Set("lr_scheduler._target_", "torch.optim.lr_scheduler.ConstantLR")
-    if theirs.processes > 1:  # accelerate steps their schedule once per process
-        yield Set("+lr_scheduler.total_iters", str(-(-5 // theirs.processes)))
-
-
 def _say(ours: OurCommand, flag: str, line: Line, theirs: Theirs) -> None:
     """Note what to say of a flag; nothing of one that only has its default."""
+    is_of_launcher = flag.startswith("--")
     if isinstance(line, Differs):
         ours.differs.append(line.how)
-    elif flag in theirs.flags and not theirs.says(flag):
-        return
-    elif isinstance(line, LeftOut) and flag not in ALWAYS:
-        ours.left_out[line.why].append(flag)
-    elif isinstance(line, Refused):
-        ours.refused[line.why].append(flag)
+    elif theirs.says(flag) or is_of_launcher:
+        said = ours.refused if isinstance(line, Refused) else ours.left_out
+        said[line.why].append(flag)
 
 
-def _without_training(words: Mapping[str, tuple[str, Set]], ours: OurCommand) -> dict[str, tuple[str, Set]]:
+def _without_training(
+    words: Mapping[str, tuple[str, Set]], ours: OurCommand, theirs: Theirs
+) -> dict[str, tuple[str, Set]]:
     """The words that make_cache.py has, which trains nothing."""
     kept = {}
     for key, (flag, line) in words.items():
         if key.partition(".")[0] in OF_TRAINING or flag == "gradient_accumulation_steps":
-            ours.left_out["make_cache.py trains nothing"].append(flag)
+            _say(ours, flag, LeftOut("make_cache.py trains nothing"), theirs)
         else:
             kept[key] = flag, line
     return kept
 
 
-def _is_choice(line: Set) -> bool:
+def _is_choice(line: Set, theirs: Theirs) -> bool:
     """Whether a word chooses an option of a group."""
-    return (CONF / line.key).is_dir() and not line.value.startswith("{")
+    return (theirs.project / "conf" / line.key).is_dir()
 
 
 def _typed(line: Set) -> str:
@@ -151,22 +132,20 @@ def _typed(line: Set) -> str:
 
 def _settle(ours: OurCommand, script: str, words: Sequence[tuple[str, Set]], theirs: Theirs) -> None:
     """Leave out the words that the configuration has already, and those that it has no key for; then check the rest."""
-    path, schema = CONF.parent / f"{script}.py", SCHEMAS[script]
-    choices = [_typed(line) for _, line in words if _is_choice(line)]
+    path, schema = theirs.project / f"{script}.py", SCHEMAS[script]
+    choices = [_typed(line) for _, line in words if _is_choice(line, theirs)]
     try:
         before = configuration(path, choices, schema)
-        words = [each for each in words if _is_choice(each[1]) or _has_key(ours, before, *each, theirs)]
-        ours.overrides = [_typed(line) for _, line in words]
-        after = configuration(path, ours.overrides, schema)
-        changed = [line for _, line in words if _is_choice(line) or _value(before, line) != _value(after, line)]
+        known = [each for each in words if _has_key(ours, before, *each, theirs)]
+        after = configuration(path, [_typed(line) for _, line in known], schema, checked=True)
+        changed = [line for _, line in known if _is_choice(line, theirs) or _value(before, line) != _value(after, line)]
         ours.overrides = [_typed(line) for line in changed]
-        check_command(path, ours.overrides, schema)
     except ConfigError as error:
         ours.problem = str(error)
 
 
 def _has_key(ours: OurCommand, before: Mapping, flag: str, line: Set, theirs: Theirs) -> bool:
-    found = line.key.startswith("+") or _value(before, line) is not ABSENT
+    found = line.key.startswith("+") or _is_choice(line, theirs) or _value(before, line) is not ABSENT
     if not found:
         why = f"there is no key {line.key} yet; leave it out"
         _say(ours, flag, LeftOut(line.otherwise) if line.otherwise else Refused(why), theirs)

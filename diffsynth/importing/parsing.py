@@ -12,6 +12,7 @@ from ..core.regular import require_regular
 SEPARATORS = ";&|\n"  # of the shell's commands
 # Flags that only a training has; validation scripts have none of them.
 OF_TRAINING = {"model_id_with_origin_paths", "model_paths", "dataset_base_path"}
+MAY_BE_EMPTY = {"lora_target_modules"}  # empty, it means layers that are found by their shapes
 
 
 @dataclass(frozen=True)
@@ -55,7 +56,7 @@ def _of_json(arguments: Mapping[str, object]) -> Iterator[tuple[str, str]]:
     for flag, value in arguments.items():
         if value is True:
             yield flag, "true"
-        elif value not in (None, False, ""):
+        elif value not in (None, False, "") or (value == "" and flag in MAY_BE_EMPTY):
             yield flag, str(value)
 
 
@@ -86,7 +87,8 @@ def _command(words: list[str], path: str | Path) -> Command | str:
     start = next((number for number, word in enumerate(words) if word.endswith(".py")), len(words))
     flags = _flags(words[start + 1 :])
     if not (words[start : start + 1] and (words[start].endswith("train.py") or flags.keys() & OF_TRAINING)):
-        return shlex.join(words)
+        # A script of theirs is not here; the other commands, such as downloads, do the same here.
+        return f"{'# Not carried over: ' if words[start:] else ''}{shlex.join(words)}"
     if "" in flags:
         raise ValueError(f"{path}: {flags['']!r} after {words[start]} belongs to no flag; expected --flag value.")
     launchers = [number for number, word in enumerate(words[:start]) if Path(word).name in ("accelerate", "torchrun")]
@@ -106,4 +108,5 @@ def _flags(words: list[str]) -> dict[str, str]:
             found[name] = [value] if equals else []
         else:
             found.setdefault(name, []).append(word)
-    return {name: " ".join(values) if values else "true" for name, values in found.items()}
+    texts = {name: " ".join(values) if values else "true" for name, values in found.items()}
+    return {name: text for name, text in texts.items() if text or name in MAY_BE_EMPTY}

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import PurePosixPath
+from pathlib import Path, PurePosixPath
 
 from .models import Files, Model, component_of_path, files_of, paths_of
 
@@ -34,6 +34,7 @@ class Theirs:
 
     Args:
         flags: Its flags.
+        project: The folder of our scripts and of `conf`.
         model: The model that its weights belong to; None if there is none here.
         processes: Number of processes of the launch.
         exact: Whether to imitate DiffSynth-Studio as closely as possible.
@@ -41,6 +42,7 @@ class Theirs:
     """
 
     flags: Mapping[str, str]
+    project: Path
     model: Model | None = None
     processes: int = 1
     exact: bool = False
@@ -83,7 +85,7 @@ class Theirs:
         """The components whose weights it names, without those that it loads as empty shells."""
         paths = paths_of(self["model_paths"]) if "model_paths" in self.flags else []
         shells = {component_named(each) for each in self["offload_models"].split(",") if each}
-        return {each.component for each in self.files} | {component_of_path(path) for path in paths} - shells
+        return {*(each.component for each in self.files), *map(component_of_path, paths)} - shells
 
 
 def component_named(text: str) -> str:

@@ -2,14 +2,12 @@
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path, PurePosixPath
+from pathlib import PurePosixPath
 
 import yaml
 
 from .lines import Differs, LeftOut, Line, Refused, Set
 from .theirs import DEFAULTS, Theirs, listed, names_in, path
-
-CONF = Path(__file__).parents[2] / "conf"
 
 
 def trainable_models(value: str, theirs: Theirs) -> Iterator[Line]:
@@ -35,6 +33,12 @@ def lora_targets(value: str, theirs: Theirs) -> Iterator[Line]:
     if not theirs.has_lora or not theirs.says("lora_target_modules"):
         return
     component, targets = names_in(theirs["lora_base_model"])[0], names_in(value)
+    if not targets:
+        yield Set("lora.target_modules", "all-linear")
+        yield Differs(
+            "An empty --lora_target_modules means wide linear layers of blocks there, and all linear ones here."
+        )
+        return
     if theirs.model is None:
         yield Set("lora.target_modules", _typed(targets))
         return
@@ -84,7 +88,8 @@ def _names_here(target: str, theirs: Theirs, component: str) -> list[str]:
 
 
 def optimizer(value: str, theirs: Theirs) -> Iterator[Line]:
-    options = {yaml.safe_load(file.read_text())["_target_"]: file.stem for file in CONF.glob("optimizer/*.yaml")}
+    files = theirs.project.glob("conf/optimizer/*.yaml")
+    options = {yaml.safe_load(file.read_text(encoding="utf-8"))["_target_"]: file.stem for file in files}
     if value in options:
         yield Set("optimizer", options[value])
     else:

@@ -8,16 +8,20 @@ from .models import Model, files_of, find_model, known_models
 from .ours import OurCommand, our_command
 from .parsing import Command, read_commands
 from .theirs import Theirs, path
-from .trained import CONF
+
+PROJECT = Path(__file__).parents[2]  # the folder of our scripts and of conf/
 
 
-def translate(file: str | Path, model: str = "", exact: bool = False) -> tuple[list[OurCommand | str], list[Theirs]]:
-    """Our commands for those of a file, with the file's other commands as texts; and theirs.
+def translate(
+    file: str | Path, model: str = "", exact: bool = False, project: Path = PROJECT
+) -> list[OurCommand | str]:
+    """Our commands for those of a file, with the file's other commands as texts.
 
     Args:
         file: A shell script of DiffSynth-Studio, or the training_args.json of a run.
         model: An option of conf/model/; if empty, the one that the files of weights belong to.
         exact: Whether to imitate DiffSynth-Studio as closely as possible.
+        project: The folder of our scripts and of `conf`.
 
     Raises:
         ValueError: The file has no such command, or there is no such model.
@@ -27,25 +31,24 @@ def translate(file: str | Path, model: str = "", exact: bool = False) -> tuple[l
     caches = [each.flags["output_path"] for each in commands if _makes_cache(each) and "output_path" in each.flags]
     cache = path(caches[0]) if len(caches) == 1 else ""
     ours: list[OurCommand | str] = []
-    theirs = []
     for each in found:
         if isinstance(each, str):
             ours.append(each)
             continue
-        launch = launch_of(each, Path(file))
-        chosen, problem = _model(each, commands, model)
-        theirs.append(Theirs(each.flags, chosen, launch.processes, exact, cache))
-        ours.append(our_command(theirs[-1], launch, problem))
-    return ours, theirs
+        launch = launch_of(each, Path(file), project)
+        chosen, problem = _model(each, commands, model, project)
+        theirs = Theirs(each.flags, project, chosen, launch.processes, exact, cache)
+        ours.append(our_command(theirs, launch, problem))
+    return ours
 
 
 def _makes_cache(command: Command) -> bool:
     return command.flags.get("task", "").endswith(":data_process")
 
 
-def _model(command: Command, commands: Sequence[Command], name: str) -> tuple[Model | None, str]:
+def _model(command: Command, commands: Sequence[Command], name: str, project: Path) -> tuple[Model | None, str]:
     """The model of a command, and why there is none; a first stage may leave the transformer to the second."""
-    models = list(known_models(CONF))
+    models = list(known_models(project / "conf"))
     if name:
         return _named(name, models), ""
     own, others = ([file for each in some for file in _files(each)] for some in ([command], commands))

@@ -20,7 +20,8 @@ def hub_files(value: str, theirs: Theirs) -> Iterator[Line]:
         where = theirs.model.components["dit"]["model_id"]
         yield Differs(f"The weights are those of {where}: the same values under diffusers' names.")
         return
-    for files in theirs.files:
+    read = theirs.components if theirs.stage == "train" else {each.component for each in theirs.files}
+    for files in [each for each in theirs.files if each.component in read]:
         yield from _of_component(theirs, files.component, files)
     yield from _absent(theirs)
 
@@ -99,6 +100,8 @@ def _stored(storage: str, components: list[str], theirs: Theirs) -> Iterator[Lin
 def quant_options(value: str, theirs: Theirs) -> Iterator[Line]:
     methods = dict(_methods(value))
     storages = {_storage(method) for method in methods.values()}
+    if any("/" in method for method in methods.values()):
+        yield LeftOut("of its excluded layers: every linear layer in the blocks is stored in few bits")
     if None in storages or len(storages) > 1 or "fp8_models" in theirs.flags:
         found = ", ".join(dict.fromkeys(methods.values()))
         yield Refused(
@@ -117,7 +120,7 @@ def _methods(value: str) -> Iterator[tuple[str, str]]:
         return
     for entry in filter(None, value.split(";")):
         model, _, method = entry.rpartition(":")
-        yield model.strip(), method.partition("/")[0].strip()
+        yield model.strip(), method.strip()
 
 
 def _storage(method: str) -> str | None:
