@@ -3,7 +3,6 @@
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from .explain import explain
 from .nodes import ConfigError, check
-from .script import acting_as, compose, conf
+from .script import acting_as, compose, compose_choices, conf
 from .texts import as_typed
 
 
@@ -32,7 +31,7 @@ def configuration(script: Path, overrides: Sequence[str], entry: Callable, check
     with acting_as(script, overrides), _one_kind_of_error():
         words = as_typed(overrides, entry)
         choices = [word for word in words if (conf() / word.partition("=")[0]).is_dir()]
-        cfg = deepcopy(_composed(script, tuple(choices)))
+        cfg = _composed(choices)
         for override in OverridesParser.create().parse_overrides([word for word in words if word not in choices]):
             OmegaConf.update(cfg, override.key_or_group, override.value(), merge=False, force_add=override.is_add())
         if checked:
@@ -40,9 +39,14 @@ def configuration(script: Path, overrides: Sequence[str], entry: Callable, check
         return OmegaConf.to_container(cfg, resolve=True)
 
 
-@cache  # a third of a second
-def _composed(_script: Path, choices: tuple[str, ...]) -> DictConfig:
-    return compose(choices)
+def _composed(choices: Sequence[str]) -> DictConfig:
+    """A copy of the configuration with these options."""
+    whole = compose_choices(choices)
+    chosen = whole.hydra.runtime.choices
+    single = [word.partition("=") for word in choices if "[" not in word]
+    if any(chosen.get(group) != option for group, _, option in single):
+        compose(choices)  # it raises what `compose_choices` passes over
+    return deepcopy(OmegaConf.masked_copy(whole, [key for key in whole if key != "hydra"]))
 
 
 @contextmanager

@@ -30,13 +30,14 @@ def translate(
     commands = [each for each in found if isinstance(each, Command)]
     caches = [each.flags["output_path"] for each in commands if _makes_cache(each) and "output_path" in each.flags]
     cache = path(caches[0]) if len(caches) == 1 else ""
+    models = list(known_models(project / "conf"))
     ours: list[OurCommand | str] = []
     for each in found:
         if isinstance(each, str):
             ours.append(each)
             continue
         launch = launch_of(each, Path(file), project)
-        chosen, problem = _model(each, commands, model, project)
+        chosen, problem = _model(each, commands, models, model)
         theirs = Theirs(each.flags, project, chosen, launch.processes, exact, cache)
         ours.append(our_command(theirs, launch, problem))
     return ours
@@ -46,9 +47,10 @@ def _makes_cache(command: Command) -> bool:
     return command.flags.get("task", "").endswith(":data_process")
 
 
-def _model(command: Command, commands: Sequence[Command], name: str, project: Path) -> tuple[Model | None, str]:
+def _model(
+    command: Command, commands: Sequence[Command], models: Sequence[Model], name: str
+) -> tuple[Model | None, str]:
     """The model of a command, and why there is none; a first stage may leave the transformer to the second."""
-    models = list(known_models(project / "conf"))
     if name:
         return _named(name, models), ""
     own, others = ([file for each in some for file in _files(each)] for some in ([command], commands))
