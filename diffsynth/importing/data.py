@@ -48,6 +48,11 @@ def max_pixels(value: str, theirs: Theirs) -> Iterator[Line]:
         yield Set("dataset.max_pixels", value, IN_CACHE)
 
 
+def workers(value: str, theirs: Theirs) -> Iterator[Line]:
+    if theirs.says("dataset_num_workers"):  # their default is slow, and the number changes no result
+        yield Set("dataset.num_workers", value)
+
+
 def file_keys(value: str, theirs: Theirs) -> Iterator[Line]:
     if value != DEFAULTS["data_file_keys"]:  # the columns of either kind that a table may have
         yield Set("dataset.data_file_keys", listed(names_in(value)), IN_CACHE)

@@ -51,7 +51,7 @@ FLAGS: dict[str, Reader] = {
     "max_pixels": data.max_pixels,
     "num_frames": sets("dataset.num_frames", "images have no frames"),
     "dataset_repeat": sets("dataset.repeat"),
-    "dataset_num_workers": sets("dataset.num_workers"),
+    "dataset_num_workers": data.workers,
     # Objective
     "task": tasks.task,
     "extra_inputs": data.extra_inputs,
@@ -84,10 +84,10 @@ FLAGS: dict[str, Reader] = {
     # What is saved
     "output_path": trained.output_path,
     "save_steps": trained.save_steps,
-    "remove_prefix_in_ckpt": trained.prefix,
     "align_to_opensource_format": trained.aligned,
+    "remove_prefix_in_ckpt": trained.prefix,
     **{f"enable_{name}_log": tasks.tracker(name) for name in tasks.TRACKERS},
-    **{f"{name}_project": tasks.project(name) for name in tasks.TRACKERS},
+    **{f"{name}_project": tasks.project(name) for name in ("wandb", "swanlab")},
     "enable_csv_log": left_out("metrics.jsonl in the run's folder always has the losses"),
     # Of single families
     "find_unused_parameters": left_out("it is always on"),

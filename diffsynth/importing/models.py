@@ -80,6 +80,14 @@ def paths_of(value: str) -> list[str | list[str]]:
     return paths
 
 
+def local_files_of(value: str, models: Iterable["Model"]) -> list[Files]:
+    """The entries of `--model_paths` as the hub's files, where a path has a known repository's name in it."""
+    known = {part["model_id"] for model in models for part in model.components.values()}
+    firsts = [each if isinstance(each, str) else each[0] for each in paths_of(value)]
+    cut = [(model_id, first.partition(f"{model_id}/")[2]) for first in firsts for model_id in known]
+    return [Files(model_id, pattern) for model_id, pattern in cut if pattern]
+
+
 def component_of_path(path: str | list[str]) -> str:
     """The component that a local file, or a list of shards, holds."""
     first = path if isinstance(path, str) else path[0]

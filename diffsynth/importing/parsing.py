@@ -54,10 +54,9 @@ def read_commands(path: str | Path) -> list[Command | str]:
 
 def _of_json(arguments: Mapping[str, object]) -> Iterator[tuple[str, str]]:
     for flag, value in arguments.items():
-        if value is True:
-            yield flag, "true"
-        elif value not in (None, False, "") or (value == "" and flag in MAY_BE_EMPTY):
-            yield flag, str(value)
+        is_given = value is not None and value is not False and value != ""
+        if is_given or (value == "" and flag in MAY_BE_EMPTY):
+            yield flag, "true" if value is True else str(value)
 
 
 def _in_shell(text: str, path: str | Path) -> Iterator[list[str]]:

@@ -10,6 +10,7 @@ from .models import Files, Model, component_of_path, files_of, paths_of
 # Flags whose default in DiffSynth-Studio may be another than here.
 DEFAULTS = {
     "dataset_repeat": "1",
+    "dataset_num_workers": "0",
     "data_file_keys": "image,video",
     "max_pixels": "1048576",
     "num_frames": "81",
@@ -21,6 +22,7 @@ DEFAULTS = {
     "lora_target_modules": "q,k,v,o,ffn.0,ffn.2",
     "remove_prefix_in_ckpt": "pipe.dit.",
     "task": "sft",
+    "output_path": "./models",
     "max_timestep_boundary": "1.0",
     "min_timestep_boundary": "0.0",
 }

@@ -124,6 +124,8 @@ def output_path(value: str, theirs: Theirs) -> Iterator[Line]:
     if theirs.stage == "data_process":
         yield Set("path", path(value))
         return
+    if not theirs.says("output_path"):
+        return
     folder = PurePosixPath(value)
     yield from [Set("output_root", str(folder.parent)), Set("name", folder.name)]
     yield Differs(f"The run's folder is {path(value)}-<signature>, and the weights are in its folder weights.")

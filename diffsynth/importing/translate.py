@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from .launch import launch_of
-from .models import Model, files_of, find_model, known_models
+from .models import Files, Model, files_of, find_model, known_models, local_files_of
 from .ours import OurCommand, our_command
 from .parsing import Command, read_commands
 from .theirs import Theirs, path
@@ -53,7 +53,7 @@ def _model(
     """The model of a command, and why there is none; a first stage may leave the transformer to the second."""
     if name:
         return _named(name, models), ""
-    own, others = ([file for each in some for file in _files(each)] for some in ([command], commands))
+    own, others = ([file for each in some for file in _files(each, models)] for some in ([command], commands))
     has_transformer = any(file.component == "dit" for file in own)
     try:
         return find_model(own if has_transformer else others, models), ""
@@ -68,5 +68,6 @@ def _named(name: str, models: Sequence[Model]) -> Model:
     return found
 
 
-def _files(command: Command) -> list:
-    return files_of(command.flags.get("model_id_with_origin_paths", ""))
+def _files(command: Command, models: Sequence[Model]) -> list[Files]:
+    of_hub = files_of(command.flags.get("model_id_with_origin_paths", ""))
+    return of_hub + local_files_of(command.flags.get("model_paths", "[]"), models)

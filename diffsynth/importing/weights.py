@@ -101,7 +101,7 @@ def quant_options(value: str, theirs: Theirs) -> Iterator[Line]:
     methods = dict(_methods(value))
     storages = {_storage(method) for method in methods.values()}
     if any("/" in method for method in methods.values()):
-        yield LeftOut("of its excluded layers: every linear layer in the blocks is stored in few bits")
+        yield LeftOut("of its excluded layers: every linear layer in the blocks is stored so")
     if None in storages or len(storages) > 1 or "fp8_models" in theirs.flags:
         found = ", ".join(dict.fromkeys(methods.values()))
         yield Refused(
