@@ -9,6 +9,7 @@ import yaml
 
 from .lines import Differs, LeftOut, Line
 from .parsing import Command
+from .theirs import whole_number
 
 # Words of accelerate that say how networks compute, which model.torch_dtype decides here.
 PRECISION = ("--mixed_precision", "--dynamo_backend")
@@ -37,25 +38,38 @@ def launch_of(command: Command, script: Path, project: Path) -> Launch:
         project: The folder of our scripts and of `conf`.
     """
     options = dict(_options(command.launcher))
-    theirs = options.pop("--config_file", "")
-    lines: list[tuple[str, Line]] = []
-    for name in PRECISION:
-        if options.pop(name, ""):
-            lines.append((name, LeftOut("networks compute in model.torch_dtype")))
-    own = [word for name, value in options.items() for word in (name, value) if word]
+    file = options.pop("--config_file", "")
+    dropped = [name for name in PRECISION if options.pop(name, "")]
+    lines: list[tuple[str, Line]] = [(name, LeftOut("networks compute in model.torch_dtype")) for name in dropped]
     words = [*command.before, "accelerate", "launch"]
-    if not theirs:
-        return Launch([*words, *own], int(options.get("--num_processes") or 1), lines)
-    text = _text(theirs, script)
-    file = project / "conf" / "accelerate" / f"{_option(Path(theirs).name, text)}.yaml"
-    ours = yaml.safe_load(file.read_text(encoding="utf-8"))["num_processes"]
-    found = options.get("--num_processes") or (yaml.safe_load(text) or {}).get("num_processes") or ours
-    if int(found) != ours and "--num_processes" not in options:
-        own += ["--num_processes", str(found)]
-    if not text:
-        how = f"{theirs} is not here: {file.name} is taken by its name, with num_processes={found}."
-        lines.append(("--config_file", Differs(how)))
-    return Launch([*words, "--config_file", f"conf/accelerate/{file.name}", *own], int(found), lines)
+    if file:
+        ours, how = _file_for(file, _text(file, script), options, project)
+        words += ["--config_file", f"conf/accelerate/{ours}"]
+        lines += [("--config_file", Differs(how))] if how else []
+    processes = whole_number(options.get("--num_processes", "1"), "num_processes")
+    if file and processes == _processes_of(project / "conf" / "accelerate" / ours):
+        del options["--num_processes"]
+    own = [word for name, value in options.items() for word in (name, value) if word]
+    return Launch([*words, *own], processes, lines)
+
+
+def _file_for(name: str, text: str, options: dict[str, str], project: Path) -> tuple[str, str]:
+    """Our file for a launcher file of theirs, and what to say if theirs is absent; `options` get its processes.
+
+    Args:
+        name: The name of their file.
+        text: What it says; empty if it is not there.
+        options: The other options of their launcher.
+    """
+    ours = f"{_option(Path(name).name, text)}.yaml"
+    stated = re.search(r"^num_processes: *(\d+)", text, re.MULTILINE)
+    processes = stated[1] if stated else str(_processes_of(project / "conf" / "accelerate" / ours))
+    found = options.setdefault("--num_processes", processes)
+    return ours, "" if text else f"{name} is not here: {ours} is taken by its name, with num_processes={found}."
+
+
+def _processes_of(file: Path) -> int:
+    return yaml.safe_load(file.read_text(encoding="utf-8"))["num_processes"]
 
 
 def _options(words: Sequence[str]) -> Iterator[tuple[str, str]]:

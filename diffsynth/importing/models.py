@@ -40,7 +40,7 @@ LAYOUTS = ("", "-Diffusers", "-diffusers")
 COMPONENTS = {
     "controlnet": "controlnet",
     "text_encoder": "text_encoder|t5|qwen3|mistral",
-    "vae": r"vae|(^|/)ae\.",
+    "vae": r"vae|\bae\.",
     "image_encoder": "clip|image_encoder",
     "dit": "",
 }
@@ -75,7 +75,7 @@ def paths_of(value: str) -> list[str | list[str]]:
         paths = json.loads(value)
     except ValueError:
         paths = None
-    if not isinstance(paths, list):
+    if not isinstance(paths, list) or not all(paths):
         raise ValueError(f"--model_paths is {value[:60]!r}; expected a JSON list, such as '[\"dit.safetensors\"]'.")
     return paths
 

@@ -4,12 +4,15 @@ import re
 import shlex
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from itertools import takewhile
 from pathlib import Path
 
 from ..core.json_text import parse_object
 from ..core.regular import require_regular
 
-SEPARATORS = ";&|\n"  # of the shell's commands
+LAUNCHERS = ("accelerate", "python", "python3", "")
+SEPARATORS = ";\n"  # of the shell's commands; && stands between blanks
+END = re.compile(r"\d*>.*|\|.*|&|#.*")  # a word with which the flags end: a log, a pipe, the background, a comment
 # Flags that only a training has; validation scripts have none of them.
 OF_TRAINING = {"model_id_with_origin_paths", "model_paths", "dataset_base_path"}
 MAY_BE_EMPTY = {"lora_target_modules"}  # empty, it means layers that are found by their shapes
@@ -60,7 +63,7 @@ def _of_json(arguments: Mapping[str, object]) -> Iterator[tuple[str, str]]:
 
 
 def _in_shell(text: str, path: str | Path) -> Iterator[list[str]]:
-    """Yield the words of each command of a shell script, without comments."""
+    """Yield the words of each command of a shell script."""
     lines = [line for line in text.splitlines() if not line.lstrip().startswith("#")]
     joined = re.sub(r"\\[ \t]*\n", " ", "\n".join(lines))
     lexer = shlex.shlex(joined, posix=True, punctuation_chars=SEPARATORS)
@@ -68,8 +71,8 @@ def _in_shell(text: str, path: str | Path) -> Iterator[list[str]]:
     words = []
     try:
         for word in [*lexer, "\n"]:
-            if word and set(word) <= set(SEPARATORS):
-                yield from [_without_comment(words)] if words else []
+            if word == "&&" or (word and set(word) <= set(SEPARATORS)):
+                yield from [words] if words else []
                 words = []
             else:
                 words.append(word)
@@ -77,24 +80,19 @@ def _in_shell(text: str, path: str | Path) -> Iterator[list[str]]:
         raise ValueError(f"{path}: {error}; close the quote that is open.") from error
 
 
-def _without_comment(words: list[str]) -> list[str]:
-    start = next((number for number, word in enumerate(words) if word.startswith("#")), len(words))
-    return words[:start]
-
-
 def _command(words: list[str], path: str | Path) -> Command | str:
     start = next((number for number, word in enumerate(words) if word.endswith(".py")), len(words))
-    flags = _flags(words[start + 1 :])
+    flags = _flags(list(takewhile(lambda word: not END.fullmatch(word), words[start + 1 :])))
     if not (words[start : start + 1] and (words[start].endswith("train.py") or flags.keys() & OF_TRAINING)):
         # A script of theirs is not here; the other commands, such as downloads, do the same here.
         return f"{'# Not carried over: ' if words[start:] else ''}{shlex.join(words)}"
     if "" in flags:
         raise ValueError(f"{path}: {flags['']!r} after {words[start]} belongs to no flag; expected --flag value.")
-    launchers = [number for number, word in enumerate(words[:start]) if Path(word).name in ("accelerate", "torchrun")]
-    launcher = launchers[0] if launchers else start
-    own = [word for word in words[launcher + 1 : start] if word != "launch"]
-    before = [word for word in words[:launcher] if "=" in word]
-    return Command(flags, words[start], tuple(before), tuple(own))
+    before = list(takewhile(lambda word: "=" in word, words))
+    program, *own = words[len(before) : start] or [""]
+    if Path(program).name not in LAUNCHERS:
+        raise ValueError(f"{path}: {program!r} starts {words[start]}; expected accelerate launch {words[start]} …")
+    return Command(flags, words[start], tuple(before), tuple(own[1:] if own[:1] == ["launch"] else own))
 
 
 def _flags(words: list[str]) -> dict[str, str]:

@@ -95,6 +95,17 @@ def component_named(text: str) -> str:
     return files_of(text)[0].component if ":" in text else component_of_path(text)
 
 
+def whole_number(value: str, flag: str) -> int:
+    """The value of a flag that counts something.
+
+    Raises:
+        ValueError: It is no whole number of at least 1.
+    """
+    if not (value.isdecimal() and int(value)):
+        raise ValueError(f"--{flag} is {value!r}; expected a whole number of at least 1.")
+    return int(value)
+
+
 def path(text: str) -> str:
     """A path as it is typed here: without `./` before it, nor a slash behind it."""
     return str(PurePosixPath(text))

@@ -7,7 +7,7 @@ from pathlib import PurePosixPath
 import yaml
 
 from .lines import Differs, LeftOut, Line, Refused, Set
-from .theirs import DEFAULTS, Theirs, listed, names_in, path
+from .theirs import DEFAULTS, Theirs, listed, names_in, path, whole_number
 
 
 def trainable_models(value: str, theirs: Theirs) -> Iterator[Line]:
@@ -97,7 +97,7 @@ def optimizer(value: str, theirs: Theirs) -> Iterator[Line]:
 
 
 def accumulation(value: str, theirs: Theirs) -> Iterator[Line]:
-    yield Set("batch_size", str(int(value) * theirs.processes))
+    yield Set("batch_size", str(whole_number(value, "gradient_accumulation_steps") * theirs.processes))
     yield Set("micro_batch_size", "1")
     if theirs.processes == 1:
         yield Differs(
@@ -111,7 +111,8 @@ def epochs(value: str, theirs: Theirs) -> Iterator[Line]:
 
 
 def save_steps(value: str, theirs: Theirs) -> Iterator[Line]:
-    steps, accumulated = int(value), int(theirs["gradient_accumulation_steps"])
+    steps = whole_number(value, "save_steps")
+    accumulated = whole_number(theirs["gradient_accumulation_steps"], "gradient_accumulation_steps")
     yield Set("export.save_steps", str(max(steps // accumulated, 1)))
     if accumulated > 1:
         yield Differs(

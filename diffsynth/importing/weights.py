@@ -1,9 +1,9 @@
 """Readers of the flags about weights: which files, and in which format they are held."""
 
-import json
 import re
 from collections.abc import Iterator
 
+from ..core.json_text import parse_object
 from .lines import Differs, LeftOut, Line, Refused, Set
 from .models import Files, component_of_path, paths_of
 from .theirs import Theirs, component_named, listed, names_in, path
@@ -115,8 +115,8 @@ def quant_options(value: str, theirs: Theirs) -> Iterator[Line]:
 def _methods(value: str) -> Iterator[tuple[str, str]]:
     """The method of each model in a value of `--quant_options`: `model:method/excluded;…`, or JSON."""
     if value.lstrip().startswith("{"):
-        for model, options in json.loads(value).items():
-            yield model, str(options.get("method", options))
+        for model, options in parse_object(value, "--quant_options").items():
+            yield model, str(options.get("method") if isinstance(options, dict) else options)
         return
     for entry in filter(None, value.split(";")):
         model, _, method = entry.rpartition(":")

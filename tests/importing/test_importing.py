@@ -99,8 +99,7 @@ def test_a_family_is_known_as_soon_as_its_file_is_there(tmp_path):
     project = tmp_path / "project"
     shutil.copytree(tiny.ROOT / "conf", project / "conf")
     (project / "conf" / "model" / "wan.yaml").write_text(
-        "defaults: [qwen_image]\ndit: {model_id: Wan-AI/Wan2.2-T2V-A14B-Diffusers, origin_file_pattern: transformer/}\n",
-        encoding="utf-8",
+        "defaults: [qwen_image]\ndit: {model_id: Wan-AI/Wan2.2-T2V-A14B-Diffusers}\n", encoding="utf-8"
     )
     before, after = translated(TWO_EXPERTS, tmp_path), translated(TWO_EXPERTS, tmp_path, project=project)
     assert all("Wan has no file in conf/model/ yet" in each.problem for each in before)
@@ -111,20 +110,16 @@ def test_a_family_is_known_as_soon_as_its_file_is_there(tmp_path):
 
 
 def test_a_model_that_cannot_be_inferred_is_asked_for(tmp_path):
-    script = Case(
-        launch(
-            "flux2",
-            dataset_base_path="d",
-            model_id_with_origin_paths="black-forest-labs/FLUX.2-klein-4B:text_encoder/*",
-        ),
-        [],
-    )
-    (ours,) = translated(script, tmp_path)
+    encoder = "black-forest-labs/FLUX.2-klein-4B:text_encoder/*"
+    (ours,) = translated(Case(launch("flux2", model_id_with_origin_paths=encoder), []), tmp_path)
     assert "flux2_klein_4b, flux2_klein_base_4b have these files; type one of them, model=…" in ours.problem
-    (ours,) = translated(script, tmp_path, model="flux2_klein_4b")
-    assert not ours.problem and "model=flux2_klein_4b" in ours.overrides
+    unnamed = Case(launch("qwen_image", dataset_base_path="d", lora_base_model="dit"), [])
+    (ours,) = translated(unnamed, tmp_path)
+    assert "type the model behind it, such as model=qwen_image" in ours.problem
+    (ours,) = translated(unnamed, tmp_path, model="qwen_image")
+    assert not ours.problem and ours.overrides[0] == "model=qwen_image"
     with pytest.raises(ValueError, match="model=wan: there is no such model; expected one of flux2_dev"):
-        translated(script, tmp_path, model="wan")
+        translated(unnamed, tmp_path, model="wan")
 
 
 def test_what_we_refuse_is_named_with_what_to_do(tmp_path, capsys):
@@ -147,6 +142,7 @@ def test_a_value_that_our_check_refuses_makes_no_command(value, tmp_path):
     assert commands_in(printed([ours])) == []
 
 
+@pytest.mark.slow
 def test_two_stages_share_the_cache_that_the_first_one_makes(tmp_path):
     _, second = translated(TWO_STAGES, tmp_path)
     assert any(how.startswith("Their second stage reads models/train/klein_split_cache") for how in second.differs)
