@@ -48,8 +48,8 @@ def torch_imported_by(*command: str) -> bool:
     return re.search(r"\| +torch$", result.stderr, re.MULTILINE) is not None
 
 
-# What each package may import besides itself; `config` and `report` stand beside the others, and `importing` is an entry
-# script like `train.py`.
+# What each package may import besides itself; `config` and `report` stand beside the others, `importing` is an entry
+# script.
 BELOW = {
     "core": set(),
     "diffusion": {"core"},

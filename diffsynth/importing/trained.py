@@ -55,17 +55,17 @@ def _typed(targets: list[str]) -> str:
     return targets[0] if len(targets) == 1 else listed(targets)
 
 
-def _numbers_of_blocks(theirs: Theirs, component: str) -> set[int]:
-    """How many blocks the lists of a released network have; empty for a network that is not known."""
+def _numbers_of_blocks(theirs: Theirs, component: str) -> list[int]:
+    """How many blocks each list of a released network has; empty for a network that is not known."""
     from ..plan.meta_pipeline import architectures  # it imports torch
 
     part = theirs.model.components.get(component, {})
     folder = str(PurePosixPath(part.get("origin_file_pattern", "")).parent)
     config: Mapping = architectures().get(part.get("model_id"), {}).get(folder, {})
-    return {value for key, value in config.items() if key.startswith("num_") and key.endswith("layers")}
+    return [value for key, value in config.items() if key.startswith("num_") and key.endswith("layers")]
 
 
-def _with_whole_blocks(targets: list[str], default: Sequence[str] | None, counts: set[int]) -> list[str]:
+def _with_whole_blocks(targets: list[str], default: Sequence[str] | None, counts: Sequence[int]) -> list[str]:
     """Targets in which the default's name of a layer stands for the full names of this layer in every block."""
     by_pattern: dict[str, list[str]] = {}
     for name in targets:
@@ -156,4 +156,10 @@ def offloading(value: str, theirs: Theirs) -> Iterator[Line]:
 
 
 def streaming(value: str, theirs: Theirs) -> Iterator[Line]:
+    if not theirs.has_lora:
+        yield Refused("blocks that are trained in full do not stream; conf/accelerate/zero3_offload.yaml offloads them")
+        return
+    blocks = sum(_numbers_of_blocks(theirs, "dit")) if theirs.model else 0
     yield Set("memory", "streaming")
+    if blocks:
+        yield Set("memory.stream_blocks", str(blocks // 2))

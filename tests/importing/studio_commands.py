@@ -163,12 +163,12 @@ FULL = Case(
     ),
     [
         "accelerate launch --config_file conf/accelerate/zero2_offload.yaml train.py model=qwen_image "
-        "dataset=image_folder lora=none memory=streaming logger=[swanlab] lr_scheduler=constant "
+        "dataset=image_folder lora=none logger=[swanlab] lr_scheduler=constant "
         "model.dit.model_id=Qwen/Qwen-Image-2512 model.dit.path=epoch-1.safetensors dataset.path=data/set "
         "dataset.metadata=metadata.csv task.trainable_models=[dit] optimizer.lr=0.0001 max_steps=null "
         "export.remove_prefix_in_ckpt=pipe. export.save_steps=null"
     ],
-    {"trainable_models"},
+    {"trainable_models", "enable_model_cpu_offload"},
 )
 TWO_STAGES = Case(
     launch(

@@ -8,7 +8,7 @@ from diffsynth.importing.lines import Differs, Set
 from diffsynth.importing.models import LACKING, Files, find_model, known_models
 from diffsynth.importing.parsing import Command, read_commands
 from diffsynth.importing.theirs import Theirs
-from diffsynth.importing.trained import lora_targets
+from diffsynth.importing.trained import lora_targets, streaming
 from diffsynth.importing.translate import PROJECT
 from diffsynth.importing.weights import quant_options
 
@@ -170,6 +170,13 @@ def test_layers_have_our_names_and_the_defaults_are_left_out(targets, words):
     lines = list(lora_targets(targets, Theirs(flags, PROJECT, KLEIN_4B)))
     typed = [f"[{word}]" if "," in word else word for word in words]
     assert lines == [Set("lora.target_modules", word) for word in typed]
+
+
+def test_half_of_the_blocks_stream():
+    flags = {"lora_base_model": "dit"}
+    streamed = list(streaming("true", Theirs(flags, PROJECT, KLEIN_4B)))
+    assert streamed == [Set("memory", "streaming"), Set("memory.stream_blocks", "12")]  # of 5 + 20
+    assert list(streaming("true", Theirs(flags, PROJECT, QWEN_IMAGE))) == streamed[:1]  # half of Qwen-Image's already
 
 
 @pytest.mark.parametrize(
