@@ -36,7 +36,9 @@ SAME_NETWORKS = {
 }
 # Endings of the repositories that hold a model in diffusers' layout, where DiffSynth-Studio reads the original one.
 LAYOUTS = ("", "-Diffusers", "-diffusers")
-# What the names of a component's files contain, in the order in which they are looked for.
+# Folders of diffusers' layout that are named as the components are.
+FOLDERS = r"(text_encoder(_\d)?|vae|image_encoder|siglip|controlnet)/"
+# What the names of a component's files contain elsewhere, in the order in which they are looked for.
 COMPONENTS = {
     "controlnet": "controlnet",
     "text_encoder": "text_encoder|t5|qwen3|mistral",
@@ -55,6 +57,8 @@ class Files(NamedTuple):
     @property
     def component(self) -> str:
         """The component that the files hold, by their names."""
+        if folder := re.match(FOLDERS, self.pattern):
+            return folder[1]
         name = f"{self.model_id if 'controlnet' in self.model_id.lower() else ''}:{self.pattern}".lower()
         return next(component for component, words in COMPONENTS.items() if re.search(words, name))
 
@@ -170,7 +174,7 @@ def find_model(files: Iterable[Files], models: Iterable[Model]) -> Model:
     found = [] if own else [model for model in models if _has(model, files)]
     if len(found) == 1:
         return found[0]
-    raise LookupError(_what_is_lacking(own or files, found))
+    raise LookupError(_what_is_lacking(own or files, found, models))
 
 
 def _has(model: Model, files: Iterable[Files]) -> bool:
@@ -178,14 +182,14 @@ def _has(model: Model, files: Iterable[Files]) -> bool:
     return all((each.component, each.model_id) in places for each in files)
 
 
-def _what_is_lacking(files: list[Files], found: list[Model]) -> str:
+def _what_is_lacking(files: list[Files], found: list[Model], models: list[Model]) -> str:
     names = ", ".join(dict.fromkeys(each.model_id for each in files))
     if not files:
         return "the file names no weights of a hub; type the model behind it, such as model=qwen_image"
     if found:
         return f"{names}: {', '.join(model.name for model in found)} have these files; type one of them, model=…"
-    family = next((name for pattern, name in LACKING.items() if fnmatchcase(files[0].model_id, pattern)), "")
-    return (
-        f"{names}: {f'the family {family}' if family else 'this model'} has no file in conf/model/ yet; if the weights "
-        "fit a model that is there, type it behind the file, model=…"
-    )
+    patterns = [pattern for pattern in LACKING if fnmatchcase(files[0].model_id, pattern)]
+    near = [m.name for m in models if any(fnmatchcase(m.components["dit"]["model_id"], each) for each in patterns)]
+    what = f"the family {LACKING[patterns[0]]}" if patterns and not near else "this model"
+    others = " or ".join(near) if near else "a model that is there"
+    return f"{names}: {what} has no file in conf/model/ yet; if the weights fit {others}, type it, model=…"

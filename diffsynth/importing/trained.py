@@ -42,12 +42,12 @@ def lora_targets(value: str, theirs: Theirs) -> Iterator[Line]:
     if theirs.model is None:
         yield Set("lora.target_modules", _typed(targets))
         return
-    default = theirs.model.default_targets(component)
-    whole = _with_whole_blocks(targets, default, _numbers_of_blocks(theirs, component))
-    if not isinstance(default, list) or set(whole) != set(default):
-        whole = list(dict.fromkeys(ours for name in whole for ours in _names_here(name, theirs, component)))
-    if whole != default and set(whole) != set(default or ()):
-        yield Set("lora.target_modules", _typed(whole))
+    default, original = theirs.model.default_targets(component), _original_names(theirs, component)
+    names = _with_whole_blocks(targets, default, _numbers_of_blocks(theirs, component))
+    words = list(dict.fromkeys(word for name in names for word in _names_here(name, original)))
+    by_default = {_expression(layer) for layer in _layers(original) if _ends_in(layer, default)}
+    if set(words) not in (set(default or ()), by_default):
+        yield Set("lora.target_modules", _typed(words))
 
 
 def _typed(targets: list[str]) -> str:
@@ -78,13 +78,29 @@ def _with_whole_blocks(targets: list[str], default: Sequence[str] | None, counts
     return found
 
 
-def _names_here(target: str, theirs: Theirs, component: str) -> list[str]:
-    """The ends of the names here of the layers that DiffSynth-Studio's code calls by a name; else the name itself."""
+def _original_names(theirs: Theirs, component: str) -> Mapping[str, str | tuple[str, ...]]:
+    """A network's layers by their names in the model's original code, as its family's `LayerNames` has them."""
     network = theirs.model.pipeline.components.get(component)
-    original = getattr(getattr(network, "lora", None), "original", {})
-    found = [ours for theirs_, ours in original.items() if f".{theirs_}".endswith(f".{target}")]
-    layers = [layer for ours in found for layer in ((ours,) if isinstance(ours, str) else ours)]
-    return list(dict.fromkeys(layer.rpartition("*.")[2] for layer in layers)) or [target]
+    return getattr(getattr(network, "lora", None), "original", {})
+
+
+def _names_here(target: str, original: Mapping[str, str | tuple[str, ...]]) -> list[str]:
+    """What to type for the layers that the original code calls by a name; the name itself if it calls none so."""
+    found = {name: layers for name, layers in original.items() if f".{name}".endswith(f".{target}")}
+    return [_expression(layer) for layer in _layers(found)] or [target]
+
+
+def _layers(original: Mapping[str, str | tuple[str, ...]]) -> list[str]:
+    return [layer for ours in original.values() for layer in ((ours,) if isinstance(ours, str) else ours)]
+
+
+def _expression(layer: str) -> str:
+    """The regular expression over the full names of a layer in every block."""
+    return re.escape(layer).replace(r"\*", r"\d+")
+
+
+def _ends_in(layer: str, default: Sequence[str] | None) -> bool:
+    return isinstance(default, list) and any(f".{layer}".endswith(f".{end}") for end in default)
 
 
 def optimizer(value: str, theirs: Theirs) -> Iterator[Line]:

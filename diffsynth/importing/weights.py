@@ -27,9 +27,15 @@ def hub_files(value: str, theirs: Theirs) -> Iterator[Line]:
 
 
 def _of_component(theirs: Theirs, component: str, files: Files) -> Iterator[Line]:
-    if component not in theirs.model.components:
-        text = f"{files.model_id}:{files.pattern}"
+    text, ours = f"{files.model_id}:{files.pattern}", theirs.model.components.get(component)
+    if ours is None:
         yield Refused(f"{text}: {theirs.model.name} has no component {component} yet; take it out of the command")
+        return
+    if files.model_id == ours["model_id"]:  # the same weights, maybe in a file of another layout
+        if files.pattern.rpartition("/")[0] != ours["origin_file_pattern"].rpartition("/")[0]:
+            yield Differs(
+                f"{text} is read as {ours['origin_file_pattern']}: the same weights, as diffusers stores them."
+            )
         return
     yield Set(f"model.{component}.model_id", files.model_id)
     yield Set(f"model.{component}.origin_file_pattern", files.pattern)

@@ -1,5 +1,7 @@
 """What DiffSynth-Studio's files say is read as the shell reads it: flags, launcher, and whose weights they are."""
 
+from dataclasses import replace
+
 import pytest
 from studio_commands import KLEIN, KLEIN_TARGETS, QWEN
 
@@ -13,6 +15,9 @@ from diffsynth.importing.translate import PROJECT
 from diffsynth.importing.weights import quant_options
 
 MODELS = list(known_models(PROJECT / "conf"))
+KLEIN_4B, QWEN_IMAGE = (
+    next(model for model in MODELS if model.name == name) for name in ("flux2_klein_base_4b", "qwen_image")
+)
 TRAIN = "accelerate launch train.py"
 
 
@@ -123,6 +128,7 @@ COMPONENTS = {
     "Wan-AI/Wan2.2-T2V-A14B:Wan2.1_VAE.pth": "vae",
     "Wan-AI/Wan2.1-I2V-14B-480P:models_clip_open-clip-xlm-roberta-large-vit-huge-14.pth": "image_encoder",
     "black-forest-labs/FLUX.1-dev:flux1-dev.safetensors": "dit",
+    "black-forest-labs/FLUX.1-dev:text_encoder_2/*.safetensors": "text_encoder_2",
     "black-forest-labs/FLUX.1-dev:ae.safetensors": "vae",
     "DiffSynth-Studio/Qwen-Image-Blockwise-ControlNet-Canny:model.safetensors": "controlnet",
 }
@@ -141,15 +147,16 @@ def test_every_model_with_a_file_is_found_by_its_transformer(model):
 
 @pytest.mark.parametrize("pattern, family", LACKING.items())
 def test_a_family_without_a_file_is_named(pattern, family):
-    model_id = pattern.replace("*", "-new")
-    assert not any(part["model_id"] == model_id for model in MODELS for part in model.components.values())
-    with pytest.raises(LookupError, match=f"{model_id}: the family {family} has no file in conf/model/ yet"):
-        find_model([Files(model_id, "transformer/x.safetensors")], MODELS)
+    files, others = Files(pattern.replace("*", "-new"), "transformer/x.safetensors"), [QWEN_IMAGE, KLEIN_4B]
+    with pytest.raises(LookupError, match=f"{files.model_id}: the family {family} has no file in conf/model/ yet"):
+        find_model([files], others)
+    own = replace(QWEN_IMAGE, name="own", node={"dit": {"model_id": pattern.replace("*", "-old")}})
+    with pytest.raises(LookupError, match="this model has no file .*; if the weights fit own, type it, model="):
+        find_model([files], [*others, own])
 
 
-KLEIN_4B, QWEN_IMAGE = (
-    next(model for model in MODELS if model.name == name) for name in ("flux2_klein_base_4b", "qwen_image")
-)
+STREAMS, PARTS = ("img", "txt"), ("attn.qkv", "attn.proj", "mlp.0", "mlp.2")
+ORIGINAL = ",".join([*(f"{stream}_{part}" for stream in STREAMS for part in PARTS), "linear1", "linear2"])
 
 
 @pytest.mark.parametrize(
@@ -157,10 +164,11 @@ KLEIN_4B, QWEN_IMAGE = (
     [
         (KLEIN_TARGETS, []),  # every block by its number
         (KLEIN_TARGETS.rpartition(",")[0], [KLEIN_TARGETS.rpartition(",")[0]]),  # all blocks but one
-        (
-            "img_attn.qkv,txt_mlp.2",
-            ["attn.to_q,attn.to_k,attn.to_v,ff_context.linear_out"],
-        ),  # names of the original code
+        (ORIGINAL, []),  # every layer of the defaults by its name in the original code
+        (  # some of them: in blocks of one kind alone
+            "img_attn.proj,txt_mlp.2",
+            [r"transformer_blocks\.\d+\.attn\.to_out\.0,transformer_blocks\.\d+\.ff_context\.linear_out"],
+        ),
         ("to_q,to_k", ["to_q,to_k"]),
         (r".*\.to_q", [r".*\.to_q"]),  # one alone is a regular expression
     ],
