@@ -7,6 +7,8 @@ from .lines import Differs, LeftOut, Line, Set
 from .theirs import DEFAULTS, Theirs, listed, names_in, path
 
 IN_CACHE = "the cache holds the images' latents"
+# Inputs that have another name here, which is also that of their column in the table.
+NAMES = {"kontext_images": "edit_image"}
 
 
 def base_path(value: str, theirs: Theirs) -> Iterator[Line]:
@@ -55,16 +57,18 @@ def workers(value: str, theirs: Theirs) -> Iterator[Line]:
 
 def file_keys(value: str, theirs: Theirs) -> Iterator[Line]:
     if value != DEFAULTS["data_file_keys"]:  # the columns of either kind that a table may have
-        yield Set("dataset.data_file_keys", listed(names_in(value)), IN_CACHE)
+        yield Set("dataset.data_file_keys", listed([NAMES.get(name, name) for name in names_in(value)]), IN_CACHE)
 
 
 def extra_inputs(value: str, theirs: Theirs) -> Iterator[Line]:
-    from .inputs import unknown_inputs
+    from .inputs import unknown_inputs  # it imports torch
 
-    names = [name for name in names_in(value) if name != "template_inputs"]
+    names = [NAMES.get(name, name) for name in names_in(value) if name != "template_inputs"]
     if theirs.method != "sft":  # a distillation's settings of sampling
         yield LeftOut("the distillation's own column is seed; task.student has the settings of sampling")
         return
     unknown = unknown_inputs(theirs.model, names) if theirs.model else {}
     yield Set("task.extra_inputs", listed([name for name in names if name not in unknown]))
+    for name in NAMES.keys() & names_in(value):
+        yield Differs(f"The column {name} is called {NAMES[name]} here: rename it in the table.")
     yield from unknown.values()

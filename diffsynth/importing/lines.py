@@ -29,10 +29,16 @@ class Refused(NamedTuple):
     why: str
 
 
+class Impossible(NamedTuple):
+    """A flag without which the command makes no sense, and which has no counterpart."""
+
+    why: str
+
+
 class Differs(NamedTuple):
     """What our command does in another way than theirs."""
 
     how: str
 
 
-Line = Set | LeftOut | Refused | Differs
+Line = Set | LeftOut | Refused | Impossible | Differs

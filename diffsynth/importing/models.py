@@ -120,7 +120,9 @@ class Model:
     @property
     def networks(self) -> list[str]:
         """Its components with weights; the files of the others are a folder."""
-        return [name for name, part in self.components.items() if not part["origin_file_pattern"].endswith("/")]
+        return [
+            name for name, part in self.components.items() if not str(part.get("origin_file_pattern")).endswith("/")
+        ]
 
     def default_targets(self, component: str) -> Any:
         """The layers of a component that get an adapter if no others are named."""
@@ -151,8 +153,8 @@ def _merged(file: Path) -> dict[str, Any]:
 
 
 def _with(lower: Mapping[str, Any], upper: Mapping[str, Any]) -> dict[str, Any]:
-    both = {k: _with(lower[k], v) for k, v in upper.items() if isinstance(v, Mapping) and k in lower}
-    return {**lower, **upper, **both}
+    in_both = [key for key in upper if isinstance(upper[key], Mapping) and isinstance(lower.get(key), Mapping)]
+    return {**lower, **upper, **{key: _with(lower[key], upper[key]) for key in in_both}}
 
 
 def find_model(files: Iterable[Files], models: Iterable[Model]) -> Model:
@@ -168,9 +170,10 @@ def find_model(files: Iterable[Files], models: Iterable[Model]) -> Model:
             for model in models:
                 if model.components["dit"]["model_id"] == name:
                     return Model(model.name, model.node, has_their_files=name == model_id)
-        for pattern, option in SAME_NETWORKS.items():
-            if fnmatchcase(model_id, pattern):
-                return next(model for model in models if model.name == option)
+        options = [option for pattern, option in SAME_NETWORKS.items() if fnmatchcase(model_id, pattern)]
+        for model in models:
+            if model.name in options:
+                return model
     found = [] if own else [model for model in models if _has(model, files)]
     if len(found) == 1:
         return found[0]

@@ -11,7 +11,7 @@ from ..config.commands import configuration
 from ..training.run import DistillRun, Run
 from .flags import FLAGS, reader
 from .launch import Launch
-from .lines import Differs, LeftOut, Line, Refused, Set
+from .lines import Differs, Impossible, LeftOut, Line, Refused, Set
 from .tasks import habits
 from .theirs import ALWAYS, Theirs
 
@@ -103,6 +103,8 @@ def _say(ours: OurCommand, flag: str, line: Line, theirs: Theirs) -> None:
     is_of_launcher = flag.startswith("--")
     if isinstance(line, Differs):
         ours.differs.append(line.how)
+    elif isinstance(line, Impossible):
+        ours.problem = ours.problem or f"--{flag}: {line.why}"
     elif theirs.says(flag) or is_of_launcher:
         said = ours.refused if isinstance(line, Refused) else ours.left_out
         said[line.why].append(flag)

@@ -42,6 +42,10 @@ def read_commands(path: str | Path) -> list[Command | str]:
         ValueError: The file has no training command, or cannot be read.
         FileNotFoundError: There is no such file.
     """
+    if not Path(path).exists():
+        raise FileNotFoundError(
+            f"{path} does not exist; expected a script of DiffSynth-Studio, or a training_args.json."
+        )
     require_regular(path)
     text = Path(path).read_text(encoding="utf-8-sig", errors="replace")
     if text.lstrip().startswith("{"):

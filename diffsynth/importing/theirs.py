@@ -41,6 +41,7 @@ class Theirs:
         processes: Number of processes of the launch.
         exact: Whether to imitate DiffSynth-Studio as closely as possible.
         cache: The folder that the file's own `sft:data_process` writes; empty if there is none.
+        models: All models that are known here.
     """
 
     flags: Mapping[str, str]
@@ -49,6 +50,7 @@ class Theirs:
     processes: int = 1
     exact: bool = False
     cache: str = ""
+    models: tuple[Model, ...] = ()
 
     def __getitem__(self, flag: str) -> str:
         """The value of a flag, or its default; empty if it has neither."""

@@ -6,7 +6,7 @@ from pathlib import PurePosixPath
 
 import yaml
 
-from .lines import Differs, LeftOut, Line, Refused, Set
+from .lines import Differs, Impossible, LeftOut, Line, Refused, Set
 from .theirs import DEFAULTS, Theirs, listed, names_in, path, whole_number
 
 
@@ -18,7 +18,8 @@ def trainable_models(value: str, theirs: Theirs) -> Iterator[Line]:
     known = theirs.model.networks if theirs.model else [name.partition(".")[0] for name in names]
     unknown = [name for name in names if name.partition(".")[0] not in known]
     for name in unknown:
-        yield Refused(f"{theirs.model.name} has no component {name} to train yet; train one of {', '.join(known)}")
+        why = f"{theirs.model.name} has no component {name} to train yet; train one of {', '.join(known)}"
+        yield Impossible(why) if len(unknown) == len(names) else Refused(why)
     if not theirs.has_lora:
         yield Set("lora", "none")
     yield Set("task.trainable_models", listed([name for name in names if name not in unknown]))

@@ -38,7 +38,7 @@ def translate(
             continue
         launch = launch_of(each, Path(file), project)
         chosen, problem = _model(each, commands, models, model)
-        theirs = Theirs(each.flags, project, chosen, launch.processes, exact, cache)
+        theirs = Theirs(each.flags, project, chosen, launch.processes, exact, cache, tuple(models))
         ours.append(our_command(theirs, launch, problem))
     return ours
 

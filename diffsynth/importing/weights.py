@@ -27,18 +27,22 @@ def hub_files(value: str, theirs: Theirs) -> Iterator[Line]:
 
 
 def _of_component(theirs: Theirs, component: str, files: Files) -> Iterator[Line]:
-    text, ours = f"{files.model_id}:{files.pattern}", theirs.model.components.get(component)
-    if ours is None:
+    text = f"{files.model_id}:{files.pattern}"
+    if component not in theirs.model.components:
         yield Refused(f"{text}: {theirs.model.name} has no component {component} yet; take it out of the command")
         return
-    if files.model_id == ours["model_id"]:  # the same weights, maybe in a file of another layout
-        if files.pattern.rpartition("/")[0] != ours["origin_file_pattern"].rpartition("/")[0]:
-            yield Differs(
-                f"{text} is read as {ours['origin_file_pattern']}: the same weights, as diffusers stores them."
-            )
-        return
+    pattern = _pattern_here(theirs, component, files)
     yield Set(f"model.{component}.model_id", files.model_id)
-    yield Set(f"model.{component}.origin_file_pattern", files.pattern)
+    yield Set(f"model.{component}.origin_file_pattern", pattern)
+    if pattern.rpartition("/")[0] != files.pattern.rpartition("/")[0]:
+        yield Differs(f"{text} is read as {pattern}: the same weights, as diffusers stores them.")
+
+
+def _pattern_here(theirs: Theirs, component: str, files: Files) -> str:
+    """The files of a repository that a model here reads, which may have another layout; else theirs."""
+    parts = [model.components.get(component, {}) for model in (theirs.model, *theirs.models)]
+    found = [part["origin_file_pattern"] for part in parts if part.get("model_id") == files.model_id]
+    return found[0] if found else files.pattern
 
 
 def _absent(theirs: Theirs) -> Iterator[Line]:

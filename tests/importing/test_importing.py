@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import tiny
-from studio_commands import CASES, LORA, MANY_FLAGS, TWO_EXPERTS, TWO_STAGES, Case, launch
+from studio_commands import CASES, LORA, MANY_FLAGS, QWEN, TWO_EXPERTS, TWO_STAGES, Case, launch
 
 from diffsynth.config import check
 from diffsynth.importing.__main__ import main
@@ -122,6 +122,13 @@ def test_a_model_that_cannot_be_inferred_is_asked_for(tmp_path):
         translated(unnamed, tmp_path, model="wan")
 
 
+def test_a_command_that_would_train_nothing_of_theirs_is_not_printed(tmp_path):
+    flags = {"model_id_with_origin_paths": QWEN, "trainable_models": "blockwise_controlnet"}
+    (ours,) = translated(Case(launch("qwen_image", dataset_base_path="d", **flags), []), tmp_path)
+    assert ours.problem.startswith("--trainable_models: qwen_image has no component blockwise_controlnet to train yet")
+    assert commands_in(printed([ours])) == []
+
+
 def test_what_we_refuse_is_named_with_what_to_do(tmp_path, capsys):
     status = main([str(written(MANY_FLAGS, tmp_path))])
     text = capsys.readouterr().out
@@ -140,6 +147,27 @@ def test_a_value_that_our_check_refuses_makes_no_command(value, tmp_path):
     (ours,) = translated(replace(LORA, text=LORA.text.replace('"32"', value).replace("'32'", value)), tmp_path)
     assert ours.problem.startswith("lora.rank is ") and not ours.is_complete
     assert commands_in(printed([ours])) == []
+
+
+@pytest.mark.parametrize(
+    "arguments, error",
+    [
+        ([], "nothing is typed; expected FILE.sh [model=…] [exact=true]."),
+        (["a.sh", "b.sh"], "a.sh b.sh is typed; expected FILE.sh"),
+        (["a.sh", "exakt=true"], "a.sh exakt=true is typed; expected FILE.sh"),
+        (["a.sh", "exact=yes"], "a.sh exact=yes is typed; expected FILE.sh"),
+    ],
+)
+def test_a_mistaken_command_line_is_answered_with_the_right_one(arguments, error):
+    with pytest.raises(ValueError) as raised:
+        main(arguments)
+    assert str(raised.value).startswith(error)
+
+
+@pytest.mark.slow
+def test_a_mistake_is_one_line_of_the_command_line(tmp_path):
+    said = tiny.process("python", "-m", "diffsynth.importing", str(tmp_path / "absent.sh"), status=1)
+    assert said.startswith(f"error: {tmp_path}/absent.sh does not exist; expected a script") and said.count("\n") == 1
 
 
 @pytest.mark.slow

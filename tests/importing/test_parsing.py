@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 from studio_commands import KLEIN, KLEIN_TARGETS, QWEN
 
+from diffsynth.importing.data import extra_inputs, file_keys
 from diffsynth.importing.launch import launch_of
 from diffsynth.importing.lines import Differs, Set
 from diffsynth.importing.models import LACKING, Files, find_model, known_models
@@ -12,7 +13,7 @@ from diffsynth.importing.parsing import Command, read_commands
 from diffsynth.importing.theirs import Theirs
 from diffsynth.importing.trained import lora_targets, streaming
 from diffsynth.importing.translate import PROJECT
-from diffsynth.importing.weights import quant_options
+from diffsynth.importing.weights import hub_files, quant_options
 
 MODELS = list(known_models(PROJECT / "conf"))
 KLEIN_4B, QWEN_IMAGE = (
@@ -143,6 +144,22 @@ def test_components_are_known_by_the_names_of_their_files(text, component):
 def test_every_model_with_a_file_is_found_by_its_transformer(model):
     files = Files(model.components["dit"]["model_id"], "transformer/x.safetensors")
     assert find_model([files], MODELS).name == model.name
+
+
+def test_weights_of_another_layout_are_those_that_a_model_here_reads():
+    klein = "black-forest-labs/FLUX.2-klein-4B"
+    flags = {"model_id_with_origin_paths": f"{klein}:ae.safetensors,own/encoder:text_encoder/a.safetensors"}
+    vae_id, vae_pattern, differs, encoder_id, encoder_pattern = hub_files("", Theirs(flags, PROJECT, KLEIN_4B))
+    assert (vae_id.value, vae_pattern.value) == (klein, "vae/diffusion_pytorch_model.safetensors")
+    assert differs.how.startswith(f"{klein}:ae.safetensors is read as vae/diffusion_pytorch_model.safetensors")
+    assert (encoder_id.value, encoder_pattern.value) == ("own/encoder", "text_encoder/a.safetensors")
+
+
+def test_an_input_with_another_name_here_has_ours():
+    theirs = Theirs({"data_file_keys": "image,kontext_images", "extra_inputs": "kontext_images"}, PROJECT, KLEIN_4B)
+    assert [*file_keys(theirs["data_file_keys"], theirs)][0].value == "[image,edit_image]"
+    inputs, differs = extra_inputs("kontext_images", theirs)
+    assert inputs.value == "[edit_image]" and "rename it in the table" in differs.how
 
 
 @pytest.mark.parametrize("pattern, family", LACKING.items())
