@@ -62,6 +62,7 @@ LORA = Case(
         "qwen_image",
         **DATA,
         max_pixels="1048576",
+        num_frames="81",
         dataset_repeat="50",
         model_id_with_origin_paths=QWEN,
         learning_rate="1e-4",

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import tiny
-from studio_commands import CASES, LORA, MANY_FLAGS, QWEN, TWO_EXPERTS, TWO_STAGES, Case, launch
+from studio_commands import CASES, LORA, MANY_FLAGS, QWEN, TWO_EXPERTS, Case, launch
 
 from diffsynth.config import check
 from diffsynth.importing.__main__ import main
@@ -168,10 +168,3 @@ def test_a_mistaken_command_line_is_answered_with_the_right_one(arguments, error
 def test_a_mistake_is_one_line_of_the_command_line(tmp_path):
     said = tiny.process("python", "-m", "diffsynth.importing", str(tmp_path / "absent.sh"), status=1)
     assert said.startswith(f"error: {tmp_path}/absent.sh does not exist; expected a script") and said.count("\n") == 1
-
-
-@pytest.mark.slow
-def test_two_stages_share_the_cache_that_the_first_one_makes(tmp_path):
-    _, second = translated(TWO_STAGES, tmp_path)
-    assert any(how.startswith("Their second stage reads models/train/klein_split_cache") for how in second.differs)
-    assert any("(.pth files) is refused" in how for how in second.differs)

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 from studio_commands import KLEIN, KLEIN_TARGETS, QWEN
 
-from diffsynth.importing.data import extra_inputs, file_keys
+from diffsynth.importing.data import base_path, extra_inputs, file_keys
 from diffsynth.importing.launch import launch_of
 from diffsynth.importing.lines import Differs, Set
 from diffsynth.importing.models import LACKING, Files, find_model, known_models
@@ -153,6 +153,16 @@ def test_weights_of_another_layout_are_those_that_a_model_here_reads():
     assert (vae_id.value, vae_pattern.value) == (klein, "vae/diffusion_pytorch_model.safetensors")
     assert differs.how.startswith(f"{klein}:ae.safetensors is read as vae/diffusion_pytorch_model.safetensors")
     assert (encoder_id.value, encoder_pattern.value) == ("own/encoder", "text_encoder/a.safetensors")
+
+
+def test_the_second_stage_reads_what_the_first_one_makes():
+    theirs = Theirs({"task": "sft:train"}, PROJECT, cache="made")
+    *words, elsewhere, pickles = base_path("./other", theirs)
+    assert words == [Set("dataset", "cache"), Set("dataset.path", "made")]
+    assert "second stage reads other, but their first one writes made" in elsewhere.how
+    assert "(.pth files) is refused" in pickles.how
+    *_, alone, _ = base_path("./other", replace(theirs, cache=""))
+    assert alone == Set("dataset.path", "other")
 
 
 def test_an_input_with_another_name_here_has_ours():
