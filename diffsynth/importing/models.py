@@ -86,7 +86,7 @@ def paths_of(value: str) -> list[str | list[str]]:
 
 def local_files_of(value: str, models: Iterable["Model"]) -> list[Files]:
     """The entries of `--model_paths` as the hub's files, where a path has a known repository's name in it."""
-    known = {part["model_id"] for model in models for part in model.components.values()}
+    known = {part["model_id"] for model in models for part in model.components.values() if "model_id" in part}
     firsts = [each if isinstance(each, str) else each[0] for each in paths_of(value)]
     cut = [(model_id, first.partition(f"{model_id}/")[2]) for first in firsts for model_id in known]
     return [Files(model_id, pattern) for model_id, pattern in cut if pattern]
@@ -115,7 +115,8 @@ class Model:
     @property
     def components(self) -> dict[str, Mapping[str, str]]:
         """Where the files of its networks, tokenizer and processor are, by component."""
-        return {name: part for name, part in self.node.items() if isinstance(part, Mapping) and "model_id" in part}
+        parts = {name: part for name, part in self.node.items() if isinstance(part, Mapping)}
+        return {name: part for name, part in parts.items() if part.keys() & {"model_id", "path"}}
 
     @property
     def networks(self) -> list[str]:
@@ -135,10 +136,10 @@ class Model:
 
 
 def known_models(conf: Path) -> Iterator[Model]:
-    """The models of a folder `conf`, without the embedded ones, which have no repository."""
+    """The models of a folder `conf`, without the embedded ones, whose transformers are in no repository."""
     for file in sorted((conf / "model").glob("[!_]*.yaml")):
         model = Model(file.stem, _merged(file))
-        if "dit" in model.components:
+        if "model_id" in model.components.get("dit", {}):
             yield model
 
 
@@ -164,12 +165,13 @@ def find_model(files: Iterable[Files], models: Iterable[Model]) -> Model:
         LookupError: No model has them, or several do; the message says what to type.
     """
     files, models = list(files), list(models)
-    own = [each for each in files if each.component == "dit"]
+    own, wanted = [each for each in files if each.component == "dit"], {each.component for each in files}
     for model_id in [each.model_id for each in own]:
         for name in [f"{model_id}{ending}" for ending in LAYOUTS]:
-            for model in models:
-                if model.components["dit"]["model_id"] == name:
-                    return Model(model.name, model.node, has_their_files=name == model_id)
+            having = [model for model in models if model.components["dit"]["model_id"] == name]
+            if having:
+                model = next((each for each in having if wanted <= each.components.keys()), having[0])
+                return Model(model.name, model.node, has_their_files=name == model_id)
         options = [option for pattern, option in SAME_NETWORKS.items() if fnmatchcase(model_id, pattern)]
         for model in models:
             if model.name in options:
@@ -181,7 +183,7 @@ def find_model(files: Iterable[Files], models: Iterable[Model]) -> Model:
 
 
 def _has(model: Model, files: Iterable[Files]) -> bool:
-    places = {(name, part["model_id"]) for name, part in model.components.items()}
+    places = {(name, part.get("model_id")) for name, part in model.components.items()}
     return all((each.component, each.model_id) in places for each in files)
 
 

@@ -32,10 +32,14 @@ def _of_component(theirs: Theirs, component: str, files: Files) -> Iterator[Line
         yield Refused(f"{text}: {theirs.model.name} has no component {component} yet; take it out of the command")
         return
     pattern = _pattern_here(theirs, component, files)
+    if "path" in theirs.model.components[component]:
+        yield Set(f"model.{component}.path", "null")  # it would be read instead
     yield Set(f"model.{component}.model_id", files.model_id)
     yield Set(f"model.{component}.origin_file_pattern", pattern)
     if pattern.rpartition("/")[0] != files.pattern.rpartition("/")[0]:
         yield Differs(f"{text} is read as {pattern}: the same weights, as diffusers stores them.")
+    elif "/" not in pattern:
+        yield Differs(f"{text} needs a config.json beside it, or model.{component}.config=… with the folder of one.")
 
 
 def _pattern_here(theirs: Theirs, component: str, files: Files) -> str:

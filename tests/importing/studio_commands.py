@@ -308,6 +308,24 @@ ARGUMENTS = Case(  # every argument of the parser is in the file, most of them w
     ],
     name="training_args.json",
 )
+CONTROLNET = Case(
+    launch(
+        "z_image",
+        **DATA,
+        data_file_keys="image,controlnet_image",
+        model_id_with_origin_paths="Tongyi-MAI/Z-Image:transformer/*.safetensors,own/Controlnet:model.safetensors",
+        trainable_models="controlnet",
+        extra_inputs="controlnet_image",
+        remove_prefix_in_ckpt="pipe.controlnet.",
+    ),
+    [
+        "accelerate launch train.py model=z_image_controlnet dataset=image_folder lora=none lr_scheduler=constant "
+        "model.controlnet.path=null model.controlnet.model_id=own/Controlnet "
+        "model.controlnet.origin_file_pattern=model.safetensors dataset.path=data/set dataset.metadata=metadata.csv "
+        "task.trainable_models=[controlnet] optimizer.lr=0.0001 max_steps=null batch_size=1 "
+        "export.remove_prefix_in_ckpt=pipe.controlnet. export.save_steps=null"
+    ],
+)
 TWO_EXPERTS = Case(
     "".join(
         launch(
@@ -341,5 +359,6 @@ CASES = {
     "template": TEMPLATE,
     "distillations": DISTILLATIONS,
     "arguments": ARGUMENTS,
+    "controlnet": CONTROLNET,
     "two_experts": TWO_EXPERTS,
 }

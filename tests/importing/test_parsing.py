@@ -141,9 +141,12 @@ def test_components_are_known_by_the_names_of_their_files(text, component):
 
 
 @pytest.mark.parametrize("model", MODELS, ids=lambda model: model.name)
-def test_every_model_with_a_file_is_found_by_its_transformer(model):
-    files = Files(model.components["dit"]["model_id"], "transformer/x.safetensors")
-    assert find_model([files], MODELS).name == model.name
+def test_every_model_with_a_file_is_found_by_its_transformer_and_its_other_networks(model):
+    files = [
+        Files(model.components["dit"]["model_id"], "transformer/x"),
+        *(Files("a/b", f"{n}/x") for n in model.networks),
+    ]
+    assert find_model(files, MODELS).name == model.name
 
 
 def test_weights_of_another_layout_are_those_that_a_model_here_reads():
