@@ -4,13 +4,9 @@ A row is a flag and its reader: `reader(value, theirs)` yields lines (`lines.py`
 words in our command.
 """
 
-from collections.abc import Callable, Iterable
-
 from . import data, tasks, trained, weights
-from .lines import LeftOut, Line, Refused, Set
-from .theirs import Theirs
-
-Reader = Callable[[str, Theirs], Iterable[Line]]
+from .lines import LeftOut, Refused, Set
+from .theirs import Reader
 
 
 def sets(key: str, otherwise: str = "") -> Reader:

@@ -143,7 +143,7 @@ def _settle(ours: OurCommand, script: str, words: Sequence[tuple[str, Set]], the
         changed = [line for _, line in known if _is_choice(line, theirs) or _value(before, line) != _value(after, line)]
         ours.overrides = [_typed(line) for line in changed]
     except ConfigError as error:
-        ours.problem = str(error)
+        ours.problem = ours.problem or str(error)
 
 
 def _has_key(ours: OurCommand, before: Mapping, flag: str, line: Set, theirs: Theirs) -> bool:

@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 
 from .lines import Differs, LeftOut, Line, Refused, Set
-from .theirs import Theirs, path
+from .theirs import Reader, Theirs, path
 
 TRACKERS = ("tensorboard", "wandb", "swanlab")
 RATE = "The first 5 optimizer steps have the whole learning rate, theirs a third of it: torch's ConstantLR begins so."
@@ -63,7 +63,7 @@ def _exact(theirs: Theirs) -> Iterator[Line]:
         yield Set("+lr_scheduler.total_iters", str(-(-5 // theirs.processes)))
 
 
-def boundary(which: str):
+def boundary(which: str) -> Reader:
     """The reader of one of the two boundaries of the trained noise levels."""
 
     def read(value: str, theirs: Theirs) -> Iterator[Line]:
@@ -87,7 +87,7 @@ def template(value: str, theirs: Theirs) -> Iterator[Line]:
     )
 
 
-def tracker(name: str):
+def tracker(name: str) -> Reader:
     """The reader of a flag that switches a tracker of metrics on."""
 
     def read(value: str, theirs: Theirs) -> Iterator[Line]:
@@ -97,7 +97,7 @@ def tracker(name: str):
     return read
 
 
-def project(name: str):
+def project(name: str) -> Reader:
     """The reader of a tracker's project."""
 
     def read(value: str, theirs: Theirs) -> Iterator[Line]:

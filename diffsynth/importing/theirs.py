@@ -1,10 +1,11 @@
 """A command of DiffSynth-Studio with the facts that the readers of its flags ask for."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path, PurePosixPath
 
+from .lines import Line
 from .models import Files, Model, component_of_path, files_of, paths_of
 
 # Flags whose default in DiffSynth-Studio may be another than here.
@@ -90,6 +91,9 @@ class Theirs:
         paths = paths_of(self["model_paths"]) if "model_paths" in self.flags else []
         shells = {component_named(each) for each in self["offload_models"].split(",") if each}
         return {*(each.component for each in self.files), *map(component_of_path, paths)} - shells
+
+
+Reader = Callable[[str, Theirs], Iterable[Line]]  # of a flag's value: what it becomes here
 
 
 def component_named(text: str) -> str:

@@ -16,13 +16,14 @@ def trainable_models(value: str, theirs: Theirs) -> Iterator[Line]:
         yield Set("task.trainable_models", listed(names))
         return
     known = theirs.model.networks if theirs.model else [name.partition(".")[0] for name in names]
-    unknown = [name for name in names if name.partition(".")[0] not in known]
-    for name in unknown:
+    kept = [name for name in names if name.partition(".")[0] in known]
+    for name in [name for name in names if name not in kept]:
         why = f"{theirs.model.name} has no component {name} to train yet; train one of {', '.join(known)}"
-        yield Impossible(why) if len(unknown) == len(names) else Refused(why)
+        yield Refused(why) if kept or theirs.has_lora else Impossible(why)
     if not theirs.has_lora:
         yield Set("lora", "none")
-    yield Set("task.trainable_models", listed([name for name in names if name not in unknown]))
+    if kept:
+        yield Set("task.trainable_models", listed(kept))
 
 
 def lora_models(value: str, theirs: Theirs) -> Iterator[Line]:

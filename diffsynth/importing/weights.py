@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from ..core.json_text import parse_object
 from .lines import Differs, LeftOut, Line, Refused, Set
 from .models import Files, component_of_path, paths_of
-from .theirs import Theirs, component_named, listed, names_in, path
+from .theirs import Reader, Theirs, component_named, listed, names_in, path
 
 # Values of memory.storage, by what the names of their methods contain.
 STORAGES = {"nf4": "nf4", "int8": "int8", "fp8": "fp8"}
@@ -45,8 +45,8 @@ def _of_component(theirs: Theirs, component: str, files: Files) -> Iterator[Line
 def _pattern_here(theirs: Theirs, component: str, files: Files) -> str:
     """The files of a repository that a model here reads, which may have another layout; else theirs."""
     parts = [model.components.get(component, {}) for model in (theirs.model, *theirs.models)]
-    found = [part["origin_file_pattern"] for part in parts if part.get("model_id") == files.model_id]
-    return found[0] if found else files.pattern
+    found = [part.get("origin_file_pattern") for part in parts if part.get("model_id") == files.model_id]
+    return next(filter(None, found), files.pattern)
 
 
 def _absent(theirs: Theirs) -> Iterator[Line]:
@@ -68,7 +68,7 @@ def local_files(value: str, theirs: Theirs) -> Iterator[Line]:
         yield from _absent(theirs)
 
 
-def folder_of(component: str):
+def folder_of(component: str) -> Reader:
     """The reader of a flag that names the files of a tokenizer or processor, by the hub's names or by a path."""
 
     def read(value: str, theirs: Theirs) -> Iterator[Line]:
