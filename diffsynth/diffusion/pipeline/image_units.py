@@ -176,11 +176,16 @@ class LossMask(PipelineUnit):
     def process(self, pipe, height, width, loss_mask=None):
         if loss_mask is None:
             return {}
+        if loss_mask.size != (width, height):
+            raise ValueError(
+                f"loss_mask is {loss_mask.width} x {loss_mask.height} pixels and its image {width} x {height}; save "
+                "both at one size."
+            )
         weights = latent_weights(pipe, loss_mask, height, width)
         if not weights.any():
             raise ValueError(
-                "loss_mask is black all over, so that nothing of the image would be trained; make the area white that "
-                "is to be trained, or leave the row out. (The image's crop may also have cut the white area off.)"
+                "loss_mask is black all over, and has no white area to train inside of; make that area white, or leave "
+                "the row out. (The image's crop may also have cut the white area off.)"
             )
         return {"loss_mask": weights}
 
