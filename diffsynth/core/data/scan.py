@@ -104,17 +104,17 @@ def _fault_of_cells(dataset: "UnifiedDataset", row: dict, required: Sequence[str
     return _fault_of_captions(dataset.augmentation, row)
 
 
-def _fault_of_masks(keys: Sequence[str], stored: Mapping[str, Any]) -> str | None:
-    """Why a mask does not lie on its image, judged by their stored sizes; None if it does, or if one is unknown.
+def _fault_of_masks(keys: Sequence[str], stored: Mapping[str, Size | None]) -> str | None:
+    """Why a mask does not lie on its image, judged by the stored sizes of columns; None if it does, or one is unknown.
 
     Masks are the columns whose names end in "mask".
     """
-    for key in [key for key in keys if key.endswith("mask") and stored.get(key) and stored.get(keys[0])]:
-        found, expected = stored[key], stored[keys[0]]
-        if found != expected:
-            sizes = (f"{width} x {height}" for width, height in (found, expected))
-            return "{} is {} pixels and its {} {}; save both at one size".format(key, *sizes)
-    return None
+    image, masks = stored.get(keys[0]), [key for key in keys if key.endswith("mask")]
+    wrong = [key for key in masks if image and stored.get(key) not in (None, image)]
+    if not wrong:
+        return None
+    found, expected = (f"{width} x {height}" for width, height in (stored[wrong[0]], image))
+    return f"{wrong[0]} is {found} pixels and {keys[0]} {expected}; save both at one size"
 
 
 def _fault_of_captions(augmentation: "Augmentation", row: dict) -> str | None:

@@ -18,8 +18,8 @@ class MaskedImage(Condition):
 
     Args:
         mask: Column of the mask, which may be another condition.
-        fill: "black", as ControlNets of Qwen-Image for inpainting expect, or "grey", the middle of the range of values,
-            as Stable Diffusion's inpainting models.
+        fill: "black", as ControlNets for inpainting expect, or "grey", the middle of the range of values, as Stable
+            Diffusion's inpainting models expect.
 
     Raises:
         ValueError: `fill` is another word.
