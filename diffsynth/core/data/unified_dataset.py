@@ -301,6 +301,14 @@ class UnifiedDataset(TrainingData):
         """Whether a sample is skipped, instead of an error, if it cannot be read."""
         return self.on_error == "skip"
 
+    def check_variants(self) -> None:
+        self.augmentation.choices([1.0])
+        for name in self._changing:
+            raise ValueError(
+                f"dataset.conditions.{name} is random, another one each time, which cannot be cached; set "
+                f"dataset.conditions.{name}.fixed=true to give each image always the same."
+            )
+
     def variants(self, number: int) -> Variants:
         """All augmentation variants of sample `number`, with files not read yet.
 
@@ -308,11 +316,7 @@ class UnifiedDataset(TrainingData):
             TypeError: A file's operator can't describe what it makes.
             ValueError: The variants can't be listed.
         """
-        if self._changing:
-            raise ValueError(
-                f"dataset.conditions.{self._changing[0]} is random, another one each time, which cannot be cached; set "
-                f"dataset.conditions.{self._changing[0]}.fixed=true to give each image always the same."
-            )
+        self.check_variants()
         row, size = self.rows[self._row_number(number)], self._size_of(number)
         weights = [weight for _, weight in self.augmentation.texts(row)]
         choices = self.augmentation.choices(weights)
@@ -370,15 +374,14 @@ class UnifiedDataset(TrainingData):
         return faults
 
     def _check_conditions(self) -> None:
-        images = [*self.operators, *self.conditions]
         for name, condition in self.conditions.items():
             if name == self.data_file_keys[0]:
                 raise ValueError(f"dataset.conditions.{name} would replace the images to train on; name another column")
-            if absent := [column for column in condition.columns if column not in images]:
+            if absent := [column for column in condition.columns if column not in {*self.operators, *self.conditions}]:
                 keys = ",".join([*self.data_file_keys, absent[0]])
                 raise ValueError(
                     f"dataset.conditions.{name} reads the column {absent[0]!r}, which holds no images; set "
-                    f"dataset.data_file_keys=[{keys}], or name one of {', '.join(images)}"
+                    f"dataset.data_file_keys=[{keys}] if rows name its files, or let another condition make it"
                 )
 
     def _check_captions(self) -> None:

@@ -20,19 +20,19 @@ class LineArt(Condition):
     https://github.com/Mikubill/sd-webui-controlnet, which has no network.
 
     Args:
-        blur: Standard deviation of the Gaussian blur, in pixels of an image whose shorter side is 512.
+        sigma: Standard deviation of the Gaussian blur, in pixels of an image whose shorter side is 512.
 
     Raises:
-        ValueError: `blur` is not positive.
+        ValueError: `sigma` is not positive.
     """
 
-    blur: PositiveFloat = 6.0
+    sigma: PositiveFloat = 6.0
 
     def __post_init__(self):
         check_fields(self)
 
     def __call__(self, image: Image.Image, *, rng: random.Random) -> Image.Image:
-        blurred = image.filter(ImageFilter.GaussianBlur(self.blur * min(image.size) / 512))
+        blurred = image.filter(ImageFilter.GaussianBlur(self.sigma * min(image.size) / 512))
         darker = np.asarray(blurred, dtype=np.float32) - np.asarray(image, dtype=np.float32)
         lines = darker.min(axis=2).clip(min=0)
         visible = lines[lines > VISIBLE]

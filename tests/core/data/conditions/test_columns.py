@@ -80,6 +80,18 @@ def test_workers_make_the_same_columns(folder):
     assert list(loader) == [addressed[address] for address in ADDRESSES]
 
 
+@pytest.mark.slow
+def test_a_run_that_was_cut_off_goes_on_with_the_masks_that_it_would_have_had(folder, tmp_path):
+    mask = ["condition=inpaint", "task.mask.column=inpaint_mask", "dataset.conditions.inpaint_mask.whole=0"]
+    overrides = [f"dataset.path={folder}", *mask, "max_steps=2", "checkpoint.every=1", "batch_size=2"]
+    tiny.cut_off(1, tmp_path / "cut off", *overrides)
+    found, whole, plain = (
+        [line["loss"] for line in tiny.metrics(tiny.train(tmp_path / name, *own))]
+        for name, own in (("cut off", overrides), ("whole", overrides), ("plain", [*overrides, "task.mask.outside=1"]))
+    )
+    assert found == whole and whole != plain
+
+
 # Caches ---------------------------------------------------------------------------------------------------------------
 
 

@@ -68,7 +68,7 @@ def test_random_thresholds_keep_edges_between_those_of_the_extreme_ones(seed, im
 def test_line_art_shows_dark_lines_and_neither_surfaces_nor_light_lines():
     pixels = np.full((64, 64), 128, dtype=np.uint8)
     pixels[:, 20:22], pixels[:, 40:42] = 0, 255
-    lines = made(LineArt(blur=48), picture(pixels))[..., 0].astype(int)
+    lines = made(LineArt(sigma=48), picture(pixels))[..., 0].astype(int)
     assert lines[:, 20:22].min() > 100 and lines[:, 40:42].max() == 0 and lines[:, 55:].max() < 8
     assert not made(LineArt(), Image.new("RGB", (16, 16), "red")).any()
 
@@ -103,7 +103,7 @@ def test_grey_is_luma_in_all_channels():
         (lambda: Canny(low=300), "low=300 is above high=200.0; exchange them"),
         (lambda: Canny(spread=0.5), "spread is 0.5; expected a number of at least 1"),
         (lambda: Tile(min_factor=9), "min_factor=9 is above max_factor=8.0; exchange them"),
-        (lambda: LineArt(blur=0), "blur is 0; expected a number above 0"),
+        (lambda: LineArt(sigma=0), "sigma is 0; expected a number above 0"),
     ],
 )
 def test_options_without_a_meaning_are_refused(build, message):
