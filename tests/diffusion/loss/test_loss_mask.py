@@ -60,7 +60,7 @@ def test_what_is_black_teaches_nothing(mask):
     assert torch.equal(values.grad != 0, (mask > 0).expand_as(values))
 
 
-@given(MASKS, st.floats(0, 10), st.floats(0.01, 10))
+@given(MASKS, st.floats(0.01, 10), st.floats(0.01, 10))
 def test_inside_and_outside_are_weighted(mask, inside, outside):
     values, mask = torch.rand(2, 5, 3, 4, generator=torch.Generator().manual_seed(0)), torch.tensor(mask)
     weights = (inside * mask + outside * (1 - mask)).numpy()
