@@ -170,7 +170,7 @@ class PipelineTrainingModule(DiffusionTrainingModule):
         self.extra_inputs, self.roles = task.row_inputs, None
         if template is not None:
             attach(pipe, template, (*self.trainable_models, *(lora.models if lora else ())))
-            self.extra_inputs |= {"template_inputs": "template_inputs"}
+            self.extra_inputs = {**task.row_inputs, "template_inputs": "template_inputs"}
         self.units = task.units(pipe)
         self.frozen_units, self.live_units = split_units(self.units, self.trained_roots)
         self.kept_inputs = task.wanted_inputs(pipe).union(*(unit.fetch_input_params() for unit in self.live_units))

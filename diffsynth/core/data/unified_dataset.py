@@ -303,10 +303,11 @@ class UnifiedDataset(TrainingData):
 
     def check_variants(self) -> None:
         self.augmentation.choices([1.0])
-        for name in self._changing:
+        if self._changing:
+            key = f"dataset.conditions.{self._changing[0]}"
             raise ValueError(
-                f"dataset.conditions.{name} is random, another one each time, which cannot be cached; set "
-                f"dataset.conditions.{name}.fixed=true to give each image always the same."
+                f"{key} is random, another one each time, which cannot be cached; set {key}.fixed=true to give each "
+                "image always the same."
             )
 
     def variants(self, number: int) -> Variants:

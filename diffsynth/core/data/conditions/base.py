@@ -48,8 +48,7 @@ class Condition:
         """
         if any(isinstance(image, Unread) for image in images):
             return Unread(images[0].size, partial(_loaded, self, name, images), partial(_described, self, name, images))
-        key = seed if self.changes and seed is not None else blake2b(images[0].tobytes()).hexdigest()
-        return self(*images, rng=random.Random(f"{key}/{name}"))
+        return self(*images, rng=_rng(name, images[0], seed if self.changes else None))
 
     def describe(self) -> list:
         """What the result depends on besides the images, as JSON data: the class, its options and its code."""
@@ -91,6 +90,11 @@ def add_conditions(
             raise ValueError(f"{name}: {error}") from error
 
 
+def _rng(name: str, image: Image.Image, seed: int | None) -> random.Random:
+    key = blake2b(image.tobytes()).hexdigest() if seed is None else seed
+    return random.Random(f"{key}/{name}")
+
+
 def _loaded(condition: Condition, name: str, images: Sequence[Unread]) -> Image.Image:
     return condition.make(name, [image.load() for image in images], None)
 
@@ -101,7 +105,7 @@ def _described(condition: Condition, name: str, images: Sequence[Unread]) -> lis
 
 @cache
 def _code(cls: type[Condition]) -> str:
-    return code_version([cls.__call__, cls.make], [cls])[0]
+    return code_version([cls.__call__, _rng], [cls])[0]
 
 
 def checked_mask(mask: Image.Image, image: Image.Image) -> Image.Image:
