@@ -134,8 +134,8 @@ class CacheMaker:
         self.keys.check()
         self.datasets = [*dataset.datasets.values()]
         self.augmentations = [own.augmentation for own in self.datasets]
-        for augmentation in self.augmentations:
-            augmentation.choices([1.0])  # raises if its variants cannot be listed
+        for own in self.datasets:
+            own.check_variants()
 
     def make_cache(self, shard_bytes: int) -> CacheReport:
         """Make or complete the cache, whose folder is locked; see `launch_data_process_task`."""

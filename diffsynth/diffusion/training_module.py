@@ -168,10 +168,10 @@ class PipelineTrainingModule(DiffusionTrainingModule):
         super().__init__()
         self.pipe, self.task, self.lora, self.seed, self.memory = pipe, task, lora, seed, memory
         self.trainable_models = list(self._trainable_models())
-        self.extra_inputs, self.roles = task.columns, None
+        self.extra_inputs, self.roles = task.row_inputs, None
         if template is not None:
             attach(pipe, template, (*self.trainable_models, *(lora.models if lora else ())))
-            self.extra_inputs = tuple(dict.fromkeys((*task.columns, "template_inputs")))
+            self.extra_inputs = {**task.row_inputs, "template_inputs": "template_inputs"}
         self.units = task.units(pipe)
         self.frozen_units, self.live_units = split_units(self.units, self.trained_roots)
         self.kept_inputs = task.wanted_inputs(pipe).union(*(unit.fetch_input_params() for unit in self.live_units))
@@ -285,8 +285,8 @@ class PipelineTrainingModule(DiffusionTrainingModule):
     def get_pipeline_inputs(self, data: dict) -> tuple[dict, dict, dict]:
         """The pipeline's inputs (shared, positive, negative) for one row, as if it were called to generate that row."""
         self.task.check_row(data)
-        names = [*self.extra_inputs, *(name for name in self.task.optional_columns if name in data)]
-        extra = {name: self.pipe.typed(name, data[name]) for name in names}
+        optional = {name: name for name in self.task.optional_columns if name in data}
+        extra = {name: self.pipe.typed(name, data[own]) for name, own in (self.extra_inputs | optional).items()}
         posi = {name: extra.pop(name) for name in self.pipe.one_sided_arguments if name in extra}
         shared = {
             **self.pipe.media.inputs(data[self.pipe.media.column]),

@@ -31,6 +31,7 @@ MEANINGFUL = {
         *("learning_rate", "full_learning_rate", "lr", "weight_decay", "betas", "decay", "min_boundary", "seeds"),
         *("cfg_scale", "guidance", "distillation_weight", "adversarial_weight", "kl_weight", "inpaint_blur_sigma"),
         *("num_warmup_steps", "num_decay_steps", "eps", "exponential_shift_mu", "embedded_guidance"),
+        *("low", "high", "blur", "strokes", "boxes", "objects", "whole", "inside", "outside"),
     },
 }
 WRONG = [-1, 0, 1e30, 10**30, math.nan, math.inf, "high", True]

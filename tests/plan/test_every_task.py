@@ -71,6 +71,12 @@ def test_shipped_templates_are_planned(name, tmp_path):
     assert plan.footprint.trained > 0 and plan.footprint.activations > 0
 
 
+@pytest.mark.slow
+def test_a_task_whose_loss_has_a_mask_is_planned(tmp_path):
+    plan = planned(tmp_path, "model=emoji", "condition=inpaint", "task.mask.column=inpaint_mask")
+    assert plan.footprint.trained > 0 and plan.footprint.activations > 0
+
+
 @pytest.mark.slow  # test_plan.py and test_family_contract.py plan every stage of the default task
 @pytest.mark.parametrize("task", TASKS)
 def test_every_stage_of_a_task_is_planned(task, tmp_path):

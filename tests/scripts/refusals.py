@@ -60,6 +60,9 @@ class Refusal:
 PICTURE = BytesIO()
 Image.new("RGB", (64, 64), "red").save(PICTURE, "PNG")
 PNG = PICTURE.getvalue()
+SMALL_PICTURE = BytesIO()
+Image.new("L", (64, 32), "white").save(SMALL_PICTURE, "PNG")
+SMALL = SMALL_PICTURE.getvalue()
 DEEP_PICTURE = BytesIO()
 Image.new("I;16", (64, 64)).save(DEEP_PICTURE, "PNG")
 ROW = "image,prompt\na.png,a red square\n"
@@ -127,6 +130,7 @@ REFUSALS = {
         Refusal("train.py export.save_steps=0"),
         Refusal("train.py seed=18446744073709551616"),
         Refusal("train.py 'lora.target_modules=[*.to_q]'"),
+        Refusal("train.py condition=canny dataset.conditions.controlnet_image.low=300"),
         Refusal("generate.py options.height=0"),
         Refusal("generate.py options.cfg_scale=high"),
         Refusal("generate.py denoising_strength=2"),
@@ -152,6 +156,13 @@ REFUSALS = {
         of_table("a URL", ROW.replace("a.png", "https://example.org/a.png")),
         of_table("a file that is not there", ROW + "b.png,a blue square\n"),
         of_data("no captions", {"b.png": PNG}),
+        Refusal(
+            "train.py dataset=image_folder dataset.path=FOLDER dataset.data_file_keys=[image,loss_mask]",
+            {"a.png": PNG, "mask.png": SMALL, "metadata.csv": "image,loss_mask,prompt\na.png,mask.png,a\n"},
+            "a mask of another size",
+        ),
+        Refusal("train.py condition=masked_image"),
+        Refusal("make_cache.py condition=inpaint path=FOLDER/cache"),
         Refusal("train.py dataset=cache dataset.path=FOLDER", {"0/0.pth": b""}, "a cache of DiffSynth-Studio"),
     ],
     "Weights and adapters": [

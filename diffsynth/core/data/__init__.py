@@ -2,6 +2,7 @@
 
 from .cached_dataset import CachedDataset
 from .collate import collate
+from .conditions.base import Condition
 from .dataset import PlainData, Row, TrainingData
 from .mixed_dataset import MixedDataset
 from .operators.augmentation import Augmentation
@@ -49,6 +50,7 @@ __all__ = [
     "BatchLayout",
     "BatchSampler",
     "CachedDataset",
+    "Condition",
     "EmbeddedFile",
     "HubRows",
     "ImageCropAndResize",

@@ -155,6 +155,13 @@ class TrainingData(Dataset):
         """
         return dict.fromkeys(self.datasets, 1)
 
+    def check_variants(self) -> None:
+        """Check that the augmentation variants of samples can be listed.
+
+        Raises:
+            ValueError: They can't, because there is no end of them; names the option to set.
+        """
+
     def variants(self, number: int) -> Variants:
         """All augmentation variants of sample `number`, with files not read yet.
 

@@ -1,7 +1,7 @@
 """Check the rows of a data set before training: find rows that cannot be used, and the sizes of images."""
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from itertools import chain, repeat
@@ -64,12 +64,13 @@ def _check_some(dataset: "UnifiedDataset", numbers: Sequence[int], required: Seq
 
 def _check_row(dataset: "UnifiedDataset", number: int, required: Sequence[str]) -> SkippedRow | tuple[int, Size] | None:
     """The fault of a row, or its number and size (see `check_rows`), or None."""
-    row, size = dataset.rows[number], None
+    row, size, stored = dataset.rows[number], None, {}
     if fault := _fault_of_cells(dataset, row, required):
         return SkippedRow(number + 1, None, fault)
     for key in [key for key in dataset.operators if key in row]:
         try:
             known = check(dataset.operators[key], row[key])
+            stored[key] = _first(known)
             if dataset.buckets and key == dataset.data_file_keys[0]:
                 size = _first(known) or _first(unread(dataset.operators[key], row[key])).size
                 for target in dataset.buckets.assign(*size).values():
@@ -79,13 +80,20 @@ def _check_row(dataset: "UnifiedDataset", number: int, required: Sequence[str]) 
                 size = targets[0] if key == dataset.data_file_keys[0] else size
         except Exception as error:  # Pillow's decoders raise exceptions of many types
             return SkippedRow(number + 1, str(row[key]), f"{key} {row[key]!r:.300}: {error!s:.999}")
+    if fault := _fault_of_masks(dataset.data_file_keys, stored):
+        return SkippedRow(number + 1, None, fault)
     return size and (number, size)
 
 
 def _fault_of_cells(dataset: "UnifiedDataset", row: dict, required: Sequence[str]) -> str | None:
     """Why a row's cells cannot be used, its files not considered; None if they can."""
-    needed = dict.fromkeys([*required, *(dataset.data_file_keys[:1] if dataset.buckets else ()), "prompt"])
-    given = {*row, "prompt"} if any(column in row for column in dataset.augmentation.captions) else row
+    if twice := [name for name in dataset.conditions if name in row]:
+        return f"has a column {twice[0]}, which dataset.conditions.{twice[0]} would replace; leave one of them out"
+    read = [column for condition in dataset.conditions.values() for column in condition.columns]
+    image = dataset.data_file_keys[:1] if dataset.buckets or dataset.conditions else ()
+    needed = dict.fromkeys([*required, *image, *read, "prompt"])
+    given = {*row, *dataset.conditions}
+    given |= {"prompt"} if any(column in row for column in dataset.augmentation.captions) else set()
     if absent := [key for key in needed if key not in given]:
         other_column = "; 'dataset.augmentation.captions={NAME: 1}' takes another column"
         is_unnamed = absent == ["prompt"] and list(dataset.augmentation.captions) == absent
@@ -94,6 +102,19 @@ def _fault_of_cells(dataset: "UnifiedDataset", row: dict, required: Sequence[str
     if empty := [key for key in dataset.data_file_keys if key in row and is_empty(row[key])]:
         return f"{empty[0]} is empty"
     return _fault_of_captions(dataset.augmentation, row)
+
+
+def _fault_of_masks(keys: Sequence[str], stored: Mapping[str, Size | None]) -> str | None:
+    """Why a mask does not lie on its image, judged by the stored sizes of columns; None if it does, or one is unknown.
+
+    Masks are the columns whose names end in "mask".
+    """
+    image, masks = stored.get(keys[0]), [key for key in keys if key.endswith("mask")]
+    wrong = [key for key in masks if image and stored.get(key) not in (None, image)]
+    if not wrong:
+        return None
+    found, expected = (f"{width} x {height}" for width, height in (stored[wrong[0]], image))
+    return f"{wrong[0]} is {found} pixels and {keys[0]} {expected}; save both at one size"
 
 
 def _fault_of_captions(augmentation: "Augmentation", row: dict) -> str | None:

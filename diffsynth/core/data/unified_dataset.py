@@ -2,7 +2,8 @@
 
 import logging
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from fractions import Fraction
 from functools import partial
 from hashlib import blake2b
@@ -14,13 +15,14 @@ from PIL import ImageOps
 
 from ..input_files import InputFile
 from ..ranges import NonNegativeInt, Pixels, Repeat, Side, Workers, at_least
+from .conditions.base import Condition, add_conditions, ordered
 from .dataset import Row, TrainingData
 from .operators.augmentation import Augmentation, AugmentationChoice
 from .operators.base import RouteByExtensionName, RouteByType, SequentialProcess, ToAbsolutePath, ToList, unread
 from .operators.images import ImageCropAndResize, LoadImage
 from .operators.unread import Unread, Variants
 from .operators.video import LoadGIF, LoadVideo
-from .order.addresses import SampleAddress
+from .order.addresses import SampleAddress, sample_seed
 from .order.buckets import AspectBuckets, Size
 from .order.mixing import WeightedRows
 from .order.row_index import AllBut, SortedRows
@@ -53,9 +55,11 @@ class UnifiedDataset(TrainingData):
         buckets: Chooses the size or sizes at which each row is trained, from the size of the image in the first of
             `data_file_keys`; needs `scan`. None leaves the size to `fit`.
         augmentation: Random choices about each sample.
+        conditions: Columns that are made of the image in the first of `data_file_keys`, after `fit` and `augmentation`;
+            one may read others.
 
     Raises:
-        ValueError: There is no metadata, or it has no rows.
+        ValueError: There is no metadata, it has no rows, or a condition reads a column that is no image.
     """
 
     def __init__(
@@ -73,6 +77,7 @@ class UnifiedDataset(TrainingData):
         fit: ImageCropAndResize | None = None,
         buckets: AspectBuckets | None = None,
         augmentation: Augmentation | None = None,
+        conditions: Mapping[str, Condition] | None = None,
     ):
         if on_error not in ("raise", "skip"):
             raise ValueError(f'{on_error=}, expected "raise" or "skip"')
@@ -90,6 +95,8 @@ class UnifiedDataset(TrainingData):
         self.fit, self.buckets, self.augmentation = fit, buckets, augmentation or Augmentation()
         if buckets and not fit:
             raise ValueError("buckets choose sizes, and without fit images are not resized to them; pass fit as well")
+        self.conditions = ordered(conditions or {})
+        self._check_conditions()
         self.usable = AllBut(len(self.rows), [])
         self.sorted: SortedRows | None = None
         self.skipped_by_scan: list[SkippedRow] = []
@@ -116,6 +123,7 @@ class UnifiedDataset(TrainingData):
         scan_rows: NonNegativeInt = 1_000_000,
         augmentation: Augmentation | None = None,
         allow_urls: bool = False,
+        conditions: Mapping[str, Condition] | None = None,
     ) -> "UnifiedDataset":
         """Make a data set of a folder of images.
 
@@ -148,7 +156,7 @@ class UnifiedDataset(TrainingData):
         largest = max_pixels if isinstance(max_pixels, int) else max(max_pixels)
         fit = ImageCropAndResize(height, width, largest, division_factor, division_factor)
         options = {"on_error": on_error, "encoding": encoding, "scan_rows": scan_rows}
-        options |= {"fit": fit, "buckets": sizes, "augmentation": augmentation}
+        options |= {"fit": fit, "buckets": sizes, "augmentation": augmentation, "conditions": conditions}
         dataset = cls(path, metadata, repeat, data_file_keys, cls.image_loader(path, allow_urls), **options)
         dataset.num_workers = num_workers
         return dataset
@@ -268,7 +276,13 @@ class UnifiedDataset(TrainingData):
 
     def _choice(self, address: SampleAddress, seed: int, row: dict) -> AugmentationChoice:
         weights = [weight for _, weight in self.augmentation.texts(row)]
-        return self.augmentation.choose(weights, seed, address)
+        choice = self.augmentation.choose(weights, seed, address)
+        return replace(choice, conditions=sample_seed(seed, "conditions", *address)) if self._changing else choice
+
+    @property
+    def _changing(self) -> list[str]:
+        """Names of the conditions that are others each time that a sample is shown."""
+        return [name for name, condition in self.conditions.items() if condition.changes]
 
     def original_size(self, number: int) -> Size | None:
         """(width, height) of a sample's first image before it is resized; None if it is not on this machine."""
@@ -287,6 +301,15 @@ class UnifiedDataset(TrainingData):
         """Whether a sample is skipped, instead of an error, if it cannot be read."""
         return self.on_error == "skip"
 
+    def check_variants(self) -> None:
+        self.augmentation.choices([1.0])
+        if self._changing:
+            key = f"dataset.conditions.{self._changing[0]}"
+            raise ValueError(
+                f"{key} is random, another one each time, which cannot be cached; set {key}.fixed=true to give each "
+                "image always the same."
+            )
+
     def variants(self, number: int) -> Variants:
         """All augmentation variants of sample `number`, with files not read yet.
 
@@ -294,6 +317,7 @@ class UnifiedDataset(TrainingData):
             TypeError: A file's operator can't describe what it makes.
             ValueError: The variants can't be listed.
         """
+        self.check_variants()
         row, size = self.rows[self._row_number(number)], self._size_of(number)
         weights = [weight for _, weight in self.augmentation.texts(row)]
         choices = self.augmentation.choices(weights)
@@ -349,6 +373,17 @@ class UnifiedDataset(TrainingData):
         elif not self._fixed_size():
             self.own_sizes = {size for _, size in sizes}
         return faults
+
+    def _check_conditions(self) -> None:
+        for name, condition in self.conditions.items():
+            if name == self.data_file_keys[0]:
+                raise ValueError(f"dataset.conditions.{name} would replace the images to train on; name another column")
+            if absent := [column for column in condition.columns if column not in {*self.operators, *self.conditions}]:
+                keys = ",".join([*self.data_file_keys, absent[0]])
+                raise ValueError(
+                    f"dataset.conditions.{name} reads the column {absent[0]!r}, which holds no images; set "
+                    f"dataset.data_file_keys=[{keys}] if rows name its files, or let another condition make it"
+                )
 
     def _check_captions(self) -> None:
         others = [column for column in self.augmentation.captions if column != "prompt"]
@@ -409,6 +444,7 @@ class UnifiedDataset(TrainingData):
             except Exception as error:
                 kind = TypeError if isinstance(error, TypeError) else ValueError
                 raise kind(f"{key} {row[key]!r:.300}: {error!s:.999}") from error
+        add_conditions(row, self.data_file_keys[0], self.conditions, choice.conditions)
         return row
 
     def _fitted(self, value: Any, size: Size | None, choice: AugmentationChoice) -> Any:

@@ -10,6 +10,7 @@ from .dmd2 import DMD2
 from .flow_match_sft import FlowMatchSFT, FlowMatchSFTLoss
 from .hyper_sd import HyperSD
 from .lcm import LatentConsistency
+from .mask_weights import MaskWeights
 from .trajectory import TrajectoryImitation
 
 __all__ = [
@@ -23,6 +24,7 @@ __all__ = [
     "Distillation",
     "FlowMatchSFT",
     "FlowMatchSFTLoss",
+    "MaskWeights",
     "TrainProgress",
     "Objective",
     "RoleDistillation",

@@ -82,9 +82,14 @@ class Objective:
         return self
 
     @property
+    def row_inputs(self) -> dict[str, str]:
+        """Inputs of the pipeline that rows give, besides the image and the prompt, each with its column."""
+        return {name: name for name in self.extra_inputs}
+
+    @property
     def columns(self) -> tuple[str, ...]:
         """Columns that every row must have, besides the image and the prompt."""
-        return tuple(self.extra_inputs)
+        return tuple(dict.fromkeys(self.row_inputs.values()))
 
     def units(self, pipe: "BasePipeline") -> "list[PipelineUnit]":
         """The units of the pipeline that compute the inputs that this objective reads."""
@@ -94,9 +99,9 @@ class Objective:
         """Names of the pipeline inputs that this objective reads, itself or through `model_fn`.
 
         They are the parameters of `loss` and of `model_fn`. A parameter of `loss` that has a default is requested only
-        if `extra_inputs` or `optional_columns` names it.
+        if `row_inputs` or `optional_columns` names it.
         """
-        named = {*self.extra_inputs, *self.optional_columns}
+        named = {*self.row_inputs, *self.optional_columns}
         parameters = inspect.signature(self.loss).parameters.items()
         of_loss = {name for name, p in parameters if p.default is p.empty or name in named} - NOT_INPUTS
         if not self.calls_model_fn:

@@ -73,9 +73,9 @@ class Distillation(Objective):
         return replace(self, teacher=replace(self.teacher, num_inference_steps=self.student.num_inference_steps))
 
     @property
-    def columns(self) -> tuple[str, ...]:
-        seed = () if self.teacher is None else ("seed",)
-        return tuple(dict.fromkeys([*self.extra_inputs, *seed]))
+    def row_inputs(self) -> dict[str, str]:
+        seed = {} if self.teacher is None else {"seed": "seed"}
+        return {**super().row_inputs, **seed}
 
     def units(self, pipe: BasePipeline) -> list[PipelineUnit]:
         """The required units; sampling with the teacher replaces the unit that encodes the data set's images."""

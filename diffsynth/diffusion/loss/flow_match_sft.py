@@ -15,32 +15,43 @@ from ..flow_match import TRAINING_STEPS, FlowMatchScheduler, interpolate
 from ..randomness import GlobalRNG, SampleRNG
 from ..timesteps import BellWeighting, UniformTimesteps
 from .base import Objective
+from .mask_weights import MaskWeights
+
+SMALLEST = 1e-12  # below every sum of weights but 0; there is no error, as a step reads no value back from its device
 
 
 @dataclass(frozen=True, kw_only=True)
 class FlowMatchSFT(Objective):
     """w(σ) · mean ‖v_θ(x_t, t) - (ε - x₀)‖² with x_t = (1 - σ) x₀ + σ ε.
 
-    With `extra_inputs=[loss_mask]` the mean is over the pixels that are white in that column, for example to leave out
-    a background or a face; the size of the white area does not change the scale of the loss.
+    With a mask m the mean is weighted, Σ W ‖…‖² / Σ W with W = inside · m + outside · (1 - m) (`MaskWeights`): over its
+    white area alone by default, for example to leave out a background or a face. The size of the white area does not
+    change the scale of the loss. A sample whose pixels all have weight 0 has loss 0.
 
     Args:
         timesteps: Distribution of the noise levels that are trained (`diffusion.timesteps`).
         weighting: w(σ).
+        mask: Column of the mask, and its weights.
         exact_upstream: Round timesteps to the pipeline's dtype first, as DiffSynth-Studio does; in bf16 this reaches
             only 376 of the 1000 levels.
     """
 
     timesteps: UniformTimesteps = field(default_factory=UniformTimesteps)
     weighting: BellWeighting = field(default_factory=BellWeighting)
+    mask: MaskWeights = field(default_factory=MaskWeights)
     exact_upstream: bool = False
+
+    @property
+    def row_inputs(self) -> dict[str, str]:
+        own = {} if self.mask.column is None else {"loss_mask": self.mask.column}
+        return {**super().row_inputs, **own}
 
     def __call__(self, pipe: BasePipeline, rng: SampleRNG | GlobalRNG | None = None, **inputs) -> Tensor:
         """Loss per sample (B,).
 
         Args:
             inputs: Among them clean `input_latents` (B, …) of unit variance, and optionally `loss_mask` (B, 1, h, w) in
-                [0, 1], the weight of each latent pixel.
+                [0, 1], the mask of the latent pixels.
         """
         return self.loss(pipe, rng=rng or GlobalRNG(len(inputs["input_latents"])), **inputs)
 
@@ -58,8 +69,8 @@ class FlowMatchSFT(Objective):
         timestep, sigma, weight = sent(torch.stack([timestep, sigma, weight]), clean.device)
         noise = rng.normal("noise", clean)
         velocity = pipe.predict(timestep, **{**inputs, "latents": interpolate(clean, noise, sigma)})
-        error = mean_where((velocity.float() - (noise - clean)).pow(2), loss_mask)
-        return error * weight
+        weights = None if loss_mask is None else self.mask(loss_mask)
+        return mean_where((velocity.float() - (noise - clean)).pow(2), weights) * weight
 
     def sample_timesteps(
         self, scheduler: FlowMatchScheduler, rng: SampleRNG | GlobalRNG, dtype: torch.dtype = torch.bfloat16
@@ -77,12 +88,12 @@ class FlowMatchSFT(Objective):
         return rounded, scheduler.sigma(rounded)
 
 
-def mean_where(values: Tensor, mask: Tensor | None) -> Tensor:
-    """Mean (B,) of values (B, C, h, w), weighted by `mask` (B, 1, h, w); the plain mean without a mask."""
-    if mask is None:
+def mean_where(values: Tensor, weights: Tensor | None) -> Tensor:
+    """Mean (B,) of values (B, C, h, w) by weights (B, 1, h, w); the plain mean without weights, 0 if all are 0."""
+    if weights is None:
         return values.flatten(1).mean(1)
-    weights = mask.float().expand_as(values).flatten(1)
-    return (values.flatten(1) * weights).sum(1) / weights.sum(1)
+    weights = weights.float().expand_as(values).flatten(1)
+    return (values.flatten(1) * weights).sum(1) / weights.sum(1).clamp_min(SMALLEST)
 
 
 FlowMatchSFTLoss = FlowMatchSFT()  # DiffSynth-Studio's name: a function with its timesteps and weighting

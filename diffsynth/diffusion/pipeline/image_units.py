@@ -185,23 +185,38 @@ class LossMask(PipelineUnit):
     def process(self, pipe, height, width, loss_mask=None):
         if loss_mask is None:
             return {}
-        weights = latent_weights(pipe, loss_mask, height, width)
-        if not weights.any():
+        if loss_mask.size != (width, height):
             raise ValueError(
-                "loss_mask is black all over, so that nothing of the image would be trained; make the area white that "
-                "is to be trained, or leave the row out. (The image's crop may also have cut the white area off.)"
+                f"loss_mask is {loss_mask.width} x {loss_mask.height} pixels and its image {width} x {height}; save "
+                "both at one size."
             )
-        return {"loss_mask": weights}
+        mask = latent_mask(pipe, loss_mask, height, width)
+        if mask.getbbox() is None:
+            raise ValueError(
+                "loss_mask is black all over, and has no white area to train inside of; make that area white, or leave "
+                "the row out. (The image's crop may also have cut the white area off.)"
+            )
+        return {"loss_mask": as_weights(pipe, mask)}
 
 
 def latent_weights(
     pipe: "BasePipeline", mask: Image.Image, height: int, width: int, blur_sigma: float | None = None
 ) -> Tensor:
     """A mask image as weights (1, 1, h, w) in [0, 1], 1 where it is white; blurred by `blur_sigma` latent pixels."""
+    return as_weights(pipe, latent_mask(pipe, mask, height, width, blur_sigma))
+
+
+def latent_mask(
+    pipe: "BasePipeline", mask: Image.Image, height: int, width: int, blur_sigma: float | None = None
+) -> Image.Image:
+    """A mask image in grey, one pixel for each latent pixel; blurred by `blur_sigma` latent pixels."""
     # BOX is the mean over each latent pixel. Other filters would mix in its neighbours, which may be masked.
     size = (width // pipe.latents.factor, height // pipe.latents.factor)
     mask = mask.convert("L").resize(size, Image.Resampling.BOX)
-    if blur_sigma:
-        mask = mask.filter(ImageFilter.GaussianBlur(blur_sigma))
+    return mask.filter(ImageFilter.GaussianBlur(blur_sigma)) if blur_sigma else mask
+
+
+def as_weights(pipe: "BasePipeline", mask: Image.Image) -> Tensor:
+    """A grey image as weights (1, 1, h, w) in [0, 1], 1 where it is white."""
     weights = torch.from_numpy(np.array(mask, dtype=np.float32) / 255)
     return weights[None, None].to(pipe.device, pipe.torch_dtype)

@@ -1,4 +1,4 @@
-"""A loss that counts only where a mask is white."""
+"""A loss that counts only where a mask is white, or that weighs white and black."""
 
 import numpy as np
 import pytest
@@ -13,7 +13,7 @@ from torch.testing import assert_close
 from diffsynth.config import claim
 from diffsynth.core.data import Augmentation, Sample, SampleAddress, UnifiedDataset
 from diffsynth.core.data.dataset import Row
-from diffsynth.diffusion.loss import AutoencoderLoss, FlowMatchSFT
+from diffsynth.diffusion.loss import AutoencoderLoss, FlowMatchSFT, MaskWeights
 from diffsynth.diffusion.loss.flow_match_sft import mean_where
 
 MASKED = FlowMatchSFT(extra_inputs=["loss_mask"])
@@ -60,6 +60,42 @@ def test_what_is_black_teaches_nothing(mask):
     assert torch.equal(values.grad != 0, (mask > 0).expand_as(values))
 
 
+@given(MASKS, st.floats(0.01, 10), st.floats(0.01, 10))
+def test_inside_and_outside_are_weighted(mask, inside, outside):
+    values, mask = torch.rand(2, 5, 3, 4, generator=torch.Generator().manual_seed(0)), torch.tensor(mask)
+    weights = (inside * mask + outside * (1 - mask)).numpy()
+    expected = [np.average(v.mean(0), weights=w[0]) for v, w in zip(values.numpy(), weights, strict=True)]
+    found = mean_where(values, MaskWeights(inside=inside, outside=outside)(mask))
+    assert_close(found, torch.tensor(expected, dtype=torch.float32), atol=1e-4, rtol=1e-4)
+
+
+@given(MASKS)
+def test_the_default_weights_are_the_mask_itself_and_equal_weights_are_none(mask):
+    mask = torch.tensor(mask)
+    assert torch.equal(MaskWeights()(mask), mask)
+    values = torch.rand(2, 5, 3, 4, generator=torch.Generator().manual_seed(0))
+    assert_close(mean_where(values, MaskWeights(inside=2, outside=2)(mask)), mean_where(values, None))
+
+
+def test_a_sample_without_any_weight_teaches_nothing():
+    values, white = torch.ones(2, 5, 3, 4, requires_grad=True), torch.ones(2, 1, 3, 4)
+    loss = mean_where(values, MaskWeights(inside=0, outside=1)(white))
+    loss.sum().backward()
+    assert not loss.any() and not values.grad.any()
+
+
+@pytest.mark.parametrize(
+    "weights, message",
+    [
+        ({"inside": 0.0}, "task.mask.inside=0 and task.mask.outside=0 train nothing; set one of them above 0"),
+        ({"outside": -1.0}, "task.mask.outside is -1.0; expected a number of at least 0"),
+    ],
+)
+def test_weights_that_train_nothing_are_refused(weights, message):
+    with pytest.raises(ValueError, match=message):
+        MaskWeights(**weights)
+
+
 # The loss -------------------------------------------------------------------------------------------------------------
 
 
@@ -71,6 +107,25 @@ def test_the_losses_of_a_mask_and_of_its_negative_make_up_the_whole(training_mod
     whole = losses(training_module(), samples)
     assert_close(area * inside + (1 - area) * outside, whole, atol=1e-5, rtol=1e-5)
     assert (inside - outside).abs().min() > 1e-3
+
+
+def test_a_mask_is_read_from_the_column_that_the_task_names(training_module, samples):
+    masks = np.random.default_rng(0).random((3, *LATENTS)) < 0.5
+    masked = with_masks(samples, *masks)
+    renamed = [s._replace(data=Row({**s.data, "face": s.data["loss_mask"], "loss_mask": None})) for s in masked]
+    module = training_module(FlowMatchSFT(mask=MaskWeights(column="face")))
+    assert torch.equal(losses(module, renamed), losses(training_module(MASKED), masked))
+
+
+def test_a_loss_inside_and_outside_is_the_weighted_mean_of_both(training_module, samples):
+    masks = np.random.default_rng(0).random((3, *LATENTS)) < 0.4
+    area = torch.tensor(masks.mean((1, 2)), dtype=torch.float32)
+    masked, negative = with_masks(samples, *masks), with_masks(samples, *~masks)
+    module = training_module(MASKED)
+    inside, outside = losses(module, masked), losses(module, negative)
+    both = training_module(FlowMatchSFT(mask=MaskWeights(column="loss_mask", inside=2, outside=0.5)))
+    expected = (2 * area * inside + 0.5 * (1 - area) * outside) / (2 * area + 0.5 * (1 - area))
+    assert_close(losses(both, masked), expected, atol=1e-5, rtol=1e-5)
 
 
 def test_a_white_mask_is_none_and_grey_is_half_of_white(training_module, samples):
@@ -98,6 +153,12 @@ def test_without_the_extra_input_a_mask_changes_no_bit_and_no_unit_reads_it(trai
 def test_a_black_mask_is_refused_with_its_sample(training_module, samples):
     masked = with_masks(samples[1:2], np.zeros(LATENTS))
     with pytest.raises(ValueError, match=r"sample 11 \('a red apple'\): loss_mask is black all over, .* white"):
+        training_module(MASKED)(masked)
+
+
+def test_a_mask_of_another_size_than_its_image_is_refused_with_its_sample(training_module, samples):
+    masked = with_masks(samples[:1], np.ones((6, 6)))
+    with pytest.raises(ValueError, match=r"sample 10 \(''\): loss_mask is 48 x 48 pixels and its image 32 x 48; save"):
         training_module(MASKED)(masked)
 
 
@@ -145,12 +206,24 @@ def losses_of(run_dir) -> list[float]:
     return [line["loss"] for line in runs.metrics(run_dir)]
 
 
-def test_a_masked_run_trains_alike_from_a_cache(folder, tmp_path):
-    given = runs.merged(runs.train_overrides(tmp_path), [f"dataset.path={folder}", *OVERRIDES, "batch_size=2"])
+# A mask that is made of each image, whose white area counts four times as much as the rest.
+MADE = [
+    FLIP,
+    "condition=inpaint",
+    "dataset.conditions.inpaint_mask.fixed=true",
+    "dataset.conditions.inpaint_mask.whole=0",
+    "task.mask.column=inpaint_mask",
+    "task.mask.outside=0.25",
+]
+
+
+@pytest.mark.parametrize("masked", runs.mostly_slow([OVERRIDES, MADE], MADE), ids=["a file", "a condition"])
+def test_a_masked_run_trains_alike_from_a_cache(folder, tmp_path, masked):
+    given = runs.merged(runs.train_overrides(tmp_path), [f"dataset.path={folder}", *masked, "batch_size=2"])
     run_dir = runs.train(tmp_path, *given)
-    own = [override for override in given if override.startswith(("dataset.", "model.", "task."))]
+    own = [override for override in given if override.startswith(("dataset.", "condition=", "model.", "task."))]
     runs.call("make_cache", runs.compose("make_cache", *own, f"path={tmp_path}/cache", "device=cpu"))
-    others = [override for override in given if not override.startswith("dataset.")]
+    others = [override for override in given if not override.startswith(("dataset.", "condition="))]
     cached = runs.compose("train", "dataset=cache", f"dataset.path={tmp_path}/cache", FLIP, *others)
     cached_dir = claim(cached)
     runs.call("train", cached)

@@ -11,7 +11,8 @@ import tiny
 import torch
 from PIL import Image
 
-from diffsynth.core.data import Row
+from diffsynth.core.data import Row, UnifiedDataset
+from diffsynth.core.data.conditions import MaskedImage, RandomMask
 from diffsynth.diffusion.pipeline.media import ImageMedia
 from diffsynth.training.record import data_report as reports
 
@@ -92,6 +93,13 @@ def test_the_first_samples_are_shown_as_they_are_trained_on(folder, tmp_path):
     mirrored = [np.asarray(picture(n).transpose(Image.Transpose.FLIP_LEFT_RIGHT).resize((128, 128))) for n in (0, 3)]
     cells = [sheet[:128, x : x + 128] for x in range(0, 512, 128)]
     assert all(any(np.abs(cell.astype(int) - image).mean() < 20 for cell in cells) for image in mirrored)
+
+
+def test_what_is_made_of_an_image_is_shown_below_it(folder):
+    conditions = {"inpaint_mask": RandomMask(whole=0), "controlnet_image": MaskedImage()}
+    sample = UnifiedDataset.from_folder(str(folder), height=32, width=32, conditions=conditions)[0]
+    (images,) = reports._pictures(SimpleNamespace(media=ImageMedia()), [sample])
+    assert images == [sample[column] for column in ("image", "inpaint_mask", "controlnet_image")]
 
 
 def test_samples_of_a_cache_are_decoded_where_there_is_a_decoder(folder, tmp_path, monkeypatch):

@@ -24,17 +24,19 @@ class AugmentationChoice:
         tags: Seed that shuffles the tags; None keeps their order.
         mirrored: Whether left and right are exchanged.
         position: Position (x, y) of the crop, from 0 (left, top) to 1 (right, bottom).
+        conditions: Seed of random conditions; None takes their random numbers from the image.
     """
 
     caption: int | None = 0
     tags: int | None = None
     mirrored: bool = False
     position: tuple[float, float] = CENTRE
+    conditions: int | None = None
 
     @property
     def variant(self) -> str | None:
-        """Name of the variant; None with shuffled tags or a random crop, whose variants can't be listed."""
-        if self.tags is not None or self.position != CENTRE:
+        """Name of the variant; None with shuffled tags, a random crop or condition, whose variants can't be listed."""
+        if self.tags is not None or self.position != CENTRE or self.conditions is not None:
             return None
         parts = ["mirrored"] if self.mirrored else []
         if self.caption is None:
