@@ -6,7 +6,7 @@ score an adapter of that copy.
 """
 
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import NamedTuple
@@ -171,6 +171,31 @@ class Roles:
         for name, parameter in named.items():
             parts[role_of.get(id(parameter), MODEL)][name] = parameter
         return parts
+
+
+def check_base_is_kept(
+    setting: str, pipe: BasePipeline, lora: Adapter | None, trainable_models: Sequence[str] | None, remedy: str
+) -> None:
+    """Refuse a training after which the base is not what remains without the adapter.
+
+    Args:
+        setting: What needs the base, for the error.
+        remedy: What else to do than to train an adapter alone.
+
+    Raises:
+        ValueError: There is no adapter, or it is not the only one that changes what the network predicts.
+    """
+    network = pipe.in_iteration_models[0]
+    if lora is None:
+        raise ValueError(
+            f"{setting} needs the base as it was, which full training (lora=none) overwrites; set lora=lora, {remedy}."
+        )
+    changed = sorted({*lora.models, *(trainable_models or ())} - {network})
+    if changed or trainable_models:
+        raise ValueError(
+            f"{setting} needs the base as it was, but {', '.join(changed) or network} is trained as well; set "
+            f"lora.models=[{network}] and task.trainable_models=null, {remedy}."
+        )
 
 
 def adapter_of(fake_score: FakeScore, lora: Adapter | None, name: str) -> Adapter:

@@ -10,6 +10,8 @@ from .dmd2 import DMD2
 from .flow_match_sft import FlowMatchSFT, FlowMatchSFTLoss
 from .hyper_sd import HyperSD
 from .lcm import LatentConsistency
+from .prior import Prior, PriorPreservation
+from .slider import ConceptSlider
 from .trajectory import TrajectoryImitation
 
 __all__ = [
@@ -17,6 +19,7 @@ __all__ = [
     "HyperSD",
     "LatentConsistency",
     "AutoencoderLoss",
+    "ConceptSlider",
     "DMD2",
     "DirectDistill",
     "DirectDistillLoss",
@@ -25,6 +28,8 @@ __all__ = [
     "FlowMatchSFTLoss",
     "TrainProgress",
     "Objective",
+    "Prior",
+    "PriorPreservation",
     "RoleDistillation",
     "TrajectoryImitation",
 ]
