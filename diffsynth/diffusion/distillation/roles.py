@@ -20,6 +20,7 @@ from ...core.memory.storage import restore
 from ...core.ranges import LearningRate, PositiveInt
 from ..adapters import files as lora_files
 from ..adapters.lora import Adapter, LoRA
+from ..adapters.preset import PRESET
 from ..base_pipeline import BasePipeline
 from ..flow_match import TRAINING_STEPS
 from ..trained import MODEL
@@ -44,11 +45,15 @@ class FakeScore:
 
 
 class AdaptedNetwork:
-    """One network with several adapters, one active at a time; `parameters` are all its trainable parameters."""
+    """One network with several adapters, of which one is active at a time, and an unmerged preset always.
+
+    `parameters` are all its trainable parameters.
+    """
 
     def __init__(self, network: nn.Module, adapter: str | None):
         self.network = network
         self.layers = [layer for layer in network.modules() if isinstance(layer, BaseTunerLayer)]
+        self.preset = [parameter for name, parameter in network.named_parameters() if PRESET in name.split(".")]
         self.parameters = [parameter for parameter in network.parameters() if parameter.requires_grad]
         self.state: tuple[str | None, bool] | None = None  # the active adapter, and whether gradients reach it
         self.activate(adapter, trained=True)
@@ -57,12 +62,15 @@ class AdaptedNetwork:
         """Activate one adapter, or none; gradients reach the trainable parameters only if `trained`."""
         if (adapter, trained) == self.state:
             return
+        active = [name for name in (PRESET if self.preset else None, adapter) if name is not None]
         for layer in self.layers:
-            layer.enable_adapters(adapter is not None)
-            if adapter is not None:
-                layer.set_adapter(adapter)
+            layer.enable_adapters(bool(active))
+            if active:
+                layer.set_adapter(active)
         for parameter in self.parameters:  # `set_adapter` and `enable_adapters` change these flags
             parameter.requires_grad_(trained)
+        for parameter in self.preset:
+            parameter.requires_grad_(False)
         self.state = adapter, trained
 
     @contextmanager
