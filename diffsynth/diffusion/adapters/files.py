@@ -229,7 +229,8 @@ def fill(module: nn.Module, tensors: Mapping[str, Tensor], adapter: str, path: s
                 f"{path}: {key} is {found}, the adapter has {expected}; "
                 "set lora.rank and lora.target_modules to those the file was trained with."
             )
-    set_peft_model_state_dict(module, dict(tensors), adapter_name=adapter)
+    if not any(parameter.is_meta for parameter in module.parameters()):  # a plan has shapes alone
+        set_peft_model_state_dict(module, dict(tensors), adapter_name=adapter)
 
 
 def merge(module: nn.Module, adapter: str) -> None:

@@ -1,10 +1,12 @@
 """A preset that stays unmerged: on in training, off in what is sampled, and absent from exports."""
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import tiny
 import torch
+from resumed import assert_same_run, uninterrupted
 from safetensors.torch import load_file
 from test_lora import KINDS, LAYER, TARGETS, adapter_file, assert_close, sample, train
 
@@ -31,6 +33,7 @@ def shaken(module):
     return module
 
 
+@pytest.mark.slow
 def test_it_trains_as_a_merged_preset_does(training_module, samples, tmp_path):
     apart = shaken(training_module(lora=assistant(tmp_path)))
     merged = shaken(training_module(lora=replace(assistant(tmp_path), preset_in_sampling=True)))
@@ -45,7 +48,7 @@ def test_it_trains_as_a_merged_preset_does(training_module, samples, tmp_path):
 
 
 def test_pictures_are_of_the_base_and_the_new_adapter_and_the_export_has_no_preset(
-    training_module, load_pipe, rows, tiny, tmp_path, monkeypatch
+    training_module, load_pipe, rows, tiny, tmp_path
 ):
     module = training_module(lora=assistant(tmp_path))
     file = train(module, rows, tmp_path)  # reads the export back and compares it with the adapter
@@ -60,12 +63,10 @@ def test_pictures_are_of_the_base_and_the_new_adapter_and_the_export_has_no_pres
     assert (sample(module.pipe) - sample(load_pipe(tiny))).abs().max() > 0.02
 
 
-@pytest.mark.parametrize("in_sampling", [True, False])
+@pytest.mark.parametrize("in_sampling", tiny.mostly_slow([True, False], False))
 def test_a_validation_samples_without_it_and_measures_the_loss_with_it(
     training_module, rows, tmp_path, monkeypatch, in_sampling
 ):
-    from types import SimpleNamespace
-
     module, seen = training_module(lora=replace(assistant(tmp_path), preset_in_sampling=in_sampling)), []
     monkeypatch.setattr(Validation, "losses", lambda self, module, data: seen.append(active(module)) or {})
     monkeypatch.setattr(Validation, "_generate", lambda self, pipe, requests: seen.append(active(module)) or [])
@@ -79,6 +80,7 @@ def active(module) -> list[str]:
     return module.pipe.dit.get_submodule(LAYER).active_adapters
 
 
+@pytest.mark.slow
 def test_roles_have_it_too(training_module, load_pipe, tiny, tmp_path):
     """The base with the preset is the teacher of an adapter that learns over it."""
     module = shaken(training_module(PriorPreservation(prior=Prior()), assistant(tmp_path)))
@@ -94,6 +96,7 @@ def test_roles_have_it_too(training_module, load_pipe, tiny, tmp_path):
     assert not any(PRESET in n.split(".") for n, p in module.named_parameters() if p.requires_grad)
 
 
+@pytest.mark.slow
 def test_a_preset_of_another_kind_has_no_room_beside_the_adapter(training_module, tmp_path):
     lokr = replace(KINDS["lokr"], preset=assistant(tmp_path).preset, preset_in_sampling=False)
     with pytest.raises(
@@ -105,8 +108,6 @@ def test_a_preset_of_another_kind_has_no_room_beside_the_adapter(training_module
 
 @pytest.mark.slow
 def test_a_run_with_an_assistant_ends_and_resumes(tmp_path):
-    from resumed import assert_same_run, uninterrupted
-
     file = adapter_file(tmp_path / "preset.safetensors", names=(LAYER,), width=128)
     options = [f"lora.preset={file}", "lora.preset_in_sampling=false", "checkpoint.every=2", "max_steps=5"]
     tiny.cut_off(2, tmp_path, *options)

@@ -72,6 +72,7 @@ def test_the_loss_and_its_gradient_are_their_formula(training_module, load_pipe,
         assert_close(own, other, atol=1e-4, rtol=1e-3)
 
 
+@pytest.mark.slow
 def test_a_new_adapter_has_moved_nothing_and_a_step_leaves_everything_as_it_was(training_module, samples):
     module = training_module(task(), LORA)
     found = module(marked(samples))
@@ -82,6 +83,7 @@ def test_a_new_adapter_has_moved_nothing_and_a_step_leaves_everything_as_it_was(
     assert list(module.roles.networks) == []  # no second copy of the base
 
 
+@pytest.mark.slow
 def test_images_are_learnt_with_their_weight_also_in_full(training_module, samples):
     plain = training_module()(samples)
     module = training_module(task(0.25, "images"))
@@ -197,6 +199,7 @@ def overrides(folders: Path, regularisation: str = "[class]") -> list[str]:
 RUN = ["task=prior", "task.prior.weight=0.5", "optimizer.lr=1e-2"]
 
 
+@pytest.mark.slow
 def test_a_run_is_the_same_from_a_cache(folders, tmp_path):
     plain = tiny.train(tmp_path / "plain", *overrides(folders), *RUN)
     tiny.make_cache(tmp_path / "cache", *overrides(folders), "task=prior")
@@ -205,6 +208,7 @@ def test_a_run_is_the_same_from_a_cache(folders, tmp_path):
     assert_close(losses(cached), losses(plain), rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_a_task_and_a_data_set_that_do_not_go_together_are_refused(folders, tmp_path):
     with pytest.raises(
         ValueError, match="has rows for regularisation, which FlowMatchSFT would train like all others;"

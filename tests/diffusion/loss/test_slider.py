@@ -63,9 +63,12 @@ def shaken(module):
     return module
 
 
-@pytest.mark.parametrize("task", [FROM_IMAGES, FROM_PROMPTS], ids=["images", "prompts"])
-def test_the_loss_and_its_gradient_are_their_formula(task, training_module, load_pipe, tiny, samples):
-    module, base = shaken(training_module(task, LORA)), load_pipe(tiny)
+KINDS = {"images": FROM_IMAGES, "prompts": FROM_PROMPTS}
+
+
+@pytest.mark.parametrize("kind", tiny.mostly_slow(KINDS, "prompts"))
+def test_the_loss_and_its_gradient_are_their_formula(kind, training_module, load_pipe, tiny, samples):
+    module, base = shaken(training_module(KINDS[kind], LORA)), load_pipe(tiny)
     samples = [sample._replace(index=number) for number, sample in enumerate(samples)]
     found, expected = module(samples), torch.stack([by_hand(module, sample, base) for sample in samples])
     assert expected.min() > 1e-3 and len({*expected.tolist()}) == 3
@@ -76,15 +79,13 @@ def test_the_loss_and_its_gradient_are_their_formula(task, training_module, load
     assert list(module.roles.networks) == []  # no second copy of the base
 
 
+@pytest.mark.slow
 def test_from_prompts_alone_no_autoencoder_is_read(training_module):
     assert training_module(FROM_PROMPTS, LORA).pipe.vae is None
     assert training_module(FROM_IMAGES, LORA).pipe.vae is not None
 
 
-SCALES = [0.0, -1.0]
-
-
-@pytest.mark.parametrize("scale", SCALES)
+@pytest.mark.parametrize("scale", tiny.mostly_slow([0.0, -1.0], 0.0))
 def test_at_scale_0_nothing_changes_and_below_it_the_update_is_reversed(
     scale, training_module, load_pipe, tiny, tmp_path
 ):
