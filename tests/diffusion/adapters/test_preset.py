@@ -48,10 +48,11 @@ def test_it_trains_as_a_merged_preset_does(training_module, samples, tmp_path):
 
 
 def test_pictures_are_of_the_base_and_the_new_adapter_and_the_export_has_no_preset(
-    training_module, load_pipe, rows, tiny, tmp_path
+    training_module, load_pipe, rows, tiny, tmp_path, caplog
 ):
     module = training_module(lora=assistant(tmp_path))
-    file = train(module, rows, tmp_path)  # reads the export back and compares it with the adapter
+    file = train(module, rows, tmp_path)
+    assert "THIS EXPORT IS WRONG" not in caplog.text  # it was read back and compared with the adapter
     keys = load_file(file).keys()
     assert keys and not any(PRESET in key or ELSEWHERE in key for key in keys)
     pipe = load_pipe(tiny)
