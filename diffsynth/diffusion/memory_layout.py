@@ -73,7 +73,7 @@ def stored_models(module: "PipelineTrainingModule") -> list[str]:
     if is_merged and (both := {*names} & {*lora.models}):
         raise ValueError(
             f"lora.preset cannot be merged into {min(both)}, which is stored by memory.storage={recipe.storage}: "
-            f"{lora_files.ROUNDED_AWAY}"
+            f"{lora_files.ROUNDED_AWAY} lora.preset_in_sampling=false keeps it unmerged."
         )
     return names
 

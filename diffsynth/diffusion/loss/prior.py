@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ...core.data.dataset import REGULARISATION
 from ...core.host_memory import sent
-from ...core.ranges import NonNegativeFloat, check_fields
+from ...core.ranges import PositiveFloat, check_fields
 from ..adapters.lora import Adapter
 from ..base_pipeline import BasePipeline
 from ..distillation.roles import TEACHER, Roles, check_base_is_kept
@@ -31,7 +31,7 @@ class Prior:
             own images, as DreamBooth does.
     """
 
-    weight: NonNegativeFloat = 1.0
+    weight: PositiveFloat = 1.0
     target: Literal["base", "images"] = "base"
 
     def __post_init__(self):

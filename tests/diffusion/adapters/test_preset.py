@@ -108,6 +108,16 @@ def test_a_preset_of_another_kind_has_no_room_beside_the_adapter(training_module
 
 
 @pytest.mark.slow
+def test_it_may_stand_beside_stored_weights_into_which_it_could_not_be_merged(training_module, samples, tmp_path):
+    plain, stored = (shaken(training_module(lora=assistant(tmp_path), storage=storage)) for storage in ("none", "fp8"))
+    assert_close(stored(samples), plain(samples), atol=0.2)
+    with pytest.raises(
+        ValueError, match="lora.preset cannot be merged into dit, .* lora.preset_in_sampling=false keeps"
+    ):
+        training_module(lora=replace(assistant(tmp_path), preset_in_sampling=True), storage="fp8")
+
+
+@pytest.mark.slow
 def test_a_run_with_an_assistant_ends_and_resumes(tmp_path):
     file = adapter_file(tmp_path / "preset.safetensors", names=(LAYER,), width=128)
     options = [f"lora.preset={file}", "lora.preset_in_sampling=false", "checkpoint.every=2", "max_steps=5"]

@@ -5,12 +5,16 @@ import tiny
 import torch
 from resumed import assert_same_run, losses, uninterrupted
 from safetensors.torch import save_file
+from test_distillation import ADAPTED, DEFAULTS, FAMILIES, ROW
 from torch.testing import assert_close
 
+from diffsynth.core.data import Row, Sample
+from diffsynth.core.loader import ModelConfig
 from diffsynth.diffusion.adapters.lora import LoRA
 from diffsynth.diffusion.flow_match import interpolate
 from diffsynth.diffusion.loss import ConceptSlider
 from diffsynth.diffusion.randomness import SampleRNG
+from diffsynth.diffusion.training_module import PipelineTrainingModule
 
 LORA = LoRA(rank=2, target_modules=["to_q", "to_k"])
 PROMPTS = {"positive": "a color emoji of {prompt}", "negative": "a line emoji of {prompt}, black on white"}
@@ -108,6 +112,20 @@ def velocity(pipe) -> torch.Tensor:
     latents = torch.randn(1, 16, 4, 4, generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
         return pipe.predict(torch.tensor([500.0]), latents=latents, **embedded(pipe, "an owl"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_slides_at_the_guidance_that_it_is_sampled_with(family):
+    kind, folder, options = FAMILIES[family]
+    parts = {name: ModelConfig(path=str(folder() / part)) for name, part in tiny.COMPONENTS.items()}
+    pipe = kind.from_components(**parts, torch_dtype="float32", training=DEFAULTS, **options)
+    module = PipelineTrainingModule(pipe, FROM_PROMPTS, ADAPTED).load()
+    losses = module([Sample(Row(ROW), epoch=0, index=number) for number in range(2)])
+    losses.sum().backward()
+    assert losses.shape == (2,) and any(p.grad.any() for p in module.trainable_parameters() if p.grad is not None)
+    shared, _, _ = module.get_pipeline_inputs(Row(ROW))
+    assert shared.get("embedded_guidance") == pipe.complete({}).get("embedded_guidance")
 
 
 # What is refused ------------------------------------------------------------------------------------------------------
