@@ -21,6 +21,7 @@ NAMES = {
     "lora.preset={}": "preset_lora_path base_weights",
     "lora=none task.trainable_models=[{}]": "trainable_models",
     "task.extra_inputs=[{}]": "extra_inputs",
+    "task=prior": "with_prior_preservation prior_loss_weight class_data_dir reg_data_dir",
     "max_steps={}": "max_train_steps num_train_steps train_steps steps iterations",
     "max_steps=null num_epochs={}": "num_epochs num_train_epochs max_train_epochs epochs",
     "batch_size={}": "train_batch_size",

@@ -69,10 +69,11 @@ def stored_models(module: "PipelineTrainingModule") -> list[str]:
     recipe, pipe, lora = module.memory, module.pipe, module.lora
     models = {name: pipe.named_model(name) for name in pipe.built_models}
     names = choose_stored(recipe.storage, recipe.stored, models, module.trainable_models)
-    if lora and lora.preset and (both := {*names} & {*lora.models}):
+    is_merged = lora and lora.preset and lora.preset_in_sampling
+    if is_merged and (both := {*names} & {*lora.models}):
         raise ValueError(
             f"lora.preset cannot be merged into {min(both)}, which is stored by memory.storage={recipe.storage}: "
-            f"{lora_files.ROUNDED_AWAY}"
+            f"{lora_files.ROUNDED_AWAY} lora.preset_in_sampling=false keeps it unmerged."
         )
     return names
 

@@ -17,6 +17,7 @@ from ..core.data.dataset import TrainingData
 from ..core.memory import MemoryRecipe
 from .adapters import files as lora_files
 from .adapters.lora import Adapter, LoRA
+from .adapters.preset import without_preset
 from .base_pipeline import BasePipeline, batch_of
 from .controlnet.inputs import check_columns
 from .flow_match import TRAINING_STEPS
@@ -134,9 +135,10 @@ class DiffusionTrainingModule(nn.Module):
 
     def check_export(self, path: str | Path) -> None:
         """Read an adapter file back and compare it with the trained adapters; see `adapters.files.check_export`."""
-        for name, model in self.pipe.named_children():
-            if hasattr(model, "peft_config"):
-                lora_files.check_export(model, path, self.pipe.layer_names(name))
+        with without_preset(self.pipe):
+            for name, model in self.pipe.named_children():
+                if hasattr(model, "peft_config"):
+                    lora_files.check_export(model, path, self.pipe.layer_names(name))
 
 
 class PipelineTrainingModule(DiffusionTrainingModule):

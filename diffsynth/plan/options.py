@@ -106,7 +106,7 @@ class Options:
     @property
     def _possible_storages(self) -> Sequence[str]:
         run, configured = self.run, self.run.memory.storage
-        is_merged = run.lora is not None and run.lora.preset is not None
+        is_merged = run.lora is not None and run.lora.preset is not None and run.lora.preset_in_sampling
         is_fixed = configured != "none" or self.module.trainable_models or is_merged or run.engine != "ddp"
         return [configured] if is_fixed else list(DECODING)
 

@@ -29,6 +29,7 @@ def check_run(run: "Run", engine: Engine) -> None:
     check_one_folder(run.run_dir)
     layout = BatchLayout(run.batch_size, run.micro_batch_size, engine.replicas)
     scan(run.dataset, run.media, run.task, run.template)
+    check_regularisation(run.dataset, run.task)
     for dataset in run.validation.datasets.values():
         scan(dataset, run.media, run.task, run.template)
     if run.samples is None:  # the first few may have one size
@@ -66,6 +67,19 @@ def scan(dataset: TrainingData, media: "Media", task: "Objective", template: "Te
     """Prepare a data set for the task, then check its rows; see `TrainingData.scan`."""
     prepare_data(dataset, task, template)
     dataset.scan(required=required_columns(media, task, template))
+
+
+def check_regularisation(dataset: TrainingData, task: "Objective") -> None:
+    """Refuse a task with a loss for rows of regularisation, of which the data set has none.
+
+    Raises:
+        ValueError: It has none; the message says how to name them.
+    """
+    if task.reads_regularisation and not dataset.has_regularisation:
+        raise ValueError(
+            f"{dataset.metadata_path} has no rows for regularisation, which task=prior needs; choose dataset=mixed and "
+            "name some of its data sets: dataset.regularisation=[class_images]."
+        )
 
 
 def check_one_size(dataset: TrainingData, micro_batch_size: int) -> None:

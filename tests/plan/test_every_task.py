@@ -15,6 +15,8 @@ GIVEN = ["teacher=none"]  # the data set's images take the place of the teacher'
 TASKS = {
     "sft": [],
     "full": ["lora=none"],
+    "prior": [],
+    "slider": ["task.positive=bright", "task.negative=dark"],
     "distill/dmd2": GIVEN,
     "distill/add": GIVEN,
     "distill/hyper_sd": GIVEN,

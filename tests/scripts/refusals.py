@@ -143,6 +143,8 @@ REFUSALS = {
         Refusal("train.py lora=none export.formats=[comfyui]"),
         Refusal("train.py checkpoint.path=FOLDER/file/checkpoints", {"file": ""}),
         Refusal("train.py dataset=prompts dataset.path=FOLDER/prompts.txt", {"prompts.txt": "a cat\n"}),
+        Refusal("train.py task=prior"),
+        Refusal("train.py task=slider task.positive=old task.negative=young lora=none"),
     ],
     "Pictures, tables and prompts": [
         Refusal("generate.py input_image=FOLDER/gone.png"),

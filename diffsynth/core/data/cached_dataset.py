@@ -10,7 +10,7 @@ from ..input_files import InputFile
 from ..json_text import fits, parse
 from ..ranges import Repeat, Side, Workers
 from .cache import CacheIndex, DamagedCache
-from .dataset import Row, TrainingData
+from .dataset import REGULARISATION, Row, TrainingData
 from .operators.augmentation import Augmentation, AugmentationChoice
 from .operators.unread import Unread
 from .order.addresses import SampleAddress
@@ -83,6 +83,10 @@ class CachedDataset(TrainingData):
         record = self.index.record(address.index)
         choice = self.augmentation.choose(record["weights"], seed, address)
         return self._load(record, choice), choice.variant
+
+    @property
+    def has_regularisation(self) -> bool:
+        return REGULARISATION in self._variant(self.index.record(0), "")["row"]  # all rows have it, or none
 
     @property
     def own_sizes(self) -> set[tuple[int, int]]:

@@ -18,6 +18,7 @@ from .scan import SkippedRow
 
 # Of each GPU; a guess: one core decodes and shrinks a JPEG of 2048² pixels in 0.14 s (measured 2026-11-30).
 DEFAULT_WORKERS = 2
+REGULARISATION = "regularisation"  # column of a mixture: whether a row is there to keep what the model knows
 
 
 class Row(dict):
@@ -50,6 +51,7 @@ class TrainingData(Dataset):
         has_images: Whether the samples have images to learn from; a data set of prompts has empty ones.
         needs_encoders: Whether the run has to load encoders; a cache has their outputs already.
         own_sizes: Image sizes (width, height) in pixels, if they differ from sample to sample within a batch.
+        has_regularisation: Whether rows say, in the column `REGULARISATION`, that they are there for regularisation.
         undecodable: Whether each row failed to decode (N,), bool; empty if the data set does not keep count.
     """
 
@@ -59,6 +61,7 @@ class TrainingData(Dataset):
     num_workers: int | None = 0
     has_images = True
     needs_encoders = True
+    has_regularisation = False
     own_sizes: Set[Size] = frozenset()
     undecodable: Tensor = torch.zeros(0, dtype=torch.bool)
 

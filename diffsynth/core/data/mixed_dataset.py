@@ -12,7 +12,7 @@ import torch
 
 from ..input_files import InputFile
 from ..ranges import PositiveFloat, Workers
-from .dataset import TrainingData
+from .dataset import REGULARISATION, TrainingData
 from .operators.unread import Variants
 from .order.addresses import SampleAddress
 from .order.buckets import Size
@@ -30,10 +30,13 @@ class MixedDataset(TrainingData):
         datasets: The data sets by name.
         weights: How often an epoch shows each sample of a data set, by name; 1 by default. 2.5 shows each sample 2 or 3
             times, 0.1 shows a different tenth of the samples in each epoch. A data set's own `repeat` multiplies this.
+        regularisation: Names of the data sets whose samples are there to keep what the model knows. If there are any,
+            every row says in its column `REGULARISATION` whether it is of one of them.
         num_workers: See `TrainingData`.
 
     Raises:
-        ValueError: There is no data set, one cannot be mixed, a weight is not positive, or its name is unknown.
+        ValueError: There is no data set, one cannot be mixed, a weight is not positive, a name is unknown, or all data
+            sets are for regularisation.
     """
 
     def __init__(
@@ -41,7 +44,9 @@ class MixedDataset(TrainingData):
         datasets: Mapping[str, UnifiedDataset],
         weights: Mapping[str, PositiveFloat] | None = None,
         num_workers: Workers | None = None,
+        regularisation: Sequence[str] = (),
     ):
+        self.regularisation = tuple(regularisation)
         self._datasets, self.num_workers = dict(datasets), num_workers
         self.weights = dict.fromkeys(datasets, 1) | dict(weights or {})
         self._check()
@@ -65,18 +70,23 @@ class MixedDataset(TrainingData):
         return sum(dataset.size for dataset in self.datasets.values())
 
     @property
+    def has_regularisation(self) -> bool:
+        return bool(self.regularisation)
+
+    @property
     def own_sizes(self) -> set[Size]:
         return set().union(*(dataset.own_sizes for dataset in self.datasets.values()))
 
     def __getitem__(self, index: int) -> dict:
         """Sample `index` with its files loaded and without augmentation."""
         with self._dataset_of(index) as (dataset, number):
-            return dataset[number]
+            return self._marked(dataset[number], dataset)
 
     def sample(self, address: SampleAddress, seed: int) -> tuple[dict, str | None]:
         """The sample at an address of a run, randomly augmented, and the name of its augmentation variant."""
         with self._dataset_of(address.index) as (dataset, number):
-            return dataset.sample(address, seed, number)
+            row, variant = dataset.sample(address, seed, number)
+            return self._marked(row, dataset), variant
 
     def variant_at(self, address: SampleAddress, seed: int) -> str | None:
         """See `UnifiedDataset.variant_at`."""
@@ -109,7 +119,10 @@ class MixedDataset(TrainingData):
     def variants(self, number: int) -> Variants:
         """All augmentation variants of sample `number`; see `UnifiedDataset.variants`."""
         with self._dataset_of(number) as (dataset, own_number):
-            return dataset.variants(own_number)
+            found = dataset.variants(own_number)
+            for row in found.rows.values():
+                self._marked(row, dataset)
+            return found
 
     def scan(self, required: Sequence[str] = ()) -> list[SkippedRow]:
         """See `UnifiedDataset.scan`."""
@@ -119,9 +132,9 @@ class MixedDataset(TrainingData):
         return self.skipped
 
     def fingerprint(self) -> str:
-        """A hash (16 hex digits) of the data sets' fingerprints, names and order."""
+        """A hash (16 hex digits) of the data sets' fingerprints, names and order, and of `regularisation`."""
         fingerprints = [(name, dataset.fingerprint()) for name, dataset in self.datasets.items()]
-        return blake2b(repr(fingerprints).encode(), digest_size=8).hexdigest()
+        return blake2b(repr([*fingerprints, *self.regularisation]).encode(), digest_size=8).hexdigest()
 
     def input_files(self) -> dict[str, InputFile]:
         """The files of the data sets, each under its data set's name."""
@@ -137,6 +150,12 @@ class MixedDataset(TrainingData):
     def write_skipped(self, path: str | Path) -> None:
         """Write `skipped` as JSON lines and log how many rows there are."""
         write_skipped(path, self.skipped, len(self.undecodable), self.metadata_path)
+
+    def _marked(self, row: dict, dataset: UnifiedDataset) -> dict:
+        """A row of a data set, which says whether it is for regularisation if any data set is."""
+        if self.has_regularisation:
+            row[REGULARISATION] = any(dataset is self.datasets[name] for name in self.regularisation)
+        return row
 
     @contextmanager
     def _dataset_of(self, number: int) -> Iterator[tuple[UnifiedDataset, int]]:
@@ -162,6 +181,13 @@ class MixedDataset(TrainingData):
                 raise ValueError(f"dataset.datasets.{name} is a {kind}; expected a data set such as image_folder")
         if unknown := sorted(self.weights.keys() - self.datasets.keys()):
             raise ValueError(f"dataset.weights names {unknown[0]!r}; expected one of {', '.join(self.datasets)}")
+        if unknown := sorted({*self.regularisation} - self.datasets.keys()):
+            raise ValueError(f"dataset.regularisation names {unknown[0]!r}; expected one of {', '.join(self.datasets)}")
+        if self.datasets.keys() <= {*self.regularisation}:
+            raise ValueError(
+                f"dataset.regularisation names {', '.join(self.datasets)}, which is every data set; take out those "
+                "that teach something new"
+            )
         if unshown := [name for name, weight in self.weights.items() if weight <= 0]:
             raise ValueError(
                 f"dataset.weights.{unshown[0]} is {self.weights[unshown[0]]}; set it above 0, or remove {unshown[0]} "

@@ -177,12 +177,20 @@ def _check_shapes(name: str, parts: Parts, weight: torch.Size, path: str | Path)
         )
 
 
-def load(module: nn.Module, path: str | Path, names: LayerNames, scale: float = 1.0, fuse: bool = False) -> None:
+def load(
+    module: nn.Module,
+    path: str | Path,
+    names: LayerNames,
+    scale: float = 1.0,
+    fuse: bool = False,
+    adapter: str | None = None,
+) -> None:
     """Add an adapter file to a model as a frozen adapter.
 
     Args:
         scale: Factor of the adapter's update.
         fuse: Merge the adapter into the model's weights instead of keeping it; the model may have no other adapter yet.
+        adapter: Name of the adapter; None numbers it.
 
     Raises:
         ValueError: The file does not fit the model, or cannot be merged into it.
@@ -193,7 +201,7 @@ def load(module: nn.Module, path: str | Path, names: LayerNames, scale: float = 
         raise ValueError(f"{path} cannot be merged into weights that are stored in fewer bits: {ROUNDED_AWAY}")
     tensors = read(path, names, module)
     config = infer_config(tensors, path)
-    adapter = f"lora_{len(getattr(module, 'peft_config', {}))}"
+    adapter = adapter or f"lora_{len(getattr(module, 'peft_config', {}))}"
     trainable = [parameter for parameter in module.parameters() if parameter.requires_grad]
     inject_adapter_in_model(config, module, adapter_name=adapter)
     fill(module, tensors, adapter, path)
@@ -221,7 +229,8 @@ def fill(module: nn.Module, tensors: Mapping[str, Tensor], adapter: str, path: s
                 f"{path}: {key} is {found}, the adapter has {expected}; "
                 "set lora.rank and lora.target_modules to those the file was trained with."
             )
-    set_peft_model_state_dict(module, dict(tensors), adapter_name=adapter)
+    if not any(parameter.is_meta for parameter in module.parameters()):  # a plan has shapes alone
+        set_peft_model_state_dict(module, dict(tensors), adapter_name=adapter)
 
 
 def merge(module: nn.Module, adapter: str) -> None:

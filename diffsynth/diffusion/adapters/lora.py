@@ -19,6 +19,7 @@ from torch import nn
 from ...core.ranges import FractionBelowOne, PositiveFloat, PositiveInt, check_fields
 from .files import fill, infer_config, load, read
 from .formats import kind, scale
+from .preset import PRESET, activate, has_preset
 from .update import scaled_layers
 
 if TYPE_CHECKING:
@@ -40,7 +41,9 @@ class Adapter:
         target_modules: Ends of layer names, one regular expression over full names, or `all-linear`; a mapping if it
             differs by model; None takes each model's defaults.
         checkpoint: Adapter file that the new adapter starts from; it computes what the file does, whatever its alpha.
-        preset: Adapter file merged into the frozen weights first, so that the new adapter learns the difference.
+        preset: Adapter file added to the frozen weights first, so that the new adapter learns the difference.
+        preset_in_sampling: Whether images that are sampled during the training have the preset. If so, it is merged
+            into the weights; otherwise it stays an adapter of its own. Exports never contain it.
     """
 
     rank: PositiveInt = 32
@@ -49,6 +52,7 @@ class Adapter:
     target_modules: Mapping[str, Sequence[str] | str] | Sequence[str] | str | None = None
     checkpoint: str | None = None
     preset: str | None = None
+    preset_in_sampling: bool = True
 
     def __post_init__(self):
         check_fields(self, "lora.")
@@ -72,6 +76,8 @@ class Adapter:
                 tensors = read(path, pipe.layer_names(name), pipe.named_model(name))
                 if path == self.checkpoint:
                     self.check_start(infer_config(tensors, path), path)
+                elif not self.preset_in_sampling:
+                    self.check_beside(infer_config(tensors, path), path)
 
     def check_rank(self, module: nn.Module, targets: Sequence[str], key: str = "lora.rank") -> None:
         """Refuse a rank above the full rank of every layer, where it gains nothing; warn if it is above some layers'.
@@ -104,13 +110,24 @@ class Adapter:
         if found.r != ours.r and not isinstance(ours, LoKrConfig):
             raise ValueError(f"{path} has lora.rank={found.r}, this run {ours.r}; set lora.rank={found.r}.")
 
+    def check_beside(self, found: PeftConfig, path: str | Path) -> None:
+        """Refuse a preset that stays unmerged, but cannot stand beside the new adapter in one layer."""
+        ours = self.peft_config([])
+        if found.peft_type != ours.peft_type:
+            raise ValueError(
+                f"{path} has an adapter of the kind {kind(found)}, beside which a layer has no room for this run's "
+                f"{kind(ours)}; set lora={kind(found).lower()}, or lora.preset_in_sampling=true, which merges it."
+            )
+
     def inject(self, pipe: "BasePipeline", seed: int) -> None:
         """Add trainable fp32 adapters to the pipeline's models; their initial values depend on `seed` alone."""
         for name in self.models:
-            module, names = pipe.named_model(name), pipe.layer_names(name)
+            module, names, targets = pipe.named_model(name), pipe.layer_names(name), self.targets(pipe, name)
             if self.preset:
-                load(module, self.preset, names, fuse=True)
-            self.add(module, self.targets(pipe, name), seed)
+                load(module, self.preset, names, fuse=self.preset_in_sampling, adapter=PRESET)
+            self.add(module, targets, seed)
+            if has_preset(module):
+                activate(module, [PRESET, "default"])
             if self.checkpoint:
                 # Divided by this run's scale, so that the first step computes what the file does.
                 start = scaled_layers(read(self.checkpoint, names, module), 1 / scale(module.peft_config["default"]))

@@ -6,7 +6,7 @@ score an adapter of that copy.
 """
 
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import NamedTuple
@@ -20,6 +20,7 @@ from ...core.memory.storage import restore
 from ...core.ranges import LearningRate, PositiveInt
 from ..adapters import files as lora_files
 from ..adapters.lora import Adapter, LoRA
+from ..adapters.preset import PRESET
 from ..base_pipeline import BasePipeline
 from ..flow_match import TRAINING_STEPS
 from ..trained import MODEL
@@ -44,11 +45,15 @@ class FakeScore:
 
 
 class AdaptedNetwork:
-    """One network with several adapters, one active at a time; `parameters` are all its trainable parameters."""
+    """One network with several adapters, of which one is active at a time, and an unmerged preset always.
+
+    `parameters` are all its trainable parameters.
+    """
 
     def __init__(self, network: nn.Module, adapter: str | None):
         self.network = network
         self.layers = [layer for layer in network.modules() if isinstance(layer, BaseTunerLayer)]
+        self.preset = [parameter for name, parameter in network.named_parameters() if PRESET in name.split(".")]
         self.parameters = [parameter for parameter in network.parameters() if parameter.requires_grad]
         self.state: tuple[str | None, bool] | None = None  # the active adapter, and whether gradients reach it
         self.activate(adapter, trained=True)
@@ -57,12 +62,15 @@ class AdaptedNetwork:
         """Activate one adapter, or none; gradients reach the trainable parameters only if `trained`."""
         if (adapter, trained) == self.state:
             return
+        active = [name for name in (PRESET if self.preset else None, adapter) if name is not None]
         for layer in self.layers:
-            layer.enable_adapters(adapter is not None)
-            if adapter is not None:
-                layer.set_adapter(adapter)
+            layer.enable_adapters(bool(active))
+            if active:
+                layer.set_adapter(active)
         for parameter in self.parameters:  # `set_adapter` and `enable_adapters` change these flags
             parameter.requires_grad_(trained)
+        for parameter in self.preset:
+            parameter.requires_grad_(False)
         self.state = adapter, trained
 
     @contextmanager
@@ -171,6 +179,31 @@ class Roles:
         for name, parameter in named.items():
             parts[role_of.get(id(parameter), MODEL)][name] = parameter
         return parts
+
+
+def check_base_is_kept(
+    setting: str, pipe: BasePipeline, lora: Adapter | None, trainable_models: Sequence[str] | None, remedy: str
+) -> None:
+    """Refuse a training after which the base is not what remains without the adapter.
+
+    Args:
+        setting: What needs the base, for the error.
+        remedy: What else to do than to train an adapter alone.
+
+    Raises:
+        ValueError: There is no adapter, or it is not the only one that changes what the network predicts.
+    """
+    network = pipe.in_iteration_models[0]
+    if lora is None:
+        raise ValueError(
+            f"{setting} needs the base as it was, which full training (lora=none) overwrites; set lora=lora, {remedy}."
+        )
+    changed = sorted({*lora.models, *(trainable_models or ())} - {network})
+    if changed or trainable_models:
+        raise ValueError(
+            f"{setting} needs the base as it was, but {', '.join(changed) or network} is trained as well; set "
+            f"lora.models=[{network}] and task.trainable_models=null, {remedy}."
+        )
 
 
 def adapter_of(fake_score: FakeScore, lora: Adapter | None, name: str) -> Adapter:

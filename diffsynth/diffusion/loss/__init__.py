@@ -11,6 +11,8 @@ from .flow_match_sft import FlowMatchSFT, FlowMatchSFTLoss
 from .hyper_sd import HyperSD
 from .lcm import LatentConsistency
 from .mask_weights import MaskWeights
+from .prior import Prior, PriorPreservation
+from .slider import ConceptSlider
 from .trajectory import TrajectoryImitation
 
 __all__ = [
@@ -18,6 +20,7 @@ __all__ = [
     "HyperSD",
     "LatentConsistency",
     "AutoencoderLoss",
+    "ConceptSlider",
     "DMD2",
     "DirectDistill",
     "DirectDistillLoss",
@@ -27,6 +30,8 @@ __all__ = [
     "MaskWeights",
     "TrainProgress",
     "Objective",
+    "Prior",
+    "PriorPreservation",
     "RoleDistillation",
     "TrajectoryImitation",
 ]

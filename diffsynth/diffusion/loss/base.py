@@ -45,6 +45,7 @@ class Objective:
         False  # whether a student learns to sample in few steps, so that distill.py can run it
     )
     teacher: "ClassVar[Teacher | None]" = None  # how a teacher samples the images to learn from; None: none does
+    reads_regularisation: ClassVar[bool] = False  # whether rows for regularisation have a loss of their own
     optional_columns: ClassVar[Sequence[str]] = ()  # columns that are extra inputs of the rows that have them
 
     def __call__(self, pipe: "BasePipeline", rng: SampleRNG | GlobalRNG | None = None, **inputs) -> Tensor:
@@ -140,3 +141,9 @@ class Objective:
     def learning_rate(self, role: str) -> float | None:
         """Learning rate of a role; None takes the model's."""
         return None
+
+
+def sampled_with(pipe: "BasePipeline") -> dict[str, Any]:
+    """Defaults of the request that are parameters of `model_fn`, such as an embedded guidance scale."""
+    named = inspect.signature(pipe.model_fn).parameters.keys() & pipe.call_defaults.keys()
+    return {name: pipe.call_defaults[name] for name in sorted(named) if pipe.call_defaults[name] is not None}

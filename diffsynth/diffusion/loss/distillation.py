@@ -1,6 +1,5 @@
 """`Distillation` and `RoleDistillation`: the base classes of the objectives that train a student of few steps."""
 
-import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
@@ -17,7 +16,7 @@ from ..distillation.teacher_sampler import TeacherSampler
 from ..pipeline.units import PipelineUnit, required_units
 from ..randomness import GlobalRNG, SampleRNG
 from ..trained import MODEL, TrainProgress
-from .base import Objective
+from .base import Objective, sampled_with
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,9 +89,7 @@ class Distillation(Objective):
         return super().wanted_inputs(pipe) | {"latents", "input_latents", "height", "width"}
 
     def sampling_inputs(self, pipe: BasePipeline) -> dict[str, Any]:
-        """Defaults of the request that are parameters of `model_fn`, such as an embedded guidance scale."""
-        named = inspect.signature(pipe.model_fn).parameters.keys() & pipe.call_defaults.keys()
-        return {name: pipe.call_defaults[name] for name in sorted(named) if pipe.call_defaults[name] is not None}
+        return sampled_with(pipe)
 
     def check_row(self, row: Mapping) -> None:
         if float(row.get("cfg_scale", 1)) != 1:

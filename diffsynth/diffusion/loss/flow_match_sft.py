@@ -68,9 +68,19 @@ class FlowMatchSFT(Objective):
         weight = self.weighting(pipe.scheduler, sigma)  # before the networks: a GPU would have to end them first
         timestep, sigma, weight = sent(torch.stack([timestep, sigma, weight]), clean.device)
         noise = rng.normal("noise", clean)
-        velocity = pipe.predict(timestep, **{**inputs, "latents": interpolate(clean, noise, sigma)})
+        noisy = interpolate(clean, noise, sigma)
+        target = self.target(pipe, noise - clean, timestep, **{**inputs, "latents": noisy})
+        velocity = pipe.predict(timestep, **{**inputs, "latents": noisy})
         weights = None if loss_mask is None else self.mask(loss_mask)
-        return mean_where((velocity.float() - (noise - clean)).pow(2), weights) * weight
+        return mean_where((velocity.float() - target).pow(2), weights) * weight
+
+    def target(self, pipe: BasePipeline, velocity: Tensor, timestep: Tensor, **inputs) -> Tensor:
+        """The velocity (B, …) to learn at timesteps (B,) in [0, 1000]; `velocity` is ε - x₀ (B, …).
+
+        Args:
+            inputs: Among them the noisy `latents` (B, …).
+        """
+        return velocity
 
     def sample_timesteps(
         self, scheduler: FlowMatchScheduler, rng: SampleRNG | GlobalRNG, dtype: torch.dtype = torch.bfloat16

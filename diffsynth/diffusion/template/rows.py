@@ -89,8 +89,14 @@ def prepare_data(dataset: TrainingData, task: Objective, template: Template | No
     """Configure a data set for a training: no resizing if the objective forbids it, and how to read template inputs.
 
     Raises:
-        ValueError: Augmentation would change images that the objective needs as they are, or there are no images.
+        ValueError: Augmentation would change images that the objective needs as they are, there are no images, or the
+            objective knows no rows for regularisation.
     """
+    if dataset.has_regularisation and not task.reads_regularisation:
+        raise ValueError(
+            f"{dataset.metadata_path} has rows for regularisation, which {type(task).__name__} would train like all "
+            "others; set task=prior, or leave dataset.regularisation out (of a cache: make it again without)."
+        )
     for own in dataset.datasets.values():
         if not own.has_images and task.reads_images and task.teacher is None:
             raise ValueError(

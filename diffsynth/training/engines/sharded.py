@@ -31,8 +31,8 @@ class ShardedEngine(Engine):
         made = getattr(optimizer, "func", optimizer)
         if module.task.has_roles:
             raise ValueError(
-                f"{type(module.task).__name__} trains several roles, each with its own optimizer, but {self.name} "
-                f"supports only one optimizer; {ALTERNATIVE}"
+                f"{type(module.task).__name__} predicts in several roles, each with its own adapter and optimizer, but "
+                f"{self.name} supports only one; {ALTERNATIVE}"
             )
         if not (made.__module__.startswith("torch.optim") and made.__name__ in ELEMENTWISE):
             raise ValueError(

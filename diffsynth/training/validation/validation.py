@@ -20,6 +20,7 @@ from ...core.files import going_on_without
 from ...core.pictures import row, save_png, stack
 from ...core.ranges import NonNegativeInt, PositiveInt, Seed, check_fields
 from ...core.sharing import share
+from ...diffusion.adapters.preset import without_preset
 from ...diffusion.pipeline.generation import warn_of_ignored, with_images
 from ...diffusion.pipeline.remembered import UnitMemory
 from ...diffusion.randomness import StratifiedRNG
@@ -152,7 +153,7 @@ class Validation:
         values, pictures = {}, {}
         module = accelerator.unwrap_model(state.model)
         if self.few_steps and state.step == 0:
-            with state.engine.evaluating(), module.pipe.sampling():
+            with state.engine.evaluating(), module.pipe.sampling(), without_preset(module.pipe):
                 values |= self.few_steps.start(module, self.path)
         for weights in self.weights:
             prefix = "" if weights == "raw" else f"{weights}_"
@@ -167,10 +168,11 @@ class Validation:
     ) -> tuple[dict[str, float], dict[str, Path]]:
         """Evaluate one set of weights; `prefix` starts the names of its pictures."""
         values, pictures = {}, {}
-        with module.pipe.sampling() as pipe:
-            for name, dataset in self.datasets.items():  # losses first, because sampling changes the noise levels
+        with module.pipe.sampling():
+            for name, dataset in self.datasets.items():
                 losses = self.losses(module, dataset)
                 values |= {f"{name}_{key}": value for key, value in losses.items()}
+        with module.pipe.sampling() as pipe, without_preset(pipe):
             for name, dataset in self.datasets.items() if self.metrics else ():
                 measured = self.measure(module, dataset)
                 values |= {f"{name}_{key}": value for key, value in measured.items()}

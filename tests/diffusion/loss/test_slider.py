@@ -1,0 +1,171 @@
+"""Concept sliders: the loss by hand, the prompts of a row, and what the scale of the adapter does."""
+
+import pytest
+import tiny
+import torch
+from resumed import assert_same_run, losses, uninterrupted
+from safetensors.torch import save_file
+from test_distillation import ADAPTED, DEFAULTS, FAMILIES, ROW
+from torch.testing import assert_close
+
+from diffsynth.core.data import Row, Sample
+from diffsynth.core.loader import ModelConfig
+from diffsynth.diffusion.adapters.lora import LoRA
+from diffsynth.diffusion.flow_match import interpolate
+from diffsynth.diffusion.loss import ConceptSlider
+from diffsynth.diffusion.randomness import SampleRNG
+from diffsynth.diffusion.training_module import PipelineTrainingModule
+
+LORA = LoRA(rank=2, target_modules=["to_q", "to_k"])
+PROMPTS = {"positive": "a color emoji of {prompt}", "negative": "a line emoji of {prompt}, black on white"}
+FROM_IMAGES = ConceptSlider(**PROMPTS, target="an emoji of {prompt}", strength=1.5, num_inference_steps=None)
+FROM_PROMPTS = ConceptSlider(**PROMPTS, strength=1.5, num_inference_steps=3)
+
+
+def embedded(pipe, prompt: str) -> dict:
+    """The network's inputs for one prompt."""
+    tokens = {name: tensor for name, tensor in pipe.tokenize(prompt).items()}
+    text = pipe.text_encoder(**tokens, output_hidden_states=True).hidden_states[-1][:, 34:]
+    return {"prompt_emb": text, "prompt_emb_mask": None}
+
+
+def by_hand(module, sample, base) -> torch.Tensor:
+    """mean ‖v_θ(x_t, c) - (v(x_t, c) + η (v(x_t, c₊) - v(x_t, c₋)))‖², x_t a noised image or on the base's path.
+
+    Args:
+        base: A pipeline without adapters.
+    """
+    task, row = module.task, sample.data
+    rng = SampleRNG(module.seed, [(sample.epoch, sample.index)])
+    prompts = [text.replace("{prompt}", row["prompt"]) for text in (task.target, task.positive, task.negative)]
+    with torch.no_grad():
+        asked = [embedded(base, prompt) for prompt in prompts]
+        if task.num_inference_steps is None:
+            sigma = task.timesteps(module.pipe.scheduler, rng.uniform("timestep"))
+            pixels = base.preprocess_image(row["image"])
+            clean = base.vae.encode(pixels)
+            latents = interpolate(clean, rng.normal("noise", clean), sigma)
+        else:
+            request = {"height": row["image"].height, "width": row["image"].width}
+            with base.sampling_steps({**request, "num_inference_steps": 3}) as scheduler:
+                count = int(rng.uniform("timestep") * 3)
+                latents = rng.normal("noise", torch.empty(1, 16, row["image"].height // 8, row["image"].width // 8))
+                for step in range(count):
+                    velocity = base.predict(scheduler.timesteps[step : step + 1], latents=latents, **asked[0])
+                    latents = scheduler.step(velocity, step, latents)
+                sigma = scheduler.sigmas[count : count + 1]
+        kept, positive, negative = (base.predict(sigma * 1000, latents=latents, **inputs) for inputs in asked)
+    moved = module.pipe.predict(sigma * 1000, latents=latents, **asked[0])
+    return (moved - (kept + 1.5 * (positive - negative))).pow(2).mean()
+
+
+def shaken(module):
+    """A module whose adapter changes the velocity."""
+    generator = torch.Generator().manual_seed(0)
+    for parameter in module.trainable_parameters():
+        parameter.data += 0.2 * torch.randn(parameter.shape, generator=generator)
+    return module
+
+
+KINDS = {"images": FROM_IMAGES, "prompts": FROM_PROMPTS}
+
+
+@pytest.mark.parametrize("kind", tiny.mostly_slow(KINDS, "prompts"))
+def test_the_loss_and_its_gradient_are_their_formula(kind, training_module, load_pipe, tiny, samples):
+    module, base = shaken(training_module(KINDS[kind], LORA)), load_pipe(tiny)
+    samples = [sample._replace(index=number) for number, sample in enumerate(samples)]
+    found, expected = module(samples), torch.stack([by_hand(module, sample, base) for sample in samples])
+    assert expected.min() > 1e-3 and len({*expected.tolist()}) == 3
+    assert_close(found, expected, atol=1e-5, rtol=1e-4)
+    gradients = [torch.autograd.grad(each.sum(), module.trainable_parameters()) for each in (found, expected)]
+    for own, other in zip(*gradients, strict=True):
+        assert_close(own, other, atol=1e-5, rtol=1e-3)
+    assert list(module.roles.networks) == []  # no second copy of the base
+
+
+@pytest.mark.slow
+def test_from_prompts_alone_no_autoencoder_is_read(training_module):
+    assert training_module(FROM_PROMPTS, LORA).pipe.vae is None
+    assert training_module(FROM_IMAGES, LORA).pipe.vae is not None
+
+
+@pytest.mark.parametrize("scale", tiny.mostly_slow([0.0, -1.0], 0.0))
+def test_at_scale_0_nothing_changes_and_below_it_the_update_is_reversed(
+    scale, training_module, load_pipe, tiny, tmp_path
+):
+    module = shaken(training_module(FROM_PROMPTS, LORA))
+    tensors, metadata = module.export_weights()["lora"]
+    save_file(
+        {name: tensor.contiguous() for name, tensor in tensors.items()}, tmp_path / "slider.safetensors", metadata
+    )
+    pipe, base = load_pipe(tiny), load_pipe(tiny)
+    pipe.load_lora("dit", tmp_path / "slider.safetensors", alpha=scale)
+    for name, layer in module.pipe.dit.named_modules():
+        if hasattr(layer, "get_delta_weight") and "default" in layer.lora_A:
+            base.dit.get_submodule(name).weight.data += scale * layer.get_delta_weight("default").detach()
+    found, expected = (velocity(each) for each in (pipe, base))
+    assert_close(found, expected, atol=1e-4, rtol=1e-4)
+    assert scale or torch.equal(found, velocity(load_pipe(tiny)))
+
+
+def velocity(pipe) -> torch.Tensor:
+    latents = torch.randn(1, 16, 4, 4, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        return pipe.predict(torch.tensor([500.0]), latents=latents, **embedded(pipe, "an owl"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_slides_at_the_guidance_that_it_is_sampled_with(family):
+    kind, folder, options = FAMILIES[family]
+    parts = {name: ModelConfig(path=str(folder() / part)) for name, part in tiny.COMPONENTS.items()}
+    pipe = kind.from_components(**parts, torch_dtype="float32", training=DEFAULTS, **options)
+    module = PipelineTrainingModule(pipe, FROM_PROMPTS, ADAPTED).load()
+    losses = module([Sample(Row(ROW), epoch=0, index=number) for number in range(2)])
+    losses.sum().backward()
+    assert losses.shape == (2,) and any(p.grad.any() for p in module.trainable_parameters() if p.grad is not None)
+    shared, _, _ = module.get_pipeline_inputs(Row(ROW))
+    assert shared.get("embedded_guidance") == pipe.complete({}).get("embedded_guidance")
+
+
+# What is refused ------------------------------------------------------------------------------------------------------
+
+
+def test_a_slider_is_an_adapter_between_two_prompts(training_module):
+    with pytest.raises(ValueError, match=r"task=slider needs the base as it was, which full training \(lora=none\)"):
+        training_module(FROM_PROMPTS)
+    with pytest.raises(ValueError, match="task.positive and task.negative are both 'a cat'; expected two prompts"):
+        ConceptSlider(positive="a cat", negative="a cat")
+
+
+# Runs -----------------------------------------------------------------------------------------------------------------
+
+PAIR = ["task.positive='a bright {prompt}'", "task.negative='a dark {prompt}'"]
+RUN = ["task=slider", *PAIR, "task.num_inference_steps=2"]
+
+
+@pytest.fixture(scope="module")
+def prompts(tmp_path_factory) -> list[str]:
+    """A data set of prompts of several lengths."""
+    file = tmp_path_factory.mktemp("prompts") / "prompts.txt"
+    file.write_text("red apple\nowl\na very old lighthouse\nrocket\n")
+    return ["dataset=prompts", f"dataset.path={file}", "dataset.height=32", "dataset.width=32"]
+
+
+@pytest.mark.slow
+def test_a_run_of_prompts_is_the_same_from_a_cache(prompts, tmp_path):
+    plain = tiny.train(tmp_path / "plain", *prompts, *RUN)
+    tiny.make_cache(tmp_path / "cache", *prompts, *RUN)
+    cached = tiny.train(tmp_path / "two", "dataset=cache", f"dataset.path={tmp_path}/cache", *RUN)
+    assert_close(losses(cached), losses(plain), rtol=1e-5, atol=1e-6)
+    with pytest.raises(ValueError, match="bright"):
+        tiny.train(
+            tmp_path, "dataset=cache", f"dataset.path={tmp_path}/cache", *RUN, "task.positive='a light {prompt}'"
+        )
+
+
+@pytest.mark.slow
+def test_a_run_that_was_cut_off_goes_on_as_if_nothing_had_been(prompts, tmp_path):
+    options = [*prompts, *RUN, "checkpoint.every=2", "max_steps=5"]
+    tiny.cut_off(2, tmp_path, *options)
+    assert_same_run(tiny.train(tmp_path, *options), uninterrupted(*options))
