@@ -72,10 +72,13 @@ def text_encoder() -> Mistral3Model:
     return model
 
 
-def sampled_by_diffusers(requests: list[dict], noise: Tensor) -> Tensor:
-    """The latents (B, 128, h, w) that ErnieImagePipeline samples for some requests."""
+def sampled_by_diffusers(requests: list[dict], noise: Tensor, lora: Path | None = None) -> Tensor:
+    """The latents (B, 128, h, w) that ErnieImagePipeline samples for some requests, with a LoRA file."""
     first = requests[0]
-    return loaded(diffusers.ErnieImagePipeline, folder())(
+    pipe = loaded(diffusers.ErnieImagePipeline, folder())
+    if lora is not None:
+        pipe.load_lora_weights(lora)
+    return pipe(
         prompt=[request["prompt"] for request in requests],
         negative_prompt=[request["negative_prompt"] for request in requests],
         **{name: first[name] for name in ("height", "width", "num_inference_steps")},

@@ -85,10 +85,12 @@ def text_encoder() -> Qwen3VLModel:
     return model
 
 
-def sampled_by_diffusers(requests: list[dict], noise: Tensor) -> Tensor:
-    """The latents (B, 16, h, w) that Krea2Pipeline samples for some requests."""
+def sampled_by_diffusers(requests: list[dict], noise: Tensor, lora: Path | None = None) -> Tensor:
+    """The latents (B, 16, h, w) that Krea2Pipeline samples for some requests, with a LoRA file."""
     first, (height, width) = requests[0], noise.shape[2:]
     pipe = loaded(diffusers.Krea2Pipeline, folder())
+    if lora is not None:
+        pipe.load_lora_weights(lora)
     tokens = pipe(
         prompt=[request["prompt"] for request in requests],
         negative_prompt=[request["negative_prompt"] for request in requests],
