@@ -18,12 +18,11 @@ FAMILY = next(family for family in FAMILIES if family.name == "krea2")
 
 
 def test_noise_levels_are_the_originals():
-    grid = [1.0, 0.9995503, 0.8697344, 0.6899744, 0.4258967, 0.0044402, 0.0022228]
+    grid = [1.0, 0.9995503, 0.8697344, 0.6899744, 0.4258967, 0.0044402, 0.0022228]  # FLUX.2's
     released.assert_training_grid(Krea2Pipeline, grid, [0, 0.002346, 0.663539, 1.393012, 1.645582, 0.023169, 0.011599])
-    linear = [1 - step / 8 for step in range(8)]
     scheduler = diffusers.FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True)
     for options, mu in (({"dynamic_shift_len": 4096}, 0.90625), ({"exponential_shift_mu": 1.15}, 1.15)):
-        scheduler.set_timesteps(sigmas=linear, mu=mu)
+        scheduler.set_timesteps(sigmas=[1 - step / 8 for step in range(8)], mu=mu)
         assert_close(krea2_sigmas(8, **options), scheduler.sigmas[:-1])
 
 
