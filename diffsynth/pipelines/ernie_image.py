@@ -6,7 +6,7 @@ of the released pipeline (diffusers' ErnieImagePipeline) unless a comment says o
 language model that writes longer prompts, is left out.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -20,13 +20,13 @@ from ..core.ranges import NonNegativeFloat, PositiveFloat, SamplingSteps
 from ..diffusion.adapters.names import LayerNames
 from ..diffusion.base_pipeline import BasePipeline
 from ..diffusion.flow_match import time_shift
-from ..diffusion.pipeline.autoencoder_flux2 import Flux2VAE
 from ..diffusion.pipeline.components import Folder, Network
 from ..diffusion.pipeline.conditioning import PromptEmbedder
 from ..diffusion.pipeline.hidden_states import hidden_states
 from ..diffusion.pipeline.image_units import Inpaint, InputImageEmbedder, LossMask, NoiseInitializer, ShapeChecker
 from ..diffusion.pipeline.request import ImageRequest
 from ..diffusion.pipeline.vae import Latents
+from .autoencoders.flux2 import Flux2VAE
 
 __all__ = ["ErnieImagePipeline", "ModelConfig"]
 
@@ -94,7 +94,7 @@ class ErnieImageUnit_PromptEmbedder(PromptEmbedder):
             ids = torch.tensor([[pipe.tokenizer.bos_token_id or 0]])
         return {"input_ids": ids}
 
-    def embed(self, pipe, tokens):
+    def embed(self, pipe: "ErnieImagePipeline", tokens: Mapping[str, Tensor]) -> Tensor:
         decoder = pipe.text_encoder.get_decoder()
         (states,) = hidden_states(decoder, [decoder.config.num_hidden_layers - 1], **tokens)
         return states

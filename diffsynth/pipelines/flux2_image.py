@@ -24,7 +24,6 @@ from ..diffusion.adapters.names import LayerNames
 from ..diffusion.base_pipeline import BasePipeline
 from ..diffusion.flow_match import exponential_shift
 from ..diffusion.pipeline.attention import JointAttention
-from ..diffusion.pipeline.autoencoder_flux2 import Flux2VAE
 from ..diffusion.pipeline.components import Folder, Network
 from ..diffusion.pipeline.conditioning import PromptEmbedder
 from ..diffusion.pipeline.hidden_states import hidden_states
@@ -41,6 +40,7 @@ from ..diffusion.pipeline.request import EditRequest, TemplateRequest
 from ..diffusion.pipeline.vae import Latents
 from ..diffusion.template.cache import append_text
 from ..diffusion.template.lora import InputLoRA, added
+from .autoencoders.flux2 import Flux2VAE
 
 __all__ = ["Flux2ImagePipeline", "ModelConfig"]
 

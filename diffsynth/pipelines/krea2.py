@@ -6,6 +6,7 @@ It reads the hidden states of twelve layers of Qwen3-VL for each token of the pr
 are those of the released pipeline (diffusers' Krea2Pipeline) unless a comment says otherwise.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -20,13 +21,13 @@ from ..core.ranges import NonNegativeFloat, SamplingSteps, Tokens
 from ..diffusion.adapters.names import LayerNames
 from ..diffusion.base_pipeline import BasePipeline
 from ..diffusion.flow_match import exponential_shift
-from ..diffusion.pipeline.autoencoder_qwen import QwenImageVAE
 from ..diffusion.pipeline.components import Folder, Network
 from ..diffusion.pipeline.conditioning import PromptEmbedder
 from ..diffusion.pipeline.hidden_states import hidden_states
 from ..diffusion.pipeline.image_units import Inpaint, InputImageEmbedder, LossMask, NoiseInitializer, ShapeChecker
 from ..diffusion.pipeline.request import ImageRequest
 from ..diffusion.pipeline.vae import Latents
+from .autoencoders.qwen_image import QwenImageVAE
 
 __all__ = ["Krea2Pipeline", "ModelConfig"]
 
@@ -150,7 +151,7 @@ class Krea2Unit_PromptEmbedder(PromptEmbedder):
         start, end = ids.tensor_split([-END_TOKENS], dim=1)
         return {"input_ids": torch.cat([start[:, : START_TOKENS + max_sequence_length - END_TOKENS], end], dim=1)}
 
-    def embed(self, pipe, tokens):
+    def embed(self, pipe: "Krea2Pipeline", tokens: Mapping[str, Tensor]) -> Tensor:
         decoder = pipe.text_encoder.get_decoder()
         return torch.stack(hidden_states(decoder, text_depths(decoder), **tokens), dim=2)[:, START_TOKENS:]
 

@@ -23,7 +23,6 @@ from ..diffusion.base_pipeline import BasePipeline
 from ..diffusion.flow_match import exponential_shift, stretch_to_terminal
 from ..diffusion.pipeline import image_units
 from ..diffusion.pipeline.attention import JointAttention
-from ..diffusion.pipeline.autoencoder_qwen import QwenImageVAE
 from ..diffusion.pipeline.components import Folder, Network
 from ..diffusion.pipeline.conditioning import PromptEmbedder
 from ..diffusion.pipeline.kv_cache import KVCache
@@ -31,6 +30,7 @@ from ..diffusion.pipeline.request import EDIT_IMAGE_PIXELS, EditRequest, Templat
 from ..diffusion.pipeline.vae import Latents
 from ..diffusion.template.cache import append_text
 from ..diffusion.template.lora import InputLoRA, added
+from .autoencoders.qwen_image import QwenImageVAE
 
 __all__ = ["ModelConfig", "QwenImagePipeline"]
 

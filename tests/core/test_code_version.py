@@ -9,8 +9,8 @@ import pytest
 from torch import nn
 
 from diffsynth.core.code_version import code_version, forwards
-from diffsynth.diffusion.pipeline.autoencoder_qwen import SingleFrameConv3d
 from diffsynth.pipelines import qwen_image
+from diffsynth.pipelines.autoencoders.qwen_image import SingleFrameConv3d
 from diffsynth.pipelines.qwen_image import QwenImagePipeline, QwenImageVAE
 
 UNIT = '''

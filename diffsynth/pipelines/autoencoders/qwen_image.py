@@ -10,7 +10,7 @@ from diffusers.models.autoencoders.autoencoder_kl_qwenimage import QwenImageCaus
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from torch import Tensor
 
-from .vae import NormalisedVAE
+from ...diffusion.pipeline.vae import NormalisedVAE
 
 
 class SingleFrameConv3d(QwenImageCausalConv3d):

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from diffusers import AutoencoderKLFlux2
 from torch import Tensor
 
-from .vae import NormalisedVAE
+from ...diffusion.pipeline.vae import NormalisedVAE
 
 
 class Flux2VAE(NormalisedVAE, AutoencoderKLFlux2):
