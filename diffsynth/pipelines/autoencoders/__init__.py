@@ -1,1 +1,1 @@
-"""Autoencoders that several families share; that of diffusion/pipeline/autoencoder_kl.py names no model."""
+"""Autoencoders of models that several families share; `diffusion/pipeline/autoencoder_kl.py` has the general one."""
