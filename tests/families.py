@@ -14,7 +14,7 @@ import tiny_auraflow
 import tiny_flux2
 import tiny_qwen_edit
 from auraflow import AuraFlowPipeline
-from miniatures import qwen_image, z_image
+from miniatures import ernie_image, krea2, qwen_image, z_image
 from torch import Tensor
 
 from diffsynth.core.loader import ModelConfig
@@ -24,7 +24,9 @@ from diffsynth.diffusion.base_pipeline import BasePipeline
 from diffsynth.diffusion.loss import FlowMatchSFT
 from diffsynth.diffusion.pipeline.networks import TrainingDefaults
 from diffsynth.diffusion.training_module import PipelineTrainingModule
+from diffsynth.pipelines.ernie_image import ErnieImagePipeline
 from diffsynth.pipelines.flux2_image import Flux2ImagePipeline
+from diffsynth.pipelines.krea2 import Krea2Pipeline
 from diffsynth.pipelines.qwen_image import QwenImagePipeline
 from diffsynth.pipelines.z_image import ZImagePipeline
 
@@ -166,6 +168,22 @@ FAMILIES = [
         edits=True,
         parts=z_image.OMNI_PARTS,
         reference=z_image.sampled_by_diffusers,
+    ),
+    Family(
+        "krea2",
+        Krea2Pipeline,
+        krea2.folder,
+        ("to_q", "to_gate", "ff.down", "projector"),
+        SIZES,
+        reference=krea2.sampled_by_diffusers,
+    ),
+    Family(
+        "ernie_image",
+        ErnieImagePipeline,
+        ernie_image.folder,
+        ("to_q", "to_out.0", "up_proj"),
+        SIZES,
+        reference=ernie_image.sampled_by_diffusers,
     ),
 ]
 

@@ -2,6 +2,7 @@
 
 import inspect
 import traceback
+from contextlib import nullcontext
 from functools import partial
 
 import numpy as np
@@ -291,8 +292,19 @@ class BlockingCopies(TorchDispatchMode):
         return made
 
 
+@pytest.fixture
+def meta_has_autocast(monkeypatch):
+    """Let libraries switch off the autocast of the device `meta`, which has none."""
+    autocast = torch.autocast
+    monkeypatch.setattr(
+        torch,
+        "autocast",
+        lambda device_type, **how: nullcontext() if device_type == "meta" else autocast(device_type, **how),
+    )
+
+
 @of_families
-def test_a_micro_batch_reads_no_value_from_its_device_and_sends_without_waiting(family: Family):
+def test_a_micro_batch_reads_no_value_from_its_device_and_sends_without_waiting(family: Family, meta_has_autocast):
     """Once its inputs are remembered. The device is `meta`, which refuses to tell a value."""
     module, memory = family.module(lora=LORA, checkpointing="blocks").load(), UnitMemory(1.0)
     rng, rows = SampleRNG(0, [SampleAddress(0, number) for number in range(2)]), samples(family)[1:]

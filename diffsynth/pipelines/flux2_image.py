@@ -9,8 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
-from diffusers import AutoencoderKLFlux2, Flux2Transformer2DModel
+from diffusers import Flux2Transformer2DModel
 from diffusers.models.embeddings import apply_rotary_emb
 from diffusers.models.transformers.transformer_flux2 import Flux2AttnProcessor, Flux2ParallelSelfAttnProcessor
 from diffusers.pipelines.flux2.system_messages import SYSTEM_MESSAGE
@@ -38,9 +37,10 @@ from ..diffusion.pipeline.image_units import (
 )
 from ..diffusion.pipeline.kv_cache import KVCache
 from ..diffusion.pipeline.request import EditRequest, TemplateRequest
-from ..diffusion.pipeline.vae import Latents, NormalisedVAE
+from ..diffusion.pipeline.vae import Latents
 from ..diffusion.template.cache import append_text
 from ..diffusion.template.lora import InputLoRA, added
+from .autoencoders.flux2 import Flux2VAE
 
 __all__ = ["Flux2ImagePipeline", "ModelConfig"]
 
@@ -102,20 +102,6 @@ def _empirical_shift(tokens: int, steps: int) -> float:
 
 
 # Networks -------------------------------------------------------------------------------------------------------------
-
-
-class Flux2VAE(NormalisedVAE, AutoencoderKLFlux2):
-    """The released autoencoder; 2 × 2 of its latents make one of the network's, normalised by its batch norm."""
-
-    def packed(self, latents: Tensor) -> Tensor:
-        return F.pixel_unshuffle(latents, 2)
-
-    def unpacked(self, latents: Tensor) -> Tensor:
-        return F.pixel_shuffle(latents, 2)
-
-    def statistics(self, like: Tensor) -> tuple[Tensor, Tensor]:
-        std = (self.bn.running_var + self.config.batch_norm_eps).sqrt()
-        return tuple(statistic.to(like).view(1, -1, 1, 1) for statistic in (self.bn.running_mean, std))
 
 
 def text_embeddings(decoder: nn.Module, ids: Tensor, mask: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ from torch import nn
 
 from diffsynth.core.code_version import code_version, forwards
 from diffsynth.pipelines import qwen_image
+from diffsynth.pipelines.autoencoders.qwen_image import SingleFrameConv3d
 from diffsynth.pipelines.qwen_image import QwenImagePipeline, QwenImageVAE
 
 UNIT = '''
@@ -174,6 +175,6 @@ def test_loading_weights_is_no_part_of_what_a_unit_runs():
 
 
 def test_a_network_counts_by_what_its_modules_run_themselves():
-    network = nn.Sequential(nn.Linear(1, 1), qwen_image.SingleFrameConv3d(1, 1, 1))
-    assert forwards(network) == {qwen_image.SingleFrameConv3d: qwen_image.SingleFrameConv3d.forward}
+    network = nn.Sequential(nn.Linear(1, 1), SingleFrameConv3d(1, 1, 1))
+    assert forwards(network) == {SingleFrameConv3d: SingleFrameConv3d.forward}
     assert forwards(nn.Linear(1, 1)) == {}

@@ -3,7 +3,6 @@
 Shapes: B prompts, L tokens, D width.
 """
 
-import copy
 from collections.abc import Sequence
 
 from torch import Tensor, nn
@@ -15,19 +14,18 @@ def hidden_states(decoder: nn.Module, depths: Sequence[int], **inputs: Tensor) -
     A layer's state is read before the model's last norm. That of depth 0 is not available here.
 
     Args:
-        decoder: A decoder of transformers, with its blocks in `layers` and their number in its configuration.
+        decoder: A decoder of transformers, with its blocks in `layers`.
         depths: Increasing numbers of layers, from 1 to all.
         inputs: Arguments of the decoder's call, such as `input_ids` (B, L).
     """
-    config, states = decoder.config, []
-    layers = [decoder.layers[depth - 1] for depth in depths]
+    every, states = decoder.layers, []
+    layers = [every[depth - 1] for depth in depths]
     hooks = [layer.register_forward_hook(lambda _, __, state: states.append(state)) for layer in layers]
-    decoder.config = copy.copy(config)
-    decoder.config.num_hidden_layers = depths[-1]
+    decoder.layers = every[: depths[-1]]
     try:
         decoder(**inputs, use_cache=False)
     finally:
-        decoder.config = config
+        decoder.layers = every
         for hook in hooks:
             hook.remove()
     return states

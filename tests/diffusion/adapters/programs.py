@@ -14,7 +14,12 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-PIPELINES = {"emoji": diffusers.QwenImagePipeline, "emoji_flux2": diffusers.Flux2KleinPipeline}
+PIPELINES = {
+    "emoji": diffusers.QwenImagePipeline,
+    "emoji_flux2": diffusers.Flux2KleinPipeline,
+    "krea2": diffusers.Krea2Pipeline,
+    "ernie_image": diffusers.ErnieImagePipeline,
+}
 Updates = dict[str, Tensor]
 
 
@@ -44,9 +49,9 @@ def in_diffsynth(file: Path, network: nn.Module, family: str) -> Updates:
     """DiffSynth-Studio fed7b18, diffsynth/utils/lora/general.py: names of layers bare or after `diffusion_model.`.
 
     It looks for `lora_B` or `lora_up`, skips a name of the adapter after it, and multiplies by alpha / rank. Layers of
-    other names, and other kinds of adapters, are left out without a message.
+    other names, and other kinds of adapters, are left out without a message. Its Krea 2 has Krea's names of layers.
     """
-    tensors, found = load_file(file), {}
+    tensors, found = {} if family == "krea2" else load_file(file), {}
     for key, up in tensors.items():
         named = re.fullmatch(r"(?:diffusion_model\.)?(.*)\.(lora_B|lora_up)(\.\w+)?\.weight", key)
         if named and isinstance(dict(network.named_modules()).get(named[1]), nn.Linear):
@@ -94,15 +99,46 @@ def comfyui_names(network: nn.Module, family: str) -> dict[str, str]:
 
     Its Qwen-Image has our names of layers, and they may stand alone or after `transformer.` or `diffusion_model.`.
     Its FLUX.2 has Black Forest Labs' names, which stand after `diffusion_model.`, and a list of ours
-    (comfy/utils.py flux_to_diffusers), which stand alone or after `transformer.`.
+    (comfy/utils.py flux_to_diffusers), which stand alone or after `transformer.`. Its Krea 2 has Krea's names after
+    `diffusion_model.`, and ours anywhere (krea2_to_diffusers). Its ERNIE-Image has ours, which do not stand alone.
     """
     layers = [name for name, layer in network.named_modules() if isinstance(layer, nn.Linear)]
-    if family == "emoji":
-        return {f"{start}{layer}": layer for layer in layers for start in ("", "transformer.", "diffusion_model.")}
+    if family in STARTS:
+        ours = {f"{start}{layer}": layer for layer in layers for start in STARTS[family]}
+        native = {f"diffusion_model.{_of_krea(layer)}": layer for layer in layers if family == "krea2"}
+        return native | ours
     listed = r"(single_)?transformer_blocks\..*|x_embedder|context_embedder|proj_out|norm_out\.linear"
     ours = [layer for layer in layers if re.fullmatch(listed, layer)]
     named = {f"{start}{layer}": layer for layer in ours for start in ("", "transformer.")}
     return named | {f"diffusion_model.{_native(layer)}": layer for layer in layers}
+
+
+STARTS = {
+    "emoji": ("", "transformer.", "diffusion_model."),
+    "krea2": ("", "transformer.", "diffusion_model."),
+    "ernie_image": ("transformer.", "diffusion_model."),
+}
+
+
+def _of_krea(layer: str) -> str:
+    """Krea's name of a layer of Krea 2."""
+    for ours, name in (
+        ("transformer_blocks.", "blocks."),
+        ("text_fusion.", "txtfusion."),
+        (".attn.to_gate", ".attn.gate"),
+        (".attn.to_out.0", ".attn.wo"),
+        (".attn.to_", ".attn.w"),
+        (".ff.", ".mlp."),
+        ("img_in", "first"),
+        ("final_layer.", "last."),
+        ("time_embed.linear_1", "tmlp.0"),
+        ("time_embed.linear_2", "tmlp.2"),
+        ("time_mod_proj", "tproj.1"),
+        ("txt_in.linear_1", "txtmlp.1"),
+        ("txt_in.linear_2", "txtmlp.3"),
+    ):
+        layer = layer.replace(ours, name)
+    return layer
 
 
 def _native(layer: str) -> str:

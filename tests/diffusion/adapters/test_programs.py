@@ -5,6 +5,7 @@ import re
 from functools import cache
 
 import pytest
+import tiny
 import torch
 from families import FAMILIES
 from programs import PIPELINES, are_equal, comfyui_names, lycoris_update, programs_that_load, updates_of
@@ -16,8 +17,9 @@ from diffsynth.diffusion.adapters.lora import LoHa, LoKr, LoRA
 from diffsynth.diffusion.logger import ModelLogger
 
 QWEN, FLUX2 = FAMILIES[:2]
+KREA2, ERNIE = (next(family for family in FAMILIES if family.name == name) for name in ("krea2", "ernie_image"))
 EVERY = {"diffusers", "ComfyUI", "DiffSynth-Studio"}
-# The table in docs/runs.md.
+# The table in docs/runs.md, and lines of the pages in docs/families.
 LOADS = [
     (QWEN, "common", EVERY),
     (QWEN, "diffusers", {"diffusers"}),
@@ -27,7 +29,16 @@ LOADS = [
     (FLUX2, "diffusers", {"diffusers"}),
     (FLUX2, "diffsynth", {"ComfyUI", "DiffSynth-Studio"}),
     (FLUX2, "comfyui", {"ComfyUI"}),
+    (KREA2, "common", {"diffusers", "ComfyUI"}),
+    (KREA2, "diffusers", {"diffusers"}),
+    (KREA2, "diffsynth", {"ComfyUI"}),
+    (KREA2, "comfyui", {"ComfyUI"}),
+    (ERNIE, "common", {"diffusers", "ComfyUI"}),
+    (ERNIE, "diffusers", {"diffusers"}),
+    (ERNIE, "diffsynth", {"DiffSynth-Studio"}),
+    (ERNIE, "comfyui", {"ComfyUI", "DiffSynth-Studio"}),
 ]
+LAST = {"krea2": "final_layer.linear", "ernie_image": "final_linear"}
 DOUBLE, SINGLE = "transformer_blocks.1.attn", "single_transformer_blocks.1.attn"
 QKV = [f"{DOUBLE}.to_{part}" for part in "qkv"]
 
@@ -57,9 +68,9 @@ def exported(module, format, path):
 # What is exported -----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("family", [QWEN, FLUX2], ids=str)
+@pytest.mark.parametrize("family", tiny.mostly_slow([QWEN, FLUX2, KREA2, ERNIE], QWEN, FLUX2), ids=str)
 def test_programs_load_the_formats_that_the_table_says(family, tmp_path):
-    module, updates = shaken(family, [*family.layers, "proj_out"])
+    module, updates = shaken(family, [*family.layers, LAST.get(family.name, "proj_out")])
     for of_family, format, expected in LOADS:
         if of_family is family:
             file = exported(module, format, tmp_path / f"{format}.safetensors")
@@ -146,7 +157,7 @@ SPELLINGS = {
 }
 
 
-@pytest.mark.parametrize("family", [QWEN, FLUX2], ids=str)
+@pytest.mark.parametrize("family", tiny.mostly_slow([QWEN, FLUX2, KREA2], QWEN, FLUX2), ids=str)
 def test_names_of_every_program_are_read(family, tmp_path):
     for layer in (QKV[0], f"{DOUBLE}.to_out.0"):
         for program, (name, endings) in SPELLINGS.items():
@@ -167,6 +178,17 @@ def test_names_of_every_program_are_read(family, tmp_path):
         (FLUX2, "diffusion_model.double_blocks.1.img_attn.qkv", QKV),
         (FLUX2, "base_model.model.double_blocks.1.img_attn.proj", [f"{DOUBLE}.to_out.0"]),
         (FLUX2, "diffusion_model.time_in.in_layer", ["time_guidance_embed.timestep_embedder.linear_1"]),
+        *(
+            pytest.param(family, name, [layer], marks=pytest.mark.slow)
+            for family, name, layer in (
+                (KREA2, "diffusion_model.blocks.1.attn.wq", f"{DOUBLE}.to_q"),
+                (KREA2, "base_model.model.blocks.0.attn.gate", "transformer_blocks.0.attn.to_gate"),
+                (KREA2, "diffusion_model.txtfusion.refiner_blocks.1.mlp.up", "text_fusion.refiner_blocks.1.ff.up"),
+                (KREA2, "diffusion_model.txtmlp.3", "txt_in.linear_2"),
+                (KREA2, "diffusion_model.last.linear", "final_layer.linear"),
+                (ERNIE, "diffusion_model.layers.1.self_attention.to_out.0", "layers.1.self_attention.to_out.0"),
+            )
+        ),
     ],
 )
 def test_a_file_means_what_diffusers_converter_makes_of_it(family, layer, ours, tmp_path):
