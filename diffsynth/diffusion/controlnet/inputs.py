@@ -57,7 +57,7 @@ class ControlEmbedder(PipelineUnit):
     def __init__(self):
         super().__init__(output_params=("control_latents",), onload_model_names=("vae",))
 
-    def depends_on(self, pipe):
+    def depends_on(self, pipe: "BasePipeline") -> dict[str, str]:
         return {"control_channels": str(pipe.control_channels)}
 
     def process(

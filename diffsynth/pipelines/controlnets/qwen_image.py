@@ -11,7 +11,8 @@ from diffusers import QwenImageControlNetModel, QwenImageTransformer2DModel
 from torch import Tensor
 
 from ...core.gradient import checkpoint_blocks
-from ...diffusion.controlnet.inputs import ControlEmbedder, kept_area, summed
+from ...diffusion.base_pipeline import BasePipeline
+from ...diffusion.controlnet.inputs import ControlEmbedder, Encode, kept_area, summed
 from ...diffusion.controlnet.start import ControlStart
 
 COPIED_BLOCKS = 5  # as in the released InstantX/Qwen-Image-ControlNet-Union
@@ -55,7 +56,9 @@ def block_samples(
 
 
 class QwenImageUnit_ControlEmbedder(ControlEmbedder):
-    def control(self, pipe, encode, image, kept, mask):
+    def control(
+        self, pipe: BasePipeline, encode: Encode, image: Tensor, kept: Tensor | None, mask: Tensor | None
+    ) -> Tensor:
         if pipe.control_channels == pipe.latents.channels:
             return encode(image)
         if mask is None:

@@ -13,7 +13,8 @@ from diffusers import ZImageControlNetModel, ZImageTransformer2DModel
 from torch import Tensor
 
 from ...core.gradient import checkpoint_blocks
-from ...diffusion.controlnet.inputs import ControlEmbedder, kept_area, summed
+from ...diffusion.base_pipeline import BasePipeline
+from ...diffusion.controlnet.inputs import ControlEmbedder, Encode, kept_area, summed
 from ...diffusion.controlnet.start import ControlStart
 
 COPIED_LAYERS = 15  # every other layer, as in the released ControlNets
@@ -81,7 +82,9 @@ def block_samples(
 
 
 class ZImageUnit_ControlEmbedder(ControlEmbedder):
-    def control(self, pipe, encode, image, kept, mask):
+    def control(
+        self, pipe: BasePipeline, encode: Encode, image: Tensor, kept: Tensor | None, mask: Tensor | None
+    ) -> Tensor:
         latents = encode(image)
         if mask is None:  # zeros, as in diffusers; DiffSynth-Studio encodes a black image
             return F.pad(latents, (0, 0, 0, 0, 0, pipe.control_channels - latents.shape[1]))
