@@ -14,7 +14,7 @@ import tiny_auraflow
 import tiny_flux2
 import tiny_qwen_edit
 from auraflow import AuraFlowPipeline
-from miniatures import z_image
+from miniatures import sd3, z_image
 from torch import Tensor
 
 from diffsynth.core.loader import ModelConfig
@@ -26,6 +26,7 @@ from diffsynth.diffusion.pipeline.networks import TrainingDefaults
 from diffsynth.diffusion.training_module import PipelineTrainingModule
 from diffsynth.pipelines.flux2_image import Flux2ImagePipeline
 from diffsynth.pipelines.qwen_image import QwenImagePipeline
+from diffsynth.pipelines.sd3 import SD3Pipeline
 from diffsynth.pipelines.z_image import ZImagePipeline
 
 
@@ -144,6 +145,15 @@ FAMILIES = [
         edits=True,
         parts=z_image.OMNI_PARTS,
         reference=z_image.sampled_by_diffusers,
+    ),
+    Family(
+        "sd3_5_medium",
+        SD3Pipeline,
+        sd3.medium,
+        ("to_q", "to_out.0", "add_k_proj", "ff.net.2"),
+        SIZES | {"max_sequence_length": sd3.T5_TOKENS},
+        parts=sd3.PARTS,
+        reference=sd3.sampled_by_diffusers,
     ),
 ]
 
