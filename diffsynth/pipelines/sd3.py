@@ -7,6 +7,7 @@ one that is absent gives zeros, as in the training. Constants are those of the r
 StableDiffusion3Pipeline) unless a comment says otherwise. Skip-layer guidance is left out.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -35,24 +36,21 @@ LAST_LINEAR = SHIFT / (TRAINING_STEPS + SHIFT - 1)  # the least noise level of t
 CLIP_TOKENS = 77  # positions that both CLIPs have; prompts are padded to it
 MAX_PROMPT_TOKENS = 256  # of T5
 ENCODERS = {"text_encoder": "tokenizer", "text_encoder_2": "tokenizer_2", "text_encoder_3": "tokenizer_3"}
-BLOCK, STREAMS = "transformer_blocks.*", {"x_block": ("to_{}", "ff"), "context_block": ("add_{}_proj", "ff_context")}
+BLOCK = "transformer_blocks.*"
 # Stability AI's names of the layers; in the swapped ones they have the shift before the scale.
 LORA_NAMES = LayerNames(
     prefix="transformer",
     original={
-        **{
-            f"joint_blocks.*.{stream}.attn.qkv": tuple(f"{BLOCK}.attn.{name.format(part)}" for part in "qkv")
-            for stream, (name, _) in STREAMS.items()
-        },
-        **{
-            f"joint_blocks.*.{stream}.mlp.{layer}": f"{BLOCK}.{mlp}.{ours}"
-            for stream, (_, mlp) in STREAMS.items()
-            for layer, ours in {"fc1": "net.0.proj", "fc2": "net.2"}.items()
-        },
+        "joint_blocks.*.x_block.attn.qkv": tuple(f"{BLOCK}.attn.to_{part}" for part in "qkv"),
+        "joint_blocks.*.context_block.attn.qkv": tuple(f"{BLOCK}.attn.add_{part}_proj" for part in "qkv"),
         "joint_blocks.*.x_block.attn2.qkv": tuple(f"{BLOCK}.attn2.to_{part}" for part in "qkv"),
         "joint_blocks.*.x_block.attn2.proj": f"{BLOCK}.attn2.to_out.0",
         "joint_blocks.*.x_block.attn.proj": f"{BLOCK}.attn.to_out.0",
         "joint_blocks.*.context_block.attn.proj": f"{BLOCK}.attn.to_add_out",
+        "joint_blocks.*.x_block.mlp.fc1": f"{BLOCK}.ff.net.0.proj",
+        "joint_blocks.*.x_block.mlp.fc2": f"{BLOCK}.ff.net.2",
+        "joint_blocks.*.context_block.mlp.fc1": f"{BLOCK}.ff_context.net.0.proj",
+        "joint_blocks.*.context_block.mlp.fc2": f"{BLOCK}.ff_context.net.2",
         "joint_blocks.*.x_block.adaLN_modulation.1": f"{BLOCK}.norm1.linear",
         "joint_blocks.*.context_block.adaLN_modulation.1": f"{BLOCK}.norm1_context.linear",
         "x_embedder.proj": "pos_embed.proj",
@@ -179,15 +177,13 @@ class SD3Pipeline(BasePipeline):
             )
         if self.dit is None:
             return
-        if sum(widths) > self.pooled_width or (len(widths) == 2 and sum(widths) != self.pooled_width):
+        pooled = sum(widths) if len(widths) == 2 else max([self.pooled_width, *widths])
+        width = self.text_width if self.text_encoder_3 is None else self.text_encoder_3.config.d_model
+        if (pooled, width) != (self.pooled_width, self.text_width):
             raise ValueError(
-                f"dit takes pooled text embeddings of width {self.pooled_width}, but the CLIPs make "
-                f"{' + '.join(map(str, widths))}: they are of different models; take those released with it."
-            )
-        if self.text_encoder_3 is not None and self.text_encoder_3.config.d_model != self.text_width:
-            raise ValueError(
-                f"dit takes text embeddings of width {self.text_width}, but text_encoder_3 makes "
-                f"{self.text_encoder_3.config.d_model}: they are of different models; take those released together."
+                f"dit takes pooled embeddings of width {self.pooled_width} and text embeddings of width "
+                f"{self.text_width}, but the CLIPs make {pooled} and T5 {width}: they are of different models; take "
+                "the text encoders that were released with the transformer."
             )
 
     def require(self, users: Mapping[str, str]) -> None:
@@ -195,6 +191,16 @@ class SD3Pipeline(BasePipeline):
         present = [name for name in ENCODERS if getattr(self, name) is not None]
         unit = SD3Unit_PromptEmbedder.__name__
         super().require({name: user for name, user in users.items() if not (present and user == unit)})
+
+    def complete(self, request: Mapping) -> dict:
+        whole = super().complete(request)
+        last = self.latents.multiple * self.dit.config.pos_embed_max_size if self.dit is not None else math.inf
+        if max(whole["height"], whole["width"]) > last:
+            raise ValueError(
+                f"height x width is {whole['height']} x {whole['width']}, but the positions of dit end at {last} "
+                "pixels; set smaller ones."
+            )
+        return whole
 
     def layer_names(self, name: str) -> LayerNames:
         names = super().layer_names(name)

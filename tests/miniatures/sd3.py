@@ -52,11 +52,8 @@ def transformer(**changes) -> SD3Transformer2DModel:
 
 def clip(width: int) -> CLIPTextModelWithProjection:
     sizes = {"hidden_size": width, "intermediate_size": 32, "num_hidden_layers": 3, "num_attention_heads": 2}
-    tokens = {
-        "vocab_size": 520,
-        "max_position_embeddings": POSITIONS,
-        "eos_token_id": 2,
-    }  # as released, see transformers
+    # With 2 as the end of the text, transformers pools the token of the highest number, as in the released models.
+    tokens = {"vocab_size": 520, "max_position_embeddings": POSITIONS, "bos_token_id": 512, "eos_token_id": 2}
     return CLIPTextModelWithProjection(CLIPTextConfig(**sizes, **tokens, projection_dim=width))
 
 
@@ -68,13 +65,15 @@ def clip_tokenizer(pad: str) -> CLIPTokenizer:
     return CLIPTokenizer(vocab=tokens, merges=[], pad_token=pad, model_max_length=POSITIONS)
 
 
-def sampled_by_diffusers(requests: list[dict], noise: Tensor, **absent: None) -> Tensor:
+def sampled_by_diffusers(
+    requests: list[dict], noise: Tensor, pipe: diffusers.StableDiffusion3Pipeline | None = None, **absent: None
+) -> Tensor:
     """The latents (B, 16, h, w) that StableDiffusion3Pipeline samples for some requests."""
     first = requests[0]
     own = {"prompt": [r["prompt"] for r in requests], "negative_prompt": [r["negative_prompt"] for r in requests]}
     own |= {name: first[name] for name in ("height", "width", "num_inference_steps")}
     own |= {"max_sequence_length": T5_TOKENS, "guidance_scale": first["cfg_scale"], "latents": noise}
-    return loaded(**absent)(**own, output_type="latent", return_dict=False)[0]
+    return (pipe or loaded(**absent))(**own, output_type="latent", return_dict=False)[0]
 
 
 def loaded(**absent: None) -> diffusers.StableDiffusion3Pipeline:

@@ -4,6 +4,7 @@ Each judge returns the updates that a program adds to the weights, (outputs, inp
 of a DoRA has its magnitudes as a further column.
 """
 
+import inspect
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,16 +15,20 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-PIPELINES = {"emoji": diffusers.QwenImagePipeline, "emoji_flux2": diffusers.Flux2KleinPipeline}
+PIPELINES = {
+    "emoji": diffusers.QwenImagePipeline,
+    "emoji_flux2": diffusers.Flux2KleinPipeline,
+    "sd3_5_medium": diffusers.StableDiffusion3Pipeline,
+}
 Updates = dict[str, Tensor]
 
 
 def in_diffusers(file: Path, network: nn.Module, family: str) -> Updates:
     """diffusers itself: `load_lora_weights` into a network of the same configuration. It raises for some files."""
     fresh, pipeline = type(network).from_config(network.config), PIPELINES[family]
-    parts = dict.fromkeys(("scheduler", "vae", "text_encoder", "tokenizer"))
+    parts = dict.fromkeys(inspect.signature(pipeline).parameters)
     try:
-        pipeline(**parts, transformer=fresh).load_lora_weights(str(file))
+        pipeline(**parts | {"transformer": fresh}).load_lora_weights(str(file))
     except (ValueError, KeyError):
         return {}
     return updates_of(fresh)
@@ -95,14 +100,34 @@ def comfyui_names(network: nn.Module, family: str) -> dict[str, str]:
     Its Qwen-Image has our names of layers, and they may stand alone or after `transformer.` or `diffusion_model.`.
     Its FLUX.2 has Black Forest Labs' names, which stand after `diffusion_model.`, and a list of ours
     (comfy/utils.py flux_to_diffusers), which stand alone or after `transformer.`.
+    Its Stable Diffusion 3 has Stability AI's names after `diffusion_model.`, and ours (comfy/utils.py
+    mmdit_to_diffusers) after `transformer.` only.
     """
     layers = [name for name, layer in network.named_modules() if isinstance(layer, nn.Linear)]
     if family == "emoji":
         return {f"{start}{layer}": layer for layer in layers for start in ("", "transformer.", "diffusion_model.")}
+    if family == "sd3_5_medium":
+        return {f"transformer.{layer}": layer for layer in layers} | {_native_sd3(layer): layer for layer in layers}
     listed = r"(single_)?transformer_blocks\..*|x_embedder|context_embedder|proj_out|norm_out\.linear"
     ours = [layer for layer in layers if re.fullmatch(listed, layer)]
     named = {f"{start}{layer}": layer for layer in ours for start in ("", "transformer.")}
     return named | {f"diffusion_model.{_native(layer)}": layer for layer in layers}
+
+
+def _native_sd3(layer: str) -> str:
+    """Stability AI's name of a layer that it does not fuse with others."""
+    block = re.fullmatch(r"transformer_blocks\.(\d+)\.(.*)", layer)
+    stream, name = {
+        "attn.to_out.0": ("x_block", "attn.proj"),
+        "attn.to_add_out": ("context_block", "attn.proj"),
+        "attn2.to_out.0": ("x_block", "attn2.proj"),
+        "ff.net.0.proj": ("x_block", "mlp.fc1"),
+        "ff.net.2": ("x_block", "mlp.fc2"),
+        "ff_context.net.0.proj": ("context_block", "mlp.fc1"),
+        "ff_context.net.2": ("context_block", "mlp.fc2"),
+    }.get(block[2] if block else "", ("final_layer", "linear"))
+    named = f"joint_blocks.{block[1]}.{stream}.{name}" if block else f"{stream}.{name}"
+    return f"diffusion_model.{named}" if stream != "final_layer" or layer == "proj_out" else f"(none) {layer}"
 
 
 def _native(layer: str) -> str:

@@ -5,6 +5,7 @@ import re
 from functools import cache
 
 import pytest
+import tiny
 import torch
 from families import FAMILIES
 from programs import PIPELINES, are_equal, comfyui_names, lycoris_update, programs_that_load, updates_of
@@ -16,6 +17,7 @@ from diffsynth.diffusion.adapters.lora import LoHa, LoKr, LoRA
 from diffsynth.diffusion.logger import ModelLogger
 
 QWEN, FLUX2 = FAMILIES[:2]
+SD3 = next(family for family in FAMILIES if family.name == "sd3_5_medium")
 EVERY = {"diffusers", "ComfyUI", "DiffSynth-Studio"}
 # The table in docs/runs.md.
 LOADS = [
@@ -27,6 +29,10 @@ LOADS = [
     (FLUX2, "diffusers", {"diffusers"}),
     (FLUX2, "diffsynth", {"ComfyUI", "DiffSynth-Studio"}),
     (FLUX2, "comfyui", {"ComfyUI"}),
+    (SD3, "common", {"diffusers", "ComfyUI"}),
+    (SD3, "diffusers", {"diffusers"}),
+    (SD3, "diffsynth", {"DiffSynth-Studio"}),
+    (SD3, "comfyui", {"ComfyUI"}),
 ]
 DOUBLE, SINGLE = "transformer_blocks.1.attn", "single_transformer_blocks.1.attn"
 QKV = [f"{DOUBLE}.to_{part}" for part in "qkv"]
@@ -57,7 +63,7 @@ def exported(module, format, path):
 # What is exported -----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("family", [QWEN, FLUX2], ids=str)
+@pytest.mark.parametrize("family", tiny.mostly_slow([QWEN, FLUX2, SD3], QWEN, FLUX2), ids=str)
 def test_programs_load_the_formats_that_the_table_says(family, tmp_path):
     module, updates = shaken(family, [*family.layers, "proj_out"])
     for of_family, format, expected in LOADS:
