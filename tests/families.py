@@ -14,7 +14,7 @@ import tiny_auraflow
 import tiny_flux2
 import tiny_qwen_edit
 from auraflow import AuraFlowPipeline
-from miniatures import sd3, z_image
+from miniatures import flux3, sd3, z_image
 from torch import Tensor
 
 from diffsynth.core.loader import ModelConfig
@@ -25,6 +25,7 @@ from diffsynth.diffusion.loss import FlowMatchSFT
 from diffsynth.diffusion.pipeline.networks import TrainingDefaults
 from diffsynth.diffusion.training_module import PipelineTrainingModule
 from diffsynth.pipelines.flux2_image import Flux2ImagePipeline
+from diffsynth.pipelines.flux3_image import Flux3ImagePipeline
 from diffsynth.pipelines.qwen_image import QwenImagePipeline
 from diffsynth.pipelines.sd3 import SD3Pipeline
 from diffsynth.pipelines.z_image import ZImagePipeline
@@ -154,6 +155,15 @@ FAMILIES = [
         SIZES | {"max_sequence_length": sd3.T5_TOKENS},
         parts=sd3.PARTS,
         reference=sd3.sampled_by_diffusers,
+    ),
+    Family(
+        "flux3_klein_base",
+        Flux3ImagePipeline,
+        flux3.base,
+        ("to_q", "to_out.0", "linear_in"),
+        SIZES,
+        edits=True,
+        reference=flux3.sampled_by_diffusers,
     ),
 ]
 
