@@ -2,8 +2,8 @@
 
 Black Forest Labs 2026, "FLUX.3" (https://bfl.ai). Networks: diffusers, transformers.
 Latents are (B, 128, H/16, W/16), those of FLUX.2, and the transformer reads each latent pixel as a token. Edit images
-are further tokens. The distilled network is a flow map: it also reads the noise level that a step ends at. Constants are
-those of the released pipelines (diffusers' modular blocks of FLUX.3) unless a comment says otherwise.
+are further tokens. The distilled network is a flow map: it also reads the noise level that a step ends at. Constants
+are those of the released pipelines (diffusers' modular blocks of FLUX.3) unless a comment says otherwise.
 """
 
 import math
@@ -34,6 +34,7 @@ from ..diffusion.pipeline.image_units import (
     NoiseInitializer,
     ShapeChecker,
     edit_images,
+    encode_images,
 )
 from ..diffusion.pipeline.request import ImageRequest
 from ..diffusion.pipeline.units import PipelineUnit, in_groups
@@ -47,24 +48,14 @@ MAX_PROMPT_TOKENS = 8192  # including those of the chat template
 PADDING = 80  # prompts are padded to a multiple of so many tokens, and the network attends to the padding
 ROPE_SCALE = 0.5  # distance between neighbouring image tokens
 DEPTHS = 8  # hidden states of the text encoder are read after 1/9, 2/9, …, 8/9 of its layers: 4, 8, …, 32 of 36
-# Black Forest Labs' names of the layers.
-BLOCKS = {
-    "txt_mode_blocks.*": "txt_mode_blocks.*",
-    "content_mode_blocks.image.*": "mode_blocks.image.*",
-    "content_mode_blocks.image_cond.*": "mode_blocks.image_cond.*",
-    "single_blocks.*": "single_transformer_blocks.*",
-}
-LAYERS = {
-    **{f"{part}_proj": f"attn.to_{part}" for part in "qkv"},
-    "attn_out": "attn.to_out.0",
-    "mlp_in": "ff.linear_in",
-    "mlp_out": "ff.linear_out",
-}
+# Black Forest Labs' names of the blocks and of their layers.
+BLOCKS = {"txt_mode_blocks.*": "txt_mode_blocks.*", "single_blocks.*": "single_transformer_blocks.*"}
+BLOCKS |= {f"content_mode_blocks.{kind}.*": f"mode_blocks.{kind}.*" for kind in ("image", "image_cond")}
+LAYERS = {"q_proj": "attn.to_q", "k_proj": "attn.to_k", "v_proj": "attn.to_v", "attn_out": "attn.to_out.0"}
+LAYERS |= {"mlp_in": "ff.linear_in", "mlp_out": "ff.linear_out"}
 LORA_NAMES = LayerNames(
     prefix="transformer",
-    original={
-        f"{theirs}.{name}": f"{ours}.{layer}" for theirs, ours in BLOCKS.items() for name, layer in LAYERS.items()
-    },
+    original={f"{theirs}.{name}": f"{own}.{layer}" for theirs, own in BLOCKS.items() for name, layer in LAYERS.items()},
 )
 
 
@@ -87,11 +78,11 @@ def model_fn_flux3(
 ) -> Tensor:
     """Velocity (B, 128, h, w) of noisy latents (B, 128, h, w) at timesteps (B,) in [0, 1000].
 
-    Prompts of one length go through the network together: it has no mask for padding that the batch needs.
+    Prompts of one length go through the network together: it has no mask for padding that only the batch needs.
 
     Args:
         prompt_emb: Text embeddings (B, L, D), right-padded to the longest.
-        prompt_emb_lengths: For each sample the length of its own text embeddings, padding of the model included.
+        prompt_emb_lengths: For each sample the number of its own text embeddings.
         edit_latents: Clean latents (B, 128, h', w') of each edit image, of their own sizes.
         target_timestep: Timesteps (B,) in [0, 1000] that the steps end at; only of a flow map.
 
@@ -102,46 +93,36 @@ def model_fn_flux3(
     lengths = [sum(own) for own in prompt_emb_lengths]
     if runs_together() and len(set(lengths)) > 1:
         raise ValueError(
-            f"The prompts of a batch have {sorted(set(lengths))} tokens, which FLUX.3 cannot run together on devices that "
-            "share weights; set micro_batch_size=1."
+            f"The prompts of a batch have {sorted(set(lengths))} tokens; on devices that share weights, FLUX.3 runs "
+            "prompts of one length together: set micro_batch_size=1."
         )
+    times = {"timestep": timestep, "target_timestep": target_timestep}
+    batches = {name: batch for name, batch in times.items() if batch is not None} | {"text": prompt_emb}
 
     def velocities(samples: Sequence[int]) -> Sequence[Tensor]:
-        def of(batch: Tensor) -> Tensor:
-            return torch.stack([batch[sample] for sample in samples])
-
-        text = of(prompt_emb)[:, : lengths[samples[0]]]
-        target = None if target_timestep is None else of(target_timestep)
-        return velocity(dit, of(latents), of(timestep), text, [of(image) for image in edit_latents], target)
+        own = {name: torch.stack([batch[sample] for sample in samples]) for name, batch in batches.items()}
+        images = [torch.stack([image[sample] for sample in samples]) for image in (latents, *edit_latents)]
+        return velocity(dit, images, own.pop("text")[:, : lengths[samples[0]]], **own)
 
     return torch.stack(in_groups(range(len(latents)), lengths, velocities))
 
 
-def velocity(
-    dit: Flux3Transformer2DModel,
-    latents: Tensor,
-    timestep: Tensor,
-    text: Tensor,
-    images: Sequence[Tensor],
-    target: Tensor | None,
-) -> Tensor:
-    """Velocity (B, 128, h, w) where text embeddings (B, L, D) need no padding; see `model_fn_flux3`."""
-    height, width = latents.shape[2:]
-    inputs = {"hidden_states": pack_latents(latents).to(dit.dtype), "encoder_hidden_states": text.to(dit.dtype)}
-    ids = {"img_ids": image_positions(latents, 0), "txt_ids": positions(0, 1, 1, text.shape[1]).float()}
-    if images:
-        inputs["image_cond_hidden_states"] = torch.cat([pack_latents(image) for image in images], dim=1).to(dit.dtype)
-        ids["image_cond_ids"] = torch.cat([image_positions(image, -1 - n) for n, image in enumerate(images)])
-    inputs |= {name: sent(own, latents.device) for name, own in ids.items()}
-    target = None if target is None else target / 1000
-    tokens = dit(**inputs, timestep=timestep / 1000, target_timestep=target, return_dict=False)[0]
-    return unpack_latents(tokens, height, width)
+def velocity(dit: Flux3Transformer2DModel, images: Sequence[Tensor], text: Tensor, **times: Tensor) -> Tensor:
+    """Velocity (B, 128, h, w) of the first images (B, 128, h, w), where text embeddings (B, L, D) need no padding."""
+    (noisy, *clean), ids = images, {"txt_ids": positions(0, 1, 1, text.shape[1]).float()}
+    inputs = {"hidden_states": pack_latents(noisy).to(dit.dtype), "encoder_hidden_states": text.to(dit.dtype)}
+    ids["img_ids"] = image_positions(noisy, 0)
+    if clean:
+        inputs["image_cond_hidden_states"] = torch.cat([pack_latents(image) for image in clean], dim=1).to(dit.dtype)
+        ids["image_cond_ids"] = torch.cat([image_positions(image, -1 - n) for n, image in enumerate(clean)])
+    inputs |= {name: sent(own, noisy.device) for name, own in ids.items()}
+    inputs |= {name: timesteps / 1000 for name, timesteps in times.items()}
+    return unpack_latents(dit(**inputs, return_dict=False)[0], *noisy.shape[2:])
 
 
 def image_positions(latents: Tensor, number: int) -> Tensor:
     """Positions (h · w, 4) of an image's tokens: time 0, scaled row and column, and the image's number."""
-    grid = positions(0, *latents.shape[2:], 1) * torch.tensor([1, ROPE_SCALE, ROPE_SCALE, 1])
-    return grid + torch.tensor([0, 0, 0, number])
+    return positions(0, *latents.shape[2:], 1) * ROPE_SCALE + torch.tensor([0, 0, 0, number])
 
 
 # Units ----------------------------------------------------------------------------------------------------------------
@@ -154,10 +135,10 @@ class Flux3Unit_PromptEmbedder(PromptEmbedder):
         super().__init__(counted=True)
 
     def tokenize(self, pipe, prompt, max_sequence_length):
-        length = min(pipe.prompt_length(prompt), max_sequence_length)
-        padded = min(math.ceil(length / PADDING) * PADDING, max_sequence_length)
+        texts = [pipe.as_chat(prompt)]
+        length = math.ceil(len(pipe.tokenizer(texts).input_ids[0]) / PADDING) * PADDING
         options = {"padding": "max_length", "padding_side": "right", "truncation": True, "return_tensors": "pt"}
-        return pipe.tokenizer([pipe.as_chat(prompt)], max_length=padded, **options)
+        return pipe.tokenizer(texts, max_length=min(length, max_sequence_length), **options)
 
     def embed(self, pipe, tokens):
         decoder, mask = pipe.text_encoder.get_decoder(), tokens["attention_mask"]
@@ -175,19 +156,20 @@ class Flux3Unit_EditImageEmbedder(PipelineUnit):
         super().__init__(output_params=("edit_latents",), onload_model_names=("vae",))
 
     def process(self, pipe, edit_image, edit_image_auto_resize, tiled, tile_size, tile_stride):
-        images = edit_images(edit_image, edit_image_auto_resize, 0, resize=lambda image, _: image)
-        if not images:
-            return {}
-        pipe.load_models_to_device(["vae"])
-        resized = as_references(images) if edit_image_auto_resize else map(pipe.preprocess_image, images)
-        pixels = [image.to(pipe.device, pipe.torch_dtype) for image in resized]
-        return {"edit_latents": [pipe.vae.encode(image, tiled, tile_size, tile_stride) for image in pixels]}
+        alone = isinstance(edit_image, Image.Image) or (edit_image is not None and len(edit_image) == 1)
+        images = edit_images(edit_image, edit_image_auto_resize, 0, lambda image, _: as_reference(image, alone))
+        return {"edit_latents": encode_images(pipe, images, tiled, tile_size, tile_stride)} if images else {}
 
 
-def as_references(images: Sequence[Image.Image]) -> list[Tensor]:
-    """Images (1, 3, H, W) in [-1, 1]: one is padded, several are cropped, to multiples of 16, as in the training."""
-    mode = "fill" if len(images) == 1 else "crop"
-    return [Flux3ImageProcessor().preprocess(image, resize_mode=mode)[0] for image in images]
+def as_reference(image: Image.Image, alone: bool) -> Image.Image:
+    """An image that is padded if it is alone, and else cropped, to multiples of 16, as in the training."""
+    processor = Flux3ImageProcessor()  # its `preprocess` reads values, which a plan's tensors do not have
+    if not alone:
+        image = processor._resize_if_exceeds_area(image)
+        return processor.resize(image, *processor.get_default_height_width(image), resize_mode="crop")
+    image = processor._resize_if_canvas_exceeds_area(image)
+    canvas = processor._get_canvas_height_width(image.height, image.width)
+    return processor.resize(image, *canvas, resize_mode="fill")
 
 
 # Pipeline -------------------------------------------------------------------------------------------------------------
@@ -249,8 +231,8 @@ class Flux3ImagePipeline(BasePipeline):
         whole = super().complete(request)
         if self.dit is not None and self.dit.config.flow_map and whole["sampler"] != "euler":
             raise ValueError(
-                f"sampler is {whole['sampler']!r}, but the distilled FLUX.3 reads the level that an Euler step ends at; set "
-                "sampler=euler."
+                f"sampler is {whole['sampler']!r}, but the distilled FLUX.3 reads where an Euler step ends; "
+                "set sampler=euler."
             )
         return whole
 
@@ -262,21 +244,16 @@ class Flux3ImagePipeline(BasePipeline):
         if not self.network.config.flow_map:
             return super().predict(timestep, **inputs)
         levels = self.scheduler.timesteps.to(timestep.device)
-        following = torch.cat([levels[1:], levels.new_zeros(1)])
         nearest = (levels - timestep.float().unsqueeze(-1)).abs().argmin(-1)
-        target = timestep if self.scheduler.training else following[nearest]
-        return super().predict(timestep, target_timestep=target, **inputs)
+        ends = torch.cat([levels[1:], levels.new_zeros(1)])[nearest]
+        return super().predict(timestep, target_timestep=timestep if self.scheduler.training else ends, **inputs)
 
     def as_chat(self, prompt: str) -> str:
         """The prompt as a question in the chat template, with the beginning of an answer."""
         question = [{"role": "user", "content": prompt}]
         return self.tokenizer.apply_chat_template(question, tokenize=False, add_generation_prompt=True)
 
-    def prompt_length(self, prompt: str) -> int:
-        """Number of tokens of the prompt in its chat template."""
-        return len(self.tokenizer([self.as_chat(prompt)]).input_ids[0])
-
     def cuts_off(self, prompt: str) -> bool:
         if self.tokenizer is None:
             return False
-        return self.prompt_length(prompt) > self.call_defaults["max_sequence_length"]
+        return len(self.tokenizer([self.as_chat(prompt)]).input_ids[0]) > self.call_defaults["max_sequence_length"]

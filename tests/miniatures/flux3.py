@@ -47,7 +47,7 @@ def write(folder: Path, flow_map: bool) -> Path:
         text_config={**text, **heads, "rope_scaling": rope}, vision_config=vision | {"deepstack_visual_indexes": [0]}
     )
     Qwen3VLForConditionalGeneration(config).save_pretrained(folder / "text_encoder")
-    sizes = {"num_layers": 1, "num_single_layers": 4, "attention_head_dim": 16, "num_attention_heads": 3}
+    sizes = {"num_layers": 1, "num_single_layers": 4, "attention_head_dim": 16, "num_attention_heads": 4}
     sizes |= {"joint_attention_dim": 8 * WIDTH, "axes_dims_rope": (4, 4, 4, 4), "flow_map": flow_map}
     randomise(Flux3Transformer2DModel(**sizes), folder / "transformer")
     vae().save_pretrained(folder / "vae")
