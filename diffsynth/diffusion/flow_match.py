@@ -27,7 +27,7 @@ def time_shift(sigmas: Tensor, shift: float) -> Tensor:
 
 
 def exponential_shift(sigmas: Tensor, mu: float) -> Tensor:
-    """Move noise levels towards pure noise by `time_shift` with k = e^μ, σ' = e^μ / (e^μ + 1/σ - 1)."""
+    """Move noise levels, of any shape, towards pure noise: `time_shift` with k = e^μ, σ' = e^μ / (e^μ + 1/σ - 1)."""
     return time_shift(sigmas, math.exp(mu))
 
 

@@ -140,7 +140,7 @@ class Flux3Unit_PromptEmbedder(PromptEmbedder):
         options = {"padding": "max_length", "padding_side": "right", "truncation": True, "return_tensors": "pt"}
         return pipe.tokenizer(texts, max_length=min(length, max_sequence_length), **options)
 
-    def embed(self, pipe, tokens):
+    def embed(self, pipe: "Flux3ImagePipeline", tokens: Mapping[str, Tensor]) -> Tensor:
         decoder, mask = pipe.text_encoder.get_decoder(), tokens["attention_mask"]
         depths = [decoder.config.num_hidden_layers * number // (DEPTHS + 1) for number in range(1, DEPTHS + 1)]
         # The training gave padding position 1; versions of transformers differ in what they give it.

@@ -6,7 +6,7 @@ with tokens of its own, reads 1 - σ instead of σ, and predicts -v. Constants a
 (diffusers' ZImagePipeline, ZImageOmniPipeline) unless a comment says otherwise.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -125,7 +125,7 @@ class ZImageUnit_PromptEmbedder(PromptEmbedder):
         options = {"max_length": max_sequence_length, "truncation": True, "return_tensors": "pt"}
         return [{"input_ids": pipe.tokenizer([text], **options).input_ids} for text in pieces(prompt, len(images))]
 
-    def embed(self, pipe, tokens):
+    def embed(self, pipe: "ZImagePipeline", tokens: Mapping[str, Tensor]) -> Tensor:
         decoder = pipe.text_encoder.get_decoder()
         (states,) = hidden_states(decoder, [decoder.config.num_hidden_layers - 1], **tokens)
         return states
