@@ -49,7 +49,8 @@ def generate(
         denoising_strength: How far an input image is noised, in (0, 1]; 1 starts from noise alone.
         inpaint_mask: File of a mask; only its white parts are sampled anew.
         template_inputs, negative_template_inputs: Inputs of each template, for both sides of guidance.
-        options: Other arguments of the pipeline's call (`num_inference_steps`, `cfg_scale`, `height`, …).
+        options: Other arguments of the pipeline's call (`num_inference_steps`, `cfg_scale`, `height`, …); images are
+            files.
         batch_size: Images that are sampled together.
         output: Folder to write to.
         overwrite: Replace images that the folder holds already.
@@ -64,11 +65,13 @@ def generate(
         read_prompts,
         sample_to_files,
         warn_of_ignored,
+        with_images,
     )
     from diffsynth.diffusion.pipeline.loaded_models import LoadedModels
     from diffsynth.diffusion.pipeline.request import check_numbers
 
     pipe = model(device=choose_device(device))
+    options = with_images(pipe, options)
     if seed == []:
         raise ValueError("seed is an empty list; expected a seed, or a list of seeds.")
     requests = [
@@ -78,14 +81,14 @@ def generate(
             "seed": number,
             "sampler": sampler,
             "denoising_strength": denoising_strength,
-            **(options or {}),
+            **options,
         }
         for text in read_prompts(prompt)
         for number in ([seed] if isinstance(seed, int) else seed)
     ]
     if not overwrite:
         check_free(Path(output), len(requests), pipe.media.suffix)
-    given = {name: value for name, value in (options or {}).items() if value is not None}
+    given = {name: value for name, value in options.items() if value is not None}
     check_numbers(pipe.request, given, "options.")
     shared = load_images(input_image=input_image, inpaint_mask=inpaint_mask)
     pipe.check_adapters(paths := [lora_path] if isinstance(lora_path, str) else lora_path or [])

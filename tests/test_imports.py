@@ -48,7 +48,8 @@ def torch_imported_by(*command: str) -> bool:
     return re.search(r"\| +torch$", result.stderr, re.MULTILINE) is not None
 
 
-# What each package may import besides itself; `config` and `report` stand beside the others.
+# What each package may import besides itself; `config` and `report` stand beside the others, `importing` is an entry
+# script.
 BELOW = {
     "core": set(),
     "diffusion": {"core"},
@@ -58,6 +59,7 @@ BELOW = {
     "plan": {"core", "diffusion", "cache", "training"},
     "report": {"core"},
     "config": {"core", "report"},
+    "importing": {"core", "diffusion", "cache", "training", "plan", "config"},
 }
 
 

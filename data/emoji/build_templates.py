@@ -1,4 +1,4 @@
-"""Rebuild the rows that the shipped templates are trained on, and the changed images that some of these rows name.
+"""Rebuild the rows that the shipped templates and ControlNets are trained on, and the changed images of some rows.
 
     python data/emoji/build_templates.py
 
@@ -102,6 +102,13 @@ def edit_rows(split):
         yield from both_ways(names, "flat", slug, "a color emoji of this")
 
 
+def control_rows(split):
+    """Rows in colour with line art that controls them, each once with the concept's name in the prompt and once not."""
+    for slug, name in read_concepts(split):
+        for prompt in (f"a color emoji of {name}", "a color emoji"):
+            yield {"image": f"color/{slug}.webp", "prompt": prompt, "controlnet_image": f"line/{slug}.webp"}
+
+
 def both_ways(names, style, slug, *prompts):
     """Rows of a concept, each once as it is and once mirrored."""
     file = f"{slug}.webp"
@@ -125,6 +132,7 @@ def main():
     for split in EVERY:
         write_rows(f"structure_{split}", structure_rows(split))
         write_rows(f"edit_{split}", edit_rows(split))
+        write_rows(f"control_{split}", control_rows(split))
 
 
 if __name__ == "__main__":

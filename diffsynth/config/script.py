@@ -1,7 +1,8 @@
 """The script that is running, its folder `conf`, and its configuration."""
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 
@@ -16,6 +17,16 @@ def script() -> str:
 def conf() -> Path:
     """Return the folder `conf` beside the script."""
     return Path(sys.argv[0]).resolve().parent / "conf"
+
+
+@contextmanager
+def acting_as(path: Path, overrides: Sequence[str]) -> Iterator[None]:
+    """Inside, another script counts as the running one, started with these overrides."""
+    before, sys.argv = sys.argv, [str(path), *overrides]
+    try:
+        yield
+    finally:
+        sys.argv = before
 
 
 def compose(overrides: Sequence[str], **options: bool) -> DictConfig:

@@ -23,6 +23,7 @@ from ..core.loader import ModelConfig
 from ..core.ranges import NonNegativeFloat, Pixels, Side
 from ..diffusion.adapters.names import LayerNames
 from ..diffusion.base_pipeline import BasePipeline
+from ..diffusion.controlnet.inputs import ControlRequest
 from ..diffusion.flow_match import exponential_shift, stretch_to_terminal
 from ..diffusion.pipeline import image_units
 from ..diffusion.pipeline.attention import JointAttention
@@ -33,6 +34,14 @@ from ..diffusion.pipeline.request import EDIT_IMAGE_PIXELS, EditRequest, Templat
 from ..diffusion.pipeline.vae import Latents, NormalisedVAE
 from ..diffusion.template.cache import append_text
 from ..diffusion.template.lora import InputLoRA, added
+from .controlnets.qwen_image import (
+    CONTROL_START,
+    QwenImageControlNet,
+    QwenImageUnit_ControlEmbedder,
+    block_samples,
+    check_controlnet,
+    control_channels,
+)
 
 __all__ = ["ModelConfig", "QwenImagePipeline"]
 
@@ -204,6 +213,11 @@ def model_fn_qwen_image(
     prompt_emb: Tensor,
     prompt_emb_mask: Tensor | None,
     edit_latents: Sequence[Tensor] = (),
+    context_latents: Sequence[Tensor] = (),
+    controlnet: QwenImageControlNet | None = None,
+    control_latents: Sequence[Tensor] = (),
+    controlnet_scale: float | Sequence[float] = 1.0,
+    control_prompt: tuple[Tensor, Tensor | None] | None = None,
     kv_cache: KVCache | None = None,
     lora: InputLoRA | None = None,
     extra_text_embedding: Tensor | None = None,
@@ -216,20 +230,32 @@ def model_fn_qwen_image(
         prompt_emb: Text embeddings (B, L, D), right-padded.
         prompt_emb_mask: False where `prompt_emb` is padding (B, L); None if nothing is.
         edit_latents: Clean latents (B, 16, h', w') of each edit image, of their own sizes.
+        context_latents: Clean latents (B, 16, h, w) of each image that an adapter for In-Context control reads.
+        control_latents: Latents (B, 16 or 17, h, w) of each image that the ControlNet reads.
+        control_prompt: `prompt_emb` and `prompt_emb_mask` of the ControlNet, if it reads another prompt.
         kv_cache: Extra keys and values by block, `block_0` and so on.
         lora: Updates of the transformer's layers.
         extra_text_embedding: Text embeddings (B, L', D) appended to the prompt's.
     """
-    checkpoint_blocks(dit, use_gradient_checkpointing, use_gradient_checkpointing_offload)
-    batch, images = len(latents), [latents, *edit_latents]
+    checkpointing = use_gradient_checkpointing, use_gradient_checkpointing_offload
+    checkpoint_blocks(dit, *checkpointing)
+    batch, images = len(latents), [latents, *context_latents, *edit_latents]
     prompt_emb, prompt_emb_mask = append_text(prompt_emb, prompt_emb_mask, extra_text_embedding)
+    inputs = {
+        "hidden_states": torch.cat([pack_latents(image) for image in images], dim=1).to(dit.dtype),
+        "timestep": timestep / 1000,
+        "encoder_hidden_states": prompt_emb.to(dit.dtype),
+        "encoder_hidden_states_mask": prompt_emb_mask,
+        "img_shapes": [[(1, image.shape[2] // 2, image.shape[3] // 2) for image in images]] * batch,
+    }
+    samples = None
+    if controlnet is not None and control_latents:
+        tokens = [pack_latents(image) for image in control_latents]
+        samples = block_samples(controlnet, inputs, tokens, control_prompt, controlnet_scale, checkpointing)
     with added(dit, lora):
         velocity = dit(
-            hidden_states=torch.cat([pack_latents(image) for image in images], dim=1).to(dit.dtype),
-            timestep=timestep / 1000,
-            encoder_hidden_states=prompt_emb.to(dit.dtype),
-            encoder_hidden_states_mask=prompt_emb_mask,
-            img_shapes=[[(1, image.shape[2] // 2, image.shape[3] // 2) for image in images]] * batch,
+            **inputs,
+            controlnet_block_samples=samples,
             attention_kwargs={"kv_cache": kv_cache} if kv_cache else None,
             return_dict=False,
         )[0]
@@ -264,6 +290,19 @@ QwenImageUnit_LossMask = image_units.LossMask
 class QwenImageUnit_EditImageEmbedder(image_units.EditImageEmbedder):
     resize = staticmethod(image_units.stretch_to_area)
     needs = "processor"
+
+
+class QwenImageUnit_ContextImageEmbedder(image_units.PipelineUnit):
+    """Encodes the images of In-Context control, in the sample's size, to `context_latents` (1, 16, h, w)."""
+
+    def __init__(self):
+        super().__init__(output_params=("context_latents",), onload_model_names=("vae",))
+
+    def process(self, pipe, context_image, height, width, tiled, tile_size, tile_stride):
+        images = image_units.image_list(context_image, "context_image")
+        sized = [image.resize((width, height), Image.Resampling.LANCZOS) for image in images]
+        latents = image_units.encode_images(pipe, sized, tiled, tile_size, tile_stride) if sized else []
+        return {"context_latents": list(latents)} if sized else {}
 
 
 class QwenImageUnit_PromptEmbedder(PromptEmbedder):
@@ -315,10 +354,11 @@ def check_templates(pipe: "QwenImagePipeline") -> None:
 
 
 @dataclass(kw_only=True)
-class QwenImageRequest(EditRequest, TemplateRequest):
+class QwenImageRequest(EditRequest, TemplateRequest, ControlRequest):
     """Sample one image with Qwen-Image.
 
     Args:
+        context_image: Image that an adapter for In-Context control follows, or several; resized to the sample's size.
         cfg_rescale: Keep the norm of the conditional velocity under guidance, as the released model samples.
         edit_image_numbered: Number a single edit image, too, as Qwen-Image-Edit-2509 and later were trained; several
             are always numbered, so that the prompt can name Picture 1, Picture 2.
@@ -330,6 +370,7 @@ class QwenImageRequest(EditRequest, TemplateRequest):
     cfg_rescale: bool = True
     height: Side = 1328
     width: Side = 1328
+    context_image: Image.Image | Sequence[Image.Image] | None = None
     edit_image_numbered: bool = False
     edit_vision_pixels: Pixels = EDIT_VISION_PIXELS
     exponential_shift_mu: float | None = None
@@ -343,10 +384,12 @@ class QwenImagePipeline(BasePipeline):
         "dit": Network("QwenImageTransformer2DModel", after=use_joint_attention, lora=LORA_NAMES),
         "text_encoder": Network("Qwen2_5_VLForConditionalGeneration", lora=TEXT_LORA_NAMES),
         "vae": Network(QwenImageVAE, after=QwenImageVAE.use_single_frame_convolutions),
+        "controlnet": Network(QwenImageControlNet, optional=True, start=CONTROL_START),
         "tokenizer": Folder("Qwen2Tokenizer", check=check_templates, needed_by="text_encoder"),
         "processor": Folder("Qwen2VLImageProcessorPil", check=check_templates),  # torchvision's differs a little
     }
     latents = Latents(channels=16, factor=8, patch=2)
+    in_iteration_models = ("dit", "controlnet")
     model_fn = staticmethod(model_fn_qwen_image)
     sigma_grid = staticmethod(qwen_image_sigmas)
     model_settings = ("edit_image_pixels", "edit_image_numbered", "edit_vision_pixels")
@@ -356,9 +399,17 @@ class QwenImagePipeline(BasePipeline):
         QwenImageUnit_InputImageEmbedder,
         QwenImageUnit_Inpaint,
         QwenImageUnit_LossMask,
+        QwenImageUnit_ControlEmbedder,
+        QwenImageUnit_ContextImageEmbedder,
         QwenImageUnit_PromptEmbedder,
         QwenImageUnit_EditImageEmbedder,
     )
+
+    def check_networks(self) -> None:
+        if self.controlnet is not None:
+            self.control_channels = control_channels(self.controlnet)
+        if self.controlnet is not None and self.dit is not None:
+            check_controlnet(self.controlnet, self.dit)
 
     def tokenize(self, prompt: str) -> Mapping[str, Tensor]:
         """Token ids and mask (1, L) of a prompt in its template."""
@@ -399,7 +450,8 @@ class QwenImagePipeline(BasePipeline):
         positive = self.predict(timestep, **shared, **posi)
         if cfg_scale == 1:
             return positive
-        negative = self.predict(timestep, **shared, **nega)
+        prompt = posi["prompt_emb"], posi["prompt_emb_mask"]  # that the ControlNet reads in both, as in diffusers
+        negative = self.predict(timestep, **shared, **nega, control_prompt=prompt)
         guided = negative + cfg_scale * (positive - negative)
         if not shared.get("cfg_rescale", True):
             return guided

@@ -11,6 +11,7 @@ from torch.utils._pytree import tree_leaves
 from ..core.data.order.buckets import Size
 from ..core.live_bytes import bytes_of
 from ..core.memory import MemoryRecipe
+from ..diffusion.pipeline.generation import with_images
 from ..training.checkpoint import FILE_BYTES
 from ..training.validation.validation import BANDS
 from .few_blocks import FewBlocks, block_lists
@@ -189,7 +190,7 @@ class Planner:
         validation, pipe = self.run.validation, self.rehearsal.module.pipe
         if not (validation.prompts or validation.shown_rows(pipe)):
             return []
-        request = {"prompt": (*validation.prompts, "a picture")[0], **validation.options}
+        request = {"prompt": (*validation.prompts, "a picture")[0], **with_images(pipe, validation.options)}
         size = pipe.media.requested_size(pipe.complete(request))
         return [self._between_steps("sample", size, lambda: self.rehearsal.sample(request))]
 

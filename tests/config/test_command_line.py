@@ -1,12 +1,15 @@
 """What the command line does before torch starts, and before a model is built."""
 
 import os
+import sys
 
 import kills
 import pytest
 import tiny
 
+from diffsynth.config import ConfigError
 from diffsynth.config.command_line import _where_it_is
+from diffsynth.config.commands import configuration
 from diffsynth.core.process.locks import IN_USE_STATUS
 
 NAMES = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
@@ -36,3 +39,13 @@ def test_a_folder_that_another_process_writes_is_refused_before_the_model_is_bui
 
 def test_a_long_name_in_an_error_is_looked_for_without_another_error():
     assert _where_it_is(f"docs/{'a' * 300} is no picture") == ""
+
+
+def test_a_command_that_is_not_running_is_composed_and_checked_as_its_script_would():
+    script, schema, argv = tiny.ROOT / "train.py", tiny.schema("train"), list(sys.argv)
+    found = configuration(script, ["lora=dora", "name=a, b", "lora.target_modules=[to_q]"], schema, checked=True)
+    assert (found["name"], found["lora"]["target_modules"], found["lora"]["use_dora"]) == ("a, b", ["to_q"], True)
+    for word, error in {"lora=nono": "no such option; did you mean lora=none", "lora.rank=0": "is 0"}.items():
+        with pytest.raises(ConfigError, match=error):
+            configuration(script, [word], schema, checked=True)
+    assert sys.argv == argv

@@ -3,7 +3,7 @@
 import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from PIL import Image
@@ -12,6 +12,7 @@ from ...core.data.operators.picture_files import read_image
 from ...core.data.sources.metadata import open_text
 from ...core.pictures import GRID_COLUMNS, beside, row, save_png, stack
 from .remembered import Inputs, to_device
+from .request import image_arguments
 
 if TYPE_CHECKING:
     from ..base_pipeline import BasePipeline
@@ -88,6 +89,25 @@ def _read_image(name: str, path: str) -> Image.Image:
         return read_image(path)
     except Exception as error:  # Pillow's decoders raise exceptions of many types
         raise ValueError(f"{name}={path}: {error}") from error
+
+
+def with_images(pipe: "BasePipeline", options: Mapping[str, Any] | None) -> dict[str, Any]:
+    """Arguments of a pipeline's call, in which paths of images, or lists of paths, are replaced by the images.
+
+    Raises:
+        ValueError: One cannot be read; names it.
+    """
+    takes_images = image_arguments(pipe.request)
+    return {
+        name: _read_images(f"options.{name}", value) if name in takes_images else value
+        for name, value in (options or {}).items()
+    }
+
+
+def _read_images(name: str, value: Any) -> Any:
+    if isinstance(value, str):
+        return _read_image(name, value)
+    return [_read_images(name, element) for element in value] if isinstance(value, Sequence) else value
 
 
 def open_files(inputs: Mapping[str, object]) -> dict[str, object]:

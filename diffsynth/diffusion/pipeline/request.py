@@ -127,6 +127,11 @@ def annotations_of(request: type[ImageRequest]) -> dict[str, Any]:
     return found
 
 
+def image_arguments(request: type[ImageRequest]) -> set[str]:
+    """The fields of a request that take images."""
+    return {name for name, hint in annotations_of(request).items() if "Image" in str(hint)}
+
+
 def parameters_of(request: type[ImageRequest]) -> list[inspect.Parameter]:
     """A request's fields as parameters of a call; all are keyword-only but `prompt`, which comes first."""
     kinds = {"prompt": inspect.Parameter.POSITIONAL_OR_KEYWORD}

@@ -20,7 +20,7 @@ from ...core.files import going_on_without
 from ...core.pictures import row, save_png, stack
 from ...core.ranges import NonNegativeInt, PositiveInt, Seed, check_fields
 from ...core.sharing import share
-from ...diffusion.pipeline.generation import warn_of_ignored
+from ...diffusion.pipeline.generation import warn_of_ignored, with_images
 from ...diffusion.pipeline.remembered import UnitMemory
 from ...diffusion.randomness import StratifiedRNG
 from .few_steps import FewSteps
@@ -51,7 +51,8 @@ class Validation:
         every: Optimizer steps between evaluations; None evaluates only before the first step and after the last.
         prompts: Prompts to sample into `step-N.png`; `progress.png` shows all evaluations below one another.
         seed: Seed of all noise in the validation.
-        options: Other arguments of the pipeline's call (`num_inference_steps`, `cfg_scale`, `height`, …).
+        options: Other arguments of the pipeline's call (`num_inference_steps`, `cfg_scale`, `height`, …); images are
+            files.
         datasets: Held-out data sets by name; the loss on them is measured.
         loss_samples: Number of the first rows of each data set whose loss is measured.
         metrics: Metrics of images that are sampled for the rows' prompts, by name.
@@ -91,7 +92,8 @@ class Validation:
             ValueError: The pipeline does not take these options, or `few_steps` cannot compare this task's student.
         """
         try:
-            warn_of_ignored(self.options, module.pipe.complete(self.options))
+            options = with_images(module.pipe, self.options)
+            warn_of_ignored(options, module.pipe.complete(options))
         except ValueError as error:
             raise ValueError(f"validation.options: {error}") from error
         compared = self.few_steps.models(module) if self.few_steps else set()
@@ -231,7 +233,8 @@ class Validation:
 
     def _generate(self, pipe: "BasePipeline", requests: Sequence[Mapping]) -> list[Image.Image]:
         """Sample requests, each with its own seed; every process samples some of them and gets all thumbnails."""
-        seeded = [{**self.options, "seed": self.seed + number, **own} for number, own in enumerate(requests)]
+        options = with_images(pipe, self.options)
+        seeded = [{**options, "seed": self.seed + number, **own} for number, own in enumerate(requests)]
         together = all(own.keys() == {"prompt"} for own in requests)  # other inputs may differ in shape
 
         def sample(mine: Sequence[Mapping]) -> list[Image.Image]:

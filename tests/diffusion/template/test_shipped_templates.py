@@ -122,7 +122,7 @@ def test_its_shards_and_rows_are_what_their_script_writes(tmp_path, monkeypatch)
     monkeypatch.setattr(script, "HERE", tmp_path)
     script.main()
     written = [path.name for path in DATA.iterdir() if path.suffix in (".tar", ".jsonl")]
-    assert len(written) == 11
+    assert len(written) == 13
     assert filecmp.cmpfiles(DATA, tmp_path, written, shallow=False) == (written, [], [])
 
 

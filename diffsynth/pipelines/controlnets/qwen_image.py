@@ -1,0 +1,89 @@
+"""Qwen-Image's ControlNet: a few blocks like the transformer's; each output is added to several of its blocks.
+
+It reads 16 channels, or 17 with an image to inpaint, in diffusers' QwenImageControlNetInpaintPipeline's order.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from diffusers import QwenImageControlNetModel, QwenImageTransformer2DModel
+from torch import Tensor
+
+from ...core.gradient import checkpoint_blocks
+from ...diffusion.controlnet.inputs import ControlEmbedder, kept_area, summed
+from ...diffusion.controlnet.start import ControlStart
+
+COPIED_BLOCKS = 5  # as in the released InstantX/Qwen-Image-ControlNet-Union
+SIZES = "patch_size", "in_channels", "out_channels", "attention_head_dim", "num_attention_heads", "joint_attention_dim"
+BLACK = -1.0
+
+
+class QwenImageControlNet(QwenImageControlNetModel):
+    """diffusers' ControlNet, which does not name its blocks."""
+
+    _repeated_blocks = ["QwenImageTransformerBlock"]
+    _no_split_modules = _repeated_blocks
+
+
+def block_samples(
+    controlnet: QwenImageControlNet,
+    inputs: Mapping[str, Any],
+    control_tokens: Sequence[Tensor],
+    prompt: tuple[Tensor, Tensor | None] | None,
+    scale: float | Sequence[float],
+    checkpointing: tuple[bool, bool],
+) -> list[Tensor] | None:
+    """What the ControlNet adds to the transformer's image tokens (B, L, D), one tensor for several blocks each.
+
+    Args:
+        inputs: Arguments of the transformer's call, without images to edit.
+        control_tokens: Tokens (B, L, 64 or 68) of each image.
+        prompt: Text embeddings (B, L, D) and their mask (B, L) instead of those of the transformer's call.
+        checkpointing: Whether blocks are computed again in the backward pass, and whether their inputs are offloaded.
+    """
+    checkpoint_blocks(controlnet, *checkpointing)
+    if prompt is not None:
+        text = dict(zip(("encoder_hidden_states", "encoder_hidden_states_mask"), prompt, strict=True))
+        inputs = {**inputs, **text}
+
+    def outputs(tokens: Tensor, own_scale: float) -> list[Tensor]:
+        image = {"controlnet_cond": tokens.to(controlnet.dtype), "conditioning_scale": own_scale}
+        return controlnet(**inputs, **image, return_dict=False)
+
+    return summed(outputs, control_tokens, scale)
+
+
+class QwenImageUnit_ControlEmbedder(ControlEmbedder):
+    def control(self, pipe, encode, image, kept, mask):
+        if pipe.control_channels == pipe.latents.channels:
+            return encode(image)
+        if mask is None:
+            raise ValueError("This ControlNet inpaints: controlnet_image needs controlnet_inpaint_mask; give both.")
+        latents = encode(torch.where(mask > 0, BLACK, image))
+        return torch.cat([latents, kept_area(mask, latents)], dim=1)
+
+
+def control_channels(controlnet: QwenImageControlNet) -> int:
+    """Channels of the latents that a ControlNet reads, of which 2 × 2 make a token."""
+    return (controlnet.config.in_channels + controlnet.config.extra_condition_channels) // 4
+
+
+def check_controlnet(controlnet: QwenImageControlNet, dit: QwenImageTransformer2DModel) -> None:
+    """Refuse a ControlNet of another base."""
+    for size in ("joint_attention_dim", "num_attention_heads", "attention_head_dim"):
+        found, wanted = controlnet.config[size], dit.config[size]
+        if found != wanted:
+            raise ValueError(
+                f"controlnet has {size} {found}, but dit has {wanted}; take a ControlNet that was trained for this "
+                "transformer."
+            )
+
+
+def config_beside(transformer: Mapping[str, Any], blocks: int, inpaint: bool) -> dict[str, Any]:
+    """The configuration of a ControlNet with copies of the transformer's first blocks."""
+    sizes = {name: transformer[name] for name in (*SIZES, "axes_dims_rope")}
+    return sizes | {"num_layers": blocks, "extra_condition_channels": 4 if inpaint else 0}
+
+
+CONTROL_START = ControlStart(blocks=COPIED_BLOCKS, config=config_beside, source=lambda name, _: name)

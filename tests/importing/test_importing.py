@@ -1,0 +1,170 @@
+"""Commands of DiffSynth-Studio become ours, and nothing of them is lost without a word."""
+
+import shlex
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import tiny
+from studio_commands import CASES, LORA, MANY_FLAGS, QWEN, TWO_EXPERTS, Case, launch
+
+from diffsynth.config import check
+from diffsynth.importing.__main__ import main
+from diffsynth.importing.flags import FLAGS
+from diffsynth.importing.ours import OurCommand
+from diffsynth.importing.parsing import Command, read_commands
+from diffsynth.importing.printing import printed
+from diffsynth.importing.translate import translate
+
+
+def written(case: Case, folder: Path) -> Path:
+    (folder / case.name).write_text(case.text, encoding="utf-8")
+    return folder / case.name
+
+
+def translated(case: Case, folder: Path, **options) -> list[OurCommand]:
+    return [each for each in translate(written(case, folder), **options) if isinstance(each, OurCommand)]
+
+
+def said(ours: OurCommand) -> set[str]:
+    """The flags that a command has no word for, but a line."""
+    flags = [flag for lists in (ours.left_out, ours.refused) for names in lists.values() for flag in names]
+    return {*flags, *(text.removeprefix("--").split()[0] for text in ours.unknown)}
+
+
+@pytest.mark.parametrize("name", tiny.mostly_slow(CASES, "lora", "many_flags", "two_experts"))
+def test_each_command_becomes_one_of_ours(name, tmp_path):
+    case = CASES[name]
+    ours = translated(case, tmp_path)
+    assert [[*each.words, *each.overrides] for each in ours] == [shlex.split(line) for line in case.ours]
+    assert set().union(*map(said, ours)) == case.said
+
+
+def test_the_cases_have_every_flag_of_the_table(tmp_path):
+    commands = [each for case in CASES.values() for each in read_commands(written(case, tmp_path))]
+    given = {flag.removeprefix("dmd2_") for each in commands if isinstance(each, Command) for flag in each.flags}
+    assert FLAGS.keys() <= given
+
+
+def commands_in(script: str) -> list[tuple[str, list[str]]]:
+    """The (entry, overrides) of each command of ours in a shell script."""
+    lines = [line for line in script.replace("\\\n", "").splitlines() if ".py " in line and not line.startswith("#")]
+    words = [shlex.split(line) for line in lines]
+    starts = [next(number for number, word in enumerate(line) if word.endswith(".py")) for line in words]
+    return [(line[start].removesuffix(".py"), line[start + 1 :]) for line, start in zip(words, starts, strict=True)]
+
+
+@pytest.mark.parametrize("exact", [False, True])
+@pytest.mark.parametrize("name", tiny.mostly_slow(CASES, "lora", "two_experts"))
+def test_every_printed_command_composes(name, exact, tmp_path):
+    found = commands_in(printed(translate(written(CASES[name], tmp_path), exact=exact)))
+    assert len(found) == (len(CASES[name].ours) if name != "two_experts" else 0)
+    for entry, overrides in found:
+        check(tiny.compose(entry, *overrides), tiny.schema(entry))
+
+
+def test_what_is_not_printed_is_the_default_already(tmp_path):
+    (ours,) = translated(LORA, tmp_path)
+    cfg = tiny.compose("train", *ours.overrides)
+    assert (cfg.lora.rank, cfg.lora.models, cfg.optimizer.lr, cfg.optimizer.weight_decay) == (32, ["dit"], 1e-4, 0.01)
+    assert (cfg.dataset.max_pixels, cfg.dataset.height, cfg.micro_batch_size) == (1048576, None, 1)
+    assert (cfg.memory.checkpointing, cfg.model.dit.model_id) == ("blocks", "Qwen/Qwen-Image")
+
+
+def test_exact_imitates_what_can_be_imitated(tmp_path):
+    (plain,), (exact,) = translated(LORA, tmp_path), translated(LORA, tmp_path, exact=True)
+    assert set(exact.overrides) - set(plain.overrides) == {
+        "max_grad_norm=null",
+        "task.exact_upstream=true",
+        "lr_scheduler._target_=torch.optim.lr_scheduler.ConstantLR",
+    }
+    assert len(plain.differs) - len(exact.differs) == 3
+    (parallel,) = translated(MANY_FLAGS, tmp_path, exact=True)
+    assert "+lr_scheduler.total_iters=3" in parallel.overrides  # theirs counts 5 steps of 2 processes together
+
+
+@pytest.mark.slow
+def test_the_exact_schedule_begins_with_five_steps_at_a_third(tmp_path):
+    import json
+
+    (exact,) = translated(LORA, tmp_path, exact=True)
+    schedule = [word for word in exact.overrides if word.startswith(("lr_scheduler", "max_grad_norm", "task."))]
+    run_dir = tiny.train(tmp_path, *schedule, "max_steps=7", "optimizer.lr=3e-4", "checkpoint.every=null")
+    lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    assert [line["lr"] for line in lines if "lr" in line] == pytest.approx([1e-4] * 5 + [3e-4] * 2)
+
+
+def test_a_family_is_known_as_soon_as_its_file_is_there(tmp_path):
+    project = tmp_path / "project"
+    shutil.copytree(tiny.ROOT / "conf", project / "conf")
+    (project / "conf" / "model" / "wan.yaml").write_text(
+        "defaults: [qwen_image]\ndit: {model_id: Wan-AI/Wan2.2-T2V-A14B-Diffusers}\n", encoding="utf-8"
+    )
+    before, after = translated(TWO_EXPERTS, tmp_path), translated(TWO_EXPERTS, tmp_path, project=project)
+    assert all("Wan has no file in conf/model/ yet" in each.problem for each in before)
+    assert [each.problem for each in after] == ["", ""]
+    boundaries = [[word for word in each.overrides if "_boundary" in word] for each in after]
+    assert boundaries == [["task.timesteps.max_boundary=0.417"], ["task.timesteps.min_boundary=0.417"]]
+    assert not any(word.startswith("model.") for each in after for word in each.overrides)  # their files are others
+
+
+def test_a_model_that_cannot_be_inferred_is_asked_for(tmp_path):
+    encoder = "black-forest-labs/FLUX.2-klein-4B:text_encoder/*"
+    (ours,) = translated(Case(launch("flux2", model_id_with_origin_paths=encoder), []), tmp_path)
+    assert "flux2_klein_4b, flux2_klein_base_4b have these files; type one of them, model=…" in ours.problem
+    unnamed = Case(launch("qwen_image", dataset_base_path="d", lora_base_model="dit"), [])
+    (ours,) = translated(unnamed, tmp_path)
+    assert "type the model behind it, such as model=qwen_image" in ours.problem
+    (ours,) = translated(unnamed, tmp_path, model="qwen_image")
+    assert not ours.problem and ours.overrides[0] == "model=qwen_image"
+    with pytest.raises(ValueError, match="model=wan: there is no such model; expected one of flux2_dev"):
+        translated(unnamed, tmp_path, model="wan")
+
+
+def test_a_command_that_would_train_nothing_of_theirs_is_not_printed(tmp_path):
+    flags = {"model_id_with_origin_paths": QWEN, "trainable_models": "blockwise_controlnet"}
+    (ours,) = translated(Case(launch("qwen_image", dataset_base_path="d", **flags), []), tmp_path)
+    assert ours.problem.startswith("--trainable_models: qwen_image has no component blockwise_controlnet to train yet")
+    assert commands_in(printed([ours])) == []
+
+
+def test_what_we_refuse_is_named_with_what_to_do(tmp_path, capsys):
+    status = main([str(written(MANY_FLAGS, tmp_path))])
+    text = capsys.readouterr().out
+    assert status == 1
+    assert "--noise_scale: the noise of the training has the scale 1 here; leave it out" in text
+    assert "--extra_inputs: qwen_image has no input eligen_entity_masks yet" in text
+    assert "#   --made_up 3" in text
+    assert main([str(written(LORA, tmp_path))]) == 0
+    text = capsys.readouterr().out
+    assert text.startswith("modelscope download --dataset DiffSynth-Studio/diffsynth_example_dataset")
+    assert "theirs a third of it" in text and "type batch_size=N" in text
+
+
+@pytest.mark.parametrize("value", ["0", "2.5", "thirty"])
+def test_a_value_that_our_check_refuses_makes_no_command(value, tmp_path):
+    (ours,) = translated(replace(LORA, text=LORA.text.replace('"32"', value).replace("'32'", value)), tmp_path)
+    assert ours.problem.startswith("lora.rank is ") and not ours.is_complete
+    assert commands_in(printed([ours])) == []
+
+
+@pytest.mark.parametrize(
+    "arguments, error",
+    [
+        ([], "nothing is typed; expected FILE.sh [model=…] [exact=true]."),
+        (["a.sh", "b.sh"], "a.sh b.sh is typed; expected FILE.sh"),
+        (["a.sh", "exakt=true"], "a.sh exakt=true is typed; expected FILE.sh"),
+        (["a.sh", "exact=yes"], "a.sh exact=yes is typed; expected FILE.sh"),
+    ],
+)
+def test_a_mistaken_command_line_is_answered_with_the_right_one(arguments, error):
+    with pytest.raises(ValueError) as raised:
+        main(arguments)
+    assert str(raised.value).startswith(error)
+
+
+@pytest.mark.slow
+def test_a_mistake_is_one_line_of_the_command_line(tmp_path):
+    said = tiny.process("python", "-m", "diffsynth.importing", str(tmp_path / "absent.sh"), status=1)
+    assert said.startswith(f"error: {tmp_path}/absent.sh does not exist; expected a script") and said.count("\n") == 1
