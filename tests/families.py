@@ -14,7 +14,7 @@ import tiny_auraflow
 import tiny_flux2
 import tiny_qwen_edit
 from auraflow import AuraFlowPipeline
-from miniatures import ernie_image, krea2, qwen_image, z_image
+from miniatures import ernie_image, flux3, krea2, qwen_image, sd3, z_image
 from torch import Tensor
 
 from diffsynth.core.loader import ModelConfig
@@ -26,8 +26,10 @@ from diffsynth.diffusion.pipeline.networks import TrainingDefaults
 from diffsynth.diffusion.training_module import PipelineTrainingModule
 from diffsynth.pipelines.ernie_image import ErnieImagePipeline
 from diffsynth.pipelines.flux2_image import Flux2ImagePipeline
+from diffsynth.pipelines.flux3_image import Flux3ImagePipeline
 from diffsynth.pipelines.krea2 import Krea2Pipeline
 from diffsynth.pipelines.qwen_image import QwenImagePipeline
+from diffsynth.pipelines.sd3 import SD3Pipeline
 from diffsynth.pipelines.z_image import ZImagePipeline
 
 
@@ -184,6 +186,24 @@ FAMILIES = [
         ("to_q", "to_out.0", "up_proj"),
         SIZES,
         reference=ernie_image.sampled_by_diffusers,
+    ),
+    Family(
+        "sd3_5_medium",
+        SD3Pipeline,
+        sd3.medium,
+        ("to_q", "to_out.0", "add_k_proj", "ff.net.2"),
+        SIZES | {"max_sequence_length": sd3.T5_TOKENS},
+        parts=sd3.PARTS,
+        reference=sd3.sampled_by_diffusers,
+    ),
+    Family(
+        "flux3_klein_base",
+        Flux3ImagePipeline,
+        flux3.base,
+        ("to_q", "to_out.0", "linear_in"),
+        SIZES,
+        edits=True,
+        reference=flux3.sampled_by_diffusers,
     ),
 ]
 

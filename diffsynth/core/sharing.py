@@ -23,6 +23,11 @@ def together(processes: int) -> Iterator[None]:
         _together.reset(token)
 
 
+def runs_together() -> bool:
+    """Whether this process has to call the networks as often as others do; see `together`."""
+    return _together.get() > 1
+
+
 def share(items: Sequence, make: Callable[[list], Sequence]) -> list:
     """The results of `make(items)`, one per item and in order; every group of processes makes a part of them.
 

@@ -308,7 +308,7 @@ class BasePipeline(PipelineNetworks):
 
     # Units
 
-    def build_models(self, model_configs: Iterable[ModelConfig]) -> None:
+    def build_models(self, model_configs: Iterable[ModelConfig] | Mapping[str, ModelConfig]) -> None:
         super().build_models(model_configs)
         self.add_units()
 

@@ -78,18 +78,20 @@ def meta_pipeline(model: Callable[..., BasePipeline], tokens: int) -> BasePipeli
     """
     parts = _parts(model)
     architectures_of = {name: Architecture(find_config(part)) for name, part in _networks(model).items()}
-    text_encoder = architectures_of.pop("text_encoder", None)
+    folders = {n: part for n, part in model.func.__self__.components.items() if isinstance(part, Folder)}
+    tokenizers = {name: folder.needed_by for name, folder in folders.items() if not folder.is_optional}
+    encoders = {name: architectures_of.pop(name) for name in tokenizers.values() if name in architectures_of}
     left_out = dict.fromkeys(parts.keys() - architectures_of.keys())
     pipe = model.func(**{**model.keywords, **left_out, **architectures_of}, device="meta")
-    if text_encoder is not None:  # built apart, because `from_components` wants its tokenizer too
-        pipe.build_models([text_encoder])
-        pipe.tokenizer = BlankTokenizer(tokens)
-        read_images_as_text(pipe.text_encoder)
+    pipe.build_models(encoders)  # apart, because `from_components` wants their tokenizers too
+    for name, encoder in tokenizers.items():
+        if encoder in encoders:
+            setattr(pipe, name, BlankTokenizer(tokens))
+            read_images_as_text(getattr(pipe, encoder))
     for name, part in parts.items():
-        component = pipe.components[name]
-        if isinstance(component, Folder) and component.is_optional:
+        if name in folders and folders[name].is_optional:
             (folder,) = [None] if part.is_absent else part.resolve()
-            setattr(pipe, name, component.read(folder))
+            setattr(pipe, name, folders[name].read(folder))
     pipe.add_units()
     return pipe
 

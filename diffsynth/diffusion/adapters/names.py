@@ -23,6 +23,8 @@ STARTS = {
         "lora_unet_", "lora_transformer_", "lycoris_",
     ),
     "text_encoder": ("text_encoder.", "pipe.text_encoder.", "lora_te_", "lora_te1_"),
+    "text_encoder_2": ("text_encoder_2.", "pipe.text_encoder_2.", "lora_te2_"),
+    "text_encoder_3": ("text_encoder_3.", "pipe.text_encoder_3.", "lora_te3_"),
 }  # fmt: skip
 ENDINGS = {
     ".lora_A.weight": "lora_A.weight",

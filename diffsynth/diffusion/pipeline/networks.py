@@ -112,7 +112,7 @@ class PipelineNetworks(nn.Module):
         """Build the pipeline and read all its weights.
 
         Args:
-            model_configs: Where the networks are, in any order.
+            model_configs: Where the networks are, see `build_models`.
             folder_configs: Where the tokenizers and processors are, as `tokenizer_config`, `processor_config`.
 
         Raises:
@@ -144,17 +144,21 @@ class PipelineNetworks(nn.Module):
                     f"{part.needed_by} needs a {name}, but model.{name} is null; set model.{name} to where it is."
                 )
         pipe = cls(device, getattr(torch, torch_dtype))
-        pipe.build_models(configs[name] for name in cls.networks() if configs[name] is not None)
+        pipe.build_models({name: configs[name] for name in cls.networks() if configs[name] is not None})
         for name in [name for name in configs if name not in cls.networks()]:
             pipe.build_folder(name, configs[name])
         pipe.call_defaults.update(given)
         pipe.training_defaults = training or TrainingDefaults()
         return pipe
 
-    def build_models(self, model_configs: Iterable[ModelConfig]) -> None:
+    def build_models(self, model_configs: Iterable[ModelConfig] | Mapping[str, ModelConfig]) -> None:
         """Find the files of each network, build it on the meta device and compare it with its files' headers.
 
         The sampling settings that are stored with weights, such as a distilled student's, become the pipeline's.
+
+        Args:
+            model_configs: Where the networks are, by name or in any order; without names, several networks of one class
+                are in the order of `components`.
 
         Raises:
             FileNotFoundError: Files are not on this machine and cannot be downloaded.
@@ -162,12 +166,13 @@ class PipelineNetworks(nn.Module):
                 architecture.
         """
         subclasses = {kind: cls for network in self.networks().values() for kind, cls in network.subclasses.items()}
-        for model_config in model_configs:
+        named = model_configs.items() if isinstance(model_configs, Mapping) else [(None, own) for own in model_configs]
+        for wanted, model_config in named:
             files = model_config.resolve()
             module = build_module(files, model_config.config, subclasses)
             if files is not None:  # a pipeline that stays on the meta device has none
                 check_weights(module, files)
-            name = self._attribute(module, files)
+            name = self._attribute(module, files, wanted)
             if name in self._files:
                 raise ValueError(
                     f"{files[0]} is a {type(module).__name__}, as {self._files[name][0]} already is; leave out one."
@@ -261,7 +266,7 @@ class PipelineNetworks(nn.Module):
             for name in names:
                 drop_weights(getattr(self, name))
 
-    def _attribute(self, module: nn.Module, files: Sequence[Path]) -> str:
+    def _attribute(self, module: nn.Module, files: Sequence[Path], wanted: str | None = None) -> str:
         names = [name for name, network in self.networks().items() if network.holds(module)]
         if not names:
             known = sorted(kind for network in self.networks().values() for kind in network.names)
@@ -269,7 +274,8 @@ class PipelineNetworks(nn.Module):
                 f"{type(self).__name__} has no place for a {type(module).__name__} ({files[0]}); expected one of "
                 f"{known}."
             )
-        return names[0]
+        free = [name for name in names if name not in self._files]
+        return wanted if wanted in names else (free or names)[0]
 
     def models_of(self, units: Iterable[PipelineUnit], *, model_fn: bool) -> set[str]:
         """Names of the models that these units call, and with `model_fn` also those that `model_fn` calls."""

@@ -4,6 +4,7 @@ Each judge returns the updates that a program adds to the weights, (outputs, inp
 of a DoRA has its magnitudes as a further column.
 """
 
+import inspect
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -19,6 +20,7 @@ PIPELINES = {
     "emoji_flux2": diffusers.Flux2KleinPipeline,
     "krea2": diffusers.Krea2Pipeline,
     "ernie_image": diffusers.ErnieImagePipeline,
+    "sd3_5_medium": diffusers.StableDiffusion3Pipeline,
 }
 Updates = dict[str, Tensor]
 
@@ -26,9 +28,9 @@ Updates = dict[str, Tensor]
 def in_diffusers(file: Path, network: nn.Module, family: str) -> Updates:
     """diffusers itself: `load_lora_weights` into a network of the same configuration. It raises for some files."""
     fresh, pipeline = type(network).from_config(network.config), PIPELINES[family]
-    parts = dict.fromkeys(("scheduler", "vae", "text_encoder", "tokenizer"))
+    parts = dict.fromkeys(inspect.signature(pipeline).parameters)
     try:
-        pipeline(**parts, transformer=fresh).load_lora_weights(str(file))
+        pipeline(**parts | {"transformer": fresh}).load_lora_weights(str(file))
     except (ValueError, KeyError):
         return {}
     return updates_of(fresh)
@@ -101,12 +103,14 @@ def comfyui_names(network: nn.Module, family: str) -> dict[str, str]:
     Its FLUX.2 has Black Forest Labs' names, which stand after `diffusion_model.`, and a list of ours
     (comfy/utils.py flux_to_diffusers), which stand alone or after `transformer.`. Its Krea 2 has Krea's names after
     `diffusion_model.`, and ours anywhere (krea2_to_diffusers). Its ERNIE-Image has ours, which do not stand alone.
+    Its Stable Diffusion 3 has Stability AI's names after `diffusion_model.`, and ours (comfy/utils.py
+    mmdit_to_diffusers) after `transformer.` only.
     """
     layers = [name for name, layer in network.named_modules() if isinstance(layer, nn.Linear)]
     if family in STARTS:
         ours = {f"{start}{layer}": layer for layer in layers for start in STARTS[family]}
-        native = {f"diffusion_model.{_of_krea(layer)}": layer for layer in layers if family == "krea2"}
-        return native | ours
+        native = NATIVE.get(family)
+        return ours | ({native(layer): layer for layer in layers} if native else {})
     listed = r"(single_)?transformer_blocks\..*|x_embedder|context_embedder|proj_out|norm_out\.linear"
     ours = [layer for layer in layers if re.fullmatch(listed, layer)]
     named = {f"{start}{layer}": layer for layer in ours for start in ("", "transformer.")}
@@ -117,6 +121,7 @@ STARTS = {
     "emoji": ("", "transformer.", "diffusion_model."),
     "krea2": ("", "transformer.", "diffusion_model."),
     "ernie_image": ("transformer.", "diffusion_model."),
+    "sd3_5_medium": ("transformer.",),
 }
 
 
@@ -138,7 +143,26 @@ def _of_krea(layer: str) -> str:
         ("txt_in.linear_2", "txtmlp.3"),
     ):
         layer = layer.replace(ours, name)
-    return layer
+    return f"diffusion_model.{layer}"
+
+
+def _native_sd3(layer: str) -> str:
+    """Stability AI's name of a layer that it does not fuse with others."""
+    block = re.fullmatch(r"transformer_blocks\.(\d+)\.(.*)", layer)
+    stream, name = {
+        "attn.to_out.0": ("x_block", "attn.proj"),
+        "attn.to_add_out": ("context_block", "attn.proj"),
+        "attn2.to_out.0": ("x_block", "attn2.proj"),
+        "ff.net.0.proj": ("x_block", "mlp.fc1"),
+        "ff.net.2": ("x_block", "mlp.fc2"),
+        "ff_context.net.0.proj": ("context_block", "mlp.fc1"),
+        "ff_context.net.2": ("context_block", "mlp.fc2"),
+    }.get(block[2] if block else "", ("final_layer", "linear"))
+    named = f"joint_blocks.{block[1]}.{stream}.{name}" if block else f"{stream}.{name}"
+    return f"diffusion_model.{named}" if stream != "final_layer" or layer == "proj_out" else f"(none) {layer}"
+
+
+NATIVE = {"krea2": _of_krea, "sd3_5_medium": _native_sd3}
 
 
 def _native(layer: str) -> str:

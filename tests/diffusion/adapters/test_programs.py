@@ -18,6 +18,7 @@ from diffsynth.diffusion.logger import ModelLogger
 
 QWEN, FLUX2 = FAMILIES[:2]
 KREA2, ERNIE = (next(family for family in FAMILIES if family.name == name) for name in ("krea2", "ernie_image"))
+SD3 = next(family for family in FAMILIES if family.name == "sd3_5_medium")
 EVERY = {"diffusers", "ComfyUI", "DiffSynth-Studio"}
 # The table in docs/runs.md, and lines of the pages in docs/families.
 LOADS = [
@@ -37,6 +38,10 @@ LOADS = [
     (ERNIE, "diffusers", {"diffusers"}),
     (ERNIE, "diffsynth", {"DiffSynth-Studio"}),
     (ERNIE, "comfyui", {"ComfyUI", "DiffSynth-Studio"}),
+    (SD3, "common", {"diffusers", "ComfyUI"}),
+    (SD3, "diffusers", {"diffusers"}),
+    (SD3, "diffsynth", {"DiffSynth-Studio"}),
+    (SD3, "comfyui", {"ComfyUI"}),
 ]
 LAST = {"krea2": "final_layer.linear", "ernie_image": "final_linear"}
 DOUBLE, SINGLE = "transformer_blocks.1.attn", "single_transformer_blocks.1.attn"
@@ -68,7 +73,7 @@ def exported(module, format, path):
 # What is exported -----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("family", tiny.mostly_slow([QWEN, FLUX2, KREA2, ERNIE], QWEN, FLUX2), ids=str)
+@pytest.mark.parametrize("family", tiny.mostly_slow([QWEN, FLUX2, KREA2, ERNIE, SD3], QWEN, FLUX2), ids=str)
 def test_programs_load_the_formats_that_the_table_says(family, tmp_path):
     module, updates = shaken(family, [*family.layers, LAST.get(family.name, "proj_out")])
     for of_family, format, expected in LOADS:
