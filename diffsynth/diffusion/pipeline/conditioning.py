@@ -52,6 +52,10 @@ class PromptEmbedder(PipelineUnit):
         """Text embeddings (B, L', …) of the tokens (B, L) of B prompts, on the pipeline's device."""
         raise NotImplementedError(f"{type(self).__name__} does not say how tokens are embedded.")
 
+    def pieces(self, pipe: "BasePipeline", tokens: Tokens, embeddings: Tensor) -> Sequence[Tensor]:
+        """The parts (1, L″, …) of one prompt's embeddings (1, L', …) that are kept, and that lengths count."""
+        return [embeddings]
+
     def process(self, pipe, **inputs):
         return self.process_batch(pipe, [inputs])[0]
 
@@ -65,10 +69,11 @@ class PromptEmbedder(PipelineUnit):
 
         tokenized = [self.tokenize(pipe, **inputs) for inputs in batch]
         prompts = [own if isinstance(own, list) else [own] for own in tokenized]
-        pieces = [piece for prompt in prompts for piece in prompt]
-        kinds = [(tokens["input_ids"].shape[1], *sorted(tokens)) for tokens in pieces]
-        embedded = iter(in_groups(pieces, kinds, embed))
-        return [self._outputs([next(embedded) for _ in prompt]) for prompt in prompts]
+        every = [piece for prompt in prompts for piece in prompt]
+        kinds = [(tokens["input_ids"].shape[1], *sorted(tokens)) for tokens in every]
+        embedded = iter(in_groups(every, kinds, embed))
+        kept = [[part for piece in own for part in self.pieces(pipe, piece, next(embedded))] for own in prompts]
+        return [self._outputs(parts) for parts in kept]
 
     def _outputs(self, pieces: Sequence[Tensor]) -> dict[str, Any]:
         embeddings = torch.cat(pieces, dim=1)
