@@ -39,8 +39,7 @@ from .qwen_image import IMAGE_TOKEN, TEXT_LORA_NAMES, qwen_image_sigmas
 __all__ = ["ModelConfig", "QwenImage21Pipeline"]
 
 SYSTEM_MESSAGE = "<|im_start|>system\nComprehend and analyze the provided prompt.<|im_end|>\n"  # its states are dropped
-PROMPT_END = "<|im_end|>\n<|im_start|>assistant\n"
-PROMPT_TEMPLATE = "<|im_start|>user\n{}" + PROMPT_END
+PROMPT_START, PROMPT_END = "<|im_start|>user\n", "<|im_end|>\n<|im_start|>assistant\n"
 MAX_POSITIONS = 8191  # of text before the image; the table of rotations has 8192
 # ComfyUI fuses the two layers of a feed-forward network that read its input.
 LORA_NAMES = LayerNames(
@@ -115,15 +114,12 @@ class QwenImage21Transformer(QwenImage21Transformer2DModel):
         tokens = torch.cat([tensor for pair in parts for tensor in pair], dim=1)
         count = images[-1].shape[2:].numel()
         temb, modulation, is_target = self._modulation(timestep, tokens, count)
-        options = {
-            "rotary_emb": rotation_table(self._rotation(runs, ends, images)),
-            "target_token_mask": is_target,
-            "segments": segments(runs, ends, images),
-        }
+        table = rotation_table(self._rotation(runs, ends, images))
+        layout = (table, None, is_target, None, None, None, segments(runs, ends, images))  # without a cache of keys
         checkpoints = torch.is_grad_enabled() and self.gradient_checkpointing
         for block in self.transformer_blocks:
             run = partial(self._gradient_checkpointing_func, block) if checkpoints else block
-            tokens = run(tokens, modulation, **options)
+            tokens = run(tokens, modulation, *layout)
         velocity = self.proj_out(self.norm_out(tokens[:, -count:], temb[: len(text)]))
         return velocity.transpose(1, 2).unflatten(2, images[-1].shape[2:])
 
@@ -229,22 +225,13 @@ class QwenImage21Unit_PromptEmbedder(PromptEmbedder):
     ) -> dict[str, Tensor]:
         options = (edit_image_auto_resize, edit_image_pixels, image_units.stretch_to_area)
         images = image_units.edit_images(edit_image, *options, pipe.media.mode, pipe.latents.multiple)
-        return pipe.tokenize_with_images(prompt, images) if images else {"input_ids": pipe.token_ids(prompt)}
+        return pipe.tokenize(prompt, images)
 
     def embed(self, pipe, tokens):
         model = pipe.text_encoder.model  # without the language head, which would cost time and memory
         decoder = model.get_decoder()
         (states,) = hidden_states(decoder, [decoder.config.num_hidden_layers], around=model, **tokens)
         return states
-
-    def pieces(self, pipe, tokens, embeddings):
-        """The text before each image and after the last; the transformer has latents in place of the images' states."""
-        counts = pipe.image_tokens(tokens["image_grid_thw"]) if "image_grid_thw" in tokens else []
-        is_image = tokens["input_ids"][0] == pipe.tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
-        places = is_image.nonzero().flatten().split(counts) if counts else ()
-        starts = [pipe.system_tokens, *(int(own[-1]) + 1 for own in places)]
-        ends = [*(int(own[0]) for own in places), len(is_image)]
-        return [embeddings[:, start:end] for start, end in zip(starts, ends, strict=True)]
 
 
 # Pipeline -------------------------------------------------------------------------------------------------------------
@@ -294,48 +281,48 @@ class QwenImage21Pipeline(BasePipeline):
                 "models; take the text encoder that was released with the transformer."
             )
 
-    @property
-    def system_tokens(self) -> int:
-        """Number of tokens of the system message."""
-        return self._count(SYSTEM_MESSAGE + PROMPT_END) - self._count(PROMPT_END)
+    def tokenize(self, prompt: str, images: Sequence[Image.Image]) -> dict[str, Tensor | list[slice]]:
+        """The text encoder's inputs for a prompt with images, and which of its states are those of text.
 
-    def _count(self, text: str) -> int:
-        return len(self.tokenizer([text]).input_ids[0])
-
-    def image_tokens(self, grids: np.ndarray | Tensor) -> list[int]:
-        """Numbers of tokens of images in the text encoder, for their numbers of patches (images, 3) along each axis."""
-        return (grids.prod(1) // self.processor.merge_size**2).tolist()
-
-    def token_ids(self, prompt: str, images: str = "", room: int = MAX_POSITIONS) -> Tensor:
-        """Token ids (1, L) of a prompt in its template.
-
-        Args:
-            images: The text of images, which comes first.
-            room: Most tokens after the system message; the end of a longer prompt is cut off.
+        The end of a prompt that is too long is cut off. States of images are dropped, because the transformer has their
+        latents instead.
         """
-        text = SYSTEM_MESSAGE + PROMPT_TEMPLATE.format(images + (prompt or " "))
-        ids = self.tokenizer([text], return_tensors="pt").input_ids
-        most, last = self.system_tokens + room, self._count(PROMPT_END)
-        return ids if ids.shape[1] <= most else torch.cat([ids[:, : most - last], ids[:, -last:]], dim=1)
+        arrays = self._patches(images) if images else {}
+        counts = (arrays["image_grid_thw"].prod(1) // self.processor.merge_size**2).tolist() if images else []
+        text, place, kept, run = SYSTEM_MESSAGE, self._count(SYSTEM_MESSAGE), [], PROMPT_START
+        for number, count in enumerate(counts, start=1):
+            run += f"{' ' if kept else ''}<image{number}><|vision_start|>"
+            kept.append(slice(place, place + self._count(run)))
+            place, text, run = kept[-1].stop + count, text + run + IMAGE_TOKEN * count, "<|vision_end|>"
+        ids = self.tokenizer([text + run + (prompt or " ") + PROMPT_END], return_tensors="pt").input_ids
+        taken = sum(max(image.size) // self.latents.factor for image in images)
+        ids = self._shortened(ids, self._count(SYSTEM_MESSAGE) + sum(counts) + MAX_POSITIONS - taken)
+        if not images:
+            return {"input_ids": ids, "kept": [slice(place, None)]}
+        types = (ids == self.tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)).int()
+        tensors = {name: torch.from_numpy(array) for name, array in arrays.items()}
+        return {"input_ids": ids, "mm_token_type_ids": types, "kept": [*kept, slice(place, None)], **tensors}
 
-    def tokenize_with_images(self, prompt: str, images: Sequence[Image.Image]) -> dict[str, Tensor]:
-        """The text encoder's inputs for a prompt with images: token ids (1, L), their types (1, L), image patches."""
+    def _patches(self, images: Sequence[Image.Image]) -> dict[str, np.ndarray]:
         if self.processor is None:
             raise ValueError(
                 "edit_image needs a processor, which prepares it for the text encoder, but model.processor is null; "
                 "take that of model=qwen_image_21."
             )
-        arrays = self.processor([in_mode(image, "RGB") for image in images], return_tensors="np")
-        counts = self.image_tokens(arrays["image_grid_thw"])
-        texts = [
-            f"<image{number}><|vision_start|>{IMAGE_TOKEN * count}<|vision_end|>"
-            for number, count in enumerate(counts, start=1)
-        ]
-        taken = sum(max(image.size) // self.latents.factor for image in images)
-        ids = self.token_ids(prompt, " ".join(texts), MAX_POSITIONS - taken + sum(counts))
-        types = (ids == self.tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)).int()
-        tensors = {name: torch.from_numpy(array) for name, array in arrays.items()}
-        return {"input_ids": ids, "mm_token_type_ids": types, **tensors}
+        # As arrays, whose values a rehearsal of `plan.py` can read.
+        return self.processor([in_mode(image, "RGB") for image in images], return_tensors="np")
+
+    def _count(self, text: str) -> int:
+        """Number of tokens of a text before a special token."""
+        whole, end = (len(self.tokenizer([own]).input_ids[0]) for own in (text + PROMPT_END, PROMPT_END))
+        return whole - end
+
+    def _shortened(self, ids: Tensor, most: int) -> Tensor:
+        """Token ids (1, L) without the last ones of the prompt, if there are more than `most`."""
+        end = len(self.tokenizer([PROMPT_END]).input_ids[0])
+        return ids if ids.shape[1] <= most else torch.cat([ids[:, : most - end], ids[:, -end:]], dim=1)
 
     def cuts_off(self, prompt: str) -> bool:
-        return self.tokenizer is not None and self._count(PROMPT_TEMPLATE.format(prompt)) > MAX_POSITIONS
+        if self.tokenizer is None:
+            return False
+        return len(self.tokenizer([PROMPT_START + prompt + PROMPT_END]).input_ids[0]) > MAX_POSITIONS

@@ -35,7 +35,7 @@ class Architecture:
 
 
 class BlankTokenizer:
-    """Returns token ids (B, L) of any texts: ones for the tokens of images, then zeros.
+    """Returns zeros (B, L) as the token ids of any texts.
 
     L is the length to which prompts are padded, or else `tokens` and the tokens of images, which are the special tokens
     that follow themselves.
@@ -55,14 +55,13 @@ class BlankTokenizer:
         images = sum(len(run[0]) // len(run[1]) for run in self.IMAGE_TOKENS.finditer(texts[0]))
         length = max_length if padding == "max_length" else self.tokens + images
         ids = torch.zeros(len(texts), length, dtype=torch.long)
-        ids[:, :images] = self.convert_tokens_to_ids("<|image_pad|>")
         return BatchEncoding({"input_ids": ids, "attention_mask": torch.ones_like(ids)})
 
     def apply_chat_template(self, *_, **__) -> str:
         return ""
 
     def convert_tokens_to_ids(self, token: str) -> int:
-        return 1
+        return 0
 
 
 def meta_pipeline(model: Callable[..., BasePipeline], tokens: int) -> BasePipeline:

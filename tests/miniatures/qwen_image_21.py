@@ -1,12 +1,15 @@
 """Qwen-Image-2.1 in miniature with random weights, and what diffusers samples with it."""
 
 import json
+from contextlib import nullcontext
 from functools import cache
 from pathlib import Path
+from unittest import mock
 
 import diffusers
 import torch
 from diffusers import AutoencoderKLQwenImage21, QwenImage21Transformer2DModel
+from diffusers.pipelines.qwenimage21 import pipeline_qwenimage21 as theirs
 from tiny import COMPONENTS, kept_folder
 from tiny_flux2 import _randomise as randomise
 from torch import Tensor
@@ -58,8 +61,8 @@ def vae(**config) -> AutoencoderKLQwenImage21:
 
 
 def text_encoder(tokenizer: Qwen2Tokenizer) -> Qwen3VLForConditionalGeneration:
-    ids = {f"{name}_token_id": tokenizer.convert_tokens_to_ids(f"<|{name}|>") for name in ("vision_start", "vision_end")}
-    ids |= {f"{name}_token_id": tokenizer.convert_tokens_to_ids(f"<|{name}_pad|>") for name in ("image", "video")}
+    names = {"vision_start": "vision_start", "vision_end": "vision_end", "image": "image_pad", "video": "video_pad"}
+    ids = {f"{name}_token_id": tokenizer.convert_tokens_to_ids(f"<|{token}|>") for name, token in names.items()}
     text = {
         "vocab_size": build.VOCABULARY,
         "hidden_size": build.WIDTH,
@@ -106,10 +109,20 @@ def sampled_by_diffusers(requests: list[dict], noise: Tensor) -> Tensor:
 
     In a batch, it would move the images of short prompts behind the longest prompt.
     """
-    pipe, found = in_diffusers(), []
-    for request, own in zip(requests, noise.split(1), strict=True):
-        given = {name: request[name] for name in ("prompt", "negative_prompt", "height", "width", "num_inference_steps")}
-        given |= {"true_cfg_scale": request["cfg_scale"], "image": request.get("edit_image"), "output_resolution": 64}
-        latents = pipe(**given, latents=own.flatten(2).transpose(1, 2), output_type="latent", return_dict=False)[0]
-        found.append(latents.transpose(1, 2).unflatten(2, noise.shape[2:]))
-    return torch.cat(found)
+    pipe = in_diffusers()
+    return torch.cat([_sampled(pipe, *each) for each in zip(requests, noise.split(1), strict=True)])
+
+
+def _sampled(pipe: diffusers.QwenImage21Pipeline, request: dict, noise: Tensor) -> Tensor:
+    images = request.get("edit_image")
+    given = {name: request[name] for name in ("prompt", "negative_prompt", "num_inference_steps")}
+    given |= {"height": 16 * noise.shape[2], "width": 16 * noise.shape[3]}  # which it would round down
+    given |= {"true_cfg_scale": request["cfg_scale"], "latents": noise.flatten(2).transpose(1, 2), "image": images}
+    sizes = [(*image.size, None) for image in images or ()]
+    resize = request.get("edit_image_auto_resize", True)
+    kept = (
+        nullcontext() if resize else mock.patch.object(theirs, "calculate_dimensions", side_effect=sizes[-1:] + sizes)
+    )
+    with kept:
+        latents = pipe(**given, output_resolution=64, output_type="latent", return_dict=False)[0]
+    return latents.transpose(1, 2).unflatten(2, noise.shape[2:])
