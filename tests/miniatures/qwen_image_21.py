@@ -104,12 +104,17 @@ def in_diffusers() -> diffusers.QwenImage21Pipeline:
     return pipe
 
 
-def sampled_by_diffusers(requests: list[dict], noise: Tensor) -> Tensor:
+def sampled_by_diffusers(requests: list[dict], noise: Tensor, lora: Path | None = None) -> Tensor:
     """The latents (B, 64, h, w) that QwenImage21Pipeline samples for each of some requests alone.
 
     In a batch, it would move the images of short prompts behind the longest prompt.
+
+    Args:
+        lora: An adapter file.
     """
     pipe = in_diffusers()
+    if lora:
+        pipe.load_lora_weights(str(lora))
     return torch.cat([_sampled(pipe, *each) for each in zip(requests, noise.split(1), strict=True)])
 
 
