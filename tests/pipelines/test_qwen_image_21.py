@@ -79,23 +79,20 @@ def test_training_images_keep_their_alpha_and_others_are_opaque(tmp_path):
 
 def test_the_text_encoder_sees_images_on_white_and_the_transformer_their_alpha():
     pipe = EDIT.load()
-    white = image_on_white(SEEN)
+    white = pipe.media.thumbnail(SEEN)
     found, flat = (pipe.prepare([REQUEST | {"edit_image": picture}]) for picture in (SEEN, white))
     assert_close(found[1]["prompt_emb"], flat[1]["prompt_emb"], atol=2e-2, rtol=0)  # rounded to 8 bits in another order
     assert (found[0]["edit_latents"][0] - flat[0]["edit_latents"][0]).abs().max() > 0.1
 
 
-def image_on_white(picture):
-    return EDIT.pipeline.media.thumbnail(picture)
-
-
+@pytest.mark.slow
 def test_what_is_asked_for_matters():
     pipe = EDIT.load()
     base = GUIDED | {"edit_image": [SEEN]}
     other = image(4, (64, 64))
     changes = [{}, {"edit_image": None}, {"edit_image": [other]}, {"edit_image": [SEEN, other]}, {"prompt": "a"}]
     found = [sampled(pipe, base | change) for change in [*changes, {"edit_image": [other, SEEN]}]]
-    assert min((a - b).abs().max() for number, a in enumerate(found) for b in found[:number]) > 1e-2
+    assert min((a - b).abs().max() for number, a in enumerate(found) for b in found[:number]) > 1e-3
 
 
 def test_the_end_of_a_prompt_that_is_too_long_is_cut_off():
@@ -115,9 +112,8 @@ def test_a_fused_layer_of_kohyas_programs_is_read_with_its_alpha(tmp_path):
     name = f"lora_unet_{BLOCK.replace('.', '_')}_gate_up"
     save_file({f"{name}.{part}": tensor for part, tensor in tensors.items()}, tmp_path / "fused.safetensors")
     found = files.read(tmp_path / "fused.safetensors", pipe.layer_names("dit"), pipe.dit)
-    updates = [
-        found[f"{BLOCK}.{n}.lora_B.weight"] @ found[f"{BLOCK}.{n}.lora_A.weight"] for n in ("gate_layer", "proj")
-    ]
+    names = (f"{BLOCK}.gate_layer", f"{BLOCK}.proj")
+    updates = [found[f"{name}.lora_B.weight"] @ found[f"{name}.lora_A.weight"] for name in names]
     assert_close(torch.cat(updates), 3 * up @ down)
 
 
@@ -126,14 +122,15 @@ def test_diffusers_samples_an_exported_adapter(tmp_path):
     module = PLAIN.module(lora=LoRA(rank=2, alpha=6)).load()
     generator = torch.Generator().manual_seed(0)
     for parameter in module.trainable_parameters():
-        parameter.data = 0.3 * torch.randn(parameter.shape, generator=generator)
-    save_safetensors(*[(module.export_weights("common")["lora"])[0], tmp_path / "lora.safetensors"])
+        parameter.data = 0.1 * torch.randn(parameter.shape, generator=generator)
+    file, (tensors, metadata) = tmp_path / "lora.safetensors", module.export_weights("common")["lora"]
+    save_safetensors(tensors, file, metadata)
     pipe = PLAIN.load()
     noise, before = pipe.prepare([GUIDED])[0]["noise"], sampled(pipe, GUIDED)
-    pipe.load_lora("dit", tmp_path / "lora.safetensors")
+    pipe.load_lora("dit", file)
     found = sampled(pipe, GUIDED)
     assert (found - before).abs().max() > 1e-2
-    assert_close(found, qwen_image_21.sampled_by_diffusers([GUIDED], noise, tmp_path), atol=1e-4, rtol=0)
+    assert_close(found, qwen_image_21.sampled_by_diffusers([GUIDED], noise, file), atol=1e-4, rtol=0)
 
 
 def test_the_released_networks_have_their_parameters():
