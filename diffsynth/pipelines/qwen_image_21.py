@@ -95,8 +95,8 @@ class QwenImage21Transformer(QwenImage21Transformer2DModel):
     def use_segments(self) -> None:
         if not self.config.causal_condition:
             raise ValueError(
-                "dit has causal_condition=false in its config.json, expected true, as Qwen-Image-2.1 was released; take "
-                "the config.json that was released with it."
+                "dit has causal_condition=false in its config.json, expected true; take the config.json that was "
+                "released with Qwen-Image-2.1."
             )
         for block in self.transformer_blocks:
             block.attn.set_processor(QwenImage21AttnProcessor())
