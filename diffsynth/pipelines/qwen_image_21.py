@@ -8,7 +8,7 @@ image see each other. Constants are those of the released pipeline (diffusers' Q
 Shapes: B batch, L text tokens, S tokens of text and images, D width.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -232,7 +232,7 @@ class QwenImage21Unit_PromptEmbedder(PromptEmbedder):
         images = image_units.edit_images(edit_image, *options, pipe.media.mode, pipe.latents.multiple)
         return pipe.tokenize(prompt, images)
 
-    def embed(self, pipe, tokens):
+    def embed(self, pipe: "QwenImage21Pipeline", tokens: Mapping[str, Tensor]) -> Tensor:
         model = pipe.text_encoder.model  # without the language head, which would cost time and memory
         decoder = model.get_decoder()
         (states,) = hidden_states(decoder, [decoder.config.num_hidden_layers], around=model, **tokens)

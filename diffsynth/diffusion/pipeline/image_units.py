@@ -150,7 +150,14 @@ class EditImageEmbedder(PipelineUnit):
         images = self.images(pipe, edit_image, edit_image_auto_resize, edit_image_pixels)
         return {"edit_latents": encode_images(pipe, images, tiled, tile_size, tile_stride)} if images else {}
 
-    def images(self, pipe, edit_image, auto_resize, pixels) -> list[Image.Image]:
+    def images(
+        self,
+        pipe: "BasePipeline",
+        edit_image: Image.Image | Sequence[Image.Image] | None,
+        auto_resize: bool,
+        pixels: int,
+    ) -> list[Image.Image]:
+        """The edit images in the family's mode and as its training data was resized."""
         return edit_images(edit_image, auto_resize, pixels, self.resize, pipe.media.mode, pipe.latents.multiple)
 
     def process_batch(self, pipe, batch):
