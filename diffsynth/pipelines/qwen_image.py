@@ -23,7 +23,7 @@ from ..diffusion.base_pipeline import BasePipeline
 from ..diffusion.controlnet.inputs import ControlRequest
 from ..diffusion.flow_match import exponential_shift, stretch_to_terminal
 from ..diffusion.pipeline import image_units
-from ..diffusion.pipeline.attention import JointAttention
+from ..diffusion.pipeline.attention import JointAttention, rotated, rotation_table
 from ..diffusion.pipeline.components import Folder, Network
 from ..diffusion.pipeline.conditioning import PromptEmbedder
 from ..diffusion.pipeline.kv_cache import KVCache
@@ -136,25 +136,6 @@ def rotation_tables(_: nn.Module, __: tuple, frequencies: Sequence[Tensor]) -> t
     Inductor does not compile complex numbers: each block would fall back to eager code for them.
     """
     return tuple(map(rotation_table, frequencies))
-
-
-def rotation_table(frequencies: Tensor) -> Tensor:
-    """Real factors (2, L, head_dim) of `rotated` for complex frequencies (L, head_dim / 2), one a pair of values."""
-    cos, sin = torch.view_as_real(frequencies).unbind(-1)
-    return torch.stack([torch.stack([cos, cos], dim=-1), torch.stack([-sin, sin], dim=-1)]).flatten(-2)
-
-
-def rotated(heads: Tensor, table: Tensor) -> Tensor:
-    """Apply the rotary position embedding to queries or keys (B, S, heads, head_dim), in fp32.
-
-    Args:
-        table: Factors (2, S, head_dim) of each value and of the other one of its pair: (a, b) becomes
-            (a cos - b sin, b cos + a sin).
-    """
-    own, other = table.unsqueeze(2)
-    values = heads.float()
-    swapped = values.unflatten(-1, (-1, 2)).flip(-1).flatten(-2)
-    return (values * own + swapped * other).to(heads.dtype)
 
 
 def model_fn_qwen_image(

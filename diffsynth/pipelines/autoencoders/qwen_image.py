@@ -7,10 +7,9 @@ import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKLQwenImage
 from diffusers.models.autoencoders.autoencoder_kl_qwenimage import QwenImageCausalConv3d
-from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from torch import Tensor
 
-from ...diffusion.pipeline.vae import NormalisedVAE
+from ...diffusion.pipeline.vae import SingleFrameVAE
 
 
 class SingleFrameConv3d(QwenImageCausalConv3d):
@@ -28,33 +27,10 @@ class SingleFrameConv3d(QwenImageCausalConv3d):
         return F.conv2d(frame, weight, self.bias, self.stride[1:], (top, left)).unsqueeze(2)
 
 
-class QwenImageVAE(NormalisedVAE, AutoencoderKLQwenImage):
+class QwenImageVAE(SingleFrameVAE, AutoencoderKLQwenImage):
     """The released autoencoder of videos, applied to single images."""
 
     def use_single_frame_convolutions(self) -> None:
         for module in self.modules():
             if type(module) is QwenImageCausalConv3d:
                 module.__class__ = SingleFrameConv3d
-
-    def distribution(self, image: Tensor, *tiling) -> DiagonalGaussianDistribution:
-        """The posterior N(μ, σ²) over latents (B, 16, 1, h, w) of RGB (B, 3, H, W) in [-1, 1]."""
-        return super().distribution(image.unsqueeze(2), *tiling)
-
-    def reconstruct(self, latents: Tensor) -> Tensor:
-        """Decode latents (B, 16, 1, h, w) to RGB (B, 3, H, W) in [-1, 1]."""
-        return super().reconstruct(latents)[:, :, 0]
-
-    def packed(self, latents: Tensor) -> Tensor:
-        return latents[:, :, 0]
-
-    def unpacked(self, latents: Tensor) -> Tensor:
-        return latents.unsqueeze(2)
-
-    def statistics(self, like: Tensor) -> tuple[Tensor, Tensor]:
-        both = (self.config.latents_mean, self.config.latents_std)
-        return tuple(torch.tensor(values, device=like.device, dtype=like.dtype).view(1, -1, 1, 1) for values in both)
-
-    def tile(self, tiled: bool, tile_size: int, tile_stride: int) -> None:
-        size, stride = (n * self.spatial_compression_ratio for n in (tile_size, tile_stride))
-        self.enable_tiling(size, size, stride, stride)
-        self.use_tiling = tiled

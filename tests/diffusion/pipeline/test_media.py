@@ -39,3 +39,16 @@ def test_a_value_becomes_a_tensor_by_its_media():
 def test_the_column_is_trained_by_the_argument_of_its_media():
     assert ImageMedia().inputs(Image.new("RGB", (6, 4))).keys() == {"input_image", "height", "width"}
     assert Clips().inputs(Image.new("RGB", (6, 4))).keys() == {"input_clip", "height", "width"}
+
+
+def test_media_with_alpha_keep_it_and_media_without_show_it_on_white(tmp_path):
+    red = Image.new("RGBA", (4, 2), (255, 0, 0, 0))
+    red.putpixel((0, 0), (255, 0, 0, 255))
+    with_alpha, without = ImageMedia("RGBA"), ImageMedia()
+    pixels = with_alpha.preprocess(red, torch.device("cpu"), torch.float32)
+    assert pixels.shape == (1, 4, 2, 4) and pixels[0, 3].unique().tolist() == [-1, 1]
+    with_alpha.write(with_alpha.postprocess(pixels), tmp_path / "red.png")
+    assert Image.open(tmp_path / "red.png").convert("RGBA").tobytes() == red.tobytes()
+    assert with_alpha.preprocess(red.convert("RGB"), torch.device("cpu"), torch.float32)[0, 3].eq(1).all()
+    for shown in (with_alpha.thumbnail(red), without.resized(red, 2, 4)):
+        assert shown.mode == "RGB" and set(shown.getdata()) == {(255, 0, 0), (255, 255, 255)}
