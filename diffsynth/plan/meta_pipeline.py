@@ -78,13 +78,14 @@ def meta_pipeline(model: Callable[..., BasePipeline], tokens: int) -> BasePipeli
     """
     parts = _parts(model)
     architectures_of = {name: Architecture(find_config(part)) for name, part in _networks(model).items()}
-    text_encoder = architectures_of.pop("text_encoder", None)
+    tokenizers = {name: encoder for name, encoder in _tokenizers(model).items() if encoder in architectures_of}
+    encoders = {name: architectures_of.pop(name) for name in dict.fromkeys(tokenizers.values())}
     left_out = dict.fromkeys(parts.keys() - architectures_of.keys())
     pipe = model.func(**{**model.keywords, **left_out, **architectures_of}, device="meta")
-    if text_encoder is not None:  # built apart, because `from_components` wants its tokenizer too
-        pipe.build_models([text_encoder])
-        pipe.tokenizer = BlankTokenizer(tokens)
-        read_images_as_text(pipe.text_encoder)
+    pipe.build_models(encoders.values())  # apart, because `from_components` wants their tokenizers too
+    for name, encoder in tokenizers.items():
+        setattr(pipe, name, BlankTokenizer(tokens))
+        read_images_as_text(getattr(pipe, encoder))
     for name, part in parts.items():
         component = pipe.components[name]
         if isinstance(component, Folder) and component.is_optional:
@@ -117,6 +118,12 @@ def _networks(model: Callable[..., BasePipeline]) -> dict[str, ModelConfig]:
     """Those of networks: tokenizers and processors have no architecture."""
     networks = model.func.__self__.networks()  # `model.func` is a class method of the family
     return {name: part for name, part in _parts(model).items() if name in networks}
+
+
+def _tokenizers(model: Callable[..., BasePipeline]) -> dict[str, str]:
+    """The text encoder of each tokenizer."""
+    components = model.func.__self__.components.items()
+    return {name: part.needed_by for name, part in components if isinstance(part, Folder) and part.needed_by}
 
 
 def find_config(part: ModelConfig) -> Path | Mapping:
