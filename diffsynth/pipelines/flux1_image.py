@@ -1,14 +1,15 @@
-"""FLUX.1 (dev, schnell, Kontext, Fill): text-to-image and image-to-image, editing, filling of masked areas.
+"""FLUX.1 (dev, schnell, Kontext): text-to-image and image-to-image, editing one or several images.
 
 Black Forest Labs 2025, "FLUX.1 Kontext" (https://arxiv.org/abs/2506.15742). Networks: diffusers, transformers.
 Latents are (B, 16, H/8, W/8); the transformer reads 2 × 2 latent pixels as a token, (B, H/16 · W/16, 64). Edit images
 are further image tokens. T5 embeds each word of a prompt, CLIP the prompt as a whole. Constants are those of the
-released pipelines (diffusers' FluxPipeline, FluxKontextPipeline, FluxFillPipeline) unless a comment says otherwise.
+released pipelines (diffusers' FluxPipeline, FluxKontextPipeline) unless a comment says otherwise.
 """
 
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from diffusers import FluxTransformer2DModel
@@ -192,6 +193,8 @@ class Flux1Request(EditRequest, TemplateRequest):
 class Flux1ImagePipeline(BasePipeline):
     """FLUX.1 on diffusers' transformer and VAE and transformers' CLIP and T5."""
 
+    token_channels: ClassVar[int] = 64  # that the transformer reads
+
     request = Flux1Request
     components = {
         "dit": Network("FluxTransformer2DModel", after=use_joint_attention, lora=LORA_NAMES),
@@ -220,6 +223,11 @@ class Flux1ImagePipeline(BasePipeline):
         if self.dit is None:
             return
         config = self.dit.config
+        if config.in_channels != self.token_channels:
+            raise ValueError(
+                f"dit reads {config.in_channels} channels a token, expected {self.token_channels}: take "
+                "model=flux1_fill for FLUX.1 Fill (384), another model=flux1_… for the others (64)."
+            )
         for name, wanted, size in (
             ("text_encoder", config.pooled_projection_dim, "hidden_size"),
             ("text_encoder_2", config.joint_attention_dim, "d_model"),

@@ -3,10 +3,12 @@
 import string
 from functools import cache
 from pathlib import Path
+from unittest import mock
 
 import diffusers
 import torch
 from diffusers import ChromaTransformer2DModel, FluxTransformer2DModel
+from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from PIL import Image
 from tiny import kept_folder
 from torch import Tensor
@@ -122,6 +124,15 @@ def sampled_by_diffusers(requests: list[dict], noise: Tensor) -> Tensor:
 def sampled_by_chroma(requests: list[dict], noise: Tensor) -> Tensor:
     """The latents (B, 16, h, w) that ChromaPipeline samples for some requests."""
     return sampled(pipeline(MaskedChroma, chroma()), requests, noise, guidance_scale=requests[0]["cfg_scale"])
+
+
+def sampled_by_fill(requests: list[dict], noise: Tensor) -> Tensor:
+    """The latents (B, 16, h, w) that FluxFillPipeline samples for requests of one image and mask."""
+    first = requests[0]
+    own = {"image": first["input_image"], "mask_image": first["inpaint_mask"], "guidance_scale": 30.0}
+    mean = mock.patch.object(DiagonalGaussianDistribution, "sample", lambda self, *_: self.mean)
+    with mean:  # ours encodes to the means, and diffusers to samples
+        return sampled(pipeline(diffusers.FluxFillPipeline, fill()), requests, noise, **own)
 
 
 class KontextOfSeveral(diffusers.FluxKontextPipeline):
