@@ -41,6 +41,7 @@ class Family:
         layers: Ends of the names of the layers that a LoRA adapts.
         settings: Arguments of `from_components` beside the components.
         edits: Whether the rows of its trainings have an `edit_image`.
+        controls: Whether they have a `controlnet_image`.
         parts: Folder in the repository of each component.
         reference: The latents (B, C, h, w) that diffusers' pipeline samples for some requests from noise (B, C, h, w);
             None where tests/pipelines has a file of the family.
@@ -52,13 +53,14 @@ class Family:
     layers: tuple[str, ...]
     settings: dict[str, Any] = field(default_factory=dict)
     edits: bool = False
+    controls: bool = False
     parts: dict[str, str] = field(default_factory=lambda: tiny.COMPONENTS)
     reference: Callable[[list[dict], Tensor], Tensor] | None = None
 
     @property
     def extra_inputs(self) -> list[str]:
         """Columns of the rows besides image and prompt that the pipeline reads."""
-        return ["edit_image"] if self.edits else []
+        return ["edit_image"] * self.edits + ["controlnet_image"] * self.controls
 
     def build(self, torch_dtype: str = "float32") -> BasePipeline:
         """The pipeline without its weights."""
@@ -138,6 +140,16 @@ FAMILIES = [
         reference=z_image.sampled_by_diffusers,
     ),
     Family(
+        "z_image_controlnet",
+        ZImagePipeline,
+        z_image.controlled,
+        ("to_q", "to_out.0", "w1", "w2"),
+        SIZES,
+        controls=True,
+        parts=z_image.PARTS | {"controlnet": "controlnet"},
+        reference=z_image.sampled_by_diffusers,
+    ),
+    Family(
         "z_image_omni",
         ZImagePipeline,
         z_image.omni,
@@ -180,10 +192,16 @@ FAMILIES = [
 
 @cache
 def pairs() -> Path:
-    """The folder of a data set of images, each with two images to edit; written once per session."""
+    """The folder of a data set of images, each with two to edit and one that controls; written once per session."""
     folder = tiny.write_dataset(tiny.kept_folder() / "pairs")
     rows = [
-        {"image": f"{n}.png", "prompt": "red" + " red" * n, "edit_image": [f"{7 - n}.png", "0.png"]} for n in range(8)
+        {
+            "image": f"{n}.png",
+            "prompt": "red" + " red" * n,
+            "edit_image": [f"{7 - n}.png", "0.png"],
+            "controlnet_image": f"{7 - n}.png",
+        }
+        for n in range(8)
     ]
     (folder / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
     return folder

@@ -45,11 +45,13 @@ def edited_from(number: int) -> list[Image.Image]:
 
 
 def samples(family: Family) -> list[Sample]:
-    """Three pictures with prompts of different lengths, and where a family edits, what they were edited from."""
+    """Three pictures with prompts of different lengths, and the images that they are edited from or controlled by."""
     prompts = ["", "a red apple", "a line emoji of a tiger face, looking at an umbrella"]
     rows = [Row({"image": image(number), "prompt": prompt}) for number, prompt in enumerate(prompts)]
     for number, row in enumerate(rows if family.edits else []):
         row["edit_image"] = edited_from(number)
+    for number, row in enumerate(rows if family.controls else []):
+        row["controlnet_image"] = image(29 + number)
     return [Sample(row, epoch=number, index=10 + number) for number, row in enumerate(rows)]
 
 
@@ -137,6 +139,7 @@ def test_a_request_that_cannot_be_sampled_is_refused(change, message):
 @pytest.mark.parametrize("family", [family for family in FAMILIES if family.reference], ids=str)
 def test_latents_are_those_that_diffusers_samples(family, guidance):
     edits = {"edit_image": edited_from(0), "edit_image_auto_resize": False} if family.edits else {}
+    edits |= {"controlnet_image": image(29), "controlnet_scale": 0.8} if family.controls else {}
     requests = [
         GUIDED | {"cfg_scale": guidance, "prompt": prompt, **edits} for prompt in ("a red apple", "a line " * 9)
     ]

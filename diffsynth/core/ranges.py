@@ -87,6 +87,8 @@ def allows(hint: Any, value: Any) -> bool:
     if get_origin(hint) is Annotated:
         kind, *ranges = get_args(hint)
         return allows(kind, value) and all(value in each for each in ranges)
+    if get_origin(hint) is Sequence and isinstance(value, Real):
+        return False
     if get_origin(hint) is Sequence and isinstance(value, Sequence):
         return all(allows(item_hint, item) for item in value for item_hint in get_args(hint))
     if get_origin(hint) is Literal:

@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 from ..core.data import collate, generator
 from ..core.loader import ModelConfig
+from .controlnet.inputs import scale_at
 from .flow_match import FlowMatchScheduler
 from .pipeline import declaration, sampling_settings
 from .pipeline.media import ImageMedia, Media
@@ -58,10 +59,14 @@ class BasePipeline(PipelineNetworks):
         "input_image",
         "inpaint_mask",
         "edit_image",
+        "controlnet_image",
+        "controlnet_inpaint_image",
+        "controlnet_inpaint_mask",
     )
     # Arguments that weights may be trained for; see `PipelineNetworks.use_sampling_settings`.
     sampling_arguments: ClassVar[Sequence[str]] = ("num_inference_steps", "cfg_scale", "sigmas", "sampler")
     decoding_models: ClassVar[Sequence[str]] = ("vae",)  # models that `decode` calls
+    control_channels: int | None = None  # channels of the latents that the pipeline's ControlNet reads
 
     def __init_subclass__(cls, abstract: bool = False, **kwargs):
         super().__init_subclass__(**kwargs)
@@ -209,7 +214,8 @@ class BasePipeline(PipelineNetworks):
 
         def velocity(latents: Tensor, timestep: Tensor) -> Tensor:
             timesteps = timestep.to(self.device).expand(len(latents))
-            guided = self.guided_velocity(timesteps, shared["cfg_scale"], {**shared, "latents": latents}, posi, nega)
+            inputs = {**shared, **scale_at(shared, timestep, self.scheduler.timesteps), "latents": latents}
+            guided = self.guided_velocity(timesteps, shared["cfg_scale"], inputs, posi, nega)
             if shared.get("inpaint_mask") is None:
                 return guided
             return inpaint_velocity(guided, latents, self.scheduler.sigma(timestep), shared)

@@ -18,6 +18,7 @@ from ..core.memory import MemoryRecipe
 from .adapters import files as lora_files
 from .adapters.lora import Adapter, LoRA
 from .base_pipeline import BasePipeline, batch_of
+from .controlnet.inputs import check_columns
 from .flow_match import TRAINING_STEPS
 from .loss import Objective
 from .memory_layout import check_memory, lay_out, stored_models
@@ -196,6 +197,8 @@ class PipelineTrainingModule(DiffusionTrainingModule):
     def read(self, also: Iterable[str] = (), cached: bool = False, in_host_memory: Collection[str] = ()) -> None:
         """The first half of `load`: everything but the memory recipe."""
         self.task.check(self.pipe, self.lora, cached)
+        if self.task.calls_model_fn:
+            check_columns(self.pipe, self.task.extra_inputs)
         units = self.live_units if cached else self.units
         users = {**dict.fromkeys(also, "validation"), **dict.fromkeys(self.trained_roots, "training")}
         if self.task.calls_model_fn:

@@ -20,6 +20,7 @@ from ..core.loader import ModelConfig
 from ..core.ranges import NonNegativeFloat, SamplingSteps, Tokens
 from ..diffusion.adapters.names import LayerNames
 from ..diffusion.base_pipeline import BasePipeline
+from ..diffusion.controlnet.inputs import ControlRequest
 from ..diffusion.flow_match import time_shift
 from ..diffusion.pipeline.autoencoder_kl import NormalisedAutoencoderKL
 from ..diffusion.pipeline.components import Folder, Network
@@ -37,6 +38,13 @@ from ..diffusion.pipeline.image_units import (
 from ..diffusion.pipeline.request import EDIT_IMAGE_PIXELS, EditRequest
 from ..diffusion.pipeline.units import PipelineUnit
 from ..diffusion.pipeline.vae import Latents
+from .controlnets.z_image import (
+    CONTROL_START,
+    ZImageControlNet,
+    ZImageUnit_ControlEmbedder,
+    block_samples,
+    check_controlnet,
+)
 
 __all__ = ["ModelConfig", "ZImagePipeline"]
 
@@ -74,6 +82,9 @@ def model_fn_z_image(
     prompt_emb_lengths: Sequence[Sequence[int]],
     edit_latents: Sequence[Tensor] = (),
     edit_features: Sequence[Tensor] = (),
+    controlnet: ZImageControlNet | None = None,
+    control_latents: Sequence[Tensor] = (),
+    controlnet_scale: float | Sequence[float] = 1.0,
     use_gradient_checkpointing: bool = False,
     use_gradient_checkpointing_offload: bool = False,
 ) -> Tensor:
@@ -84,21 +95,27 @@ def model_fn_z_image(
         prompt_emb_lengths: For each sample the numbers of tokens of the pieces of its prompt.
         edit_latents: Clean latents (B, 16, h', w') of each image to edit, of their own sizes; Omni only.
         edit_features: Features (B, h'', w'', D') of the same images; Omni only.
+        control_latents: Latents (B, 16 or 33, h, w) of each image that the ControlNet reads.
     """
-    checkpoint_blocks(dit, use_gradient_checkpointing, use_gradient_checkpointing_offload)
+    checkpointing = use_gradient_checkpointing, use_gradient_checkpointing_offload
+    checkpoint_blocks(dit, *checkpointing)
+    clean_time = 1 - timestep / 1000
     images = by_sample([image.to(dit.dtype).unsqueeze(2) for image in (*edit_latents, latents)])
     texts = [
         list(text.tensor_split(np.cumsum(lengths).tolist())[:-1])  # the rest is padding
         for text, lengths in zip(prompt_emb.to(dit.dtype), prompt_emb_lengths, strict=True)
     ]
     if dit.config.siglip_feat_dim is None:
-        inputs = {"x": [image for (image,) in images], "cap_feats": [text for (text,) in texts]}
+        inputs = {"x": [image for (image,) in images], "cap_feats": [text for (text,) in texts], "t": clean_time}
+        if controlnet is not None and control_latents:
+            control = {"control_latents": control_latents, "scale": controlnet_scale, "checkpointing": checkpointing}
+            inputs["controlnet_block_samples"] = block_samples(controlnet, dit, inputs, **control)
     else:
         features = [[*own, None] for own in by_sample([feature.to(dit.dtype) for feature in edit_features])]
         marks = [CLEAN] * len(edit_latents) + [NOISY]
-        inputs = {"x": images, "cap_feats": texts, "image_noise_mask": [marks] * len(images)}
+        inputs = {"x": images, "cap_feats": texts, "t": clean_time, "image_noise_mask": [marks] * len(images)}
         inputs["siglip_feats"] = features or [None] * len(images)
-    velocities = dit(**inputs, t=1 - timestep / 1000, return_dict=False)[0]
+    velocities = dit(**inputs, return_dict=False)[0]
     return -torch.stack(velocities).squeeze(2)
 
 
@@ -164,7 +181,7 @@ class ZImageUnit_EditImageFeatures(PipelineUnit):
 
 
 @dataclass(kw_only=True)
-class ZImageRequest(EditRequest):
+class ZImageRequest(EditRequest, ControlRequest):
     """Sample one image with Z-Image; only Omni reads `edit_image`.
 
     Args:
@@ -185,10 +202,12 @@ class ZImagePipeline(BasePipeline):
         "text_encoder": Network("Qwen3Model", "Qwen3ForCausalLM", lora="text_encoder"),
         "vae": Network(NormalisedAutoencoderKL),
         "siglip": Network("Siglip2VisionModel", optional=True),
+        "controlnet": Network(ZImageControlNet, optional=True, start=CONTROL_START),
         "tokenizer": Folder("AutoTokenizer", needed_by="text_encoder"),
         "siglip_processor": Folder("Siglip2ImageProcessorPil"),
     }
     latents = Latents(channels=16, factor=8, patch=2)
+    in_iteration_models = ("dit", "controlnet")
     model_fn = staticmethod(model_fn_z_image)
     sigma_grid = staticmethod(z_image_sigmas)
     model_settings = ("max_sequence_length", "edit_image_pixels")
@@ -200,10 +219,15 @@ class ZImagePipeline(BasePipeline):
         LossMask,
         ZImageUnit_EditImageEmbedder,
         ZImageUnit_EditImageFeatures,
+        ZImageUnit_ControlEmbedder,
         ZImageUnit_PromptEmbedder,
     )
 
     def check_networks(self) -> None:
+        if self.controlnet is not None:
+            self.control_channels = self.controlnet.config.control_in_dim
+        if self.controlnet is not None and self.dit is not None:
+            check_controlnet(self.controlnet, self.dit)
         if self.dit is None or self.text_encoder is None:
             return
         wanted, width = self.dit.config.cap_feat_dim, self.text_encoder.config.hidden_size

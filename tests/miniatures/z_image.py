@@ -1,13 +1,14 @@
 """Z-Image in miniature with random weights: base, and Omni with its SigLIP 2; what diffusers samples with them."""
 
 import json
+import shutil
 from functools import cache
 from pathlib import Path
 from unittest import mock
 
 import diffusers
 import torch
-from diffusers import ZImageTransformer2DModel
+from diffusers import ZImageControlNetModel, ZImageTransformer2DModel
 from tiny import kept_folder
 from tiny_flux2 import _randomise as randomise
 from torch import Tensor
@@ -52,22 +53,67 @@ def give_statistics(folder: Path) -> None:
 
 def sampled_by_diffusers(requests: list[dict], noise: Tensor) -> Tensor:
     """The latents (B, 16, h, w) that ZImagePipeline, or with images ZImageOmniPipeline, samples for some requests."""
-    first = requests[0]
-    own = {"prompt": [r["prompt"] for r in requests], "negative_prompt": [r["negative_prompt"] for r in requests]}
-    own |= {name: first[name] for name in ("height", "width", "num_inference_steps")}
-    own |= {"guidance_scale": first["cfg_scale"] - 1, "latents": noise, "output_type": "latent", "return_dict": False}
-    if "edit_image" not in first:
+    own = arguments(requests, noise)
+    if "controlnet_image" in requests[0]:
+        return sampled_with_control(requests, noise)
+    if "edit_image" not in requests[0]:
         return loaded(diffusers.ZImagePipeline, base())(**own)[0]
-    siglip = Siglip2VisionModel.from_pretrained(omni() / "siglip")
-    parts = {
-        "siglip": siglip,
-        "siglip_processor": Siglip2ImageProcessorPil.from_pretrained(omni() / "siglip_processor"),
-    }
+    kinds = {"siglip": Siglip2VisionModel, "siglip_processor": Siglip2ImageProcessorPil}
+    parts = {name: kind.from_pretrained(omni() / name) for name, kind in kinds.items()}
     with mock.patch.object(Tensor, "bfloat16", lambda tensor: tensor):  # it encodes images in bf16 only
-        return loaded(diffusers.ZImageOmniPipeline, omni(), **parts)(first["edit_image"], **own)[0]
+        return loaded(diffusers.ZImageOmniPipeline, omni(), **parts)(requests[0]["edit_image"], **own)[0]
+
+
+def arguments(requests: list[dict], noise: Tensor) -> dict:
+    """Our requests as arguments of diffusers' pipelines."""
+    own = {"prompt": [r["prompt"] for r in requests], "negative_prompt": [r["negative_prompt"] for r in requests]}
+    own |= {name: requests[0][name] for name in ("height", "width", "num_inference_steps")}
+    own |= {"guidance_scale": requests[0]["cfg_scale"] - 1, "latents": noise}
+    return own | {"output_type": "latent", "return_dict": False}
 
 
 def loaded(kind: type[diffusers.DiffusionPipeline], folder: Path, **parts) -> diffusers.DiffusionPipeline:
     pipe = kind.from_pretrained(folder, dtype=torch.float32, **parts)
     pipe.set_progress_bar_config(disable=True)
     return pipe
+
+
+# ControlNets ----------------------------------------------------------------------------------------------------------
+
+
+@cache
+def controlled() -> Path:
+    """The folder of `base()`, with a ControlNet; written once per session."""
+    folder = kept_folder() / "z_image_controlled"
+    shutil.copytree(base(), folder)
+    shutil.copytree(controlnet(), folder / "controlnet")
+    return folder
+
+
+@cache
+def controlnet(channels: int = 16) -> Path:
+    """The folder of a ControlNet for `base()` with random weights, which reads so many channels; written once each."""
+    folder = kept_folder() / f"controlnet_{channels}"
+    config = ZImageTransformer2DModel.load_config(base() / "transformer")
+    sizes = {name: config[name] for name in ("dim", "n_heads", "n_kv_heads", "n_refiner_layers")}
+    refiner = {} if channels == 16 else {"add_control_noise_refiner": "control_noise_refiner"}
+    refiner |= {} if channels == 16 else {"control_refiner_layers_places": [0]}
+    torch.manual_seed(0)
+    network = ZImageControlNetModel(control_layers_places=[0, 2], control_in_dim=channels, **refiner, **sizes)
+    randomise(network, folder)
+    return folder
+
+
+def sampled_with_control(requests: list[dict], noise: Tensor, channels: int = 16) -> Tensor:
+    """The latents (B, 16, h, w) that ZImageControlNetPipeline, or that for inpainting, samples for some requests."""
+    first, network = requests[0], ZImageControlNetModel.from_pretrained(controlnet(channels))
+    kind = diffusers.ZImageControlNetPipeline
+    own = {"control_image": first["controlnet_image"]}
+    if "controlnet_inpaint_mask" in first:
+        kind = diffusers.ZImageControlNetInpaintPipeline
+        own |= {
+            "image": first["controlnet_inpaint_image"],
+            "mask_image": [first["controlnet_inpaint_mask"]] * len(requests),
+        }
+    pipe = loaded(kind, base(), controlnet=network)
+    return pipe(**arguments(requests, noise), **own, controlnet_conditioning_scale=first["controlnet_scale"])[0]

@@ -1,7 +1,7 @@
 """Read and write safetensors files, whose content is checked before any tensor is read."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Iterable, Mapping
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
@@ -97,6 +97,16 @@ def load_state_dict(
         keys = read_shapes(Path(file))
         with safe_open(file, "pt", device=device_name(device)) as stored:
             tensors |= {key: cast(stored.get_tensor(key), torch_dtype) for key in keys}
+    return tensors
+
+
+def read_tensors(files: Iterable[Path], keys: Collection[str]) -> dict[str, Tensor]:
+    """Some of the tensors in safetensors files, by name; the others are not read."""
+    tensors = {}
+    for file in files:
+        wanted = [key for key in read_shapes(file) if key in keys]
+        with safe_open(file, "pt") as stored:
+            tensors |= {key: stored.get_tensor(key) for key in wanted}
     return tensors
 
 

@@ -101,7 +101,7 @@ class Objective:
         of_loss = {name for name, p in parameters if p.default is p.empty or name in named} - NOT_INPUTS
         if not self.calls_model_fn:
             return of_loss
-        of_model_fn = set(inspect.signature(pipe.model_fn).parameters) - {*self.provides, *pipe.in_iteration_models}
+        of_model_fn = set(inspect.signature(pipe.model_fn).parameters) - {*self.provides, *pipe.networks()}
         return of_loss | of_model_fn
 
     def check(self, pipe: "BasePipeline", lora: "Adapter | None", cached: bool) -> None:

@@ -1,4 +1,4 @@
-"""The autoencoder that SD3, FLUX.1 and Z-Image share, in normalised latents."""
+"""The autoencoder that several families share, in normalised latents."""
 
 from diffusers import AutoencoderKL
 

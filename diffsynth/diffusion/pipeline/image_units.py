@@ -114,15 +114,24 @@ def edit_images(
     Raises:
         ValueError: An element is no image, or has sides that the autoencoder cannot divide.
     """
-    images = [] if edit_image is None else edit_image if isinstance(edit_image, list | tuple) else [edit_image]
+    images = image_list(edit_image, "edit_image")
+    return [resize(image, pixels) if auto_resize else _checked_sides(image) for image in images]
+
+
+def image_list(value: Image.Image | Sequence[Image.Image] | None, name: str) -> list[Image.Image]:
+    """One image, several or none as a list of RGB images; `name` is that of the argument, for errors.
+
+    Raises:
+        ValueError: An element is no image.
+    """
+    images = [] if value is None else value if isinstance(value, list | tuple) else [value]
     wrong = [image for image in images if not isinstance(image, Image.Image)]
     if wrong:
         raise ValueError(
-            f"edit_image is or holds {wrong[0]!r}, expected images; if it is a column of a data set, list it in "
+            f"{name} is or holds {wrong[0]!r}, expected images; if it is a column of a data set, list it in "
             "dataset.data_file_keys."
         )
-    images = [image.convert("RGB") for image in images]
-    return [resize(image, pixels) if auto_resize else _checked_sides(image) for image in images]
+    return [image.convert("RGB") for image in images]
 
 
 def _checked_sides(image: Image.Image) -> Image.Image:

@@ -67,7 +67,8 @@ class PipelineNetworks(nn.Module):
 
     Class attributes:
         components: Networks, and folders of tokenizers and processors, by attribute.
-        in_iteration_models: Networks that `model_fn` calls; by default the first one.
+        in_iteration_models: Networks that `model_fn` calls; by default the first one. A pipeline has those of them that
+            are built, and those that every model of the family has.
     """
 
     components: ClassVar[Mapping[str, Network | Folder]] = {}
@@ -177,7 +178,11 @@ class PipelineNetworks(nn.Module):
                 self.use_sampling_settings(sampling_settings.of_model(module, files or ()))
             if (after := self.networks()[name].after) is not None:
                 after(module)
+        self.in_iteration_models = tuple(filter(self._is_expected, type(self).in_iteration_models))
         self.check_networks()
+
+    def _is_expected(self, name: str) -> bool:
+        return getattr(self, name) is not None or not self.networks()[name].is_optional
 
     def check_networks(self) -> None:
         """Refuse networks that do not fit each other; a family may override it. Called when all networks are built."""
@@ -336,6 +341,10 @@ class PipelineNetworks(nn.Module):
             config_file = config / "config.json" if config.is_dir() else config
             networks[name] = {"config.json": InputFile(str(config_file)), **beside(files[0], files)}
         return networks | {name: all_in(folder) for name, folder in self.folders.items()}
+
+    def weight_files(self, name: str) -> list[Path]:
+        """The safetensors files of a built network."""
+        return list(self._files[name])
 
     def fingerprint(self, name: str) -> str | None:
         """Fingerprint of the files of a model, a tokenizer or a processor, loaded or not; None if it has no files."""

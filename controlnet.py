@@ -1,0 +1,60 @@
+"""Start a ControlNet from a model's transformer, for `train.py`: `python controlnet.py model=z_image output=…`."""
+
+from pathlib import Path
+from typing import Any
+
+import hydra
+
+from diffsynth.config import build, check, explained, locked, run_main
+from diffsynth.core.ranges import PositiveInt, Seed
+
+
+def start(
+    model: Any,
+    blocks: PositiveInt | None = None,
+    inpaint: bool = False,
+    seed: Seed = 0,
+    output: str = "outputs/controlnet",
+) -> Path:
+    """Write a ControlNet whose blocks are copies of the transformer's, and whose outputs are zero.
+
+    It reads from the model's files only the tensors that it copies. The folder has the released layout, config.json and
+    safetensors, so that diffusers loads it.
+
+    Args:
+        model: A partial of a family's `from_components` that lacks only `device`; it builds the pipeline.
+        blocks: Number of blocks that are copied; None takes the family's.
+        inpaint: Whether the ControlNet reads the mask of an image to inpaint, too.
+        seed: Seed of the layers that are neither copied nor zero.
+        output: Folder to write to.
+
+    Returns:
+        The folder.
+
+    Raises:
+        ValueError: The family has no ControlNet, or `output` is a folder that this program has not made.
+    """
+    from diffsynth.core.files import check_replaceable, mark_as_made, replacing_folder
+    from diffsynth.diffusion.controlnet.start import start_controlnet
+
+    check_replaceable(output)
+    pipe = model(device="cpu")
+    network = start_controlnet(pipe, blocks, inpaint, seed)
+    with replacing_folder(Path(output)) as partial:
+        network.save_pretrained(partial)
+        mark_as_made(partial)
+    return Path(output)
+
+
+@hydra.main(version_base="1.3", config_path="conf", config_name="controlnet")
+def main(cfg) -> None:
+    with explained():
+        check(cfg, start)
+        given = build(cfg)
+        with locked(given["output"]):
+            folder = start(**given)
+        print(f"train.py model.controlnet.path={folder} task.trainable_models=[controlnet] lora=none")
+
+
+if __name__ == "__main__":
+    run_main(main, start)

@@ -1,0 +1,175 @@
+"""What ControlNets read: the arguments of a request, the latents of its images, when and how strongly they act.
+
+Shapes: B batch, C channels of the latents, h w latent size, H W size in pixels.
+"""
+
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor
+
+from ...core.ranges import NonNegativeFloat, Probability
+from ..pipeline.image_units import image_list
+from ..pipeline.request import ImageRequest
+from ..pipeline.units import PipelineUnit
+
+if TYPE_CHECKING:
+    from ..base_pipeline import BasePipeline
+
+Encode = Callable[[Tensor], Tensor]  # pixels (1, 3, H, W) in [-1, 1] to latents (1, C, h, w)
+
+
+@dataclass(kw_only=True)
+class ControlRequest(ImageRequest):
+    """Sample one image with a ControlNet.
+
+    Args:
+        controlnet_image: Image that the sample follows, such as edges or depths, resized to `height` and `width`; the
+            ControlNet's outputs for several images are added.
+        controlnet_inpaint_image: Image that is kept where `controlnet_inpaint_mask` is black.
+        controlnet_inpaint_mask: Image whose white area is sampled anew, for a ControlNet that was trained to inpaint.
+        controlnet_scale: Factor of the ControlNet's outputs, one for all images or one for each.
+        controlnet_start, controlnet_end: The part of the sampling steps, from 0 to 1, in which the ControlNet is used.
+    """
+
+    controlnet_image: Image.Image | Sequence[Image.Image] | None = None
+    controlnet_inpaint_image: Image.Image | None = None
+    controlnet_inpaint_mask: Image.Image | None = None
+    controlnet_scale: NonNegativeFloat | Sequence[NonNegativeFloat] = 1.0
+    controlnet_start: Probability = 0.0
+    controlnet_end: Probability = 1.0
+
+
+class ControlEmbedder(PipelineUnit):
+    """Encodes the images of a ControlNet to `control_latents`, a list of latents (1, C', h, w), one for each image.
+
+    C' is C, or the pipeline's `control_channels` if its ControlNet reads a mask, too; then a subclass writes `control`.
+    """
+
+    needs = "controlnet"
+
+    def __init__(self):
+        super().__init__(output_params=("control_latents",), onload_model_names=("vae",))
+
+    def depends_on(self, pipe):
+        return {"control_channels": str(pipe.control_channels)}
+
+    def process(
+        self,
+        pipe,
+        controlnet_image,
+        controlnet_inpaint_image,
+        controlnet_inpaint_mask,
+        height,
+        width,
+        tiled,
+        tile_size,
+        tile_stride,
+    ):
+        _check(pipe, controlnet_image, controlnet_inpaint_image, controlnet_inpaint_mask)
+        size = width, height
+        images = [pixels(pipe, image, size) for image in image_list(controlnet_image, "controlnet_image")]
+        kept = controlnet_inpaint_image and pixels(pipe, controlnet_inpaint_image, size)
+        mask = controlnet_inpaint_mask and mask_pixels(pipe, controlnet_inpaint_mask, size)
+        encode = partial(pipe.vae.encode, tiled=tiled, tile_size=tile_size, tile_stride=tile_stride)
+        pipe.load_models_to_device(["vae"])
+        latents = [self.control(pipe, encode, image, kept, mask) for image in images]
+        return {"control_latents": latents} if latents else {}
+
+    def control(
+        self, pipe: "BasePipeline", encode: Encode, image: Tensor, kept: Tensor | None, mask: Tensor | None
+    ) -> Tensor:
+        """What the ControlNet reads (1, C', h, w) of an image, and of an image to inpaint and its mask, if any.
+
+        Args:
+            image, kept: Pixels (1, 3, H, W) in [-1, 1].
+            mask: (1, 1, H, W), 1 where the image is sampled anew, and 0 elsewhere.
+        """
+        return encode(image)
+
+
+def pixels(pipe: "BasePipeline", image: Image.Image, size: tuple[int, int]) -> Tensor:
+    """Pixels (1, 3, H, W) in [-1, 1] of an image that is resized to (W, H)."""
+    return pipe.preprocess_image(image.convert("RGB").resize(size, Image.Resampling.LANCZOS))
+
+
+def mask_pixels(pipe: "BasePipeline", mask: Image.Image, size: tuple[int, int]) -> Tensor:
+    """A mask (1, 1, H, W) of an image that is resized to (W, H): 1 where it is nearer to white, and 0 elsewhere."""
+    values = np.array(mask.convert("L").resize(size, Image.Resampling.LANCZOS), dtype=np.float32) / 255
+    return torch.from_numpy(values >= 0.5)[None, None].to(pipe.device, pipe.torch_dtype)
+
+
+def kept_area(mask: Tensor, latents: Tensor) -> Tensor:
+    """1 - mask (1, 1, H, W) at the size of latents (1, C, h, w), by the nearest pixel."""
+    return F.interpolate(1 - mask, latents.shape[-2:]).to(latents)
+
+
+def scale_at(request: Mapping[str, Any], timestep: Tensor, timesteps: Tensor) -> dict[str, Any]:
+    """`controlnet_scale` at one of the sampler's timesteps (N,): 0 outside of `controlnet_start` to `controlnet_end`.
+
+    The part of the steps is counted as by diffusers: step i of N is used if start ≤ i / N and (i + 1) / N ≤ end.
+    """
+    if not request.get("control_latents"):
+        return {}
+    scale, images = request["controlnet_scale"], len(request["control_latents"])
+    scale = scale[0] if isinstance(scale, list) else scale  # one of B equal lists
+    if not isinstance(scale, int | float) and len(scale) != images:
+        raise ValueError(f"controlnet_scale has {len(scale)} numbers for {images} controlnet_image; give one for each.")
+    step, count = (timesteps - timestep).abs().argmin().item(), len(timesteps)
+    is_used = request["controlnet_start"] <= step / count and (step + 1) / count <= request["controlnet_end"]
+    return {"controlnet_scale": scale if is_used else 0.0}
+
+
+def summed(
+    controlnet: Callable[[Tensor, float], Mapping | Sequence[Tensor]],
+    control_latents: Sequence[Tensor],
+    scale: float | Sequence[float],
+) -> Any:
+    """The sum of a ControlNet's outputs, by block, for several images; None if no image has a scale above 0.
+
+    Args:
+        controlnet: Function of the latents (B, C', h, w) of one image, and of its scale.
+    """
+    scales = scale if isinstance(scale, list | tuple) else [scale] * len(control_latents)
+    found = [controlnet(latents, own) for latents, own in zip(control_latents, scales, strict=True) if own]
+    if not found:
+        return None
+    blocks = found[0].keys() if isinstance(found[0], Mapping) else range(len(found[0]))
+    by_block = {block: sum((own[block] for own in found[1:]), found[0][block]) for block in blocks}
+    return by_block if isinstance(found[0], Mapping) else list(by_block.values())
+
+
+def check_columns(pipe: "BasePipeline", columns: Collection[str]) -> None:
+    """Refuse a training with a ControlNet that gets no image from the data set's `columns`."""
+    if "controlnet" in pipe.in_iteration_models and "controlnet_image" not in columns:
+        raise ValueError(
+            "model.controlnet is set, but the training reads no column controlnet_image; set "
+            "task.extra_inputs=[controlnet_image] and dataset.data_file_keys=[image,controlnet_image], or "
+            "model.controlnet=null."
+        )
+
+
+def _check(pipe: "BasePipeline", image: Any, kept: Image.Image | None, mask: Image.Image | None) -> None:
+    """Refuse images of a ControlNet that do not belong together."""
+    if (kept is not None or mask is not None) and pipe.control_channels == pipe.latents.channels:
+        raise ValueError(
+            f"controlnet_inpaint_mask is given, but this ControlNet reads {pipe.control_channels} channels, which are "
+            "those of an image alone; leave it out, or take a ControlNet that was trained to inpaint."
+        )
+    if kept is not None and mask is None:
+        raise ValueError("controlnet_inpaint_image is given without controlnet_inpaint_mask; give both.")
+    if mask is not None and image is None:
+        raise ValueError("controlnet_inpaint_mask is given without controlnet_image; give both.")
+    sizes = {"controlnet_inpaint_image": kept, "controlnet_image": image if kept is None else None}
+    for name, other in sizes.items():
+        if mask is not None and isinstance(other, Image.Image) and other.size != mask.size:
+            raise ValueError(
+                f"controlnet_inpaint_mask is {mask.width} x {mask.height} pixels, but {name} is {other.width} x "
+                f"{other.height}; make them of one size."
+            )
