@@ -1,5 +1,7 @@
 """FLUX.1 and Chroma: noise levels, loss, released sizes, and what is refused."""
 
+import shutil
+
 import diffusers
 import pytest
 import torch
@@ -7,6 +9,7 @@ from diffusers import ChromaTransformer2DModel, FluxTransformer2DModel
 from families import FAMILIES
 from miniatures import flux1
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from test_family_contract import LORA, REQUEST, sampled, samples
 from torch.testing import assert_close
 
@@ -149,6 +152,17 @@ def test_schnell_reads_no_guidance_scale():
     pipe.progress_bar = iter
     request = REQUEST | {"max_sequence_length": flux1.MAX_TOKENS}
     assert torch.equal(*(sampled(pipe, request | {"embedded_guidance": scale}) for scale in (1.0, 9.0)))
+
+
+def test_clip_is_read_under_the_names_of_its_released_file(tmp_path):
+    shutil.copytree(flux1.dev() / "text_encoder", tmp_path, dirs_exist_ok=True)
+    file = tmp_path / "model.safetensors"
+    tensors = load_file(file)
+    save_file({f"text_model.{name}": tensor for name, tensor in tensors.items()}, file, {"format": "pt"})
+    pipe = Flux1ImagePipeline(torch_dtype=torch.float32)
+    pipe.build_models([ModelConfig(path=str(tmp_path))])
+    pipe.load_models()
+    assert_close(dict(pipe.text_encoder.state_dict()), tensors)
 
 
 def test_networks_of_other_models_are_named_before_weights_are_read():
