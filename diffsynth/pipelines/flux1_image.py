@@ -9,7 +9,7 @@ released pipelines (diffusers' FluxPipeline, FluxKontextPipeline) unless a comme
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from diffusers import FluxTransformer2DModel
@@ -49,6 +49,9 @@ from .flux1_network import (
     unpack_latents,
     use_joint_attention,
 )
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 __all__ = ["Flux1ImagePipeline", "ModelConfig"]
 
@@ -155,7 +158,8 @@ class Flux1Unit_PooledPromptEmbedder(PromptEmbedder):
         return pipe.text_encoder(**tokens).pooler_output
 
 
-def padded_ids(tokenizer, prompt: str, length: int) -> dict[str, Tensor]:
+def padded_ids(tokenizer: "PreTrainedTokenizerBase", prompt: str, length: int) -> dict[str, Tensor]:
+    """Token ids (1, length) of a prompt, truncated or padded."""
     options = {"padding": "max_length", "truncation": True, "return_tensors": "pt"}
     return {"input_ids": tokenizer([prompt], max_length=length, **options).input_ids}
 

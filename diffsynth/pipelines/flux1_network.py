@@ -97,8 +97,23 @@ class Flux1AttnProcessor(JointAttention, FluxAttnProcessor):
             return super().__call__(attn, hidden_states, encoder_hidden_states, attention_mask, image_rotary_emb)
         return self.joint(attn, hidden_states, encoder_hidden_states, image_rotary_emb, extra=extra, split=split)
 
-    def joint(self, attn, hidden_states, encoder_hidden_states, image_rotary_emb, mask=None, extra=None, split=None):
-        """`JointAttention`: in double blocks of image and text tokens, in single blocks of both in `hidden_states`."""
+    def joint(
+        self,
+        attn: nn.Module,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None,
+        image_rotary_emb: tuple[Tensor, Tensor],
+        mask: Tensor | None = None,
+        extra: tuple[Tensor, Tensor] | None = None,
+        split: TokenSplit | None = None,
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """`JointAttention` of image tokens (B, L, D) and text tokens (B, L', D); single blocks have both in the first.
+
+        Args:
+            image_rotary_emb: Factors (S, head_dim) of cosines and of sines, of the text's tokens, then of the image's.
+            mask: Tokens that are attended to (B, S); None for all.
+            extra, split: See `attend`.
+        """
         layers = attn.to_q, attn.to_k, attn.to_v
         heads = split_heads([layer(hidden_states) for layer in layers], attn.norm_q, attn.norm_k)
         if encoder_hidden_states is None:
