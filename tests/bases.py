@@ -1,4 +1,4 @@
-"""Both families' transformers with random weights, and inputs for them."""
+"""Transformers of families whose attention reads further keys, with random weights, and inputs for them."""
 
 from pathlib import Path
 
@@ -7,7 +7,8 @@ from torch import Tensor, nn
 
 from diffsynth.core.loader.model_config import ModelConfig
 from diffsynth.diffusion.pipeline import kv_cache
-from diffsynth.pipelines import flux2_image, qwen_image
+from diffsynth.pipelines import flux1_image, flux1_network, flux2_image, qwen_image
+from diffsynth.pipelines.flux1_image import Flux1ImagePipeline
 from diffsynth.pipelines.flux2_image import Flux2ImagePipeline
 from diffsynth.pipelines.qwen_image import QwenImagePipeline
 
@@ -21,7 +22,7 @@ def some(*shape: int, seed: int = 0) -> Tensor:
 class Base:
     """Qwen-Image's transformer with random weights, and its prediction for a batch of three samples."""
 
-    module, latents = qwen_image, (3, 16, 4, 8)
+    module, pipeline, latents = qwen_image, QwenImagePipeline, (3, 16, 4, 8)
     stock = {"block": qwen_image.QwenDoubleStreamAttnProcessor2_0}
     padded = [[9], [2], [5]]  # lengths of the prompts
     unread = ("attn.add_q_proj", "attn.to_add_out", "txt_mlp.net.0.proj", "txt_mlp.net.2")  # in the last block
@@ -56,7 +57,7 @@ class Base:
 class Flux2Base(Base):
     """The same for FLUX.2, whose prompts all have one length; each sample edits an image."""
 
-    module, latents = flux2_image, (3, 128, 2, 4)
+    module, pipeline, latents = flux2_image, Flux2ImagePipeline, (3, 128, 2, 4)
     stock = {"double": flux2_image.Flux2AttnProcessor, "single": flux2_image.Flux2ParallelSelfAttnProcessor}
     padded, unread = [[9], [9], [9]], ()
 
@@ -69,9 +70,21 @@ class Flux2Base(Base):
         return {f"{kind}_{number}": block for kind, blocks in kinds.items() for number, block in enumerate(blocks)}
 
 
+class Flux1Base(Flux2Base):
+    """The same for FLUX.1, whose network reads an embedding of the whole prompt, too."""
+
+    module, pipeline, latents = flux1_network, Flux1ImagePipeline, (3, 16, 4, 8)
+    stock = dict.fromkeys(("double", "single"), flux1_network.FluxAttnProcessor)
+
+    def predict(self, prompt_emb_mask, **inputs) -> Tensor:
+        edit = some(1, *self.latents[1:], seed=5).expand_as(inputs["latents"])
+        pooled = some(1, self.dit.config.pooled_projection_dim, seed=6).expand(len(edit), -1)
+        return flux1_image.model_fn_flux1(self.dit, edit_latents=[edit], pooled_prompt_emb=pooled, **inputs)
+
+
 def load(kind: type[Base], folder: Path) -> Base:
     """A base with the weights of a model repository in a folder."""
-    pipe = (QwenImagePipeline if kind is Base else Flux2ImagePipeline)("cpu", torch.float32)
+    pipe = kind.pipeline("cpu", torch.float32)
     pipe.build_models([ModelConfig(path=str(folder / "transformer"))])
     pipe.load_models()
     return kind(pipe.dit)

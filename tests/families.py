@@ -14,7 +14,7 @@ import tiny_auraflow
 import tiny_flux2
 import tiny_qwen_edit
 from auraflow import AuraFlowPipeline
-from miniatures import ernie_image, flux3, krea2, qwen_image, qwen_image_21, sd3, z_image
+from miniatures import ernie_image, flux1, flux3, krea2, qwen_image, qwen_image_21, sd3, z_image
 from torch import Tensor
 
 from diffsynth.core.loader import ModelConfig
@@ -24,7 +24,9 @@ from diffsynth.diffusion.base_pipeline import BasePipeline
 from diffsynth.diffusion.loss import FlowMatchSFT
 from diffsynth.diffusion.pipeline.networks import TrainingDefaults
 from diffsynth.diffusion.training_module import PipelineTrainingModule
+from diffsynth.pipelines.chroma import ChromaPipeline
 from diffsynth.pipelines.ernie_image import ErnieImagePipeline
+from diffsynth.pipelines.flux1_image import Flux1ImagePipeline
 from diffsynth.pipelines.flux2_image import Flux2ImagePipeline
 from diffsynth.pipelines.flux3_image import Flux3ImagePipeline
 from diffsynth.pipelines.krea2 import Krea2Pipeline
@@ -218,6 +220,34 @@ FAMILIES = [
             reference=qwen_image_21.sampled_by_diffusers,
         )
         for name, edits in (("qwen_image_21", False), ("qwen_image_21_edit", True))
+    ),
+    Family(
+        "flux1_dev",
+        Flux1ImagePipeline,
+        flux1.dev,
+        ("to_q", "add_k_proj", "ff.net.2", "proj_mlp", "norm.linear"),
+        SIZES | {"max_sequence_length": flux1.MAX_TOKENS},
+        parts=flux1.PARTS,
+        reference=flux1.sampled_by_diffusers,
+    ),
+    Family(
+        "flux1_kontext",
+        Flux1ImagePipeline,
+        flux1.dev,
+        ("to_q", "add_k_proj", "ff.net.2", "proj_mlp", "norm.linear"),
+        SIZES | {"max_sequence_length": flux1.MAX_TOKENS, "edit_image_pixels": 64 * 64},
+        edits=True,
+        parts=flux1.PARTS,
+        reference=flux1.sampled_by_diffusers,
+    ),
+    Family(
+        "chroma",
+        ChromaPipeline,
+        flux1.chroma,
+        ("to_q", "add_k_proj", "ff.net.2", "proj_mlp"),
+        SIZES | {"max_sequence_length": flux1.MAX_TOKENS},
+        parts=flux1.CHROMA_PARTS,
+        reference=flux1.sampled_by_chroma,
     ),
 ]
 

@@ -5,14 +5,15 @@ import json
 from pathlib import Path
 
 import torch
-from bases import Base, Flux2Base, load, some
+from bases import Base, Flux1Base, Flux2Base, load, some
 from torch import Tensor
 
 from diffsynth.core.context_parallel import Devices, split_tokens
 from diffsynth.core.live_bytes import LiveBytes
 from diffsynth.plan.first_device import FirstOf
 
-BASES = {"qwen": Base, "flux2": Flux2Base}
+BASES = {"qwen": Base, "flux2": Flux2Base, "flux1": Flux1Base}
+LATENTS = {"qwen": (3, 16, 6, 10), "flux2": (3, 128, 3, 5), "flux1": (3, 16, 6, 10)}
 
 
 def cases(base: Base) -> dict[str, tuple[slice, dict]]:
@@ -65,9 +66,10 @@ def compare(folders: dict[str, Path], result_file: Path) -> None:
     """
     torch.distributed.init_process_group("gloo")
     apart, taken = {}, {}
-    for family, kind in BASES.items():
-        kind.latents = (3, 16, 6, 10) if family == "qwen" else (3, 128, 3, 5)
-        whole = load(kind, folders[family])
+    for family, folder in folders.items():
+        kind = BASES[family]
+        kind.latents = LATENTS[family]
+        whole = load(kind, folder)
         whole.dit.requires_grad_(True)
         split = kind(copy.deepcopy(whole.dit))
         planned = kind(copy.deepcopy(whole.dit))

@@ -6,7 +6,7 @@ A family declares its `LayerNames`; what programs put before and after a layer's
 import math
 import re
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -57,7 +57,7 @@ class LayerNames:
         comfyui: ComfyUI's prefix of layers that `original` does not list; None takes `prefix` and a dot.
         common: The format whose names the format `common` takes: the one that most programs read.
         original: Names of layers in the model's original code, with `*` for a block's number, and the layers here that
-            each stands for. Several layers share the outputs of a fused one in equal parts.
+            each stands for. Several layers share the outputs of a fused one, in this order.
         swapped: The names in `original` of layers whose outputs here have their halves in the other order.
         others: Prefixes of the model's other networks, whose layers a file may have as well.
     """
@@ -169,7 +169,8 @@ def peft_names(
         if alpha is None and stated is not None:
             scale = stated(layers[0], rank(parts))
         parts = with_halves_swapped(parts) if names.is_swapped(name) else parts
-        for layer, own in zip(layers, _split(scaled(parts, scale), len(layers), f"{source}: {name}"), strict=True):
+        sizes = [network.get_submodule(layer).weight.shape[0] for layer in layers] if len(layers) > 1 else []
+        for layer, own in zip(layers, _split(scaled(parts, scale), sizes, f"{source}: {name}"), strict=True):
             named = {f"{layer}.{part}".rstrip("."): tensor for part, tensor in own.items()}
             _refuse_twice(named.keys() & found.keys(), source)
             found |= named
@@ -203,9 +204,9 @@ def _scale(alpha: Tensor, rank: int | None, what: str) -> float:
     return value / rank if rank else 1.0  # LyCORIS: two whole matrices have no rank, and their alpha does nothing
 
 
-def _split(parts: Parts, count: int, what: str) -> list[Parts]:
+def _split(parts: Parts, sizes: Sequence[int], what: str) -> list[Parts]:
     try:
-        return split(parts, count) if count > 1 else [parts]
+        return split(parts, sizes) if sizes else [parts]
     except ValueError as error:
         raise ValueError(f"{what}: {error}; the file can be read only with the model's original code.") from error
 

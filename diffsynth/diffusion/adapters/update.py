@@ -4,7 +4,7 @@ The weight W becomes W + B A (LoRA), W + (A₁ B₁) ∘ (A₂ B₂) (LoHa) or W
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -95,16 +95,19 @@ def with_halves_swapped(parts: Parts) -> Parts:
     return {**parts, **{name: torch.cat(parts[name].chunk(2)[::-1]) for name in rows}}
 
 
-def split(parts: Parts, count: int) -> list[Parts]:
-    """The updates of layers that share a fused layer's outputs in equal parts.
+def split(parts: Parts, sizes: Sequence[int]) -> list[Parts]:
+    """The updates of layers of some sizes (numbers of outputs), which share a fused layer's outputs in this order.
 
     Raises:
-        ValueError: A part's rows cannot be divided, as in a Kronecker product whose first matrix has too few.
+        ValueError: A part's rows cannot be divided so, as in a Kronecker product whose first matrix has too few.
     """
-    rows = [name for name in ROWS if name in parts]
-    if undivided := [name for name in rows if not parts[name].dim() or parts[name].shape[0] % count]:
+    rows, total = [name for name in ROWS if name in parts], sum(sizes)
+    whole = {
+        name: parts[name].dim() and all(parts[name].shape[0] * size % total == 0 for size in sizes) for name in rows
+    }
+    if undivided := [name for name in rows if not whole[name]]:
         raise ValueError(
-            f"{undivided[0]} has shape {tuple(parts[undivided[0]].shape)}, which {count} layers cannot share"
+            f"{undivided[0]} has shape {tuple(parts[undivided[0]].shape)}, which {len(sizes)} layers cannot share"
         )
-    chunks = {name: parts[name].chunk(count) for name in rows}
-    return [{**parts, **{name: chunks[name][number] for name in rows}} for number in range(count)]
+    shares = {name: parts[name].split([len(parts[name]) * size // total for size in sizes]) for name in rows}
+    return [{**parts, **{name: shares[name][number] for name in rows}} for number in range(len(sizes))]

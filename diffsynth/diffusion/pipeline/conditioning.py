@@ -23,7 +23,8 @@ class PromptEmbedder(PipelineUnit):
     """Computes text embeddings (1, L', …) of the prompt and, under guidance, of the negative prompt.
 
     A subclass writes `tokenize`, whose parameters are the inputs that the unit reads, and `embed`. Prompts of equal
-    length go through the text encoder together.
+    length go through the text encoder together. A family with several text encoders has a subclass for each, with
+    `encoder` and `output` of its own.
 
     Args:
         masked: Also return `prompt_emb_mask` (1, L'), which is True everywhere, because padding comes only with
@@ -32,14 +33,17 @@ class PromptEmbedder(PipelineUnit):
             a network that takes lists gets them without reading a mask back from the device.
     """
 
+    encoder = "text_encoder"  # the component that `embed` calls
+    output = "prompt_emb"  # name of the embeddings
+
     def __init__(self, masked: bool = False, counted: bool = False):
-        outputs = {"prompt_emb": True, "prompt_emb_mask": masked, "prompt_emb_lengths": counted}
+        outputs = {self.output: True, f"{self.output}_mask": masked, f"{self.output}_lengths": counted}
         super().__init__(
             separate_cfg=True,
             input_params_posi={"prompt": "prompt"},
             input_params_nega={"prompt": "negative_prompt"},
             output_params=[name for name, is_made in outputs.items() if is_made],
-            onload_model_names=("text_encoder",),
+            onload_model_names=(self.encoder,),
         )
 
     def tokenize(self, pipe: "BasePipeline", prompt: str) -> Tokens | list[Tokens]:
@@ -59,7 +63,7 @@ class PromptEmbedder(PipelineUnit):
 
     def process_batch(self, pipe, batch: Sequence[Mapping]) -> list[dict]:
         """Embed prompts of equal length together; padding would change their embeddings."""
-        pipe.load_models_to_device(["text_encoder"])
+        pipe.load_models_to_device([self.encoder])
 
         def embed(group: Sequence[Tokens]) -> Sequence[Tensor]:
             names = [name for name in group[0] if name != "kept"]
@@ -78,7 +82,7 @@ class PromptEmbedder(PipelineUnit):
         embeddings = torch.cat(pieces, dim=1)
         mask = torch.ones(embeddings.shape[:2], dtype=torch.bool, device=embeddings.device)
         lengths = [piece.shape[1] for piece in pieces]
-        outputs = {"prompt_emb": embeddings, "prompt_emb_mask": mask, "prompt_emb_lengths": lengths}
+        outputs = {self.output: embeddings, f"{self.output}_mask": mask, f"{self.output}_lengths": lengths}
         return {name: outputs[name] for name in self.output_params}
 
     def _parameters(self) -> dict[str, inspect.Parameter]:

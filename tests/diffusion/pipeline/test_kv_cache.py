@@ -6,7 +6,8 @@ import pickle
 import pytest
 import tiny_flux2
 import torch
-from bases import Base, Flux2Base, load, some
+from bases import Base, Flux1Base, Flux2Base, load, some
+from miniatures import flux1
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -21,9 +22,10 @@ LENGTH = 5  # of the further keys
 CHECKPOINTING = [{}, {"use_gradient_checkpointing": True}, {"use_gradient_checkpointing_offload": True}]
 
 
-@pytest.fixture(params=[Base, Flux2Base])
+@pytest.fixture(params=[Base, Flux2Base, pytest.param(Flux1Base, marks=pytest.mark.slow)])
 def base(request, tiny) -> Base:
-    return load(request.param, tiny if request.param is Base else tiny_flux2.klein())
+    folders = {Base: lambda: tiny, Flux2Base: tiny_flux2.klein, Flux1Base: flux1.dev}
+    return load(request.param, folders[request.param]())
 
 
 def parts(inputs: dict, row: int) -> dict:

@@ -1,0 +1,250 @@
+"""FLUX.1 (dev, schnell, Kontext): text-to-image and image-to-image, editing one or several images.
+
+Black Forest Labs 2025, "FLUX.1 Kontext" (https://arxiv.org/abs/2506.15742). Networks: diffusers, transformers.
+Latents are (B, 16, H/8, W/8); the transformer reads 2 × 2 latent pixels as a token, (B, H/16 · W/16, 64). Edit images
+are further image tokens. T5 embeds each word of a prompt, CLIP the prompt as a whole. Constants are those of the
+released pipelines (diffusers' FluxPipeline, FluxKontextPipeline) unless a comment says otherwise.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
+
+import torch
+from diffusers import FluxTransformer2DModel
+from diffusers.pipelines.flux.pipeline_flux_kontext import PREFERRED_KONTEXT_RESOLUTIONS
+from PIL import Image
+from torch import Tensor
+
+from ..core.gradient import checkpoint_blocks
+from ..core.host_memory import sent
+from ..core.loader import ModelConfig
+from ..core.ranges import NonNegativeFloat, SamplingSteps, Tokens
+from ..diffusion.adapters.names import LayerNames
+from ..diffusion.base_pipeline import BasePipeline
+from ..diffusion.pipeline.autoencoder_kl import NormalisedAutoencoderKL
+from ..diffusion.pipeline.components import Folder, Network
+from ..diffusion.pipeline.conditioning import PromptEmbedder
+from ..diffusion.pipeline.image_units import (
+    EditImageEmbedder,
+    Inpaint,
+    InputImageEmbedder,
+    LossMask,
+    NoiseInitializer,
+    ShapeChecker,
+)
+from ..diffusion.pipeline.kv_cache import KVCache
+from ..diffusion.pipeline.request import EDIT_IMAGE_PIXELS, EditRequest, TemplateRequest
+from ..diffusion.pipeline.vae import Latents
+from ..diffusion.template.cache import append_text
+from ..diffusion.template.lora import InputLoRA, added
+from .flux1_network import (
+    BLOCK_NAMES,
+    DOUBLE,
+    SINGLE,
+    flux1_sigmas,
+    image_positions,
+    pack_latents,
+    unpack_latents,
+    use_joint_attention,
+)
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+__all__ = ["Flux1ImagePipeline", "ModelConfig"]
+
+MAX_PROMPT_TOKENS = 512
+LORA_NAMES = LayerNames(
+    prefix="transformer",
+    original=BLOCK_NAMES
+    | {
+        "double_blocks.*.img_mod.lin": f"{DOUBLE}.norm1.linear",
+        "double_blocks.*.txt_mod.lin": f"{DOUBLE}.norm1_context.linear",
+        "single_blocks.*.modulation.lin": f"{SINGLE}.norm.linear",
+        "final_layer.adaLN_modulation.1": "norm_out.linear",
+        "blocks.*.norm1_a.linear": f"{DOUBLE}.norm1.linear",
+        "blocks.*.norm1_b.linear": f"{DOUBLE}.norm1_context.linear",
+        "single_blocks.*.norm.linear": f"{SINGLE}.norm.linear",
+    }
+    | {
+        f"{name}_in.{layer}_layer": f"time_text_embed.{ours}_embedder.linear_{number}"
+        for name, ours in {"time": "timestep", "guidance": "guidance", "vector": "text"}.items()
+        for number, layer in enumerate(("in", "out"), 1)
+    },
+    swapped=("final_layer.adaLN_modulation.1",),  # it has the shift before the scale
+)
+CLIP_LAYERS = (*(f"self_attn.{part}_proj" for part in ("q", "k", "v", "out")), "mlp.fc1", "mlp.fc2")
+CLIP_LORA_NAMES = LayerNames(
+    prefix="text_encoder",
+    original={f"text_model.encoder.layers.*.{layer}": f"encoder.layers.*.{layer}" for layer in CLIP_LAYERS},
+)
+
+
+# The network ----------------------------------------------------------------------------------------------------------
+
+
+def model_fn_flux1(
+    dit: FluxTransformer2DModel,
+    latents: Tensor,
+    timestep: Tensor,
+    prompt_emb: Tensor,
+    pooled_prompt_emb: Tensor,
+    edit_latents: Sequence[Tensor] = (),
+    fill_latents: Tensor | None = None,
+    embedded_guidance: float | Sequence[float] = 1.0,
+    kv_cache: KVCache | None = None,
+    lora: InputLoRA | None = None,
+    extra_text_embedding: Tensor | None = None,
+    use_gradient_checkpointing: bool = False,
+    use_gradient_checkpointing_offload: bool = False,
+) -> Tensor:
+    """Velocity (B, 16, h, w) of noisy latents (B, 16, h, w) at timesteps (B,) in [0, 1000].
+
+    Args:
+        prompt_emb: T5's embeddings (B, L, D); the network was trained to attend to those of padding, too.
+        pooled_prompt_emb: CLIP's embeddings (B, D') of whole prompts.
+        edit_latents: Clean latents (B, 16, h', w') of each edit image, of their own sizes.
+        fill_latents: What Fill reads beside the noisy latents, (B, 80, h, w): the kept area's latents, and the mask.
+        embedded_guidance: Guidance scale, one or B, an input of dev, Kontext and Fill; schnell ignores it.
+        kv_cache: Extra keys and values by block, `double_0`, `single_0` and so on.
+        lora: Updates of the transformer's layers.
+        extra_text_embedding: Text embeddings (B, L', D) appended to the prompt's.
+    """
+    checkpoint_blocks(dit, use_gradient_checkpointing, use_gradient_checkpointing_offload)
+    noisy = latents if fill_latents is None else torch.cat([latents, fill_latents], dim=1)
+    guidance = sent(torch.as_tensor(embedded_guidance), latents.device).expand(len(latents))
+    text, _ = append_text(prompt_emb, None, extra_text_embedding)
+    with added(dit, lora):
+        velocity = dit(
+            hidden_states=torch.cat([pack_latents(image) for image in (noisy, *edit_latents)], dim=1).to(dit.dtype),
+            timestep=timestep / 1000,
+            guidance=guidance if dit.config.guidance_embeds else None,
+            pooled_projections=pooled_prompt_emb.to(dit.dtype),
+            encoder_hidden_states=text.to(dit.dtype),
+            img_ids=sent(image_positions([latents, *edit_latents]), latents.device),
+            txt_ids=torch.zeros(text.shape[1], 3, device=latents.device),
+            joint_attention_kwargs={"kv_cache": kv_cache} if kv_cache else None,
+            return_dict=False,
+        )[0]
+    return unpack_latents(velocity, *latents.shape[2:])
+
+
+# Units ----------------------------------------------------------------------------------------------------------------
+
+
+class Flux1Unit_PromptEmbedder(PromptEmbedder):
+    """Computes T5's embeddings (1, L, D) of prompts, padded to one length."""
+
+    encoder = "text_encoder_2"
+
+    def tokenize(self, pipe, prompt, max_sequence_length) -> Mapping[str, Tensor]:
+        return padded_ids(pipe.tokenizer_2, prompt, max_sequence_length)
+
+    def embed(self, pipe: "Flux1ImagePipeline", tokens: Mapping[str, Tensor]) -> Tensor:
+        return pipe.text_encoder_2(**tokens).last_hidden_state
+
+
+class Flux1Unit_PooledPromptEmbedder(PromptEmbedder):
+    """Computes CLIP's embeddings (1, D') of whole prompts, of which it reads the first 77 tokens."""
+
+    output = "pooled_prompt_emb"
+
+    def tokenize(self, pipe, prompt) -> Mapping[str, Tensor]:
+        return padded_ids(pipe.tokenizer, prompt, pipe.text_encoder.config.max_position_embeddings)
+
+    def embed(self, pipe: "Flux1ImagePipeline", tokens: Mapping[str, Tensor]) -> Tensor:
+        return pipe.text_encoder(**tokens).pooler_output
+
+
+def padded_ids(tokenizer: "PreTrainedTokenizerBase", prompt: str, length: int) -> dict[str, Tensor]:
+    """Token ids (1, length) of a prompt, truncated or padded."""
+    options = {"padding": "max_length", "truncation": True, "return_tensors": "pt"}
+    return {"input_ids": tokenizer([prompt], max_length=length, **options).input_ids}
+
+
+class Flux1Unit_EditImageEmbedder(EditImageEmbedder):
+    @staticmethod
+    def resize(image: Image.Image, pixels: int) -> Image.Image:
+        """Scale an image to about `pixels` pixels, in the nearest of the proportions that Kontext was trained at."""
+        proportions = image.width / image.height
+        sides = min(PREFERRED_KONTEXT_RESOLUTIONS, key=lambda size: abs(proportions - size[0] / size[1]))
+        scale = math.sqrt(pixels / EDIT_IMAGE_PIXELS)
+        width, height = (max(1, round(side * scale / 16)) * 16 for side in sides)
+        return image.resize((width, height), Image.Resampling.LANCZOS)
+
+
+# Pipeline -------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(kw_only=True)
+class Flux1Request(EditRequest, TemplateRequest):
+    """Sample one image with FLUX.1; only Kontext was trained to read `edit_image`.
+
+    Args:
+        embedded_guidance: Guidance scale that dev, Kontext and Fill read as an input; schnell ignores it.
+        exponential_shift_mu: Shift of the noise levels, 0 for none; None computes it from the number of tokens.
+        max_sequence_length: Tokens that T5 truncates or pads a prompt to.
+    """
+
+    num_inference_steps: SamplingSteps = 28
+    embedded_guidance: NonNegativeFloat = 3.5
+    exponential_shift_mu: float | None = None
+    max_sequence_length: Tokens = MAX_PROMPT_TOKENS
+
+
+class Flux1ImagePipeline(BasePipeline):
+    """FLUX.1 on diffusers' transformer and VAE and transformers' CLIP and T5."""
+
+    token_channels: ClassVar[int] = 64  # that the transformer reads
+
+    request = Flux1Request
+    components = {
+        "dit": Network("FluxTransformer2DModel", after=use_joint_attention, lora=LORA_NAMES),
+        "text_encoder": Network("CLIPTextModel", lora=CLIP_LORA_NAMES),
+        "text_encoder_2": Network("T5EncoderModel", lora="text_encoder_2"),
+        "vae": Network(NormalisedAutoencoderKL),
+        "tokenizer": Folder("AutoTokenizer", needed_by="text_encoder"),
+        "tokenizer_2": Folder("AutoTokenizer", needed_by="text_encoder_2"),
+    }
+    latents = Latents(channels=16, factor=8, patch=2)
+    model_fn = staticmethod(model_fn_flux1)
+    sigma_grid = staticmethod(flux1_sigmas)
+    model_settings = ("embedded_guidance", "exponential_shift_mu", "max_sequence_length", "edit_image_pixels")
+    unit_classes = (
+        ShapeChecker,
+        NoiseInitializer,
+        InputImageEmbedder,
+        Inpaint,
+        LossMask,
+        Flux1Unit_EditImageEmbedder,
+        Flux1Unit_PromptEmbedder,
+        Flux1Unit_PooledPromptEmbedder,
+    )
+
+    def check_networks(self) -> None:
+        if self.dit is None:
+            return
+        config = self.dit.config
+        if config.in_channels != self.token_channels:
+            raise ValueError(
+                f"dit reads {config.in_channels} channels a token, expected {self.token_channels}: take "
+                "model=flux1_fill for FLUX.1 Fill (384), another model=flux1_… for the others (64)."
+            )
+        for name, wanted, size in (
+            ("text_encoder", config.pooled_projection_dim, "hidden_size"),
+            ("text_encoder_2", config.joint_attention_dim, "d_model"),
+        ):
+            encoder = getattr(self, name)
+            if encoder is not None and (width := getattr(encoder.config, size)) != wanted:
+                raise ValueError(
+                    f"dit takes text embeddings of width {wanted}, but {name} makes {width}: they are of different "
+                    "models; take the text encoders that were released with the transformer."
+                )
+
+    def cuts_off(self, prompt: str) -> bool:
+        """Whether T5 reads only a part of a prompt; CLIP reads the first 77 tokens of every prompt."""
+        if self.tokenizer_2 is None:
+            return False
+        return len(self.tokenizer_2(prompt).input_ids) > self.call_defaults["max_sequence_length"]
