@@ -14,7 +14,6 @@ from diffsynth.core.gradient import checkpoint_blocks
 from diffsynth.core.ranges import Tokens
 from diffsynth.diffusion.base_pipeline import BasePipeline
 from diffsynth.diffusion.pipeline.components import Folder, Network
-from diffsynth.diffusion.pipeline.conditioning import PromptEmbedder
 from diffsynth.diffusion.pipeline.image_units import (
     Inpaint,
     InputImageEmbedder,
@@ -24,6 +23,7 @@ from diffsynth.diffusion.pipeline.image_units import (
 )
 from diffsynth.diffusion.pipeline.request import ImageRequest
 from diffsynth.diffusion.pipeline.vae import Latents, NormalisedVAE
+from diffsynth.diffusion.prompts.embedder import PromptEmbedder
 
 SHIFT = 1.73  # of the noise levels, as released
 

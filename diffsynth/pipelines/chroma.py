@@ -23,10 +23,10 @@ from ..diffusion.adapters.names import LayerNames
 from ..diffusion.base_pipeline import BasePipeline
 from ..diffusion.pipeline.autoencoder_kl import NormalisedAutoencoderKL
 from ..diffusion.pipeline.components import Folder, Network
-from ..diffusion.pipeline.conditioning import PromptEmbedder
 from ..diffusion.pipeline.image_units import Inpaint, InputImageEmbedder, LossMask, NoiseInitializer, ShapeChecker
 from ..diffusion.pipeline.request import ImageRequest
 from ..diffusion.pipeline.vae import Latents
+from ..diffusion.prompts.embedder import PromptEmbedder
 from .flux1_network import (
     BLOCK_NAMES,
     Flux1AttnProcessor,

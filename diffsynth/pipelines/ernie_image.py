@@ -21,11 +21,11 @@ from ..diffusion.adapters.names import LayerNames
 from ..diffusion.base_pipeline import BasePipeline
 from ..diffusion.flow_match import time_shift
 from ..diffusion.pipeline.components import Folder, Network
-from ..diffusion.pipeline.conditioning import PromptEmbedder
-from ..diffusion.pipeline.hidden_states import hidden_states
 from ..diffusion.pipeline.image_units import Inpaint, InputImageEmbedder, LossMask, NoiseInitializer, ShapeChecker
 from ..diffusion.pipeline.request import ImageRequest
 from ..diffusion.pipeline.vae import Latents
+from ..diffusion.prompts.embedder import PromptEmbedder
+from ..diffusion.prompts.hidden_states import hidden_states
 from .autoencoders.flux2 import Flux2VAE
 
 __all__ = ["ErnieImagePipeline", "ModelConfig"]

@@ -25,8 +25,6 @@ from ..diffusion.base_pipeline import BasePipeline
 from ..diffusion.flow_match import exponential_shift
 from ..diffusion.pipeline.attention import JointAttention
 from ..diffusion.pipeline.components import Folder, Network
-from ..diffusion.pipeline.conditioning import PromptEmbedder
-from ..diffusion.pipeline.hidden_states import hidden_states
 from ..diffusion.pipeline.image_units import (
     EditImageEmbedder,
     Inpaint,
@@ -38,6 +36,8 @@ from ..diffusion.pipeline.image_units import (
 from ..diffusion.pipeline.kv_cache import KVCache
 from ..diffusion.pipeline.request import EditRequest, TemplateRequest
 from ..diffusion.pipeline.vae import Latents
+from ..diffusion.prompts.embedder import PromptEmbedder
+from ..diffusion.prompts.hidden_states import hidden_states
 from ..diffusion.template.cache import append_text
 from ..diffusion.template.lora import InputLoRA, added
 from .autoencoders.flux2 import Flux2VAE

@@ -25,8 +25,6 @@ from ..diffusion.adapters.names import LayerNames
 from ..diffusion.base_pipeline import BasePipeline
 from ..diffusion.flow_match import time_shift
 from ..diffusion.pipeline.components import Folder, Network
-from ..diffusion.pipeline.conditioning import PromptEmbedder
-from ..diffusion.pipeline.hidden_states import hidden_states
 from ..diffusion.pipeline.image_units import (
     Inpaint,
     InputImageEmbedder,
@@ -39,6 +37,8 @@ from ..diffusion.pipeline.image_units import (
 from ..diffusion.pipeline.request import ImageRequest
 from ..diffusion.pipeline.units import PipelineUnit, in_groups
 from ..diffusion.pipeline.vae import Latents
+from ..diffusion.prompts.embedder import PromptEmbedder
+from ..diffusion.prompts.hidden_states import hidden_states
 from .flux2_image import Flux2VAE, pack_latents, positions, unpack_latents
 
 __all__ = ["Flux3ImagePipeline", "ModelConfig"]

@@ -29,11 +29,11 @@ from ..diffusion.base_pipeline import BasePipeline
 from ..diffusion.pipeline import image_units
 from ..diffusion.pipeline.attention import rotated, rotation_table
 from ..diffusion.pipeline.components import Folder, Network
-from ..diffusion.pipeline.conditioning import PromptEmbedder
-from ..diffusion.pipeline.hidden_states import hidden_states
 from ..diffusion.pipeline.media import ImageMedia
 from ..diffusion.pipeline.request import EDIT_IMAGE_PIXELS, EditRequest
 from ..diffusion.pipeline.vae import Latents, SingleFrameVAE
+from ..diffusion.prompts.embedder import PromptEmbedder
+from ..diffusion.prompts.hidden_states import hidden_states
 from .qwen_image import IMAGE_TOKEN, TEXT_LORA_NAMES, qwen_image_sigmas
 
 __all__ = ["ModelConfig", "QwenImage21Pipeline"]

@@ -24,8 +24,6 @@ from ..diffusion.controlnet.inputs import ControlRequest
 from ..diffusion.flow_match import time_shift
 from ..diffusion.pipeline.autoencoder_kl import NormalisedAutoencoderKL
 from ..diffusion.pipeline.components import Folder, Network
-from ..diffusion.pipeline.conditioning import PromptEmbedder
-from ..diffusion.pipeline.hidden_states import hidden_states
 from ..diffusion.pipeline.image_units import (
     EditImageEmbedder,
     Inpaint,
@@ -38,6 +36,8 @@ from ..diffusion.pipeline.image_units import (
 from ..diffusion.pipeline.request import EDIT_IMAGE_PIXELS, EditRequest
 from ..diffusion.pipeline.units import PipelineUnit
 from ..diffusion.pipeline.vae import Latents
+from ..diffusion.prompts.embedder import PromptEmbedder
+from ..diffusion.prompts.hidden_states import hidden_states
 from .controlnets.z_image import (
     CONTROL_START,
     ZImageControlNet,

@@ -16,9 +16,9 @@ from ..adapters.lora import Adapter
 from ..base_pipeline import BasePipeline
 from ..distillation.roles import STUDENT, TEACHER, Roles, check_base_is_kept
 from ..flow_match import interpolate, per_sample
-from ..pipeline.conditioning import PromptEmbedder
-from ..pipeline.several_prompts import SeveralPrompts
 from ..pipeline.units import PipelineUnit, required_units
+from ..prompts.embedder import PromptEmbedder
+from ..prompts.several import SeveralPrompts
 from ..randomness import GlobalRNG, SampleRNG
 from ..timesteps import LogitNormalTimesteps, UniformTimesteps
 from .base import Objective, sampled_with

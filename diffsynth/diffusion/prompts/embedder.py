@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from .units import PipelineUnit, in_groups
+from ..pipeline.units import PipelineUnit, in_groups
 
 if TYPE_CHECKING:
     from ..base_pipeline import BasePipeline

@@ -5,8 +5,8 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from ...core.code_version import code_version
-from .conditioning import PromptEmbedder
-from .units import PipelineUnit
+from ..pipeline.units import PipelineUnit
+from .embedder import PromptEmbedder
 
 if TYPE_CHECKING:
     from ..base_pipeline import BasePipeline
