@@ -241,6 +241,16 @@ FAMILIES = [
         reference=flux1.sampled_by_diffusers,
     ),
     Family(
+        "flux1_controlnet",
+        Flux1ImagePipeline,
+        flux1.controlled,
+        ("to_q", "add_k_proj", "ff.net.2", "proj_mlp", "norm.linear"),
+        SIZES | {"max_sequence_length": flux1.MAX_TOKENS},
+        controls=True,
+        parts=flux1.PARTS | {"controlnet": "controlnet"},
+        reference=flux1.sampled_by_diffusers,
+    ),
+    Family(
         "chroma",
         ChromaPipeline,
         flux1.chroma,

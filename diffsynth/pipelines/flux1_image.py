@@ -23,6 +23,7 @@ from ..core.loader import ModelConfig
 from ..core.ranges import NonNegativeFloat, SamplingSteps, Tokens
 from ..diffusion.adapters.names import LayerNames
 from ..diffusion.base_pipeline import BasePipeline
+from ..diffusion.controlnet.inputs import ControlEmbedder
 from ..diffusion.pipeline.autoencoder_kl import NormalisedAutoencoderKL
 from ..diffusion.pipeline.components import Folder, Network
 from ..diffusion.pipeline.image_units import (
@@ -39,6 +40,14 @@ from ..diffusion.pipeline.vae import Latents
 from ..diffusion.prompts.embedder import PromptEmbedder
 from ..diffusion.template.cache import append_text
 from ..diffusion.template.lora import InputLoRA, added
+from .controlnets.flux1 import (
+    CONTROL_START,
+    Flux1ControlNet,
+    Flux1ControlRequest,
+    Flux1Unit_ControlMode,
+    block_samples,
+    check_controlnet,
+)
 from .flux1_network import (
     BLOCK_NAMES,
     DOUBLE,
@@ -93,6 +102,11 @@ def model_fn_flux1(
     pooled_prompt_emb: Tensor,
     edit_latents: Sequence[Tensor] = (),
     fill_latents: Tensor | None = None,
+    controlnet: Flux1ControlNet | None = None,
+    control_latents: Sequence[Tensor] = (),
+    control_modes: Sequence[Tensor] = (),
+    controlnet_scale: float | Sequence[float] = 1.0,
+    control_prompt: tuple[Tensor, Tensor] | None = None,
     embedded_guidance: float | Sequence[float] = 1.0,
     kv_cache: KVCache | None = None,
     lora: InputLoRA | None = None,
@@ -107,28 +121,44 @@ def model_fn_flux1(
         pooled_prompt_emb: CLIP's embeddings (B, D') of whole prompts.
         edit_latents: Clean latents (B, 16, h', w') of each edit image, of their own sizes.
         fill_latents: What Fill reads beside the noisy latents, (B, 80, h, w): the kept area's latents, and the mask.
+        control_latents: Latents (B, 16, h, w) of each image that the ControlNet reads.
+        control_modes: Modes (B,) of each of these images.
+        control_prompt: `prompt_emb` and `pooled_prompt_emb` of the ControlNet, if it reads another prompt.
         embedded_guidance: Guidance scale, one or B, an input of dev, Kontext and Fill; schnell ignores it.
         kv_cache: Extra keys and values by block, `double_0`, `single_0` and so on.
         lora: Updates of the transformer's layers.
         extra_text_embedding: Text embeddings (B, L', D) appended to the prompt's.
     """
-    checkpoint_blocks(dit, use_gradient_checkpointing, use_gradient_checkpointing_offload)
+    checkpointing = use_gradient_checkpointing, use_gradient_checkpointing_offload
+    checkpoint_blocks(dit, *checkpointing)
     noisy = latents if fill_latents is None else torch.cat([latents, fill_latents], dim=1)
     guidance = sent(torch.as_tensor(embedded_guidance), latents.device).expand(len(latents))
     text, _ = append_text(prompt_emb, None, extra_text_embedding)
+    inputs = {"timestep": timestep / 1000, "guidance": guidance, **prompt_inputs(dit, text, pooled_prompt_emb)}
+    edits, samples = [pack_latents(image) for image in edit_latents], {}
+    if controlnet is not None and control_latents:
+        own = inputs | (prompt_inputs(dit, *control_prompt) if control_prompt else {})
+        images = {"control_latents": control_latents, "control_modes": control_modes, "scale": controlnet_scale}
+        tokens = sum(image.shape[1] for image in edits)
+        samples = block_samples(controlnet, latents, own, **images, edit_tokens=tokens, checkpointing=checkpointing)
+    if not dit.config.guidance_embeds:
+        inputs["guidance"] = None
     with added(dit, lora):
         velocity = dit(
-            hidden_states=torch.cat([pack_latents(image) for image in (noisy, *edit_latents)], dim=1).to(dit.dtype),
-            timestep=timestep / 1000,
-            guidance=guidance if dit.config.guidance_embeds else None,
-            pooled_projections=pooled_prompt_emb.to(dit.dtype),
-            encoder_hidden_states=text.to(dit.dtype),
+            hidden_states=torch.cat([pack_latents(noisy), *edits], dim=1).to(dit.dtype),
             img_ids=sent(image_positions([latents, *edit_latents]), latents.device),
             txt_ids=torch.zeros(text.shape[1], 3, device=latents.device),
             joint_attention_kwargs={"kv_cache": kv_cache} if kv_cache else None,
             return_dict=False,
+            **inputs,
+            **samples,
         )[0]
     return unpack_latents(velocity, *latents.shape[2:])
+
+
+def prompt_inputs(dit: FluxTransformer2DModel, text: Tensor, pooled: Tensor) -> dict[str, Tensor]:
+    """Text embeddings (B, L, D) and pooled ones (B, D') as arguments of a network's call."""
+    return {"encoder_hidden_states": text.to(dit.dtype), "pooled_projections": pooled.to(dit.dtype)}
 
 
 # Units ----------------------------------------------------------------------------------------------------------------
@@ -179,7 +209,7 @@ class Flux1Unit_EditImageEmbedder(EditImageEmbedder):
 
 
 @dataclass(kw_only=True)
-class Flux1Request(EditRequest, TemplateRequest):
+class Flux1Request(EditRequest, TemplateRequest, Flux1ControlRequest):
     """Sample one image with FLUX.1; only Kontext was trained to read `edit_image`.
 
     Args:
@@ -198,6 +228,7 @@ class Flux1ImagePipeline(BasePipeline):
     """FLUX.1 on diffusers' transformer and VAE and transformers' CLIP and T5."""
 
     token_channels: ClassVar[int] = 64  # that the transformer reads
+    control_kinds: int | None = None  # kinds of images that the ControlNet reads, if it has modes
 
     request = Flux1Request
     components = {
@@ -205,10 +236,12 @@ class Flux1ImagePipeline(BasePipeline):
         "text_encoder": Network("CLIPTextModel", lora=CLIP_LORA_NAMES),
         "text_encoder_2": Network("T5EncoderModel", lora="text_encoder_2"),
         "vae": Network(NormalisedAutoencoderKL),
+        "controlnet": Network(Flux1ControlNet, optional=True, start=CONTROL_START),
         "tokenizer": Folder("AutoTokenizer", needed_by="text_encoder"),
         "tokenizer_2": Folder("AutoTokenizer", needed_by="text_encoder_2"),
     }
     latents = Latents(channels=16, factor=8, patch=2)
+    in_iteration_models = ("dit", "controlnet")
     model_fn = staticmethod(model_fn_flux1)
     sigma_grid = staticmethod(flux1_sigmas)
     model_settings = ("embedded_guidance", "exponential_shift_mu", "max_sequence_length", "edit_image_pixels")
@@ -219,13 +252,20 @@ class Flux1ImagePipeline(BasePipeline):
         Inpaint,
         LossMask,
         Flux1Unit_EditImageEmbedder,
+        ControlEmbedder,
+        Flux1Unit_ControlMode,
         Flux1Unit_PromptEmbedder,
         Flux1Unit_PooledPromptEmbedder,
     )
 
     def check_networks(self) -> None:
+        if self.controlnet is not None:
+            self.control_channels = self.controlnet.config.in_channels // 4  # of which 2 × 2 make a token
+            self.control_kinds = self.controlnet.config.num_mode
         if self.dit is None:
             return
+        if self.controlnet is not None:
+            check_controlnet(self.controlnet, self.dit)
         config = self.dit.config
         if config.in_channels != self.token_channels:
             raise ValueError(
@@ -248,3 +288,10 @@ class Flux1ImagePipeline(BasePipeline):
         if self.tokenizer_2 is None:
             return False
         return len(self.tokenizer_2(prompt).input_ids) > self.call_defaults["max_sequence_length"]
+
+    def guided_velocity(
+        self, timestep: Tensor, cfg_scale: float, shared: Mapping, posi: Mapping, nega: Mapping
+    ) -> Tensor:
+        """Guided velocity (B, 16, h, w) at timesteps (B,); the ControlNet reads the positive prompt, as in diffusers."""
+        prompt = posi["prompt_emb"], posi["pooled_prompt_emb"]
+        return super().guided_velocity(timestep, cfg_scale, shared, posi, {**nega, "control_prompt": prompt})

@@ -1,5 +1,6 @@
 """FLUX.1 and Chroma in miniature with random weights, and what diffusers samples with them."""
 
+import shutil
 import string
 from functools import cache
 from pathlib import Path
@@ -7,7 +8,7 @@ from unittest import mock
 
 import diffusers
 import torch
-from diffusers import ChromaTransformer2DModel, FluxTransformer2DModel
+from diffusers import ChromaTransformer2DModel, FluxControlNetModel, FluxTransformer2DModel
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from PIL import Image
 from tiny import kept_folder
@@ -67,6 +68,25 @@ def fill() -> Path:
 
 
 @cache
+def controlled() -> Path:
+    """The folder of `dev()`, with a ControlNet; written once per session."""
+    folder = kept_folder() / "flux1_controlled"
+    shutil.copytree(dev(), folder)
+    shutil.copytree(controlnet(), folder / "controlnet")
+    return folder
+
+
+@cache
+def controlnet(**changes) -> Path:
+    """The folder of a ControlNet for `dev()` with random weights; written once each."""
+    folder = kept_folder() / "_".join(["flux1_controlnet", *map(str, sum(changes.items(), ()))])
+    torch.manual_seed(0)
+    options = SIZES | {"pooled_projection_dim": CLIP_WIDTH, "guidance_embeds": True, "num_single_layers": 1} | changes
+    randomise(FluxControlNetModel(**options), folder)
+    return folder
+
+
+@cache
 def chroma() -> Path:
     """The folder of a model repository like Chroma's; written once per session."""
     folder = kept_folder() / "chroma"
@@ -111,14 +131,34 @@ def randomise(model: torch.nn.Module, folder: Path) -> None:
 
 
 def sampled_by_diffusers(requests: list[dict], noise: Tensor) -> Tensor:
-    """The latents (B, 16, h, w) that FluxPipeline, or with edit images FluxKontextPipeline, samples for requests."""
+    """The latents (B, 16, h, w) that FluxPipeline, or that of Kontext or of ControlNets, samples for requests."""
     first = requests[0]
+    if "controlnet_image" in first:
+        return sampled_with_control(requests, noise)
     own = {"true_cfg_scale": first["cfg_scale"], "guidance_scale": first.get("embedded_guidance", 3.5)}
     pipe = pipeline(KontextOfSeveral if "edit_image" in first else diffusers.FluxPipeline, dev())
     if "edit_image" in first:
         pipe.pictures = first["edit_image"]
         own["max_area"] = first["height"] * first["width"]  # else it samples at a megapixel
     return sampled(pipe, requests, noise, **own)
+
+
+def sampled_with_control(requests: list[dict], noise: Tensor, *networks: Path) -> Tensor:
+    """The latents (B, 16, h, w) that FluxControlNetPipeline samples for requests, with one network or several."""
+    first = requests[0]
+    loaded = [FluxControlNetModel.from_pretrained(network) for network in networks or [controlnet()]]
+    several = len(loaded) > 1 or isinstance(first["controlnet_image"], list)
+    own = {"true_cfg_scale": first["cfg_scale"], "guidance_scale": 3.5, "control_image": first["controlnet_image"]}
+    own |= {"controlnet_conditioning_scale": first["controlnet_scale"], "control_mode": first.get("controlnet_mode")}
+    own |= {
+        f"control_guidance_{end}": first[f"controlnet_{end}"]
+        for end in ("start", "end")
+        if f"controlnet_{end}" in first
+    }
+    pipe = pipeline(diffusers.FluxControlNetPipeline, dev(), controlnet=loaded if several else loaded[0])
+    mean = mock.patch.object(DiagonalGaussianDistribution, "sample", lambda self, *_: self.mean)
+    with mean:  # ours encodes to the means, and diffusers to samples
+        return sampled(pipe, requests, noise, **own)
 
 
 def sampled_by_chroma(requests: list[dict], noise: Tensor) -> Tensor:
