@@ -200,6 +200,16 @@ FAMILIES = [
         reference=sd3.sampled_by_diffusers,
     ),
     Family(
+        "sd3_5_controlnet",
+        SD3Pipeline,
+        sd3.controlled,
+        ("to_q", "to_out.0", "add_k_proj", "ff.net.2"),
+        SIZES | {"max_sequence_length": sd3.T5_TOKENS},
+        controls=True,
+        parts=sd3.PARTS | {"controlnet": "controlnet"},
+        reference=sd3.sampled_by_diffusers,
+    ),
+    Family(
         "flux3_klein_base",
         Flux3ImagePipeline,
         flux3.base,

@@ -292,6 +292,6 @@ class Flux1ImagePipeline(BasePipeline):
     def guided_velocity(
         self, timestep: Tensor, cfg_scale: float, shared: Mapping, posi: Mapping, nega: Mapping
     ) -> Tensor:
-        """Guided velocity (B, 16, h, w) at timesteps (B,); the ControlNet reads the positive prompt, as in diffusers."""
-        prompt = posi["prompt_emb"], posi["pooled_prompt_emb"]
+        """Guided velocity (B, 16, h, w) at timesteps (B,)."""
+        prompt = posi["prompt_emb"], posi["pooled_prompt_emb"]  # that ControlNets read in both, as in diffusers
         return super().guided_velocity(timestep, cfg_scale, shared, posi, {**nega, "control_prompt": prompt})

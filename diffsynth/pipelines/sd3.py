@@ -21,13 +21,21 @@ from ..core.loader import ModelConfig
 from ..core.ranges import NonNegativeFloat, SamplingSteps, Tokens
 from ..diffusion.adapters.names import LayerNames
 from ..diffusion.base_pipeline import BasePipeline
+from ..diffusion.controlnet.inputs import ControlRequest
 from ..diffusion.flow_match import TRAINING_STEPS, time_shift
 from ..diffusion.pipeline.autoencoder_kl import NormalisedAutoencoderKL
 from ..diffusion.pipeline.components import Folder, Network
 from ..diffusion.pipeline.image_units import Inpaint, InputImageEmbedder, LossMask, NoiseInitializer, ShapeChecker
-from ..diffusion.pipeline.request import ImageRequest
 from ..diffusion.pipeline.units import PipelineUnit
 from ..diffusion.pipeline.vae import Latents
+from .controlnets.sd3 import (
+    CONTROL_START,
+    SD3ControlNet,
+    SD3Unit_ControlEmbedder,
+    block_samples,
+    check_controlnet,
+    control_channels,
+)
 
 __all__ = ["ModelConfig", "SD3Pipeline"]
 
@@ -80,6 +88,9 @@ def model_fn_sd3(
     timestep: Tensor,
     prompt_emb: Tensor,
     pooled_prompt_emb: Tensor,
+    controlnet: SD3ControlNet | None = None,
+    control_latents: Sequence[Tensor] = (),
+    controlnet_scale: float | Sequence[float] = 1.0,
     use_gradient_checkpointing: bool = False,
     use_gradient_checkpointing_offload: bool = False,
 ) -> Tensor:
@@ -88,15 +99,20 @@ def model_fn_sd3(
     Args:
         prompt_emb: Text embeddings (B, 77 + L, D), those of CLIP before those of T5; padding is attended to, too.
         pooled_prompt_emb: Embeddings (B, P) of the whole prompt.
+        control_latents: Latents (B, 16 or 17, h, w) of each image that the ControlNet reads.
     """
-    checkpoint_blocks(dit, use_gradient_checkpointing, use_gradient_checkpointing_offload)
-    return dit(
-        hidden_states=latents.to(dit.dtype),
-        timestep=timestep,
-        encoder_hidden_states=prompt_emb.to(dit.dtype),
-        pooled_projections=pooled_prompt_emb.to(dit.dtype),
-        return_dict=False,
-    )[0]
+    checkpointing = use_gradient_checkpointing, use_gradient_checkpointing_offload
+    checkpoint_blocks(dit, *checkpointing)
+    inputs = {
+        "hidden_states": latents.to(dit.dtype),
+        "timestep": timestep,
+        "encoder_hidden_states": prompt_emb.to(dit.dtype),
+        "pooled_projections": pooled_prompt_emb.to(dit.dtype),
+    }
+    samples = None
+    if controlnet is not None and control_latents:
+        samples = block_samples(controlnet, dit, inputs, control_latents, controlnet_scale, checkpointing)
+    return dit(**inputs, block_controlnet_hidden_states=samples, return_dict=False)[0]
 
 
 # Units ----------------------------------------------------------------------------------------------------------------
@@ -131,7 +147,7 @@ class SD3Unit_PromptEmbedder(PipelineUnit):
 
 
 @dataclass(kw_only=True)
-class SD3Request(ImageRequest):
+class SD3Request(ControlRequest):
     """Sample one image with Stable Diffusion 3.5.
 
     Args:
@@ -153,18 +169,34 @@ class SD3Pipeline(BasePipeline):
         "text_encoder_2": Network("CLIPTextModelWithProjection", lora="text_encoder_2", optional=True),
         "text_encoder_3": Network("T5EncoderModel", lora="text_encoder_3", optional=True),
         "vae": Network(NormalisedAutoencoderKL),
+        "controlnet": Network(SD3ControlNet, optional=True, start=CONTROL_START),
         "tokenizer": Folder("CLIPTokenizer", needed_by="text_encoder"),
         "tokenizer_2": Folder("CLIPTokenizer", needed_by="text_encoder_2"),
         "tokenizer_3": Folder("T5TokenizerFast", needed_by="text_encoder_3"),
     }
     latents = Latents(channels=16, factor=8, patch=2)
+    in_iteration_models = ("dit", "controlnet")
     model_fn = staticmethod(model_fn_sd3)
     sigma_grid = staticmethod(sd3_sigmas)
     model_settings = ("max_sequence_length",)
-    unit_classes = (ShapeChecker, NoiseInitializer, InputImageEmbedder, Inpaint, LossMask, SD3Unit_PromptEmbedder)
+    unit_classes = (
+        ShapeChecker,
+        NoiseInitializer,
+        InputImageEmbedder,
+        Inpaint,
+        LossMask,
+        SD3Unit_ControlEmbedder,
+        SD3Unit_PromptEmbedder,
+    )
+    control_is_shifted: bool = True  # whether the ControlNet reads latents as the transformer does
     text_width, pooled_width = 4096, 2048  # D and P of the released transformers; `check_networks` reads those of `dit`
 
     def check_networks(self) -> None:
+        if self.controlnet is not None:
+            self.control_channels = control_channels(self.controlnet)
+            self.control_is_shifted = not self.controlnet.config.force_zeros_for_pooled_projection
+        if self.controlnet is not None and self.dit is not None:
+            check_controlnet(self.controlnet, self.dit)
         if self.dit is not None:
             config = self.dit.config
             self.text_width, self.pooled_width = config.joint_attention_dim, config.pooled_projection_dim
@@ -194,12 +226,14 @@ class SD3Pipeline(BasePipeline):
 
     def complete(self, request: Mapping) -> dict:
         whole = super().complete(request)
-        last = self.latents.multiple * self.dit.config.pos_embed_max_size if self.dit is not None else math.inf
-        if max(whole["height"], whole["width"]) > last:
-            raise ValueError(
-                f"height x width is {whole['height']} x {whole['width']}, but the positions of dit end at {last} "
-                "pixels; set smaller ones."
-            )
+        networks = {name: getattr(self, name) for name in self.in_iteration_models}
+        for name, network in networks.items():
+            last = math.inf if network is None else self.latents.multiple * network.config.pos_embed_max_size
+            if max(whole["height"], whole["width"]) > last:
+                raise ValueError(
+                    f"height x width is {whole['height']} x {whole['width']}, but the positions of {name} end at "
+                    f"{last} pixels; set smaller ones."
+                )
         return whole
 
     def layer_names(self, name: str) -> LayerNames:

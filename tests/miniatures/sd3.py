@@ -1,11 +1,14 @@
 """Stable Diffusion 3.5 in miniature with random weights, as medium is built; what diffusers samples with it."""
 
+import shutil
 from functools import cache
 from pathlib import Path
+from unittest import mock
 
 import diffusers
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel
+from diffusers import FlowMatchEulerDiscreteScheduler, SD3ControlNetModel, SD3Transformer2DModel
+from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from tiny import kept_folder
 from tiny_flux2 import _randomise as randomise
 from tokenizers import pre_tokenizers
@@ -43,6 +46,25 @@ def medium() -> Path:
     return folder
 
 
+@cache
+def controlled() -> Path:
+    """The folder of `medium()`, with a ControlNet; written once per session."""
+    folder = kept_folder() / "sd3_controlled"
+    shutil.copytree(medium(), folder)
+    shutil.copytree(controlnet(), folder / "controlnet")
+    return folder
+
+
+@cache
+def controlnet(**changes) -> Path:
+    """The folder of a ControlNet for `medium()` with random weights; written once each."""
+    folder = kept_folder() / "_".join(["sd3_controlnet", *map(str, sum(changes.items(), ()))])
+    torch.manual_seed(0)
+    config = {name: value for name, value in transformer().config.items() if not name.startswith("_")}
+    randomise(SD3ControlNetModel(**config | {"num_layers": 2} | changes), folder)
+    return folder
+
+
 def transformer(**changes) -> SD3Transformer2DModel:
     sizes = {"num_layers": 3, "attention_head_dim": 16, "num_attention_heads": 4, "caption_projection_dim": 64}
     text = {"joint_attention_dim": 64, "pooled_projection_dim": sum(WIDTHS.values())}
@@ -68,24 +90,47 @@ def clip_tokenizer(pad: str) -> CLIPTokenizer:
 def sampled_by_diffusers(
     requests: list[dict], noise: Tensor, pipe: diffusers.StableDiffusion3Pipeline | None = None, **absent: None
 ) -> Tensor:
-    """The latents (B, 16, h, w) that StableDiffusion3Pipeline samples for some requests."""
+    """The latents (B, 16, h, w) that StableDiffusion3Pipeline, or that of ControlNets, samples for some requests."""
+    if "controlnet_image" in requests[0]:
+        return sampled_with_control(requests, noise)
+    return (pipe or loaded(**absent))(**arguments(requests, noise))[0]
+
+
+def arguments(requests: list[dict], noise: Tensor) -> dict:
+    """Our requests as arguments of diffusers' pipelines."""
     first = requests[0]
     own = {"prompt": [r["prompt"] for r in requests], "negative_prompt": [r["negative_prompt"] for r in requests]}
     own |= {name: first[name] for name in ("height", "width", "num_inference_steps")}
     own |= {"max_sequence_length": T5_TOKENS, "guidance_scale": first["cfg_scale"], "latents": noise}
-    return (pipe or loaded(**absent))(**own, output_type="latent", return_dict=False)[0]
+    return own | {"output_type": "latent", "return_dict": False}
 
 
-def loaded(**absent: None) -> diffusers.StableDiffusion3Pipeline:
-    """diffusers' pipeline of the miniature, with the scheduler of the released ones."""
+def sampled_with_control(requests: list[dict], noise: Tensor, *networks: Path) -> Tensor:
+    """The latents (B, 16, h, w) that diffusers samples for requests, with one ControlNet or several."""
+    first, kind = requests[0], diffusers.StableDiffusion3ControlNetPipeline
+    controlnets = [SD3ControlNetModel.from_pretrained(network) for network in networks or [controlnet()]]
+    own = {"control_image": first["controlnet_image"], "controlnet_conditioning_scale": first["controlnet_scale"]}
+    if "controlnet_inpaint_mask" in first:
+        kind = diffusers.StableDiffusion3ControlNetInpaintingPipeline
+        own["control_mask"] = first["controlnet_inpaint_mask"]
+    pipe = loaded(kind, controlnet=controlnets if len(controlnets) > 1 else controlnets[0])
+    mean = mock.patch.object(DiagonalGaussianDistribution, "sample", lambda self, *_: self.mean)
+    with mean:  # ours encodes to the means, and diffusers to samples
+        return pipe(**arguments(requests, noise), **own)[0]
+
+
+def loaded(
+    kind: type[diffusers.DiffusionPipeline] = diffusers.StableDiffusion3Pipeline, **parts
+) -> diffusers.DiffusionPipeline:
+    """A pipeline of diffusers with the miniature's networks, and the scheduler of the released ones."""
     folder, kinds = medium(), {"text_encoder_3": T5EncoderModel, "tokenizer_3": T5Tokenizer}
     kinds |= dict.fromkeys(WIDTHS, CLIPTextModelWithProjection) | dict.fromkeys(
         ("tokenizer", "tokenizer_2"), CLIPTokenizer
     )
-    parts = {name: kind.from_pretrained(folder / name) for name, kind in kinds.items()}
-    parts["transformer"] = SD3Transformer2DModel.from_pretrained(folder / "transformer")
-    parts["vae"] = diffusers.AutoencoderKL.from_pretrained(folder / "vae")
-    parts["scheduler"] = FlowMatchEulerDiscreteScheduler(shift=3.0)
-    pipe = diffusers.StableDiffusion3Pipeline(**parts | absent)
+    built = {name: part.from_pretrained(folder / name) for name, part in kinds.items()}
+    built["transformer"] = SD3Transformer2DModel.from_pretrained(folder / "transformer")
+    built["vae"] = diffusers.AutoencoderKL.from_pretrained(folder / "vae")
+    built["scheduler"] = FlowMatchEulerDiscreteScheduler(shift=3.0)
+    pipe = kind(**built | parts)
     pipe.set_progress_bar_config(disable=True)
     return pipe

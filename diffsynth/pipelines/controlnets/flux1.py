@@ -118,8 +118,8 @@ def _check_modes(modes: Sequence[int | None], images: int, kinds: int | None) ->
     wrong = [mode for mode in modes if kinds is not None and (mode is None or mode >= kinds)]
     if wrong:
         raise ValueError(
-            f"controlnet_mode is {wrong[0]}, but this ControlNet reads {kinds} kinds of images; set it to the number of "
-            f"the image's kind, 0 to {kinds - 1}, which the model's page lists."
+            f"controlnet_mode is {wrong[0]}, but this ControlNet reads {kinds} kinds of images; set it to the "
+            f"number of the image's kind, 0 to {kinds - 1}, which the model's page lists."
         )
 
 

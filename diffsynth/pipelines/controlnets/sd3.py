@@ -1,0 +1,117 @@
+"""Stable Diffusion 3.5's ControlNet: blocks like the transformer's; each output is added to several of its blocks.
+
+It reads the 16 channels of an image's latents, or 17 with an image to inpaint, in the order of diffusers'
+StableDiffusion3ControlNetInpaintingPipeline.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from diffusers import SD3ControlNetModel, SD3Transformer2DModel
+from torch import Tensor
+
+from ...core.gradient import checkpoint_blocks
+from ...diffusion.base_pipeline import BasePipeline
+from ...diffusion.controlnet.inputs import ControlEmbedder, Encode, kept_area, summed
+from ...diffusion.controlnet.start import ControlStart
+
+COPIED_BLOCKS = 12  # the number that diffusers' class takes, half of medium's
+SIZES = (
+    "sample_size", "patch_size", "in_channels", "out_channels", "attention_head_dim", "num_attention_heads",
+    "joint_attention_dim", "caption_projection_dim", "pooled_projection_dim", "pos_embed_max_size", "qk_norm",
+    "dual_attention_layers",
+)  # fmt: skip
+BLACK = -1.0
+
+
+class SD3ControlNet(SD3ControlNetModel):
+    """diffusers' ControlNet, which does not name its blocks."""
+
+    _repeated_blocks = ["JointTransformerBlock", "SD3SingleTransformerBlock"]
+    _no_split_modules = _repeated_blocks
+
+    @property
+    def reads_pooled_prompts(self) -> bool:
+        """Whether it reads pooled text embeddings, not zeros; diffusers gives zeros to those that inpaint."""
+        return not (self.config.force_zeros_for_pooled_projection or self.config.extra_conditioning_channels)
+
+    def borrow(self, dit: SD3Transformer2DModel) -> None:
+        """Use the transformer's patches and positions if it has none, as those of 3.5 large; they are no part of it."""
+        if not self.config.use_pos_embed:
+            object.__setattr__(self, "pos_embed", dit.pos_embed)
+
+
+def block_samples(
+    controlnet: SD3ControlNet,
+    dit: SD3Transformer2DModel,
+    inputs: Mapping[str, Any],
+    control_latents: Sequence[Tensor],
+    scale: float | Sequence[float],
+    checkpointing: tuple[bool, bool],
+) -> list[Tensor] | None:
+    """What the ControlNet adds to the transformer's image tokens (B, L, D), one tensor for several blocks each.
+
+    Args:
+        inputs: Arguments of the transformer's call.
+        control_latents: Latents (B, 16 or 17, h, w) of each image.
+        checkpointing: Whether blocks are computed again in the backward pass, and whether their inputs are offloaded.
+    """
+    checkpoint_blocks(controlnet, *checkpointing)
+    controlnet.borrow(dit)
+    text, pooled = inputs["encoder_hidden_states"], inputs["pooled_projections"]
+    own = {
+        "encoder_hidden_states": None if controlnet.context_embedder is None else text,
+        "pooled_projections": pooled if controlnet.reads_pooled_prompts else torch.zeros_like(pooled),
+    }
+
+    def outputs(latents: Tensor, own_scale: float) -> list[Tensor]:
+        image = {"controlnet_cond": latents.to(controlnet.dtype), "conditioning_scale": own_scale}
+        return controlnet(**{**inputs, **own}, **image, return_dict=False)[0]
+
+    return summed(outputs, control_latents, scale)
+
+
+class SD3Unit_ControlEmbedder(ControlEmbedder):
+    """Encodes the images of a ControlNet; some read latents of which the autoencoder's shift is not subtracted."""
+
+    def depends_on(self, pipe: BasePipeline) -> dict[str, str]:
+        return super().depends_on(pipe) | {"control_is_shifted": str(pipe.control_is_shifted)}
+
+    def control(
+        self, pipe: BasePipeline, encode: Encode, image: Tensor, kept: Tensor | None, mask: Tensor | None
+    ) -> Tensor:
+        if pipe.control_channels == pipe.latents.channels:
+            latents = encode(image)
+            mean, std = pipe.vae.statistics(latents)
+            return latents if pipe.control_is_shifted else latents + mean / std
+        if mask is None:
+            raise ValueError("This ControlNet inpaints: controlnet_image needs controlnet_inpaint_mask; give both.")
+        latents = encode(torch.where(mask > 0, BLACK, image))
+        return torch.cat([latents, kept_area(mask, latents)], dim=1)
+
+
+def control_channels(controlnet: SD3ControlNet) -> int:
+    """Channels of the latents that a ControlNet reads."""
+    return controlnet.config.in_channels + controlnet.config.extra_conditioning_channels
+
+
+def check_controlnet(controlnet: SD3ControlNet, dit: SD3Transformer2DModel) -> None:
+    """Refuse a ControlNet of another base."""
+    text = [] if controlnet.config.joint_attention_dim is None else ["joint_attention_dim"]
+    for size in ("num_attention_heads", "attention_head_dim", "pooled_projection_dim", *text):
+        found, wanted = controlnet.config[size], dit.config[size]
+        if found != wanted:
+            raise ValueError(
+                f"controlnet has {size} {found}, but dit has {wanted}; take a ControlNet that was trained for this "
+                "transformer."
+            )
+
+
+def config_beside(transformer: Mapping[str, Any], blocks: int, inpaint: bool) -> dict[str, Any]:
+    """The configuration of a ControlNet with copies of the transformer's first blocks."""
+    sizes = {name: transformer[name] for name in SIZES}
+    return sizes | {"num_layers": blocks, "extra_conditioning_channels": int(inpaint)}
+
+
+CONTROL_START = ControlStart(blocks=COPIED_BLOCKS, config=config_beside, source=lambda name, _: name)
