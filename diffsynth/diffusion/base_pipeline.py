@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from ..core.data import collate, generator
 from ..core.loader import ModelConfig
-from .controlnet.inputs import scale_at
+from .controlnet.inputs import ControlInputs, scale_at
 from .flow_match import FlowMatchScheduler
 from .pipeline import declaration, sampling_settings
 from .pipeline.media import ImageMedia, Media
@@ -67,7 +67,7 @@ class BasePipeline(PipelineNetworks):
     # Arguments that weights may be trained for; see `PipelineNetworks.use_sampling_settings`.
     sampling_arguments: ClassVar[Sequence[str]] = ("num_inference_steps", "cfg_scale", "sigmas", "sampler")
     decoding_models: ClassVar[Sequence[str]] = ("vae",)  # models that `decode` calls
-    control_channels: int | None = None  # channels of the latents that the pipeline's ControlNet reads
+    control_inputs: Sequence[ControlInputs] = ()  # what each of the pipeline's ControlNets reads
 
     def __init_subclass__(cls, abstract: bool = False, **kwargs):
         super().__init_subclass__(**kwargs)

@@ -24,6 +24,7 @@ from ..core.ranges import NonNegativeFloat, SamplingSteps, Tokens
 from ..diffusion.adapters.names import LayerNames
 from ..diffusion.base_pipeline import BasePipeline
 from ..diffusion.controlnet.inputs import ControlEmbedder
+from ..diffusion.controlnet.several import PLACES, built, check_controlnets, places
 from ..diffusion.pipeline.autoencoder_kl import NormalisedAutoencoderKL
 from ..diffusion.pipeline.components import Folder, Network
 from ..diffusion.pipeline.image_units import (
@@ -47,6 +48,7 @@ from .controlnets.flux1 import (
     Flux1Unit_ControlMode,
     block_samples,
     check_controlnet,
+    control_inputs,
 )
 from .flux1_network import (
     BLOCK_NAMES,
@@ -103,6 +105,8 @@ def model_fn_flux1(
     edit_latents: Sequence[Tensor] = (),
     fill_latents: Tensor | None = None,
     controlnet: Flux1ControlNet | None = None,
+    controlnet_2: Flux1ControlNet | None = None,
+    controlnet_3: Flux1ControlNet | None = None,
     control_latents: Sequence[Tensor] = (),
     control_modes: Sequence[Tensor] = (),
     controlnet_scale: float | Sequence[float] = 1.0,
@@ -121,9 +125,9 @@ def model_fn_flux1(
         pooled_prompt_emb: CLIP's embeddings (B, D') of whole prompts.
         edit_latents: Clean latents (B, 16, h', w') of each edit image, of their own sizes.
         fill_latents: What Fill reads beside the noisy latents, (B, 80, h, w): the kept area's latents, and the mask.
-        control_latents: Latents (B, 16, h, w) of each image that the ControlNet reads.
+        control_latents: Latents (B, 16, h, w) of each image that a ControlNet reads.
         control_modes: Modes (B,) of each of these images.
-        control_prompt: `prompt_emb` and `pooled_prompt_emb` of the ControlNet, if it reads another prompt.
+        control_prompt: `prompt_emb` and `pooled_prompt_emb` of the ControlNets, if they read another prompt.
         embedded_guidance: Guidance scale, one or B, an input of dev, Kontext and Fill; schnell ignores it.
         kv_cache: Extra keys and values by block, `double_0`, `single_0` and so on.
         lora: Updates of the transformer's layers.
@@ -136,11 +140,13 @@ def model_fn_flux1(
     text, _ = append_text(prompt_emb, None, extra_text_embedding)
     inputs = {"timestep": timestep / 1000, "guidance": guidance, **prompt_inputs(dit, text, pooled_prompt_emb)}
     edits, samples = [pack_latents(image) for image in edit_latents], {}
-    if controlnet is not None and control_latents:
+    if control_latents:
+        controlnets = built(controlnet, controlnet_2, controlnet_3)
         own = inputs | (prompt_inputs(dit, *control_prompt) if control_prompt else {})
         images = {"control_latents": control_latents, "control_modes": control_modes, "scale": controlnet_scale}
         tokens = sum(image.shape[1] for image in edits)
-        samples = block_samples(controlnet, latents, own, **images, edit_tokens=tokens, checkpointing=checkpointing)
+        how = {"edit_tokens": tokens, "checkpointing": checkpointing}
+        samples = block_samples(controlnets, dit, latents, own, **images, **how)
     if not dit.config.guidance_embeds:
         inputs["guidance"] = None
     with added(dit, lora):
@@ -228,7 +234,6 @@ class Flux1ImagePipeline(BasePipeline):
     """FLUX.1 on diffusers' transformer and VAE and transformers' CLIP and T5."""
 
     token_channels: ClassVar[int] = 64  # that the transformer reads
-    control_kinds: int | None = None  # kinds of images that the ControlNet reads, if it has modes
 
     request = Flux1Request
     components = {
@@ -236,12 +241,12 @@ class Flux1ImagePipeline(BasePipeline):
         "text_encoder": Network("CLIPTextModel", lora=CLIP_LORA_NAMES),
         "text_encoder_2": Network("T5EncoderModel", lora="text_encoder_2"),
         "vae": Network(NormalisedAutoencoderKL),
-        "controlnet": Network(Flux1ControlNet, optional=True, start=CONTROL_START),
+        **places(Flux1ControlNet, CONTROL_START),
         "tokenizer": Folder("AutoTokenizer", needed_by="text_encoder"),
         "tokenizer_2": Folder("AutoTokenizer", needed_by="text_encoder_2"),
     }
     latents = Latents(channels=16, factor=8, patch=2)
-    in_iteration_models = ("dit", "controlnet")
+    in_iteration_models = ("dit", *PLACES)
     model_fn = staticmethod(model_fn_flux1)
     sigma_grid = staticmethod(flux1_sigmas)
     model_settings = ("embedded_guidance", "exponential_shift_mu", "max_sequence_length", "edit_image_pixels")
@@ -259,13 +264,9 @@ class Flux1ImagePipeline(BasePipeline):
     )
 
     def check_networks(self) -> None:
-        if self.controlnet is not None:
-            self.control_channels = self.controlnet.config.in_channels // 4  # of which 2 × 2 make a token
-            self.control_kinds = self.controlnet.config.num_mode
+        check_controlnets(self, control_inputs, check_controlnet)
         if self.dit is None:
             return
-        if self.controlnet is not None:
-            check_controlnet(self.controlnet, self.dit)
         config = self.dit.config
         if config.in_channels != self.token_channels:
             raise ValueError(

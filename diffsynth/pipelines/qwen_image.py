@@ -21,6 +21,7 @@ from ..core.ranges import NonNegativeFloat, Pixels, Side
 from ..diffusion.adapters.names import LayerNames
 from ..diffusion.base_pipeline import BasePipeline
 from ..diffusion.controlnet.inputs import ControlRequest
+from ..diffusion.controlnet.several import PLACES, built, check_controlnets, places
 from ..diffusion.flow_match import exponential_shift, stretch_to_terminal
 from ..diffusion.pipeline import image_units
 from ..diffusion.pipeline.attention import JointAttention, rotated, rotation_table
@@ -38,7 +39,7 @@ from .controlnets.qwen_image import (
     QwenImageUnit_ControlEmbedder,
     block_samples,
     check_controlnet,
-    control_channels,
+    control_inputs,
 )
 
 __all__ = ["ModelConfig", "QwenImagePipeline"]
@@ -147,6 +148,8 @@ def model_fn_qwen_image(
     edit_latents: Sequence[Tensor] = (),
     context_latents: Sequence[Tensor] = (),
     controlnet: QwenImageControlNet | None = None,
+    controlnet_2: QwenImageControlNet | None = None,
+    controlnet_3: QwenImageControlNet | None = None,
     control_latents: Sequence[Tensor] = (),
     controlnet_scale: float | Sequence[float] = 1.0,
     control_prompt: tuple[Tensor, Tensor | None] | None = None,
@@ -163,8 +166,8 @@ def model_fn_qwen_image(
         prompt_emb_mask: False where `prompt_emb` is padding (B, L); None if nothing is.
         edit_latents: Clean latents (B, 16, h', w') of each edit image, of their own sizes.
         context_latents: Clean latents (B, 16, h, w) of each image that an adapter for In-Context control reads.
-        control_latents: Latents (B, 16 or 17, h, w) of each image that the ControlNet reads.
-        control_prompt: `prompt_emb` and `prompt_emb_mask` of the ControlNet, if it reads another prompt.
+        control_latents: Latents (B, 16 or 17, h, w) of each image that a ControlNet reads.
+        control_prompt: `prompt_emb` and `prompt_emb_mask` of the ControlNets, if they read another prompt.
         kv_cache: Extra keys and values by block, `block_0` and so on.
         lora: Updates of the transformer's layers.
         extra_text_embedding: Text embeddings (B, L', D) appended to the prompt's.
@@ -181,9 +184,9 @@ def model_fn_qwen_image(
         "img_shapes": [[(1, image.shape[2] // 2, image.shape[3] // 2) for image in images]] * batch,
     }
     samples = None
-    if controlnet is not None and control_latents:
-        tokens = [pack_latents(image) for image in control_latents]
-        samples = block_samples(controlnet, inputs, tokens, control_prompt, controlnet_scale, checkpointing)
+    if control_latents:
+        controlnets, tokens = built(controlnet, controlnet_2, controlnet_3), list(map(pack_latents, control_latents))
+        samples = block_samples(controlnets, dit, inputs, tokens, control_prompt, controlnet_scale, checkpointing)
     with added(dit, lora):
         velocity = dit(
             **inputs,
@@ -316,12 +319,12 @@ class QwenImagePipeline(BasePipeline):
         "dit": Network("QwenImageTransformer2DModel", after=use_joint_attention, lora=LORA_NAMES),
         "text_encoder": Network("Qwen2_5_VLForConditionalGeneration", lora=TEXT_LORA_NAMES),
         "vae": Network(QwenImageVAE, after=QwenImageVAE.use_single_frame_convolutions),
-        "controlnet": Network(QwenImageControlNet, optional=True, start=CONTROL_START),
+        **places(QwenImageControlNet, CONTROL_START),
         "tokenizer": Folder("Qwen2Tokenizer", check=check_templates, needed_by="text_encoder"),
         "processor": Folder("Qwen2VLImageProcessorPil", check=check_templates),  # torchvision's differs a little
     }
     latents = Latents(channels=16, factor=8, patch=2)
-    in_iteration_models = ("dit", "controlnet")
+    in_iteration_models = ("dit", *PLACES)
     model_fn = staticmethod(model_fn_qwen_image)
     sigma_grid = staticmethod(qwen_image_sigmas)
     model_settings = ("edit_image_pixels", "edit_image_numbered", "edit_vision_pixels")
@@ -338,10 +341,7 @@ class QwenImagePipeline(BasePipeline):
     )
 
     def check_networks(self) -> None:
-        if self.controlnet is not None:
-            self.control_channels = control_channels(self.controlnet)
-        if self.controlnet is not None and self.dit is not None:
-            check_controlnet(self.controlnet, self.dit)
+        check_controlnets(self, control_inputs, check_controlnet)
 
     def tokenize(self, prompt: str) -> Mapping[str, Tensor]:
         """Token ids and mask (1, L) of a prompt in its template."""
@@ -382,7 +382,7 @@ class QwenImagePipeline(BasePipeline):
         positive = self.predict(timestep, **shared, **posi)
         if cfg_scale == 1:
             return positive
-        prompt = posi["prompt_emb"], posi["prompt_emb_mask"]  # that the ControlNet reads in both, as in diffusers
+        prompt = posi["prompt_emb"], posi["prompt_emb_mask"]  # that ControlNets read in both, as in diffusers
         negative = self.predict(timestep, **shared, **nega, control_prompt=prompt)
         guided = negative + cfg_scale * (positive - negative)
         if not shared.get("cfg_rescale", True):

@@ -22,6 +22,7 @@ from ..core.ranges import NonNegativeFloat, SamplingSteps, Tokens
 from ..diffusion.adapters.names import LayerNames
 from ..diffusion.base_pipeline import BasePipeline
 from ..diffusion.controlnet.inputs import ControlRequest
+from ..diffusion.controlnet.several import PLACES, built, check_controlnets, places
 from ..diffusion.flow_match import TRAINING_STEPS, time_shift
 from ..diffusion.pipeline.autoencoder_kl import NormalisedAutoencoderKL
 from ..diffusion.pipeline.components import Folder, Network
@@ -34,7 +35,7 @@ from .controlnets.sd3 import (
     SD3Unit_ControlEmbedder,
     block_samples,
     check_controlnet,
-    control_channels,
+    control_inputs,
 )
 
 __all__ = ["ModelConfig", "SD3Pipeline"]
@@ -89,6 +90,8 @@ def model_fn_sd3(
     prompt_emb: Tensor,
     pooled_prompt_emb: Tensor,
     controlnet: SD3ControlNet | None = None,
+    controlnet_2: SD3ControlNet | None = None,
+    controlnet_3: SD3ControlNet | None = None,
     control_latents: Sequence[Tensor] = (),
     controlnet_scale: float | Sequence[float] = 1.0,
     use_gradient_checkpointing: bool = False,
@@ -99,7 +102,7 @@ def model_fn_sd3(
     Args:
         prompt_emb: Text embeddings (B, 77 + L, D), those of CLIP before those of T5; padding is attended to, too.
         pooled_prompt_emb: Embeddings (B, P) of the whole prompt.
-        control_latents: Latents (B, 16 or 17, h, w) of each image that the ControlNet reads.
+        control_latents: Latents (B, 16 or 17, h, w) of each image that a ControlNet reads.
     """
     checkpointing = use_gradient_checkpointing, use_gradient_checkpointing_offload
     checkpoint_blocks(dit, *checkpointing)
@@ -110,8 +113,9 @@ def model_fn_sd3(
         "pooled_projections": pooled_prompt_emb.to(dit.dtype),
     }
     samples = None
-    if controlnet is not None and control_latents:
-        samples = block_samples(controlnet, dit, inputs, control_latents, controlnet_scale, checkpointing)
+    if control_latents:
+        controlnets = built(controlnet, controlnet_2, controlnet_3)
+        samples = block_samples(controlnets, dit, inputs, control_latents, controlnet_scale, checkpointing)
     return dit(**inputs, block_controlnet_hidden_states=samples, return_dict=False)[0]
 
 
@@ -169,13 +173,13 @@ class SD3Pipeline(BasePipeline):
         "text_encoder_2": Network("CLIPTextModelWithProjection", lora="text_encoder_2", optional=True),
         "text_encoder_3": Network("T5EncoderModel", lora="text_encoder_3", optional=True),
         "vae": Network(NormalisedAutoencoderKL),
-        "controlnet": Network(SD3ControlNet, optional=True, start=CONTROL_START),
+        **places(SD3ControlNet, CONTROL_START),
         "tokenizer": Folder("CLIPTokenizer", needed_by="text_encoder"),
         "tokenizer_2": Folder("CLIPTokenizer", needed_by="text_encoder_2"),
         "tokenizer_3": Folder("T5TokenizerFast", needed_by="text_encoder_3"),
     }
     latents = Latents(channels=16, factor=8, patch=2)
-    in_iteration_models = ("dit", "controlnet")
+    in_iteration_models = ("dit", *PLACES)
     model_fn = staticmethod(model_fn_sd3)
     sigma_grid = staticmethod(sd3_sigmas)
     model_settings = ("max_sequence_length",)
@@ -188,15 +192,10 @@ class SD3Pipeline(BasePipeline):
         SD3Unit_ControlEmbedder,
         SD3Unit_PromptEmbedder,
     )
-    control_is_shifted: bool = True  # whether the ControlNet reads latents as the transformer does
     text_width, pooled_width = 4096, 2048  # D and P of the released transformers; `check_networks` reads those of `dit`
 
     def check_networks(self) -> None:
-        if self.controlnet is not None:
-            self.control_channels = control_channels(self.controlnet)
-            self.control_is_shifted = not self.controlnet.config.force_zeros_for_pooled_projection
-        if self.controlnet is not None and self.dit is not None:
-            check_controlnet(self.controlnet, self.dit)
+        check_controlnets(self, control_inputs, check_controlnet)
         if self.dit is not None:
             config = self.dit.config
             self.text_width, self.pooled_width = config.joint_attention_dim, config.pooled_projection_dim

@@ -21,6 +21,7 @@ from ..core.ranges import NonNegativeFloat, SamplingSteps, Tokens
 from ..diffusion.adapters.names import LayerNames
 from ..diffusion.base_pipeline import BasePipeline
 from ..diffusion.controlnet.inputs import ControlRequest
+from ..diffusion.controlnet.several import PLACES, built, check_controlnets, places
 from ..diffusion.flow_match import time_shift
 from ..diffusion.pipeline.autoencoder_kl import NormalisedAutoencoderKL
 from ..diffusion.pipeline.components import Folder, Network
@@ -44,6 +45,7 @@ from .controlnets.z_image import (
     ZImageUnit_ControlEmbedder,
     block_samples,
     check_controlnet,
+    control_inputs,
 )
 
 __all__ = ["ModelConfig", "ZImagePipeline"]
@@ -83,6 +85,8 @@ def model_fn_z_image(
     edit_latents: Sequence[Tensor] = (),
     edit_features: Sequence[Tensor] = (),
     controlnet: ZImageControlNet | None = None,
+    controlnet_2: ZImageControlNet | None = None,
+    controlnet_3: ZImageControlNet | None = None,
     control_latents: Sequence[Tensor] = (),
     controlnet_scale: float | Sequence[float] = 1.0,
     use_gradient_checkpointing: bool = False,
@@ -95,7 +99,7 @@ def model_fn_z_image(
         prompt_emb_lengths: For each sample the numbers of tokens of the pieces of its prompt.
         edit_latents: Clean latents (B, 16, h', w') of each image to edit, of their own sizes; Omni only.
         edit_features: Features (B, h'', w'', D') of the same images; Omni only.
-        control_latents: Latents (B, 16 or 33, h, w) of each image that the ControlNet reads.
+        control_latents: Latents (B, 16 or 33, h, w) of each image that a ControlNet reads.
     """
     checkpointing = use_gradient_checkpointing, use_gradient_checkpointing_offload
     checkpoint_blocks(dit, *checkpointing)
@@ -107,9 +111,10 @@ def model_fn_z_image(
     ]
     if dit.config.siglip_feat_dim is None:
         inputs = {"x": [image for (image,) in images], "cap_feats": [text for (text,) in texts], "t": clean_time}
-        if controlnet is not None and control_latents:
+        if control_latents:
+            controlnets = built(controlnet, controlnet_2, controlnet_3)
             control = {"control_latents": control_latents, "scale": controlnet_scale, "checkpointing": checkpointing}
-            inputs["controlnet_block_samples"] = block_samples(controlnet, dit, inputs, **control)
+            inputs["controlnet_block_samples"] = block_samples(controlnets, dit, inputs, **control)
     else:
         features = [[*own, None] for own in by_sample([feature.to(dit.dtype) for feature in edit_features])]
         marks = [CLEAN] * len(edit_latents) + [NOISY]
@@ -202,12 +207,12 @@ class ZImagePipeline(BasePipeline):
         "text_encoder": Network("Qwen3Model", "Qwen3ForCausalLM", lora="text_encoder"),
         "vae": Network(NormalisedAutoencoderKL),
         "siglip": Network("Siglip2VisionModel", optional=True),
-        "controlnet": Network(ZImageControlNet, optional=True, start=CONTROL_START),
+        **places(ZImageControlNet, CONTROL_START),
         "tokenizer": Folder("AutoTokenizer", needed_by="text_encoder"),
         "siglip_processor": Folder("Siglip2ImageProcessorPil"),
     }
     latents = Latents(channels=16, factor=8, patch=2)
-    in_iteration_models = ("dit", "controlnet")
+    in_iteration_models = ("dit", *PLACES)
     model_fn = staticmethod(model_fn_z_image)
     sigma_grid = staticmethod(z_image_sigmas)
     model_settings = ("max_sequence_length", "edit_image_pixels")
@@ -224,10 +229,7 @@ class ZImagePipeline(BasePipeline):
     )
 
     def check_networks(self) -> None:
-        if self.controlnet is not None:
-            self.control_channels = self.controlnet.config.control_in_dim
-        if self.controlnet is not None and self.dit is not None:
-            check_controlnet(self.controlnet, self.dit)
+        check_controlnets(self, control_inputs, check_controlnet)
         if self.dit is None or self.text_encoder is None:
             return
         wanted, width = self.dit.config.cap_feat_dim, self.text_encoder.config.hidden_size

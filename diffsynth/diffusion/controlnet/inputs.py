@@ -25,31 +25,47 @@ if TYPE_CHECKING:
 Encode = Callable[[Tensor], Tensor]  # pixels (1, 3, H, W) in [-1, 1] to latents (1, C, h, w)
 
 
+@dataclass(frozen=True)
+class ControlInputs:
+    """What a ControlNet reads; a pipeline keeps it when the network is dropped.
+
+    Args:
+        channels: Channels C of the latents, more than those of an image if it reads a mask, too.
+        kinds: Number of kinds of images that it tells apart by a mode; None for one kind.
+        is_shifted: Whether the autoencoder's shift is subtracted from the latents, as for the transformer.
+    """
+
+    channels: int
+    kinds: int | None = None
+    is_shifted: bool = True
+
+
 @dataclass(kw_only=True)
 class ControlRequest(ImageRequest):
     """Sample one image with a ControlNet.
 
     Args:
-        controlnet_image: Image that the sample follows, such as edges or depths, resized to `height` and `width`; the
-            ControlNet's outputs for several images are added.
+        controlnet_image: Image that the sample follows, such as edges or depths, resized to `height` and `width`; or
+            several, all for one ControlNet or one for each of several. The outputs are added.
         controlnet_inpaint_image: Image that is kept where `controlnet_inpaint_mask` is black.
         controlnet_inpaint_mask: Image whose white area is sampled anew, for a ControlNet that was trained to inpaint.
         controlnet_scale: Factor of the ControlNet's outputs, one for all images or one for each.
-        controlnet_start, controlnet_end: The part of the sampling steps, from 0 to 1, in which the ControlNet is used.
+        controlnet_start, controlnet_end: The part of the sampling steps, from 0 to 1, in which the ControlNet is used,
+            one for all images or one for each.
     """
 
     controlnet_image: Image.Image | Sequence[Image.Image] | None = None
     controlnet_inpaint_image: Image.Image | None = None
     controlnet_inpaint_mask: Image.Image | None = None
     controlnet_scale: NonNegativeFloat | Sequence[NonNegativeFloat] = 1.0
-    controlnet_start: Probability = 0.0
-    controlnet_end: Probability = 1.0
+    controlnet_start: Probability | Sequence[Probability] = 0.0
+    controlnet_end: Probability | Sequence[Probability] = 1.0
 
 
 class ControlEmbedder(PipelineUnit):
-    """Encodes the images of a ControlNet to `control_latents`, a list of latents (1, C', h, w), one for each image.
+    """Encodes the images of ControlNets to `control_latents`, a list of latents (1, C', h, w), one for each image.
 
-    C' is C, or the pipeline's `control_channels` if its ControlNet reads a mask, too; then a subclass writes `control`.
+    C' is C, or more for a ControlNet that reads a mask, too; then a subclass writes `control`.
     """
 
     needs = "controlnet"
@@ -58,7 +74,7 @@ class ControlEmbedder(PipelineUnit):
         super().__init__(output_params=("control_latents",), onload_model_names=("vae",))
 
     def depends_on(self, pipe: "BasePipeline") -> dict[str, str]:
-        return {"control_channels": str(pipe.control_channels)}
+        return {"control_inputs": str(pipe.control_inputs)}
 
     def process(
         self,
@@ -75,23 +91,44 @@ class ControlEmbedder(PipelineUnit):
         _check(pipe, controlnet_image, controlnet_inpaint_image, controlnet_inpaint_mask)
         size = width, height
         images = [pixels(pipe, image, size) for image in image_list(controlnet_image, "controlnet_image")]
+        inputs = inputs_of_images(pipe, len(images))
         kept = controlnet_inpaint_image and pixels(pipe, controlnet_inpaint_image, size)
         mask = controlnet_inpaint_mask and mask_pixels(pipe, controlnet_inpaint_mask, size)
         encode = partial(pipe.vae.encode, tiled=tiled, tile_size=tile_size, tile_stride=tile_stride)
         pipe.load_models_to_device(["vae"])
-        latents = [self.control(pipe, encode, image, kept, mask) for image in images]
+        latents = [
+            self.control(pipe, encode, own, image, kept, mask) for own, image in zip(inputs, images, strict=True)
+        ]
         return {"control_latents": latents} if latents else {}
 
     def control(
-        self, pipe: "BasePipeline", encode: Encode, image: Tensor, kept: Tensor | None, mask: Tensor | None
+        self,
+        pipe: "BasePipeline",
+        encode: Encode,
+        inputs: ControlInputs,
+        image: Tensor,
+        kept: Tensor | None,
+        mask: Tensor | None,
     ) -> Tensor:
-        """What the ControlNet reads (1, C', h, w) of an image, and of an image to inpaint and its mask, if any.
+        """What a ControlNet reads (1, C', h, w) of an image, and of an image to inpaint and its mask, if any.
 
         Args:
+            inputs: What the ControlNet reads.
             image, kept: Pixels (1, 3, H, W) in [-1, 1].
             mask: (1, 1, H, W), 1 where the image is sampled anew, and 0 elsewhere.
         """
         return encode(image)
+
+
+def inputs_of_images(pipe: "BasePipeline", images: int) -> Sequence[ControlInputs]:
+    """What the ControlNet of each image reads: one ControlNet takes all images, several take one each."""
+    controlnets = pipe.control_inputs
+    if images and len(controlnets) not in (1, images):
+        raise ValueError(
+            f"controlnet_image holds {images} images for {len(controlnets)} ControlNets; give one for each, in their "
+            "order."
+        )
+    return controlnets * images if len(controlnets) == 1 else controlnets[:images]
 
 
 def pixels(pipe: "BasePipeline", image: Image.Image, size: tuple[int, int]) -> Tensor:
@@ -110,39 +147,34 @@ def kept_area(mask: Tensor, latents: Tensor) -> Tensor:
     return F.interpolate(1 - mask, latents.shape[-2:]).to(latents)
 
 
-def scale_at(request: Mapping[str, Any], timestep: Tensor, timesteps: Tensor) -> dict[str, Any]:
-    """`controlnet_scale` at one of the sampler's timesteps (N,): 0 outside of `controlnet_start` to `controlnet_end`.
+def scale_at(request: Mapping[str, Any], timestep: Tensor, timesteps: Tensor) -> dict[str, list[float]]:
+    """`controlnet_scale` of each image at one of the sampler's timesteps (N,).
 
-    The part of the steps is counted as by diffusers: step i of N is used if start ≤ i / N and (i + 1) / N ≤ end.
+    It is 0 outside of `controlnet_start` to `controlnet_end`. The part of the steps is counted as by diffusers: step i
+    of N is used if start ≤ i / N and (i + 1) / N ≤ end.
     """
-    if not request.get("control_latents"):
+    images = len(request.get("control_latents") or ())
+    if not images:
         return {}
-    scale, images = request["controlnet_scale"], len(request["control_latents"])
-    scale = scale[0] if isinstance(scale, list) else scale  # one of B equal lists
-    if not isinstance(scale, int | float) and len(scale) != images:
-        raise ValueError(f"controlnet_scale has {len(scale)} numbers for {images} controlnet_image; give one for each.")
+    each = [
+        _of_each(request[name], images, name) for name in ("controlnet_scale", "controlnet_start", "controlnet_end")
+    ]
     step, count = (timesteps - timestep).abs().argmin().item(), len(timesteps)
-    is_used = request["controlnet_start"] <= step / count and (step + 1) / count <= request["controlnet_end"]
-    return {"controlnet_scale": scale if is_used else 0.0}
+    return {
+        "controlnet_scale": [
+            scale if start <= step / count and (step + 1) / count <= end else 0.0
+            for scale, start, end in zip(*each, strict=True)
+        ]
+    }
 
 
-def summed(
-    controlnet: Callable[[Tensor, float], Mapping | Sequence[Tensor]],
-    control_latents: Sequence[Tensor],
-    scale: float | Sequence[float],
-) -> Any:
-    """The sum of a ControlNet's outputs, by block, for several images; None if no image has a scale above 0.
-
-    Args:
-        controlnet: Function of the latents (B, C', h, w) of one image, and of its scale.
-    """
-    scales = scale if isinstance(scale, list | tuple) else [scale] * len(control_latents)
-    found = [controlnet(latents, own) for latents, own in zip(control_latents, scales, strict=True) if own]
-    if not found:
-        return None
-    blocks = found[0].keys() if isinstance(found[0], Mapping) else range(len(found[0]))
-    by_block = {block: sum((own[block] for own in found[1:]), found[0][block]) for block in blocks}
-    return by_block if isinstance(found[0], Mapping) else list(by_block.values())
+def _of_each(value: Any, images: int, name: str) -> Sequence[float]:
+    """One number for each image, of one for all or of a list."""
+    value = value[0] if isinstance(value, list) else value  # one of B equal lists
+    values = [value] * images if isinstance(value, int | float) else value
+    if len(values) != images:
+        raise ValueError(f"{name} has {len(values)} numbers for {images} controlnet_image; give one for each.")
+    return values
 
 
 def check_columns(pipe: "BasePipeline", columns: Collection[str]) -> None:
@@ -157,9 +189,10 @@ def check_columns(pipe: "BasePipeline", columns: Collection[str]) -> None:
 
 def _check(pipe: "BasePipeline", image: Any, kept: Image.Image | None, mask: Image.Image | None) -> None:
     """Refuse images of a ControlNet that do not belong together."""
-    if (kept is not None or mask is not None) and pipe.control_channels == pipe.latents.channels:
+    channels = max(inputs.channels for inputs in pipe.control_inputs)
+    if (kept is not None or mask is not None) and channels == pipe.latents.channels:
         raise ValueError(
-            f"controlnet_inpaint_mask is given, but this ControlNet reads {pipe.control_channels} channels, which are "
+            f"controlnet_inpaint_mask is given, but this ControlNet reads {channels} channels, which are "
             "those of an image alone; leave it out, or take a ControlNet that was trained to inpaint."
         )
     if kept is not None and mask is None:

@@ -17,7 +17,8 @@ from ...core.gradient import checkpoint_blocks
 from ...core.host_memory import sent
 from ...core.ranges import NonNegativeInt
 from ...diffusion.base_pipeline import BasePipeline
-from ...diffusion.controlnet.inputs import ControlRequest, summed
+from ...diffusion.controlnet.inputs import ControlInputs, ControlRequest, inputs_of_images
+from ...diffusion.controlnet.several import outputs_of, summed
 from ...diffusion.controlnet.start import ControlStart
 from ...diffusion.pipeline.image_units import image_list
 from ...diffusion.pipeline.units import PipelineUnit
@@ -40,14 +41,15 @@ class Flux1ControlRequest(ControlRequest):
 
     Args:
         controlnet_mode: What kind of image a ControlNet for several kinds reads, by its number, one for all images or
-            one for each; None for a ControlNet for one kind.
+            one for each; a ControlNet for one kind reads none.
     """
 
     controlnet_mode: NonNegativeInt | Sequence[NonNegativeInt] | None = None
 
 
 def block_samples(
-    controlnet: Flux1ControlNet,
+    controlnets: Sequence[Flux1ControlNet],
+    dit: FluxTransformer2DModel,
     latents: Tensor,
     inputs: Mapping[str, Any],
     control_latents: Sequence[Tensor],
@@ -55,39 +57,44 @@ def block_samples(
     scale: float | Sequence[float],
     edit_tokens: int,
     checkpointing: tuple[bool, bool],
-) -> dict[str, list[Tensor]]:
-    """What the ControlNet adds to the transformer's image tokens (B, L, D), as arguments of the transformer's call.
+) -> dict[str, Sequence[Tensor] | None]:
+    """What ControlNets add to the transformer's image tokens (B, L, D), as arguments of the transformer's call.
 
     Args:
         latents: Noisy latents (B, 16, h, w).
         inputs: `timestep`, `guidance`, `pooled_projections` and `encoder_hidden_states` of the transformer's call.
         control_latents: Latents (B, 16, h, w) of each image.
-        control_modes: Modes (B,) of each image; none for a ControlNet for one kind of images.
+        control_modes: Modes (B,) of each image, which a ControlNet for one kind of images does not read.
         edit_tokens: Number of tokens of edit images, to which nothing is added.
         checkpointing: Whether blocks are computed again in the backward pass, and whether their inputs are offloaded.
     """
-    checkpoint_blocks(controlnet, *checkpointing)
-    own = {
-        "hidden_states": pack_latents(latents).to(controlnet.dtype),
-        "guidance": inputs["guidance"] if controlnet.config.guidance_embeds else None,
+    for controlnet in controlnets:
+        checkpoint_blocks(controlnet, *checkpointing)
+    places = {
         "img_ids": sent(image_positions([latents]), latents.device),
         "txt_ids": torch.zeros(inputs["encoder_hidden_states"].shape[1], 3, device=latents.device),
     }
 
-    def outputs(image: tuple[Tensor, Tensor | None], own_scale: float) -> list[Tensor]:
-        tokens, mode = pack_latents(image[0]).to(controlnet.dtype), None if image[1] is None else image[1][:, None]
-        control = {"controlnet_cond": tokens, "controlnet_mode": mode, "conditioning_scale": own_scale}
-        by_stream = controlnet(**{**inputs, **own}, **control, return_dict=False)
-        return [F.pad(sample, (0, 0, 0, edit_tokens)) for samples in by_stream for sample in samples or ()]
+    def outputs(controlnet: Flux1ControlNet, image: tuple[Tensor, Tensor], own_scale: float) -> list[list[Tensor]]:
+        own = {
+            "hidden_states": pack_latents(latents).to(controlnet.dtype),
+            "controlnet_cond": pack_latents(image[0]).to(controlnet.dtype),
+            "controlnet_mode": image[1][:, None] if controlnet.union else None,
+            "guidance": inputs["guidance"] if controlnet.config.guidance_embeds else None,
+        }
+        streams = controlnet(**{**inputs, **places, **own}, conditioning_scale=own_scale, return_dict=False)
+        return [[F.pad(sample, (0, 0, 0, edit_tokens)) for sample in samples or ()] for samples in streams]
 
-    images = list(zip(control_latents, control_modes or [None] * len(control_latents), strict=True))
-    samples, doubles = summed(outputs, images, scale) or [], len(controlnet.transformer_blocks)
-    by_stream = {"controlnet_block_samples": samples[:doubles], "controlnet_single_block_samples": samples[doubles:]}
-    return {name: own for name, own in by_stream.items() if own}
+    images = list(zip(control_latents, control_modes, strict=True))
+    found = outputs_of(outputs, controlnets, images, scale)
+    return {
+        "controlnet_block_samples": summed([double for double, _ in found], len(dit.transformer_blocks)),
+        "controlnet_single_block_samples": summed([one for _, one in found], len(dit.single_transformer_blocks)),
+    }
 
 
 class Flux1Unit_ControlMode(PipelineUnit):
-    """Makes `control_modes`, a list of modes (1,), one for each image, for a ControlNet for several kinds of images."""
+    """Makes `control_modes`, a list of modes (1,), one for each image; 0 for a ControlNet for one kind of images."""
 
     needs = "controlnet"
 
@@ -95,46 +102,51 @@ class Flux1Unit_ControlMode(PipelineUnit):
         super().__init__(output_params=("control_modes",))
 
     def depends_on(self, pipe: BasePipeline) -> dict[str, str]:
-        return {"control_kinds": str(pipe.control_kinds)}
+        return {"control_inputs": str(pipe.control_inputs)}
 
     def process(self, pipe, controlnet_image, controlnet_mode):
-        images = image_list(controlnet_image, "controlnet_image")
-        modes = list(controlnet_mode) if isinstance(controlnet_mode, Sequence) else [controlnet_mode] * len(images)
-        _check_modes(modes, len(images), pipe.control_kinds)
-        if not images or pipe.control_kinds is None:
-            return {}
-        return {"control_modes": [torch.tensor([mode], device=pipe.device) for mode in modes]}
+        images = len(image_list(controlnet_image, "controlnet_image"))
+        kinds = [inputs.kinds for inputs in inputs_of_images(pipe, images)]
+        modes = list(controlnet_mode) if isinstance(controlnet_mode, Sequence) else [controlnet_mode] * images
+        _check_modes(modes, kinds)
+        return {"control_modes": [torch.tensor([mode or 0], device=pipe.device) for mode in modes]} if images else {}
 
 
-def _check_modes(modes: Sequence[int | None], images: int, kinds: int | None) -> None:
-    """Refuse modes that are not those of a ControlNet for `kinds` kinds of images; None is one for one kind."""
-    if len(modes) != images:
-        raise ValueError(f"controlnet_mode has {len(modes)} numbers for {images} controlnet_image; give one for each.")
-    given = [mode for mode in modes if mode is not None]
-    if kinds is None and given:
+def _check_modes(modes: Sequence[int | None], kinds: Sequence[int | None]) -> None:
+    """Refuse modes of images that their ControlNets, for so many kinds of images, do not have; None is one kind."""
+    if len(modes) != len(kinds):
         raise ValueError(
-            f"controlnet_mode is {given[0]}, but this ControlNet reads one kind of images; leave controlnet_mode out."
+            f"controlnet_mode has {len(modes)} numbers for {len(kinds)} controlnet_image; give one for each."
         )
-    wrong = [mode for mode in modes if kinds is not None and (mode is None or mode >= kinds)]
-    if wrong:
+    if modes != [None] * len(modes) and not any(kinds):
         raise ValueError(
-            f"controlnet_mode is {wrong[0]}, but this ControlNet reads {kinds} kinds of images; set it to the "
-            f"number of the image's kind, 0 to {kinds - 1}, which the model's page lists."
+            f"controlnet_mode is {modes[0]}, but this ControlNet reads one kind of images; leave controlnet_mode out."
         )
+    for mode, count in zip(modes, kinds, strict=True):
+        if count is not None and (mode is None or mode >= count):
+            raise ValueError(
+                f"controlnet_mode is {mode}, but this ControlNet reads {count} kinds of images; set it to the number "
+                f"of the image's kind, 0 to {count - 1}, which the model's page lists."
+            )
 
 
-def check_controlnet(controlnet: Flux1ControlNet, dit: FluxTransformer2DModel) -> None:
+def control_inputs(controlnet: Flux1ControlNet) -> ControlInputs:
+    """What a ControlNet reads; 2 × 2 latent pixels make a token."""
+    return ControlInputs(controlnet.config.in_channels // 4, kinds=controlnet.config.num_mode)
+
+
+def check_controlnet(name: str, controlnet: Flux1ControlNet, dit: FluxTransformer2DModel) -> None:
     """Refuse a ControlNet of another base, and XLabs', which reads pixels."""
     if controlnet.config.conditioning_embedding_channels is not None:
         raise ValueError(
-            "controlnet reads the pixels of images, as those of XLabs do, but here ControlNets read latents; take "
+            f"{name} reads the pixels of images, as those of XLabs do, but here ControlNets read latents; take "
             "another one, such as InstantX/FLUX.1-dev-Controlnet-Canny."
         )
     for size in BASE_SIZES:
         found, wanted = controlnet.config[size], dit.config[size]
         if found != wanted:
             raise ValueError(
-                f"controlnet has {size} {found}, but dit has {wanted}; take a ControlNet that was trained for this "
+                f"{name} has {size} {found}, but dit has {wanted}; take a ControlNet that was trained for this "
                 "transformer."
             )
 

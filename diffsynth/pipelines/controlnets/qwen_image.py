@@ -12,7 +12,8 @@ from torch import Tensor
 
 from ...core.gradient import checkpoint_blocks
 from ...diffusion.base_pipeline import BasePipeline
-from ...diffusion.controlnet.inputs import ControlEmbedder, Encode, kept_area, summed
+from ...diffusion.controlnet.inputs import ControlEmbedder, ControlInputs, Encode, kept_area
+from ...diffusion.controlnet.several import outputs_of, summed
 from ...diffusion.controlnet.start import ControlStart
 
 COPIED_BLOCKS = 5  # as in the released InstantX/Qwen-Image-ControlNet-Union
@@ -28,14 +29,15 @@ class QwenImageControlNet(QwenImageControlNetModel):
 
 
 def block_samples(
-    controlnet: QwenImageControlNet,
+    controlnets: Sequence[QwenImageControlNet],
+    dit: QwenImageTransformer2DModel,
     inputs: Mapping[str, Any],
     control_tokens: Sequence[Tensor],
     prompt: tuple[Tensor, Tensor | None] | None,
     scale: float | Sequence[float],
     checkpointing: tuple[bool, bool],
-) -> list[Tensor] | None:
-    """What the ControlNet adds to the transformer's image tokens (B, L, D), one tensor for several blocks each.
+) -> Sequence[Tensor] | None:
+    """What ControlNets add to the transformer's image tokens (B, L, D), one tensor for several blocks each.
 
     Args:
         inputs: Arguments of the transformer's call, without images to edit.
@@ -43,23 +45,30 @@ def block_samples(
         prompt: Text embeddings (B, L, D) and their mask (B, L) instead of those of the transformer's call.
         checkpointing: Whether blocks are computed again in the backward pass, and whether their inputs are offloaded.
     """
-    checkpoint_blocks(controlnet, *checkpointing)
+    for controlnet in controlnets:
+        checkpoint_blocks(controlnet, *checkpointing)
     if prompt is not None:
         text = dict(zip(("encoder_hidden_states", "encoder_hidden_states_mask"), prompt, strict=True))
         inputs = {**inputs, **text}
 
-    def outputs(tokens: Tensor, own_scale: float) -> list[Tensor]:
+    def outputs(controlnet: QwenImageControlNet, tokens: Tensor, own_scale: float) -> list[Tensor]:
         image = {"controlnet_cond": tokens.to(controlnet.dtype), "conditioning_scale": own_scale}
         return controlnet(**inputs, **image, return_dict=False)
 
-    return summed(outputs, control_tokens, scale)
+    return summed(outputs_of(outputs, controlnets, control_tokens, scale), len(dit.transformer_blocks))
 
 
 class QwenImageUnit_ControlEmbedder(ControlEmbedder):
     def control(
-        self, pipe: BasePipeline, encode: Encode, image: Tensor, kept: Tensor | None, mask: Tensor | None
+        self,
+        pipe: BasePipeline,
+        encode: Encode,
+        inputs: ControlInputs,
+        image: Tensor,
+        kept: Tensor | None,
+        mask: Tensor | None,
     ) -> Tensor:
-        if pipe.control_channels == pipe.latents.channels:
+        if inputs.channels == pipe.latents.channels:
             return encode(image)
         if mask is None:
             raise ValueError("This ControlNet inpaints: controlnet_image needs controlnet_inpaint_mask; give both.")
@@ -67,18 +76,18 @@ class QwenImageUnit_ControlEmbedder(ControlEmbedder):
         return torch.cat([latents, kept_area(mask, latents)], dim=1)
 
 
-def control_channels(controlnet: QwenImageControlNet) -> int:
-    """Channels of the latents that a ControlNet reads, of which 2 × 2 make a token."""
-    return (controlnet.config.in_channels + controlnet.config.extra_condition_channels) // 4
+def control_inputs(controlnet: QwenImageControlNet) -> ControlInputs:
+    """What a ControlNet reads; 2 × 2 latent pixels make a token."""
+    return ControlInputs((controlnet.config.in_channels + controlnet.config.extra_condition_channels) // 4)
 
 
-def check_controlnet(controlnet: QwenImageControlNet, dit: QwenImageTransformer2DModel) -> None:
+def check_controlnet(name: str, controlnet: QwenImageControlNet, dit: QwenImageTransformer2DModel) -> None:
     """Refuse a ControlNet of another base."""
     for size in ("joint_attention_dim", "num_attention_heads", "attention_head_dim"):
         found, wanted = controlnet.config[size], dit.config[size]
         if found != wanted:
             raise ValueError(
-                f"controlnet has {size} {found}, but dit has {wanted}; take a ControlNet that was trained for this "
+                f"{name} has {size} {found}, but dit has {wanted}; take a ControlNet that was trained for this "
                 "transformer."
             )
 

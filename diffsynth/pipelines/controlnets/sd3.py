@@ -13,7 +13,8 @@ from torch import Tensor
 
 from ...core.gradient import checkpoint_blocks
 from ...diffusion.base_pipeline import BasePipeline
-from ...diffusion.controlnet.inputs import ControlEmbedder, Encode, kept_area, summed
+from ...diffusion.controlnet.inputs import ControlEmbedder, ControlInputs, Encode, kept_area
+from ...diffusion.controlnet.several import outputs_of, summed
 from ...diffusion.controlnet.start import ControlStart
 
 COPIED_BLOCKS = 12  # the number that diffusers' class takes, half of medium's
@@ -43,67 +44,73 @@ class SD3ControlNet(SD3ControlNetModel):
 
 
 def block_samples(
-    controlnet: SD3ControlNet,
+    controlnets: Sequence[SD3ControlNet],
     dit: SD3Transformer2DModel,
     inputs: Mapping[str, Any],
     control_latents: Sequence[Tensor],
     scale: float | Sequence[float],
     checkpointing: tuple[bool, bool],
-) -> list[Tensor] | None:
-    """What the ControlNet adds to the transformer's image tokens (B, L, D), one tensor for several blocks each.
+) -> Sequence[Tensor] | None:
+    """What ControlNets add to the transformer's image tokens (B, L, D), one tensor for several blocks each.
 
     Args:
         inputs: Arguments of the transformer's call.
         control_latents: Latents (B, 16 or 17, h, w) of each image.
         checkpointing: Whether blocks are computed again in the backward pass, and whether their inputs are offloaded.
     """
-    checkpoint_blocks(controlnet, *checkpointing)
-    controlnet.borrow(dit)
-    text, pooled = inputs["encoder_hidden_states"], inputs["pooled_projections"]
-    own = {
-        "encoder_hidden_states": None if controlnet.context_embedder is None else text,
-        "pooled_projections": pooled if controlnet.reads_pooled_prompts else torch.zeros_like(pooled),
-    }
+    for controlnet in controlnets:
+        checkpoint_blocks(controlnet, *checkpointing)
+        controlnet.borrow(dit)
 
-    def outputs(latents: Tensor, own_scale: float) -> list[Tensor]:
-        image = {"controlnet_cond": latents.to(controlnet.dtype), "conditioning_scale": own_scale}
-        return controlnet(**{**inputs, **own}, **image, return_dict=False)[0]
+    def outputs(controlnet: SD3ControlNet, latents: Tensor, own_scale: float) -> list[Tensor]:
+        own = {"controlnet_cond": latents.to(controlnet.dtype), "conditioning_scale": own_scale}
+        if controlnet.context_embedder is None:
+            own["encoder_hidden_states"] = None
+        if not controlnet.reads_pooled_prompts:
+            own["pooled_projections"] = torch.zeros_like(inputs["pooled_projections"])
+        return controlnet(**{**inputs, **own}, return_dict=False)[0]
 
-    return summed(outputs, control_latents, scale)
+    found = outputs_of(outputs, controlnets, control_latents, scale)
+    return summed(found, len(dit.transformer_blocks), rounds_up=False)
 
 
 class SD3Unit_ControlEmbedder(ControlEmbedder):
     """Encodes the images of a ControlNet; some read latents of which the autoencoder's shift is not subtracted."""
 
-    def depends_on(self, pipe: BasePipeline) -> dict[str, str]:
-        return super().depends_on(pipe) | {"control_is_shifted": str(pipe.control_is_shifted)}
-
     def control(
-        self, pipe: BasePipeline, encode: Encode, image: Tensor, kept: Tensor | None, mask: Tensor | None
+        self,
+        pipe: BasePipeline,
+        encode: Encode,
+        inputs: ControlInputs,
+        image: Tensor,
+        kept: Tensor | None,
+        mask: Tensor | None,
     ) -> Tensor:
-        if pipe.control_channels == pipe.latents.channels:
+        if inputs.channels == pipe.latents.channels:
             latents = encode(image)
             mean, std = pipe.vae.statistics(latents)
-            return latents if pipe.control_is_shifted else latents + mean / std
+            return latents if inputs.is_shifted else latents + mean / std
         if mask is None:
             raise ValueError("This ControlNet inpaints: controlnet_image needs controlnet_inpaint_mask; give both.")
         latents = encode(torch.where(mask > 0, BLACK, image))
         return torch.cat([latents, kept_area(mask, latents)], dim=1)
 
 
-def control_channels(controlnet: SD3ControlNet) -> int:
-    """Channels of the latents that a ControlNet reads."""
-    return controlnet.config.in_channels + controlnet.config.extra_conditioning_channels
+def control_inputs(controlnet: SD3ControlNet) -> ControlInputs:
+    """What a ControlNet reads; diffusers subtracts no shift where pooled embeddings are zeros."""
+    config = controlnet.config
+    channels = config.in_channels + config.extra_conditioning_channels
+    return ControlInputs(channels, is_shifted=not config.force_zeros_for_pooled_projection)
 
 
-def check_controlnet(controlnet: SD3ControlNet, dit: SD3Transformer2DModel) -> None:
+def check_controlnet(name: str, controlnet: SD3ControlNet, dit: SD3Transformer2DModel) -> None:
     """Refuse a ControlNet of another base."""
     text = [] if controlnet.config.joint_attention_dim is None else ["joint_attention_dim"]
     for size in ("num_attention_heads", "attention_head_dim", "pooled_projection_dim", *text):
         found, wanted = controlnet.config[size], dit.config[size]
         if found != wanted:
             raise ValueError(
-                f"controlnet has {size} {found}, but dit has {wanted}; take a ControlNet that was trained for this "
+                f"{name} has {size} {found}, but dit has {wanted}; take a ControlNet that was trained for this "
                 "transformer."
             )
 

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from ...core.gradient import checkpoint_blocks
 from ...diffusion.base_pipeline import BasePipeline
-from ...diffusion.controlnet.inputs import ControlEmbedder, Encode, kept_area, summed
+from ...diffusion.controlnet.inputs import ControlEmbedder, ControlInputs, Encode, kept_area
+from ...diffusion.controlnet.several import outputs_of, summed_by_block
 from ...diffusion.controlnet.start import ControlStart
 
 COPIED_LAYERS = 15  # every other layer, as in the released ControlNets
@@ -57,41 +58,52 @@ def padding(lengths: Sequence[int], padded: Sequence[Tensor]) -> list[Tensor]:
 
 
 def block_samples(
-    controlnet: ZImageControlNet,
+    controlnets: Sequence[ZImageControlNet],
     dit: ZImageTransformer2DModel,
     inputs: Mapping[str, Any],
     control_latents: Sequence[Tensor],
     scale: float | Sequence[float],
     checkpointing: tuple[bool, bool],
 ) -> dict[int, Tensor] | None:
-    """What the ControlNet adds to the transformer's tokens (B, L, D), by the number of the layer.
+    """What ControlNets add to the transformer's tokens (B, L, D), by the number of the layer.
 
     Args:
         inputs: `x`, `t` and `cap_feats` of the transformer's call.
         control_latents: Latents (B, 16 or 33, h, w) of each image.
         checkpointing: Whether blocks are computed again in the backward pass, and whether their inputs are offloaded.
     """
-    checkpoint_blocks(controlnet, *checkpointing)
-    controlnet.borrow(dit)
+    for controlnet in controlnets:
+        checkpoint_blocks(controlnet, *checkpointing)
+        controlnet.borrow(dit)
 
-    def outputs(latents: Tensor, own_scale: float) -> dict[int, Tensor]:
+    def outputs(controlnet: ZImageControlNet, latents: Tensor, own_scale: float) -> dict[int, Tensor]:
         context = list(latents.to(dit.dtype).unsqueeze(2))
         return controlnet(**inputs, control_context=context, conditioning_scale=own_scale)
 
-    return summed(outputs, control_latents, scale)
+    return summed_by_block(outputs_of(outputs, controlnets, control_latents, scale))
 
 
 class ZImageUnit_ControlEmbedder(ControlEmbedder):
     def control(
-        self, pipe: BasePipeline, encode: Encode, image: Tensor, kept: Tensor | None, mask: Tensor | None
+        self,
+        pipe: BasePipeline,
+        encode: Encode,
+        inputs: ControlInputs,
+        image: Tensor,
+        kept: Tensor | None,
+        mask: Tensor | None,
     ) -> Tensor:
         latents = encode(image)
         if mask is None:  # zeros, as in diffusers; DiffSynth-Studio encodes a black image
-            return F.pad(latents, (0, 0, 0, 0, 0, pipe.control_channels - latents.shape[1]))
+            return F.pad(latents, (0, 0, 0, 0, 0, inputs.channels - latents.shape[1]))
         return torch.cat([latents, kept_area(mask, latents), encode(kept * (1 - mask))], dim=1)
 
 
-def check_controlnet(controlnet: ZImageControlNet, dit: ZImageTransformer2DModel) -> None:
+def control_inputs(controlnet: ZImageControlNet) -> ControlInputs:
+    return ControlInputs(controlnet.config.control_in_dim)
+
+
+def check_controlnet(name: str, controlnet: ZImageControlNet, dit: ZImageTransformer2DModel) -> None:
     """Refuse a ControlNet of another base, or of Omni, whose tokens have another order."""
     if dit.config.siglip_feat_dim is not None:
         raise ValueError("Z-Image-Omni takes no ControlNet; set model.controlnet=null, or take model=z_image.")
@@ -99,7 +111,7 @@ def check_controlnet(controlnet: ZImageControlNet, dit: ZImageTransformer2DModel
     layers = max(controlnet.config.control_layers_places) + 1, dit.config.n_layers
     if widths[0] != widths[1] or layers[0] > layers[1]:
         raise ValueError(
-            f"controlnet has the width {widths[0]} and is for {layers[0]} layers or more, but dit has the width "
+            f"{name} has the width {widths[0]} and is for {layers[0]} layers or more, but dit has the width "
             f"{widths[1]} and {layers[1]} layers; take a ControlNet that was trained for this transformer."
         )
 
