@@ -257,8 +257,8 @@ class Flux1ImagePipeline(BasePipeline):
         Inpaint,
         LossMask,
         Flux1Unit_EditImageEmbedder,
+        Flux1Unit_ControlMode,  # before the next one, so that a wrong mode is refused before an encoder runs
         ControlEmbedder,
-        Flux1Unit_ControlMode,
         Flux1Unit_PromptEmbedder,
         Flux1Unit_PooledPromptEmbedder,
     )

@@ -1,5 +1,6 @@
 """FLUX.1 and Chroma in miniature with random weights, and what diffusers samples with them."""
 
+import inspect
 import shutil
 import string
 from functools import cache
@@ -151,11 +152,15 @@ def sampled_with_control(requests: list[dict], noise: Tensor, *networks: Path) -
     own = {"true_cfg_scale": first["cfg_scale"], "guidance_scale": 3.5, "control_image": first["controlnet_image"]}
     own |= {"controlnet_conditioning_scale": first["controlnet_scale"], "control_mode": first.get("controlnet_mode")}
     own |= {
-        f"control_guidance_{end}": first[f"controlnet_{end}"]
-        for end in ("start", "end")
-        if f"controlnet_{end}" in first
+        f"control_guidance_{end}": first.get(f"controlnet_{end}", value) for end, value in (("start", 0), ("end", 1))
     }
-    pipe = pipeline(diffusers.FluxControlNetPipeline, dev(), controlnet=loaded if several else loaded[0])
+    kind = diffusers.FluxControlNetPipeline
+    if "inpaint_mask" in first:
+        kind = diffusers.FluxControlNetInpaintPipeline
+        own |= {"image": first["input_image"], "mask_image": first["inpaint_mask"], "strength": 1.0}
+        own |= {"latents": noise}  # it packs them itself
+        own.pop("true_cfg_scale")
+    pipe = pipeline(kind, dev(), controlnet=loaded if several else loaded[0])
     mean = mock.patch.object(DiagonalGaussianDistribution, "sample", lambda self, *_: self.mean)
     with mean:  # ours encodes to the means, and diffusers to samples
         return sampled(pipe, requests, noise, **own)
@@ -212,8 +217,8 @@ def sampled(pipe: diffusers.DiffusionPipeline, requests: list[dict], noise: Tens
     first = requests[0]
     sizes = {name: first[name] for name in ("height", "width", "num_inference_steps")}
     own |= {"prompt": [r["prompt"] for r in requests], "max_sequence_length": MAX_TOKENS}
-    if "FillPipeline" not in type(pipe).__name__:
+    if "negative_prompt" in inspect.signature(pipe.__call__).parameters:
         own |= {"negative_prompt": [r["negative_prompt"] for r in requests]}
-    latents = pipe._pack_latents(noise, *noise.shape)
-    found = pipe(**own, **sizes, latents=latents, output_type="latent", return_dict=False)[0]
+    own = {"latents": pipe._pack_latents(noise, *noise.shape), **own}
+    found = pipe(**own, **sizes, output_type="latent", return_dict=False)[0]
     return pipe._unpack_latents(found, first["height"], first["width"], pipe.vae_scale_factor)

@@ -110,6 +110,9 @@ def sampled_with_control(requests: list[dict], noise: Tensor, *networks: Path) -
     first, kind = requests[0], diffusers.StableDiffusion3ControlNetPipeline
     controlnets = [SD3ControlNetModel.from_pretrained(network) for network in networks or [controlnet()]]
     own = {"control_image": first["controlnet_image"], "controlnet_conditioning_scale": first["controlnet_scale"]}
+    own |= {
+        f"control_guidance_{end}": first.get(f"controlnet_{end}", value) for end, value in (("start", 0), ("end", 1))
+    }
     if "controlnet_inpaint_mask" in first:
         kind = diffusers.StableDiffusion3ControlNetInpaintingPipeline
         own["control_mask"] = first["controlnet_inpaint_mask"]

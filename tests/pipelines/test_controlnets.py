@@ -1,5 +1,7 @@
 """ControlNets of every family: what diffusers samples with them, how they begin, when they act, what is refused."""
 
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import diffusers
@@ -7,7 +9,7 @@ import pytest
 import tiny
 import torch
 from families import FAMILIES
-from miniatures import qwen_image, z_image
+from miniatures import flux1, qwen_image, sd3, z_image
 from PIL import Image
 from safetensors.torch import load_file
 from test_family_contract import GUIDED, REQUEST, image, sampled, samples
@@ -15,9 +17,13 @@ from torch.testing import assert_close
 
 from controlnet import start
 from diffsynth.core.loader import ModelConfig
+from diffsynth.diffusion.base_pipeline import BasePipeline
+from diffsynth.diffusion.controlnet.several import PLACES, BlockSums
 from diffsynth.diffusion.loss import FlowMatchSFT
 from diffsynth.diffusion.pipeline.generation import with_images
+from diffsynth.pipelines.flux1_image import Flux1ImagePipeline
 from diffsynth.pipelines.qwen_image import QwenImagePipeline
+from diffsynth.pipelines.sd3 import SD3Pipeline
 from diffsynth.pipelines.z_image import ZImagePipeline
 
 SIZE = (32, 48)
@@ -36,19 +42,38 @@ INPAINT = {"controlnet_inpaint_image": image(4, SIZE), "controlnet_inpaint_mask"
 
 
 def pipeline(controlnet: Path | None = None, base: Path | None = None) -> ZImagePipeline:
-    parts = {name: ModelConfig(path=str((base or z_image.base()) / part)) for name, part in z_image.PARTS.items()}
-    control = ModelConfig(path=str(controlnet or z_image.controlnet()))
-    pipe = ZImagePipeline.from_components(**parts, controlnet=control, torch_dtype="float32")
+    return controlled("z_image", controlnet or z_image.controlnet(), base=base)
+
+
+# The pipeline, the folder of its model, the folder of each component, settings.
+BASES = {
+    "z_image": (ZImagePipeline, z_image.base, z_image.PARTS, {}),
+    "qwen_image": (QwenImagePipeline, tiny.model, tiny.COMPONENTS, {}),
+    "flux1": (Flux1ImagePipeline, flux1.dev, flux1.PARTS, {"max_sequence_length": flux1.MAX_TOKENS}),
+    "sd3": (SD3Pipeline, sd3.medium, sd3.PARTS, {"max_sequence_length": sd3.T5_TOKENS}),
+}
+
+
+def controlled(name: str, *controlnets: Path, base: Path | None = None) -> BasePipeline:
+    """A family's pipeline with one ControlNet or several, without its weights."""
+    kind, folder, parts, settings = BASES[name]
+    files = {part: (base or folder()) / path for part, path in parts.items()} | dict(
+        zip(PLACES, controlnets, strict=False)
+    )
+    configs = {part: ModelConfig(path=str(path)) for part, path in files.items()}
+    pipe = kind.from_components(**configs, torch_dtype="float32", **settings)
     pipe.progress_bar = iter
     return pipe
 
 
-def qwen_pipeline(controlnet: Path) -> QwenImagePipeline:
-    parts = {name: ModelConfig(path=str(tiny.model() / part)) for name, part in tiny.COMPONENTS.items()}
-    control = ModelConfig(path=str(controlnet))
-    pipe = QwenImagePipeline.from_components(**parts, controlnet=control, torch_dtype="float32")
-    pipe.progress_bar = iter
-    return pipe
+def check_sampled(name: str, requests: list[dict], reference: Callable, *controlnets: Path) -> None:
+    """Assert that a family with ControlNets samples the latents that `reference(requests, noise)` returns."""
+    pipe = controlled(name, *controlnets)
+    pipe.load_models()
+    shared, posi, nega = pipe.prepare(requests)
+    with torch.no_grad():
+        found = pipe.denoise(shared, posi, nega)
+    assert_close(found, reference(requests, shared["noise"]), atol=1e-4, rtol=0)
 
 
 def loaded(controlnet: Path | None = None) -> ZImagePipeline:
@@ -72,17 +97,115 @@ def test_a_controlnet_that_reads_masks_samples_as_in_diffusers(inpaint, guidance
 @pytest.mark.parametrize("guidance", tiny.mostly_slow([1.0, 3.0]))
 def test_qwen_images_controlnet_for_inpainting_samples_as_in_diffusers(guidance):
     request = GUIDED | CONTROL | {"controlnet_inpaint_mask": mask(), "cfg_scale": guidance}
-    pipe = qwen_pipeline(qwen_image.controlnet(qwen_image.INPAINT_CHANNELS))
+    controlnet = qwen_image.controlnet(qwen_image.INPAINT_CHANNELS)
+    check_sampled("qwen_image", [request], qwen_image.sampled_by_diffusers, controlnet)
+
+
+BATCH = [GUIDED | CONTROL, GUIDED | CONTROL | {"prompt": "a line emoji of a tiger face, looking at an umbrella"}]
+SD3_KINDS = {
+    "inpaint": ({"extra_conditioning_channels": 1}, {"controlnet_inpaint_mask": mask()}),
+    # As those of 3.5 large: no text, the transformer's positions, pooled embeddings.
+    "large": ({"joint_attention_dim": None, "use_pos_embed": False, "force_zeros_for_pooled_projection": False}, {}),
+}
+
+
+@pytest.mark.parametrize("guidance", tiny.mostly_slow([1.0, 3.0], 3.0))
+@pytest.mark.parametrize("kind", tiny.mostly_slow(SD3_KINDS, "inpaint"))
+def test_each_kind_of_sd3s_controlnets_samples_as_in_diffusers(kind, guidance):
+    sizes, own = SD3_KINDS[kind]
+    controlnet = sd3.controlnet(**sizes)
+    requests = [request | own | {"cfg_scale": guidance} for request in BATCH]
+    check_sampled("sd3", requests, lambda *given: sd3.sampled_with_control(*given, controlnet), controlnet)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("guidance", [1.0, 3.0])
+def test_flux1s_controlnet_for_several_kinds_of_images_samples_as_in_diffusers(guidance):
+    controlnet = flux1.controlnet(num_mode=3)
+    requests = [request | {"cfg_scale": guidance, "controlnet_mode": 2} for request in BATCH]
+    check_sampled("flux1", requests, lambda *given: flux1.sampled_with_control(*given, controlnet), controlnet)
+
+
+@pytest.mark.slow
+def test_flux1_inpaints_with_a_controlnet_as_diffusers():
+    own = {"input_image": image(5, SIZE), "inpaint_mask": mask(), "cfg_scale": 1.0}
+    requests = [request | own for request in BATCH]
+    check_sampled("flux1", requests, flux1.sampled_with_control, flux1.controlnet())
+
+
+# Several --------------------------------------------------------------------------------------------------------------
+
+TWO_IMAGES = {"controlnet_image": [image(3, SIZE), image(6, SIZE)], "controlnet_scale": [0.8, 0.5]}
+PARTS_OF_STEPS = {"controlnet_start": [0.0, 0.3], "controlnet_end": [0.7, 1.0]}
+TWO = {
+    "flux1": (flux1, lambda: (flux1.controlnet(num_mode=3), flux1.controlnet()), {"controlnet_mode": [2, 0]}),
+    "sd3": (sd3, lambda: (sd3.controlnet(), sd3.controlnet(num_layers=2, qk_norm=None)), {}),
+}
+
+
+@pytest.mark.parametrize("guidance", tiny.mostly_slow([1.0, 3.0], 3.0))
+@pytest.mark.parametrize("name", tiny.mostly_slow(TWO, "flux1"))
+def test_two_controlnets_sample_as_in_diffusers(name, guidance):
+    family, networks, own = TWO[name]
+    requests = [request | TWO_IMAGES | PARTS_OF_STEPS | own | {"cfg_scale": guidance} for request in BATCH]
+    both = networks()
+    check_sampled(name, requests, lambda *given: family.sampled_with_control(*given, *both), *both)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["z_image", "qwen_image"])
+def test_a_controlnet_twice_is_one_with_the_sum_of_the_scales(name):
+    network = {"z_image": z_image, "qwen_image": qwen_image}[name].controlnet()
+    one, two = controlled(name, network), controlled(name, network, network)
+    for pipe in (one, two):
+        pipe.load_models()
+    request = GUIDED | {"num_inference_steps": 1}
+    same = {"controlnet_image": [CONTROL["controlnet_image"]] * 2, "controlnet_scale": [0.2, 0.3]}
+    expected = sampled(one, request | CONTROL | {"controlnet_scale": 0.5})
+    assert_close(sampled(two, request | same), expected, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.slow
+def test_each_of_two_controlnets_reads_its_own_image_in_its_own_steps():
+    pipe, calls = controlled("sd3", sd3.controlnet(), sd3.controlnet(extra_conditioning_channels=1)), {}
     pipe.load_models()
-    shared, posi, nega = pipe.prepare([request])
-    with torch.no_grad():
-        found = pipe.denoise(shared, posi, nega)
-    assert_close(found, qwen_image.sampled_by_diffusers([request], shared["noise"]), atol=1e-4, rtol=0)
+    for name in PLACES[:2]:
+        calls[name] = []
+        hook = partial(lambda seen, _, __, given: seen.append(given["controlnet_cond"].shape[1]), calls[name])
+        getattr(pipe, name).register_forward_pre_hook(hook, with_kwargs=True)
+    own = {"controlnet_inpaint_mask": mask(), "controlnet_start": [0.0, 0.5], "controlnet_end": [0.75, 1.0]}
+    sampled(pipe, REQUEST | TWO_IMAGES | own | {"num_inference_steps": 4})
+    assert calls == {"controlnet": [16] * 3, "controlnet_2": [17] * 2}
+
+
+def test_sums_are_made_for_blocks_of_controlnets_of_different_sizes():
+    few, many = ([torch.tensor(float(10**place * n)) for n in range(count)] for place, count in ((0, 2), (1, 3)))
+    assert [int(own) for own in BlockSums([few, many], 6, rounds_up=True)] == [0, 0, 10, 11, 21, 21]
+    assert [int(own) for own in BlockSums([few, many], 4, rounds_up=True)] == [0, 0, 11, 11]
+    assert [int(own) for own in BlockSums([few, many], 4, rounds_up=False)] == [0, 0, 11, 21]
+
+
+# How they begin, and when they act ------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["flux1", "sd3"])
+def test_a_controlnet_begins_with_the_first_blocks_and_changes_nothing(name, tmp_path):
+    folder = start(lambda device: controlled(name), blocks=1, output=str(tmp_path / "new"))
+    base, own = (load_file(next(path.glob("*.safetensors"))) for path in (BASES[name][1]() / "transformer", folder))
+    copied = {key for key in own if not key.startswith(("controlnet_", "pos_embed_input"))}
+    assert copied <= base.keys() and all(torch.equal(own[key], base[key]) for key in copied)
+    assert not any(own[key].any() for key in own.keys() - copied)
+    kind = diffusers.FluxControlNetModel if name == "flux1" else diffusers.SD3ControlNetModel
+    assert len(kind.from_pretrained(folder).transformer_blocks) == 1
+    pipe = controlled(name, folder)
+    pipe.load_models()
+    assert_close(sampled(pipe, REQUEST | CONTROL), sampled(pipe, REQUEST), atol=1e-6, rtol=0)
 
 
 @pytest.mark.slow
 def test_qwen_images_controlnet_begins_as_copies_of_the_first_blocks(tmp_path):
-    folder = start(lambda device: qwen_pipeline(qwen_image.controlnet()), blocks=2, output=str(tmp_path / "new"))
+    folder = start(lambda device: controlled("qwen_image"), blocks=2, output=str(tmp_path / "new"))
     base, own = (load_file(next(path.glob("*.safetensors"))) for path in (tiny.model() / "transformer", folder))
     shared = own.keys() & base.keys()
     assert own.keys() - shared == {key for key in own if key.startswith("controlnet_")}
@@ -169,6 +292,49 @@ def test_a_training_without_images_that_control_is_refused_before_weights_are_re
 def test_a_controlnet_of_another_base_is_refused_before_weights_are_read():
     with pytest.raises(ValueError, match="Z-Image-Omni takes no ControlNet"):
         pipeline(base=z_image.omni())
+
+
+MISFITS = {
+    "controlnet_image holds 1 images for 2 ControlNets; give one for each": (2, CONTROL),
+    "controlnet_mode is None, but this ControlNet reads 3 kinds of images": (1, CONTROL),
+    "controlnet_mode is 3, but this .* set it to the number .*, 0 to 2": (1, CONTROL | {"controlnet_mode": 3}),
+    "controlnet_mode has 1 numbers for 2 controlnet_image": (1, TWO_IMAGES | {"controlnet_mode": [0]}),
+    "controlnet_mode is 1, but this ControlNet reads one kind of images; leave": (0, CONTROL | {"controlnet_mode": 1}),
+    "controlnet_inpaint_mask is given, but this ControlNet reads 16": (0, CONTROL | INPAINT),
+}
+
+
+@pytest.mark.parametrize("message", tiny.mostly_slow(MISFITS, *list(MISFITS)[:2]))
+def test_images_and_modes_that_flux1s_controlnets_cannot_read_are_named(message):
+    count, own = MISFITS[message]
+    networks = [flux1.controlnet(num_mode=3)] * count or [flux1.controlnet()]  # none: one for one kind of images
+    with pytest.raises(ValueError, match=message):
+        controlled("flux1", *networks).prepare([REQUEST | own])
+
+
+@pytest.mark.slow
+def test_controlnets_that_do_not_fit_are_named_before_weights_are_read():
+    with pytest.raises(ValueError, match="controlnet has num_attention_heads 2, but dit has 4"):
+        controlled("flux1", flux1.controlnet(num_attention_heads=2))
+    with pytest.raises(ValueError, match="controlnet reads the pixels of images"):
+        controlled("flux1", flux1.controlnet(conditioning_embedding_channels=4))
+    with pytest.raises(ValueError, match="controlnet_2 has pooled_projection_dim 24, but dit has 40"):
+        controlled("sd3", sd3.controlnet(), sd3.controlnet(pooled_projection_dim=24))
+    with pytest.raises(ValueError, match="inpaint=true, but ControlNets of FLUX.1 read no mask"):
+        start(lambda device: controlled("flux1"), inpaint=True)
+
+
+@pytest.mark.slow
+def test_nothing_is_added_to_the_tokens_of_edit_images():
+    pipe = controlled("flux1", flux1.controlnet())
+    pipe.load_models()
+    edit = REQUEST | {"edit_image": image(7, (64, 64)), "edit_image_pixels": 64 * 64, "num_inference_steps": 1}
+    seen = {}
+    pipe.dit.register_forward_pre_hook(lambda _, __, given: seen.update(given), with_kwargs=True)
+    sampled(pipe, edit | CONTROL)
+    for sample in (*seen["controlnet_block_samples"], *seen["controlnet_single_block_samples"]):
+        assert sample.shape[1] == seen["hidden_states"].shape[1]
+        assert sample[:, :6].all() and not sample[:, 6:].any()
 
 
 def test_images_among_options_are_files(tmp_path):
