@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from test_family_contract import GUIDED, REQUEST, image, sampled, samples
 from torch.testing import assert_close
 
-from controlnet import start
+from controlnet import controlnet as start_controlnet
 from diffsynth.core.loader import ModelConfig
 from diffsynth.diffusion.loss import FlowMatchSFT
 from diffsynth.diffusion.pipeline.generation import with_images
@@ -82,7 +82,9 @@ def test_qwen_images_controlnet_for_inpainting_samples_as_in_diffusers(guidance)
 
 @pytest.mark.slow
 def test_qwen_images_controlnet_begins_as_copies_of_the_first_blocks(tmp_path):
-    folder = start(lambda device: qwen_pipeline(qwen_image.controlnet()), blocks=2, output=str(tmp_path / "new"))
+    folder = start_controlnet(
+        lambda device: qwen_pipeline(qwen_image.controlnet()), blocks=2, output=str(tmp_path / "new")
+    )
     base, own = (load_file(next(path.glob("*.safetensors"))) for path in (tiny.model() / "transformer", folder))
     shared = own.keys() & base.keys()
     assert own.keys() - shared == {key for key in own if key.startswith("controlnet_")}
@@ -111,7 +113,7 @@ def test_a_controlnet_acts_between_its_start_and_its_end():
 
 @pytest.mark.parametrize("inpaint", [False, True])
 def test_a_controlnet_begins_as_copies_of_layers_and_changes_nothing(inpaint, tmp_path):
-    folder = start(lambda device: pipeline(), blocks=3, inpaint=inpaint, output=str(tmp_path / "controlnet"))
+    folder = start_controlnet(lambda device: pipeline(), blocks=3, inpaint=inpaint, output=str(tmp_path / "controlnet"))
     base, own = (load_file(next(path.glob("*.safetensors"))) for path in (z_image.base() / "transformer", folder))
     for number, place in enumerate((0, 2, 4)):
         key = "attention.to_q.weight"
