@@ -9,7 +9,7 @@ from diffsynth.config import build, check, explained, locked, run_main
 from diffsynth.core.ranges import PositiveInt, Seed
 
 
-def start(
+def controlnet(
     model: Any,
     blocks: PositiveInt | None = None,
     inpaint: bool = False,
@@ -49,12 +49,12 @@ def start(
 @hydra.main(version_base="1.3", config_path="conf", config_name="controlnet")
 def main(cfg) -> None:
     with explained():
-        check(cfg, start)
+        check(cfg, controlnet)
         given = build(cfg)
         with locked(given["output"]):
-            folder = start(**given)
+            folder = controlnet(**given)
         print(f"train.py model.controlnet.path={folder} task.trainable_models=[controlnet] lora=none")
 
 
 if __name__ == "__main__":
-    run_main(main, start)
+    run_main(main, controlnet)

@@ -15,6 +15,7 @@ from diffsynth.core.data import LoadImage
 from diffsynth.core.data.conditions import Canny, Grey, LineArt, MaskedImage, RandomMask, Tile
 from diffsynth.core.data.conditions.base import add_conditions
 from diffsynth.core.pictures import row, save_png, stack
+from diffsynth.core.process.console import keep_console
 
 ROOT = Path(__file__).resolve().parents[1]
 EMOJI = ["octopus", "hamburger", "rocket"]
@@ -56,4 +57,5 @@ def main():
 
 
 if __name__ == "__main__":
+    keep_console()
     main()

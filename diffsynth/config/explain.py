@@ -187,12 +187,17 @@ def _known_key(config: DictConfig, parent: str, key: str) -> str:
     return _guess(shortest_first[:3]) if shortest_first else _listed(sorted(set(siblings) - {"hydra"}))
 
 
+MOST_LISTED = 15  # names in an answer; those nearest to what was typed come first
+
+
 def _guess(names: Sequence[str]) -> str:
     return f"did you mean {' or '.join(names)}?"
 
 
 def _listed(names: Sequence[str]) -> str:
-    return f"there are {', '.join(name for name in names if not name.startswith(SHARED_PREFIX))}."
+    own = [name for name in names if not name.startswith(SHARED_PREFIX)]
+    hidden = f", and {len(own) - MOST_LISTED} more" if len(own) > MOST_LISTED + 1 else ""
+    return f"there are {', '.join(own[:MOST_LISTED] if hidden else own)}{hidden}."
 
 
 def _explain_group(group: str, choices: Mapping[str, str]) -> str:

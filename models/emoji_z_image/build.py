@@ -116,6 +116,14 @@ def autoencoder(folder: str, weights: str) -> None:
     save_file(model.state_dict(), path / "diffusion_pytorch_model.safetensors", {"format": "pt"})
 
 
+def controlnet(source: str, target: str, weights: str) -> None:
+    """Write a trained ControlNet in bf16 to `target`, with the configuration of the one that it began as."""
+    Path(target).mkdir(parents=True, exist_ok=True)
+    (Path(target) / "config.json").write_text((Path(source) / "config.json").read_text())
+    tensors = {name: tensor.bfloat16() for name, tensor in load_file(weights).items()}
+    save_file(tensors, Path(target) / "diffusion_pytorch_model.safetensors", {"format": "pt"})
+
+
 if __name__ == "__main__":
     keep_console()
-    {"init": init, "autoencoder": autoencoder, "release": release}[sys.argv[1]](*sys.argv[2:])
+    {"init": init, "autoencoder": autoencoder, "release": release, "controlnet": controlnet}[sys.argv[1]](*sys.argv[2:])

@@ -20,7 +20,7 @@ YAML = "\n".join(file.read_text(encoding="utf-8") for file in sorted(CONF.rglob(
 WRITTEN = set(re.findall(r"^ *(\w+):", YAML, re.MULTILINE))  # every key
 FOREIGN = {"bitsandbytes", "prodigyopt", "schedulefree", "hydra_plugins"}  # are absent, or not checked
 TARGETS = [name for name in sorted(set(re.findall(r"_target_: ([\w.]+)", YAML))) if name.split(".")[0] not in FOREIGN]
-ENTRIES = ("train", "distill", "plan", "make_cache", "generate", "fuse")
+ENTRIES = ("train", "distill", "plan", "make_cache", "generate", "fuse", "controlnet")
 
 # What these numbers mean below the others' ranges, their comments say; everything else is refused.
 MEANINGFUL = {
@@ -32,6 +32,7 @@ MEANINGFUL = {
         *("cfg_scale", "guidance", "distillation_weight", "adversarial_weight", "kl_weight", "inpaint_blur_sigma"),
         *("num_warmup_steps", "num_decay_steps", "eps", "exponential_shift_mu", "embedded_guidance"),
         *("low", "high", "blur", "strokes", "boxes", "objects", "whole", "inside", "outside"),
+        *("controlnet_scale", "controlnet_start", "controlnet_end"),
     },
 }
 WRONG = [-1, 0, 1e30, 10**30, math.nan, math.inf, "high", True]

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from test_family_contract import GUIDED, REQUEST, image, sampled, samples
 from torch.testing import assert_close
 
-from controlnet import start
+from controlnet import controlnet as start_controlnet
 from diffsynth.core.loader import ModelConfig
 from diffsynth.diffusion.base_pipeline import BasePipeline
 from diffsynth.diffusion.controlnet.several import PLACES, BlockSums
@@ -191,7 +191,7 @@ def test_sums_are_made_for_blocks_of_controlnets_of_different_sizes():
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["flux1", "sd3"])
 def test_a_controlnet_begins_with_the_first_blocks_and_changes_nothing(name, tmp_path):
-    folder = start(lambda device: controlled(name), blocks=1, output=str(tmp_path / "new"))
+    folder = start_controlnet(lambda device: controlled(name), blocks=1, output=str(tmp_path / "new"))
     base, own = (load_file(next(path.glob("*.safetensors"))) for path in (BASES[name][1]() / "transformer", folder))
     copied = {key for key in own if not key.startswith(("controlnet_", "pos_embed_input"))}
     assert copied <= base.keys() and all(torch.equal(own[key], base[key]) for key in copied)
@@ -205,7 +205,7 @@ def test_a_controlnet_begins_with_the_first_blocks_and_changes_nothing(name, tmp
 
 @pytest.mark.slow
 def test_qwen_images_controlnet_begins_as_copies_of_the_first_blocks(tmp_path):
-    folder = start(lambda device: controlled("qwen_image"), blocks=2, output=str(tmp_path / "new"))
+    folder = start_controlnet(lambda device: controlled("qwen_image"), blocks=2, output=str(tmp_path / "new"))
     base, own = (load_file(next(path.glob("*.safetensors"))) for path in (tiny.model() / "transformer", folder))
     shared = own.keys() & base.keys()
     assert own.keys() - shared == {key for key in own if key.startswith("controlnet_")}
@@ -234,7 +234,7 @@ def test_a_controlnet_acts_between_its_start_and_its_end():
 
 @pytest.mark.parametrize("inpaint", [False, True])
 def test_a_controlnet_begins_as_copies_of_layers_and_changes_nothing(inpaint, tmp_path):
-    folder = start(lambda device: pipeline(), blocks=3, inpaint=inpaint, output=str(tmp_path / "controlnet"))
+    folder = start_controlnet(lambda device: pipeline(), blocks=3, inpaint=inpaint, output=str(tmp_path / "controlnet"))
     base, own = (load_file(next(path.glob("*.safetensors"))) for path in (z_image.base() / "transformer", folder))
     for number, place in enumerate((0, 2, 4)):
         key = "attention.to_q.weight"
@@ -321,7 +321,7 @@ def test_controlnets_that_do_not_fit_are_named_before_weights_are_read():
     with pytest.raises(ValueError, match="controlnet_2 has pooled_projection_dim 24, but dit has 40"):
         controlled("sd3", sd3.controlnet(), sd3.controlnet(pooled_projection_dim=24))
     with pytest.raises(ValueError, match="inpaint=true, but ControlNets of FLUX.1 read no mask"):
-        start(lambda device: controlled("flux1"), inpaint=True)
+        start_controlnet(lambda device: controlled("flux1"), inpaint=True)
 
 
 @pytest.mark.slow
