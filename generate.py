@@ -68,9 +68,10 @@ def generate(
         with_images,
     )
     from diffsynth.diffusion.pipeline.loaded_models import LoadedModels
-    from diffsynth.diffusion.pipeline.request import check_numbers
+    from diffsynth.diffusion.pipeline.request import check_numbers, image_arguments
 
     pipe = model(device=choose_device(device))
+    files = {name: value for name, value in (options or {}).items() if name in image_arguments(pipe.request)}
     options = with_images(pipe, options)
     if seed == []:
         raise ValueError("seed is an empty list; expected a seed, or a list of seeds.")
@@ -100,7 +101,7 @@ def generate(
     templates = template.load_all(pipe)
     templates.check(template_inputs, negative_template_inputs)
     sides = [[open_files(inputs) for inputs in side] for side in (template_inputs, negative_template_inputs)]
-    source = {"lora_path": [str(path) for path in paths], "lora_scale": lora_scale}
+    source = {"lora_path": [str(path) for path in paths], "lora_scale": lora_scale, **files}
     if templates.codes:
         source |= {"templates": [str(code.file) for code in templates.codes], "template_inputs": template_inputs}
         source |= {"negative_template_inputs": negative_template_inputs}

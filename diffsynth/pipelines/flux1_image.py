@@ -141,18 +141,24 @@ def model_fn_flux1(
     inputs = {"timestep": timestep / 1000, "guidance": guidance, **prompt_inputs(dit, text, pooled_prompt_emb)}
     edits, samples = [pack_latents(image) for image in edit_latents], {}
     if control_latents:
-        controlnets = built(controlnet, controlnet_2, controlnet_3)
-        own = inputs | (prompt_inputs(dit, *control_prompt) if control_prompt else {})
-        images = {"control_latents": control_latents, "control_modes": control_modes, "scale": controlnet_scale}
-        tokens = sum(image.shape[1] for image in edits)
-        how = {"edit_tokens": tokens, "checkpointing": checkpointing}
-        samples = block_samples(controlnets, dit, latents, own, **images, **how)
+        own = {"hidden_states": pack_latents(latents).to(dit.dtype), "img_ids": positions([latents])}
+        own |= prompt_inputs(dit, *control_prompt) if control_prompt else {}
+        samples = block_samples(
+            built(controlnet, controlnet_2, controlnet_3),
+            dit,
+            inputs | own,
+            list(map(pack_latents, control_latents)),
+            control_modes,
+            controlnet_scale,
+            edit_tokens=sum(image.shape[1] for image in edits),
+            checkpointing=checkpointing,
+        )
     if not dit.config.guidance_embeds:
         inputs["guidance"] = None
     with added(dit, lora):
         velocity = dit(
             hidden_states=torch.cat([pack_latents(noisy), *edits], dim=1).to(dit.dtype),
-            img_ids=sent(image_positions([latents, *edit_latents]), latents.device),
+            img_ids=positions([latents, *edit_latents]),
             txt_ids=torch.zeros(text.shape[1], 3, device=latents.device),
             joint_attention_kwargs={"kv_cache": kv_cache} if kv_cache else None,
             return_dict=False,
@@ -160,6 +166,11 @@ def model_fn_flux1(
             **samples,
         )[0]
     return unpack_latents(velocity, *latents.shape[2:])
+
+
+def positions(images: Sequence[Tensor]) -> Tensor:
+    """Positions (L, 3) of the tokens of noisy latents (B, C, h, w) and of edit images, on their device."""
+    return sent(image_positions(images), images[0].device)
 
 
 def prompt_inputs(dit: FluxTransformer2DModel, text: Tensor, pooled: Tensor) -> dict[str, Tensor]:

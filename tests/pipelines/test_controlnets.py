@@ -1,5 +1,6 @@
 """ControlNets of every family: what diffusers samples with them, how they begin, when they act, what is refused."""
 
+import json
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -343,3 +344,17 @@ def test_images_among_options_are_files(tmp_path):
     assert found["controlnet_image"][0].size == SIZE and found["cfg_scale"] == 2.0
     with pytest.raises(ValueError, match="options.edit_image=nothing.png: .*nothing.png"):
         with_images(pipeline(), {"edit_image": "nothing.png"})
+
+
+@pytest.mark.slow
+def test_generate_samples_with_two_controlnets_and_notes_their_images(tmp_path):
+    files = [str(tmp_path / name) for name in ("a.png", "b.png")]
+    for number, file in enumerate(files):
+        image(number, SIZE).save(file)
+    second = ["+model@model.controlnet_2=_network", f"model.controlnet_2.path={z_image.controlnet()}"]
+    options = [f"+options.controlnet_image=[{','.join(files)}]", "+options.controlnet_end=[1,0.5]"]
+    small = ["options.num_inference_steps=1", "options.height=32", "options.width=32", "device=cpu"]
+    cfg = tiny.compose("generate", *FAMILY.overrides, *second, *options, *small, f"output={tmp_path}/out")
+    (path,) = tiny.call("generate", cfg)
+    kept = json.loads(Image.open(path).text["parameters"])
+    assert kept["controlnet_image"] == files and kept["controlnet_end"] == [1, 0.5]

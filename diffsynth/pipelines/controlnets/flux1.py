@@ -14,7 +14,6 @@ from diffusers import FluxControlNetModel, FluxTransformer2DModel
 from torch import Tensor
 
 from ...core.gradient import checkpoint_blocks
-from ...core.host_memory import sent
 from ...core.ranges import NonNegativeInt
 from ...diffusion.base_pipeline import BasePipeline
 from ...diffusion.controlnet.inputs import ControlInputs, ControlRequest, inputs_of_images
@@ -22,7 +21,6 @@ from ...diffusion.controlnet.several import outputs_of, summed
 from ...diffusion.controlnet.start import ControlStart
 from ...diffusion.pipeline.image_units import image_list
 from ...diffusion.pipeline.units import PipelineUnit
-from ..flux1_network import image_positions, pack_latents
 
 COPIED_BLOCKS = 5  # with two streams, as in the released InstantX/FLUX.1-dev-Controlnet-Union
 BASE_SIZES = "attention_head_dim", "num_attention_heads", "joint_attention_dim", "pooled_projection_dim"
@@ -50,9 +48,8 @@ class Flux1ControlRequest(ControlRequest):
 def block_samples(
     controlnets: Sequence[Flux1ControlNet],
     dit: FluxTransformer2DModel,
-    latents: Tensor,
     inputs: Mapping[str, Any],
-    control_latents: Sequence[Tensor],
+    control_tokens: Sequence[Tensor],
     control_modes: Sequence[Tensor],
     scale: float | Sequence[float],
     edit_tokens: int,
@@ -61,35 +58,31 @@ def block_samples(
     """What ControlNets add to the transformer's image tokens (B, L, D), as arguments of the transformer's call.
 
     Args:
-        latents: Noisy latents (B, 16, h, w).
-        inputs: `timestep`, `guidance`, `pooled_projections` and `encoder_hidden_states` of the transformer's call.
-        control_latents: Latents (B, 16, h, w) of each image.
+        inputs: Arguments of the transformer's call, without images to edit and without the positions of the text.
+        control_tokens: Tokens (B, L, 64) of each image.
         control_modes: Modes (B,) of each image, which a ControlNet for one kind of images does not read.
         edit_tokens: Number of tokens of edit images, to which nothing is added.
         checkpointing: Whether blocks are computed again in the backward pass, and whether their inputs are offloaded.
     """
     for controlnet in controlnets:
         checkpoint_blocks(controlnet, *checkpointing)
-    places = {
-        "img_ids": sent(image_positions([latents]), latents.device),
-        "txt_ids": torch.zeros(inputs["encoder_hidden_states"].shape[1], 3, device=latents.device),
-    }
+    text = inputs["encoder_hidden_states"]
+    inputs = {**inputs, "txt_ids": torch.zeros(text.shape[1], 3, device=text.device)}
 
     def outputs(controlnet: Flux1ControlNet, image: tuple[Tensor, Tensor], own_scale: float) -> list[list[Tensor]]:
+        tokens, mode = image
         own = {
-            "hidden_states": pack_latents(latents).to(controlnet.dtype),
-            "controlnet_cond": pack_latents(image[0]).to(controlnet.dtype),
-            "controlnet_mode": image[1][:, None] if controlnet.union else None,
+            "controlnet_cond": tokens.to(controlnet.dtype),
+            "controlnet_mode": mode[:, None] if controlnet.union else None,
             "guidance": inputs["guidance"] if controlnet.config.guidance_embeds else None,
         }
-        streams = controlnet(**{**inputs, **places, **own}, conditioning_scale=own_scale, return_dict=False)
+        streams = controlnet(**{**inputs, **own}, conditioning_scale=own_scale, return_dict=False)
         return [[F.pad(sample, (0, 0, 0, edit_tokens)) for sample in samples or ()] for samples in streams]
 
-    images = list(zip(control_latents, control_modes, strict=True))
-    found = outputs_of(outputs, controlnets, images, scale)
+    found = outputs_of(outputs, controlnets, list(zip(control_tokens, control_modes, strict=True)), scale)
     return {
         "controlnet_block_samples": summed([double for double, _ in found], len(dit.transformer_blocks)),
-        "controlnet_single_block_samples": summed([one for _, one in found], len(dit.single_transformer_blocks)),
+        "controlnet_single_block_samples": summed([single for _, single in found], len(dit.single_transformer_blocks)),
     }
 
 
