@@ -123,7 +123,7 @@ class DiffusionTrainingModule(nn.Module):
                 tensors, config = lora_files.export(model, self.pipe.layer_names(name), format)
                 adapters, configs = {**adapters, **tensors}, {**configs, **config}
             elif trainable:
-                files[name] = (self.pipe.released_weights(name, trainable), {})
+                files[name] = (self.pipe.released_weights(name, [*trainable, *_saved_buffers(model)]), {})
         if adapters:
             files["lora"] = (adapters, lora_files.metadata(configs))
         return files
@@ -376,3 +376,10 @@ def prepare_training(
         pipe.named_model(name).to(trained_dtype)
     if adapter is not None:
         adapter.inject(pipe, seed)
+
+
+def _saved_buffers(model: nn.Module) -> list[str]:
+    """Buffers that a released file of a model has, such as a table of positions; of a part of a model none."""
+    if not all(parameter.requires_grad for parameter in model.parameters()):
+        return []
+    return sorted(model.state_dict().keys() & dict(model.named_buffers()).keys())

@@ -170,7 +170,8 @@ def find_model(files: Iterable[Files], models: Iterable[Model]) -> Model:
         for name in [f"{model_id}{ending}" for ending in LAYOUTS]:
             having = [model for model in models if model.components["dit"]["model_id"] == name]
             if having:
-                model = next((each for each in having if wanted <= each.components.keys()), having[0])
+                fitting = [each for each in having if wanted <= each.components.keys()] or having[:1]
+                model = min(fitting, key=lambda each: len(each.components))  # without a ControlNet that nobody wants
                 return Model(model.name, model.node, has_their_files=name == model_id)
         options = [option for pattern, option in SAME_NETWORKS.items() if fnmatchcase(model_id, pattern)]
         for model in models:

@@ -32,7 +32,7 @@ MEANINGFUL = {
         *("cfg_scale", "guidance", "distillation_weight", "adversarial_weight", "kl_weight", "inpaint_blur_sigma"),
         *("num_warmup_steps", "num_decay_steps", "eps", "exponential_shift_mu", "embedded_guidance"),
         *("low", "high", "blur", "strokes", "boxes", "objects", "whole", "inside", "outside"),
-        *("controlnet_scale", "controlnet_start", "controlnet_end"),
+        *("controlnet_scale", "controlnet_start", "controlnet_end", "controlnet_mode"),
     },
 }
 WRONG = [-1, 0, 1e30, 10**30, math.nan, math.inf, "high", True]

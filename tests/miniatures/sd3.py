@@ -61,7 +61,7 @@ def controlnet(**changes) -> Path:
     folder = kept_folder() / "_".join(["sd3_controlnet", *map(str, sum(changes.items(), ()))])
     torch.manual_seed(0)
     config = {name: value for name, value in transformer().config.items() if not name.startswith("_")}
-    randomise(SD3ControlNetModel(**config | {"num_layers": 2} | changes), folder)
+    randomise(SD3ControlNetModel(**config | changes), folder)
     return folder
 
 

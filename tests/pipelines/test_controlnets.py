@@ -21,6 +21,7 @@ from diffsynth.core.loader import ModelConfig
 from diffsynth.diffusion.base_pipeline import BasePipeline
 from diffsynth.diffusion.controlnet.several import PLACES, BlockSums
 from diffsynth.diffusion.loss import FlowMatchSFT
+from diffsynth.diffusion.pipeline.components import library_name
 from diffsynth.diffusion.pipeline.generation import with_images
 from diffsynth.pipelines.flux1_image import Flux1ImagePipeline
 from diffsynth.pipelines.qwen_image import QwenImagePipeline
@@ -140,7 +141,7 @@ TWO_IMAGES = {"controlnet_image": [image(3, SIZE), image(6, SIZE)], "controlnet_
 PARTS_OF_STEPS = {"controlnet_start": [0.0, 0.3], "controlnet_end": [0.7, 1.0]}
 TWO = {
     "flux1": (flux1, lambda: (flux1.controlnet(num_mode=3), flux1.controlnet()), {"controlnet_mode": [2, 0]}),
-    "sd3": (sd3, lambda: (sd3.controlnet(), sd3.controlnet(num_layers=2, qk_norm=None)), {}),
+    "sd3": (sd3, lambda: (sd3.controlnet(), sd3.controlnet(qk_norm=None)), {}),
 }
 
 
@@ -246,14 +247,23 @@ def test_a_controlnet_begins_as_copies_of_layers_and_changes_nothing(inpaint, tm
     assert_close(sampled(pipe, REQUEST | control), sampled(pipe, REQUEST), atol=1e-6, rtol=0)
 
 
-def test_training_a_controlnet_leaves_the_base_as_it_is():
-    module = FAMILY.module(FAMILY.task("controlnet")).load()
+TRAINED = {"z_image_controlnet": z_image, "flux1_controlnet": flux1, "sd3_5_controlnet": sd3}
+
+
+@pytest.mark.parametrize("name", tiny.mostly_slow(TRAINED, "z_image_controlnet"))
+def test_training_a_controlnet_leaves_the_base_as_it_is(name):
+    family = next(family for family in FAMILIES if family.name == name)
+    module = family.module(family.task("controlnet")).load()
     assert all(name.startswith("pipe.controlnet.") for name, p in module.named_parameters() if p.requires_grad)
-    module(samples(FAMILY)).mean().backward()
-    without = [name for name, p in module.pipe.controlnet.named_parameters() if p.grad is None]
-    assert without == []
+    module(samples(family)).mean().backward()
+    without = {name for name, p in module.pipe.controlnet.named_parameters() if p.grad is None}
+    # Outputs for SD3's last block, which has no text, are not added, and nobody reads the text of the one before.
+    last = "transformer_blocks.1", "transformer_blocks.2", "controlnet_blocks.2"
+    assert all(part.startswith(last) for part in without) if family.pipeline is SD3Pipeline else without == set()
+    assert "transformer_blocks.1.attn.to_q.weight" not in without
     exported = module.export_weights()["controlnet"][0]
-    assert exported.keys() == diffusers.ZImageControlNetModel.from_pretrained(z_image.controlnet()).state_dict().keys()
+    kind = getattr(diffusers, library_name(type(module.pipe.controlnet)))
+    assert exported.keys() == kind.from_pretrained(TRAINED[name].controlnet()).state_dict().keys()
 
 
 @pytest.mark.parametrize(

@@ -332,9 +332,10 @@ class PipelineNetworks(nn.Module):
         return {f"{parent}.{child}".lstrip(".") for child, _ in known[parent].named_children()}
 
     def released_weights(self, name: str, keys: Iterable[str]) -> dict[str, Tensor]:
-        """The parameters `keys` of a model, under the names of its released checkpoint."""
+        """The parameters and buffers `keys` of a model, under the names of its released checkpoint."""
         model = self.named_model(name)
-        return to_released_keys(model, {key: model.get_parameter(key).detach() for key in keys})
+        tensors = dict(model.named_parameters()) | dict(model.named_buffers())
+        return to_released_keys(model, {key: tensors[key].detach() for key in keys})
 
     def sources(self) -> dict[str, dict[str, str]]:
         """Folder and fingerprint of each built model's weights."""
