@@ -227,6 +227,8 @@ class QwenImageUnit_EditImageEmbedder(image_units.EditImageEmbedder):
 class QwenImageUnit_ContextImageEmbedder(image_units.PipelineUnit):
     """Encodes the images of In-Context control, in the sample's size, to `context_latents` (1, 16, h, w)."""
 
+    column = "context_image"
+
     def __init__(self):
         super().__init__(output_params=("context_latents",), onload_model_names=("vae",))
 
