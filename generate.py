@@ -90,7 +90,7 @@ def generate(
         check_free(Path(output), len(requests), pipe.media.suffix)
     given = {name: value for name, value in options.items() if value is not None}
     check_numbers(pipe.request, given, "options.")
-    shared = load_images(input_image=input_image, inpaint_mask=inpaint_mask)
+    shared = load_images(pipe.media.mode, input_image=input_image, inpaint_mask=inpaint_mask)
     pipe.check_adapters(paths := [lora_path] if isinstance(lora_path, str) else lora_path or [])
     for path in paths:
         pipe.use_sampling_settings_of(path)

@@ -14,7 +14,7 @@ import tiny_auraflow
 import tiny_flux2
 import tiny_qwen_edit
 from auraflow import AuraFlowPipeline
-from miniatures import qwen_image, z_image
+from miniatures import qwen_image, qwen_image_21, z_image
 from torch import Tensor
 
 from diffsynth.core.loader import ModelConfig
@@ -26,6 +26,7 @@ from diffsynth.diffusion.pipeline.networks import TrainingDefaults
 from diffsynth.diffusion.training_module import PipelineTrainingModule
 from diffsynth.pipelines.flux2_image import Flux2ImagePipeline
 from diffsynth.pipelines.qwen_image import QwenImagePipeline
+from diffsynth.pipelines.qwen_image_21 import QwenImage21Pipeline
 from diffsynth.pipelines.z_image import ZImagePipeline
 
 
@@ -166,6 +167,19 @@ FAMILIES = [
         edits=True,
         parts=z_image.OMNI_PARTS,
         reference=z_image.sampled_by_diffusers,
+    ),
+    *(
+        Family(
+            name,
+            QwenImage21Pipeline,
+            qwen_image_21.folder,
+            ("to_q", "to_out.0", "img_mlp.gate_layer", "img_mlp.out"),
+            SIZES | {"edit_image_pixels": 64 * 64},
+            edits=edits,
+            parts=qwen_image_21.PARTS,
+            reference=qwen_image_21.sampled_by_diffusers,
+        )
+        for name, edits in (("qwen_image_21", False), ("qwen_image_21_edit", True))
     ),
 ]
 

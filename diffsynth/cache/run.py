@@ -39,6 +39,11 @@ class ModelRun:
         """How the model's family reads and writes its images or videos (`diffusion.pipeline.media.Media`)."""
         return self.model.func.__self__.media
 
+    @property
+    def latents(self) -> Any:
+        """The latents of the model's family (`diffusion.pipeline.vae.Latents`)."""
+        return self.model.func.__self__.latents
+
     def with_template(self: AnyRun) -> AnyRun:
         """Return the same run with its template loaded, which imports the template's code."""
         return replace(self, template=self.template and self.template.load_one(self.seed))

@@ -12,7 +12,6 @@ import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKLQwenImage, QwenImageTransformer2DModel
 from diffusers.models.autoencoders.autoencoder_kl_qwenimage import QwenImageCausalConv3d
-from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from diffusers.models.transformers.transformer_qwenimage import QwenDoubleStreamAttnProcessor2_0
 from PIL import Image
 from torch import Tensor, nn
@@ -26,12 +25,12 @@ from ..diffusion.base_pipeline import BasePipeline
 from ..diffusion.controlnet.inputs import ControlRequest
 from ..diffusion.flow_match import exponential_shift, stretch_to_terminal
 from ..diffusion.pipeline import image_units
-from ..diffusion.pipeline.attention import JointAttention
+from ..diffusion.pipeline.attention import JointAttention, rotated, rotation_table
 from ..diffusion.pipeline.components import Folder, Network
 from ..diffusion.pipeline.conditioning import PromptEmbedder
 from ..diffusion.pipeline.kv_cache import KVCache
 from ..diffusion.pipeline.request import EDIT_IMAGE_PIXELS, EditRequest, TemplateRequest
-from ..diffusion.pipeline.vae import Latents, NormalisedVAE
+from ..diffusion.pipeline.vae import Latents, SingleFrameVAE
 from ..diffusion.template.cache import append_text
 from ..diffusion.template.lora import InputLoRA, added
 from .controlnets.qwen_image import (
@@ -109,36 +108,13 @@ class SingleFrameConv3d(QwenImageCausalConv3d):
         return F.conv2d(frame, weight, self.bias, self.stride[1:], (top, left)).unsqueeze(2)
 
 
-class QwenImageVAE(NormalisedVAE, AutoencoderKLQwenImage):
+class QwenImageVAE(SingleFrameVAE, AutoencoderKLQwenImage):
     """The released autoencoder of videos, applied to single images."""
 
     def use_single_frame_convolutions(self) -> None:
         for module in self.modules():
             if type(module) is QwenImageCausalConv3d:
                 module.__class__ = SingleFrameConv3d
-
-    def distribution(self, image: Tensor, *tiling) -> DiagonalGaussianDistribution:
-        """The posterior N(μ, σ²) over latents (B, 16, 1, h, w) of RGB (B, 3, H, W) in [-1, 1]."""
-        return super().distribution(image.unsqueeze(2), *tiling)
-
-    def reconstruct(self, latents: Tensor) -> Tensor:
-        """Decode latents (B, 16, 1, h, w) to RGB (B, 3, H, W) in [-1, 1]."""
-        return super().reconstruct(latents)[:, :, 0]
-
-    def packed(self, latents: Tensor) -> Tensor:
-        return latents[:, :, 0]
-
-    def unpacked(self, latents: Tensor) -> Tensor:
-        return latents.unsqueeze(2)
-
-    def statistics(self, like: Tensor) -> tuple[Tensor, Tensor]:
-        both = (self.config.latents_mean, self.config.latents_std)
-        return tuple(torch.tensor(values, device=like.device, dtype=like.dtype).view(1, -1, 1, 1) for values in both)
-
-    def tile(self, tiled: bool, tile_size: int, tile_stride: int) -> None:
-        size, stride = (n * self.spatial_compression_ratio for n in (tile_size, tile_stride))
-        self.enable_tiling(size, size, stride, stride)
-        self.use_tiling = tiled
 
 
 class QwenImageAttnProcessor(JointAttention, QwenDoubleStreamAttnProcessor2_0):
@@ -185,25 +161,6 @@ def rotation_tables(_: nn.Module, __: tuple, frequencies: Sequence[Tensor]) -> t
     Inductor does not compile complex numbers: each block would fall back to eager code for them.
     """
     return tuple(map(rotation_table, frequencies))
-
-
-def rotation_table(frequencies: Tensor) -> Tensor:
-    """Real factors (2, L, head_dim) of `rotated` for complex frequencies (L, head_dim / 2), one a pair of values."""
-    cos, sin = torch.view_as_real(frequencies).unbind(-1)
-    return torch.stack([torch.stack([cos, cos], dim=-1), torch.stack([-sin, sin], dim=-1)]).flatten(-2)
-
-
-def rotated(heads: Tensor, table: Tensor) -> Tensor:
-    """Apply the rotary position embedding to queries or keys (B, S, heads, head_dim), in fp32.
-
-    Args:
-        table: Factors (2, S, head_dim) of each value and of the other one of its pair: (a, b) becomes
-            (a cos - b sin, b cos + a sin).
-    """
-    own, other = table.unsqueeze(2)
-    values = heads.float()
-    swapped = values.unflatten(-1, (-1, 2)).flip(-1).flatten(-2)
-    return (values * own + swapped * other).to(heads.dtype)
 
 
 def model_fn_qwen_image(

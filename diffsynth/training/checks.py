@@ -29,6 +29,7 @@ def check_run(run: "Run", engine: Engine) -> None:
     check_one_folder(run.run_dir)
     layout = BatchLayout(run.batch_size, run.micro_batch_size, engine.replicas)
     scan(run.dataset, run.media, run.task, run.template)
+    check_sides(run.dataset, run.latents.multiple)
     for dataset in run.validation.datasets.values():
         scan(dataset, run.media, run.task, run.template)
     if run.samples is None:  # the first few may have one size
@@ -64,8 +65,23 @@ def check_one_folder(run_dir: str) -> None:
 
 def scan(dataset: TrainingData, media: "Media", task: "Objective", template: "Template | None") -> None:
     """Prepare a data set for the task, then check its rows; see `TrainingData.scan`."""
-    prepare_data(dataset, task, template)
+    prepare_data(dataset, media, task, template)
     dataset.scan(required=required_columns(media, task, template))
+
+
+def check_sides(dataset: TrainingData, multiple: int) -> None:
+    """Check that the sides of all images are multiples of what the family's latents need.
+
+    Raises:
+        ValueError: Those of one are not; names what to set.
+    """
+    sizes = {*dataset.own_sizes, *(size for size in dataset.rows_in_buckets() if size is not None)}
+    for width, height in sorted(sizes):
+        if width % multiple or height % multiple:
+            raise ValueError(
+                f"{dataset.metadata_path}: images have {width} x {height} pixels, expected multiples of {multiple}, "
+                f"which the model needs; set dataset.division_factor={multiple} or dataset.height and dataset.width."
+            )
 
 
 def check_one_size(dataset: TrainingData, micro_batch_size: int) -> None:

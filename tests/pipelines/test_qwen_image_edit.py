@@ -30,6 +30,7 @@ from diffsynth.diffusion.template.code import read_code
 from diffsynth.diffusion.template.model import load_template
 from diffsynth.diffusion.training_module import PipelineTrainingModule, prepare_training
 from diffsynth.pipelines.qwen_image import EDIT_PROMPT_TEMPLATE, ModelConfig, QwenImagePipeline, pack_latents
+from diffsynth.plan.meta_pipeline import meta_pipeline
 from diffsynth.training.accelerator import make_accelerator
 from diffsynth.training.checks import scan
 
@@ -295,6 +296,12 @@ def test_a_run_trains_a_template_and_samples_its_rows(data, tmp_path):
 # The released size ----------------------------------------------------------------------------------------------------
 
 RELEASED = ["qwen_image_edit", "qwen_image_edit_2509", "qwen_image_edit_2511"]
+SAMPLED = {  # models of the same architecture, and their steps and scale of guidance
+    "qwen_image_2512": (30, 4.0),
+    "qwen_image_distill_full": (15, 1.0),
+    "firered_image_edit_10": (30, 4.0),
+    "firered_image_edit_11": (30, 4.0),
+}
 
 
 @pytest.mark.parametrize("name", RELEASED)
@@ -304,6 +311,16 @@ def test_a_configuration_is_complete(name):
     folders = {cfg.model[part].model_id for part in tiny_qwen_edit.PARTS}
     assert {folder.lower().replace("-", "_") for folder in folders} == {f"qwen/{name}"}
     assert cfg.model.edit_image_numbered == (name != "qwen_image_edit")
+
+
+@pytest.mark.parametrize("name", tiny.mostly_slow(SAMPLED, "qwen_image_distill_full"))
+def test_models_of_the_same_architecture_have_a_configuration_and_a_known_architecture(name):
+    cfg = tiny.compose("plan", f"model={name}")
+    pipe = meta_pipeline(tiny.build(cfg)["model"], tokens=8)
+    request = pipe.complete({"prompt": ""})
+    assert (request["num_inference_steps"], request["cfg_scale"]) == SAMPLED[name]
+    assert sum(p.numel() for p in pipe.dit.parameters()) == pytest.approx(20.43e9, abs=5e6)
+    assert cfg.model.get("edit_image_numbered", False) == name.startswith("firered")
 
 
 @pytest.mark.slow

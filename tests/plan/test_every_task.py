@@ -10,7 +10,7 @@ from diffsynth.plan.plan import Plan, Planner
 from diffsynth.plan.run import PlacedRun
 from diffsynth.training.checks import scan
 
-MODELS = ["qwen_image", "qwen_image_edit_2511", "flux2_klein_4b", "flux2_dev"]
+MODELS = ["qwen_image", "qwen_image_edit_2511", "qwen_image_21_edit", "flux2_klein_4b", "flux2_dev"]
 GIVEN = ["teacher=none"]  # the data set's images take the place of the teacher's
 TASKS = {
     "sft": [],

@@ -78,6 +78,12 @@ class TrainingData(Dataset):
         For images that a model sampled and that are trained with the noise they were sampled from.
         """
 
+    def read_images_in(self, mode: str) -> None:
+        """Read images in a mode of Pillow, such as `RGBA`; those without alpha are opaque then.
+
+        Columns that an operator of the caller's own reads stay as they are.
+        """
+
     def read_column(self, name: str, reader: Callable[[str], Callable]) -> None:
         """Read the column `name` by the operator `reader(base_path)`, unless it has an operator already."""
 

@@ -87,6 +87,7 @@ class UnifiedDataset(TrainingData):
         self.data_file_keys = [key.strip() for key in keys]
         main = main_data_operator or self.default_image_operator(self.base_path)
         self.operators = dict.fromkeys(self.data_file_keys, main) | dict(special_operator_map or {})
+        self.loader_in: Callable[[str], Callable] | None = None  # the loader in a mode, where it may be replaced
         self.fit, self.buckets, self.augmentation = fit, buckets, augmentation or Augmentation()
         if buckets and not fit:
             raise ValueError("buckets choose sizes, and without fit images are not resized to them; pass fit as well")
@@ -150,13 +151,13 @@ class UnifiedDataset(TrainingData):
         options = {"on_error": on_error, "encoding": encoding, "scan_rows": scan_rows}
         options |= {"fit": fit, "buckets": sizes, "augmentation": augmentation}
         dataset = cls(path, metadata, repeat, data_file_keys, cls.image_loader(path, allow_urls), **options)
-        dataset.num_workers = num_workers
+        dataset.num_workers, dataset.loader_in = num_workers, partial(cls.image_loader, path, allow_urls)
         return dataset
 
     @staticmethod
-    def image_loader(base_path: str = "", allow_urls: bool = False) -> RouteByType:
+    def image_loader(base_path: str = "", allow_urls: bool = False, mode: str = "RGB") -> RouteByType:
         """Operator that loads an image, or every image of a list, at its own size."""
-        image = ToAbsolutePath(base_path, allow_urls) >> LoadImage()
+        image = ToAbsolutePath(base_path, allow_urls) >> LoadImage(mode)
         return RouteByType([(str, image), (list, SequentialProcess(image)), (EmbeddedFile, image)])
 
     @staticmethod
@@ -219,6 +220,10 @@ class UnifiedDataset(TrainingData):
             )
         if self.fit:
             self.fit.only_as_it_is = True
+
+    def read_images_in(self, mode: str) -> None:
+        if self.loader_in:
+            self.operators |= dict.fromkeys(self.data_file_keys, self.loader_in(mode))
 
     def read_column(self, name: str, reader: Callable[[str], Callable]) -> None:
         self.operators.setdefault(name, reader(self.base_path))

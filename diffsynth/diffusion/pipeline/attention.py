@@ -1,4 +1,4 @@
-"""`JointAttention`: attention with extra keys and values, and over tokens that are split across devices.
+"""`JointAttention`: attention with extra keys and values, and over tokens that are split across devices; rotations.
 
 Shapes: B batch, S tokens of text and image, L text tokens, D width.
 """
@@ -48,3 +48,22 @@ class JointAttention(KVCacheReader):
         tokens = dispatch_attention_fn(query, key, value, attn_mask=mask, backend=self._attention_backend)
         tokens = tokens if split is None else split.to_tokens(tokens)
         return tokens.flatten(2).to(query.dtype)
+
+
+def rotation_table(frequencies: Tensor) -> Tensor:
+    """Real factors (2, …, head_dim) of `rotated` for complex frequencies (…, head_dim / 2), one a pair of values."""
+    cos, sin = torch.view_as_real(frequencies).unbind(-1)
+    return torch.stack([torch.stack([cos, cos], dim=-1), torch.stack([-sin, sin], dim=-1)]).flatten(-2)
+
+
+def rotated(heads: Tensor, table: Tensor) -> Tensor:
+    """Apply the rotary position embedding to queries or keys (B, S, heads, head_dim), in fp32.
+
+    Args:
+        table: Factors (2, S, head_dim) of each value and of the other one of its pair: (a, b) becomes
+            (a cos - b sin, b cos + a sin). Samples with positions of their own have (2, B, S, head_dim).
+    """
+    own, other = table.unsqueeze(-2)
+    values = heads.float()
+    swapped = values.unflatten(-1, (-1, 2)).flip(-1).flatten(-2)
+    return (values * own + swapped * other).to(heads.dtype)

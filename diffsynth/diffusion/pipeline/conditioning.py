@@ -15,7 +15,8 @@ from .units import PipelineUnit, in_groups
 if TYPE_CHECKING:
     from ..base_pipeline import BasePipeline
 
-Tokens = Mapping[str, Tensor]
+Tokens = Mapping[str, Tensor | list[slice]]
+ALL = [slice(None)]
 
 
 class PromptEmbedder(PipelineUnit):
@@ -44,7 +45,8 @@ class PromptEmbedder(PipelineUnit):
     def tokenize(self, pipe: "BasePipeline", prompt: str) -> Tokens | list[Tokens]:
         """The text encoder's inputs for one prompt: `input_ids` (1, L), and perhaps a mask and image patches.
 
-        A list has the pieces of a prompt, which are embedded each for itself and then put one after another.
+        A list has the pieces of a prompt, which are embedded each for itself and then put one after another. `kept`, if
+        it is there, is a list of slices of the embeddings: those outside are dropped, and lengths count each slice.
         """
         raise NotImplementedError(f"{type(self).__name__} does not say how prompts are tokenized.")
 
@@ -60,15 +62,17 @@ class PromptEmbedder(PipelineUnit):
         pipe.load_models_to_device(["text_encoder"])
 
         def embed(group: Sequence[Tokens]) -> Sequence[Tensor]:
-            stacked = {name: torch.cat([tokens[name] for tokens in group]).to(pipe.device) for name in group[0]}
+            names = [name for name in group[0] if name != "kept"]
+            stacked = {name: torch.cat([tokens[name] for tokens in group]).to(pipe.device) for name in names}
             return self.embed(pipe, stacked).split(1)
 
         tokenized = [self.tokenize(pipe, **inputs) for inputs in batch]
         prompts = [own if isinstance(own, list) else [own] for own in tokenized]
         pieces = [piece for prompt in prompts for piece in prompt]
         kinds = [(tokens["input_ids"].shape[1], *sorted(tokens)) for tokens in pieces]
-        embedded = iter(in_groups(pieces, kinds, embed))
-        return [self._outputs([next(embedded) for _ in prompt]) for prompt in prompts]
+        embedded = zip(pieces, in_groups(pieces, kinds, embed), strict=True)
+        kept = iter([[states[:, part] for part in tokens.get("kept", ALL)] for tokens, states in embedded])
+        return [self._outputs([part for _ in prompt for part in next(kept)]) for prompt in prompts]
 
     def _outputs(self, pieces: Sequence[Tensor]) -> dict[str, Any]:
         embeddings = torch.cat(pieces, dim=1)

@@ -75,18 +75,18 @@ def warn_of_ignored(request: Mapping, completed: Mapping) -> None:
         logger.warning("input_image has no effect with denoising_strength=1; set it below 1, such as 0.6.")
 
 
-def load_images(**paths: str | None) -> dict[str, Image.Image]:
-    """The images at these paths, by name, as training loads them; names without a path are left out.
+def load_images(mode: str = "RGB", **paths: str | None) -> dict[str, Image.Image]:
+    """The images at these paths in `mode`, by name, as training loads them; names without a path are left out.
 
     Raises:
         ValueError: One cannot be read; names it.
     """
-    return {name: _read_image(name, path) for name, path in paths.items() if path is not None}
+    return {name: _read_image(name, path, mode) for name, path in paths.items() if path is not None}
 
 
-def _read_image(name: str, path: str) -> Image.Image:
+def _read_image(name: str, path: str, mode: str = "RGB") -> Image.Image:
     try:
-        return read_image(path)
+        return read_image(path, mode)
     except Exception as error:  # Pillow's decoders raise exceptions of many types
         raise ValueError(f"{name}={path}: {error}") from error
 

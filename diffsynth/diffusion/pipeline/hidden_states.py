@@ -9,7 +9,9 @@ from collections.abc import Sequence
 from torch import Tensor, nn
 
 
-def hidden_states(decoder: nn.Module, depths: Sequence[int], **inputs: Tensor) -> list[Tensor]:
+def hidden_states(
+    decoder: nn.Module, depths: Sequence[int], around: nn.Module | None = None, **inputs: Tensor
+) -> list[Tensor]:
     """States (B, L, D) of a language model after each number of layers in `depths`; later layers are not run.
 
     A layer's state is read before the model's last norm. That of depth 0 is not available here.
@@ -17,7 +19,9 @@ def hidden_states(decoder: nn.Module, depths: Sequence[int], **inputs: Tensor) -
     Args:
         decoder: A decoder of transformers, with its blocks in `layers` and their number in its configuration.
         depths: Increasing numbers of layers, from 1 to all.
-        inputs: Arguments of the decoder's call, such as `input_ids` (B, L).
+        around: The model around the decoder that is called, for example one that reads images too; None calls the
+            decoder itself.
+        inputs: Arguments of the call, such as `input_ids` (B, L).
     """
     config, states = decoder.config, []
     layers = [decoder.layers[depth - 1] for depth in depths]
@@ -25,7 +29,7 @@ def hidden_states(decoder: nn.Module, depths: Sequence[int], **inputs: Tensor) -
     decoder.config = copy.copy(config)
     decoder.config.num_hidden_layers = depths[-1]
     try:
-        decoder(**inputs, use_cache=False)
+        (around or decoder)(**inputs, use_cache=False)
     finally:
         decoder.config = config
         for hook in hooks:

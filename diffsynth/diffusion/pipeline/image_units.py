@@ -13,6 +13,7 @@ from PIL import Image, ImageFilter
 from torch import Tensor
 
 from ...core.data.operators.images import ImageCropAndResize
+from ...core.data.operators.picture_files import in_mode
 from .units import PipelineUnit, in_groups
 
 if TYPE_CHECKING:
@@ -105,21 +106,24 @@ def edit_images(
     auto_resize: bool,
     pixels: int,
     resize: Callable[[Image.Image, int], Image.Image] = crop_to_area,
+    mode: str = "RGB",
+    multiple: int = 16,
 ) -> list[Image.Image]:
-    """One edit image or several as a list of RGB images.
+    """One edit image or several as a list of images in `mode`.
 
     Args:
         auto_resize: Scale each image to about `pixels` pixels by `resize`.
+        multiple: Sides of images that are not scaled must be multiples of it.
 
     Raises:
         ValueError: An element is no image, or has sides that the autoencoder cannot divide.
     """
-    images = image_list(edit_image, "edit_image")
-    return [resize(image, pixels) if auto_resize else _checked_sides(image) for image in images]
+    images = image_list(edit_image, "edit_image", mode)
+    return [resize(image, pixels) if auto_resize else _checked_sides(image, multiple) for image in images]
 
 
-def image_list(value: Image.Image | Sequence[Image.Image] | None, name: str) -> list[Image.Image]:
-    """One image, several or none as a list of RGB images; `name` is that of the argument, for errors.
+def image_list(value: Image.Image | Sequence[Image.Image] | None, name: str, mode: str = "RGB") -> list[Image.Image]:
+    """One image, several or none as a list of images in `mode`; `name` is that of the argument, for errors.
 
     Raises:
         ValueError: An element is no image.
@@ -131,13 +135,13 @@ def image_list(value: Image.Image | Sequence[Image.Image] | None, name: str) -> 
             f"{name} is or holds {wrong[0]!r}, expected images; if it is a column of a data set, list it in "
             "dataset.data_file_keys."
         )
-    return [image.convert("RGB") for image in images]
+    return [in_mode(image, mode) for image in images]
 
 
-def _checked_sides(image: Image.Image) -> Image.Image:
-    if image.width % 16 or image.height % 16:
+def _checked_sides(image: Image.Image, multiple: int) -> Image.Image:
+    if image.width % multiple or image.height % multiple:
         raise ValueError(
-            f"edit_image is {image.width} x {image.height} pixels, expected multiples of 16; crop it, or set "
+            f"edit_image is {image.width} x {image.height} pixels, expected multiples of {multiple}; crop it, or set "
             "edit_image_auto_resize=True, which resizes it."
         )
     return image
@@ -152,13 +156,16 @@ class EditImageEmbedder(PipelineUnit):
         super().__init__(output_params=("edit_latents",), onload_model_names=("vae",))
 
     def process(self, pipe, edit_image, edit_image_auto_resize, edit_image_pixels, tiled, tile_size, tile_stride):
-        images = edit_images(edit_image, edit_image_auto_resize, edit_image_pixels, self.resize)
+        images = self.images(pipe, edit_image, edit_image_auto_resize, edit_image_pixels)
         return {"edit_latents": encode_images(pipe, images, tiled, tile_size, tile_stride)} if images else {}
+
+    def images(self, pipe, edit_image, auto_resize, pixels) -> list[Image.Image]:
+        return edit_images(edit_image, auto_resize, pixels, self.resize, pipe.media.mode, pipe.latents.multiple)
 
     def process_batch(self, pipe, batch):
         """Encode the edit images of all samples; those of equal size go through the autoencoder together."""
         names = ("edit_image", "edit_image_auto_resize", "edit_image_pixels")
-        by_sample = [edit_images(*(inputs[name] for name in names), self.resize) for inputs in batch]
+        by_sample = [self.images(pipe, *(inputs[name] for name in names)) for inputs in batch]
         images = [image for own in by_sample for image in own]
         latents = iter(encode_images(pipe, images, *tiling(batch[0])))
         return [{"edit_latents": [next(latents) for _ in own]} if own else {} for own in by_sample]
@@ -200,7 +207,7 @@ def latent_weights(
     """A mask image as weights (1, 1, h, w) in [0, 1], 1 where it is white; blurred by `blur_sigma` latent pixels."""
     # BOX is the mean over each latent pixel. Other filters would mix in its neighbours, which may be masked.
     size = (width // pipe.latents.factor, height // pipe.latents.factor)
-    mask = mask.convert("L").resize(size, Image.Resampling.BOX)
+    mask = in_mode(mask, "L").resize(size, Image.Resampling.BOX)
     if blur_sigma:
         mask = mask.filter(ImageFilter.GaussianBlur(blur_sigma))
     weights = torch.from_numpy(np.array(mask, dtype=np.float32) / 255)

@@ -9,6 +9,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from ...core.data.operators.picture_files import in_mode
 from ...core.pictures import save_png
 
 Size = tuple[int, ...]  # (width, height) in pixels; a video's further numbers follow
@@ -21,11 +22,13 @@ class Media:
         column: Column of a data set that holds it.
         argument: Argument of the pipeline's call that holds a value to start from, or to train on.
         suffix: Suffix of its files.
+        mode: Mode of its images: `RGB`, or `RGBA` where a family generates alpha as well.
     """
 
     column: str
     argument: str
     suffix: str
+    mode: str = "RGB"
 
     def size(self, value: Any) -> Size:
         """Size of a value, which may not be read yet (`core.data.operators.unread.Unread`)."""
@@ -56,14 +59,21 @@ class Media:
         raise NotImplementedError(f"{type(self).__name__} does not define `write`.")
 
     def thumbnail(self, value: Any) -> Image.Image:
-        """An image of the value, for grids, reports and metrics."""
+        """An RGB image of the value, for grids, reports and metrics; alpha is on white."""
         raise NotImplementedError(f"{type(self).__name__} does not define `thumbnail`.")
 
 
 class ImageMedia(Media):
-    """RGB images."""
+    """Images, in RGB or with alpha.
+
+    Args:
+        mode: `RGB`, or `RGBA`, in which images without alpha are opaque.
+    """
 
     column, argument, suffix = "image", "input_image", ".png"
+
+    def __init__(self, mode: str = "RGB"):
+        self.mode = mode
 
     def size(self, value: Any) -> Size:
         return tuple(value.size)
@@ -72,19 +82,22 @@ class ImageMedia(Media):
         return request["width"], request["height"]
 
     def resized(self, value: Image.Image, height: int, width: int) -> Image.Image:
-        return value.convert("RGB").resize((width, height))
+        return in_mode(value, self.mode).resize((width, height))
 
     def inputs(self, value: Any) -> dict[str, Any]:
         width, height = self.size(value)
         return {self.argument: value, "height": height, "width": width}
 
     def preprocess(self, value: Image.Image, device: torch.device, dtype: torch.dtype) -> Tensor:
-        """RGB (1, 3, H, W) in [-1, 1]; pixels are rounded to `dtype` before they are scaled, as in DiffSynth-Studio."""
-        pixels = torch.from_numpy(np.array(value, dtype=np.float32)).to(device, dtype)
+        """RGB (1, 3, H, W) or RGBA (1, 4, H, W) in [-1, 1].
+
+        Pixels are rounded to `dtype` before they are scaled, as in DiffSynth-Studio.
+        """
+        pixels = torch.from_numpy(np.array(in_mode(value, self.mode), dtype=np.float32)).to(device, dtype)
         return (pixels * (2 / 255) - 1).permute(2, 0, 1).unsqueeze(0)
 
     def postprocess(self, pixels: Tensor) -> Image.Image:
-        """The image of an RGB tensor (1, 3, H, W) in [-1, 1]."""
+        """The image of a tensor, RGB (1, 3, H, W) or RGBA (1, 4, H, W), in [-1, 1]."""
         values = ((pixels[0].float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
         return Image.fromarray(values.permute(1, 2, 0).cpu().numpy())
 
@@ -92,4 +105,4 @@ class ImageMedia(Media):
         save_png(value, path, parameters)
 
     def thumbnail(self, value: Image.Image) -> Image.Image:
-        return value
+        return in_mode(value, "RGB")

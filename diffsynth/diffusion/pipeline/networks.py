@@ -20,7 +20,7 @@ from ...core.loader import (
     load_weights,
     to_released_keys,
 )
-from ...core.ranges import BatchSize, LearningRate, Pixels, PositiveInt
+from ...core.ranges import BatchSize, LearningRate, Pixels, PositiveInt, Side
 from ..adapters import files as lora_files
 from ..adapters.names import LayerNames
 from . import sampling_settings
@@ -41,6 +41,7 @@ class TrainingDefaults:
         validate_every: Optimizer steps between two evaluations; None evaluates before the first and after the last.
         checkpointing: Policy of gradient checkpointing, see `core.memory.MemoryRecipe`.
         max_pixels: Default of `dataset.max_pixels`, the most pixels of a training image.
+        division_factor: Default of `dataset.division_factor`, of which both sides of a training image are multiples.
         lora_target_modules: Layers that LoRA adapts, by model.
         data_file_keys: Columns of the data set that name image files.
         extra_inputs: The columns among them that the pipeline reads as inputs, such as `edit_image`.
@@ -56,6 +57,7 @@ class TrainingDefaults:
     validate_every: PositiveInt | None = 100
     checkpointing: str = "blocks"
     max_pixels: Pixels = 1024 * 1024
+    division_factor: Side = 16
     lora_target_modules: Mapping[str, Sequence[str] | str] = field(default_factory=dict)
     data_file_keys: Sequence[str] = ("image",)
     extra_inputs: Sequence[str] = ()

@@ -18,16 +18,18 @@ class Latents:
         channels: Number of channels C.
         factor: Downsampling, H / h and W / w.
         patch: Latent pixels per token, along each side.
+        group: Tokens that only come together, along each side.
     """
 
     channels: int
     factor: int
     patch: int = 1
+    group: int = 1
 
     @property
     def multiple(self) -> int:
         """Both sides of an image, in pixels, must be multiples of this."""
-        return self.factor * self.patch
+        return self.factor * self.patch * self.group
 
     def shape(self, height: int, width: int) -> tuple[int, ...]:
         """Shape (1, C, h, w) of the latents of one image of `height` and `width` in pixels."""
@@ -35,7 +37,7 @@ class Latents:
 
     def tokens(self, height: int, width: int) -> int:
         """Number of tokens of one image of `height` and `width` in pixels."""
-        return (height // self.multiple) * (width // self.multiple)
+        return (height // (self.factor * self.patch)) * (width // (self.factor * self.patch))
 
     def fitted(self, height: int, width: int) -> tuple[int, int]:
         """`height` and `width` in pixels, rounded up to `multiple`."""
@@ -95,3 +97,30 @@ class NormalisedVAE:
         self.tile_latent_min_size = tile_size
         self.tile_sample_min_size = tile_size * 2 ** (len(self.config.block_out_channels) - 1)
         self.tile_overlap_factor = 1 - tile_stride / tile_size
+
+
+class SingleFrameVAE(NormalisedVAE):
+    """`NormalisedVAE` for an autoencoder of videos that is applied to single images; it has statistics by channel."""
+
+    def distribution(self, image: Tensor, *tiling) -> Any:
+        """The posterior N(μ, σ²) over latents (B, C, 1, h, w) of RGB (B, 3, H, W) in [-1, 1]."""
+        return super().distribution(image.unsqueeze(2), *tiling)
+
+    def reconstruct(self, latents: Tensor) -> Tensor:
+        """Decode latents (B, C, 1, h, w) to RGB (B, 3, H, W) in [-1, 1]."""
+        return super().reconstruct(latents)[:, :, 0]
+
+    def packed(self, latents: Tensor) -> Tensor:
+        return latents[:, :, 0]
+
+    def unpacked(self, latents: Tensor) -> Tensor:
+        return latents.unsqueeze(2)
+
+    def statistics(self, like: Tensor) -> tuple[Tensor, Tensor]:
+        both = (self.config.latents_mean, self.config.latents_std)
+        return tuple(torch.tensor(values, device=like.device, dtype=like.dtype).view(1, -1, 1, 1) for values in both)
+
+    def tile(self, tiled: bool, tile_size: int, tile_stride: int) -> None:
+        size, stride = (n * self.spatial_compression_ratio for n in (tile_size, tile_stride))
+        self.enable_tiling(size, size, stride, stride)
+        self.use_tiling = tiled

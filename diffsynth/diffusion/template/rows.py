@@ -85,8 +85,8 @@ def required_columns(media: Media, task: Objective, template: Template | None) -
     return (media.column, "prompt", *task.columns, *(("template_inputs",) if template else ()))
 
 
-def prepare_data(dataset: TrainingData, task: Objective, template: Template | None) -> None:
-    """Configure a data set for a training: no resizing if the objective forbids it, and how to read template inputs.
+def prepare_data(dataset: TrainingData, media: Media, task: Objective, template: Template | None) -> None:
+    """Configure a data set for a training: with alpha or without, resized or not, and how to read template inputs.
 
     Raises:
         ValueError: Augmentation would change images that the objective needs as they are, or there are no images.
@@ -97,6 +97,7 @@ def prepare_data(dataset: TrainingData, task: Objective, template: Template | No
                 f"{own.metadata_path} holds prompts without images, but {type(task).__name__} learns from images; "
                 "choose dataset=image_folder, or task=distill or task=distill/…, whose teacher samples the images."
             )
+        own.read_images_in(media.mode)
         if task.keeps_images:
             own.keep_images_as_they_are()
         if template is not None:

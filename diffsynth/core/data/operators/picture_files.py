@@ -87,7 +87,11 @@ def as_shown(image: Image.Image, mode: str) -> Image.Image:
     """The upright image in `mode` and in sRGB; if `mode` has no alpha, on a white background."""
     name = getattr(image, "filename", "") or "a picture"
     with texts_in_bounds():
-        image = in_srgb(ImageOps.exif_transpose(image), name)
+        return in_mode(in_srgb(ImageOps.exif_transpose(image), name), mode)
+
+
+def in_mode(image: Image.Image, mode: str) -> Image.Image:
+    """The image in `mode`; if `mode` has no alpha, on a white background."""
     if image.has_transparency_data and mode not in ("LA", "RGBA"):
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
