@@ -108,7 +108,8 @@ def generate(
     sampling = [{name: whole[name] for name in settings} for whole in completed]
     requests = [{**request, **own} for request, own in zip(requests, sampling, strict=True)]
     models.load_encoders(also=templates.called_models(pipe))
-    shared |= templates.arguments(pipe, *sides)
+    size = {name: sampling[0][name] for name in ("height", "width")}
+    shared |= templates.arguments(pipe, *sides, size=size)
     inputs = encode(pipe, [{**shared, **request} for request in requests])
     del templates  # nothing calls their networks any more
     models.load_network()

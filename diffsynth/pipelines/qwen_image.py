@@ -31,8 +31,10 @@ from ..diffusion.pipeline.conditioning import PromptEmbedder
 from ..diffusion.pipeline.kv_cache import KVCache
 from ..diffusion.pipeline.request import EDIT_IMAGE_PIXELS, EditRequest, TemplateRequest
 from ..diffusion.pipeline.vae import Latents, SingleFrameVAE
+from ..diffusion.template import residuals
 from ..diffusion.template.cache import append_text
 from ..diffusion.template.lora import InputLoRA, added
+from ..diffusion.template.residuals import BlockResiduals
 from .controlnets.qwen_image import (
     CONTROL_START,
     QwenImageControlNet,
@@ -178,6 +180,7 @@ def model_fn_qwen_image(
     kv_cache: KVCache | None = None,
     lora: InputLoRA | None = None,
     extra_text_embedding: Tensor | None = None,
+    block_residuals: Sequence[Sequence[BlockResiduals]] | None = None,
     use_gradient_checkpointing: bool = False,
     use_gradient_checkpointing_offload: bool = False,
 ) -> Tensor:
@@ -193,6 +196,7 @@ def model_fn_qwen_image(
         kv_cache: Extra keys and values by block, `block_0` and so on.
         lora: Updates of the transformer's layers.
         extra_text_embedding: Text embeddings (B, L', D) appended to the prompt's.
+        block_residuals: What templates add to the image's tokens after blocks, for each sample.
     """
     checkpointing = use_gradient_checkpointing, use_gradient_checkpointing_offload
     checkpoint_blocks(dit, *checkpointing)
@@ -209,15 +213,17 @@ def model_fn_qwen_image(
     if controlnet is not None and control_latents:
         tokens = [pack_latents(image) for image in control_latents]
         samples = block_samples(controlnet, inputs, tokens, control_prompt, controlnet_scale, checkpointing)
-    with added(dit, lora):
+    height, width = latents.shape[2:]
+    tokens = height // 2 * (width // 2)
+    adding = residuals.added(dit, block_residuals, tokens, inputs["hidden_states"].shape[1])
+    with added(dit, lora), adding:
         velocity = dit(
             **inputs,
             controlnet_block_samples=samples,
             attention_kwargs={"kv_cache": kv_cache} if kv_cache else None,
             return_dict=False,
         )[0]
-    height, width = latents.shape[2:]
-    return unpack_latents(velocity[:, : height // 2 * (width // 2)], height, width)
+    return unpack_latents(velocity[:, :tokens], height, width)
 
 
 def pack_latents(latents: Tensor) -> Tensor:
@@ -321,6 +327,8 @@ class QwenImageRequest(EditRequest, TemplateRequest, ControlRequest):
             are always numbered, so that the prompt can name Picture 1, Picture 2.
         edit_vision_pixels: Area of numbered images for the text encoder, which reads others in the autoencoder's size.
         exponential_shift_mu: Shift of the noise levels; None computes it from the number of tokens.
+        block_residuals, negative_block_residuals: Layers of templates by block, whose outputs are added to the image's
+            tokens.
     """
 
     cfg_scale: NonNegativeFloat = 4.0
@@ -331,6 +339,8 @@ class QwenImageRequest(EditRequest, TemplateRequest, ControlRequest):
     edit_image_numbered: bool = False
     edit_vision_pixels: Pixels = EDIT_VISION_PIXELS
     exponential_shift_mu: float | None = None
+    block_residuals: Mapping | Sequence[Mapping] | None = None
+    negative_block_residuals: Mapping | Sequence[Mapping] | None = None
 
 
 class QwenImagePipeline(BasePipeline):
