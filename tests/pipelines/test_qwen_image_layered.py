@@ -10,12 +10,14 @@ from miniatures import qwen_image_layered
 from PIL import Image
 from torch.testing import assert_close
 
-from diffsynth.core.data import Row, Sample, UnifiedDataset
+from diffsynth.cache.make import launch_data_process_task
+from diffsynth.core.data import CachedDataset, Sample, UnifiedDataset
 from diffsynth.core.loader import ModelConfig
 from diffsynth.diffusion.loss import FlowMatchSFT
 from diffsynth.diffusion.pipeline.media import composite
 from diffsynth.diffusion.training_module import PipelineTrainingModule
 from diffsynth.pipelines.qwen_image_layered import QwenImageLayeredPipeline, qwen_image_layered_sigmas
+from diffsynth.training.accelerator import make_accelerator
 
 COLUMNS = ["layer_input_image"]
 
@@ -83,8 +85,9 @@ def test_the_front_layer_covers_what_is_behind_it():
     assert list(composite([back, front]).getdata()) == [(255, 0, 0, 255), (0, 0, 255, 255)]
 
 
-def test_it_trains_on_lists_of_images(tmp_path):
-    """From files; the loss of a batch is that of its samples, and gradients reach the network."""
+@pytest.fixture
+def dataset(tmp_path) -> UnifiedDataset:
+    """Rows of lists of three images, and of one to decompose."""
     for number in range(8):
         picture(number).save(tmp_path / f"{number}.png")
     rows = [
@@ -101,14 +104,34 @@ def test_it_trains_on_lists_of_images(tmp_path):
     )
     dataset.read_images_in(QwenImageLayeredPipeline.media.mode)
     dataset.scan(required=("image", "prompt", *COLUMNS))
+    return dataset
+
+
+def training() -> PipelineTrainingModule:
     task = FlowMatchSFT(trainable_models=["dit"], extra_inputs=COLUMNS)
-    training = PipelineTrainingModule(built(), task).load()
-    samples = [Sample(Row(dataset[number]), epoch=0, index=number) for number in range(2)]
-    losses = training(samples)
-    assert_close(losses, torch.cat([training([sample]) for sample in samples]), rtol=1e-4, atol=1e-5)
+    return PipelineTrainingModule(built(), task)
+
+
+def samples(dataset) -> list[Sample]:
+    return [Sample(dataset[number], epoch=0, index=number) for number in range(2)]
+
+
+def test_a_batch_of_lists_of_images_is_its_samples(dataset):
+    module, batch = training().load(), samples(dataset)
+    losses = module(batch)
+    assert_close(losses, torch.cat([module([sample]) for sample in batch]), rtol=1e-4, atol=1e-5)
     losses.mean().backward()
-    without = [name for name, p in training.pipe.dit.named_parameters() if p.grad is None]
+    without = [name for name, p in module.pipe.dit.named_parameters() if p.grad is None]
     assert all(name.startswith("transformer_blocks.1.") for name in without)  # its text goes nowhere
+
+
+@pytest.mark.slow
+def test_a_cache_holds_lists_of_images(dataset, tmp_path):
+    launch_data_process_task(make_accelerator("cpu", "float32"), dataset, training(), tmp_path / "cache")
+    module = training().load(cached=True)
+    cached = module(samples(CachedDataset(str(tmp_path / "cache"))))
+    assert module.pipe.vae is None
+    assert_close(cached, training().load()(samples(dataset)), rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize(
