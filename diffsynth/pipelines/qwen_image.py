@@ -7,6 +7,7 @@ are further image tokens, and the text encoder reads them, too. Constants withou
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -43,6 +44,7 @@ from .controlnets.qwen_image import (
     check_controlnet,
     control_channels,
 )
+from .entities import EntityEmbedder, EntityRequest, regional_mask, with_entities
 
 __all__ = ["ModelConfig", "QwenImagePipeline"]
 
@@ -132,15 +134,20 @@ class QwenImageAttnProcessor(JointAttention, QwenDoubleStreamAttnProcessor2_0):
         image_rotary_emb: tuple[Tensor, Tensor] | None = None,
         kv_cache: KVCache | None = None,
         split: TokenSplit | None = None,
+        text_positions: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         image = [layer(hidden_states) for layer in (attn.to_q, attn.to_k, attn.to_v)]
         text = [layer(encoder_hidden_states) for layer in (attn.add_q_proj, attn.add_k_proj, attn.add_v_proj)]
         image = split_heads(image, attn.heads, attn.norm_q, attn.norm_k)
         text = split_heads(text, attn.heads, attn.norm_added_q, attn.norm_added_k)
         query, key, value = (torch.cat(streams, dim=1) for streams in zip(text, image, strict=True))
-        table = torch.cat(image_rotary_emb[::-1], dim=1)  # diffusers has the image's before the text's
+        of_image, of_text = image_rotary_emb
+        if text_positions is not None:
+            of_text = of_text[:, text_positions]
+        table = torch.cat([of_text, of_image], dim=1)
         heads = rotated(query, table), rotated(key, table), value
-        tokens = self.attend(heads, encoder_hidden_states_mask, self.extra(kv_cache), split)
+        mask = encoder_hidden_states_mask if attention_mask is None else attention_mask
+        tokens = self.attend(heads, mask, self.extra(kv_cache), split)
         text, image = tokens.tensor_split([encoder_hidden_states.shape[1]], dim=1)
         return attn.to_out[1](attn.to_out[0](image.contiguous())), attn.to_add_out(text.contiguous())
 
@@ -181,6 +188,9 @@ def model_fn_qwen_image(
     lora: InputLoRA | None = None,
     extra_text_embedding: Tensor | None = None,
     block_residuals: Sequence[Sequence[BlockResiduals]] | None = None,
+    entity_emb: Sequence[Tensor] = (),
+    entity_emb_mask: Sequence[Tensor | None] = (),
+    entity_tokens: Tensor | None = None,
     use_gradient_checkpointing: bool = False,
     use_gradient_checkpointing_offload: bool = False,
 ) -> Tensor:
@@ -197,6 +207,8 @@ def model_fn_qwen_image(
         lora: Updates of the transformer's layers.
         extra_text_embedding: Text embeddings (B, L', D) appended to the prompt's.
         block_residuals: What templates add to the image's tokens after blocks, for each sample.
+        entity_emb, entity_emb_mask: `prompt_emb` and `prompt_emb_mask` of each entity's prompt.
+        entity_tokens: Tokens of the image (B, E, h · w / 4) that see each entity's prompt, and that it sees.
     """
     checkpointing = use_gradient_checkpointing, use_gradient_checkpointing_offload
     checkpoint_blocks(dit, *checkpointing)
@@ -213,6 +225,9 @@ def model_fn_qwen_image(
     if controlnet is not None and control_latents:
         tokens = [pack_latents(image) for image in control_latents]
         samples = block_samples(controlnet, inputs, tokens, control_prompt, controlnet_scale, checkpointing)
+    attention = {"kv_cache": kv_cache} if kv_cache else {}
+    if entity_emb:
+        attention |= place_entities(inputs, entity_emb, entity_emb_mask, entity_tokens)
     height, width = latents.shape[2:]
     tokens = height // 2 * (width // 2)
     adding = residuals.added(dit, block_residuals, tokens, inputs["hidden_states"].shape[1])
@@ -220,10 +235,33 @@ def model_fn_qwen_image(
         velocity = dit(
             **inputs,
             controlnet_block_samples=samples,
-            attention_kwargs={"kv_cache": kv_cache} if kv_cache else None,
+            attention_kwargs=attention or None,
             return_dict=False,
         )[0]
     return unpack_latents(velocity[:, :tokens], height, width)
+
+
+def place_entities(
+    inputs: dict[str, Any], texts: Sequence[Tensor], masks: Sequence[Tensor | None], tokens: Tensor
+) -> dict[str, Tensor]:
+    """Put the texts (B, L, D) of entities before the prompt among the transformer's `inputs`; arguments of attention.
+
+    Args:
+        tokens: Tokens of the image (B, E, T) that see each entity's text.
+
+    Raises:
+        ValueError: There are images besides the sampled one.
+    """
+    if inputs["hidden_states"].shape[1] != tokens.shape[2]:
+        raise ValueError(
+            "eligen_entity_prompts are for the sampled image alone; leave edit_image and context_image out, and give "
+            "all samples of a batch one size."
+        )
+    text = inputs["encoder_hidden_states"], inputs["encoder_hidden_states_mask"]
+    lengths = [own.shape[1] for own in (*texts, text[0])]
+    text, kept, positions = with_entities(*text, [own.to(text[0]) for own in texts], masks)
+    inputs |= {"encoder_hidden_states": text, "encoder_hidden_states_mask": None}
+    return {"attention_mask": regional_mask(kept, lengths, tokens), "text_positions": positions}
 
 
 def pack_latents(latents: Tensor) -> Tensor:
@@ -297,6 +335,10 @@ class QwenImageUnit_PromptEmbedder(PromptEmbedder):
         return pipe.text_encoder.model(**tokens).last_hidden_state[:, template:]
 
 
+class QwenImageUnit_EntityEmbedder(EntityEmbedder):
+    texts = QwenImageUnit_PromptEmbedder()
+
+
 # Pipeline -------------------------------------------------------------------------------------------------------------
 
 
@@ -317,7 +359,7 @@ def check_templates(pipe: "QwenImagePipeline") -> None:
 
 
 @dataclass(kw_only=True)
-class QwenImageRequest(EditRequest, TemplateRequest, ControlRequest):
+class QwenImageRequest(EditRequest, TemplateRequest, ControlRequest, EntityRequest):
     """Sample one image with Qwen-Image.
 
     Args:
@@ -369,8 +411,15 @@ class QwenImagePipeline(BasePipeline):
         QwenImageUnit_ControlEmbedder,
         QwenImageUnit_ContextImageEmbedder,
         QwenImageUnit_PromptEmbedder,
+        QwenImageUnit_EntityEmbedder,
         QwenImageUnit_EditImageEmbedder,
     )
+
+    per_sample_arguments = (*BasePipeline.per_sample_arguments, "eligen_entity_masks")
+
+    @property
+    def one_sided_arguments(self) -> tuple[str, ...]:
+        return (*super().one_sided_arguments, "eligen_entity_prompts")
 
     def check_networks(self) -> None:
         if self.controlnet is not None:

@@ -203,6 +203,7 @@ class QwenImageLayeredPipeline(QwenImagePipeline):
     model_settings = ("layer_num",)
     per_sample_arguments = (*BasePipeline.per_sample_arguments, "layer_input_image")
     guided_velocity = BasePipeline.guided_velocity
+    one_sided_arguments = BasePipeline.one_sided_arguments
     processor = None
     unit_classes = (
         image_units.ShapeChecker,

@@ -45,8 +45,12 @@ def append_keys(key: Tensor, value: Tensor, extra: tuple[Tensor, Tensor]) -> tup
 
 
 def extend_mask(mask: Tensor, count: int) -> Tensor:
-    """Extend an attention mask (B, L) by `count` keys that are attended to, to (B, 1, 1, L + count)."""
-    return F.pad(mask, (0, count), value=True)[:, None, None, :]
+    """Extend an attention mask by `count` keys that are attended to: (B, L) to (B, 1, 1, L + count).
+
+    One that differs between queries, (B, S, L), becomes (B, 1, S, L + count).
+    """
+    extended = F.pad(mask, (0, count), value=True)
+    return extended[:, None] if mask.ndim == 3 else extended[:, None, None]
 
 
 def merge(caches: Sequence[KVCache]) -> dict[str, tuple[Tensor, Tensor]]:
