@@ -124,7 +124,10 @@ def test_a_batch_of_rows_with_entities_is_its_samples(training_module):
 @pytest.mark.parametrize(
     "change, message",
     [
-        ({COLUMNS[0]: "a cat"}, r"eligen_entity_prompts is 'a cat'; expected a list of prompts, such as \[a cat, a hat\]"),
+        (
+            {COLUMNS[0]: "a cat"},
+            r"eligen_entity_prompts is 'a cat'; expected a list of prompts, such as \[a cat, a hat\]",
+        ),
         ({COLUMNS[0]: ["a"]}, "has 1 prompts, but eligen_entity_masks has 2 images; give each entity one of both"),
         ({COLUMNS[1]: ["a.png", "b.png"]}, "eligen_entity_masks is or holds 'a.png', expected images"),
     ],

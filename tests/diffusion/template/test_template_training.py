@@ -271,7 +271,7 @@ def test_frozen_parts_are_in_the_bases_dtype_and_trained_ones_in_fp32(tmp_path):
 
 def test_two_stages_are_the_same_training_as_one(kind, of_kind, rows_of, tmp_path):
     rows, module = rows_of(kind), of_kind(kind)
-    assert make(tmp_path / "cache", rows, module) == {IMAGES: 8, PROMPTS: 8, INPUTS: 8}
+    assert make(tmp_path / "cache", rows, module).items() >= {IMAGES: 8, PROMPTS: 8, INPUTS: 8}.items()
     cached, stage_two = CachedDataset(str(tmp_path / "cache")), of_kind(kind)
     cached.check_made_for(CacheKeys(stage_two).about)
     assert losses(cached, stage_two) == pytest.approx(losses(rows, module), **CLOSE)
