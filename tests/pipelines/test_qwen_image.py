@@ -298,7 +298,8 @@ def test_the_unit_printed_in_the_guide_to_training_takes_the_place_of_ours(pipe)
 def test_training_the_transformer_needs_no_inpainting_unit(pipe):
     units = pipe.required_units(FlowMatchSFT().wanted_inputs(pipe))
     names = [type(unit).__name__.rpartition("_")[2] for unit in units]
-    assert names == ["ShapeChecker", "NoiseInitializer", "InputImageEmbedder", "PromptEmbedder"]
+    inputs = ["ShapeChecker", "NoiseInitializer", "InputImageEmbedder", "ContextImageEmbedder"]
+    assert names == [*inputs, "PromptEmbedder", "EntityEmbedder"]
 
 
 def test_an_unknown_argument_is_answered_with_the_nearest(pipe):
