@@ -34,7 +34,7 @@ faults: .venv/.installed-test
 
 # Tries all readers with damaged files for ten minutes on one core.
 fuzz: .venv/.installed-test
-	FUZZ=500 $(ONE_THREAD) $(BIN)/python -m pytest -m "" tests/fuzz
+	FUZZ=2500 $(ONE_THREAD) $(BIN)/python -m pytest -m "" tests/fuzz
 
 # Writes docs/errors.md.
 errors: .venv/.installed-test

@@ -68,11 +68,10 @@ def generate(
         with_images,
     )
     from diffsynth.diffusion.pipeline.loaded_models import LoadedModels
-    from diffsynth.diffusion.pipeline.request import check_numbers, image_arguments
+    from diffsynth.diffusion.pipeline.request import check_numbers
 
     pipe = model(device=choose_device(device))
-    files = {name: value for name, value in (options or {}).items() if name in image_arguments(pipe.request)}
-    options = with_images(pipe, options)
+    files, options = options or {}, with_images(pipe, options)
     if seed == []:
         raise ValueError("seed is an empty list; expected a seed, or a list of seeds.")
     requests = [
@@ -101,7 +100,8 @@ def generate(
     templates = template.load_all(pipe)
     templates.check(template_inputs, negative_template_inputs)
     sides = [[open_files(inputs) for inputs in side] for side in (template_inputs, negative_template_inputs)]
-    source = {"lora_path": [str(path) for path in paths], "lora_scale": lora_scale, **files}
+    source = {"lora_path": [str(path) for path in paths], "lora_scale": lora_scale}
+    source |= {name: files[name] for name, value in options.items() if value is not files[name]}
     if templates.codes:
         source |= {"templates": [str(code.file) for code in templates.codes], "template_inputs": template_inputs}
         source |= {"negative_template_inputs": negative_template_inputs}
@@ -109,7 +109,8 @@ def generate(
     sampling = [{name: whole[name] for name in settings} for whole in completed]
     requests = [{**request, **own} for request, own in zip(requests, sampling, strict=True)]
     models.load_encoders(also=templates.called_models(pipe))
-    shared |= templates.arguments(pipe, *sides)
+    size = {name: sampling[0][name] for name in ("height", "width")}
+    shared |= templates.arguments(pipe, *sides, size=size)
     inputs = encode(pipe, [{**shared, **request} for request in requests])
     del templates  # nothing calls their networks any more
     models.load_network()

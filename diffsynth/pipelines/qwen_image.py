@@ -7,6 +7,7 @@ are further image tokens, and the text encoder reads them, too. Constants withou
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from diffusers import QwenImageTransformer2DModel
@@ -30,8 +31,10 @@ from ..diffusion.pipeline.kv_cache import KVCache
 from ..diffusion.pipeline.request import EDIT_IMAGE_PIXELS, EditRequest, TemplateRequest
 from ..diffusion.pipeline.vae import Latents
 from ..diffusion.prompts.embedder import PromptEmbedder
+from ..diffusion.template import residuals
 from ..diffusion.template.cache import append_text
 from ..diffusion.template.lora import InputLoRA, added
+from ..diffusion.template.residuals import BlockResiduals
 from .autoencoders.qwen_image import QwenImageVAE
 from .controlnets.qwen_image import (
     CONTROL_START,
@@ -41,6 +44,7 @@ from .controlnets.qwen_image import (
     check_controlnet,
     control_inputs,
 )
+from .entities import EntityEmbedder, EntityRequest, regional_mask, with_entities
 
 __all__ = ["ModelConfig", "QwenImagePipeline"]
 
@@ -106,15 +110,20 @@ class QwenImageAttnProcessor(JointAttention, QwenDoubleStreamAttnProcessor2_0):
         image_rotary_emb: tuple[Tensor, Tensor] | None = None,
         kv_cache: KVCache | None = None,
         split: TokenSplit | None = None,
+        text_positions: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         image = [layer(hidden_states) for layer in (attn.to_q, attn.to_k, attn.to_v)]
         text = [layer(encoder_hidden_states) for layer in (attn.add_q_proj, attn.add_k_proj, attn.add_v_proj)]
         image = split_heads(image, attn.heads, attn.norm_q, attn.norm_k)
         text = split_heads(text, attn.heads, attn.norm_added_q, attn.norm_added_k)
         query, key, value = (torch.cat(streams, dim=1) for streams in zip(text, image, strict=True))
-        table = torch.cat(image_rotary_emb[::-1], dim=1)  # diffusers has the image's before the text's
+        of_image, of_text = image_rotary_emb
+        if text_positions is not None:
+            of_text = of_text[:, text_positions]
+        table = torch.cat([of_text, of_image], dim=1)
         heads = rotated(query, table), rotated(key, table), value
-        tokens = self.attend(heads, encoder_hidden_states_mask, self.extra(kv_cache), split)
+        mask = encoder_hidden_states_mask if attention_mask is None else attention_mask
+        tokens = self.attend(heads, mask, self.extra(kv_cache), split)
         text, image = tokens.tensor_split([encoder_hidden_states.shape[1]], dim=1)
         return attn.to_out[1](attn.to_out[0](image.contiguous())), attn.to_add_out(text.contiguous())
 
@@ -156,6 +165,10 @@ def model_fn_qwen_image(
     kv_cache: KVCache | None = None,
     lora: InputLoRA | None = None,
     extra_text_embedding: Tensor | None = None,
+    block_residuals: Sequence[Sequence[BlockResiduals]] | None = None,
+    entity_emb: Sequence[Tensor] = (),
+    entity_emb_mask: Sequence[Tensor | None] = (),
+    entity_tokens: Tensor | None = None,
     use_gradient_checkpointing: bool = False,
     use_gradient_checkpointing_offload: bool = False,
 ) -> Tensor:
@@ -171,6 +184,9 @@ def model_fn_qwen_image(
         kv_cache: Extra keys and values by block, `block_0` and so on.
         lora: Updates of the transformer's layers.
         extra_text_embedding: Text embeddings (B, L', D) appended to the prompt's.
+        block_residuals: What templates add to the image's tokens after blocks, for each sample.
+        entity_emb, entity_emb_mask: `prompt_emb` and `prompt_emb_mask` of each entity's prompt.
+        entity_tokens: Tokens of the image (B, E, h · w / 4) that see each entity's prompt, and that it sees.
     """
     checkpointing = use_gradient_checkpointing, use_gradient_checkpointing_offload
     checkpoint_blocks(dit, *checkpointing)
@@ -185,17 +201,45 @@ def model_fn_qwen_image(
     }
     samples = None
     if control_latents:
-        controlnets, tokens = built(controlnet, controlnet_2, controlnet_3), list(map(pack_latents, control_latents))
-        samples = block_samples(controlnets, dit, inputs, tokens, control_prompt, controlnet_scale, checkpointing)
-    with added(dit, lora):
+        controlnets, images = built(controlnet, controlnet_2, controlnet_3), list(map(pack_latents, control_latents))
+        samples = block_samples(controlnets, dit, inputs, images, control_prompt, controlnet_scale, checkpointing)
+    attention = {"kv_cache": kv_cache} if kv_cache else {}
+    if entity_emb:
+        attention |= place_entities(inputs, entity_emb, entity_emb_mask, entity_tokens)
+    height, width = latents.shape[2:]
+    tokens = height // 2 * (width // 2)
+    adding = residuals.added(dit, block_residuals, tokens, inputs["hidden_states"].shape[1])
+    with added(dit, lora), adding:
         velocity = dit(
             **inputs,
             controlnet_block_samples=samples,
-            attention_kwargs={"kv_cache": kv_cache} if kv_cache else None,
+            attention_kwargs=attention or None,
             return_dict=False,
         )[0]
-    height, width = latents.shape[2:]
-    return unpack_latents(velocity[:, : height // 2 * (width // 2)], height, width)
+    return unpack_latents(velocity[:, :tokens], height, width)
+
+
+def place_entities(
+    inputs: dict[str, Any], texts: Sequence[Tensor], masks: Sequence[Tensor | None], tokens: Tensor
+) -> dict[str, Tensor]:
+    """Put the texts (B, L, D) of entities before the prompt among the transformer's `inputs`; arguments of attention.
+
+    Args:
+        tokens: Tokens of the image (B, E, T) that see each entity's text.
+
+    Raises:
+        ValueError: There are images besides the sampled one.
+    """
+    if inputs["hidden_states"].shape[1] != tokens.shape[2]:
+        raise ValueError(
+            "eligen_entity_prompts are for the sampled image alone; leave edit_image and context_image out, and give "
+            "all samples of a batch one size."
+        )
+    text = inputs["encoder_hidden_states"], inputs["encoder_hidden_states_mask"]
+    lengths = [own.shape[1] for own in (*texts, text[0])]
+    text, kept, positions = with_entities(*text, [own.to(text[0]) for own in texts], masks)
+    inputs |= {"encoder_hidden_states": text, "encoder_hidden_states_mask": None}
+    return {"attention_mask": regional_mask(kept, lengths, tokens), "text_positions": positions}
 
 
 def pack_latents(latents: Tensor) -> Tensor:
@@ -229,6 +273,8 @@ class QwenImageUnit_EditImageEmbedder(image_units.EditImageEmbedder):
 
 class QwenImageUnit_ContextImageEmbedder(image_units.PipelineUnit):
     """Encodes the images of In-Context control, in the sample's size, to `context_latents` (1, 16, h, w)."""
+
+    column = "context_image"
 
     def __init__(self):
         super().__init__(output_params=("context_latents",), onload_model_names=("vae",))
@@ -269,6 +315,10 @@ class QwenImageUnit_PromptEmbedder(PromptEmbedder):
         return pipe.text_encoder.model(**tokens).last_hidden_state[:, template:]
 
 
+class QwenImageUnit_EntityEmbedder(EntityEmbedder):
+    texts = QwenImageUnit_PromptEmbedder()
+
+
 # Pipeline -------------------------------------------------------------------------------------------------------------
 
 
@@ -289,7 +339,7 @@ def check_templates(pipe: "QwenImagePipeline") -> None:
 
 
 @dataclass(kw_only=True)
-class QwenImageRequest(EditRequest, TemplateRequest, ControlRequest):
+class QwenImageRequest(EditRequest, TemplateRequest, ControlRequest, EntityRequest):
     """Sample one image with Qwen-Image.
 
     Args:
@@ -299,6 +349,8 @@ class QwenImageRequest(EditRequest, TemplateRequest, ControlRequest):
             are always numbered, so that the prompt can name Picture 1, Picture 2.
         edit_vision_pixels: Area of numbered images for the text encoder, which reads others in the autoencoder's size.
         exponential_shift_mu: Shift of the noise levels; None computes it from the number of tokens.
+        block_residuals, negative_block_residuals: Layers of templates by block, whose outputs are added to the image's
+            tokens.
     """
 
     cfg_scale: NonNegativeFloat = 4.0
@@ -309,6 +361,8 @@ class QwenImageRequest(EditRequest, TemplateRequest, ControlRequest):
     edit_image_numbered: bool = False
     edit_vision_pixels: Pixels = EDIT_VISION_PIXELS
     exponential_shift_mu: float | None = None
+    block_residuals: Mapping | Sequence[Mapping] | None = None
+    negative_block_residuals: Mapping | Sequence[Mapping] | None = None
 
 
 class QwenImagePipeline(BasePipeline):
@@ -337,8 +391,15 @@ class QwenImagePipeline(BasePipeline):
         QwenImageUnit_ControlEmbedder,
         QwenImageUnit_ContextImageEmbedder,
         QwenImageUnit_PromptEmbedder,
+        QwenImageUnit_EntityEmbedder,
         QwenImageUnit_EditImageEmbedder,
     )
+
+    per_sample_arguments = (*BasePipeline.per_sample_arguments, "eligen_entity_masks")
+
+    @property
+    def one_sided_arguments(self) -> tuple[str, ...]:
+        return (*super().one_sided_arguments, "eligen_entity_prompts")
 
     def check_networks(self) -> None:
         check_controlnets(self, control_inputs, check_controlnet)

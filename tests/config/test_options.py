@@ -186,7 +186,8 @@ def test_a_model_brings_data_that_it_can_be_trained_on(model):
     own = (cfg.dataset.height, cfg.dataset.width) == (cfg.model.height, cfg.model.width)
     assert own and cfg.dataset.path.startswith("data/emoji" if model.startswith("emoji") else "data/diffsynth_example")
     assert list(cfg.task.extra_inputs) == list(cfg.dataset.data_file_keys[1:])
-    assert bool(cfg.task.extra_inputs) == any(kind in model for kind in ("edit", "kontext", "fill", "controlnet"))
+    read_images = ("edit", "kontext", "fill", "controlnet", "layered")
+    assert bool(cfg.task.extra_inputs) == any(kind in model for kind in read_images)
     assert cfg.validation.datasets.trained.path == cfg.dataset.path
     assert tiny.compose("make_cache", f"model={model}").dataset == cfg.dataset
 

@@ -2,7 +2,7 @@
 
 import json
 import tarfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
 from io import BytesIO
@@ -45,11 +45,13 @@ class Reader:
         name: Name of the file that is damaged, in a folder of its own.
         make: Writes sound files into the folder.
         read: Reads the folder, all of it.
+        readable: The folders of files that a sound file names, which may be read, too.
     """
 
     name: str
     make: Callable[[Path], None]
     read: Callable[[Path], object]
+    readable: Callable[[], Sequence[Path]] = tuple
 
 
 def picture(suffix: str, **options) -> Callable[[Path], None]:
@@ -225,7 +227,7 @@ READERS = {
     "metrics": Reader("metrics.jsonl", run, write_report),
     "run's configuration": Reader("config.yaml", run, write_report),
     "finished run": Reader("finished.json", run, read_record),
-    "inputs of a run": Reader("inputs.json", run, read_record),
+    "inputs of a run": Reader("inputs.json", run, read_record, lambda: (tiny.model(), tiny.dataset())),
     "frames": Reader("a.gif", animation, read_frames),
     "lines": Reader(
         "p.txt", image_beside("p.txt", "a\nb\n"), lambda folder: read_whole(read_lines(str(folder / "p.txt")))

@@ -44,7 +44,7 @@ def test_a_damaged_file_is_read_or_refused_at_once_and_nothing_else_is_touched(s
     signal.alarm(HANGS_AFTER)
     began = time.process_time()
     try:
-        with watched(folder) as offences:
+        with watched(folder, *reader.readable()) as offences:
             reader.read(folder)
     except OURS as error:
         assert Path(reader.name).name in str(error) or str(folder) in str(error), error
@@ -63,9 +63,13 @@ def test_the_watch_sees_what_it_is_for(tmp_path):
     """Otherwise the statements above would hold of anything."""
     outside = tmp_path / "outside.txt"
     outside.write_text("")
+    (tmp_path / "readable").mkdir()
+    (tmp_path / "readable" / "file").write_text("")
     (tmp_path / "inside").mkdir()
-    with watched(tmp_path / "inside") as offences:
+    with watched(tmp_path / "inside", tmp_path / "readable") as offences:
         outside.read_text()
+        (tmp_path / "readable" / "file").read_text()
+        (tmp_path / "readable" / "file").write_text("")
         (tmp_path / "inside" / "file").write_text("")
         outside.unlink()
-    assert [offence.split()[0] for offence in offences] == ["open", "os.remove"]
+    assert [offence.split()[0] for offence in offences] == ["open", "open", "os.remove"]

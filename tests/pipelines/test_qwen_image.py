@@ -296,9 +296,9 @@ def test_the_unit_printed_in_the_guide_to_training_takes_the_place_of_ours(pipe)
 
 
 def test_training_the_transformer_needs_no_inpainting_unit(pipe):
-    units = pipe.required_units(FlowMatchSFT().wanted_inputs(pipe))
+    units = FlowMatchSFT().units(pipe)
     names = [type(unit).__name__.rpartition("_")[2] for unit in units]
-    assert names == ["ShapeChecker", "NoiseInitializer", "InputImageEmbedder", "ContextImageEmbedder", "PromptEmbedder"]
+    assert names == ["ShapeChecker", "NoiseInitializer", "InputImageEmbedder", "PromptEmbedder"]
 
 
 def test_an_unknown_argument_is_answered_with_the_nearest(pipe):

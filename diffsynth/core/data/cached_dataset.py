@@ -229,7 +229,7 @@ def _restored(value: Any) -> Any:
     """A value of a cached row. An image becomes an `Unread`, because the cache knows only its size."""
     if isinstance(value, dict) and value.keys() == {"unread"}:
         return Unread(tuple(value["unread"][:2]), _refuse, _refuse)
-    return value
+    return [_restored(element) for element in value] if isinstance(value, list) else value
 
 
 def _undecoded(value: Any) -> Any:

@@ -94,7 +94,8 @@ class Objective:
 
     def units(self, pipe: "BasePipeline") -> "list[PipelineUnit]":
         """The units of the pipeline that compute the inputs that this objective reads."""
-        return pipe.required_units(self.wanted_inputs(pipe))
+        columns = {None, *self.extra_inputs, *self.optional_columns}
+        return [unit for unit in pipe.required_units(self.wanted_inputs(pipe)) if unit.column in columns]
 
     def wanted_inputs(self, pipe: "BasePipeline") -> set[str]:
         """Names of the pipeline inputs that this objective reads, itself or through `model_fn`.

@@ -32,11 +32,14 @@ class JointAttention(KVCacheReader):
         Args:
             heads: Query, key and value (B, S, heads, head_dim) of the text's tokens, then of the image's; with a
                 `split`, of this device's tokens.
-            mask: Text tokens that are attended to, of all devices (B, L); None for all.
+            mask: Text tokens that are attended to, of all devices (B, L), or tokens that each token attends to
+                (B, S, S); None for all.
             extra: Extra keys and values (B or 1, L', heads, head_dim), which are attended to as well.
             split: How the tokens are split across devices; None for one device.
         """
         if split is not None:
+            if mask is not None and mask.ndim == 3:
+                raise ValueError("Regional attention masks need all tokens, but cp_size splits them; set cp_size=1.")
             heads = split.to_heads(torch.cat(heads)).chunk(3)  # one exchange of all three
             mask = mask if mask is None else split.mask(mask)
             extra = extra and tuple(split.own_heads(tensor) for tensor in extra)
@@ -44,7 +47,7 @@ class JointAttention(KVCacheReader):
         if extra is not None:
             key, value = append_keys(key, value, extra)
         if mask is not None:
-            mask = extend_mask(mask, key.shape[1] - mask.shape[1])
+            mask = extend_mask(mask, key.shape[1] - mask.shape[-1])
         tokens = dispatch_attention_fn(query, key, value, attn_mask=mask, backend=self._attention_backend)
         tokens = tokens if split is None else split.to_tokens(tokens)
         return tokens.flatten(2).to(query.dtype)

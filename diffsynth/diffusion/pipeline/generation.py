@@ -99,15 +99,15 @@ def with_images(pipe: "BasePipeline", options: Mapping[str, Any] | None) -> dict
     """
     takes_images = image_arguments(pipe.request)
     return {
-        name: _read_images(f"options.{name}", value) if name in takes_images else value
+        name: _read_images(f"options.{name}", value, pipe.media.mode) if name in takes_images else value
         for name, value in (options or {}).items()
     }
 
 
-def _read_images(name: str, value: Any) -> Any:
+def _read_images(name: str, value: Any, mode: str) -> Any:
     if isinstance(value, str):
-        return _read_image(name, value)
-    return [_read_images(name, element) for element in value] if isinstance(value, Sequence) else value
+        return _read_image(name, value, mode)
+    return [_read_images(name, element, mode) for element in value] if isinstance(value, Sequence) else value
 
 
 def open_files(inputs: Mapping[str, object]) -> dict[str, object]:

@@ -45,8 +45,12 @@ def append_keys(key: Tensor, value: Tensor, extra: tuple[Tensor, Tensor]) -> tup
 
 
 def extend_mask(mask: Tensor, count: int) -> Tensor:
-    """Extend an attention mask (B, L) by `count` keys that are attended to, to (B, 1, 1, L + count)."""
-    return F.pad(mask, (0, count), value=True)[:, None, None, :]
+    """Extend an attention mask by `count` keys that are attended to: (B, L) to (B, 1, 1, L + count).
+
+    One that differs between queries, (B, S, L), becomes (B, 1, S, L + count).
+    """
+    extended = F.pad(mask, (0, count), value=True)
+    return extended[:, None] if mask.ndim == 3 else extended[:, None, None]
 
 
 def merge(caches: Sequence[KVCache]) -> dict[str, tuple[Tensor, Tensor]]:
@@ -68,7 +72,7 @@ def check(kv_cache: Any, network: nn.Module, source: str) -> None:
     blocks = blocks_of(network)
     for block, pair in kv_cache.items():
         if block not in blocks:
-            raise ValueError(f"{source}: kv_cache has {block!r}, {_unknown(block, blocks, network)}")
+            raise ValueError(f"{source}: kv_cache has {block!r}, {unknown_block(block, blocks, network)}")
         _check_pair(pair, blocks[block], f"{source}: kv_cache[{block!r}]")
     pairs = {f"kv_cache[{block!r}]": zip("kv", pair, strict=True) for block, pair in kv_cache.items()}
     check_finite({f"{name} {side}": tensor for name, pair in pairs.items() for side, tensor in pair}, source)
@@ -88,7 +92,8 @@ def check_finite(tensors: Mapping[str, Tensor], source: str) -> None:
             raise ValueError(f"{source}: {name} holds NaN or infinite values; expected finite ones.")
 
 
-def _unknown(block: str, blocks: Mapping[str, Any], network: nn.Module) -> str:
+def unknown_block(block: str, blocks: Mapping[str, Any], network: nn.Module) -> str:
+    """The end of an error about a block that `network` does not have; `blocks` are those that it has."""
     if not blocks:
         return f"but no block of {type(network).__name__} reads a kv_cache."
     nearest = difflib.get_close_matches(block, blocks, 1)

@@ -1,6 +1,7 @@
 """`Media`: the kind of media that a family generates, such as images; its column, size, tensors, files, thumbnails."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from functools import reduce
 from pathlib import Path
 from typing import Any
 
@@ -106,3 +107,36 @@ class ImageMedia(Media):
 
     def thumbnail(self, value: Image.Image) -> Image.Image:
         return in_mode(value, "RGB")
+
+
+class LayersMedia(ImageMedia):
+    """An image in layers with alpha: a list of images of one size, from the back to the front."""
+
+    def __init__(self):
+        super().__init__("RGBA")
+
+    def size(self, value: Sequence[Any]) -> Size:
+        return super().size(value[0])
+
+    def resized(self, value: Sequence[Image.Image], height: int, width: int) -> list[Image.Image]:
+        if not isinstance(value, list | tuple):
+            raise ValueError(f"{self.argument} is {value!r}, expected a list: the composite, then its layers.")
+        return [super(LayersMedia, self).resized(layer, height, width) for layer in value]
+
+    def postprocess(self, pixels: Tensor) -> list[Image.Image]:
+        """The layers of a tensor (n, 4, H, W) in [-1, 1]."""
+        return [super(LayersMedia, self).postprocess(layer) for layer in pixels.split(1)]
+
+    def write(self, value: Sequence[Image.Image], path: Path, parameters: Mapping[str, Any] | None = None) -> None:
+        """Write the layers put over one another to `path`, and each layer beside it: for a.png to a_1.png and so on."""
+        for number, layer in enumerate(value, start=1):
+            save_png(layer, path.with_stem(f"{path.stem}_{number}"))
+        save_png(composite(value), path, parameters)
+
+    def thumbnail(self, value: Sequence[Image.Image]) -> Image.Image:
+        return super().thumbnail(composite(value))
+
+
+def composite(layers: Sequence[Image.Image]) -> Image.Image:
+    """The RGBA image that layers give, put over one another from the back to the front."""
+    return reduce(Image.alpha_composite, [layer.convert("RGBA") for layer in layers])

@@ -1,6 +1,6 @@
 """Template caches: the dicts that templates return, which become inputs of `model_fn`; checked and merged here.
 
-`kv_cache`, `lora` and `extra_text_embedding` can come from several templates at once: they are merged.
+`kv_cache`, `lora`, `extra_text_embedding` and `block_residuals` can come from several templates: they are merged.
 Shapes: B batch, L tokens, D width.
 """
 
@@ -14,12 +14,12 @@ from torch import Tensor, nn
 
 from ..adapters.names import LayerNames
 from ..pipeline import kv_cache
-from . import lora
+from . import lora, residuals
 
 if TYPE_CHECKING:
     from ..base_pipeline import BasePipeline
 
-TEMPLATE_OUTPUTS = ("kv_cache", "lora", "extra_text_embedding")
+TEMPLATE_OUTPUTS = ("kv_cache", "lora", "extra_text_embedding", "block_residuals")
 
 
 def template_outputs_of(pipe: "BasePipeline") -> tuple[str, ...]:
@@ -42,6 +42,8 @@ def as_inputs(pipe: "BasePipeline", cache: Mapping[str, Any], source: str) -> di
         kv_cache.check_finite({f"lora of {n}": t for n, pair in inputs["lora"].items() for t in pair}, source)
     if inputs.get("extra_text_embedding") is not None:
         _check_text(inputs["extra_text_embedding"], network.config.joint_attention_dim, source)
+    if inputs.get("block_residuals") is not None:
+        inputs["block_residuals"] = residuals.read(inputs["block_residuals"], network, source)
     return inputs
 
 
@@ -84,6 +86,7 @@ def merge_caches(
         "kv_cache": kv_cache.merge,
         "lora": lambda values: lora.merge(values, network, names),
         "extra_text_embedding": lambda values: torch.cat(values, dim=1),
+        "block_residuals": residuals.merge,
     }
     merged = {}
     for name in dict.fromkeys(name for _, _, cache in caches for name in cache):

@@ -35,6 +35,7 @@ PIPE = re.compile(r"\bpipe\b")
 ALL_OF_PIPE = re.compile(
     r"""\bpipe(["']\])?\s*(\(|\.(get_submodule|(named_)?(modules|children|parameters|buffers)|state_dict)\b)"""
 )
+SIZE = ("height", "width")
 RESERVED = "model_id"  # key of a request's template inputs that chooses the template; not an argument of a template
 
 
@@ -58,6 +59,11 @@ class TemplateCode:
     config: Mapping[str, Any]
     weights: Sequence[Path]
     data_processor: type | None
+
+    @property
+    def size(self) -> tuple[str, ...]:
+        """Those of `height` and `width`, the size of the sample, that `process_inputs` names."""
+        return tuple(name for name in SIZE if name in inspect.signature(self.model.process_inputs).parameters)
 
 
 def models_used(pipe: "BasePipeline", code: TemplateCode, method: str) -> list[str]:

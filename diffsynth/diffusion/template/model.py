@@ -55,12 +55,18 @@ class Template:
         return self._dict(processed, "TEMPLATE_DATA_PROCESSOR")
 
     @torch.no_grad()
-    def process_inputs(self, inputs: Mapping[str, Any], pipe: "BasePipeline") -> dict[str, Any]:
+    def process_inputs(
+        self, inputs: Mapping[str, Any], pipe: "BasePipeline", size: Mapping[str, int] | None = None
+    ) -> dict[str, Any]:
         """Run the template's `process_inputs` without gradients; returns arguments of `forward`.
+
+        Args:
+            size: `height` and `width` of the sample in pixels, which the method gets if it names them.
 
         Raises:
             ValueError: An argument is missing, or the template returns no dict.
         """
+        inputs = {**{name: value for name, value in (size or {}).items() if name in self.code.size}, **inputs}
         check_arguments(self.model.process_inputs, inputs, str(self))
         return self._dict(self.model.process_inputs(**inputs, pipe=pipe), "process_inputs")
 
@@ -82,7 +88,7 @@ class Template:
         return dict(result)
 
 
-def check_arguments(function: Callable, given: Mapping[str, Any], source: str) -> None:
+def check_arguments(function: Callable, given: Iterable[str], source: str) -> None:
     """Refuse a missing argument with an error that names the file, unlike Python's TypeError."""
     named = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
     parameters = inspect.signature(function).parameters.values()

@@ -10,7 +10,7 @@ from torch import nn
 
 from ...core.loader import ModelConfig
 from .cache import as_inputs, check_names, merge_caches
-from .code import RESERVED, TemplateCode, models_used, read_code
+from .code import RESERVED, SIZE, TemplateCode, models_used, read_code
 from .model import Template, check_arguments, load_template
 from .source import find_template
 
@@ -107,7 +107,8 @@ class TemplatePipeline:
         Raises:
             ValueError: `kwargs` has an argument that a template returns, too.
         """
-        outputs = self.arguments(pipe, template_inputs, negative_template_inputs, wins)
+        size = {name: kwargs[name] for name in SIZE if kwargs.get(name) is not None}
+        outputs = self.arguments(pipe, template_inputs, negative_template_inputs, wins, size)
         if twice := sorted(outputs.keys() & {name for name, value in kwargs.items() if value is not None}):
             raise ValueError(f"{twice[0]} is given, and a template returns it, too; leave it out.")
         return pipe(**{**kwargs, **outputs})
@@ -119,6 +120,7 @@ class TemplatePipeline:
         template_inputs: Sequence[Mapping] = (),
         negative_template_inputs: Sequence[Mapping] = (),
         wins: Mapping[str, int] | None = None,
+        size: Mapping[str, int] | None = None,
     ) -> dict[str, Any]:
         """Arguments of the pipeline's call that the templates return.
 
@@ -128,14 +130,17 @@ class TemplatePipeline:
             negative_template_inputs: The same for the unconditional prediction.
             wins: For an output that several calls return and that cannot be merged, the index of the call whose value
                 is taken.
+            size: `height` and `width` of the sample in pixels, where they are not the pipeline's defaults.
 
         Raises:
             ValueError: A template does not exist, lacks an input, or returns an output that the pipeline does not take
                 or that several return.
         """
         calls, caches = self.check(template_inputs, negative_template_inputs), {}
+        sides = {**{name: pipe.call_defaults[name] for name in SIZE}, **(size or {})}
+        fitted = dict(zip(SIZE, pipe.latents.fitted(*(sides[name] for name in SIZE)), strict=True))
         for number in sorted({call.number for call in calls}):
-            caches |= self._run(pipe, number, [call for call in calls if call.number == number])
+            caches |= self._run(pipe, number, [call for call in calls if call.number == number], fitted)
         names, arguments = pipe.layer_names(pipe.in_iteration_models[0]), {}
         for sign in ("", "negative_"):
             of_side = [(call.source, call.index, caches[call]) for call in calls if call.sign == sign]
@@ -180,15 +185,17 @@ class TemplatePipeline:
                 f"{what} has {RESERVED} {number!r}, expected the number of one of {len(self.codes)} templates."
             )
         own, code = {name: value for name, value in inputs.items() if name != RESERVED}, self.codes[number]
-        check_arguments(code.model.process_inputs, own, f"{what} ({code.file})")
+        check_arguments(code.model.process_inputs, [*own, *code.size], f"{what} ({code.file})")
         return _Call(sign, index, number, own, f"{what} ({code.file})")
 
-    def _run(self, pipe: "BasePipeline", number: int, calls: Sequence["_Call"]) -> dict["_Call", dict]:
+    def _run(
+        self, pipe: "BasePipeline", number: int, calls: Sequence["_Call"], size: Mapping[str, int]
+    ) -> dict["_Call", dict]:
         """Run all calls of one template, so that its network need not stay in memory; returns their template caches."""
         template = self._load(self.codes[number]) if self.templates is None else self.templates[number]
         accepted, caches = signature(type(pipe).__call__).parameters, {}
         for call in calls:
-            cache = template.forward(template.process_inputs(call.inputs, pipe), pipe)
+            cache = template.forward(template.process_inputs(call.inputs, pipe, size), pipe)
             check_names([call.sign + name for name in cache], accepted, call.source, type(pipe).__name__)
             as_inputs(pipe, cache, call.source)
             caches[call] = cache

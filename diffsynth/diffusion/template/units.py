@@ -1,8 +1,8 @@
 """A template as two units of a pipeline: `process_inputs`, without gradients and cachable, and `forward`, trained."""
 
+import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from inspect import signature
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -50,6 +50,7 @@ class TemplateProcessInputs(PipelineUnit):
     """
 
     def __init__(self, pipe: "BasePipeline", template: Template, trained: frozenset[str]):
+        self.template, self.trained = template, trained
         sides = {"template_inputs": "template_inputs"}
         super().__init__(
             separate_cfg=True,
@@ -58,19 +59,23 @@ class TemplateProcessInputs(PipelineUnit):
             output_params=(FEATURES,),
             onload_model_names=models_used(pipe, template.code, "process_inputs"),
         )
-        self.template, self.trained = template, trained
 
-    def process(self, pipe, template_inputs=None):
+    def process(self, pipe, template_inputs=None, **size):
         if template_inputs is None:
             return {}
         inputs = self.template.process_data(as_dict(template_inputs))
         with self._refusing_trained_weights(pipe):
-            features = self.template.process_inputs(inputs, pipe)
+            features = self.template.process_inputs(inputs, pipe, size)
         return {FEATURES: [[name, storable(value, f"{self.template}: {name}")] for name, value in features.items()]}
 
     def depends_on(self, pipe: "BasePipeline") -> dict[str, str]:
         weights = weights_digest(self.template.model, "template_model", self.trained)
         return {"template": f"{self.template.code.digest[:16]}-{weights}"}
+
+    def _parameters(self) -> dict[str, inspect.Parameter]:
+        """`template_inputs`, and the size of the sample if the template reads it: caches then depend on it."""
+        *own, size = inspect.signature(self.process).parameters.values()
+        return {p.name: p for p in own} | {n: size.replace(name=n) for n in self.template.code.size}
 
     @contextmanager
     def _refusing_trained_weights(self, pipe: "BasePipeline") -> Iterator[None]:
@@ -126,7 +131,7 @@ class TemplateForward(PipelineUnit):
             return {}
         flags = {name: shared.get(name, False) for name in CHECKPOINTING}
         cache = self.template.forward(dict(side[FEATURES]), pipe, **flags)
-        known = signature(pipe.model_fn).parameters.keys() - set(pipe.networks())
+        known = inspect.signature(pipe.model_fn).parameters.keys() - set(pipe.networks())
         check_names(cache, known, str(self.template), f"{type(pipe).__name__}.model_fn")
         return as_inputs(pipe, cache, str(self.template))
 

@@ -86,7 +86,39 @@ class Text(torch.nn.Module):
 
 TEMPLATE_MODEL = Text
 """
+
+# Adds to the image's tokens after two blocks, by a number.
+RESIDUALS = """
+import torch
+
+
+class Layer(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.mix = torch.nn.Linear(128, 128)
+
+    def forward(self, image, condition):
+        return self.mix(image + condition).tanh()
+
+
+class Residuals(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.embed = torch.nn.Linear(1, 128)
+        self.layers = torch.nn.ModuleDict({"block_0": Layer(), "block_2": Layer()})
+
+    def process_inputs(self, scale, height, width, **kwargs):
+        return {"scale": scale, "tokens": height // 16 * (width // 16)}
+
+    def forward(self, scale, tokens, **kwargs):
+        condition = self.embed(torch.full((1, tokens, 1), float(scale)))
+        return {"block_residuals": {"layers": dict(self.layers), "condition": condition, "scale": 0.5}}
+
+
+TEMPLATE_MODEL = Residuals
+"""
 TEMPLATES = {"kv_cache": templates.SCALE, "part": templates.FROZEN_PART, "lora": IMAGE_TO_LORA, "text": TEXT}
+TEMPLATES["residuals"] = RESIDUALS
 
 
 @pytest.fixture(params=tiny.mostly_slow(TEMPLATES, "kv_cache", "lora"))
@@ -251,7 +283,7 @@ def test_only_the_networks_that_its_code_leads_to_are_loaded_for_it(of_kind):
         kind: next(u for u in of_kind(kind, folder=kind).units if type(u).__name__ == INPUTS).onload_model_names
         for kind in TEMPLATES
     }
-    assert used == {"kv_cache": (), "part": (), "lora": ("vae",), "text": ()}
+    assert used == {"kv_cache": (), "part": (), "lora": ("vae",), "text": (), "residuals": ()}
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,232 @@
+"""Qwen-Image-Layered: decomposes an image into layers with alpha, which put over one another give the image again.
+
+Yin et al. 2025, "Qwen-Image-Layered" (https://arxiv.org/abs/2512.15603). Networks: diffusers, transformers. A sample
+has N = n + 1 images in RGBA: the composite of all n layers, then the layers from the back to the front. Its latents are
+(B, N, 16, H/8, W/8). The transformer reads their tokens, image after image, and then those of the image to decompose.
+Constants without a source are those of diffusers' QwenImageLayeredPipeline.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from diffusers import QwenImageTransformer2DModel
+from PIL import Image
+from torch import Tensor
+
+from ..core.gradient import checkpoint_blocks
+from ..core.loader import ModelConfig
+from ..core.ranges import NonNegativeFloat, PositiveInt, SamplingSteps, Side
+from ..diffusion.base_pipeline import BasePipeline
+from ..diffusion.flow_match import exponential_shift, stretch_to_terminal
+from ..diffusion.pipeline import image_units
+from ..diffusion.pipeline.components import Folder, Network
+from ..diffusion.pipeline.kv_cache import KVCache
+from ..diffusion.pipeline.media import LayersMedia
+from ..diffusion.pipeline.request import TemplateRequest
+from ..diffusion.pipeline.units import PipelineUnit
+from ..diffusion.pipeline.vae import Latents
+from ..diffusion.template.cache import append_text
+from ..diffusion.template.lora import InputLoRA, added
+from .qwen_image import (
+    LORA_NAMES,
+    TERMINAL_SIGMA,
+    TEXT_LORA_NAMES,
+    TRAINING_MU,
+    QwenImagePipeline,
+    QwenImageUnit_PromptEmbedder,
+    QwenImageVAE,
+    check_templates,
+    pack_latents,
+    unpack_latents,
+    use_joint_attention,
+)
+
+__all__ = ["ModelConfig", "QwenImageLayeredPipeline"]
+
+SHIFT_TOKENS = 256  # tokens of an image at which μ = 1
+
+
+def qwen_image_layered_sigmas(
+    num_inference_steps: int,
+    denoising_strength: float = 1.0,
+    dynamic_shift_len: int | None = None,
+    exponential_shift_mu: float | None = None,
+) -> Tensor:
+    """Noise levels (N,): those of Qwen-Image with μ = √(tokens / 256).
+
+    Args:
+        dynamic_shift_len: Number of tokens of one image, H/16 · W/16; None takes the training grid's μ = 0.8.
+        exponential_shift_mu: μ itself, which overrides the other two.
+    """
+    linear = torch.linspace(denoising_strength, 0, num_inference_steps + 1)[:-1]
+    mu = exponential_shift_mu
+    if mu is None:
+        mu = TRAINING_MU if dynamic_shift_len is None else (dynamic_shift_len / SHIFT_TOKENS) ** 0.5
+    return stretch_to_terminal(exponential_shift(linear, mu), TERMINAL_SIGMA)
+
+
+def model_fn_qwen_image_layered(
+    dit: QwenImageTransformer2DModel,
+    latents: Tensor,
+    timestep: Tensor,
+    prompt_emb: Tensor,
+    prompt_emb_mask: Tensor | None,
+    condition_latents: Tensor,
+    kv_cache: KVCache | None = None,
+    lora: InputLoRA | None = None,
+    extra_text_embedding: Tensor | None = None,
+    use_gradient_checkpointing: bool = False,
+    use_gradient_checkpointing_offload: bool = False,
+) -> Tensor:
+    """Velocity (B, N, 16, h, w) of noisy latents (B, N, 16, h, w) at timesteps (B,) in [0, 1000].
+
+    Args:
+        prompt_emb: Text embeddings (B, L, D), right-padded.
+        prompt_emb_mask: False where `prompt_emb` is padding (B, L); None if nothing is.
+        condition_latents: Clean latents (B, 16, h, w) of the image to decompose.
+        kv_cache: Extra keys and values by block, `block_0` and so on.
+        lora: Updates of the transformer's layers.
+        extra_text_embedding: Text embeddings (B, L', D) appended to the prompt's.
+    """
+    checkpoint_blocks(dit, use_gradient_checkpointing, use_gradient_checkpointing_offload)
+    batch, count, _, height, width = latents.shape
+    prompt_emb, prompt_emb_mask = append_text(prompt_emb, prompt_emb_mask, extra_text_embedding)
+    tokens = pack_latents(latents.flatten(0, 1)).unflatten(0, (batch, count)).flatten(1, 2)
+    image = (1, height // 2, width // 2)
+    with added(dit, lora):
+        velocity = dit(
+            hidden_states=torch.cat([tokens, pack_latents(condition_latents)], dim=1).to(dit.dtype),
+            timestep=timestep / 1000,
+            encoder_hidden_states=prompt_emb.to(dit.dtype),
+            encoder_hidden_states_mask=prompt_emb_mask,
+            img_shapes=[[image] * (count + 1)] * batch,
+            additional_t_cond=torch.zeros(batch, dtype=torch.long, device=latents.device),  # 0: images have alpha
+            attention_kwargs={"kv_cache": kv_cache} if kv_cache else None,
+            return_dict=False,
+        )[0]
+    of_layers = velocity[:, : tokens.shape[1]].unflatten(1, (count, -1)).flatten(0, 1)
+    return unpack_latents(of_layers, height, width).unflatten(0, (batch, count))
+
+
+# Units ----------------------------------------------------------------------------------------------------------------
+
+
+class QwenImageLayeredUnit_NoiseInitializer(PipelineUnit):
+    """Makes the initial noise (1, N, 16, h, w) from the seed, N as in `input_image`, or `layer_num` + 1."""
+
+    def __init__(self):
+        super().__init__(output_params=("noise",))
+
+    def process(self, pipe, input_image, inpaint_mask, layer_num, height, width, seed, rand_device):
+        if inpaint_mask is not None:
+            raise ValueError("inpaint_mask is given, but Qwen-Image-Layered samples whole layers; leave it out.")
+        count = layer_num + 1 if input_image is None else len(input_image)
+        _, *shape = pipe.latents.shape(height, width)
+        return {"noise": pipe.generate_noise((1, count, *shape), seed, rand_device, pipe.torch_dtype)}
+
+
+class QwenImageLayeredUnit_InputImageEmbedder(PipelineUnit):
+    """Encodes the composite and its layers to `input_latents` (1, N, 16, h, w); `latents` is where sampling starts."""
+
+    def __init__(self):
+        super().__init__(output_params=("latents", "input_latents"), onload_model_names=("vae",))
+
+    def process(self, pipe, input_image, noise, tiled, tile_size, tile_stride):
+        if input_image is None:
+            return {"latents": noise, "input_latents": None}
+        encoded = image_units.encode_images(pipe, input_image, tiled, tile_size, tile_stride)
+        input_latents = torch.cat(list(encoded)).unsqueeze(0)
+        if pipe.scheduler.training:
+            return {"latents": noise, "input_latents": input_latents}
+        latents = pipe.scheduler.add_noise(input_latents, noise, pipe.scheduler.timesteps[0])
+        return {"latents": latents, "input_latents": input_latents}
+
+
+class QwenImageLayeredUnit_ConditionEmbedder(PipelineUnit):
+    """Encodes the image to decompose, in the sample's size, to `condition_latents` (1, 16, h, w)."""
+
+    def __init__(self):
+        super().__init__(output_params=("condition_latents",), onload_model_names=("vae",))
+
+    def process(self, pipe, layer_input_image, height, width, tiled, tile_size, tile_stride):
+        images = image_units.image_list(layer_input_image, "layer_input_image", pipe.media.mode)
+        if len(images) != 1:
+            raise ValueError(
+                f"layer_input_image has {len(images)} images, expected the one to decompose; give it, or in a training "
+                "list the column in task.extra_inputs and dataset.data_file_keys."
+            )
+        sized = images[0].resize((width, height), Image.Resampling.LANCZOS)
+        (latents,) = image_units.encode_images(pipe, [sized], tiled, tile_size, tile_stride)
+        return {"condition_latents": latents}
+
+
+# Pipeline -------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(kw_only=True)
+class QwenImageLayeredRequest(TemplateRequest):
+    """Decompose one image with Qwen-Image-Layered; `prompt` describes the whole image, also what is hidden in it.
+
+    Args:
+        layer_input_image: The image to decompose; resized to `height` and `width`, which should keep its proportions.
+        layer_num: Number n of layers, where `input_image` does not decide it.
+        input_image: Composite and layers to start from instead of pure noise, or to train on, in a list of n + 1.
+        exponential_shift_mu: Shift of the noise levels; None computes it from the number of tokens.
+    """
+
+    layer_input_image: Image.Image | None = None
+    layer_num: PositiveInt = 4
+    input_image: Sequence[Image.Image] | None = None
+    cfg_scale: NonNegativeFloat = 4.0
+    height: Side = 640
+    width: Side = 640
+    num_inference_steps: SamplingSteps = 50
+    exponential_shift_mu: float | None = None
+
+
+class QwenImageLayeredPipeline(QwenImagePipeline):
+    """Qwen-Image-Layered on diffusers' transformer and VAE of four channels and transformers' Qwen2.5-VL."""
+
+    request = QwenImageLayeredRequest
+    components = {
+        "dit": Network("QwenImageTransformer2DModel", after=use_joint_attention, lora=LORA_NAMES),
+        "text_encoder": Network("Qwen2_5_VLForConditionalGeneration", lora=TEXT_LORA_NAMES),
+        "vae": Network(QwenImageVAE, after=QwenImageVAE.use_single_frame_convolutions),
+        "tokenizer": Folder("Qwen2Tokenizer", check=check_templates, needed_by="text_encoder"),
+    }
+    latents = Latents(channels=16, factor=8, patch=2)
+    media = LayersMedia()
+    in_iteration_models = ("dit",)
+    model_fn = staticmethod(model_fn_qwen_image_layered)
+    sigma_grid = staticmethod(qwen_image_layered_sigmas)
+    model_settings = ("layer_num",)
+    per_sample_arguments = (*BasePipeline.per_sample_arguments, "layer_input_image")
+    guided_velocity = BasePipeline.guided_velocity
+    one_sided_arguments = BasePipeline.one_sided_arguments
+    processor = None
+    unit_classes = (
+        image_units.ShapeChecker,
+        QwenImageLayeredUnit_NoiseInitializer,
+        QwenImageLayeredUnit_InputImageEmbedder,
+        QwenImageUnit_PromptEmbedder,
+        QwenImageLayeredUnit_ConditionEmbedder,
+    )
+
+    def check_networks(self) -> None:
+        config = self.dit and self.dit.config
+        if config and not (config.use_layer3d_rope and config.use_additional_t_cond):
+            raise ValueError(
+                "dit has use_layer3d_rope or use_additional_t_cond false, so that it is not Qwen-Image-Layered's "
+                "transformer; take model=qwen_image for Qwen-Image's."
+            )
+        channels = self.vae and self.vae.config.input_channels
+        if channels and channels != len(self.media.mode):
+            raise ValueError(
+                f"vae has {channels} channels, but Qwen-Image-Layered's has {len(self.media.mode)}, alpha among them; "
+                "take the one released with the transformer."
+            )
+
+    def decode(self, latents: Tensor, request: Mapping) -> list[Image.Image]:
+        """Decode latents (1, N, 16, h, w) to the n layers; the composite, which comes first, is left out."""
+        return super().decode(latents[0, 1:], request)
