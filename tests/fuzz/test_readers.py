@@ -40,6 +40,15 @@ def test_a_damaged_file_is_read_or_refused_at_once_and_nothing_else_is_touched(s
     path = folder / reader.name
     content = path.read_bytes()
     path.write_bytes(damaged(content, edits))
+    try:
+        seconds = read(reader, folder)
+        assert seconds < SECONDS or read(reader, folder) < SECONDS  # the first error of a kind may import a library
+    finally:
+        path.write_bytes(content)
+
+
+def read(reader: Reader, folder: Path) -> float:
+    """Read a folder that may be damaged, and return the process's time that it took."""
     signal.signal(signal.SIGALRM, _give_up)
     signal.alarm(HANGS_AFTER)
     began = time.process_time()
@@ -50,9 +59,8 @@ def test_a_damaged_file_is_read_or_refused_at_once_and_nothing_else_is_touched(s
         assert Path(reader.name).name in str(error) or str(folder) in str(error), error
     finally:
         signal.alarm(0)
-        path.write_bytes(content)
-    assert time.process_time() - began < SECONDS
     assert offences == []
+    return time.process_time() - began
 
 
 def _give_up(*_) -> None:

@@ -134,7 +134,7 @@ def test_what_we_refuse_is_named_with_what_to_do(tmp_path, capsys):
     text = capsys.readouterr().out
     assert status == 1
     assert "--noise_scale: the noise of the training has the scale 1 here; leave it out" in text
-    assert "--extra_inputs: qwen_image has no input eligen_entity_masks yet" in text
+    assert "--extra_inputs: qwen_image has no input layer_input_image yet" in text
     assert "#   --made_up 3" in text
     assert main([str(written(LORA, tmp_path))]) == 0
     text = capsys.readouterr().out
