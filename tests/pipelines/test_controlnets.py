@@ -247,6 +247,13 @@ def test_a_controlnet_begins_as_copies_of_layers_and_changes_nothing(inpaint, tm
     assert_close(sampled(pipe, REQUEST | control), sampled(pipe, REQUEST), atol=1e-6, rtol=0)
 
 
+def test_more_blocks_than_the_transformer_has_are_refused(tmp_path):
+    message = "the transformer has 4 transformer_blocks to copy, and transformer_blocks.4 is beyond"
+    with pytest.raises(ValueError, match=message):
+        start_controlnet(lambda device: controlled("qwen_image"), blocks=6, output=str(tmp_path / "new"))
+    assert list(tmp_path.iterdir()) == []
+
+
 TRAINED = {"z_image_controlnet": z_image, "flux1_controlnet": flux1, "sd3_5_controlnet": sd3}
 
 

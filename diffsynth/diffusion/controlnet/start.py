@@ -1,6 +1,7 @@
 """Starts a ControlNet from the weights of a transformer, of which it reads only those that it copies."""
 
-from collections.abc import Callable, Mapping
+import re
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +13,9 @@ from ...core.loader.safetensors_files import read_shapes, read_tensors
 
 if TYPE_CHECKING:
     from ..base_pipeline import BasePipeline
+
+
+BLOCK = re.compile(r"\w+\.\d+")  # a block of a list, such as layers.3
 
 
 @dataclass(frozen=True)
@@ -49,7 +53,20 @@ def start_controlnet(pipe: "BasePipeline", blocks: int | None, inpaint: bool, se
     files = pipe.weight_files(pipe.in_iteration_models[0])
     shapes = {key: shape for file in files for key, shape in read_shapes(file).items()}
     sources = {name: part.start.source(name, network.config) for name in network.state_dict()}
+    _check_blocks(sources.values(), shapes)
     copied = {name: key for name, key in sources.items() if network.state_dict()[name].shape == shapes.get(key)}
     tensors = read_tensors(files, copied.values())
     network.load_state_dict({name: tensors[key] for name, key in copied.items()}, strict=False)
     return nn.Module.to(network, pipe.torch_dtype)  # diffusers' own method warns of what has no effect here
+
+
+def _check_blocks(sources: Iterable[str], held: Iterable[str]) -> None:
+    """Refuse to copy blocks of a list that the transformer's file does not have."""
+    found, wanted = ({match[0] for match in map(BLOCK.match, keys) if match} for keys in (held, sources))
+    lists = {block.partition(".")[0] for block in found}
+    if beyond := sorted(block for block in wanted - found if block.partition(".")[0] in lists):
+        name = beyond[0].partition(".")[0]
+        count = sum(block.startswith(f"{name}.") for block in found)
+        raise ValueError(
+            f"blocks: the transformer has {count} {name} to copy, and {beyond[0]} is beyond them; set fewer."
+        )
