@@ -197,6 +197,7 @@ def _parquet_batches(path: str, encoding: str) -> Iterator[pa.RecordBatch]:
             schema = pa.schema([field.with_type(_plain(field.type)) for field in file.schema_arrow])
             yield pa.RecordBatch.from_pylist([], schema)
             for batch in file.iter_batches(PARQUET_ROWS):
+                batch.validate(full=True)  # text that is no UTF-8 would be found when its row is read
                 yield batch.cast(schema)
         except OSError as error:  # Arrow's, which names no file
             raise ValueError(f"is damaged: {str(error).strip()}; write it again") from error

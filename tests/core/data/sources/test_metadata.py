@@ -102,6 +102,7 @@ def test_a_mapped_table_is_the_one_in_memory(tmp_path, name, content, request):
         ("m.json", b"", "Expecting value"),
         ("m.jsonl", b'{"a": 1}\n\n{"a": \n', "row 2: .*one JSON object per line"),
         ("m.parquet", b"PAR1, or not", "Parquet"),
+        ("m.parquet", parquet([{"image": "an umlaut"}]).replace(b"umlaut", b"uml\xaeut"), "Invalid UTF8"),
     ],
 )
 def test_unreadable_metadata_is_named(tmp_path, name, content, message):
