@@ -33,7 +33,7 @@ def klein() -> Path:
     """The folder of a model repository like FLUX.2-klein's; written once per session."""
     folder = kept_folder() / "klein"
     build.init(str(folder))
-    _randomise(Flux2Transformer2DModel.from_pretrained(folder / "transformer"), folder / "transformer")
+    randomise(Flux2Transformer2DModel.from_pretrained(folder / "transformer"), folder / "transformer")
     _give_statistics(folder / "vae")
     return folder
 
@@ -44,7 +44,7 @@ def dev() -> Path:
     folder = kept_folder() / "dev"
     build.init(str(folder))
     config = json.loads((folder / "transformer" / "config.json").read_text()) | {"guidance_embeds": True}
-    _randomise(Flux2Transformer2DModel.from_config(config), folder / "transformer")
+    randomise(Flux2Transformer2DModel.from_config(config), folder / "transformer")
     _give_statistics(folder / "vae")
     _write_mistral(folder)
     index = json.loads((folder / "model_index.json").read_text())
@@ -55,7 +55,7 @@ def dev() -> Path:
     return folder
 
 
-def _randomise(model: ModelMixin, folder: Path) -> None:
+def randomise(model: ModelMixin, folder: Path) -> None:
     """Add noise to all weights, so that every parameter changes the output; gates would be zero."""
     generator = torch.Generator().manual_seed(0)
     for parameter in model.parameters():

@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 from diffusers import QwenImageTransformer2DModel
 from tiny import COMPONENTS, kept_folder
+from tiny_flux2 import randomise
 from transformers import Qwen2VLImageProcessorPil
 
 from diffsynth.pipelines.qwen_image import EDIT_PROMPT_TEMPLATE, PROMPT_TEMPLATE, ModelConfig, QwenImagePipeline
@@ -29,18 +30,10 @@ def folder(zero_cond_t: bool = False) -> Path:
     Qwen2VLImageProcessorPil().save_pretrained(root / "processor")
     config = json.loads((root / "transformer" / "config.json").read_text()) | {"zero_cond_t": zero_cond_t}
     torch.manual_seed(0)
-    _randomise(QwenImageTransformer2DModel.from_config(config), root / "transformer")
-    _randomise(build.text_encoder(tokenizer), root / "text_encoder")
+    randomise(QwenImageTransformer2DModel.from_config(config), root / "transformer")
+    randomise(build.text_encoder(tokenizer), root / "text_encoder")
     _give_statistics(root / "vae" / "config.json")
     return root
-
-
-def _randomise(model: torch.nn.Module, folder: Path) -> None:
-    """Add noise to all weights, so that every parameter changes the output; gates would be zero."""
-    generator = torch.Generator().manual_seed(0)
-    for parameter in model.parameters():
-        parameter.data += 0.05 * torch.randn(parameter.shape, generator=generator)
-    model.save_pretrained(folder)
 
 
 def _give_statistics(file: Path) -> None:

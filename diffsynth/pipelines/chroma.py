@@ -21,21 +21,20 @@ from ..core.loader import ModelConfig
 from ..core.ranges import NonNegativeFloat, SamplingSteps, Tokens
 from ..diffusion.adapters.names import LayerNames
 from ..diffusion.base_pipeline import BasePipeline
-from ..diffusion.pipeline.autoencoder_kl import NormalisedAutoencoderKL
 from ..diffusion.pipeline.components import Folder, Network
 from ..diffusion.pipeline.image_units import Inpaint, InputImageEmbedder, LossMask, NoiseInitializer, ShapeChecker
 from ..diffusion.pipeline.request import ImageRequest
 from ..diffusion.pipeline.vae import Latents
-from ..diffusion.prompts.embedder import PromptEmbedder
+from ..diffusion.prompts.embedder import PromptEmbedder, check_text_width
+from .autoencoders.kl import NormalisedAutoencoderKL
 from .flux1_network import (
     BLOCK_NAMES,
     Flux1AttnProcessor,
     flux1_sigmas,
     image_positions,
-    pack_latents,
-    unpack_latents,
     use_joint_attention,
 )
+from .packing import pack_latents, unpack_latents
 
 __all__ = ["ChromaPipeline", "ModelConfig"]
 
@@ -182,12 +181,7 @@ class ChromaPipeline(BasePipeline):
     def check_networks(self) -> None:
         if self.dit is None or self.text_encoder is None:
             return
-        wanted, width = self.dit.config.joint_attention_dim, self.text_encoder.config.d_model
-        if wanted != width:
-            raise ValueError(
-                f"dit takes text embeddings of width {wanted}, but text_encoder makes {width}: they are of different "
-                "models; take the text encoder that was released with the transformer."
-            )
+        check_text_width(self.dit.config.joint_attention_dim, self.text_encoder.config.d_model)
 
     def cuts_off(self, prompt: str) -> bool:
         if self.tokenizer is None:

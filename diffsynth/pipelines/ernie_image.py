@@ -24,7 +24,7 @@ from ..diffusion.pipeline.components import Folder, Network
 from ..diffusion.pipeline.image_units import Inpaint, InputImageEmbedder, LossMask, NoiseInitializer, ShapeChecker
 from ..diffusion.pipeline.request import ImageRequest
 from ..diffusion.pipeline.vae import Latents
-from ..diffusion.prompts.embedder import PromptEmbedder
+from ..diffusion.prompts.embedder import PromptEmbedder, check_text_width
 from ..diffusion.prompts.hidden_states import hidden_states
 from .autoencoders.flux2 import Flux2VAE
 
@@ -142,12 +142,7 @@ class ErnieImagePipeline(BasePipeline):
     def check_networks(self) -> None:
         if self.dit is None or self.text_encoder is None:
             return
-        wanted, width = self.dit.config.text_in_dim, self.text_encoder.get_decoder().config.hidden_size
-        if wanted != width:
-            raise ValueError(
-                f"dit takes text embeddings of width {wanted}, but text_encoder makes {width}: they are of different "
-                "models; take the text encoder that was released with the transformer."
-            )
+        check_text_width(self.dit.config.text_in_dim, self.text_encoder.get_decoder().config.hidden_size)
 
     def cuts_off(self, prompt: str) -> bool:
         if self.tokenizer is None:

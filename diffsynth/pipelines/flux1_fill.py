@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
+from ..core.data.operators.picture_files import in_mode
 from ..core.loader import ModelConfig
 from ..core.ranges import NonNegativeFloat, SamplingSteps
 from ..diffusion.pipeline.image_units import Inpaint
@@ -46,7 +47,7 @@ def white_pixels(mask: Image.Image | None, height: int, width: int) -> Tensor:
     """A mask image as a tensor (1, 1, H, W), 1 where it is white and else 0; without a mask 1 everywhere."""
     if mask is None:
         return torch.ones(1, 1, height, width)
-    pixels = np.array(mask.convert("L").resize((width, height), Image.Resampling.LANCZOS))
+    pixels = np.array(in_mode(mask, "L").resize((width, height), Image.Resampling.LANCZOS))
     return torch.from_numpy(pixels >= 128)[None, None]
 
 

@@ -25,7 +25,6 @@ from ..diffusion.adapters.names import LayerNames
 from ..diffusion.base_pipeline import BasePipeline
 from ..diffusion.controlnet.inputs import ControlEmbedder
 from ..diffusion.controlnet.several import PLACES, built, check_controlnets, places
-from ..diffusion.pipeline.autoencoder_kl import NormalisedAutoencoderKL
 from ..diffusion.pipeline.components import Folder, Network
 from ..diffusion.pipeline.image_units import (
     EditImageEmbedder,
@@ -41,6 +40,7 @@ from ..diffusion.pipeline.vae import Latents
 from ..diffusion.prompts.embedder import PromptEmbedder
 from ..diffusion.template.cache import append_text
 from ..diffusion.template.lora import InputLoRA, added
+from .autoencoders.kl import NormalisedAutoencoderKL
 from .controlnets.flux1 import (
     CONTROL_START,
     Flux1ControlNet,
@@ -56,13 +56,13 @@ from .flux1_network import (
     SINGLE,
     flux1_sigmas,
     image_positions,
-    pack_latents,
-    unpack_latents,
     use_joint_attention,
 )
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+from .packing import pack_latents, unpack_latents
 
 __all__ = ["Flux1ImagePipeline", "ModelConfig"]
 

@@ -3,12 +3,9 @@
 Constants are those of the released pipeline (diffusers' FluxPipeline) unless a comment says otherwise.
 """
 
-import math
 from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
-from diffusers.models.embeddings import apply_rotary_emb
 from diffusers.models.transformers.transformer_flux import FluxAttnProcessor
 from torch import Tensor, nn
 
@@ -16,6 +13,7 @@ from ..core.context_parallel import TokenSplit
 from ..diffusion.flow_match import exponential_shift, time_shift
 from ..diffusion.pipeline.attention import JointAttention
 from ..diffusion.pipeline.kv_cache import KVCache
+from .flux2_image import rotated, split_heads
 
 TRAINING_SHIFT, TRAINING_SIGMA_MIN = 3.0, 0.003 / 1.002  # DiffSynth-Studio's training grid, at every resolution
 DOUBLE, SINGLE = "transformer_blocks.*", "single_transformer_blocks.*"
@@ -132,30 +130,7 @@ def use_joint_attention(dit: nn.Module, processor: type[JointAttention] = Flux1A
             block.attn.set_processor(processor(f"{kind}_{number}"))
 
 
-def split_heads(projected: Sequence[Tensor], norm_q: nn.Module, norm_k: nn.Module) -> list[Tensor]:
-    """Split query, key and value (B, L, D) into heads (B, L, heads, head_dim); query and key are normalised."""
-    query, key, value = (tokens.unflatten(-1, (-1, *norm_q.normalized_shape)) for tokens in projected)
-    return [norm_q(query), norm_k(key), value]
-
-
-def rotated(heads: Sequence[Tensor], frequencies: tuple[Tensor, Tensor]) -> list[Tensor]:
-    """Apply the rotary position embedding to query and key among heads (B, S, heads, head_dim)."""
-    *query_and_key, value = heads
-    return [*(apply_rotary_emb(tensor, frequencies, sequence_dim=1) for tensor in query_and_key), value]
-
-
 def image_positions(images: Sequence[Tensor]) -> Tensor:
     """Positions (L, 3) of the tokens of noisy latents and of edit images: 0 or 1, row, column."""
     grids = [[torch.arange(side // 2) for side in image.shape[2:]] for image in images]
     return torch.cat([torch.cartesian_prod(torch.tensor([int(n > 0)]), *grid) for n, grid in enumerate(grids)])
-
-
-def pack_latents(latents: Tensor) -> Tensor:
-    """Latents (B, C, 2h, 2w) as tokens (B, h · w, C · 4)."""
-    return F.pixel_unshuffle(latents, 2).flatten(2).transpose(1, 2)
-
-
-def unpack_latents(tokens: Tensor, height: int, width: int) -> Tensor:
-    """The first tokens of (B, L, C · 4) as latents (B, C, height, width)."""
-    sides = height // 2, width // 2
-    return F.pixel_shuffle(tokens[:, : math.prod(sides)].transpose(1, 2).unflatten(2, sides), 2)

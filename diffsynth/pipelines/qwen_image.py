@@ -45,6 +45,7 @@ from .controlnets.qwen_image import (
     control_inputs,
 )
 from .entities import EntityEmbedder, EntityRequest, regional_mask, with_entities
+from .packing import pack_latents, unpack_latents
 
 __all__ = ["ModelConfig", "QwenImagePipeline"]
 
@@ -240,20 +241,6 @@ def place_entities(
     text, kept, positions = with_entities(*text, [own.to(text[0]) for own in texts], masks)
     inputs |= {"encoder_hidden_states": text, "encoder_hidden_states_mask": None}
     return {"attention_mask": regional_mask(kept, lengths, tokens), "text_positions": positions}
-
-
-def pack_latents(latents: Tensor) -> Tensor:
-    """Latents (B, C, 2h, 2w) as tokens (B, h · w, C · 4)."""
-    batch, channels, height, width = latents.shape
-    patches = latents.reshape(batch, channels, height // 2, 2, width // 2, 2)
-    return patches.permute(0, 2, 4, 1, 3, 5).reshape(batch, height // 2 * (width // 2), channels * 4)
-
-
-def unpack_latents(tokens: Tensor, height: int, width: int) -> Tensor:
-    """Tokens (B, h · w, C · 4) as latents (B, C, height, width) with height = 2h, width = 2w."""
-    batch, _, dim = tokens.shape
-    patches = tokens.reshape(batch, height // 2, width // 2, dim // 4, 2, 2)
-    return patches.permute(0, 3, 1, 4, 2, 5).reshape(batch, dim // 4, height, width)
 
 
 # Units ----------------------------------------------------------------------------------------------------------------

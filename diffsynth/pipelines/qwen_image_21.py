@@ -32,7 +32,7 @@ from ..diffusion.pipeline.components import Folder, Network
 from ..diffusion.pipeline.media import ImageMedia
 from ..diffusion.pipeline.request import EDIT_IMAGE_PIXELS, EditRequest
 from ..diffusion.pipeline.vae import Latents, SingleFrameVAE
-from ..diffusion.prompts.embedder import PromptEmbedder
+from ..diffusion.prompts.embedder import PromptEmbedder, check_text_width
 from ..diffusion.prompts.hidden_states import hidden_states
 from .qwen_image import IMAGE_TOKEN, TEXT_LORA_NAMES, qwen_image_sigmas
 
@@ -279,12 +279,7 @@ class QwenImage21Pipeline(BasePipeline):
     def check_networks(self) -> None:
         if self.dit is None or self.text_encoder is None:
             return
-        wanted, width = self.dit.config.context_in_dim, self.text_encoder.config.text_config.hidden_size
-        if wanted != width:
-            raise ValueError(
-                f"dit takes text embeddings of width {wanted}, but text_encoder makes {width}: they are of different "
-                "models; take the text encoder that was released with the transformer."
-            )
+        check_text_width(self.dit.config.context_in_dim, self.text_encoder.config.text_config.hidden_size)
 
     def tokenize(self, prompt: str, images: Sequence[Image.Image]) -> dict[str, Tensor | list[slice]]:
         """The text encoder's inputs for a prompt with images, and which of its states are those of text.

@@ -28,6 +28,7 @@ from ..diffusion.pipeline.units import PipelineUnit
 from ..diffusion.pipeline.vae import Latents
 from ..diffusion.template.cache import append_text
 from ..diffusion.template.lora import InputLoRA, added
+from .packing import pack_latents, unpack_latents
 from .qwen_image import (
     LORA_NAMES,
     TERMINAL_SIGMA,
@@ -37,8 +38,6 @@ from .qwen_image import (
     QwenImageUnit_PromptEmbedder,
     QwenImageVAE,
     check_templates,
-    pack_latents,
-    unpack_latents,
     use_joint_attention,
 )
 

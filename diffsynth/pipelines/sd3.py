@@ -24,11 +24,11 @@ from ..diffusion.base_pipeline import BasePipeline
 from ..diffusion.controlnet.inputs import ControlRequest
 from ..diffusion.controlnet.several import PLACES, built, check_controlnets, places
 from ..diffusion.flow_match import TRAINING_STEPS, time_shift
-from ..diffusion.pipeline.autoencoder_kl import NormalisedAutoencoderKL
 from ..diffusion.pipeline.components import Folder, Network
 from ..diffusion.pipeline.image_units import Inpaint, InputImageEmbedder, LossMask, NoiseInitializer, ShapeChecker
 from ..diffusion.pipeline.units import PipelineUnit
 from ..diffusion.pipeline.vae import Latents
+from .autoencoders.kl import NormalisedAutoencoderKL
 from .controlnets.sd3 import (
     CONTROL_START,
     SD3ControlNet,

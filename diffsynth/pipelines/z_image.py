@@ -23,7 +23,6 @@ from ..diffusion.base_pipeline import BasePipeline
 from ..diffusion.controlnet.inputs import ControlRequest
 from ..diffusion.controlnet.several import PLACES, built, check_controlnets, places
 from ..diffusion.flow_match import time_shift
-from ..diffusion.pipeline.autoencoder_kl import NormalisedAutoencoderKL
 from ..diffusion.pipeline.components import Folder, Network
 from ..diffusion.pipeline.image_units import (
     EditImageEmbedder,
@@ -37,8 +36,9 @@ from ..diffusion.pipeline.image_units import (
 from ..diffusion.pipeline.request import EDIT_IMAGE_PIXELS, EditRequest
 from ..diffusion.pipeline.units import PipelineUnit
 from ..diffusion.pipeline.vae import Latents
-from ..diffusion.prompts.embedder import PromptEmbedder
+from ..diffusion.prompts.embedder import PromptEmbedder, check_text_width
 from ..diffusion.prompts.hidden_states import hidden_states
+from .autoencoders.kl import NormalisedAutoencoderKL
 from .controlnets.z_image import (
     CONTROL_START,
     ZImageControlNet,
@@ -232,12 +232,7 @@ class ZImagePipeline(BasePipeline):
         check_controlnets(self, control_inputs, check_controlnet)
         if self.dit is None or self.text_encoder is None:
             return
-        wanted, width = self.dit.config.cap_feat_dim, self.text_encoder.config.hidden_size
-        if wanted != width:
-            raise ValueError(
-                f"dit takes text embeddings of width {wanted}, but text_encoder makes {width}: they are of different "
-                "models; take the text encoder that was released with the transformer."
-            )
+        check_text_width(self.dit.config.cap_feat_dim, self.text_encoder.config.hidden_size)
 
     def image_features(self, image: Image.Image) -> Tensor:
         """SigLIP's features (1, h, w, D) of an image, one a patch."""

@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from transformers import Qwen2Tokenizer, Qwen3Config, Qwen3Model
 
 from diffsynth.core.process.console import keep_console
-from diffsynth.diffusion.pipeline.autoencoder_kl import NormalisedAutoencoderKL
+from diffsynth.pipelines.autoencoders.kl import NormalisedAutoencoderKL
 from models.emoji.build import VOCABULARY, pixels, psnr, release, train_tokenizer
 from models.emoji_flux2.build import CHAT_TEMPLATE, SPECIAL_TOKENS, WIDTH
 

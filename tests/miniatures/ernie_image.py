@@ -10,7 +10,7 @@ from diffusers import ErnieImageTransformer2DModel, FlowMatchEulerDiscreteSchedu
 from miniatures.z_image import loaded
 from tiny import kept_folder
 from tiny_flux2 import _give_statistics as give_statistics
-from tiny_flux2 import _randomise as randomise
+from tiny_flux2 import randomise
 from torch import Tensor
 from transformers import Mistral3Config, Mistral3Model
 

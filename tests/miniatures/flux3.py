@@ -10,7 +10,7 @@ from diffusers.modular_pipelines.flux3.modular_blocks_flux3 import Flux3AutoCore
 from diffusers.modular_pipelines.flux3.modular_blocks_flux3_distilled import Flux3DistilledAutoCoreDenoiseStep
 from tiny import kept_folder
 from tiny_flux2 import _give_statistics as give_statistics
-from tiny_flux2 import _randomise as randomise
+from tiny_flux2 import randomise
 from torch import Tensor
 from transformers import AutoTokenizer, Qwen3VLConfig, Qwen3VLForConditionalGeneration
 

@@ -9,7 +9,7 @@ import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, Krea2Transformer2DModel
 from miniatures.z_image import loaded
 from tiny import kept_folder
-from tiny_flux2 import _randomise as randomise
+from tiny_flux2 import randomise
 from tiny_qwen_edit import _give_statistics as give_statistics
 from torch import Tensor
 from transformers import Qwen3VLConfig, Qwen3VLModel

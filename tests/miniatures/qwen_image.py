@@ -10,7 +10,7 @@ import tiny
 import torch
 from diffusers import QwenImageControlNetModel, QwenImageTransformer2DModel
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
-from tiny_flux2 import _randomise as randomise
+from tiny_flux2 import randomise
 from torch import Tensor
 
 PARTS = tiny.COMPONENTS | {"controlnet": "controlnet"}

@@ -11,7 +11,7 @@ import torch
 from diffusers import AutoencoderKLQwenImage21, QwenImage21Transformer2DModel
 from diffusers.pipelines.qwenimage21 import pipeline_qwenimage21 as theirs
 from tiny import COMPONENTS, kept_folder
-from tiny_flux2 import _randomise as randomise
+from tiny_flux2 import randomise
 from torch import Tensor
 from transformers import (
     Qwen2Tokenizer,

@@ -10,7 +10,7 @@ import tiny
 import torch
 from diffusers import AutoencoderKLQwenImage, QwenImageTransformer2DModel
 from diffusers.pipelines.qwenimage import pipeline_qwenimage_layered as theirs
-from tiny_flux2 import _randomise as randomise
+from tiny_flux2 import randomise
 from torch import Tensor
 
 

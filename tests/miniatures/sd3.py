@@ -10,7 +10,7 @@ import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, SD3ControlNetModel, SD3Transformer2DModel
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from tiny import kept_folder
-from tiny_flux2 import _randomise as randomise
+from tiny_flux2 import randomise
 from tokenizers import pre_tokenizers
 from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection, CLIPTokenizer, T5Config, T5EncoderModel

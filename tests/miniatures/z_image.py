@@ -10,7 +10,7 @@ import diffusers
 import torch
 from diffusers import ZImageControlNetModel, ZImageTransformer2DModel
 from tiny import kept_folder
-from tiny_flux2 import _randomise as randomise
+from tiny_flux2 import randomise
 from torch import Tensor
 from transformers import Siglip2ImageProcessorPil, Siglip2VisionConfig, Siglip2VisionModel
 

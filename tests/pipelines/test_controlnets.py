@@ -19,6 +19,7 @@ from torch.testing import assert_close
 from controlnet import controlnet as start_controlnet
 from diffsynth.core.loader import ModelConfig
 from diffsynth.diffusion.base_pipeline import BasePipeline
+from diffsynth.diffusion.controlnet.inputs import ControlEmbedder
 from diffsynth.diffusion.controlnet.several import PLACES, BlockSums
 from diffsynth.diffusion.loss import FlowMatchSFT
 from diffsynth.diffusion.pipeline.components import library_name
@@ -278,6 +279,7 @@ def test_training_a_controlnet_leaves_the_base_as_it_is(name):
     [
         (INPAINT, "this ControlNet reads 16 channels"),
         ({"controlnet_image": "a.png"}, "controlnet_image is or holds 'a.png', expected images"),
+        ({"controlnet_inpaint_mask": "a.png"}, "controlnet_inpaint_mask is or holds 'a.png', expected images"),
         ({"controlnet_scale": -1.0}, "controlnet_scale is -1.0; expected a number of at least 0, or a list"),
         ({"controlnet_end": 1.5}, r"controlnet_end is 1.5; expected a number in \[0, 1\]"),
     ],
@@ -353,6 +355,17 @@ def test_nothing_is_added_to_the_tokens_of_edit_images():
     for sample in (*seen["controlnet_block_samples"], *seen["controlnet_single_block_samples"]):
         assert sample.shape[1] == seen["hidden_states"].shape[1]
         assert sample[:, :6].all() and not sample[:, 6:].any()
+
+
+def test_transparent_images_to_inpaint_are_on_white_as_all_others():
+    pipe, sizes = loaded(z_image.controlnet(33)), {"height": SIZE[1], "width": SIZE[0]}
+    unit = next(unit for unit in pipe.units if isinstance(unit, ControlEmbedder))
+    see_through = Image.new("RGBA", SIZE, (0, 0, 0, 0))
+    found, expected = (
+        unit.process(pipe, CONTROL["controlnet_image"], own, mask(), **sizes, tiled=False, tile_size=8, tile_stride=4)
+        for own in (see_through, Image.new("RGB", SIZE, "white"))
+    )
+    assert torch.equal(*(latents["control_latents"][0] for latents in (found, expected)))
 
 
 def test_images_among_options_are_files(tmp_path):

@@ -3,7 +3,7 @@
 Shapes: B batch, C channels of the latents, h w latent size, H W size in pixels.
 """
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -12,7 +12,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 
 from ...core.ranges import NonNegativeFloat, Probability
 from ..pipeline.image_units import image_list
@@ -22,6 +22,7 @@ from ..pipeline.units import PipelineUnit
 if TYPE_CHECKING:
     from ..base_pipeline import BasePipeline
 
+BLACK = -1.0  # of a pixel
 Encode = Callable[[Tensor], Tensor]  # pixels (1, 3, H, W) in [-1, 1] to latents (1, C, h, w)
 
 
@@ -88,12 +89,13 @@ class ControlEmbedder(PipelineUnit):
         tile_size,
         tile_stride,
     ):
-        _check(pipe, controlnet_image, controlnet_inpaint_image, controlnet_inpaint_mask)
+        kept = _one_image(controlnet_inpaint_image, "controlnet_inpaint_image", "RGB")
+        mask = _one_image(controlnet_inpaint_mask, "controlnet_inpaint_mask", "L")
+        _check(pipe, controlnet_image, kept, mask)
         size = width, height
         images = [pixels(pipe, image, size) for image in image_list(controlnet_image, "controlnet_image")]
         inputs = inputs_of_images(pipe, len(images))
-        kept = controlnet_inpaint_image and pixels(pipe, controlnet_inpaint_image, size)
-        mask = controlnet_inpaint_mask and mask_pixels(pipe, controlnet_inpaint_mask, size)
+        kept, mask = kept and pixels(pipe, kept, size), mask and mask_pixels(pipe, mask, size)
         encode = partial(pipe.vae.encode, tiled=tiled, tile_size=tile_size, tile_stride=tile_stride)
         pipe.load_models_to_device(["vae"])
         latents = [
@@ -132,13 +134,13 @@ def inputs_of_images(pipe: "BasePipeline", images: int) -> Sequence[ControlInput
 
 
 def pixels(pipe: "BasePipeline", image: Image.Image, size: tuple[int, int]) -> Tensor:
-    """Pixels (1, 3, H, W) in [-1, 1] of an image that is resized to (W, H)."""
-    return pipe.preprocess_image(image.convert("RGB").resize(size, Image.Resampling.LANCZOS))
+    """Pixels (1, 3, H, W) in [-1, 1] of an RGB image that is resized to (W, H)."""
+    return pipe.preprocess_image(image.resize(size, Image.Resampling.LANCZOS))
 
 
 def mask_pixels(pipe: "BasePipeline", mask: Image.Image, size: tuple[int, int]) -> Tensor:
-    """A mask (1, 1, H, W) of an image that is resized to (W, H): 1 where it is nearer to white, and 0 elsewhere."""
-    values = np.array(mask.convert("L").resize(size, Image.Resampling.LANCZOS), dtype=np.float32) / 255
+    """A mask (1, 1, H, W) of a grey image that is resized to (W, H): 1 where it is nearer to white, and 0 elsewhere."""
+    values = np.array(mask.resize(size, Image.Resampling.LANCZOS), dtype=np.float32) / 255
     return torch.from_numpy(values >= 0.5)[None, None].to(pipe.device, pipe.torch_dtype)
 
 
@@ -185,6 +187,37 @@ def check_columns(pipe: "BasePipeline", columns: Collection[str]) -> None:
             "task.extra_inputs=[controlnet_image] and dataset.data_file_keys=[image,controlnet_image], or "
             "model.controlnet=null."
         )
+
+
+def check_sizes(name: str, controlnet: nn.Module, dit: nn.Module, sizes: Iterable[str]) -> None:
+    """Refuse a ControlNet, called `name`, that differs from the transformer in one of these sizes of both."""
+    for size in sizes:
+        found, wanted = controlnet.config[size], dit.config[size]
+        if found != wanted:
+            raise ValueError(
+                f"{name} has {size} {found}, but dit has {wanted}; take a ControlNet that was trained for this "
+                "transformer."
+            )
+
+
+def blackened(encode: Encode, image: Tensor, mask: Tensor | None) -> Tensor:
+    """Latents (1, C + 1, h, w) of an image (1, 3, H, W) that is black in the mask's area, and the area that is kept.
+
+    Raises:
+        ValueError: There is no mask.
+    """
+    if mask is None:
+        raise ValueError("This ControlNet inpaints: controlnet_image needs controlnet_inpaint_mask; give both.")
+    latents = encode(torch.where(mask > 0, BLACK, image))
+    return torch.cat([latents, kept_area(mask, latents)], dim=1)
+
+
+def _one_image(value: Any, name: str, mode: str) -> Image.Image | None:
+    """One image or none in `mode`; `name` is that of the argument, for errors."""
+    images = image_list(value, name, mode)
+    if len(images) > 1:
+        raise ValueError(f"{name} holds {len(images)} images, expected one.")
+    return images[0] if images else None
 
 
 def _check(pipe: "BasePipeline", image: Any, kept: Image.Image | None, mask: Image.Image | None) -> None:

@@ -19,6 +19,19 @@ Tokens = Mapping[str, Tensor | list[slice]]
 ALL = [slice(None)]
 
 
+def check_text_width(wanted: int, made: int) -> None:
+    """Refuse a text encoder whose embeddings have another width than the network takes.
+
+    Raises:
+        ValueError: `made` differs from `wanted`.
+    """
+    if wanted != made:
+        raise ValueError(
+            f"dit takes text embeddings of width {wanted}, but text_encoder makes {made}: they are of different "
+            "models; take the text encoder that was released with the transformer."
+        )
+
+
 class PromptEmbedder(PipelineUnit):
     """Computes text embeddings (1, L', …) of the prompt and, under guidance, of the negative prompt.
 

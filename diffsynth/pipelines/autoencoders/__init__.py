@@ -1,1 +1,1 @@
-"""Autoencoders of models that several families share; `diffusion/pipeline/autoencoder_kl.py` has the general one."""
+"""Autoencoders of models that several families share, in normalised latents."""

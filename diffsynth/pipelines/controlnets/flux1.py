@@ -16,7 +16,7 @@ from torch import Tensor
 from ...core.gradient import checkpoint_blocks
 from ...core.ranges import NonNegativeInt
 from ...diffusion.base_pipeline import BasePipeline
-from ...diffusion.controlnet.inputs import ControlInputs, ControlRequest, inputs_of_images
+from ...diffusion.controlnet.inputs import ControlInputs, ControlRequest, check_sizes, inputs_of_images
 from ...diffusion.controlnet.several import outputs_of, summed
 from ...diffusion.controlnet.start import ControlStart
 from ...diffusion.pipeline.image_units import image_list
@@ -135,13 +135,7 @@ def check_controlnet(name: str, controlnet: Flux1ControlNet, dit: FluxTransforme
             f"{name} reads the pixels of images, as those of XLabs do, but here ControlNets read latents; take "
             "another one, such as InstantX/FLUX.1-dev-Controlnet-Canny."
         )
-    for size in BASE_SIZES:
-        found, wanted = controlnet.config[size], dit.config[size]
-        if found != wanted:
-            raise ValueError(
-                f"{name} has {size} {found}, but dit has {wanted}; take a ControlNet that was trained for this "
-                "transformer."
-            )
+    check_sizes(name, controlnet, dit, BASE_SIZES)
 
 
 def config_beside(transformer: Mapping[str, Any], blocks: int, inpaint: bool) -> dict[str, Any]:

@@ -6,19 +6,17 @@ It reads 16 channels, or 17 with an image to inpaint, in diffusers' QwenImageCon
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import torch
 from diffusers import QwenImageControlNetModel, QwenImageTransformer2DModel
 from torch import Tensor
 
 from ...core.gradient import checkpoint_blocks
 from ...diffusion.base_pipeline import BasePipeline
-from ...diffusion.controlnet.inputs import ControlEmbedder, ControlInputs, Encode, kept_area
+from ...diffusion.controlnet.inputs import ControlEmbedder, ControlInputs, Encode, blackened, check_sizes
 from ...diffusion.controlnet.several import outputs_of, summed
 from ...diffusion.controlnet.start import ControlStart
 
 COPIED_BLOCKS = 5  # as in the released InstantX/Qwen-Image-ControlNet-Union
 SIZES = "patch_size", "in_channels", "out_channels", "attention_head_dim", "num_attention_heads", "joint_attention_dim"
-BLACK = -1.0
 
 
 class QwenImageControlNet(QwenImageControlNetModel):
@@ -70,10 +68,7 @@ class QwenImageUnit_ControlEmbedder(ControlEmbedder):
     ) -> Tensor:
         if inputs.channels == pipe.latents.channels:
             return encode(image)
-        if mask is None:
-            raise ValueError("This ControlNet inpaints: controlnet_image needs controlnet_inpaint_mask; give both.")
-        latents = encode(torch.where(mask > 0, BLACK, image))
-        return torch.cat([latents, kept_area(mask, latents)], dim=1)
+        return blackened(encode, image, mask)
 
 
 def control_inputs(controlnet: QwenImageControlNet) -> ControlInputs:
@@ -83,13 +78,7 @@ def control_inputs(controlnet: QwenImageControlNet) -> ControlInputs:
 
 def check_controlnet(name: str, controlnet: QwenImageControlNet, dit: QwenImageTransformer2DModel) -> None:
     """Refuse a ControlNet of another base."""
-    for size in ("joint_attention_dim", "num_attention_heads", "attention_head_dim"):
-        found, wanted = controlnet.config[size], dit.config[size]
-        if found != wanted:
-            raise ValueError(
-                f"{name} has {size} {found}, but dit has {wanted}; take a ControlNet that was trained for this "
-                "transformer."
-            )
+    check_sizes(name, controlnet, dit, ("joint_attention_dim", "num_attention_heads", "attention_head_dim"))
 
 
 def config_beside(transformer: Mapping[str, Any], blocks: int, inpaint: bool) -> dict[str, Any]:

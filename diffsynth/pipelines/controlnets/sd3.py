@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ...core.gradient import checkpoint_blocks
 from ...diffusion.base_pipeline import BasePipeline
-from ...diffusion.controlnet.inputs import ControlEmbedder, ControlInputs, Encode, kept_area
+from ...diffusion.controlnet.inputs import ControlEmbedder, ControlInputs, Encode, blackened, check_sizes
 from ...diffusion.controlnet.several import outputs_of, summed
 from ...diffusion.controlnet.start import ControlStart
 
@@ -23,7 +23,6 @@ SIZES = (
     "joint_attention_dim", "caption_projection_dim", "pooled_projection_dim", "pos_embed_max_size", "qk_norm",
     "dual_attention_layers",
 )  # fmt: skip
-BLACK = -1.0
 
 
 class SD3ControlNet(SD3ControlNetModel):
@@ -90,10 +89,7 @@ class SD3Unit_ControlEmbedder(ControlEmbedder):
             latents = encode(image)
             mean, std = pipe.vae.statistics(latents)
             return latents if inputs.is_shifted else latents + mean / std
-        if mask is None:
-            raise ValueError("This ControlNet inpaints: controlnet_image needs controlnet_inpaint_mask; give both.")
-        latents = encode(torch.where(mask > 0, BLACK, image))
-        return torch.cat([latents, kept_area(mask, latents)], dim=1)
+        return blackened(encode, image, mask)
 
 
 def control_inputs(controlnet: SD3ControlNet) -> ControlInputs:
@@ -106,13 +102,8 @@ def control_inputs(controlnet: SD3ControlNet) -> ControlInputs:
 def check_controlnet(name: str, controlnet: SD3ControlNet, dit: SD3Transformer2DModel) -> None:
     """Refuse a ControlNet of another base."""
     text = [] if controlnet.config.joint_attention_dim is None else ["joint_attention_dim"]
-    for size in ("num_attention_heads", "attention_head_dim", "pooled_projection_dim", *text):
-        found, wanted = controlnet.config[size], dit.config[size]
-        if found != wanted:
-            raise ValueError(
-                f"{name} has {size} {found}, but dit has {wanted}; take a ControlNet that was trained for this "
-                "transformer."
-            )
+    sizes = "num_attention_heads", "attention_head_dim", "pooled_projection_dim", *text
+    check_sizes(name, controlnet, dit, sizes)
 
 
 def config_beside(transformer: Mapping[str, Any], blocks: int, inpaint: bool) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 from diffusers import AutoencoderKL
 
-from .vae import NormalisedVAE
+from ...diffusion.pipeline.vae import NormalisedVAE
 
 
 class NormalisedAutoencoderKL(NormalisedVAE, AutoencoderKL):
