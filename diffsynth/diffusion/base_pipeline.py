@@ -20,7 +20,7 @@ from .flow_match import FlowMatchScheduler
 from .pipeline import declaration, sampling_settings
 from .pipeline.media import ImageMedia, Media
 from .pipeline.networks import PipelineNetworks
-from .pipeline.request import ImageRequest, check_numbers, defaults_of, typed
+from .pipeline.request import ImageRequest, check_numbers, defaults_of, image_arguments, typed
 from .pipeline.samplers import SAMPLERS
 from .pipeline.units import PipelineUnit, PipelineUnitRunner, required_units, run_units
 from .pipeline.vae import Latents
@@ -52,18 +52,7 @@ class BasePipeline(PipelineNetworks):
     unit_classes: ClassVar[Sequence[type[PipelineUnit]]]
     model_settings: ClassVar[Sequence[str]] = ()
 
-    per_sample_arguments: ClassVar[Sequence[str]] = (
-        "prompt",
-        "negative_prompt",
-        "seed",
-        "input_image",
-        "inpaint_mask",
-        "edit_image",
-        "context_image",
-        "controlnet_image",
-        "controlnet_inpaint_image",
-        "controlnet_inpaint_mask",
-    )
+    per_sample_arguments: ClassVar[Sequence[str]] = ("prompt", "negative_prompt", "seed")  # besides images
     # Arguments that weights may be trained for; see `PipelineNetworks.use_sampling_settings`.
     sampling_arguments: ClassVar[Sequence[str]] = ("num_inference_steps", "cfg_scale", "sigmas", "sampler")
     decoding_models: ClassVar[Sequence[str]] = ("vae",)  # models that `decode` calls
@@ -181,7 +170,8 @@ class BasePipeline(PipelineNetworks):
             yield run_units(self.units, self, *self.split_request(request))
 
     def _check_batch(self, requests: Sequence[Mapping]) -> None:
-        shared = requests[0].keys() - {*self.per_sample_arguments, *self._arguments_by_side}
+        per_sample = {*self.per_sample_arguments, *image_arguments(self.request)}
+        shared = requests[0].keys() - {*per_sample, *self._arguments_by_side}
         differing = sorted(name for name in shared if any(other[name] != requests[0][name] for other in requests))
         if differing:
             raise ValueError(f"The requests of a batch differ in {differing}; sample them one after another.")

@@ -382,8 +382,6 @@ class QwenImagePipeline(BasePipeline):
         QwenImageUnit_EditImageEmbedder,
     )
 
-    per_sample_arguments = (*BasePipeline.per_sample_arguments, "eligen_entity_masks")
-
     @property
     def one_sided_arguments(self) -> tuple[str, ...]:
         return (*super().one_sided_arguments, "eligen_entity_prompts")

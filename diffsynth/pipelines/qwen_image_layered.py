@@ -200,7 +200,6 @@ class QwenImageLayeredPipeline(QwenImagePipeline):
     model_fn = staticmethod(model_fn_qwen_image_layered)
     sigma_grid = staticmethod(qwen_image_layered_sigmas)
     model_settings = ("layer_num",)
-    per_sample_arguments = (*BasePipeline.per_sample_arguments, "layer_input_image")
     guided_velocity = BasePipeline.guided_velocity
     one_sided_arguments = BasePipeline.one_sided_arguments
     processor = None

@@ -129,7 +129,12 @@ def annotations_of(request: type[ImageRequest]) -> dict[str, Any]:
 
 def image_arguments(request: type[ImageRequest]) -> set[str]:
     """The fields of a request that take images."""
-    return {name for name, hint in annotations_of(request).items() if "Image" in str(hint)}
+    return {name for name, hint in annotations_of(request).items() if _names(hint, Image.Image)}
+
+
+def _names(hint: Any, kind: type) -> bool:
+    """Whether an annotation names a type, at any depth."""
+    return hint is kind or any(_names(inner, kind) for inner in get_args(hint))
 
 
 def parameters_of(request: type[ImageRequest]) -> list[inspect.Parameter]:
