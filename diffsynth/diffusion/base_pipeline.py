@@ -22,7 +22,7 @@ from .pipeline.media import ImageMedia, Media
 from .pipeline.networks import PipelineNetworks
 from .pipeline.request import ImageRequest, check_numbers, defaults_of, image_arguments, typed
 from .pipeline.samplers import SAMPLERS
-from .pipeline.units import PipelineUnit, PipelineUnitRunner, required_units, run_units
+from .pipeline.units import PipelineUnit, PipelineUnitRunner, run_units
 from .pipeline.vae import Latents
 from .template.cache import as_inputs, template_outputs_of
 
@@ -314,10 +314,6 @@ class BasePipeline(PipelineNetworks):
         places = {unit: place for place, unit in enumerate(self.unit_classes)}
         self.units += [unit() for unit in ready if unit not in existing]
         self.units.sort(key=lambda unit: places.get(type(unit), len(places)))
-
-    def required_units(self, wanted: Iterable[str]) -> list[PipelineUnit]:
-        """The units that compute the `wanted` inputs of an objective or of `model_fn`."""
-        return required_units(self.units, wanted)
 
     def cuts_off(self, prompt: str) -> bool:
         """Whether the pipeline truncates a prompt because it is too long; needs no weights."""

@@ -21,18 +21,6 @@ LACKING = {
     "Wan-AI/*": "Wan",
     "PAI/Wan*": "Wan-Fun",
     "iic/VACE-Wan*": "Wan VACE",
-    "Tongyi-MAI/Z-Image*": "Z-Image",
-    "black-forest-labs/FLUX.1*": "FLUX.1",
-    "black-forest-labs/flux-3*": "FLUX.3",
-    "Qwen/Qwen-Image-Layered*": "Qwen-Image-Layered",
-    "Qwen/Qwen-Image-2.1*": "Qwen-Image-2.1",
-    "lodestones/Chroma*": "Chroma",
-}
-# Repositories whose networks are those of another model: its option, with other weights.
-SAME_NETWORKS = {
-    "*/Qwen-Image-2512": "qwen_image",
-    "*/Qwen-Image-Distill-Full": "qwen_image",
-    "*/FireRed-Image-Edit-1.*": "qwen_image_edit_2509",
 }
 # Endings of the repositories that hold a model in diffusers' layout, where DiffSynth-Studio reads the original one.
 LAYOUTS = ("", "-Diffusers", "-diffusers")
@@ -173,10 +161,6 @@ def find_model(files: Iterable[Files], models: Iterable[Model]) -> Model:
                 fitting = [each for each in having if wanted <= each.components.keys()] or having[:1]
                 model = min(fitting, key=lambda each: len(each.components))  # without a ControlNet that nobody wants
                 return Model(model.name, model.node, has_their_files=name == model_id)
-        options = [option for pattern, option in SAME_NETWORKS.items() if fnmatchcase(model_id, pattern)]
-        for model in models:
-            if model.name in options:
-                return model
     found = [] if own else [model for model in models if _has(model, files)]
     if len(found) == 1:
         return found[0]

@@ -163,9 +163,9 @@ FULL = Case(
         enable_model_cpu_offload=True,
     ),
     [
-        "accelerate launch --config_file conf/accelerate/zero2_offload.yaml train.py model=qwen_image "
+        "accelerate launch --config_file conf/accelerate/zero2_offload.yaml train.py model=qwen_image_2512 "
         "dataset=image_folder lora=none logger=[swanlab] lr_scheduler=constant "
-        "model.dit.model_id=Qwen/Qwen-Image-2512 model.dit.path=epoch-1.safetensors dataset.path=data/set "
+        "model.dit.path=epoch-1.safetensors dataset.path=data/set "
         "dataset.metadata=metadata.csv task.trainable_models=[dit] optimizer.lr=0.0001 max_steps=null "
         "export.remove_prefix_in_ckpt=pipe. export.save_steps=null"
     ],

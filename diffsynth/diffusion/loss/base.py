@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import Tensor
 
+from ..pipeline.units import required_units
 from ..randomness import GlobalRNG, SampleRNG
 from ..trained import MODEL
 
@@ -95,7 +96,12 @@ class Objective:
     def units(self, pipe: "BasePipeline") -> "list[PipelineUnit]":
         """The units of the pipeline that compute the inputs that this objective reads."""
         columns = {None, *self.extra_inputs, *self.optional_columns}
-        return [unit for unit in pipe.required_units(self.wanted_inputs(pipe)) if unit.column in columns]
+        required = required_units(self.all_units(pipe), self.wanted_inputs(pipe))
+        return [unit for unit in required if unit.column in columns]
+
+    def all_units(self, pipe: "BasePipeline") -> "list[PipelineUnit]":
+        """The pipeline's units, from which `units` chooses; an objective may put units of its own in their place."""
+        return pipe.units
 
     def wanted_inputs(self, pipe: "BasePipeline") -> set[str]:
         """Names of the pipeline inputs that this objective reads, itself or through `model_fn`.

@@ -13,7 +13,7 @@ from ..distillation.context import LossContext
 from ..distillation.roles import Roles
 from ..distillation.settings import Student, Teacher
 from ..distillation.teacher_sampler import TeacherSampler
-from ..pipeline.units import PipelineUnit, required_units
+from ..pipeline.units import PipelineUnit
 from ..randomness import GlobalRNG, SampleRNG
 from ..trained import MODEL, TrainProgress
 from .base import Objective, sampled_with
@@ -76,13 +76,13 @@ class Distillation(Objective):
         seed = {} if self.teacher is None else {"seed": "seed"}
         return {**super().row_inputs, **seed}
 
-    def units(self, pipe: BasePipeline) -> list[PipelineUnit]:
-        """The required units; sampling with the teacher replaces the unit that encodes the data set's images."""
+    def all_units(self, pipe: BasePipeline) -> list[PipelineUnit]:
+        """The pipeline's units; sampling with the teacher replaces the unit that encodes the data set's images."""
         if self.teacher is None:
-            return super().units(pipe)
+            return pipe.units
         sampler = TeacherSampler(pipe, self.teacher, self.student if self.keeps_trajectory else None)
         others = [unit for unit in pipe.units if not set(unit.output_params) & set(sampler.output_params)]
-        return required_units([*others, sampler], self.wanted_inputs(pipe))
+        return [*others, sampler]
 
     def wanted_inputs(self, pipe: BasePipeline) -> set[str]:
         """The inputs that this objective reads, and those of all distillations, so that one cache serves them all."""

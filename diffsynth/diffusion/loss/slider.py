@@ -16,7 +16,7 @@ from ..adapters.lora import Adapter
 from ..base_pipeline import BasePipeline
 from ..distillation.roles import STUDENT, TEACHER, Roles, check_base_is_kept
 from ..flow_match import interpolate, per_sample
-from ..pipeline.units import PipelineUnit, required_units
+from ..pipeline.units import PipelineUnit
 from ..prompts.embedder import PromptEmbedder
 from ..prompts.several import SeveralPrompts
 from ..randomness import GlobalRNG, SampleRNG
@@ -72,11 +72,10 @@ class ConceptSlider(Objective):
         images = {"input_latents"} if self.reads_images else set()
         return super().wanted_inputs(pipe) | further | images | {"height", "width"}
 
-    def units(self, pipe: BasePipeline) -> list[PipelineUnit]:
-        """The required units; those that embed the row's prompt embed all three prompts."""
+    def all_units(self, pipe: BasePipeline) -> list[PipelineUnit]:
+        """The pipeline's units; those that embed the row's prompt embed all three prompts."""
         prompts = {"": self.target, POSITIVE: self.positive, NEGATIVE: self.negative}
-        units = [SeveralPrompts(unit, prompts) if isinstance(unit, PromptEmbedder) else unit for unit in pipe.units]
-        return required_units(units, self.wanted_inputs(pipe))
+        return [SeveralPrompts(unit, prompts) if isinstance(unit, PromptEmbedder) else unit for unit in pipe.units]
 
     def sampling_inputs(self, pipe: BasePipeline) -> dict[str, Any]:
         return sampled_with(pipe)

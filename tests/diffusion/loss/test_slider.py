@@ -83,6 +83,13 @@ def test_the_loss_and_its_gradient_are_their_formula(kind, training_module, load
     assert list(module.roles.networks) == []  # no second copy of the base
 
 
+def test_units_of_columns_that_no_objective_reads_are_left_out(load_pipe, tiny):
+    """Qwen-Image has such units: of images to go by, of areas with prompts of their own."""
+    pipe = load_pipe(tiny)
+    assert {unit.column for unit in pipe.units} > {None}
+    assert {unit.column for unit in FROM_IMAGES.units(pipe)} == {None}
+
+
 @pytest.mark.slow
 def test_from_prompts_alone_no_autoencoder_is_read(training_module):
     assert training_module(FROM_PROMPTS, LORA).pipe.vae is None

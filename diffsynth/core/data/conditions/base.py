@@ -12,6 +12,7 @@ import numpy as np
 from PIL import Image
 
 from ...code_version import code_version
+from ..operators.picture_files import in_mode
 from ..operators.unread import Unread
 
 
@@ -117,7 +118,7 @@ def checked_mask(mask: Image.Image, image: Image.Image) -> Image.Image:
     if mask.size != image.size:
         found, expected = (f"{each.width} x {each.height}" for each in (mask, image))
         raise ValueError(f"the mask is {found} pixels and its image {expected}; save both at one size")
-    white = np.asarray(mask.convert("L")) >= 128
+    white = np.asarray(in_mode(mask, "L")) >= 128
     if not white.any():
         raise ValueError(
             "the mask is black all over, so that nothing is to be painted; make an area white, or leave the row out "
