@@ -95,7 +95,7 @@ def generate(
     for path in paths:
         pipe.use_sampling_settings_of(path)
     completed = [pipe.complete({**shared, **request}) for request in requests]  # raises before any weight is read
-    warn_of_ignored({**shared, **requests[0]}, completed[0])
+    warn_of_ignored(pipe, {**shared, **requests[0]}, completed[0])
     models = LoadedModels(pipe, memory, paths, lora_scale)
     templates = template.load_all(pipe)
     templates.check(template_inputs, negative_template_inputs)

@@ -20,7 +20,7 @@ from .flow_match import FlowMatchScheduler
 from .pipeline import declaration, sampling_settings
 from .pipeline.media import ImageMedia, Media
 from .pipeline.networks import PipelineNetworks
-from .pipeline.request import ImageRequest, check_numbers, defaults_of, image_arguments, typed
+from .pipeline.request import Request, check_numbers, defaults_of, image_arguments, typed
 from .pipeline.samplers import SAMPLERS
 from .pipeline.units import PipelineUnit, PipelineUnitRunner, run_units
 from .pipeline.vae import Latents
@@ -44,7 +44,7 @@ class BasePipeline(PipelineNetworks):
             differ in every family (`declaration.SHARED_SETTINGS`).
     """
 
-    request: ClassVar[type[ImageRequest]]
+    request: ClassVar[type[Request]]
     latents: ClassVar[Latents]
     media: ClassVar[Media] = ImageMedia()
     model_fn: ClassVar[Callable[..., Tensor]]
@@ -121,8 +121,7 @@ class BasePipeline(PipelineNetworks):
         completed = {**self.call_defaults, **self.settings_for(given), **given}
         check_numbers(self.request, completed)
         _check_request(completed)
-        height, width = self.latents.fitted(completed["height"], completed["width"])
-        return {**completed, "height": height, "width": width}
+        return {**completed, **self.latents.size_of(completed)}
 
     def settings_for(self, request: Mapping) -> dict[str, Any]:
         """The `sampling_arguments` that the weights were trained for, except those that the request sets itself.
@@ -141,8 +140,7 @@ class BasePipeline(PipelineNetworks):
         """Split a request into the units' dictionaries (shared, positive, negative); what it starts from is resized."""
         argument = self.media.argument
         if request.get(argument) is not None:
-            height, width = self.latents.fitted(request["height"], request["width"])
-            request = {**request, argument: self.media.resized(request[argument], height, width)}
+            request = {**request, argument: self.media.resized(request[argument], **self.latents.size_of(request))}
         sides = [{n: request.get(sign + n) for n in self.one_sided_arguments} for sign in ("", "negative_")]
         posi, nega = (as_inputs(self, side, type(self).__name__) for side in sides)
         posi["prompt"], nega["negative_prompt"] = request["prompt"], request.get("negative_prompt", "")
@@ -242,8 +240,7 @@ class BasePipeline(PipelineNetworks):
         accepted = inspect.signature(self.sigma_grid).parameters
         options = {name: request[name] for name in accepted if name in request and name != "num_inference_steps"}
         if "dynamic_shift_len" in accepted:
-            height, width = self.latents.fitted(request["height"], request["width"])
-            options["dynamic_shift_len"] = self.latents.tokens(height, width)
+            options["dynamic_shift_len"] = self.latents.tokens(**self.latents.size_of(request))
         self.scheduler.set_timesteps(request["num_inference_steps"], sigmas=request["sigmas"], **options)
 
     @contextmanager
@@ -355,10 +352,11 @@ def _check_request(request: Mapping) -> None:
     """Refuse a complete request whose arguments exclude each other, or whose sampler does not exist."""
     if request["sampler"] not in SAMPLERS:
         raise ValueError(f"sampler is {request['sampler']!r}; expected one of {', '.join(SAMPLERS)}.")
-    if request["sampler"] == "renoise" and request["inpaint_mask"] is not None:
+    mask = request.get("inpaint_mask")
+    if request["sampler"] == "renoise" and mask is not None:
         raise ValueError(
             "inpaint_mask needs deterministic sampling, but sampler=renoise adds fresh noise at each step; set "
             "sampler=euler, or leave the mask out."
         )
-    if request["inpaint_mask"] is not None and request["input_image"] is None:
+    if mask is not None and request["input_image"] is None:
         raise ValueError("inpaint_mask keeps a part of input_image, which is not given; give input_image too.")

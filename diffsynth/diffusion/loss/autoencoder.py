@@ -5,9 +5,9 @@ Kingma & Welling 2013, "Auto-Encoding Variational Bayes" (https://arxiv.org/abs/
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-from PIL.Image import Image
 from torch import Tensor
 
 from ...core.ranges import NonNegativeFloat
@@ -30,12 +30,15 @@ class AutoencoderLoss(Objective):
     calls_model_fn = False
 
     def __call__(self, pipe: BasePipeline, rng: SampleRNG | GlobalRNG | None = None, **inputs) -> Tensor:
-        """Loss per sample (B,) of `input_image`, B images of one size."""
-        return self.loss(pipe, inputs["input_image"])
+        """Loss per sample (B,) of B images, or videos, of one size."""
+        return self.loss(pipe, inputs[pipe.media.argument])
 
-    def loss(self, pipe: BasePipeline, input_image: Sequence[Image]) -> Tensor:
-        images = [pipe.media.preprocess(image, pipe.device, pipe.torch_dtype) for image in input_image]
-        pixels = torch.cat(images).to(pipe.vae.dtype)  # (B, 3, H, W)
+    def wanted_inputs(self, pipe: BasePipeline) -> set[str]:
+        return {pipe.media.argument}
+
+    def loss(self, pipe: BasePipeline, values: Sequence[Any]) -> Tensor:
+        each = [pipe.media.preprocess(value, pipe.device, pipe.torch_dtype) for value in values]
+        pixels = torch.cat(each).to(pipe.vae.dtype)  # (B, 3, H, W), of videos (B, 3, F, H, W)
         posterior = pipe.vae.distribution(pixels)
         error = pixels - pipe.vae.reconstruct(posterior.mean)
         kl = 0.5 * (posterior.mean**2 + posterior.var - 1 - posterior.logvar)

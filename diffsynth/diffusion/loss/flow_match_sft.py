@@ -51,7 +51,8 @@ class FlowMatchSFT(Objective):
 
         Args:
             inputs: Among them clean `input_latents` (B, …) of unit variance, and optionally `loss_mask` (B, 1, h, w) in
-                [0, 1], the mask of the latent pixels.
+                [0, 1], the mask of the latent pixels, and `given_latents` (B, C, t, h, w), the first t latent frames of
+                a video, which are given and not learned.
         """
         return self.loss(pipe, rng=rng or GlobalRNG(len(inputs["input_latents"])), **inputs)
 
@@ -61,6 +62,7 @@ class FlowMatchSFT(Objective):
         input_latents: Tensor,
         rng: SampleRNG | GlobalRNG,
         loss_mask: Tensor | None = None,
+        given_latents: Tensor | None = None,
         **inputs,
     ) -> Tensor:
         clean = input_latents.float()
@@ -68,11 +70,14 @@ class FlowMatchSFT(Objective):
         weight = self.weighting(pipe.scheduler, sigma)  # before the networks: a GPU would have to end them first
         timestep, sigma, weight = sent(torch.stack([timestep, sigma, weight]), clean.device)
         noise = rng.normal("noise", clean)
-        noisy = interpolate(clean, noise, sigma)
-        target = self.target(pipe, noise - clean, timestep, **{**inputs, "latents": noisy})
-        velocity = pipe.predict(timestep, **{**inputs, "latents": noisy})
+        inputs |= {"latents": interpolate(clean, noise, sigma), "given_latents": given_latents}
+        target = self.target(pipe, noise - clean, timestep, **inputs)
+        velocity = pipe.predict(timestep, **inputs)
         weights = None if loss_mask is None else self.mask(loss_mask)
-        return mean_where((velocity.float() - target).pow(2), weights) * weight
+        error = (velocity.float() - target).pow(2)
+        if given_latents is not None:
+            error = error[:, :, given_latents.shape[2] :]
+        return mean_where(error, weights) * weight
 
     def target(self, pipe: BasePipeline, velocity: Tensor, timestep: Tensor, **inputs) -> Tensor:
         """The velocity (B, …) to learn at timesteps (B,) in [0, 1000]; `velocity` is ε - x₀ (B, …).

@@ -116,7 +116,7 @@ class ConceptSlider(Objective):
         self, pipe: BasePipeline, rng: SampleRNG | GlobalRNG, roles: Roles, inputs: Mapping[str, Any]
     ) -> tuple[Tensor, Tensor]:
         """Latents (B, …) after a random number of the base's steps, and their noise levels (B,)."""
-        size = {name: inputs[name] for name in ("height", "width")}
+        size = pipe.latents.size_of(inputs)
         levels = torch.tensor([*grid(pipe, size, self.num_inference_steps), 0.0])
         taken = rng.integers("timestep", self.num_inference_steps)
         shape = (len(taken), *pipe.latents.shape(**size)[1:])

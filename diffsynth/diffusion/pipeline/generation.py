@@ -59,20 +59,23 @@ def _is_file(text: str) -> bool:
         return False
 
 
-def warn_of_ignored(request: Mapping, completed: Mapping) -> None:
-    """Log warnings of what a request asks for and does not get: a size, or the image that it starts from.
+def warn_of_ignored(pipe: "BasePipeline", request: Mapping, completed: Mapping) -> None:
+    """Log warnings of what a request asks for and does not get: a size, or the image or video that it starts from.
 
     Args:
         completed: The same request, as `BasePipeline.complete` returns it.
     """
-    width, height = completed["width"], completed["height"]
-    asked = request.get("width") or width, request.get("height") or height
-    if asked != (width, height):
+    width, height, *frames = size = pipe.media.requested_size(completed)
+    asked = tuple(request.get(name) or own for name, own in zip(("width", "height", "num_frames"), size, strict=False))
+    if asked[:2] != (width, height):
         message = "A size of %d x %d pixels is no multiple of what the model needs; %d x %d are sampled."
-        logger.warning(message, *asked, width, height)
-    starts = completed["input_image"] is not None and completed["inpaint_mask"] is None
+        logger.warning(message, *asked[:2], width, height)
+    if asked[2:] != tuple(frames):
+        logger.warning("num_frames=%d is not what the model needs; %d frames are sampled.", *asked[2:], *frames)
+    starts = completed.get(pipe.media.argument) is not None and completed.get("inpaint_mask") is None
     if starts and completed["denoising_strength"] == 1:
-        logger.warning("input_image has no effect with denoising_strength=1; set it below 1, such as 0.6.")
+        message = "%s has no effect with denoising_strength=1; set it below 1, such as 0.6."
+        logger.warning(message, pipe.media.argument)
 
 
 def load_images(mode: str = "RGB", **paths: str | None) -> dict[str, Image.Image]:

@@ -23,7 +23,7 @@ EDIT_IMAGE_FACTOR = 32  # sides of a resized edit image are multiples of it, as 
 
 
 class ShapeChecker(PipelineUnit):
-    """Rounds height and width up to a multiple of what the latents need."""
+    """Rounds height and width up to multiples of what the latents need."""
 
     def __init__(self):
         super().__init__(output_params=("height", "width"))

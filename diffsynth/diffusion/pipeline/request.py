@@ -15,6 +15,7 @@ from torch import Tensor
 from ...core.ranges import (
     NonNegativeFloat,
     Pixels,
+    PositiveFloat,
     PositiveFraction,
     PositiveInt,
     SamplingSteps,
@@ -25,21 +26,20 @@ from ...core.ranges import (
 )
 from .kv_cache import KVCache
 
+Frames = list[Image.Image]  # a video; a field for several images is a Sequence of them
+
 EDIT_IMAGE_PIXELS = 1024 * 1024  # area at which the released editing models were trained, as DiffSynth-Studio has it
 
 
 @dataclass(kw_only=True)
-class ImageRequest:
-    """Sample one image.
+class Request:
+    """Sample one image or video.
 
     Args:
-        prompt: Description of the image.
-        negative_prompt: Description of an image that classifier-free guidance moves away from.
+        prompt: Description of the image or video.
+        negative_prompt: Description of what classifier-free guidance moves away from.
         cfg_scale: Scale of classifier-free guidance; 1 switches it off and takes half the time.
-        input_image: Image to start from instead of pure noise; it is resized to `height` and `width`.
-        denoising_strength: Noise level to which `input_image` is noised, in (0, 1].
-        inpaint_mask: Image whose white area is sampled anew; its black area keeps `input_image`.
-        inpaint_blur_sigma: Latent pixels by which the mask's edge is softened; None leaves it sharp.
+        denoising_strength: Noise level to which the image or video to start from is noised, in (0, 1].
         height, width: Size in pixels, rounded up to a multiple of what the family's latents need.
         seed: Seed of the noise; None takes torch's global generator.
         rand_device: Device on which the noise is made.
@@ -56,10 +56,7 @@ class ImageRequest:
     prompt: str
     negative_prompt: str = ""
     cfg_scale: NonNegativeFloat = 1.0
-    input_image: Image.Image | None = None
     denoising_strength: PositiveFraction = 1.0
-    inpaint_mask: Image.Image | None = None
-    inpaint_blur_sigma: NonNegativeFloat | None = None
     height: Side = 1024
     width: Side = 1024
     seed: Seed | None = None
@@ -70,6 +67,36 @@ class ImageRequest:
     tiled: bool = False
     tile_size: PositiveInt = 128
     tile_stride: PositiveInt = 64
+
+
+@dataclass(kw_only=True)
+class ImageRequest(Request):
+    """Sample one image.
+
+    Args:
+        input_image: Image to start from instead of pure noise; it is resized to `height` and `width`.
+        inpaint_mask: Image whose white area is sampled anew; its black area keeps `input_image`.
+        inpaint_blur_sigma: Latent pixels by which the mask's edge is softened; None leaves it sharp.
+    """
+
+    input_image: Image.Image | None = None
+    inpaint_mask: Image.Image | None = None
+    inpaint_blur_sigma: NonNegativeFloat | None = None
+
+
+@dataclass(kw_only=True)
+class VideoRequest(Request):
+    """Sample one video.
+
+    Args:
+        input_video: Frames to start from instead of pure noise, resized to `height` and `width`.
+        num_frames: Number of frames, rounded up to one that the autoencoder takes; for Wan 4 n + 1.
+        frame_rate: Frames per second of the file that is written; the network does not read it.
+    """
+
+    input_video: Frames | None = None
+    num_frames: PositiveInt = 81
+    frame_rate: PositiveFloat = 16.0
 
 
 @dataclass(kw_only=True)
@@ -108,13 +135,13 @@ class TemplateRequest(ImageRequest):
     negative_extra_text_embedding: Tensor | None = None
 
 
-def defaults_of(request: type[ImageRequest]) -> dict[str, Any]:
+def defaults_of(request: type[Request]) -> dict[str, Any]:
     """The defaults of a request's fields, by name."""
     return {field.name: field.default for field in fields(request) if field.default is not MISSING}
 
 
 @cache
-def annotations_of(request: type[ImageRequest]) -> dict[str, Any]:
+def annotations_of(request: type[Request]) -> dict[str, Any]:
     """The annotations of a request's fields, by name; a family that only changes a default keeps the field's range."""
     found: dict[str, Any] = {}
     types: dict[str, Any] = {}
@@ -127,17 +154,22 @@ def annotations_of(request: type[ImageRequest]) -> dict[str, Any]:
     return found
 
 
-def image_arguments(request: type[ImageRequest]) -> set[str]:
-    """The fields of a request that take images."""
+def image_arguments(request: type[Request]) -> set[str]:
+    """The fields of a request that take images, those that take videos included."""
     return {name for name, hint in annotations_of(request).items() if _names(hint, Image.Image)}
 
 
-def _names(hint: Any, kind: type) -> bool:
+def video_arguments(request: type[Request]) -> set[str]:
+    """The fields of a request that take videos."""
+    return {name for name, hint in annotations_of(request).items() if _names(hint, Frames)}
+
+
+def _names(hint: Any, kind: Any) -> bool:
     """Whether an annotation names a type, at any depth."""
-    return hint is kind or any(_names(inner, kind) for inner in get_args(hint))
+    return hint == kind or any(_names(inner, kind) for inner in get_args(hint))
 
 
-def parameters_of(request: type[ImageRequest]) -> list[inspect.Parameter]:
+def parameters_of(request: type[Request]) -> list[inspect.Parameter]:
     """A request's fields as parameters of a call; all are keyword-only but `prompt`, which comes first."""
     kinds = {"prompt": inspect.Parameter.POSITIONAL_OR_KEYWORD}
     hints, first = annotations_of(request), "prompt"
@@ -153,7 +185,7 @@ def parameters_of(request: type[ImageRequest]) -> list[inspect.Parameter]:
     ]
 
 
-def check_numbers(request: type[ImageRequest], arguments: Mapping[str, Any], path: str = "") -> None:
+def check_numbers(request: type[Request], arguments: Mapping[str, Any], path: str = "") -> None:
     """Check the numbers among a call's arguments against their ranges.
 
     Args:
@@ -169,7 +201,7 @@ def check_numbers(request: type[ImageRequest], arguments: Mapping[str, Any], pat
             raise ValueError(f"{path}{name} is {found!r}; expected {expected(hints[name], found)}.")
 
 
-def typed(request: type[ImageRequest], name: str, value: Any) -> Any:
+def typed(request: type[Request], name: str, value: Any) -> Any:
     """Convert an argument that was read from a csv, as text, to the number that the request expects.
 
     Raises:
@@ -187,7 +219,7 @@ def typed(request: type[ImageRequest], name: str, value: Any) -> Any:
         raise ValueError(f"{name} is {value!r}, expected {expected}.") from None
 
 
-def document(request: type[ImageRequest]) -> str:
+def document(request: type[Request]) -> str:
     """The docstrings of a request's class and of its base classes, as one."""
     parts = [cls.__doc__ for cls in request.__mro__ if cls is not object and cls.__doc__]
     return "\n\n".join(inspect.cleandoc(part) for part in parts)

@@ -1,8 +1,9 @@
 """Latents and autoencoders of a family: shapes of latents, normalisation to unit variance, tiling.
 
-Shapes: B batch, C channels, h w latent size, H W size in pixels.
+Shapes: B batch, C channels, F frames, T latent frames, h w latent size, H W size in pixels.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,29 +20,44 @@ class Latents:
         factor: Downsampling, H / h and W / w.
         patch: Latent pixels per token, along each side.
         group: Tokens that only come together, along each side.
+        time_factor: Frames per latent frame, after the first, which has a latent frame of its own; None for images.
     """
 
     channels: int
     factor: int
     patch: int = 1
     group: int = 1
+    time_factor: int | None = None
 
     @property
     def multiple(self) -> int:
         """Both sides of an image, in pixels, must be multiples of this."""
         return self.factor * self.patch * self.group
 
-    def shape(self, height: int, width: int) -> tuple[int, ...]:
-        """Shape (1, C, h, w) of the latents of one image of `height` and `width` in pixels."""
-        return 1, self.channels, height // self.factor, width // self.factor
+    def shape(self, height: int, width: int, num_frames: int = 1) -> tuple[int, ...]:
+        """Shape of the latents of a size in pixels: (1, C, h, w) of an image, (1, C, T, h, w) of a video."""
+        time = () if self.time_factor is None else (self.frames(num_frames),)
+        return 1, self.channels, *time, height // self.factor, width // self.factor
 
-    def tokens(self, height: int, width: int) -> int:
-        """Number of tokens of one image of `height` and `width` in pixels."""
-        return (height // (self.factor * self.patch)) * (width // (self.factor * self.patch))
+    def frames(self, num_frames: int) -> int:
+        """Number T of latent frames of `num_frames` frames."""
+        return 1 if self.time_factor is None else 1 + -(-(num_frames - 1) // self.time_factor)
+
+    def tokens(self, height: int, width: int, num_frames: int = 1) -> int:
+        """Number of tokens of one image or video of `height` and `width` in pixels."""
+        rows, columns = (side // (self.factor * self.patch) for side in (height, width))
+        return rows * columns * self.frames(num_frames)
 
     def fitted(self, height: int, width: int) -> tuple[int, int]:
         """`height` and `width` in pixels, rounded up to `multiple`."""
         return tuple(-(-side // self.multiple) * self.multiple for side in (height, width))
+
+    def size_of(self, request: Mapping[str, Any]) -> dict[str, int]:
+        """`height` and `width` of a request and, of a video, `num_frames`, each rounded up to what the latents need."""
+        size = dict(zip(("height", "width"), self.fitted(request["height"], request["width"]), strict=True))
+        if self.time_factor is None:
+            return size
+        return {**size, "num_frames": 1 + (self.frames(request["num_frames"]) - 1) * self.time_factor}
 
 
 class NormalisedVAE:
@@ -99,8 +115,25 @@ class NormalisedVAE:
         self.tile_overlap_factor = 1 - tile_stride / tile_size
 
 
-class SingleFrameVAE(NormalisedVAE):
-    """`NormalisedVAE` for an autoencoder of videos that is applied to single images; it has statistics by channel."""
+class VideoVAE(NormalisedVAE):
+    """`NormalisedVAE` for an autoencoder of videos, from RGB (B, 3, F, H, W) to latents (B, C, T, h, w).
+
+    It has statistics by channel.
+    """
+
+    def statistics(self, like: Tensor) -> tuple[Tensor, Tensor]:
+        both = (self.config.latents_mean, self.config.latents_std)
+        shape = 1, -1, *[1] * (like.dim() - 2)
+        return tuple(torch.tensor(values, device=like.device, dtype=like.dtype).view(shape) for values in both)
+
+    def tile(self, tiled: bool, tile_size: int, tile_stride: int) -> None:
+        size, stride = (n * self.spatial_compression_ratio for n in (tile_size, tile_stride))
+        self.enable_tiling(size, size, stride, stride)
+        self.use_tiling = tiled
+
+
+class SingleFrameVAE(VideoVAE):
+    """`VideoVAE` that is applied to single images: from RGB (B, 3, H, W) to latents (B, C, h, w)."""
 
     def distribution(self, image: Tensor, *tiling) -> Any:
         """The posterior N(μ, σ²) over latents (B, C, 1, h, w) of RGB (B, 3, H, W) in [-1, 1]."""
@@ -115,12 +148,3 @@ class SingleFrameVAE(NormalisedVAE):
 
     def unpacked(self, latents: Tensor) -> Tensor:
         return latents.unsqueeze(2)
-
-    def statistics(self, like: Tensor) -> tuple[Tensor, Tensor]:
-        both = (self.config.latents_mean, self.config.latents_std)
-        return tuple(torch.tensor(values, device=like.device, dtype=like.dtype).view(1, -1, 1, 1) for values in both)
-
-    def tile(self, tiled: bool, tile_size: int, tile_stride: int) -> None:
-        size, stride = (n * self.spatial_compression_ratio for n in (tile_size, tile_stride))
-        self.enable_tiling(size, size, stride, stride)
-        self.use_tiling = tiled

@@ -94,7 +94,7 @@ class Validation:
         """
         try:
             options = with_images(module.pipe, self.options)
-            warn_of_ignored(options, module.pipe.complete(options))
+            warn_of_ignored(module.pipe, options, module.pipe.complete(options))
         except ValueError as error:
             raise ValueError(f"validation.options: {error}") from error
         compared = self.few_steps.models(module) if self.few_steps else set()

@@ -16,6 +16,7 @@ from ..sources.urls import is_url, read_url
 from .base import Operator, check, unread
 from .picture_files import as_shown, beginning, describe_file, describe_image, not_found, open_image, upright_size
 from .unread import Unread
+from .video_files import pyav
 
 if TYPE_CHECKING:
     import av
@@ -128,15 +129,11 @@ class LoadVideo(LoadFrames):
 
     def __post_init__(self):
         super().__post_init__()
-        try:
-            import av  # noqa: F401
-        except ImportError as error:
-            raise ImportError(f'LoadVideo needs PyAV: pip install "diffsynth-hydra[data]" ({error})') from error
+        pyav()
 
     @contextmanager
     def open(self, data: str | EmbeddedFile) -> Iterator:
-        import av
-
+        av = pyav()
         with open_bytes(data) as file:
             try:
                 # FFmpeg also opens playlists. Their entries may be any file or address, and must not be opened.

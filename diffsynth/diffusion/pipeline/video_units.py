@@ -1,0 +1,73 @@
+"""Units that families of video models share; the sizes that they need come from the pipeline's `latents`.
+
+Shapes: C channels, T latent frames, h w latent size.
+"""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from .image_units import tiling
+from .units import PipelineUnit, in_groups
+
+if TYPE_CHECKING:
+    from ..base_pipeline import BasePipeline
+
+
+class VideoShapeChecker(PipelineUnit):
+    """Rounds height, width and the number of frames up to what the latents need."""
+
+    def __init__(self):
+        super().__init__(output_params=("height", "width", "num_frames"))
+
+    def process(self, pipe, height, width, num_frames):
+        return pipe.latents.size_of({"height": height, "width": width, "num_frames": num_frames})
+
+
+class VideoNoiseInitializer(PipelineUnit):
+    """Makes the initial noise (1, C, T, h, w) from the seed."""
+
+    def __init__(self):
+        super().__init__(output_params=("noise",))
+
+    def process(self, pipe, height, width, num_frames, seed, rand_device):
+        shape = pipe.latents.shape(height, width, num_frames)
+        # Drawn in fp32 whatever the pipeline's dtype is, as DiffSynth-Studio draws noise of videos.
+        return {"noise": pipe.generate_noise(shape, seed, rand_device, torch.float32)}
+
+
+class InputVideoEmbedder(PipelineUnit):
+    """Encodes `input_video` to `input_latents`; `latents` is where sampling starts: noise, or the noised video."""
+
+    def __init__(self):
+        super().__init__(output_params=("latents", "input_latents"), onload_model_names=("vae",))
+
+    def process(self, pipe, input_video, noise, tiled, tile_size, tile_stride):
+        if input_video is None:
+            return {"latents": noise, "input_latents": None}
+        (input_latents,) = encode_videos(pipe, [input_video], tiled, tile_size, tile_stride)
+        if pipe.scheduler.training:
+            return {"latents": noise, "input_latents": input_latents}
+        latents = pipe.scheduler.add_noise(input_latents, noise, pipe.scheduler.timesteps[0])
+        return {"latents": latents, "input_latents": input_latents}
+
+    def process_batch(self, pipe, batch):
+        """Encode videos of training data; those of equal size go through the autoencoder together."""
+        latents = encode_videos(pipe, [inputs["input_video"] for inputs in batch], *tiling(batch[0]))
+        return [{"latents": i["noise"], "input_latents": own} for i, own in zip(batch, latents, strict=True)]
+
+
+def encode_videos(
+    pipe: "BasePipeline", videos: Sequence[Sequence[Image.Image]], tiled: bool, tile_size: int, tile_stride: int
+) -> Sequence[Tensor]:
+    """Normalised latents (1, C, T, h, w) of each video; videos of equal size go through the autoencoder together."""
+    pipe.load_models_to_device(["vae"])
+
+    def encode(group: Sequence[Sequence[Image.Image]]) -> Sequence[Tensor]:
+        pixels = torch.cat([pipe.media.preprocess(video, pipe.device, pipe.torch_dtype) for video in group])
+        return pipe.vae.encode(pixels, tiled, tile_size, tile_stride).split(1)
+
+    return in_groups(videos, [pipe.media.size(video) for video in videos], encode)

@@ -1,0 +1,154 @@
+"""Wan 2.1 and Wan 2.2: text-to-video.
+
+Wan Team 2025, "Wan: Open and Advanced Large-Scale Video Generative Models" (https://arxiv.org/abs/2503.20314).
+Networks: diffusers, transformers. Latents are (B, 16, T, H/8, W/8) with T = (F - 1) / 4 + 1 of F frames; the
+transformer reads 1 × 2 × 2 latent pixels as a token. Constants are those of the released pipelines (diffusers'
+WanPipeline) and of DiffSynth-Studio unless a comment says otherwise.
+"""
+
+import html
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import ftfy
+import torch
+from diffusers import WanTransformer3DModel
+from torch import Tensor
+
+from ..core.gradient import checkpoint_blocks
+from ..core.loader import ModelConfig
+from ..core.ranges import NonNegativeFloat, PositiveFloat, PositiveInt, SamplingSteps, Side, Tokens
+from ..diffusion.base_pipeline import BasePipeline
+from ..diffusion.flow_match import TRAINING_STEPS, per_sample, time_shift
+from ..diffusion.pipeline.components import Folder, Network
+from ..diffusion.pipeline.request import VideoRequest
+from ..diffusion.pipeline.vae import Latents
+from ..diffusion.pipeline.video_media import VideoMedia
+from ..diffusion.pipeline.video_units import InputVideoEmbedder, VideoNoiseInitializer, VideoShapeChecker
+from ..diffusion.prompts.embedder import PromptEmbedder, check_text_width
+from .autoencoders.wan import WanVAE
+
+__all__ = ["ModelConfig", "WanPipeline"]
+
+SIGMA_SHIFT = 5.0
+MAX_PROMPT_TOKENS = 512
+
+
+def wan_sigmas(num_inference_steps: int, denoising_strength: float = 1.0, sigma_shift: float = SIGMA_SHIFT) -> Tensor:
+    """Noise levels (N,) of Wan: linear, then shifted towards noise by k = `sigma_shift` (`time_shift`)."""
+    return time_shift(torch.linspace(denoising_strength, 0, num_inference_steps + 1)[:-1], sigma_shift)
+
+
+def model_fn_wan(
+    dit: WanTransformer3DModel,
+    latents: Tensor,
+    timestep: Tensor,
+    prompt_emb: Tensor,
+    given_latents: Tensor | None = None,
+    use_gradient_checkpointing: bool = False,
+    use_gradient_checkpointing_offload: bool = False,
+) -> Tensor:
+    """Velocity (B, C, T, h, w) of noisy latents (B, C, T, h, w) at timesteps (B,) in [0, 1000].
+
+    Args:
+        prompt_emb: Text embeddings (B, L, D), zeros after the prompt's end.
+        given_latents: Clean latents (B, C, t, h, w) of the first t latent frames. They take the place of the noisy
+            ones, at timestep 0; the velocity of these frames leads to them.
+    """
+    checkpoint_blocks(dit, use_gradient_checkpointing, use_gradient_checkpointing_offload)
+    seen, time = latents, timestep
+    if given_latents is not None:
+        seen, time = with_given_frames(latents, timestep, given_latents)
+    velocity = dit(
+        hidden_states=seen.to(dit.dtype),
+        timestep=time,
+        encoder_hidden_states=prompt_emb.to(dit.dtype),
+        return_dict=False,
+    )[0]
+    return velocity if given_latents is None else towards_given_frames(velocity, latents, timestep, given_latents)
+
+
+def with_given_frames(latents: Tensor, timestep: Tensor, given: Tensor) -> tuple[Tensor, Tensor]:
+    """Latents (B, C, T, h, w) whose first frames are the given ones, and the timestep (B, tokens) of each token."""
+    count = given.shape[2]
+    _, _, frames, height, width = latents.shape
+    tokens = (height // 2) * (width // 2)
+    by_frame = timestep.unsqueeze(1).repeat(1, frames)
+    by_frame[:, :count] = 0
+    return torch.cat([given.to(latents), latents[:, :, count:]], dim=2), by_frame.repeat_interleave(tokens, dim=1)
+
+
+def towards_given_frames(velocity: Tensor, latents: Tensor, timestep: Tensor, given: Tensor) -> Tensor:
+    """The velocity (B, C, T, h, w), in the first frames replaced by (x_σ - x₀) / σ, which leads to the given ones."""
+    count = given.shape[2]
+    sigma = per_sample(timestep / TRAINING_STEPS, latents).to(latents)
+    return torch.cat([((latents[:, :, :count] - given) / sigma).to(velocity), velocity[:, :, count:]], dim=2)
+
+
+# Units ----------------------------------------------------------------------------------------------------------------
+
+
+class WanUnit_PromptEmbedder(PromptEmbedder):
+    """Computes UMT5's embeddings (1, L, D) of a prompt; those after its end are zeros, which are attended to."""
+
+    def tokenize(self, pipe, prompt, max_sequence_length):
+        options = {"padding": "max_length", "truncation": True, "return_tensors": "pt"}
+        return dict(pipe.tokenizer([cleaned(prompt)], max_length=max_sequence_length, **options))
+
+    def embed(self, pipe: "WanPipeline", tokens: Mapping[str, Tensor]) -> Tensor:
+        return pipe.text_encoder(**tokens).last_hidden_state * tokens["attention_mask"].unsqueeze(-1)
+
+
+def cleaned(prompt: str) -> str:
+    """A prompt with its broken characters mended, HTML's names replaced by their characters, and single spaces."""
+    return re.sub(r"\s+", " ", html.unescape(html.unescape(ftfy.fix_text(prompt)))).strip()
+
+
+# Pipeline -------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(kw_only=True)
+class WanRequest(VideoRequest):
+    """Sample one video with Wan.
+
+    Args:
+        sigma_shift: Shift k of the noise levels towards noise.
+        max_sequence_length: Tokens that a prompt is padded or cut to.
+    """
+
+    height: Side = 480
+    width: Side = 832
+    num_inference_steps: SamplingSteps = 50
+    cfg_scale: NonNegativeFloat = 5.0
+    tile_size: PositiveInt = 32
+    tile_stride: PositiveInt = 24
+    sigma_shift: PositiveFloat = SIGMA_SHIFT
+    max_sequence_length: Tokens = MAX_PROMPT_TOKENS
+
+
+class WanPipeline(BasePipeline):
+    """Wan's text-to-video on diffusers' transformer and autoencoder, and transformers' UMT5."""
+
+    request = WanRequest
+    components = {
+        "dit": Network("WanTransformer3DModel", lora="transformer"),
+        "text_encoder": Network("UMT5EncoderModel", lora="text_encoder"),
+        "vae": Network(WanVAE),
+        "tokenizer": Folder("AutoTokenizer", needed_by="text_encoder"),
+    }
+    latents = Latents(channels=16, factor=8, patch=2, time_factor=4)
+    media = VideoMedia()
+    model_fn = staticmethod(model_fn_wan)
+    sigma_grid = staticmethod(wan_sigmas)
+    model_settings = ("num_frames", "frame_rate", "sigma_shift", "max_sequence_length")
+    unit_classes = (VideoShapeChecker, VideoNoiseInitializer, InputVideoEmbedder, WanUnit_PromptEmbedder)
+
+    def check_networks(self) -> None:
+        if self.dit is not None and self.text_encoder is not None:
+            check_text_width(self.dit.config.text_dim, self.text_encoder.config.d_model)
+
+    def cuts_off(self, prompt: str) -> bool:
+        if self.tokenizer is None:
+            return False
+        return len(self.tokenizer(cleaned(prompt)).input_ids) > self.call_defaults["max_sequence_length"]
