@@ -90,7 +90,7 @@ class VideoRequest(Request):
 
     Args:
         input_video: Frames to start from instead of pure noise, resized to `height` and `width`.
-        num_frames: Number of frames, rounded up to one that the autoencoder takes; for Wan 4 n + 1.
+        num_frames: Number of frames, rounded up to one that the autoencoder takes, such as 4 n + 1.
         frame_rate: Frames per second of the file that is written; the network does not read it.
     """
 

@@ -20,7 +20,7 @@ from ...core.pictures import beside
 from .media import Media, Size
 
 STRIP_FRAMES = 5  # frames of a film strip, evenly spaced; a guess
-FRAME_RATE = 16.0  # frames per second of Wan's videos, for requests that name none
+FRAME_RATE = 16.0  # frames per second for requests that name none
 
 
 class VideoMedia(Media):
