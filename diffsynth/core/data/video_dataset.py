@@ -133,6 +133,24 @@ class VideoDataset(UnifiedDataset):
                 "middle."
             )
 
+    def fault_of_sizes(self, stored: Mapping[str, Size | None]) -> str | None:
+        main, *others = self.video_keys
+        if stored.get(main) is None:
+            return super().fault_of_sizes(stored)
+        others = [key for key in others if stored.get(key)]
+        wrong = [key for key in others if stored[key][2] < self._frames_needed(stored[main][2])]
+        if not wrong:
+            return super().fault_of_sizes(stored)
+        found, expected = stored[wrong[0]][2], stored[main][2]
+        return (
+            f"{wrong[0]} has {found} frames and {main} {expected}; cut both to one length, or set dataset.start=first "
+            "and fewer dataset.num_frames"
+        )
+
+    def _frames_needed(self, available: int) -> int:
+        """The frames that a clip of a video may be read from, or as many of another column."""
+        return self.lengths.choose(available) if self.start == "first" else available
+
     def _fixed_size(self) -> Size | None:
         size = super()._fixed_size()
         return size and (*size, self.lengths.num_frames[0])

@@ -6,7 +6,7 @@ A video is a file that FFmpeg reads, an animation that Pillow reads, or a list o
 import math
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from fractions import Fraction
@@ -20,7 +20,7 @@ import numpy as np
 from PIL import Image
 
 from ..sources.picture_formats import picture_suffixes
-from ..sources.storage import EmbeddedFile
+from ..sources.storage import EmbeddedFile, is_remote, list_files
 from ..sources.urls import is_url, read_url
 from .picture_files import as_shown, open_image, read_image, upright_size
 from .video import ROUNDING, open_bytes
@@ -95,21 +95,29 @@ class StoredVideo:
 
 
 class FrameFiles(StoredVideo):
-    """A video of files, one a frame; only the first is opened for its size."""
+    """A video of files, one a frame; only the first is opened for its size.
 
-    def __init__(self, files: Sequence[str | EmbeddedFile]):
+    Args:
+        files: Names of the files.
+        located: Returns the path of a name.
+
+    Raises:
+        ValueError: There are none.
+    """
+
+    def __init__(self, files: Sequence[str | EmbeddedFile], located: Callable):
         if not files:
             raise ValueError("has no frames; expected files of images")
-        self.files, self.stored = files, len(files)
+        self.files, self.located, self.stored = files, located, len(files)
 
     @cached_property
     def size(self) -> tuple[int, int]:
-        with open_image(self.files[0]) as image:
+        with open_image(self.located(self.files[0])) as image:
             return upright_size(image)
 
     def read(self, numbers: Sequence[int]) -> Iterator[Image.Image]:
         for number in numbers:
-            image = read_image(self.files[number])
+            image = read_image(self.located(self.files[number]))
             if image.size != self.size:
                 found, expected = (f"{width} x {height}" for width, height in (image.size, self.size))
                 raise ValueError(
@@ -277,17 +285,22 @@ def decoding_errors() -> Iterator[None]:
 
 
 @contextmanager
-def open_video(data: str | EmbeddedFile | Sequence[str | EmbeddedFile]) -> Iterator[StoredVideo]:
-    """Open a video: a file or a URL, the path of a folder of frames, or a list of files of frames.
+def open_video(data: str | EmbeddedFile | Sequence[str | EmbeddedFile], located: Callable) -> Iterator[StoredVideo]:
+    """Open a video: a file or a URL, a folder of frames, or a list of files of frames.
+
+    Args:
+        located: Returns the path of a name.
 
     Raises:
         ImportError: The video needs PyAV, which is not installed.
         ValueError: It cannot be read; says why.
     """
     if isinstance(data, list | tuple):
-        yield FrameFiles(data)
-    elif isinstance(data, str) and os.path.isdir(data):
-        yield FrameFiles(frames_in(data))
+        yield FrameFiles(data, located)
+        return
+    data = located(data)
+    if is_folder(data):
+        yield FrameFiles(frames_in(data), str)
     elif is_picture(data):
         with open_image(read_url(data) if is_url(data) else data) as image:
             yield Animation(image)
@@ -296,10 +309,17 @@ def open_video(data: str | EmbeddedFile | Sequence[str | EmbeddedFile]) -> Itera
             yield Container(file)
 
 
+def is_folder(data: str | EmbeddedFile) -> bool:
+    """Whether a path is a folder; in an object store, a name without a suffix."""
+    if isinstance(data, EmbeddedFile) or is_url(data):
+        return False
+    return not PurePath(data).suffix if is_remote(data) else os.path.isdir(data)
+
+
 def frames_in(folder: str) -> list[str]:
     """The pictures in a folder, in the order of the numbers in their names: 2.png comes before 10.png."""
-    names = [entry.name for entry in os.scandir(folder) if entry.name.lower().endswith(picture_suffixes())]
-    return [os.path.join(folder, name) for name in sorted(names, key=by_numbers) if not name.startswith(".")]
+    names = [file.name for file in list_files(folder) if file.name.lower().endswith(picture_suffixes())]
+    return [os.path.join(folder, name) for name in sorted(names, key=by_numbers)]
 
 
 def by_numbers(name: str) -> list:

@@ -7,7 +7,7 @@ from hashlib import blake2b
 from itertools import groupby
 
 from .metadata import open_text
-from .picture_formats import VIDEO_SUFFIXES, picture_suffixes
+from .picture_formats import suffixes_of
 from .storage import absolute, list_files
 from .table import Table, json_batches, make_table
 
@@ -31,7 +31,7 @@ def read_captions(folder: str, encoding: str = "utf-8", column: str = "image") -
 
 
 def _rows(folder: str, encoding: str, column: str) -> Iterator[dict]:
-    suffixes = picture_suffixes() + (VIDEO_SUFFIXES if column == "video" else ())
+    suffixes = suffixes_of(column)
     names, first, captions = (file.name for file in list_files(folder)), None, 0
     for stem, group in groupby(names, key=lambda name: os.path.splitext(name)[0]):
         files, text = list(group), f"{stem}.txt"
