@@ -1,6 +1,8 @@
 """Small videos whose frames tell their number."""
 
 import json
+import math
+import struct
 from collections.abc import Sequence
 from fractions import Fraction
 from pathlib import Path
@@ -63,3 +65,11 @@ def write_rows(folder: Path, *rows: dict) -> Path:
     lines = [json.dumps({"prompt": "a film", **row}) for row in rows]
     (folder / "metadata.jsonl").write_text("\n".join(lines), encoding="utf-8")
     return folder
+
+
+def turn(path: Path, degrees: int) -> None:
+    """Write into an MP4 that it is shown turned: the matrix in its track header, of 16.16 fixed-point numbers."""
+    data = bytearray(path.read_bytes())
+    cos, sin = (round(of(math.radians(degrees))) << 16 for of in (math.cos, math.sin))
+    struct.pack_into(">5i", data, data.index(b"tkhd") + 44, cos, -sin, 0, sin, cos)
+    path.write_bytes(data)

@@ -1,11 +1,13 @@
 """A data set of videos, and of images beside them: each sample is a list of frames."""
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Annotated, Any, Literal
 
 import torch
+from PIL import Image
 
 from ..ranges import NonNegativeInt, Pixels, PositiveFloat, PositiveInt, Repeat, Side, Workers, at_least
 from .operators.augmentation import Augmentation, AugmentationChoice
@@ -16,9 +18,12 @@ from .order.buckets import AspectBuckets, Size
 from .order.clip_buckets import ClipBuckets, ClipLengths
 from .unified_dataset import UnifiedDataset, called
 
+logger = logging.getLogger(__name__)
+
 Start = Literal["first", "middle", "random"]
 # Of each GPU; a guess: one core decodes and shrinks 81 frames of 1280 x 720 in about a second.
 VIDEO_WORKERS = 4
+WHITE = 250  # of 255; H.264 stores white a little darker, a guess
 
 
 class ClipFit(ImageCropAndResize):
@@ -60,7 +65,7 @@ class VideoDataset(UnifiedDataset):
 
     def __init__(self, *args: Any, lengths: ClipLengths, start: Start = "first", **options: Any):
         super().__init__(*args, **options)
-        self.lengths, self.start = lengths, start
+        self.lengths, self.start, self.has_white_mask = lengths, start, False
         self.video_keys = [key for key in self.data_file_keys if is_video_column(key)]
         if self.data_file_keys[0] not in self.video_keys:
             raise ValueError(
@@ -170,8 +175,21 @@ class VideoDataset(UnifiedDataset):
         clip, cell, start = self.operators[key], row[key], self._start_of(row, size[2], choice)
         fit = partial(self._fitted, size=size[:2], choice=choice)
         if apply is called:
-            return clip.load(cell, start, size[2], fit)
+            frames = clip.load(cell, start, size[2], fit)
+            self._note_white_mask(key, cell, frames)
+            return frames
         return clip.unread_clip(cell, start, size, fit, ["fitted", size[:2], choice.mirrored])
+
+    def _note_white_mask(self, key: str, cell: Any, frames: Sequence[Image.Image]) -> None:
+        """Warn of the first mask that is white in all frames: some programs write masks the other way round."""
+        if key.endswith("mask") and not self.has_white_mask and all(map(is_white, frames)):
+            self.has_white_mask = True
+            logger.warning(
+                "%s %.99r is white in all frames of a clip, so that all of it is to be generated; if black is meant, "
+                "invert the masks.",
+                key,
+                cell,
+            )
 
     def _start_of(self, row: Mapping, count: int, choice: AugmentationChoice) -> int:
         """Number of the first frame of a clip of `count` frames in the video of a row."""
@@ -179,6 +197,11 @@ class VideoDataset(UnifiedDataset):
             return 0
         main = self.data_file_keys[0]
         return start_of(self.operators[main].count(row[main]), count, choice.start)
+
+
+def is_white(frame: Image.Image) -> bool:
+    """Whether a frame is white all over, as far as lossy videos keep white."""
+    return frame.convert("L").getextrema()[0] >= WHITE
 
 
 def is_video_column(name: str) -> bool:

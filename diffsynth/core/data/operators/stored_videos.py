@@ -166,7 +166,9 @@ class Container(StoredVideo):
         self.container = open_container(file)
         streams = self.container.streams
         if not any(stream.width for stream in streams.video[:1]):
-            found = ", ".join(sorted({stream.type for stream in streams})) or "nothing"
+            found = ", ".join(sorted({stream.type for stream in streams}))
+            if not found:
+                raise ValueError("has no complete header: it is cut off; copy or download it again")
             raise ValueError(f"holds no video that FFmpeg can read, but {found}; leave it out")
         # AVI stores decoding times and raw streams store no times: neither has presentation times.
         self.is_timed = self.container.format.name != "avi"

@@ -44,7 +44,8 @@ def read_shards(
         ) from None
     size = sum(file.size for file in files)
     texts = (json.dumps(row) for name in names for row in _read_shard(path, name, caption_key, column))
-    identity = (f"shards of {column}s", absolute(path), files, names, caption_key)
+    kind = "shards" if column == "image" else f"shards of {column}s"
+    identity = (kind, absolute(path), files, names, caption_key)
     return make_table(f"{path}/{shards}", json_batches(texts), size, *identity)
 
 
