@@ -2,7 +2,8 @@
 
 import logging
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from fractions import Fraction
 from functools import partial
@@ -451,12 +452,8 @@ class UnifiedDataset(TrainingData):
         if any(column in row for column in self.augmentation.captions):
             row["prompt"] = self.augmentation.prompt(row, choice)
         for key in [key for key in self.operators if key in row]:
-            try:
+            with errors_named(key, row[key]):
                 row[key] = self._cell(cells, key, size, choice, apply)
-            # Pillow's decoders raise OSError, SyntaxError, struct.error, DecompressionBombError and others.
-            except Exception as error:
-                kind = TypeError if isinstance(error, TypeError) else ValueError
-                raise kind(f"{key} {row[key]!r:.300}: {error!s:.999}") from error
         add_conditions(row, self.data_file_keys[0], self.conditions, choice.conditions)
         return row
 
@@ -497,6 +494,17 @@ class UnifiedDataset(TrainingData):
             f"{len(faults)} of {len(self.scanned)} rows of {self.metadata_path} cannot be used:\n  {first}{more}\n"
             f"Correct them{or_skip}."
         )
+
+
+@contextmanager
+def errors_named(key: str, cell: Any) -> Iterator[None]:
+    """Raise the errors of loading a cell as ValueError, or as TypeError, with the names of column and file."""
+    try:
+        yield
+    # Pillow's decoders raise OSError, SyntaxError, struct.error, DecompressionBombError and others.
+    except Exception as error:
+        kind = TypeError if isinstance(error, TypeError) else ValueError
+        raise kind(f"{key} {cell!r:.300}: {error!s:.999}") from error
 
 
 def called(operator: Callable, value: Any) -> Any:

@@ -10,13 +10,14 @@ import torch
 from PIL import Image
 
 from ..ranges import NonNegativeInt, Pixels, PositiveFloat, PositiveInt, Repeat, Side, Workers, at_least
+from .dataset import Row
 from .operators.augmentation import Augmentation, AugmentationChoice
 from .operators.clips import LoadClip
 from .operators.images import ImageCropAndResize
 from .order.addresses import SampleAddress, sample_seed
 from .order.buckets import AspectBuckets, Size
 from .order.clip_buckets import ClipBuckets, ClipLengths
-from .unified_dataset import UnifiedDataset, called
+from .unified_dataset import UnifiedDataset, called, errors_named
 
 logger = logging.getLogger(__name__)
 
@@ -155,6 +156,15 @@ class VideoDataset(UnifiedDataset):
     def _frames_needed(self, available: int) -> int:
         """The frames that a clip of a video may be read from, or as many of another column."""
         return self.lengths.choose(available) if self.start == "first" else available
+
+    def preview(self, number: int) -> Row:
+        """Sample `number` with the frame in the middle of its clip as its video."""
+        row, key, (*size, count) = self.rows[self._row_number(number)], self.data_file_keys[0], self._size_of(number)
+        choice = AugmentationChoice()
+        fit = partial(self._fitted, size=tuple(size), choice=choice)
+        with errors_named(key, row[key]):
+            frames = self.operators[key].load(row[key], self._start_of(row, count, choice) + count // 2, 1, fit)
+        return Row({**row, key: frames, "prompt": self.augmentation.prompt(row, choice)})
 
     def _fixed_size(self) -> Size | None:
         size = super()._fixed_size()
