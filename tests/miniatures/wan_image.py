@@ -43,6 +43,12 @@ def first_and_last_frame() -> Path:
     return write("wan21_flf2v", with_clip(pos_embed_seq_len=2 * CLIP_TOKENS))
 
 
+@cache
+def fun_control(in_channels: int = 48) -> Path:
+    """The folder of a model repository like Wan2.1-Fun-Control's in the layout of diffusers."""
+    return write(f"wan_fun_{in_channels}", with_clip(in_channels))
+
+
 def write(name: str, transformer: WanTransformer3DModel, **own: object) -> Path:
     folder = kept_folder() / name
     clip = {"image_encoder": clip_vision(), "image_processor": processor()}
