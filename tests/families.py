@@ -14,7 +14,7 @@ import tiny_auraflow
 import tiny_flux2
 import tiny_qwen_edit
 from auraflow import AuraFlowPipeline
-from miniatures import ernie_image, flux1, flux3, krea2, qwen_image, qwen_image_21, sd3, z_image
+from miniatures import ernie_image, flux1, flux3, krea2, qwen_image, qwen_image_21, sd3, wan, z_image
 from torch import Tensor
 
 from diffsynth.core.loader import ModelConfig
@@ -33,6 +33,7 @@ from diffsynth.pipelines.krea2 import Krea2Pipeline
 from diffsynth.pipelines.qwen_image import QwenImagePipeline
 from diffsynth.pipelines.qwen_image_21 import QwenImage21Pipeline
 from diffsynth.pipelines.sd3 import SD3Pipeline
+from diffsynth.pipelines.wan import WanPipeline
 from diffsynth.pipelines.z_image import ZImagePipeline
 
 
@@ -61,6 +62,11 @@ class Family:
     controls: bool = False
     parts: dict[str, str] = field(default_factory=lambda: tiny.COMPONENTS)
     reference: Callable[[list[dict], Tensor], Tensor] | None = None
+
+    @property
+    def num_frames(self) -> int:
+        """Frames of its videos; 0 for a family of images."""
+        return self.settings.get("num_frames", 0)
 
     @property
     def extra_inputs(self) -> list[str]:
@@ -268,6 +274,14 @@ FAMILIES = [
         SIZES | {"max_sequence_length": flux1.MAX_TOKENS},
         parts=flux1.CHROMA_PARTS,
         reference=flux1.sampled_by_chroma,
+    ),
+    Family(
+        "wan21_t2v_1_3b",
+        WanPipeline,
+        wan.text_to_video,
+        ("to_q", "to_k", "to_out.0", "ffn.net.2"),
+        SIZES | {"num_frames": 5, "max_sequence_length": wan.MAX_TOKENS},
+        reference=wan.sampled_by_diffusers,
     ),
 ]
 

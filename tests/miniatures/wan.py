@@ -38,7 +38,7 @@ def write(root: Path, kind: type[diffusers.DiffusionPipeline], **networks: torch
 
 
 def transformer(**sizes: int) -> WanTransformer3DModel:
-    small = {"num_attention_heads": 2, "attention_head_dim": 24, "ffn_dim": 64, "num_layers": 2, "freq_dim": 32}
+    small = {"num_attention_heads": 2, "attention_head_dim": 32, "ffn_dim": 96, "num_layers": 2, "freq_dim": 32}
     return WanTransformer3DModel(**small | {"text_dim": TEXT_WIDTH} | sizes)
 
 
@@ -75,11 +75,11 @@ def sampled_by_diffusers(
     return pipe(
         prompt=[request["prompt"] for request in requests],
         negative_prompt=[request["negative_prompt"] for request in requests],
-        **{name: first[name] for name in ("height", "width", "num_frames", "num_inference_steps")},
+        **{name: first[name] for name in ("height", "width", "num_inference_steps")},
+        num_frames=1 + 4 * (noise.shape[2] - 1),
         guidance_scale=first["cfg_scale"],
-        max_sequence_length=MAX_TOKENS,
         latents=noise,
         output_type="latent",
         return_dict=False,
-        **own,
+        **{"max_sequence_length": MAX_TOKENS} | own,
     )[0]
