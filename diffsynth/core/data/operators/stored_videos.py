@@ -163,7 +163,11 @@ class Container(StoredVideo):
 
     def __init__(self, file: BinaryIO):
         self.file, self.is_used = file, False
+        self.file_size = file.seek(0, 2)  # before FFmpeg reads, which would not notice that the file was moved
         self.container = open_container(file)
+        self.reformatter = (
+            pyav().video.reformatter.VideoReformatter()
+        )  # a frame's own one is set up anew for each frame
         streams = self.container.streams
         if not any(stream.width for stream in streams.video[:1]):
             found = ", ".join(sorted({stream.type for stream in streams}))
@@ -195,9 +199,9 @@ class Container(StoredVideo):
         is_complete = len(entries) == self.stream.frames > 1 and "mp4" in self.container.format.name
         if not is_complete or any(entry.is_discard for entry in entries):
             return None
-        end, size = max(entry.pos + entry.size for entry in entries), self.file.seek(0, 2)
-        if end > size:
-            raise ValueError(f"is cut off: it has {size} bytes of {end}; copy or download it again")
+        end = max(entry.pos + entry.size for entry in entries)
+        if end > self.file_size:
+            raise ValueError(f"is cut off: it has {self.file_size} bytes of {end}; copy or download it again")
         steps = np.unique(np.diff([entry.timestamp for entry in entries]))
         if len(steps) > 1 or steps[0] <= 0:
             return None
@@ -236,15 +240,20 @@ class Container(StoredVideo):
         for time, frame in self._decoded_from(times[0]):
             # The decoder may leave a frame out, if it is damaged or never shown. The one before stays on the screen.
             while found < len(times) and time > times[found]:
-                yield upright(last or frame)
+                yield self._upright(last or frame)
                 found += 1
             if found < len(times) and time == times[found]:
-                yield upright(frame)
+                yield self._upright(frame)
                 found += 1
             if found == len(times):
                 return
             last = frame
         raise ValueError(f"is cut off or damaged: frame {numbers[found] + 1} of {self.stored} cannot be decoded")
+
+    def _upright(self, frame: "av.VideoFrame") -> Image.Image:
+        """The upright image of a decoded frame, in RGB."""
+        image = Image.fromarray(self.reformatter.reformat(frame, format="rgb24").to_ndarray())
+        return image.rotate(frame.rotation, expand=True) if frame.rotation else image
 
     def _decoded_from(self, time: int) -> Iterator[tuple[int, "av.VideoFrame"]]:
         """(time, frame) of the frames from the last key frame before `time` on, in order."""
@@ -267,12 +276,6 @@ class Container(StoredVideo):
                 return chain([first], frames)
             container = self._unused()
         return container.decode(self.stream)
-
-
-def upright(frame: "av.VideoFrame") -> Image.Image:
-    """The upright image of a decoded frame, in RGB."""
-    image = Image.fromarray(frame.to_ndarray(format="rgb24"))
-    return image.rotate(frame.rotation, expand=True) if frame.rotation else image
 
 
 @contextmanager

@@ -34,6 +34,14 @@ def test_a_clip_has_the_frames_from_its_start_on(tmp_path, suffix, start, first)
     assert list(rows.rows_in_buckets()) == [(64, 48, 5)]
 
 
+@pytest.mark.parametrize("start", ["first", "middle"])
+def test_a_file_that_is_larger_than_ffmpegs_buffer_is_read_to_its_end(tmp_path, start):
+    noise = np.random.default_rng(0).integers(0, 256, (16, 48, 64, 3), dtype=np.uint8)
+    path = write_video(tmp_path / "a.mp4", pictures=[Image.fromarray(frame) for frame in noise], qp="0", bf="0")
+    assert path.stat().st_size > 1 << 16
+    assert len(dataset(write_rows(tmp_path, {"video": "a.mp4"}), num_frames=13, start=start)[0]["video"]) == 13
+
+
 def frame_names(folder: Path) -> list[str]:
     write_frames(folder / "frames")
     return [f"frames/{index}.png" for index in range(8)]
