@@ -12,12 +12,12 @@ from PIL import Image
 from ..ranges import NonNegativeInt, Pixels, PositiveFloat, PositiveInt, Repeat, Side, Workers, at_least
 from .dataset import Row
 from .operators.augmentation import Augmentation, AugmentationChoice
-from .operators.clips import LoadClip
 from .operators.images import ImageCropAndResize
 from .order.addresses import SampleAddress, sample_seed
 from .order.buckets import AspectBuckets, Size
-from .order.clip_buckets import ClipBuckets, ClipLengths
 from .unified_dataset import UnifiedDataset, called, errors_named
+from .videos.buckets import ClipBuckets, ClipLengths
+from .videos.load_clip import LoadClip
 
 logger = logging.getLogger(__name__)
 

@@ -9,11 +9,11 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from miniatures.videos import SIZE, numbers, picture, write_animation, write_frames, write_rows, write_video
 from PIL import Image
-from video_files import SIZE, numbers, picture, write_animation, write_frames, write_rows, write_video
 
 from diffsynth.core.data import Augmentation, SampleAddress, VideoDataset, read_shards
-from diffsynth.core.data.operators import stored_videos
+from diffsynth.core.data.videos import stored
 
 FIXED = {"height": 48, "width": 64, "num_frames": 5}
 
@@ -111,9 +111,7 @@ def test_videos_are_read_from_the_cells_of_a_table(tmp_path, write, path):
 def test_only_the_first_of_many_files_of_frames_is_opened_to_count_them(tmp_path, monkeypatch):
     picture(0).save(tmp_path / "0.png")
     opened = []
-    monkeypatch.setattr(
-        stored_videos, "open_image", lambda file, own=stored_videos.open_image: opened.append(file) or own(file)
-    )
+    monkeypatch.setattr(stored, "open_image", lambda file, own=stored.open_image: opened.append(file) or own(file))
     names = ["0.png"] * 100_000
     rows = dataset(write_rows(tmp_path, {"video": names}))
     assert opened == [str(tmp_path / "0.png")]

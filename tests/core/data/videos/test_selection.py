@@ -8,12 +8,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from diffsynth.core.data.operators.stored_videos import FrameTimes
 from diffsynth.core.data.operators.video import ROUNDING, Frame, resample
 from diffsynth.core.data.order.buckets import AspectBuckets
-from diffsynth.core.data.order.clip_buckets import ClipBuckets, ClipLengths
 from diffsynth.core.data.order.row_index import SortedRows
 from diffsynth.core.data.video_dataset import start_of
+from diffsynth.core.data.videos.buckets import ClipBuckets, ClipLengths
+from diffsynth.core.data.videos.times import FrameTimes
 
 lengths = st.lists(st.integers(1, 40), min_size=1, max_size=30)  # of frames, in units
 units = st.sampled_from([Fraction(1, 1000), Fraction(1, 24), Fraction(1001, 24000), Fraction(1, 90000)])
