@@ -14,6 +14,7 @@ from PIL import Image
 
 from diffsynth.core.data import Augmentation, SampleAddress, VideoDataset, read_shards
 from diffsynth.core.data.videos import stored
+from diffsynth.core.data.videos.durations import durations
 
 FIXED = {"height": 48, "width": 64, "num_frames": 5}
 
@@ -153,6 +154,14 @@ def test_frames_of_variable_length_are_resampled_by_their_times(tmp_path, suffix
 
 
 @pytest.mark.parametrize("name", ["a.gif", "a.webp", "a.png"])
+def test_durations_of_an_animation_are_read_without_decoding_it(tmp_path, name):
+    given = [40, 80, 120, 2000, 10]
+    write_animation(tmp_path / name, 5, given)
+    with Image.open(tmp_path / name) as image, (tmp_path / name).open("rb") as file:
+        assert durations(file, image.format) == given
+
+
+@pytest.mark.parametrize("name", ["a.gif", "a.webp", "a.png", "a.avif"])
 def test_animations_are_resampled_by_their_times(tmp_path, name):
     write_animation(tmp_path / name, 4, [40, 80, 120, 40])
     rows = dataset(write_rows(tmp_path, {"video": name}), frame_rate=25)
