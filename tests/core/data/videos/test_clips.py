@@ -12,7 +12,7 @@ import pytest
 from miniatures.videos import SIZE, numbers, picture, write_animation, write_frames, write_rows, write_video
 from PIL import Image
 
-from diffsynth.core.data import Augmentation, SampleAddress, VideoDataset, read_shards
+from diffsynth.core.data import Augmentation, ImageCropAndResize, LoadVideo, SampleAddress, VideoDataset, read_shards
 from diffsynth.core.data.videos import stored
 from diffsynth.core.data.videos.durations import durations
 
@@ -203,3 +203,31 @@ def test_all_videos_of_a_row_give_the_same_frames_cropped_and_mirrored_alike(tmp
         int(np.sign(int(s["video"][0].getpixel((31, 0))[0]) - s["video"][0].getpixel((0, 0))[0])) for s in samples
     }
     assert slopes == {1, -1}
+
+
+# For a cache ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_clip_that_is_not_read_yet_has_a_key_of_its_file_and_frames(tmp_path):
+    for name in ("a.mp4", "b.mp4"):
+        write_video(tmp_path / name, rate=16 if name == "a.mp4" else 25)
+    write_frames(tmp_path / "film", 12)
+    folder = write_rows(tmp_path, *({"video": name} for name in ("a.mp4", "b.mp4", "film")))
+    flipped = {"augmentation": Augmentation(flip=0.5)}
+    options = [{}, {"start": "middle"}, {"frame_rate": 8}, {"num_frames": 9}, {"height": 32}]
+    keys = {dataset(folder, **own).variants(0).rows[""]["video"].identity for own in options}
+    keys |= {dataset(folder, **flipped).variants(0).rows["mirrored"]["video"].identity}
+    keys |= {dataset(folder).variants(number).rows[""]["video"].identity for number in (1, 2)}
+    assert len(keys) == 8
+    before = dataset(folder).variants(2).rows[""]["video"].identity
+    picture(63).save(tmp_path / "film" / "11.png")  # is not in the clip
+    assert dataset(folder).variants(2).rows[""]["video"].identity == before
+    picture(63).save(tmp_path / "film" / "4.png")
+    assert dataset(folder).variants(2).rows[""]["video"].identity != before
+
+
+def test_a_clip_equals_the_frames_that_an_operator_loads(tmp_path):
+    write_video(tmp_path / "a.mp4", bf="3")
+    one = LoadVideo(num_frames=5, frame_processor=ImageCropAndResize(32, 48))(str(tmp_path / "a.mp4"))
+    other = dataset(write_rows(tmp_path, {"video": "a.mp4"}), height=32, width=48)[0]["video"]
+    assert [frame.tobytes() for frame in one] == [frame.tobytes() for frame in other]
