@@ -18,7 +18,6 @@ from .operators.base import (
     ToList,
     ToStr,
 )
-from .operators.clips import LoadClip
 from .operators.images import ImageCropAndResize, LoadImage
 from .operators.video import LoadGIF, LoadVideo
 from .order.addresses import (
@@ -56,7 +55,6 @@ __all__ = [
     "EmbeddedFile",
     "HubRows",
     "ImageCropAndResize",
-    "LoadClip",
     "LoadGIF",
     "LoadImage",
     "LoadVideo",

@@ -9,11 +9,12 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from miniatures.videos import SIZE, numbers, picture, write_animation, write_frames, write_rows, write_video
 from PIL import Image
-from video_files import SIZE, numbers, picture, write_animation, write_frames, write_rows, write_video
 
-from diffsynth.core.data import Augmentation, SampleAddress, VideoDataset, read_shards
-from diffsynth.core.data.operators import stored_videos
+from diffsynth.core.data import Augmentation, ImageCropAndResize, LoadVideo, SampleAddress, VideoDataset, read_shards
+from diffsynth.core.data.videos import stored
+from diffsynth.core.data.videos.durations import durations
 
 FIXED = {"height": 48, "width": 64, "num_frames": 5}
 
@@ -24,14 +25,32 @@ def dataset(folder: Path, **options) -> VideoDataset:
     return found
 
 
-@pytest.mark.parametrize("suffix", [".mp4", ".webm", ".mov", ".mkv", ".avi"])
+# Open groups of pictures begin with frames that are shown before their key frame; VP8 has frames that are never shown.
+ENCODINGS = {
+    ".mp4": {"x264-params": "open-gop=1:bframes=5"},
+    ".webm": {"codec": "libvpx", "auto-alt-ref": "1", "lag-in-frames": "16"},
+    **dict.fromkeys([".mov", ".mkv", ".ts", ".flv", ".avi", ".h264"], {}),
+    ".mpg": {"codec": "mpeg2video"},
+}
+
+
+@pytest.mark.parametrize("suffix", ENCODINGS)
 @pytest.mark.parametrize(("start", "first"), [("first", 0), ("middle", 13)])
 def test_a_clip_has_the_frames_from_its_start_on(tmp_path, suffix, start, first):
-    write_video(tmp_path / f"a{suffix}")
+    rate = 25 if suffix == ".mpg" else 16
+    write_video(tmp_path / f"a{suffix}", rate=rate, **ENCODINGS[suffix])
     rows = dataset(write_rows(tmp_path, {"video": f"a{suffix}"}), start=start)
     assert numbers(rows[0]["video"]) == list(range(first, first + 5))
     assert [frame.size for frame in rows[0]["video"]] == [SIZE] * 5
     assert list(rows.rows_in_buckets()) == [(64, 48, 5)]
+
+
+@pytest.mark.parametrize("start", ["first", "middle"])
+def test_a_file_that_is_larger_than_ffmpegs_buffer_is_read_to_its_end(tmp_path, start):
+    noise = np.random.default_rng(0).integers(0, 256, (16, 48, 64, 3), dtype=np.uint8)
+    path = write_video(tmp_path / "a.mp4", pictures=[Image.fromarray(frame) for frame in noise], qp="0", bf="0")
+    assert path.stat().st_size > 1 << 16
+    assert len(dataset(write_rows(tmp_path, {"video": "a.mp4"}), num_frames=13, start=start)[0]["video"]) == 13
 
 
 def frame_names(folder: Path) -> list[str]:
@@ -103,9 +122,7 @@ def test_videos_are_read_from_the_cells_of_a_table(tmp_path, write, path):
 def test_only_the_first_of_many_files_of_frames_is_opened_to_count_them(tmp_path, monkeypatch):
     picture(0).save(tmp_path / "0.png")
     opened = []
-    monkeypatch.setattr(
-        stored_videos, "open_image", lambda file, own=stored_videos.open_image: opened.append(file) or own(file)
-    )
+    monkeypatch.setattr(stored, "open_image", lambda file, own=stored.open_image: opened.append(file) or own(file))
     names = ["0.png"] * 100_000
     rows = dataset(write_rows(tmp_path, {"video": names}))
     assert opened == [str(tmp_path / "0.png")]
@@ -137,6 +154,14 @@ def test_frames_of_variable_length_are_resampled_by_their_times(tmp_path, suffix
 
 
 @pytest.mark.parametrize("name", ["a.gif", "a.webp", "a.png"])
+def test_durations_of_an_animation_are_read_without_decoding_it(tmp_path, name):
+    given = [40, 80, 120, 2000, 10]
+    write_animation(tmp_path / name, 5, given)
+    with Image.open(tmp_path / name) as image, (tmp_path / name).open("rb") as file:
+        assert durations(file, image.format) == given
+
+
+@pytest.mark.parametrize("name", ["a.gif", "a.webp", "a.png", "a.avif"])
 def test_animations_are_resampled_by_their_times(tmp_path, name):
     write_animation(tmp_path / name, 4, [40, 80, 120, 40])
     rows = dataset(write_rows(tmp_path, {"video": name}), frame_rate=25)
@@ -178,3 +203,31 @@ def test_all_videos_of_a_row_give_the_same_frames_cropped_and_mirrored_alike(tmp
         int(np.sign(int(s["video"][0].getpixel((31, 0))[0]) - s["video"][0].getpixel((0, 0))[0])) for s in samples
     }
     assert slopes == {1, -1}
+
+
+# For a cache ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_clip_that_is_not_read_yet_has_a_key_of_its_file_and_frames(tmp_path):
+    for name in ("a.mp4", "b.mp4"):
+        write_video(tmp_path / name, rate=16 if name == "a.mp4" else 25)
+    write_frames(tmp_path / "film", 12)
+    folder = write_rows(tmp_path, *({"video": name} for name in ("a.mp4", "b.mp4", "film")))
+    flipped = {"augmentation": Augmentation(flip=0.5)}
+    options = [{}, {"start": "middle"}, {"frame_rate": 8}, {"num_frames": 9}, {"height": 32}]
+    keys = {dataset(folder, **own).variants(0).rows[""]["video"].identity for own in options}
+    keys |= {dataset(folder, **flipped).variants(0).rows["mirrored"]["video"].identity}
+    keys |= {dataset(folder).variants(number).rows[""]["video"].identity for number in (1, 2)}
+    assert len(keys) == 8
+    before = dataset(folder).variants(2).rows[""]["video"].identity
+    picture(63).save(tmp_path / "film" / "11.png")  # is not in the clip
+    assert dataset(folder).variants(2).rows[""]["video"].identity == before
+    picture(63).save(tmp_path / "film" / "4.png")
+    assert dataset(folder).variants(2).rows[""]["video"].identity != before
+
+
+def test_a_clip_equals_the_frames_that_an_operator_loads(tmp_path):
+    write_video(tmp_path / "a.mp4", bf="3")
+    one = LoadVideo(num_frames=5, frame_processor=ImageCropAndResize(32, 48))(str(tmp_path / "a.mp4"))
+    other = dataset(write_rows(tmp_path, {"video": "a.mp4"}), height=32, width=48)[0]["video"]
+    assert [frame.tobytes() for frame in one] == [frame.tobytes() for frame in other]
