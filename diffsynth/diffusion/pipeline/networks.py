@@ -44,7 +44,8 @@ class TrainingDefaults:
         division_factor: Default of `dataset.division_factor`, of which both sides of a training image are multiples.
         lora_target_modules: Layers that LoRA adapts, by model.
         data_file_keys: Columns of the data set that name image files.
-        extra_inputs: The columns among them that the pipeline reads as inputs, such as `edit_image`.
+        extra_inputs: The columns among them that the pipeline reads as inputs, such as `edit_image`; and `input_image` or
+            `end_image`, if a video's own first or last frame is read.
         example: Folder of the model's images in the data set `DiffSynth-Studio/diffsynth_example_dataset`; None if
             it has none.
     """
