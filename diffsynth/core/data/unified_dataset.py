@@ -2,7 +2,8 @@
 
 import logging
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from fractions import Fraction
 from functools import partial
@@ -23,15 +24,17 @@ from .operators.images import ImageCropAndResize, LoadImage
 from .operators.unread import Unread, Variants
 from .operators.video import LoadGIF, LoadVideo
 from .order.addresses import SampleAddress, sample_seed
-from .order.buckets import AspectBuckets, Size
+from .order.buckets import AspectBuckets, Size, shown
 from .order.mixing import WeightedRows
 from .order.row_index import AllBut, SortedRows
-from .scan import SkippedRow, check_rows, known_size, write_skipped
+from .scan import SkippedRow, check_rows, fault_of_masks, known_size, write_skipped
 from .sources.files_read import captions_of, files_of_rows, folders_of, table, tables_in
 from .sources.find_rows import find_rows
 from .sources.storage import EmbeddedFile, is_remote, size_on_disk
 
 logger = logging.getLogger(__name__)
+
+MOST_SIZES = 64  # files of a cell whose sizes the fingerprint has, evenly spread: a list of frames may be long; a guess
 
 
 class UnifiedDataset(TrainingData):
@@ -62,6 +65,8 @@ class UnifiedDataset(TrainingData):
         ValueError: There is no metadata, it has no rows, or a condition reads a column that is no image.
     """
 
+    column = "image"  # of files that lie in a folder without a table
+
     def __init__(
         self,
         base_path: str | None = None,
@@ -81,7 +86,7 @@ class UnifiedDataset(TrainingData):
     ):
         if on_error not in ("raise", "skip"):
             raise ValueError(f'{on_error=}, expected "raise" or "skip"')
-        self.metadata_path, self.rows = find_rows(base_path, metadata_path, encoding)
+        self.metadata_path, self.rows = find_rows(base_path, metadata_path, encoding, self.column)
         self.has_own_reader = callable(metadata_path)
         self.base_path = os.path.dirname(self.metadata_path) if base_path is None else str(base_path)
         if not self.rows:
@@ -341,7 +346,7 @@ class UnifiedDataset(TrainingData):
                 return self._chosen(row, size, choice, called), choice.variant
             except ValueError as error:
                 self._note_undecodable(self._row_number(other), error)
-        candidates = f"samples of {size[0]} x {size[1]} pixels" if size else f"{len(self.usable)} rows"
+        candidates = f"samples of {shown(size)}" if size else f"{len(self.usable)} rows"
         raise ValueError(f"none of the {candidates} of {self.metadata_path} can be loaded; correct them")
 
     def _row_number(self, number: int) -> int:
@@ -378,6 +383,10 @@ class UnifiedDataset(TrainingData):
         elif not self._fixed_size():
             self.own_sizes = {size for _, size in sizes}
         return faults
+
+    def fault_of_sizes(self, stored: Mapping[str, Size | None]) -> str | None:
+        """Why the stored sizes of a row's columns, as far as they are known, do not fit together; None if they do."""
+        return fault_of_masks(self.data_file_keys, stored)
 
     def _check_conditions(self) -> None:
         for name, condition in self.conditions.items():
@@ -418,8 +427,9 @@ class UnifiedDataset(TrainingData):
         return {**listed, **images, **folders_of(images)}
 
     def _bytes_of(self, cell: Any) -> list[int | None]:
-        """Sizes in bytes of the files that a cell names."""
-        names = [name for name in (cell if isinstance(cell, list) else [cell]) if isinstance(name, str)]
+        """Sizes in bytes of the files that a cell names, or of some of many."""
+        cells = cell if isinstance(cell, list) else [cell]
+        names = [name for name in cells[:: max(1, len(cells) // MOST_SIZES)] if isinstance(name, str)]
         return [size_on_disk(os.path.join(self.base_path, name)) for name in names]
 
     @property
@@ -438,19 +448,19 @@ class UnifiedDataset(TrainingData):
         Args:
             apply: `called` to apply operators to cells, `unread` to describe what they would return.
         """
-        row = Row(row)
+        cells, row = row, Row(row)
         if any(column in row for column in self.augmentation.captions):
             row["prompt"] = self.augmentation.prompt(row, choice)
         for key in [key for key in self.operators if key in row]:
-            try:
-                value = apply(self.operators[key], row[key])
-                row[key] = self._fitted(value, size, choice) if key in self.data_file_keys else value
-            # Pillow's decoders raise OSError, SyntaxError, struct.error, DecompressionBombError and others.
-            except Exception as error:
-                kind = TypeError if isinstance(error, TypeError) else ValueError
-                raise kind(f"{key} {row[key]!r:.300}: {error!s:.999}") from error
+            with errors_named(key, row[key]):
+                row[key] = self._cell(cells, key, size, choice, apply)
         add_conditions(row, self.data_file_keys[0], self.conditions, choice.conditions)
         return row
+
+    def _cell(self, row: dict, key: str, size: Size | None, choice: AugmentationChoice, apply: Callable) -> Any:
+        """The value of a row's cell; the arguments are those of `_chosen`."""
+        value = apply(self.operators[key], row[key])
+        return self._fitted(value, size, choice) if key in self.data_file_keys else value
 
     def _fitted(self, value: Any, size: Size | None, choice: AugmentationChoice) -> Any:
         """An image, or every image of a list, resized, cropped and mirrored for training."""
@@ -484,6 +494,17 @@ class UnifiedDataset(TrainingData):
             f"{len(faults)} of {len(self.scanned)} rows of {self.metadata_path} cannot be used:\n  {first}{more}\n"
             f"Correct them{or_skip}."
         )
+
+
+@contextmanager
+def errors_named(key: str, cell: Any) -> Iterator[None]:
+    """Raise the errors of loading a cell as ValueError, or as TypeError, with the names of column and file."""
+    try:
+        yield
+    # Pillow's decoders raise OSError, SyntaxError, struct.error, DecompressionBombError and others.
+    except Exception as error:
+        kind = TypeError if isinstance(error, TypeError) else ValueError
+        raise kind(f"{key} {cell!r:.300}: {error!s:.999}") from error
 
 
 def called(operator: Callable, value: Any) -> Any:

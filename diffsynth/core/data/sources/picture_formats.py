@@ -10,6 +10,7 @@ from PIL import Image
 
 PROGRAMS = {"EPS", "WMF"}  # Pillow draws them with Ghostscript, or with the graphics of Windows
 HEADERS = {"BUFR", "GRIB", "HDF5", "MPEG"}  # Pillow knows only how they begin
+VIDEO_SUFFIXES = (".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".wmv", ".flv", ".mpg", ".mpeg", ".ts")
 
 
 class PlugIn(NamedTuple):
@@ -83,6 +84,11 @@ def picture_suffixes() -> tuple[str, ...]:
     known = (Image.OPEN.keys() | {"MPO"}) - HEADERS  # Pillow opens MPO as JPEG
     suffixes = {suffix for suffix, name in Image.EXTENSION.items() if name in known}
     return tuple(sorted(suffixes.union(*(plug_in.suffixes for plug_in in PLUG_INS))))
+
+
+def suffixes_of(column: str) -> tuple[str, ...]:
+    """The suffixes, in lower case, of the files of a column `image` or `video`; a picture is a video of one frame."""
+    return picture_suffixes() + (VIDEO_SUFFIXES if column == "video" else ())
 
 
 def why_unreadable(start: bytes) -> str:
