@@ -11,7 +11,6 @@ import csv
 import math
 from collections.abc import Callable, Iterator, Sequence
 from io import BytesIO
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -88,8 +87,10 @@ def read_image(slug: str) -> Image.Image:
     return Image.open(HERE / f"color/{slug}.webp").convert("RGB")
 
 
-def looks_turned(image: Image.Image) -> bool:
-    """Whether an emoji turned by 45° and 90° differs from the still."""
+def can_show(motion: str, image: Image.Image) -> bool:
+    """Whether a motion is seen: all are, but for turning of an emoji that looks the same after 45° or 90°."""
+    if motion != "turns":
+        return True
     still, *turned = (np.asarray(frame(image, Pose(angle=angle)), dtype=float) for angle in (0, 45, 90))
     return all(np.abs(other - still).mean() > SAME for other in turned)
 
@@ -101,7 +102,7 @@ def moving_concepts(split: str) -> list[tuple[str, str]]:
 
 def motions_of(slug: str, number: int) -> list[str]:
     """The motions that a concept is pretrained with, the Nth of its split; all motions are equally frequent."""
-    usable = [name for name in MOTIONS if name != "turns" or looks_turned(read_image(slug))]
+    usable = [name for name in MOTIONS if can_show(name, read_image(slug))]
     return [usable[(number + 3 * offset) % len(usable)] for offset in range(MOTIONS_EACH)]
 
 

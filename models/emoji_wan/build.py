@@ -21,7 +21,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import T5Tokenizer, UMT5Config, UMT5EncoderModel
 
-from diffsynth.core.data import LoadGIF, UnifiedDataset
+from diffsynth.core.data import UnifiedDataset
+from diffsynth.core.data.videos.load_clip import LoadClip
 from diffsynth.core.process.console import keep_console
 from diffsynth.diffusion.pipeline.video_media import VideoMedia
 from diffsynth.pipelines.autoencoders.wan import WanVAE
@@ -29,7 +30,6 @@ from models.emoji.build import DATA, captions, release
 
 IMAGE_VAE = Path(__file__).parents[1] / "emoji" / "vae" / "diffusion_pytorch_model.safetensors"
 WIDTH = 128  # of the text encoder; a guess
-NUM_FRAMES = 9
 CLIPS_AT_ONCE = 10
 
 
@@ -134,7 +134,8 @@ def autoencoder(folder: str, weights: str) -> None:
 
 def videos(metadata: str) -> Iterator[Tensor]:
     """The clips of a table, some at once, as RGB (N, 3, 9, 64, 64) in [-1, 1]."""
-    dataset = UnifiedDataset(str(DATA), str(DATA / metadata), data_file_keys=["video"], main_data_operator=LoadGIF(NUM_FRAMES))  # noqa: E501
+    clip = LoadClip(str(DATA))
+    dataset = UnifiedDataset(str(DATA), metadata, data_file_keys=["video"], main_data_operator=clip)
     pixels = [VideoMedia().preprocess(row["video"], torch.device("cpu"), torch.float32) for row in dataset]
     return torch.cat(pixels).split(CLIPS_AT_ONCE)
 
