@@ -9,8 +9,9 @@ The committed files were made with pillow 13.0.0 and its libwebp 1.6.0; the same
 
 import csv
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from io import BytesIO
+from itertools import chain
 from typing import NamedTuple
 
 import numpy as np
@@ -130,7 +131,7 @@ def files() -> Iterator[tuple[str, bytes]]:
             yield file_name(slug, motion), encoded(clip(read_image(slug), motions[motion]))
 
 
-def write_table(table: str, rows: Iterator[tuple[str, str, str]]) -> None:
+def write_table(table: str, rows: Iterable[tuple[str, str, str]]) -> None:
     places = names_in_shard("motion")
     described = ((places[file_name(slug, motion)], f"a color emoji of {name} {motion}") for slug, name, motion in rows)
     with open(HERE / f"{table}.csv", "w", encoding="utf-8", newline="") as file:
@@ -143,6 +144,7 @@ def main() -> None:
     for split in ("train", "held_out"):
         write_table(f"motion_{split}", clips(motions_of, split))
         write_table(f"new_motion_{split}", clips(new_motions_of, split))
+        write_table(f"all_motion_{split}", chain(clips(motions_of, split), clips(new_motions_of, split)))
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
     python -m models.emoji_wan.build init outputs/emoji_wan_init
     python train.py experiment=emoji_wan/autoencoder
-    python -m models.emoji_wan.build autoencoder outputs/emoji_wan_init outputs/emoji_wan_autoencoder-*/weights/step-1500.*
+    python -m models.emoji_wan.build autoencoder outputs/emoji_wan_init outputs/emoji_wan_autoencoder-*/weights/step-900.*
     python train.py experiment=emoji_wan/pretrain
     python -m models.emoji_wan.build release outputs/emoji_wan_init models/emoji_wan outputs/emoji_wan_pretrain-*/weights/step-2400.*
 
@@ -122,7 +122,7 @@ def autoencoder(folder: str, weights: str) -> None:
     path = Path(folder) / "vae"
     model = WanVAE.from_pretrained(path)
     model.load_state_dict(load_file(weights))
-    for metadata in ("motion_train.csv", "motion_held_out.csv", "new_motion_held_out.csv"):
+    for metadata in ("all_motion_train.csv", "motion_held_out.csv", "new_motion_held_out.csv"):
         values = [psnr(video, model.reconstruct(model.distribution(video).mean)) for video in videos(metadata)]
         print(f"{metadata}: {torch.cat(values).mean():.2f} dB")
     latents = torch.cat([model.distribution(video).mean for video in videos("motion.csv")])

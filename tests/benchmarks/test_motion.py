@@ -17,6 +17,7 @@ from diffsynth.core.data import open_file
 benchmark = import_file(tiny.ROOT / "benchmarks" / "motion.py")
 KNOWN = MOTIONS | NEW_MOTIONS
 TABLES = ("motion", "motion_train", "motion_held_out", "new_motion_train", "new_motion_held_out")
+WRITTEN = ("motion.tar", *(f"{table}.csv" for table in TABLES), "all_motion_train.csv", "all_motion_held_out.csv")
 
 
 def rows(table: str) -> list[dict]:
@@ -42,6 +43,7 @@ def test_tables_are_split_by_concept_as_those_of_the_images():
     for split in ("train", "held_out"):
         names = {name for _, name in build_motions.read_concepts(split)}
         assert names >= concepts(f"motion_{split}", f"new_motion_{split}") != set()
+        assert rows(f"all_motion_{split}") == rows(f"motion_{split}") + rows(f"new_motion_{split}")
     assert rows("motion") == rows("motion_train") + rows("motion_held_out")
 
 
@@ -77,14 +79,14 @@ def test_clips_in_the_shard_are_what_their_script_makes(table):
 @pytest.mark.slow
 @pytest.mark.skipif(features.version("webp") != "1.6.0", reason="another libwebp writes other bytes")
 def test_the_shard_and_the_tables_are_what_their_script_writes(tmp_path, monkeypatch):
-    for name in ("motion.tar", *(f"{table}.csv" for table in TABLES)):
+    for name in WRITTEN:
         (tmp_path / name).write_bytes((HERE / name).read_bytes())
     for folder in ("color", "color_train.csv", "color_held_out.csv"):
         (tmp_path / folder).symlink_to(HERE / folder)
     monkeypatch.setattr(build_motions, "HERE", tmp_path)
     monkeypatch.setattr("data.emoji.build_templates.HERE", tmp_path)
     build_motions.main()
-    for name in ("motion.tar", *(f"{table}.csv" for table in TABLES)):
+    for name in WRITTEN:
         assert (tmp_path / name).read_bytes() == (HERE / name).read_bytes(), name
 
 
@@ -139,4 +141,4 @@ def test_a_clip_without_anything_in_it_has_a_class():
 def test_the_experiments_train_on_the_clips(part):
     cfg = tiny.compose("train", f"experiment=emoji_wan/{part}")
     check(cfg, tiny.schema("train"))
-    assert cfg.dataset.metadata == {"autoencoder": "motion_train.csv", "pretrain": "motion.csv"}[part]
+    assert cfg.dataset.metadata == {"autoencoder": "all_motion_train.csv", "pretrain": "motion.csv"}[part]
