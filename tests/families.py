@@ -34,6 +34,7 @@ from diffsynth.pipelines.qwen_image import QwenImagePipeline
 from diffsynth.pipelines.qwen_image_21 import QwenImage21Pipeline
 from diffsynth.pipelines.sd3 import SD3Pipeline
 from diffsynth.pipelines.wan import WanPipeline
+from diffsynth.pipelines.wan22 import Wan22Pipeline
 from diffsynth.pipelines.z_image import ZImagePipeline
 
 
@@ -282,6 +283,15 @@ FAMILIES = [
         ("to_q", "to_k", "to_out.0", "ffn.net.2"),
         SIZES | {"num_frames": 5, "max_sequence_length": wan.MAX_TOKENS},
         reference=wan.sampled_by_diffusers,
+    ),
+    Family(
+        "wan22_t2v_a14b",
+        Wan22Pipeline,
+        wan.experts,
+        ("to_q", "to_k", "to_out.0", "ffn.net.2"),
+        SIZES | {"num_frames": 5, "max_sequence_length": wan.MAX_TOKENS, "cfg_scale_2": None},
+        parts=tiny.COMPONENTS | {"dit2": "transformer_2"},
+        reference=wan.sampled_by_experts,
     ),
 ]
 

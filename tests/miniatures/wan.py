@@ -25,6 +25,13 @@ def text_to_video() -> Path:
     return write(kept_folder() / "wan", WanPipeline, transformer=transformer())
 
 
+@cache
+def experts() -> Path:
+    """The folder of a model repository like Wan 2.2 A14B's; written once per session."""
+    networks = {"transformer": transformer(), "transformer_2": transformer(), "boundary_ratio": 0.875}
+    return write(kept_folder() / "wan22", WanPipeline, **networks)
+
+
 def write(root: Path, kind: type[diffusers.DiffusionPipeline], **networks: torch.nn.Module | None) -> Path:
     """Write a model repository of a pipeline's class with random weights."""
     tokenizer = train_tokenizer([], ["<|endoftext|>"])
@@ -84,3 +91,8 @@ def sampled_by_diffusers(
         return_dict=False,
         **own,
     )[0]
+
+
+def sampled_by_experts(requests: list[Mapping], noise: Tensor) -> Tensor:
+    """The latents (B, C, T, h, w) that Wan 2.2's two experts sample."""
+    return sampled_by_diffusers(requests, noise, folder=experts(), guidance_scale_2=requests[0].get("cfg_scale_2"))

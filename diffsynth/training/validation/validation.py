@@ -102,7 +102,7 @@ class Validation:
         if self.prompts or (samples_rows and self.datasets):
             return compared | module.pipe.models_of(module.pipe.units, model_fn=True)
         encodes = any(dataset.needs_encoders for dataset in self.datasets.values())
-        return compared | (module.pipe.models_of(module.units, model_fn=True) if encodes else set())
+        return compared | (module.pipe.models_of(module.units, model_fn=False) if encodes else set())
 
     def shown_rows(self, pipe: "BasePipeline") -> int:
         """How many rows of each data set are sampled to be seen."""
