@@ -3,7 +3,7 @@
 import copy
 import difflib
 import inspect
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any, ClassVar
@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from ..core.data import collate, generator
 from ..core.loader import ModelConfig
-from .controlnet.inputs import ControlInputs, scale_at
+from .controlnet.inputs import ControlInputs, check_columns, scale_at
 from .flow_match import FlowMatchScheduler
 from .pipeline import declaration, sampling_settings
 from .pipeline.media import ImageMedia, Media
@@ -314,6 +314,14 @@ class BasePipeline(PipelineNetworks):
         places = {unit: place for place, unit in enumerate(self.unit_classes)}
         self.units += [unit() for unit in ready if unit not in existing]
         self.units.sort(key=lambda unit: places.get(type(unit), len(places)))
+
+    def check_columns(self, columns: Collection[str]) -> None:
+        """Refuse a training whose networks do not fit the columns that `task.extra_inputs` names; needs no weights.
+
+        Raises:
+            ValueError: A network needs a column that is not named, or takes none that is named.
+        """
+        check_columns(self, columns)
 
     def cuts_off(self, prompt: str) -> bool:
         """Whether the pipeline truncates a prompt because it is too long; needs no weights."""

@@ -19,7 +19,6 @@ from .adapters import files as lora_files
 from .adapters.lora import Adapter, LoRA
 from .adapters.preset import without_preset
 from .base_pipeline import BasePipeline, batch_of
-from .controlnet.inputs import check_columns
 from .flow_match import TRAINING_STEPS
 from .loss import Objective
 from .memory_layout import check_memory, lay_out, stored_models
@@ -200,7 +199,7 @@ class PipelineTrainingModule(DiffusionTrainingModule):
         """The first half of `load`: everything but the memory recipe."""
         self.task.check(self.pipe, self.lora, cached)
         if self.task.calls_model_fn:
-            check_columns(self.pipe, self.task.extra_inputs)
+            self.pipe.check_columns(self.task.extra_inputs)
         units = self.live_units if cached else self.units
         users = {**dict.fromkeys(also, "validation"), **dict.fromkeys(self.trained_roots, "training")}
         if self.task.calls_model_fn:
@@ -287,8 +286,9 @@ class PipelineTrainingModule(DiffusionTrainingModule):
     def get_pipeline_inputs(self, data: dict) -> tuple[dict, dict, dict]:
         """The pipeline's inputs (shared, positive, negative) for one row, as if it were called to generate that row."""
         self.task.check_row(data)
+        read = self.pipe.media.read
         optional = {name: name for name in self.task.optional_columns if name in data}
-        extra = {name: self.pipe.typed(name, data[own]) for name, own in (self.extra_inputs | optional).items()}
+        extra = {name: self.pipe.typed(name, read(data, own)) for name, own in (self.extra_inputs | optional).items()}
         posi = {name: extra.pop(name) for name in self.pipe.one_sided_arguments if name in extra}
         shared = {
             **self.pipe.media.inputs(data[self.pipe.media.column]),

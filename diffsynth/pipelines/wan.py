@@ -1,19 +1,21 @@
-"""Wan 2.1 and Wan 2.2: text-to-video.
+"""Wan 2.1 and Wan 2.2: text-to-video, and video from a text and its first frame (Wan2.2-TI2V-5B).
 
 Wan Team 2025, "Wan: Open and Advanced Large-Scale Video Generative Models" (https://arxiv.org/abs/2503.20314).
-Networks: diffusers, transformers. Latents are (B, 16, T, H/8, W/8) with T = (F - 1) / 4 + 1 of F frames; the
-transformer reads 1 × 2 × 2 latent pixels as a token. Constants are those of the released pipelines (diffusers'
-WanPipeline) and of DiffSynth-Studio unless a comment says otherwise.
+Networks: diffusers, transformers. Latents are (B, 16, T, H/8, W/8) with T = (F - 1) / 4 + 1 of F frames, those of
+TI2V-5B (B, 48, T, H/16, W/16). The transformer reads 1 × 2 × 2 latent pixels as a token. Constants are those of the
+released pipelines (diffusers' WanPipeline) and of DiffSynth-Studio unless a comment says otherwise.
 """
 
 import html
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import ftfy
 import torch
 from diffusers import WanTransformer3DModel
+from PIL import Image
 from torch import Tensor
 
 from ..core.gradient import checkpoint_blocks
@@ -25,14 +27,22 @@ from ..diffusion.pipeline.components import Folder, Network
 from ..diffusion.pipeline.request import VideoRequest
 from ..diffusion.pipeline.vae import Latents
 from ..diffusion.pipeline.video_media import VideoMedia
-from ..diffusion.pipeline.video_units import InputVideoEmbedder, VideoNoiseInitializer, VideoShapeChecker
+from ..diffusion.pipeline.video_units import (
+    FirstFrameEmbedder,
+    InputVideoEmbedder,
+    VideoNoiseInitializer,
+    VideoShapeChecker,
+)
 from ..diffusion.prompts.embedder import PromptEmbedder, check_text_width
 from .autoencoders.wan import WanVAE
 
-__all__ = ["ModelConfig", "WanPipeline"]
+__all__ = ["ModelConfig", "Wan22TI2VPipeline", "WanPipeline"]
 
 SIGMA_SHIFT = 5.0
 MAX_PROMPT_TOKENS = 512
+TEXT_ALONE = "model.takes_input_image is false: the model generates from text alone; "
+# Models by the numbers of channels that their transformers read and predict.
+MODELS = {(16, 16): "wan21_t2v_1_3b", (36, 16): "wan21_i2v_14b_480p", (48, 48): "wan22_ti2v_5b"}
 
 
 def wan_sigmas(num_inference_steps: int, denoising_strength: float = 1.0, sigma_shift: float = SIGMA_SHIFT) -> Tensor:
@@ -113,6 +123,8 @@ class WanRequest(VideoRequest):
     """Sample one video with Wan.
 
     Args:
+        input_image: First frame of the video, resized to `height` and `width`.
+        takes_input_image: Whether the model was trained to continue a first frame; otherwise `input_image` is refused.
         sigma_shift: Shift k of the noise levels towards noise.
         max_sequence_length: Tokens that a prompt is padded or cut to.
     """
@@ -123,6 +135,8 @@ class WanRequest(VideoRequest):
     cfg_scale: NonNegativeFloat = 5.0
     tile_size: PositiveInt = 32
     tile_stride: PositiveInt = 24
+    input_image: Image.Image | None = None
+    takes_input_image: bool = False
     sigma_shift: PositiveFloat = SIGMA_SHIFT
     max_sequence_length: Tokens = MAX_PROMPT_TOKENS
 
@@ -141,14 +155,59 @@ class WanPipeline(BasePipeline):
     media = VideoMedia()
     model_fn = staticmethod(model_fn_wan)
     sigma_grid = staticmethod(wan_sigmas)
-    model_settings = ("num_frames", "frame_rate", "sigma_shift", "max_sequence_length")
-    unit_classes = (VideoShapeChecker, VideoNoiseInitializer, InputVideoEmbedder, WanUnit_PromptEmbedder)
+    model_settings = ("num_frames", "frame_rate", "takes_input_image", "sigma_shift", "max_sequence_length")
+    unit_classes = (
+        VideoShapeChecker,
+        VideoNoiseInitializer,
+        InputVideoEmbedder,
+        FirstFrameEmbedder,
+        WanUnit_PromptEmbedder,
+    )
+    dit_channels: ClassVar[Sequence[int]] = (16,)  # numbers of channels that the transformer may read
 
     def check_networks(self) -> None:
+        check_channels(self)
         if self.dit is not None and self.text_encoder is not None:
             check_text_width(self.dit.config.text_dim, self.text_encoder.config.d_model)
+
+    def complete(self, request: Mapping) -> dict:
+        whole = super().complete(request)
+        if whole["input_image"] is not None and not whole["takes_input_image"]:
+            raise ValueError(f"input_image is given, but {TEXT_ALONE}leave it out, or take model=wan22_ti2v_5b.")
+        return whole
+
+    def check_columns(self, columns: Collection[str]) -> None:
+        super().check_columns(columns)
+        if "input_image" in columns and not self.call_defaults["takes_input_image"]:
+            raise ValueError(
+                f"task.extra_inputs names input_image, but {TEXT_ALONE}set task.extra_inputs=[], or take "
+                "model=wan22_ti2v_5b."
+            )
 
     def cuts_off(self, prompt: str) -> bool:
         if self.tokenizer is None:
             return False
         return len(self.tokenizer(cleaned(prompt)).input_ids) > self.call_defaults["max_sequence_length"]
+
+
+class Wan22TI2VPipeline(WanPipeline):
+    """Wan2.2-TI2V-5B, whose autoencoder has 48 channels and 16 × 16 pixels a latent pixel."""
+
+    latents = Latents(channels=48, factor=16, patch=2, time_factor=4)
+    dit_channels = (48,)
+
+
+def check_channels(pipe: WanPipeline) -> None:
+    """Refuse a transformer or an autoencoder whose channels are those of another model of Wan's."""
+    own = pipe.latents.channels
+    if pipe.vae is not None and pipe.vae.config.z_dim != own:
+        raise ValueError(
+            f"vae has {pipe.vae.config.z_dim} channels, expected {own}; take the vae of the repository of dit."
+        )
+    if pipe.dit is None:
+        return
+    found = pipe.dit.config.in_channels, pipe.dit.config.out_channels
+    if found not in [(channels, own) for channels in pipe.dit_channels]:
+        other = f"; take model={MODELS[found]}" if found in MODELS else ""
+        wanted = " or ".join(map(str, pipe.dit_channels))
+        raise ValueError(f"dit reads {found[0]} channels and predicts {found[1]}, expected {wanted} and {own}{other}.")

@@ -31,7 +31,8 @@ class Objective:
     Args:
         trainable_models: Models trained in full; a dotted name trains a part of one. None trains the default model if
             there is no LoRA, and nothing but the LoRA otherwise.
-        extra_inputs: Columns of the data set that become inputs of the pipeline, under the same name.
+        extra_inputs: Columns of the data set that become inputs of the pipeline, under the same name. `input_image` and
+            `end_image` of a video are its first and last frame in rows that have no such column.
     """
 
     trainable_models: Sequence[str] | None = None

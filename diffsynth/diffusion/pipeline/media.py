@@ -1,6 +1,6 @@
 """`Media`: the kind of media that a family generates, such as images; its column, size, tensors, files, thumbnails."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import reduce
 from pathlib import Path
 from typing import Any
@@ -11,6 +11,7 @@ from PIL import Image
 from torch import Tensor
 
 from ...core.data.operators.picture_files import in_mode
+from ...core.data.operators.unread import Unread
 from ...core.pictures import save_png
 
 Size = tuple[int, ...]  # (width, height) in pixels; a video's further numbers follow
@@ -24,12 +25,24 @@ class Media:
         argument: Argument of the pipeline's call that holds a value to start from, or to train on.
         suffix: Suffix of its files.
         mode: Mode of its images: `RGB`, or `RGBA` where a family generates alpha as well.
+        derived: Columns that a row need not have, because they follow from the value, and the functions that make them.
     """
 
     column: str
     argument: str
     suffix: str
     mode: str = "RGB"
+    derived: Mapping[str, Callable[[Any], Any]] = {}
+
+    def read(self, row: Mapping[str, Any], column: str) -> Any:
+        """The value of a column of a data set's row; one of `derived` that the row lacks is made of the row's media.
+
+        What is made of media that are not decoded is not decoded either.
+        """
+        if column in row or column not in self.derived:
+            return row[column]
+        whole, make = row[self.column], self.derived[column]
+        return whole.then(make, column, whole.size[:2]) if isinstance(whole, Unread) else make(whole)
 
     def size(self, value: Any) -> Size:
         """Size of a value, which may not be read yet (`core.data.operators.unread.Unread`)."""

@@ -5,6 +5,7 @@ Shapes: F frames, H W size in pixels.
 
 import json
 from collections.abc import Mapping, Sequence
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ class VideoMedia(Media):
     """Videos in RGB: lists of frames, in files of MP4."""
 
     column, argument, suffix = "video", "input_video", ".mp4"
+    derived = {"input_image": itemgetter(0), "end_image": itemgetter(-1)}  # as in DiffSynth-Studio's trainings
 
     def size(self, value: Any) -> Size:
         """(width, height, number of frames)."""

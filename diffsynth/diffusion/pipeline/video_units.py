@@ -4,13 +4,13 @@ Shapes: C channels, T latent frames, h w latent size.
 """
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from PIL import Image
 from torch import Tensor
 
-from .image_units import tiling
+from .image_units import image_list, tiling
 from .units import PipelineUnit, in_groups
 
 if TYPE_CHECKING:
@@ -58,6 +58,42 @@ class InputVideoEmbedder(PipelineUnit):
         """Encode videos of training data; those of equal size go through the autoencoder together."""
         latents = encode_videos(pipe, [inputs["input_video"] for inputs in batch], *tiling(batch[0]))
         return [{"latents": i["noise"], "input_latents": own} for i, own in zip(batch, latents, strict=True)]
+
+
+class FirstFrameEmbedder(PipelineUnit):
+    """Encodes `input_image`, the first frame, to `given_latents` (1, C, 1, h, w).
+
+    The autoencoder is causal: these are the first latent frame of a video that begins with this image.
+    """
+
+    column = "input_image"
+
+    def __init__(self):
+        super().__init__(output_params=("given_latents",), onload_model_names=("vae",))
+
+    def process(self, pipe, input_image, height, width, tiled, tile_size, tile_stride):
+        if input_image is None:
+            return {}
+        frame = as_frame(pipe, input_image, "input_image", height, width)
+        return {"given_latents": encode_videos(pipe, [[frame]], tiled, tile_size, tile_stride)[0]}
+
+    def process_batch(self, pipe, batch):
+        """Encode first frames of training data; those of equal size go through the autoencoder together."""
+        images = [(inputs["input_image"], "input_image", inputs["height"], inputs["width"]) for inputs in batch]
+        latents = encode_videos(pipe, [[as_frame(pipe, *image)] for image in images], *tiling(batch[0]))
+        return [{"given_latents": own} for own in latents]
+
+
+def as_frame(pipe: "BasePipeline", value: Any, name: str, height: int, width: int) -> Image.Image:
+    """One image as a frame of `height` and `width` in pixels; `name` is that of the argument, for errors.
+
+    Raises:
+        ValueError: It is no image, or several.
+    """
+    images = image_list(value, name, pipe.media.mode)
+    if len(images) != 1:
+        raise ValueError(f"{name} holds {len(images)} images, expected one.")
+    return images[0].resize((width, height))
 
 
 def encode_videos(

@@ -81,8 +81,9 @@ def _name_and_digest(path: str) -> list[str]:
 
 
 def required_columns(media: Media, task: Objective, template: Template | None) -> tuple[str, ...]:
-    """The columns that a training reads from its data set."""
-    return (media.column, "prompt", *task.columns, *(("template_inputs",) if template else ()))
+    """The columns that a training needs in its data set."""
+    needed = [column for column in task.columns if column not in media.derived]
+    return (media.column, "prompt", *needed, *(("template_inputs",) if template else ()))
 
 
 def prepare_data(dataset: TrainingData, media: Media, task: Objective, template: Template | None) -> None:

@@ -255,7 +255,7 @@ def requests_of(rows: Sequence[Mapping], module: "PipelineTrainingModule") -> li
     """Return a sampling request for each row: its prompt and the other columns that training gives the pipeline."""
     read = [name for name in module.extra_inputs if name in module.pipe.arguments]
     names = ["prompt", *(name for name in read if name != "inpaint_mask")]  # inpainting would need an input image
-    return [{name: each[name] for name in names} for each in rows]
+    return [{name: module.pipe.media.read(each, name) for name in names} for each in rows]
 
 
 def _caption(request: Mapping) -> str:
