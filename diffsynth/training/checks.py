@@ -90,7 +90,7 @@ def check_sides(dataset: TrainingData, multiple: int) -> None:
         ValueError: Those of one are not; names what to set.
     """
     sizes = {*dataset.own_sizes, *(size for size in dataset.rows_in_buckets() if size is not None)}
-    for width, height in sorted(sizes):
+    for width, height, *_ in sorted(sizes):
         if width % multiple or height % multiple:
             raise ValueError(
                 f"{dataset.metadata_path}: images have {width} x {height} pixels, expected multiples of {multiple}, "

@@ -18,6 +18,7 @@ from .operators.base import (
     ToList,
     ToStr,
 )
+from .operators.clips import LoadClip
 from .operators.images import ImageCropAndResize, LoadImage
 from .operators.video import LoadGIF, LoadVideo
 from .order.addresses import (
@@ -42,6 +43,7 @@ from .sources.storage import EmbeddedFile, open_file
 from .sources.table import Rows, Table
 from .sources.tar_shards import read_shards
 from .unified_dataset import UnifiedDataset
+from .video_dataset import VideoDataset
 
 __all__ = [
     "AddressedDataset",
@@ -54,6 +56,7 @@ __all__ = [
     "EmbeddedFile",
     "HubRows",
     "ImageCropAndResize",
+    "LoadClip",
     "LoadGIF",
     "LoadImage",
     "LoadVideo",
@@ -80,6 +83,7 @@ __all__ = [
     "ToList",
     "ToStr",
     "UnifiedDataset",
+    "VideoDataset",
     "collate",
     "generator",
     "open_file",

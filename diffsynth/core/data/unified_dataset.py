@@ -23,7 +23,7 @@ from .operators.images import ImageCropAndResize, LoadImage
 from .operators.unread import Unread, Variants
 from .operators.video import LoadGIF, LoadVideo
 from .order.addresses import SampleAddress, sample_seed
-from .order.buckets import AspectBuckets, Size
+from .order.buckets import AspectBuckets, Size, shown
 from .order.mixing import WeightedRows
 from .order.row_index import AllBut, SortedRows
 from .scan import SkippedRow, check_rows, known_size, write_skipped
@@ -62,6 +62,8 @@ class UnifiedDataset(TrainingData):
         ValueError: There is no metadata, it has no rows, or a condition reads a column that is no image.
     """
 
+    column = "image"  # of files that lie in a folder without a table
+
     def __init__(
         self,
         base_path: str | None = None,
@@ -81,7 +83,7 @@ class UnifiedDataset(TrainingData):
     ):
         if on_error not in ("raise", "skip"):
             raise ValueError(f'{on_error=}, expected "raise" or "skip"')
-        self.metadata_path, self.rows = find_rows(base_path, metadata_path, encoding)
+        self.metadata_path, self.rows = find_rows(base_path, metadata_path, encoding, self.column)
         self.has_own_reader = callable(metadata_path)
         self.base_path = os.path.dirname(self.metadata_path) if base_path is None else str(base_path)
         if not self.rows:
@@ -341,7 +343,7 @@ class UnifiedDataset(TrainingData):
                 return self._chosen(row, size, choice, called), choice.variant
             except ValueError as error:
                 self._note_undecodable(self._row_number(other), error)
-        candidates = f"samples of {size[0]} x {size[1]} pixels" if size else f"{len(self.usable)} rows"
+        candidates = f"samples of {shown(size)}" if size else f"{len(self.usable)} rows"
         raise ValueError(f"none of the {candidates} of {self.metadata_path} can be loaded; correct them")
 
     def _row_number(self, number: int) -> int:
@@ -438,19 +440,23 @@ class UnifiedDataset(TrainingData):
         Args:
             apply: `called` to apply operators to cells, `unread` to describe what they would return.
         """
-        row = Row(row)
+        cells, row = row, Row(row)
         if any(column in row for column in self.augmentation.captions):
             row["prompt"] = self.augmentation.prompt(row, choice)
         for key in [key for key in self.operators if key in row]:
             try:
-                value = apply(self.operators[key], row[key])
-                row[key] = self._fitted(value, size, choice) if key in self.data_file_keys else value
+                row[key] = self._cell(cells, key, size, choice, apply)
             # Pillow's decoders raise OSError, SyntaxError, struct.error, DecompressionBombError and others.
             except Exception as error:
                 kind = TypeError if isinstance(error, TypeError) else ValueError
                 raise kind(f"{key} {row[key]!r:.300}: {error!s:.999}") from error
         add_conditions(row, self.data_file_keys[0], self.conditions, choice.conditions)
         return row
+
+    def _cell(self, row: dict, key: str, size: Size | None, choice: AugmentationChoice, apply: Callable) -> Any:
+        """The value of a row's cell; the arguments are those of `_chosen`."""
+        value = apply(self.operators[key], row[key])
+        return self._fitted(value, size, choice) if key in self.data_file_keys else value
 
     def _fitted(self, value: Any, size: Size | None, choice: AugmentationChoice) -> Any:
         """An image, or every image of a list, resized, cropped and mirrored for training."""

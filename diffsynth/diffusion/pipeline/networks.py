@@ -44,6 +44,7 @@ class TrainingDefaults:
         max_pixels: Default of `dataset.max_pixels`, the most pixels of a training image.
         division_factor: Default of `dataset.division_factor`, of which both sides of a training image are multiples.
         models: Models that are trained unless the run names others.
+        time_division_factor: The frames of a training video are a multiple of it and one more, as of 4 n + 1 frames.
         lora_target_modules: Layers that LoRA adapts, by model.
         data_file_keys: Columns of the data set that name image files.
         extra_inputs: The columns among them that the pipeline reads as inputs, such as `edit_image`.
@@ -61,6 +62,7 @@ class TrainingDefaults:
     max_pixels: Pixels = 1024 * 1024
     division_factor: Side = 16
     models: Sequence[str] = ("dit",)
+    time_division_factor: PositiveInt = 4
     lora_target_modules: Mapping[str, Sequence[str] | str] = field(default_factory=dict)
     data_file_keys: Sequence[str] = ("image",)
     extra_inputs: Sequence[str] = ()

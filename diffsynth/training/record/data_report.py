@@ -14,7 +14,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from ...core.data import MixedOrder, Row, TrainingData
-from ...core.data.order.buckets import is_upscaled
+from ...core.data.order.buckets import Size, is_upscaled
 from ...core.files import going_on_without, write_text
 from ...core.json_text import to_json
 from ...core.pictures import GRID_COLUMNS, beside, row, save_png, stack
@@ -82,9 +82,7 @@ class DataReport:
 
     def counts(self, dataset: TrainingData) -> dict:
         """Count the samples by size, and list the skipped rows with the reason."""
-        sizes = {
-            "own" if size is None else f"{size[0]}x{size[1]}": len(p.rows) for size, p in dataset.rows_by_size().items()
-        }
+        sizes = {"own" if size is None else _named(size): len(p.rows) for size, p in dataset.rows_by_size().items()}
         skipped = [asdict(row) for row in dataset.skipped]
         return {"samples": dataset.size, "an_epoch": len(dataset), "sizes": sizes, "skipped": skipped}
 
@@ -119,6 +117,11 @@ class DataReport:
         pictures = zip(_pictures(pipe, samples), samples, strict=True)
         cells = [_cell(images, sample.get("prompt", "")) for images, sample in pictures]
         return stack([beside(cells[start : start + GRID_COLUMNS]) for start in range(0, len(cells), GRID_COLUMNS)])
+
+
+def _named(size: Size) -> str:
+    """The name of a bucket: 832x480 of images, 832x480, 81 frames of videos."""
+    return f"{size[0]}x{size[1]}" + "".join(f", {frames} frames" for frames in size[2:])
 
 
 @dataclass(frozen=True)
@@ -171,7 +174,7 @@ def _check_sample(pipe: "BasePipeline", dataset: TrainingData, number: int) -> S
         return None
     value = sample[media.column]
     thumbnail = np.asarray(media.thumbnail(value).convert("RGB").resize(THUMBNAIL, Image.Resampling.BOX))
-    enlarged = original is not None and is_upscaled(*original, media.size(value)[:2])
+    enlarged = original is not None and is_upscaled(*original[:2], media.size(value)[:2])
     return SampleCheck(number, thumbnail, enlarged, pipe.cuts_off(sample["prompt"]))
 
 

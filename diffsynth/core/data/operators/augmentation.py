@@ -25,6 +25,7 @@ class AugmentationChoice:
         mirrored: Whether left and right are exchanged.
         position: Position (x, y) of the crop, from 0 (left, top) to 1 (right, bottom).
         conditions: Seed of random conditions; None takes their random numbers from the image.
+        start: Position of a clip in its video, from 0 (its beginning) to 1; None takes the fixed one.
     """
 
     caption: int | None = 0
@@ -32,11 +33,12 @@ class AugmentationChoice:
     mirrored: bool = False
     position: tuple[float, float] = CENTRE
     conditions: int | None = None
+    start: float | None = None
 
     @property
     def variant(self) -> str | None:
-        """Name of the variant; None with shuffled tags, a random crop or condition, whose variants can't be listed."""
-        if self.tags is not None or self.position != CENTRE or self.conditions is not None:
+        """Name of the variant; None with a random order of tags, crop, condition or start, which can't be listed."""
+        if self.position != CENTRE or (self.tags, self.conditions, self.start) != (None, None, None):
             return None
         parts = ["mirrored"] if self.mirrored else []
         if self.caption is None:

@@ -10,13 +10,12 @@ from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
 
 from PIL import Image, ImageSequence
 
-from ..sources.picture_formats import how_it_begins
 from ..sources.storage import EmbeddedFile, open_file
 from ..sources.urls import is_url, read_url
 from .base import Operator, check, unread
-from .picture_files import as_shown, beginning, describe_file, describe_image, not_found, open_image, upright_size
+from .picture_files import as_shown, describe_file, describe_image, not_found, open_image, upright_size
 from .unread import Unread
-from .video_files import pyav
+from .video_files import open_container, pyav
 
 if TYPE_CHECKING:
     import av
@@ -133,18 +132,10 @@ class LoadVideo(LoadFrames):
 
     @contextmanager
     def open(self, data: str | EmbeddedFile) -> Iterator:
-        av = pyav()
-        with open_bytes(data) as file:
-            try:
-                # FFmpeg also opens playlists. Their entries may be any file or address, and must not be opened.
-                container = av.open(file, options={"protocol_whitelist": "none"})
-            except (av.error.FFmpegError, OSError):
-                found = how_it_begins(beginning(file))
-                raise ValueError(f"is not a video that FFmpeg can read; {found}") from None
-            with container:
-                if not any(stream.width for stream in container.streams.video[:1]):
-                    raise ValueError("holds no video that FFmpeg can read")
-                yield container
+        with open_bytes(data) as file, open_container(file) as container:
+            if not any(stream.width for stream in container.streams.video[:1]):
+                raise ValueError("holds no video that FFmpeg can read")
+            yield container
 
     def size(self, file: "av.container.InputContainer") -> tuple[int, int]:
         stream = file.streams.video[0]

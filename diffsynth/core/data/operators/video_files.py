@@ -4,8 +4,14 @@ from collections.abc import Sequence
 from fractions import Fraction
 from pathlib import Path
 from types import ModuleType
+from typing import TYPE_CHECKING, BinaryIO
 
 from PIL import Image
+
+from ..sources.picture_formats import how_it_begins
+
+if TYPE_CHECKING:
+    import av
 
 
 def pyav() -> ModuleType:
@@ -19,6 +25,22 @@ def pyav() -> ModuleType:
     except ImportError as error:
         raise ImportError(f'Videos need PyAV: pip install "diffsynth-hydra[data]" ({error})') from error
     return av
+
+
+def open_container(file: BinaryIO) -> "av.container.InputContainer":
+    """Open a video by FFmpeg, reading its header from the beginning of an open file.
+
+    Raises:
+        ValueError: It is none that FFmpeg reads.
+    """
+    av = pyav()
+    file.seek(0)
+    try:
+        # FFmpeg also opens playlists. Their entries may be any file or address, and must not be opened.
+        return av.open(file, options={"protocol_whitelist": "none"})
+    except (av.error.FFmpegError, OSError):
+        file.seek(0)
+        raise ValueError(f"is not a video that FFmpeg can read; {how_it_begins(file.read(20))}") from None
 
 
 def write_mp4(frames: Sequence[Image.Image], path: Path, rate: float, comment: str = "") -> None:

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from functools import cache
 from math import isqrt
 
-Size = tuple[int, int]  # width, height
+Size = tuple[int, ...]  # (width, height) of images, (width, height, frames) of videos
 
 # Rounding to the grid enlarges an image with as many pixels as its budget by up to 3 % (division_factor=64 at 1024 x
 # 1024, computed); 5 % leaves a margin, which is a guess.
@@ -63,6 +63,12 @@ class AspectBuckets:
             return chosen
         filled = {budget: bucket for budget, bucket in chosen.items() if not is_upscaled(width, height, bucket)}
         return filled or {self.max_pixels[0]: chosen[self.max_pixels[0]]}
+
+
+def shown(size: Size) -> str:
+    """A size for messages: 832 x 480 pixels, 81 frames."""
+    pixels = f"{size[0]} x {size[1]} pixels"
+    return pixels if len(size) == 2 else f"{pixels}, {size[2]} frame{'s' * (size[2] != 1)}"
 
 
 def kept(width: int, height: int, bucket: Size) -> float:

@@ -33,7 +33,7 @@ class SortedRows:
 
     Args:
         rows: The row number of each sample (N,).
-        sizes: Width and height in pixels of each sample (N, 2).
+        sizes: Width and height in pixels of each sample (N, 2), and the frames of videos (N, 3).
     """
 
     rows: np.ndarray
@@ -43,19 +43,18 @@ class SortedRows:
     def of(cls, buckets: AspectBuckets, sizes: Iterable[tuple[int, Size]]) -> "SortedRows":
         """The samples of rows, which are given by number and stored size."""
         samples = [(row, *bucket) for row, size in sizes for bucket in buckets.assign(*size).values()]
-        table = np.array(samples, dtype=np.int64).reshape(-1, 3)
+        table = np.array(samples, dtype=np.int64).reshape(len(samples), -1)
         return cls(table[:, 0], table[:, 1:])
 
     def __len__(self) -> int:
         return len(self.rows)
 
     def size_of(self, number: int) -> Size:
-        """(width, height) at which sample `number` is trained."""
-        width, height = self.sizes[number].tolist()
-        return width, height
+        """The size at which sample `number` is trained."""
+        return tuple(self.sizes[number].tolist())
 
     def by_size(self, count: int | None = None) -> dict[Size, np.ndarray]:
         """The numbers of the samples of each size, counting only the first `count` samples."""
         sizes, which = np.unique(self.sizes[:count], axis=0, return_inverse=True)
         which = which.reshape(-1)
-        return {(int(w), int(h)): np.flatnonzero(which == number) for number, (w, h) in enumerate(sizes)}
+        return {tuple(size): np.flatnonzero(which == number) for number, size in enumerate(sizes.tolist())}

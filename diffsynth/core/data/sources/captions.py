@@ -7,13 +7,15 @@ from hashlib import blake2b
 from itertools import groupby
 
 from .metadata import open_text
-from .picture_formats import picture_suffixes
+from .picture_formats import VIDEO_SUFFIXES, picture_suffixes
 from .storage import absolute, list_files
 from .table import Table, json_batches, make_table
 
 
-def read_captions(folder: str, encoding: str = "utf-8") -> Table:
+def read_captions(folder: str, encoding: str = "utf-8", column: str = "image") -> Table:
     """A table of the images in a folder and below: `image` is the name, `prompt` the text of its `.txt`, or empty.
+
+    With `column` "video", that is the name, and of videos as well.
 
     Raises:
         ValueError: A text file is not in that encoding, or no image has one.
@@ -22,22 +24,25 @@ def read_captions(folder: str, encoding: str = "utf-8") -> Table:
     for file in list_files(folder):
         digest.update(os.fsencode(f"{file.name}\0{file.size}\0{file.version}\0"))
         size += len(file.name) + (file.size if file.name.endswith(".txt") else 0)
-    texts = map(json.dumps, _rows(folder, encoding))
-    return make_table(folder, json_batches(texts), size, "captions", absolute(folder), digest.hexdigest(), encoding)
+    texts = map(json.dumps, _rows(folder, encoding, column))
+    return make_table(
+        folder, json_batches(texts), size, f"captions of {column}s", absolute(folder), digest.hexdigest(), encoding
+    )
 
 
-def _rows(folder: str, encoding: str) -> Iterator[dict]:
+def _rows(folder: str, encoding: str, column: str) -> Iterator[dict]:
+    suffixes = picture_suffixes() + (VIDEO_SUFFIXES if column == "video" else ())
     names, first, captions = (file.name for file in list_files(folder)), None, 0
     for stem, group in groupby(names, key=lambda name: os.path.splitext(name)[0]):
         files, text = list(group), f"{stem}.txt"
-        images = [name for name in files if name.lower().endswith(picture_suffixes())]
+        images = [name for name in files if name.lower().endswith(suffixes)]
         prompt = _read_text(os.path.join(folder, text), encoding) if images and text in files else ""
-        yield from ({"image": name, "prompt": prompt} for name in images)
+        yield from ({column: name, "prompt": prompt} for name in images)
         first, captions = first or (images[0] if images else None), captions + bool(prompt)
     if first and not captions:
         raise ValueError(
-            f"{folder}: no image has a caption; write that of {first} into {os.path.splitext(first)[0]}.txt beside it, "
-            "or a metadata.csv with the columns image,prompt, in which all images may have one caption"
+            f"{folder}: no {column} has a caption; write that of {first} into {os.path.splitext(first)[0]}.txt beside "
+            f"it, or a metadata.csv with the columns {column},prompt, in which all {column}s may have one caption"
         )
 
 

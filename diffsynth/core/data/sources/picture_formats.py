@@ -10,6 +10,7 @@ from PIL import Image
 
 PROGRAMS = {"EPS", "WMF"}  # Pillow draws them with Ghostscript, or with the graphics of Windows
 HEADERS = {"BUFR", "GRIB", "HDF5", "MPEG"}  # Pillow knows only how they begin
+VIDEO_SUFFIXES = (".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".wmv", ".flv", ".mpg", ".mpeg", ".ts")
 
 
 class PlugIn(NamedTuple):

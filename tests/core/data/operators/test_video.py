@@ -227,7 +227,7 @@ def test_what_is_no_video_is_refused(tmp_path, write, reason):
 
 def test_missing_decoder_is_named_with_the_remedy(monkeypatch):
     monkeypatch.setitem(sys.modules, "av", None)
-    with pytest.raises(ImportError, match=r'LoadVideo needs PyAV: pip install "diffsynth-hydra\[data\]"'):
+    with pytest.raises(ImportError, match=r'Videos need PyAV: pip install "diffsynth-hydra\[data\]"'):
         LoadVideo()
     LoadGIF()
 
