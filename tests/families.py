@@ -15,8 +15,10 @@ import tiny_flux2
 import tiny_qwen_edit
 from auraflow import AuraFlowPipeline
 from miniatures import ernie_image, flux1, flux3, krea2, qwen_image, qwen_image_21, sd3, wan, z_image
+from PIL import Image
 from torch import Tensor
 
+from diffsynth.core.data import TrainingData, UnifiedDataset, VideoDataset
 from diffsynth.core.loader import ModelConfig
 from diffsynth.core.memory import MemoryRecipe
 from diffsynth.diffusion.adapters.lora import LoRA
@@ -99,10 +101,38 @@ class Family:
         return FlowMatchSFT(trainable_models=list(trained) or None, extra_inputs=self.extra_inputs)
 
     @property
+    def columns(self) -> list[str]:
+        """Columns of its rows that name files."""
+        return [self.pipeline.media.column, *self.extra_inputs]
+
+    def data(self) -> TrainingData:
+        """Rows of pictures or videos of 32 × 32 pixels."""
+        if self.num_frames:
+            frames = {"num_frames": self.num_frames, "data_file_keys": self.columns}
+            return VideoDataset.from_folder(str(clips()), height=32, width=32, **frames)
+        return UnifiedDataset.from_folder(
+            str(pairs()), "metadata.jsonl", height=32, width=32, data_file_keys=self.columns
+        )
+
+    @property
+    def data_overrides(self) -> list[str]:
+        """Overrides that choose the same rows."""
+        chosen = [f"dataset.path={pairs()}", "dataset.metadata=metadata.jsonl"]
+        if self.num_frames:
+            own = [
+                f"dataset.path={clips()}",
+                f"dataset.num_frames={self.num_frames}",
+                "dataset.height=32",
+                "dataset.width=32",
+            ]
+            chosen = ["dataset=video_folder", *own]
+        return [*chosen, f"dataset.data_file_keys=[{','.join(self.columns)}]"]
+
+    @property
     def overrides(self) -> list[str]:
         """Overrides that replace the configured model by the miniature, at 32 × 32 pixels."""
         parts = [f"model.{name}.path={self.folder() / part}" for name, part in self.parts.items()]
-        settings = [f"model.{name}={value}" for name, value in self.settings.items()]
+        settings = [f"model.{n}={'null' if value is None else value}" for n, value in self.settings.items()]
         dtype = "model.torch_dtype=float32"
         return [
             f"model={self.name}",
@@ -311,6 +341,18 @@ def pairs() -> Path:
     ]
     (folder / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
     return folder
+
+
+@cache
+def clips() -> Path:
+    """The folder of a data set of animations of five frames, 32 × 32 pixels; written once per session."""
+    pictures, folder = tiny.dataset(), tiny.kept_folder() / "clips"
+    folder.mkdir()
+    for number in range(8):
+        first, *others = (Image.open(pictures / f"{(number + frame) % 8}.png") for frame in range(5))
+        first.save(folder / f"{number}.webp", save_all=True, append_images=others, duration=100, lossless=True)
+    rows = [{"video": f"{n}.webp", "prompt": "red" + " red" * n} for n in range(8)]
+    return tiny.write_rows(folder, rows)
 
 
 def of_families(statement: Callable) -> Callable:

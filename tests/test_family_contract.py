@@ -10,13 +10,13 @@ import numpy as np
 import pytest
 import tiny
 import torch
-from families import FAMILIES, Family, of_families, pairs
+from families import FAMILIES, Family, of_families
 from PIL import Image
 from torch.testing import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from diffsynth.cache.make import launch_data_process_task
-from diffsynth.core.data import CachedDataset, Row, Sample, SampleAddress, UnifiedDataset
+from diffsynth.core.data import CachedDataset, Row, Sample, SampleAddress
 from diffsynth.core.loader import save_safetensors
 from diffsynth.core.memory.storage import stored_layers
 from diffsynth.diffusion.adapters.lora import LoRA
@@ -352,8 +352,7 @@ def test_weights_in_8_bits_change_the_loss_little(family: Family):
 @of_families
 @TRAINED
 def test_two_stages_have_the_losses_of_one(family: Family, trained, lora, tmp_path):
-    files = ["image", *family.extra_inputs]
-    rows = UnifiedDataset.from_folder(str(pairs()), "metadata.jsonl", height=32, width=32, data_file_keys=files)
+    rows = family.data()
     rows.scan()
     make = partial(family.module, family.task(*trained), lora)
     launch_data_process_task(make_accelerator("cpu", "float32"), rows, make(), tmp_path)
@@ -386,9 +385,7 @@ def test_an_adapter_is_saved_and_loads_with_what_it_changes(family: Family, tmp_
 def run(family: Family, folder, *overrides: str):
     """Overrides of a run of the family on pairs of pictures."""
     given = [o for o in tiny.train_overrides(folder) if not o.startswith("model.")]
-    keys = ",".join(["image", *family.extra_inputs])
-    data = [f"dataset.path={pairs()}", "dataset.metadata=metadata.jsonl", f"dataset.data_file_keys=[{keys}]"]
-    own = [*data, f"task.extra_inputs=[{','.join(family.extra_inputs)}]", *overrides]
+    own = [*family.data_overrides, f"task.extra_inputs=[{','.join(family.extra_inputs)}]", *overrides]
     return tiny.merged([*family.overrides, *given], own)
 
 

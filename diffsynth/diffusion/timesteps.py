@@ -34,7 +34,7 @@ class UniformTimesteps:
     def __call__(self, scheduler: FlowMatchScheduler, u: Tensor) -> Tensor:
         """Noise levels (B,) in (0, 1] of uniform numbers (B,) in [0, 1)."""
         least, end = scheduler.trained
-        noisier, learned = (int((scheduler.sigmas >= sigma).sum()) for sigma in (end, least))
+        noisier, learned = (sum(level >= sigma for level in scheduler.levels[:-1]) for sigma in (end, least))
         low, high = (int(b * len(scheduler.sigmas)) for b in (self.min_boundary, self.max_boundary))
         low, high = max(low, noisier), min(high, learned)
         if low >= high:

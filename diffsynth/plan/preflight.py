@@ -141,21 +141,24 @@ def pixels_of(run: PlacedRun) -> int:
         return trained
     given = {name: value for name, value in run.validation.options.items() if value is not None}
     sampled = {**defaults_of(run.model.func.__self__.request), **given}
-    return max(trained, len(run.validation.prompts) * sampled["height"] * sampled["width"])
+    of_one = sampled["height"] * sampled["width"] * sampled.get("num_frames", 1)
+    return max(trained, len(run.validation.prompts) * of_one)
 
 
 def check_one_image(run: PlacedRun, free: int) -> None:
-    """Check that one image fits, as RGB in fp32, before a rehearsal reads one: that takes host memory itself.
+    """Check that one image or clip fits, as RGB in fp32, before a rehearsal reads one: that takes host memory itself.
 
     Raises:
         ValueError: It does not.
     """
-    width, height = max([size for size in run.sizes if size] or run.dataset.own_sizes, key=math.prod, default=(0, 0))
-    needed = 3 * torch.float32.itemsize * width * height
+    size = max([size for size in run.sizes if size] or run.dataset.own_sizes, key=math.prod, default=(0, 0))
+    needed = 3 * torch.float32.itemsize * math.prod(size)
     if needed > free:
+        kind, fewer = ("clip", ", or dataset.num_frames=…") if len(size) > 2 else ("image", "")
         raise ValueError(
-            f"One image of {width} x {height} pixels takes {shown_size(needed)} by itself, and {shown_size(free)} are "
-            "free: set dataset.height=… and dataset.width=…, or dataset.max_pixels=…, to a smaller size."
+            f"One {kind} of {' x '.join(map(str, size))} pixels takes {shown_size(needed)} by itself, and "
+            f"{shown_size(free)} are free: set dataset.height=… and dataset.width=…, or dataset.max_pixels=…{fewer}, "
+            "to a smaller size."
         )
 
 
