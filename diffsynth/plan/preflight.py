@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from accelerate.utils import broadcast_object_list
 
+from ..core.data.order.buckets import shown
 from ..core.devices import free_host_memory
 from ..core.files import write_text
 from ..core.json_text import read_json, to_json
@@ -154,11 +155,10 @@ def check_one_image(run: PlacedRun, free: int) -> None:
     size = max([size for size in run.sizes if size] or run.dataset.own_sizes, key=math.prod, default=(0, 0))
     needed = 3 * torch.float32.itemsize * math.prod(size)
     if needed > free:
-        kind, fewer = ("clip", ", or dataset.num_frames=…") if len(size) > 2 else ("image", "")
+        kind, fewer = ("image", "") if len(size) == 2 else ("clip", "fewer dataset.num_frames, or ")
         raise ValueError(
-            f"One {kind} of {' x '.join(map(str, size))} pixels takes {shown_size(needed)} by itself, and "
-            f"{shown_size(free)} are free: set dataset.height=… and dataset.width=…, or dataset.max_pixels=…{fewer}, "
-            "to a smaller size."
+            f"One {kind} of {shown(size)} takes {shown_size(needed)} by itself, and {shown_size(free)} are "
+            f"free: set {fewer}dataset.height=… and dataset.width=…, or dataset.max_pixels=…, to a smaller size."
         )
 
 

@@ -43,7 +43,7 @@ from .sources.storage import EmbeddedFile, open_file
 from .sources.table import Rows, Table
 from .sources.tar_shards import read_shards
 from .unified_dataset import UnifiedDataset
-from .video_dataset import VideoDataset
+from .video_dataset import VideoDataset, is_video_column
 
 __all__ = [
     "AddressedDataset",
@@ -86,6 +86,7 @@ __all__ = [
     "VideoDataset",
     "collate",
     "generator",
+    "is_video_column",
     "open_file",
     "permutation",
     "prompt_dataset",

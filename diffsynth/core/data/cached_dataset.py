@@ -14,6 +14,7 @@ from .dataset import REGULARISATION, Row, TrainingData
 from .operators.augmentation import Augmentation, AugmentationChoice
 from .operators.unread import Unread
 from .order.addresses import SampleAddress
+from .order.buckets import Size
 from .order.mixing import WeightedRows, exact
 from .scan import SkippedRow
 from .sources.studio_cache import refuse_studio_cache
@@ -89,10 +90,10 @@ class CachedDataset(TrainingData):
         return REGULARISATION in self._variant(self.index.record(0), "")["row"]  # all rows have it, or none
 
     @property
-    def own_sizes(self) -> set[tuple[int, int]]:
+    def own_sizes(self) -> set[Size]:
         return set() if self.about["by_size"] else set(self.index.sizes())
 
-    def rows_in_buckets(self) -> dict[tuple[int, int] | None, list[WeightedRows]]:
+    def rows_in_buckets(self) -> dict[Size | None, list[WeightedRows]]:
         """The samples of each size from each mixed data set; the key None is for samples with sizes of their own."""
         sizes = self.index.sizes()
         if len(sizes) > 1 and not self.about["by_size"]:
@@ -192,7 +193,7 @@ class CachedDataset(TrainingData):
 
     def _check_sizes(self, height: int | None, width: int | None) -> None:
         for size in self.index.sizes():
-            for name, found, wanted in zip(("width", "height"), size, (width, height), strict=True):
+            for name, found, wanted in zip(("width", "height"), size[:2], (width, height), strict=True):
                 if wanted not in (None, found):
                     raise ValueError(
                         f"{self.metadata_path} has samples of {size[0]} x {size[1]} pixels, but "
@@ -228,15 +229,15 @@ def captions_of(augmentation: Augmentation) -> dict[str, Any]:
 def _restored(value: Any) -> Any:
     """A value of a cached row. An image becomes an `Unread`, because the cache knows only its size."""
     if isinstance(value, dict) and value.keys() == {"unread"}:
-        return Unread(tuple(value["unread"][:2]), _refuse, _refuse)
+        return Unread(tuple(value["unread"][:-1]), _refuse, _refuse)
     return [_restored(element) for element in value] if isinstance(value, list) else value
 
 
 def _undecoded(value: Any) -> Any:
     """A value of a cached row in which every image is an `Unread` that knows its identity, from which keys follow."""
     if isinstance(value, dict) and value.keys() == {"unread"}:
-        width, height, identity = value["unread"]
-        image = Unread((width, height), _refuse, _refuse)
+        *size, identity = value["unread"]
+        image = Unread(tuple(size), _refuse, _refuse)
         image.identity = identity
         return image
     if isinstance(value, dict):

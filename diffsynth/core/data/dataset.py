@@ -188,6 +188,10 @@ class TrainingData(Dataset):
 
     # Reports
 
+    def preview(self, number: int) -> Any:
+        """Sample `number` without augmentation, of a video one frame only: what tells whether two samples are equal."""
+        return self[number]
+
     def original_size(self, number: int) -> Size | None:
         """(width, height) in pixels of a sample's first image before it is resized; None if unknown."""
         return None

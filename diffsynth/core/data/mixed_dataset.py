@@ -93,6 +93,11 @@ class MixedDataset(TrainingData):
         with self._dataset_of(address.index) as (dataset, number):
             return dataset.variant_at(address, seed, number)
 
+    def preview(self, number: int) -> dict:
+        """See `TrainingData.preview`."""
+        with self._dataset_of(number) as (dataset, own_number):
+            return dataset.preview(own_number)
+
     def original_size(self, number: int) -> Size | None:
         """See `UnifiedDataset.original_size`."""
         with self._dataset_of(number) as (dataset, own_number):

@@ -80,7 +80,7 @@ def _check_row(dataset: "UnifiedDataset", number: int, required: Sequence[str]) 
                 size = targets[0] if key == dataset.data_file_keys[0] else size
         except Exception as error:  # Pillow's decoders raise exceptions of many types
             return SkippedRow(number + 1, str(row[key]), f"{key} {row[key]!r:.300}: {error!s:.999}")
-    if fault := _fault_of_masks(dataset.data_file_keys, stored):
+    if fault := dataset.fault_of_sizes(stored):
         return SkippedRow(number + 1, None, fault)
     return size and (number, size)
 
@@ -104,16 +104,16 @@ def _fault_of_cells(dataset: "UnifiedDataset", row: dict, required: Sequence[str
     return _fault_of_captions(dataset.augmentation, row)
 
 
-def _fault_of_masks(keys: Sequence[str], stored: Mapping[str, Size | None]) -> str | None:
+def fault_of_masks(keys: Sequence[str], stored: Mapping[str, Size | None]) -> str | None:
     """Why a mask does not lie on its image, judged by the stored sizes of columns; None if it does, or one is unknown.
 
     Masks are the columns whose names end in "mask".
     """
     image, masks = stored.get(keys[0]), [key for key in keys if key.endswith("mask")]
-    wrong = [key for key in masks if image and stored.get(key) not in (None, image)]
+    wrong = [key for key in masks if image and stored.get(key) and stored[key][:2] != image[:2]]
     if not wrong:
         return None
-    found, expected = (f"{width} x {height}" for width, height in (stored[wrong[0]], image))
+    found, expected = (f"{width} x {height}" for width, height in (stored[wrong[0]][:2], image[:2]))
     return f"{wrong[0]} is {found} pixels and {keys[0]} {expected}; save both at one size"
 
 

@@ -2,7 +2,8 @@
 
 import logging
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from fractions import Fraction
 from functools import partial
@@ -26,12 +27,14 @@ from .order.addresses import SampleAddress, sample_seed
 from .order.buckets import AspectBuckets, Size, shown
 from .order.mixing import WeightedRows
 from .order.row_index import AllBut, SortedRows
-from .scan import SkippedRow, check_rows, known_size, write_skipped
+from .scan import SkippedRow, check_rows, fault_of_masks, known_size, write_skipped
 from .sources.files_read import captions_of, files_of_rows, folders_of, table, tables_in
 from .sources.find_rows import find_rows
 from .sources.storage import EmbeddedFile, is_remote, size_on_disk
 
 logger = logging.getLogger(__name__)
+
+MOST_SIZES = 64  # files of a cell whose sizes the fingerprint has, evenly spread: a list of frames may be long; a guess
 
 
 class UnifiedDataset(TrainingData):
@@ -381,6 +384,10 @@ class UnifiedDataset(TrainingData):
             self.own_sizes = {size for _, size in sizes}
         return faults
 
+    def fault_of_sizes(self, stored: Mapping[str, Size | None]) -> str | None:
+        """Why the stored sizes of a row's columns, as far as they are known, do not fit together; None if they do."""
+        return fault_of_masks(self.data_file_keys, stored)
+
     def _check_conditions(self) -> None:
         for name, condition in self.conditions.items():
             if name == self.data_file_keys[0]:
@@ -420,8 +427,9 @@ class UnifiedDataset(TrainingData):
         return {**listed, **images, **folders_of(images)}
 
     def _bytes_of(self, cell: Any) -> list[int | None]:
-        """Sizes in bytes of the files that a cell names."""
-        names = [name for name in (cell if isinstance(cell, list) else [cell]) if isinstance(name, str)]
+        """Sizes in bytes of the files that a cell names, or of some of many."""
+        cells = cell if isinstance(cell, list) else [cell]
+        names = [name for name in cells[:: max(1, len(cells) // MOST_SIZES)] if isinstance(name, str)]
         return [size_on_disk(os.path.join(self.base_path, name)) for name in names]
 
     @property
@@ -444,12 +452,8 @@ class UnifiedDataset(TrainingData):
         if any(column in row for column in self.augmentation.captions):
             row["prompt"] = self.augmentation.prompt(row, choice)
         for key in [key for key in self.operators if key in row]:
-            try:
+            with errors_named(key, row[key]):
                 row[key] = self._cell(cells, key, size, choice, apply)
-            # Pillow's decoders raise OSError, SyntaxError, struct.error, DecompressionBombError and others.
-            except Exception as error:
-                kind = TypeError if isinstance(error, TypeError) else ValueError
-                raise kind(f"{key} {row[key]!r:.300}: {error!s:.999}") from error
         add_conditions(row, self.data_file_keys[0], self.conditions, choice.conditions)
         return row
 
@@ -490,6 +494,17 @@ class UnifiedDataset(TrainingData):
             f"{len(faults)} of {len(self.scanned)} rows of {self.metadata_path} cannot be used:\n  {first}{more}\n"
             f"Correct them{or_skip}."
         )
+
+
+@contextmanager
+def errors_named(key: str, cell: Any) -> Iterator[None]:
+    """Raise the errors of loading a cell as ValueError, or as TypeError, with the names of column and file."""
+    try:
+        yield
+    # Pillow's decoders raise OSError, SyntaxError, struct.error, DecompressionBombError and others.
+    except Exception as error:
+        kind = TypeError if isinstance(error, TypeError) else ValueError
+        raise kind(f"{key} {cell!r:.300}: {error!s:.999}") from error
 
 
 def called(operator: Callable, value: Any) -> Any:

@@ -1,24 +1,30 @@
 """A data set of videos, and of images beside them: each sample is a list of frames."""
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Annotated, Any, Literal
 
 import torch
+from PIL import Image
 
 from ..ranges import NonNegativeInt, Pixels, PositiveFloat, PositiveInt, Repeat, Side, Workers, at_least
+from .dataset import Row
 from .operators.augmentation import Augmentation, AugmentationChoice
 from .operators.clips import LoadClip
 from .operators.images import ImageCropAndResize
 from .order.addresses import SampleAddress, sample_seed
 from .order.buckets import AspectBuckets, Size
 from .order.clip_buckets import ClipBuckets, ClipLengths
-from .unified_dataset import UnifiedDataset, called
+from .unified_dataset import UnifiedDataset, called, errors_named
+
+logger = logging.getLogger(__name__)
 
 Start = Literal["first", "middle", "random"]
 # Of each GPU; a guess: one core decodes and shrinks 81 frames of 1280 x 720 in about a second.
 VIDEO_WORKERS = 4
+WHITE = 250  # of 255; H.264 stores white a little darker, a guess
 
 
 class ClipFit(ImageCropAndResize):
@@ -60,7 +66,7 @@ class VideoDataset(UnifiedDataset):
 
     def __init__(self, *args: Any, lengths: ClipLengths, start: Start = "first", **options: Any):
         super().__init__(*args, **options)
-        self.lengths, self.start = lengths, start
+        self.lengths, self.start, self.has_white_mask = lengths, start, False
         self.video_keys = [key for key in self.data_file_keys if is_video_column(key)]
         if self.data_file_keys[0] not in self.video_keys:
             raise ValueError(
@@ -133,6 +139,33 @@ class VideoDataset(UnifiedDataset):
                 "middle."
             )
 
+    def fault_of_sizes(self, stored: Mapping[str, Size | None]) -> str | None:
+        main, *others = self.video_keys
+        if stored.get(main) is None:
+            return super().fault_of_sizes(stored)
+        others = [key for key in others if stored.get(key)]
+        wrong = [key for key in others if stored[key][2] < self._frames_needed(stored[main][2])]
+        if not wrong:
+            return super().fault_of_sizes(stored)
+        found, expected = stored[wrong[0]][2], stored[main][2]
+        return (
+            f"{wrong[0]} has {found} frames and {main} {expected}; cut both to one length, or set dataset.start=first "
+            "and fewer dataset.num_frames"
+        )
+
+    def _frames_needed(self, available: int) -> int:
+        """The frames that a clip of a video may be read from, or as many of another column."""
+        return self.lengths.choose(available) if self.start == "first" else available
+
+    def preview(self, number: int) -> Row:
+        """Sample `number` with the frame in the middle of its clip as its video."""
+        row, key, (*size, count) = self.rows[self._row_number(number)], self.data_file_keys[0], self._size_of(number)
+        choice = AugmentationChoice()
+        fit = partial(self._fitted, size=tuple(size), choice=choice)
+        with errors_named(key, row[key]):
+            frames = self.operators[key].load(row[key], self._start_of(row, count, choice) + count // 2, 1, fit)
+        return Row({**row, key: frames, "prompt": self.augmentation.prompt(row, choice)})
+
     def _fixed_size(self) -> Size | None:
         size = super()._fixed_size()
         return size and (*size, self.lengths.num_frames[0])
@@ -152,8 +185,21 @@ class VideoDataset(UnifiedDataset):
         clip, cell, start = self.operators[key], row[key], self._start_of(row, size[2], choice)
         fit = partial(self._fitted, size=size[:2], choice=choice)
         if apply is called:
-            return clip.load(cell, start, size[2], fit)
+            frames = clip.load(cell, start, size[2], fit)
+            self._note_white_mask(key, cell, frames)
+            return frames
         return clip.unread_clip(cell, start, size, fit, ["fitted", size[:2], choice.mirrored])
+
+    def _note_white_mask(self, key: str, cell: Any, frames: Sequence[Image.Image]) -> None:
+        """Warn of the first mask that is white in all frames: some programs write masks the other way round."""
+        if key.endswith("mask") and not self.has_white_mask and all(map(is_white, frames)):
+            self.has_white_mask = True
+            logger.warning(
+                "%s %.99r is white in all frames of a clip, so that all of it is to be generated; if black is meant, "
+                "invert the masks.",
+                key,
+                cell,
+            )
 
     def _start_of(self, row: Mapping, count: int, choice: AugmentationChoice) -> int:
         """Number of the first frame of a clip of `count` frames in the video of a row."""
@@ -161,6 +207,11 @@ class VideoDataset(UnifiedDataset):
             return 0
         main = self.data_file_keys[0]
         return start_of(self.operators[main].count(row[main]), count, choice.start)
+
+
+def is_white(frame: Image.Image) -> bool:
+    """Whether a frame is white all over, as far as lossy videos keep white."""
+    return frame.convert("L").getextrema()[0] >= WHITE
 
 
 def is_video_column(name: str) -> bool:

@@ -13,8 +13,8 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from ...core.data import MixedOrder, Row, TrainingData
-from ...core.data.order.buckets import Size, is_upscaled
+from ...core.data import MixedOrder, Row, TrainingData, is_video_column
+from ...core.data.order.buckets import Size, is_upscaled, shown
 from ...core.files import going_on_without, write_text
 from ...core.json_text import to_json
 from ...core.pictures import GRID_COLUMNS, beside, row, save_png, stack
@@ -30,6 +30,7 @@ logger = logging.getLogger(__name__)
 THREADS = 8
 THUMBNAIL = (16, 16)
 CELL = (256, 256)  # largest width and height of an image in the grid, in pixels
+STRIP_CELL, STRIP_ASPECT = (768, 256), 3  # of a film strip; an image that is wider than this times its height is one
 NEAR = 3.0  # mean difference of two thumbnails' values in [0, 255]; saving an image again changes about as much
 
 
@@ -116,12 +117,13 @@ class DataReport:
         samples = [dataset.sample(address, seed)[0] for address in addresses]
         pictures = zip(_pictures(pipe, samples), samples, strict=True)
         cells = [_cell(images, sample.get("prompt", "")) for images, sample in pictures]
-        return stack([beside(cells[start : start + GRID_COLUMNS]) for start in range(0, len(cells), GRID_COLUMNS)])
+        columns = max(1, min(GRID_COLUMNS, GRID_COLUMNS * CELL[0] // max(cell.width for cell in cells)))
+        return stack([beside(cells[start : start + columns]) for start in range(0, len(cells), columns)])
 
 
 def _named(size: Size) -> str:
-    """The name of a bucket: 832x480 of images, 832x480, 81 frames of videos."""
-    return f"{size[0]}x{size[1]}" + "".join(f", {frames} frames" for frames in size[2:])
+    """Return the name of a bucket: "832x480" of images, "832x480, 81 frames" of videos."""
+    return shown(size).replace(" x ", "x").replace(" pixels", "")
 
 
 @dataclass(frozen=True)
@@ -165,7 +167,7 @@ def _check_samples(pipe: "BasePipeline", dataset: TrainingData, numbers: Iterabl
 def _check_sample(pipe: "BasePipeline", dataset: TrainingData, number: int) -> SampleCheck | None:
     """Return None if a sample is cached or cannot be decoded; in the latter case, training will report it."""
     try:
-        sample = dataset[number]
+        sample = dataset.preview(number)
         original = dataset.original_size(number)
     except ValueError:
         return None
@@ -181,10 +183,16 @@ def _check_sample(pipe: "BasePipeline", dataset: TrainingData, number: int) -> S
 def _cell(images: Sequence[Image.Image], prompt: str) -> Image.Image:
     """Return the first image above the prompt, with the other images below; large images are reduced."""
     images = images or [Image.new("RGB", (128, 128), "lightgray")]
-    images = [ImageOps.contain(image, CELL) if max(image.size) > max(CELL) else image for image in images]
+    images = [_reduced(image) for image in images]
     first = row(images[:1], [prompt])
     others = [ImageOps.contain(image.convert("RGB"), (first.width, first.height)) for image in images[1:]]
     return stack([first, *others])
+
+
+def _reduced(image: Image.Image) -> Image.Image:
+    """Return an image, or a film strip, that fits into its cell."""
+    cell = STRIP_CELL if image.width > STRIP_ASPECT * image.height else CELL
+    return ImageOps.contain(image, cell) if image.width > cell[0] or image.height > cell[1] else image
 
 
 @torch.no_grad()
@@ -202,11 +210,13 @@ def _pictures(pipe: "BasePipeline", samples: Sequence[Row]) -> list[list[Image.I
 
 
 def _images(media: "Media", sample: Row) -> list[Image.Image]:
-    """Return the thumbnail of a sample that is not cached, then the images of its other columns, those in lists too."""
-    shown = [media.thumbnail(sample[media.column])] if media.column in sample else []
-    values = [value for name, value in sample.items() if name != media.column]
+    """Return the thumbnail of a sample that is not cached, then those of its other videos, and its other images."""
+    images = [media.thumbnail(sample[media.column])] if media.column in sample else []
+    strips = [name for name, value in sample.items() if is_video_column(name) and isinstance(value, list)]
+    images += [media.thumbnail(sample[name]) for name in strips if name != media.column]
+    values = [value for name, value in sample.items() if name not in (media.column, *strips)]
     elements = [element for value in values for element in (value if isinstance(value, list) else [value])]
-    return shown + [element for element in elements if isinstance(element, Image.Image)]
+    return images + [element for element in elements if isinstance(element, Image.Image)]
 
 
 def _decoded(pipe: "BasePipeline", inputs: Mapping) -> list[Image.Image]:

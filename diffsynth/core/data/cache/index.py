@@ -39,7 +39,7 @@ LARGEST = 1 << 16  # pixels of a side; a guess, a JPEG's largest
 SHARD_NAMES = "[0-9a-f]" * 32 + ".safetensors"  # other files in the folder are ignored
 # Shapes of JSON values in the file, as `fits` reads them.
 RECORD = {"weights": [int | float], "variants": {str: {"row": dict, "runs": [(str, str)]}}}
-SIZE = (int, int)
+SIZES = ((int, int), (int, int, int))
 SHARD_NAME = re.compile(r"[0-9a-f]{32}\.safetensors")
 
 
@@ -171,19 +171,20 @@ class CacheIndex:
         return (self._parsed(record, RECORD) for (record,) in rows)
 
     def sizes(self) -> dict[tuple[int, ...], list[int]]:
-        """The numbers of the samples of each size, (width, height) in pixels."""
+        """The numbers of the samples of each size: (width, height) in pixels, and the frames of videos."""
         rows = self._rows("SELECT size, number FROM samples ORDER BY size, number")
         by_size = groupby(rows, itemgetter(0))
         numbers = {self._size(size): [number for _, number in group] for size, group in by_size}
         return dict(sorted(numbers.items()))
 
-    def _size(self, text: Any) -> tuple[int, int]:
+    def _size(self, text: Any) -> tuple[int, ...]:
         """The size that a cell gives, which may be anybody's."""
         size = self._parsed(text, object)
-        if not (fits(size, SIZE) and all(0 <= side <= LARGEST for side in size)):
+        if not (any(fits(size, shape) for shape in SIZES) and all(0 <= side <= LARGEST for side in size)):
             raise DamagedCache(
                 f"{self.path} gives samples the size {text!s:.99}; expected [width, height] of at most {LARGEST} "
-                "pixels. Delete that file and run make_cache.py again, which makes it from the shards."
+                "pixels, and the frames of videos. Delete that file and run make_cache.py again, which makes it from "
+                "the shards."
             )
         return tuple(size)
 

@@ -38,12 +38,12 @@ class LoadClip(Operator):
 
     def size(self, data: Video) -> tuple[int, int, int]:
         """(width, height, number of frames) of the whole video. No frame but the first is decoded."""
-        with open_video(self._files(data)) as video:
+        with open_video(data, self.located) as video:
             return *video.size, video.count(self.frame_rate)
 
     def count(self, data: Video) -> int:
         """Number of frames of the whole video."""
-        with open_video(self._files(data)) as video:
+        with open_video(data, self.located) as video:
             return video.count(self.frame_rate)
 
     def load(self, data: Video, start: int, count: int, fit: Callable[[Image.Image], Any]) -> list:
@@ -52,7 +52,7 @@ class LoadClip(Operator):
         Raises:
             ValueError: There are fewer, or they cannot be decoded.
         """
-        with open_video(self._files(data)) as video:
+        with open_video(data, self.located) as video:
             if start + count > (available := video.count(self.frame_rate)):
                 raise ValueError(f"has {available} frames, expected {start + count}")
             shown = [[fit(image)] * times for _, times, image in video.frames(self.frame_rate, start, count)]
@@ -76,14 +76,8 @@ class LoadClip(Operator):
 
     def _described(self, data: Video, start: int, count: int, fitted: Any) -> list:
         """A hash of the files that a clip is read from, and what is taken of them."""
-        files = self._files(data)
-        with open_video(files) as video:
+        with open_video(data, self.located) as video:
             if isinstance(video, FrameFiles):
-                own = video.files[start : start + count]
+                own = map(video.located, video.files[start : start + count])
                 return ["frames", [describe_file(file, []) for file in own], fitted]
-        return describe_file(files, ["clip", self.frame_rate, start, count, fitted])
-
-    def _files(self, data: Video) -> Video:
-        if isinstance(data, list | tuple):
-            return [self.located(file) for file in data]
-        return self.located(data)
+        return describe_file(self.located(data), ["clip", self.frame_rate, start, count, fitted])

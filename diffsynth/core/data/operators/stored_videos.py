@@ -6,7 +6,7 @@ A video is a file that FFmpeg reads, an animation that Pillow reads, or a list o
 import math
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from fractions import Fraction
@@ -20,7 +20,7 @@ import numpy as np
 from PIL import Image
 
 from ..sources.picture_formats import picture_suffixes
-from ..sources.storage import EmbeddedFile
+from ..sources.storage import EmbeddedFile, is_remote, list_files
 from ..sources.urls import is_url, read_url
 from .picture_files import as_shown, open_image, read_image, upright_size
 from .video import ROUNDING, open_bytes
@@ -95,21 +95,29 @@ class StoredVideo:
 
 
 class FrameFiles(StoredVideo):
-    """A video of files, one a frame; only the first is opened for its size."""
+    """A video of files, one a frame; only the first is opened for its size.
 
-    def __init__(self, files: Sequence[str | EmbeddedFile]):
+    Args:
+        files: Names of the files.
+        located: Returns the path of a name.
+
+    Raises:
+        ValueError: There are none.
+    """
+
+    def __init__(self, files: Sequence[str | EmbeddedFile], located: Callable):
         if not files:
             raise ValueError("has no frames; expected files of images")
-        self.files, self.stored = files, len(files)
+        self.files, self.located, self.stored = files, located, len(files)
 
     @cached_property
     def size(self) -> tuple[int, int]:
-        with open_image(self.files[0]) as image:
+        with open_image(self.located(self.files[0])) as image:
             return upright_size(image)
 
     def read(self, numbers: Sequence[int]) -> Iterator[Image.Image]:
         for number in numbers:
-            image = read_image(self.files[number])
+            image = read_image(self.located(self.files[number]))
             if image.size != self.size:
                 found, expected = (f"{width} x {height}" for width, height in (image.size, self.size))
                 raise ValueError(
@@ -158,7 +166,9 @@ class Container(StoredVideo):
         self.container = open_container(file)
         streams = self.container.streams
         if not any(stream.width for stream in streams.video[:1]):
-            found = ", ".join(sorted({stream.type for stream in streams})) or "nothing"
+            found = ", ".join(sorted({stream.type for stream in streams}))
+            if not found:
+                raise ValueError("has no complete header: it is cut off; copy or download it again")
             raise ValueError(f"holds no video that FFmpeg can read, but {found}; leave it out")
         # AVI stores decoding times and raw streams store no times: neither has presentation times.
         self.is_timed = self.container.format.name != "avi"
@@ -185,7 +195,7 @@ class Container(StoredVideo):
         is_complete = len(entries) == self.stream.frames > 1 and "mp4" in self.container.format.name
         if not is_complete or any(entry.is_discard for entry in entries):
             return None
-        end, size = max(entry.pos + entry.size for entry in entries), self.file.seek(0, 2)
+        end, size = max(entry.pos + entry.size for entry in entries), self._bytes()
         if end > size:
             raise ValueError(f"is cut off: it has {size} bytes of {end}; copy or download it again")
         steps = np.unique(np.diff([entry.timestamp for entry in entries]))
@@ -194,6 +204,12 @@ class Container(StoredVideo):
         step, start = int(steps[0]), self.stream.start_time or 0
         starts = start + step * np.arange(len(entries), dtype=np.int64)
         return FrameTimes(starts, int(starts[-1]) + step, self.stream.time_base)
+
+    def _bytes(self) -> int:
+        """Size of the file; FFmpeg goes on to read where it was."""
+        position, size = self.file.tell(), self.file.seek(0, 2)
+        self.file.seek(position)
+        return size
 
     def _demuxed(self) -> FrameTimes:
         """The times of all packets, which are read and not decoded."""
@@ -277,17 +293,22 @@ def decoding_errors() -> Iterator[None]:
 
 
 @contextmanager
-def open_video(data: str | EmbeddedFile | Sequence[str | EmbeddedFile]) -> Iterator[StoredVideo]:
-    """Open a video: a file or a URL, the path of a folder of frames, or a list of files of frames.
+def open_video(data: str | EmbeddedFile | Sequence[str | EmbeddedFile], located: Callable) -> Iterator[StoredVideo]:
+    """Open a video: a file or a URL, a folder of frames, or a list of files of frames.
+
+    Args:
+        located: Returns the path of a name.
 
     Raises:
         ImportError: The video needs PyAV, which is not installed.
         ValueError: It cannot be read; says why.
     """
     if isinstance(data, list | tuple):
-        yield FrameFiles(data)
-    elif isinstance(data, str) and os.path.isdir(data):
-        yield FrameFiles(frames_in(data))
+        yield FrameFiles(data, located)
+        return
+    data = located(data)
+    if is_folder(data):
+        yield FrameFiles(frames_in(data), str)
     elif is_picture(data):
         with open_image(read_url(data) if is_url(data) else data) as image:
             yield Animation(image)
@@ -296,10 +317,17 @@ def open_video(data: str | EmbeddedFile | Sequence[str | EmbeddedFile]) -> Itera
             yield Container(file)
 
 
+def is_folder(data: str | EmbeddedFile) -> bool:
+    """Whether a path is a folder; in an object store, a name without a suffix."""
+    if isinstance(data, EmbeddedFile) or is_url(data):
+        return False
+    return not PurePath(data).suffix if is_remote(data) else os.path.isdir(data)
+
+
 def frames_in(folder: str) -> list[str]:
     """The pictures in a folder, in the order of the numbers in their names: 2.png comes before 10.png."""
-    names = [entry.name for entry in os.scandir(folder) if entry.name.lower().endswith(picture_suffixes())]
-    return [os.path.join(folder, name) for name in sorted(names, key=by_numbers) if not name.startswith(".")]
+    names = [file.name for file in list_files(folder) if file.name.lower().endswith(picture_suffixes())]
+    return [os.path.join(folder, name) for name in sorted(names, key=by_numbers)]
 
 
 def by_numbers(name: str) -> list:

@@ -8,15 +8,15 @@ from typing import Any, NamedTuple
 
 
 class Unread:
-    """An image that is not decoded yet; like an image, it has a size, a width and a height.
+    """An image or a video that is not decoded yet; like an image, it has a size, a width and a height.
 
     Args:
-        size: (width, height) in pixels of the decoded image.
+        size: (width, height) in pixels of the decoded image; of a video (width, height, number of frames).
         load: Returns the decoded image.
         describe: Returns JSON data that changes with the file's bytes and with everything that is done to them.
     """
 
-    def __init__(self, size: tuple[int, int], load: Callable[[], Any], describe: Callable[[], Any]):
+    def __init__(self, size: tuple[int, ...], load: Callable[[], Any], describe: Callable[[], Any]):
         self.size, self.load, self.describe = size, load, describe
 
     @cached_property
@@ -32,7 +32,7 @@ class Unread:
     def height(self) -> int:
         return self.size[1]
 
-    def then(self, operator: Callable, description: Any, size: tuple[int, int] | None = None) -> "Unread":
+    def then(self, operator: Callable, description: Any, size: tuple[int, ...] | None = None) -> "Unread":
         """The unread result of applying an operator, which `description` names, to this image."""
         describe = partial(_described, self.describe, description)
         return Unread(size or self.size, partial(_applied, operator, self.load), describe)
@@ -59,12 +59,12 @@ class Variants(NamedTuple):
     """All augmentation variants of a sample.
 
     Args:
-        size: (width, height) in pixels of its image.
+        size: (width, height) in pixels of its image, or (width, height, frames) of its video.
         weights: Weights of its captions.
         rows: The rows of the variants by name, with files unread; "" is the variant without augmentation.
     """
 
-    size: tuple[int, int]
+    size: tuple[int, ...]
     weights: list[float]
     rows: dict[str, dict[str, Any]]
 

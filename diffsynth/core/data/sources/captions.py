@@ -7,7 +7,7 @@ from hashlib import blake2b
 from itertools import groupby
 
 from .metadata import open_text
-from .picture_formats import VIDEO_SUFFIXES, picture_suffixes
+from .picture_formats import suffixes_of
 from .storage import absolute, list_files
 from .table import Table, json_batches, make_table
 
@@ -15,7 +15,7 @@ from .table import Table, json_batches, make_table
 def read_captions(folder: str, encoding: str = "utf-8", column: str = "image") -> Table:
     """A table of the images in a folder and below: `image` is the name, `prompt` the text of its `.txt`, or empty.
 
-    With `column` "video", that is the name, and of videos as well.
+    With `column` "video", the table has that column instead of `image`, and the folder's videos as well.
 
     Raises:
         ValueError: A text file is not in that encoding, or no image has one.
@@ -25,13 +25,12 @@ def read_captions(folder: str, encoding: str = "utf-8", column: str = "image") -
         digest.update(os.fsencode(f"{file.name}\0{file.size}\0{file.version}\0"))
         size += len(file.name) + (file.size if file.name.endswith(".txt") else 0)
     texts = map(json.dumps, _rows(folder, encoding, column))
-    return make_table(
-        folder, json_batches(texts), size, f"captions of {column}s", absolute(folder), digest.hexdigest(), encoding
-    )
+    kind = "captions" if column == "image" else f"captions of {column}s"
+    return make_table(folder, json_batches(texts), size, kind, absolute(folder), digest.hexdigest(), encoding)
 
 
 def _rows(folder: str, encoding: str, column: str) -> Iterator[dict]:
-    suffixes = picture_suffixes() + (VIDEO_SUFFIXES if column == "video" else ())
+    suffixes = suffixes_of(column)
     names, first, captions = (file.name for file in list_files(folder)), None, 0
     for stem, group in groupby(names, key=lambda name: os.path.splitext(name)[0]):
         files, text = list(group), f"{stem}.txt"

@@ -86,6 +86,11 @@ def picture_suffixes() -> tuple[str, ...]:
     return tuple(sorted(suffixes.union(*(plug_in.suffixes for plug_in in PLUG_INS))))
 
 
+def suffixes_of(column: str) -> tuple[str, ...]:
+    """The suffixes, in lower case, of the files of a column `image` or `video`; a picture is a video of one frame."""
+    return picture_suffixes() + (VIDEO_SUFFIXES if column == "video" else ())
+
+
 def why_unreadable(start: bytes) -> str:
     """Why Pillow cannot read a file that begins with these (20) bytes."""
     if start.startswith((b"%!PS", b"\xc5\xd0\xd3\xc6")):

@@ -8,15 +8,18 @@ import re
 import tarfile
 from collections.abc import Iterable, Iterator
 from posixpath import basename
+from typing import Literal
 
-from .picture_formats import picture_suffixes
+from .picture_formats import suffixes_of
 from .storage import absolute, file_system, is_remote, open_file, part_of, stored
 from .table import Table, json_batches, make_table
 
 RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")
 
 
-def read_shards(path: str, shards: str = "*.tar", caption_key: str | None = None) -> Table:
+def read_shards(
+    path: str, shards: str = "*.tar", caption_key: str | None = None, column: Literal["image", "video"] = "image"
+) -> Table:
     """A table of the samples in tar files: the positions of their images, and `prompt`.
 
     The members of a sample are consecutive, and their names are equal up to the first dot. `0001.png` is the sample's
@@ -26,6 +29,8 @@ def read_shards(path: str, shards: str = "*.tar", caption_key: str | None = None
         path: Folder of the shards.
         shards: Names of the shards, with ranges (`shard-{000..012}.tar`) or wildcards (`*.tar`).
         caption_key: Key of the prompt in a sample's `.json`; None takes the text of its `.txt`.
+        column: Column of the files whose names say none: `0001.mp4` is the sample's `video` with "video", which also
+            reads `0001.control_video.mp4`.
 
     Raises:
         ValueError: A shard does not exist or cannot be read.
@@ -38,10 +43,10 @@ def read_shards(path: str, shards: str = "*.tar", caption_key: str | None = None
             f"shards {shards} of {path}: one is missing: {error}; correct dataset.metadata.shards"
         ) from None
     size = sum(file.size for file in files)
-    texts = (json.dumps(row) for name in names for row in _read_shard(path, name, caption_key))
-    return make_table(
-        f"{path}/{shards}", json_batches(texts), size, "shards", absolute(path), files, names, caption_key
-    )
+    texts = (json.dumps(row) for name in names for row in _read_shard(path, name, caption_key, column))
+    kind = "shards" if column == "image" else f"shards of {column}s"
+    identity = (kind, absolute(path), files, names, caption_key)
+    return make_table(f"{path}/{shards}", json_batches(texts), size, *identity)
 
 
 def expand(pattern: str) -> list[str]:
@@ -77,13 +82,13 @@ def _match(path: str, pattern: str) -> list[str]:
     return sorted(name.removeprefix(root) for name in system.glob(os.path.join(path, pattern)))
 
 
-def _read_shard(path: str, name: str, caption_key: str | None) -> Iterator[dict]:
+def _read_shard(path: str, name: str, caption_key: str | None, column: str) -> Iterator[dict]:
     try:
         with open_file(os.path.join(path, name)) as file, tarfile.open(fileobj=file, mode="r:") as archive:
             for key, members in itertools.groupby(_members(archive), key=lambda member: _split(member.name)[0]):
-                columns = dict(_columns(archive, name, members, caption_key))
-                _require_key_without_dot(name, key, columns)
-                yield {"image": None, "prompt": ""} | columns
+                columns = dict(_columns(archive, name, members, caption_key, column))
+                _require_key_without_dot(name, key, columns, column)
+                yield {column: None, "prompt": ""} | columns
     except tarfile.TarError as error:
         raise ValueError(f"shard {name}: {error}; expected a complete, uncompressed tar file") from error
 
@@ -101,10 +106,10 @@ def _split(name: str) -> tuple[str, str]:
     return name.removesuffix(kind), kind.lower()
 
 
-def _require_key_without_dot(shard: str, key: str, columns: dict) -> None:
-    """Raise ValueError if the name of an image, such as 22.05.png, was cut at a dot that belongs to its key."""
+def _require_key_without_dot(shard: str, key: str, columns: dict, main: str) -> None:
+    """Raise ValueError if the name of a file, such as 22.05.png, was cut at a dot that belongs to its key."""
     numbers = [column for column in columns if column[0].isdigit()]
-    if numbers and "image" not in columns:
+    if numbers and main not in columns:
         raise ValueError(
             f"shard {shard}: {key:.99}{numbers[0]:.99}.…: a sample's key ends at the first dot (WebDataset), so that "
             f"{numbers[0]!r:.99} would be the name of a column; write the shard with other names, such as "
@@ -113,14 +118,15 @@ def _require_key_without_dot(shard: str, key: str, columns: dict) -> None:
 
 
 def _columns(
-    archive: tarfile.TarFile, shard: str, members: Iterable[tarfile.TarInfo], caption_key: str | None
+    archive: tarfile.TarFile, shard: str, members: Iterable[tarfile.TarInfo], caption_key: str | None, main: str
 ) -> Iterator[tuple[str, str | None]]:
-    """(column, value) of the members of a sample that are images or its caption."""
+    """(column, value) of the members of a sample that are images, videos or its caption."""
+    suffixes = suffixes_of(main)
     for member in members:
         kind = _split(member.name)[1]
         column, _, suffix = kind.rpartition(".")
-        if f".{suffix}" in picture_suffixes():
-            yield column or "image", part_of(shard, member.offset_data, member.size, member.name)
+        if f".{suffix}" in suffixes:
+            yield column or main, part_of(shard, member.offset_data, member.size, member.name)
         elif kind == ("txt" if caption_key is None else "json"):
             yield "prompt", _caption(archive, member, caption_key)
 

@@ -1,8 +1,6 @@
 import json
-import math
 import pickle
 import shutil
-import struct
 import sys
 import wave
 from fractions import Fraction
@@ -14,6 +12,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 from PIL import Image
+from video_files import turn
 
 from diffsynth.core.data import ImageCropAndResize, LoadGIF, LoadVideo, UnifiedDataset
 from diffsynth.core.data.operators import video
@@ -43,14 +42,6 @@ def write_video(path, count=10, codec="ffv1", pixels="bgr0", rate=24, times=None
             container.mux(stream.encode(frame))
         container.mux(stream.encode(None))
     return str(path)
-
-
-def turn(path: Path, degrees: int) -> None:
-    """Write into an MP4 that it is shown turned: the matrix in its track header, of 16.16 fixed-point numbers."""
-    data = bytearray(path.read_bytes())
-    cos, sin = (round(of(math.radians(degrees))) << 16 for of in (math.cos, math.sin))
-    struct.pack_into(">5i", data, data.index(b"tkhd") + 44, cos, -sin, 0, sin, cos)
-    path.write_bytes(data)
 
 
 def write_animation(path, count=4, duration=(40, 80, 120, 40), **options) -> str:
