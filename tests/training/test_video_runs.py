@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 import tiny
 from miniatures import wan
+from miniatures.videos import picture, write_rows, write_video
 from PIL import Image
-from video_files import picture, write_rows, write_video
 
 from diffsynth.core.data import VideoDataset
 from diffsynth.pipelines.wan import WanPipeline

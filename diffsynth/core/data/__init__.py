@@ -18,7 +18,6 @@ from .operators.base import (
     ToList,
     ToStr,
 )
-from .operators.clips import LoadClip
 from .operators.images import ImageCropAndResize, LoadImage
 from .operators.video import LoadGIF, LoadVideo
 from .order.addresses import (
@@ -44,6 +43,7 @@ from .sources.table import Rows, Table
 from .sources.tar_shards import read_shards
 from .unified_dataset import UnifiedDataset
 from .video_dataset import VideoDataset, is_video_column
+from .videos.load_clip import LoadClip
 
 __all__ = [
     "AddressedDataset",

@@ -37,10 +37,13 @@ def open_container(file: BinaryIO) -> "av.container.InputContainer":
     file.seek(0)
     try:
         # FFmpeg also opens playlists. Their entries may be any file or address, and must not be opened.
-        return av.open(file, options={"protocol_whitelist": "none"})
+        container = av.open(file, options={"protocol_whitelist": "none"})
     except (av.error.FFmpegError, OSError):
         file.seek(0)
         raise ValueError(f"is not a video that FFmpeg can read; {how_it_begins(file.read(20))}") from None
+    for stream in container.streams.video:
+        stream.thread_type = "NONE"  # several files are decoded at a time, by threads or processes of our own
+    return container
 
 
 def write_mp4(frames: Sequence[Image.Image], path: Path, rate: float, comment: str = "") -> None:

@@ -11,8 +11,8 @@ import av
 import numpy as np
 import pyarrow as pa
 import pytest
+from miniatures.videos import turn
 from PIL import Image
-from video_files import turn
 
 from diffsynth.core.data import ImageCropAndResize, LoadGIF, LoadVideo, UnifiedDataset
 from diffsynth.core.data.operators import video

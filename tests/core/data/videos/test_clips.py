@@ -9,11 +9,11 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from miniatures.videos import SIZE, numbers, picture, write_animation, write_frames, write_rows, write_video
 from PIL import Image
-from video_files import SIZE, numbers, picture, write_animation, write_frames, write_rows, write_video
 
 from diffsynth.core.data import Augmentation, SampleAddress, VideoDataset, read_shards
-from diffsynth.core.data.operators import stored_videos
+from diffsynth.core.data.videos import stored
 
 FIXED = {"height": 48, "width": 64, "num_frames": 5}
 
@@ -32,6 +32,14 @@ def test_a_clip_has_the_frames_from_its_start_on(tmp_path, suffix, start, first)
     assert numbers(rows[0]["video"]) == list(range(first, first + 5))
     assert [frame.size for frame in rows[0]["video"]] == [SIZE] * 5
     assert list(rows.rows_in_buckets()) == [(64, 48, 5)]
+
+
+@pytest.mark.parametrize("start", ["first", "middle"])
+def test_a_file_that_is_larger_than_ffmpegs_buffer_is_read_to_its_end(tmp_path, start):
+    noise = np.random.default_rng(0).integers(0, 256, (16, 48, 64, 3), dtype=np.uint8)
+    path = write_video(tmp_path / "a.mp4", pictures=[Image.fromarray(frame) for frame in noise], qp="0", bf="0")
+    assert path.stat().st_size > 1 << 16
+    assert len(dataset(write_rows(tmp_path, {"video": "a.mp4"}), num_frames=13, start=start)[0]["video"]) == 13
 
 
 def frame_names(folder: Path) -> list[str]:
@@ -103,9 +111,7 @@ def test_videos_are_read_from_the_cells_of_a_table(tmp_path, write, path):
 def test_only_the_first_of_many_files_of_frames_is_opened_to_count_them(tmp_path, monkeypatch):
     picture(0).save(tmp_path / "0.png")
     opened = []
-    monkeypatch.setattr(
-        stored_videos, "open_image", lambda file, own=stored_videos.open_image: opened.append(file) or own(file)
-    )
+    monkeypatch.setattr(stored, "open_image", lambda file, own=stored.open_image: opened.append(file) or own(file))
     names = ["0.png"] * 100_000
     rows = dataset(write_rows(tmp_path, {"video": names}))
     assert opened == [str(tmp_path / "0.png")]

@@ -7,11 +7,11 @@ from pathlib import Path
 
 import av
 import pytest
+from miniatures.videos import numbers, picture, turn, write_animation, write_rows, write_video
 from PIL import Image
-from video_files import numbers, picture, turn, write_animation, write_rows, write_video
 
 from diffsynth.core.data import SampleAddress, VideoDataset
-from diffsynth.core.data.operators import stored_videos
+from diffsynth.core.data.videos import container
 
 FIXED = {"height": 48, "width": 64, "num_frames": 5}
 
@@ -169,14 +169,14 @@ def test_a_mask_that_is_white_all_over_is_told(tmp_path, caplog):
 def test_only_the_wanted_frames_of_a_long_video_are_decoded(tmp_path, suffix, monkeypatch):
     write_video(tmp_path / f"a{suffix}", 1200)
     decoded = []
-    own = stored_videos.Container._frames_before
+    own = container.Container._frames_before
 
     def counted(self, time):
         for frame in own(self, time):
             decoded.append(frame.pts)
             yield frame
 
-    monkeypatch.setattr(stored_videos.Container, "_frames_before", counted)
+    monkeypatch.setattr(container.Container, "_frames_before", counted)
     rows = scanned(tmp_path, {"video": f"a{suffix}"}, start="middle")
     assert len(decoded) == 1  # for its size
     decoded.clear()

@@ -6,12 +6,13 @@ from typing import Any
 
 from PIL import Image
 
+from ..operators.base import Operator, ToAbsolutePath
+from ..operators.picture_files import describe_file
+from ..operators.unread import Unread
 from ..sources.storage import EmbeddedFile
 from ..sources.urls import is_url
-from .base import Operator, ToAbsolutePath
-from .picture_files import describe_file
-from .stored_videos import FrameFiles, open_video
-from .unread import Unread
+from .open_video import open_video
+from .stored import FrameFiles
 
 Video = str | EmbeddedFile | list
 

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from .buckets import AspectBuckets, Size
+from ..order.buckets import AspectBuckets, Size
 
 
 @dataclass(frozen=True)

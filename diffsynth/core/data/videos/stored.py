@@ -1,0 +1,104 @@
+"""Videos as they are stored: the times of their frames without decoding, and some of their frames, upright, in RGB."""
+
+from collections.abc import Callable, Iterator, Sequence
+from fractions import Fraction
+from functools import cached_property
+
+import numpy as np
+from PIL import Image
+
+from ..operators.picture_files import as_shown, open_image, read_image, upright_size
+from ..sources.storage import EmbeddedFile
+from .times import FrameTimes
+
+
+class StoredVideo:
+    """A video that is open.
+
+    Attributes:
+        size: (width, height) in pixels of its upright frames.
+        stored: Number of its frames.
+        times: Their times; None if none are stored, as of files of single frames.
+    """
+
+    size: tuple[int, int]
+    stored: int
+    times: FrameTimes | None = None
+
+    def count(self, rate: float | None) -> int:
+        """Number of frames at `rate` per second; None takes frames as they are stored."""
+        return self.stored if rate is None or self.times is None else self.times.ticks(rate)
+
+    def frames(self, rate: float | None, first: int, count: int) -> Iterator[tuple[int, int, Image.Image]]:
+        """Frames `first` to `first + count - 1` at `rate`: number, how often it is shown in a row, and image.
+
+        Raises:
+            ValueError: They cannot be decoded.
+        """
+        numbers = list(range(first, first + count))
+        if rate is not None and self.times is not None:
+            numbers = self.times.at(rate, first, count)
+        distinct = list(dict.fromkeys(numbers))
+        for number, image in zip(distinct, self.read(distinct), strict=True):
+            yield number, numbers.count(number), image
+
+    def read(self, numbers: Sequence[int]) -> Iterator[Image.Image]:
+        """The stored frames of these ascending numbers."""
+        raise NotImplementedError
+
+
+class FrameFiles(StoredVideo):
+    """A video of files, one a frame; only the first is opened for its size.
+
+    Args:
+        files: Names of the files.
+        located: Returns the path of a name.
+
+    Raises:
+        ValueError: There are none.
+    """
+
+    def __init__(self, files: Sequence[str | EmbeddedFile], located: Callable):
+        if not files:
+            raise ValueError("has no frames; expected files of images")
+        self.files, self.located, self.stored = files, located, len(files)
+
+    @cached_property
+    def size(self) -> tuple[int, int]:
+        with open_image(self.located(self.files[0])) as image:
+            return upright_size(image)
+
+    def read(self, numbers: Sequence[int]) -> Iterator[Image.Image]:
+        for number in numbers:
+            image = read_image(self.located(self.files[number]))
+            if image.size != self.size:
+                found, expected = (f"{width} x {height}" for width, height in (image.size, self.size))
+                raise ValueError(
+                    f"frame {number + 1}, {self.files[number]}, has {found} pixels and the first {expected}; save all "
+                    "at one size"
+                )
+            yield image
+
+
+class Animation(StoredVideo):
+    """An animated GIF, WebP, PNG or AVIF; a still image is a video of one frame."""
+
+    def __init__(self, image: Image.Image):
+        self.image, self.size, self.stored = image, upright_size(image), getattr(image, "n_frames", 1)
+
+    @cached_property
+    def times(self) -> FrameTimes | None:
+        if self.stored == 1:
+            return None
+        durations = []
+        for number in range(self.stored):
+            self.image.seek(number)
+            self.image.load()
+            durations.append(round(self.image.info.get("duration") or 100))  # ms; browsers take 100 for none
+        ends = np.cumsum(durations, dtype=np.int64)
+        return FrameTimes(ends - durations, int(ends[-1]), Fraction(1, 1000))
+
+    def read(self, numbers: Sequence[int]) -> Iterator[Image.Image]:
+        for number in numbers:
+            self.image.seek(number)
+            yield as_shown(self.image, "RGB")
