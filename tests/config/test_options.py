@@ -13,6 +13,7 @@ from conf_folder import CONF, ENTRIES, groups, options
 from omegaconf import OmegaConf
 
 from diffsynth.config import ConfigError, check
+from diffsynth.diffusion.pipeline.video_media import VideoMedia
 
 
 def belongs(entry: str, group: str, option: str) -> bool:
@@ -185,9 +186,10 @@ def test_a_model_brings_data_that_it_can_be_trained_on(model):
     cfg = tiny.compose("train", f"model={model}")
     own = (cfg.dataset.height, cfg.dataset.width) == (cfg.model.height, cfg.model.width)
     assert own and cfg.dataset.path.startswith("data/emoji" if model.startswith("emoji") else "data/diffsynth_example")
-    assert list(cfg.task.extra_inputs) == list(cfg.dataset.data_file_keys[1:])
+    of_files = [column for column in cfg.task.extra_inputs if column not in VideoMedia.derived]
+    assert of_files == list(cfg.dataset.data_file_keys[1:])
     read_images = ("edit", "kontext", "fill", "controlnet", "layered")
-    assert bool(cfg.task.extra_inputs) == any(kind in model for kind in read_images)
+    assert bool(of_files) == any(kind in model for kind in read_images)
     assert cfg.validation.datasets.trained.path == cfg.dataset.path
     assert tiny.compose("make_cache", f"model={model}").dataset == cfg.dataset
 

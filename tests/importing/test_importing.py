@@ -98,11 +98,14 @@ def test_the_exact_schedule_begins_with_five_steps_at_a_third(tmp_path):
 def test_a_family_is_known_as_soon_as_its_file_is_there(tmp_path):
     project = tmp_path / "project"
     shutil.copytree(tiny.ROOT / "conf", project / "conf")
-    (project / "conf" / "model" / "wan.yaml").write_text(
-        "defaults: [qwen_image]\ndit: {model_id: Wan-AI/Wan2.2-T2V-A14B-Diffusers}\n", encoding="utf-8"
-    )
-    before, after = translated(TWO_EXPERTS, tmp_path), translated(TWO_EXPERTS, tmp_path, project=project)
-    assert all("Wan has no file in conf/model/ yet" in each.problem for each in before)
+    models = project / "conf" / "model"
+    for file in models.glob("wan*.yaml"):
+        file.unlink()
+    before = translated(TWO_EXPERTS, tmp_path, project=project)
+    text = "defaults: [qwen_image]\ndit: {model_id: Wan-AI/Wan2.2-T2V-A14B-Diffusers}\n"
+    (models / "wan.yaml").write_text(text, encoding="utf-8")
+    after = translated(TWO_EXPERTS, tmp_path, project=project)
+    assert all("the family Wan has no file in conf/model/ yet" in each.problem for each in before)
     assert [each.problem for each in after] == ["", ""]
     boundaries = [[word for word in each.overrides if "_boundary" in word] for each in after]
     assert boundaries == [["task.timesteps.max_boundary=0.417"], ["task.timesteps.min_boundary=0.417"]]

@@ -85,11 +85,10 @@ def sampled_by_diffusers(
         **{name: first[name] for name in ("height", "width", "num_inference_steps")},
         num_frames=1 + 4 * (noise.shape[2] - 1),
         guidance_scale=first["cfg_scale"],
-        max_sequence_length=MAX_TOKENS,
         latents=noise,
         output_type="latent",
         return_dict=False,
-        **own,
+        **{"max_sequence_length": MAX_TOKENS} | own,
     )[0]
 
 

@@ -5,14 +5,16 @@ from functools import cache
 from pathlib import Path
 
 import torch
-from diffusers import AutoencoderKLWan, WanImageToVideoPipeline
+from diffusers import AutoencoderKLWan, WanImageToVideoPipeline, WanTransformer3DModel
 from miniatures import wan
 from miniatures.z_image import PARTS
 from PIL import Image
 from tiny import kept_folder
 from torch import Tensor
+from transformers import CLIPImageProcessorPil, CLIPVisionConfig, CLIPVisionModel
 
-__all__ = ["PARTS", "sampled_by_diffusers", "text_and_image_to_video"]
+CLIP_PARTS = PARTS | {"image_encoder": "image_encoder", "image_processor": "image_processor"}
+CLIP_WIDTH, CLIP_TOKENS = 24, 5
 
 
 @cache
@@ -21,6 +23,51 @@ def text_and_image_to_video() -> Path:
     parts = {"transformer": wan.transformer(in_channels=48, out_channels=48), "vae": vae_22()}
     own = {"image_encoder": None, "image_processor": None, "expand_timesteps": True}
     return wan.write(kept_folder() / "wan_ti2v", WanImageToVideoPipeline, **parts, **own)
+
+
+@cache
+def image_to_video() -> Path:
+    """The folder of a model repository like one expert of Wan2.2-I2V's, which reads no CLIP."""
+    return write("wan22_i2v", wan.transformer(in_channels=36), image_encoder=None, image_processor=None)
+
+
+@cache
+def image_to_video_with_clip() -> Path:
+    """The folder of a model repository like Wan2.1-I2V's."""
+    return write("wan21_i2v", with_clip())
+
+
+@cache
+def first_and_last_frame() -> Path:
+    """The folder of a model repository like Wan2.1-FLF2V's."""
+    return write("wan21_flf2v", with_clip(pos_embed_seq_len=2 * CLIP_TOKENS))
+
+
+@cache
+def fun_control(in_channels: int = 48) -> Path:
+    """The folder of a model repository like Wan2.1-Fun-Control's in the layout of diffusers."""
+    return write(f"wan_fun_{in_channels}", with_clip(in_channels))
+
+
+def write(name: str, transformer: WanTransformer3DModel, **own: object) -> Path:
+    folder = kept_folder() / name
+    clip = {"image_encoder": clip_vision(), "image_processor": processor()}
+    return wan.write(folder, WanImageToVideoPipeline, transformer=transformer, **clip | own)
+
+
+def with_clip(in_channels: int = 36, **sizes: int) -> WanTransformer3DModel:
+    """A transformer that attends to CLIP's features; their keys and values are made of the transformer's width."""
+    return wan.transformer(in_channels=in_channels, image_dim=CLIP_WIDTH, added_kv_proj_dim=64, **sizes)
+
+
+def clip_vision() -> CLIPVisionModel:
+    torch.manual_seed(1)
+    sizes = {"hidden_size": CLIP_WIDTH, "intermediate_size": 32, "num_hidden_layers": 3, "num_attention_heads": 2}
+    return CLIPVisionModel(CLIPVisionConfig(**sizes, image_size=28, patch_size=14, hidden_act="gelu"))
+
+
+def processor() -> CLIPImageProcessorPil:
+    return CLIPImageProcessorPil(size={"shortest_edge": 28}, crop_size={"height": 28, "width": 28})
 
 
 def vae_22() -> AutoencoderKLWan:
@@ -34,7 +81,8 @@ def vae_22() -> AutoencoderKLWan:
 
 def sampled_by_diffusers(folder: Path, requests: list[Mapping], noise: Tensor) -> Tensor:
     """The latents (B, C, T, h, w) that `WanImageToVideoPipeline` samples for requests with the same images."""
-    own: dict[str, Image.Image] = {"image": requests[0]["input_image"]}
+    own: dict[str, Image.Image | int] = {"image": requests[0]["input_image"]}
+    own["max_sequence_length"] = requests[0]["max_sequence_length"]
     if requests[0].get("end_image") is not None:
         own["last_image"] = requests[0]["end_image"]
     return wan.sampled_by_diffusers(requests, noise, WanImageToVideoPipeline, folder, **own)

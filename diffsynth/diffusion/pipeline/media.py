@@ -42,7 +42,7 @@ class Media:
         if column in row or column not in self.derived:
             return row[column]
         whole, make = row[self.column], self.derived[column]
-        return whole.then(make, column, whole.size[:2]) if isinstance(whole, Unread) else make(whole)
+        return whole.part(make, column, whole.size[:2]) if isinstance(whole, Unread) else make(whole)
 
     def size(self, value: Any) -> Size:
         """Size of a value, which may not be read yet (`core.data.operators.unread.Unread`)."""

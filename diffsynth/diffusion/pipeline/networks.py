@@ -47,7 +47,8 @@ class TrainingDefaults:
         time_division_factor: The frames of a training video are a multiple of it and one more, as of 4 n + 1 frames.
         lora_target_modules: Layers that LoRA adapts, by model.
         data_file_keys: Columns of the data set that name image files.
-        extra_inputs: The columns among them that the pipeline reads as inputs, such as `edit_image`.
+        extra_inputs: The columns among them that the pipeline reads as inputs, such as `edit_image`; also `input_image`
+            or `end_image`, where a video's own first or last frame is read.
         example: Folder of the model's images in the data set `DiffSynth-Studio/diffsynth_example_dataset`; None if
             it has none.
     """

@@ -38,15 +38,17 @@ class VideoMedia(Media):
     def requested_size(self, request: Mapping[str, Any]) -> Size:
         return request["width"], request["height"], request["num_frames"]
 
-    def resized(self, value: Sequence[Image.Image], height: int, width: int, num_frames: int) -> list[Image.Image]:
-        """The first `num_frames` frames, resized.
+    def resized(
+        self, value: Sequence[Image.Image], height: int, width: int, num_frames: int, name: str = argument
+    ) -> list[Image.Image]:
+        """The first `num_frames` frames, resized; `name` is that of the argument, for errors.
 
         Raises:
             ValueError: There are fewer.
         """
         if len(value) < num_frames:
             raise ValueError(
-                f"{self.argument} has {len(value)} frames, expected at least num_frames={num_frames}; set "
+                f"{name} has {len(value)} frames, expected at least num_frames={num_frames}; set "
                 f"num_frames={len(value)} or fewer, or take a longer video."
             )
         return [in_mode(frame, self.mode).resize((width, height)) for frame in value[:num_frames]]

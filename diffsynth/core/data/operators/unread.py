@@ -37,6 +37,17 @@ class Unread:
         describe = partial(_described, self.describe, description)
         return Unread(size or self.size, partial(_applied, operator, self.load), describe)
 
+    def part(self, make: Callable, name: str, size: tuple[int, int]) -> "Unread":
+        """The unread result of `make(value)`, of which `name` says which part of the value it is.
+
+        Its description has this value's identity, which is all that a cache knows of it.
+        """
+        return Unread(size, partial(_applied, make, self.load), partial(_part_of, self, name))
+
+
+def _part_of(whole: Unread, name: str) -> list[str]:
+    return [whole.identity, name]
+
 
 def _applied(operator: Callable, load: Callable[[], Any]) -> Any:
     return operator(load())

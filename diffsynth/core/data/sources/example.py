@@ -20,7 +20,12 @@ BLANK = 1024  # a guess: height and width of a blank image, which the data set r
 
 
 def read_example(
-    path: str, repository: str, folder: str | None, columns: Sequence[str] = ("image",), fetch: bool = True
+    path: str,
+    repository: str,
+    folder: str | None,
+    columns: Sequence[str] = ("image",),
+    fetch: bool = True,
+    num_frames: int | Sequence[int] = 1,
 ) -> Rows:
     """Return the rows of DiffSynth-Studio's example images for a model; download the images if they are absent.
 
@@ -28,8 +33,9 @@ def read_example(
         path: Local folder of the images; it ends in `folder`.
         repository: The data set on ModelScope, "owner/name".
         folder: Folder of the model's images in the repository; None if the repository has none for the model.
-        columns: Columns that name image files.
-        fetch: False downloads nothing and returns one row of blank images if they are absent, to plan a run.
+        columns: Columns that name files of images, or of videos if "video" is in their names.
+        fetch: False downloads nothing and returns one row of blank images or videos if they are absent, to plan a run.
+        num_frames: Frames of blank videos, or several numbers, of which the largest is taken.
 
     Raises:
         ValueError: There are no images for this model, or they are absent and cannot be downloaded.
@@ -38,24 +44,36 @@ def read_example(
         raise ValueError(f"{repository} has no images for this model: {YOUR_OWN}.")
     if not is_complete(Path(path)):
         if not fetch:
-            _log_once(f"{path} is absent: this plan has one blank image instead of {repository}, {folder}.")
-            return blank_rows(columns)
+            _log_once(f"{path} is absent: this plan has one blank sample instead of {repository}, {folder}.")
+            return blank_rows(columns, num_frames if isinstance(num_frames, int) else max(num_frames))
         _fetch(Path(path), repository, folder)
     _, rows = find_rows(path, None, "utf-8")
     _log_once(f"Training data: {len(rows)} rows of {repository}, {folder}, in {path}; {YOUR_OWN}.")
     return rows
 
 
-def blank_rows(columns: Sequence[str]) -> Table:
-    """Return a table of one row: a white image in each of the columns, and a prompt."""
-    file = io.BytesIO()
-    Image.new("RGB", (BLANK, BLANK), "white").save(file, "png")
-    cells = {name: pa.array([file.getvalue()], pa.large_binary()) for name in columns}
+def blank_rows(columns: Sequence[str], num_frames: int = 1) -> Table:
+    """Return a table of one row: a white image in each column, or in those of videos an animation, and a prompt."""
+    cells = {name: pa.array([_blank(name, num_frames)], pa.large_binary()) for name in columns}
     table = pa.table(cells | {"prompt": pa.array(["a picture"], pa.large_string())})
     sink = pa.BufferOutputStream()
     with pa.ipc.new_file(sink, table.schema) as writer:
         writer.write_table(table)
     return Table(sink.getvalue())
+
+
+@cache
+def _blank(column: str, num_frames: int) -> bytes:
+    """A white image, or if the column is one of videos an animation of `num_frames`."""
+    file, white = io.BytesIO(), Image.new("L", (BLANK, BLANK), "white")
+    if "video" not in column:
+        white.save(file, "png")
+        return file.getvalue()
+    dotted = white.copy()
+    dotted.putpixel((0, 0), 0)  # Pillow stores equal frames as one
+    others = [white if number % 2 else dotted for number in range(num_frames - 1)]
+    white.save(file, "gif", save_all=True, append_images=others, duration=100)
+    return file.getvalue()
 
 
 def _fetch(path: Path, repository: str, folder: str) -> None:

@@ -103,6 +103,14 @@ def test_a_plan_of_an_editing_model_has_a_blank_picture_to_edit(tmp_path):
     assert dataset[0]["image"].size == dataset[0]["edit_image"].size == (1024, 1024)
 
 
+def test_a_plan_of_a_model_of_videos_has_a_blank_video_of_its_size(tmp_path):
+    folder = f"dataset.path={tmp_path}/data/wanvideo/Wan2.2-TI2V-5B"
+    dataset = build(tiny.compose("plan", "model=wan22_ti2v_5b", folder))["dataset"]
+    assert dataset.scan(required=["video", "prompt"]) == []
+    frames = dataset[0]["video"]
+    assert (len(frames), frames[0].size) == (49, (832, 480))
+
+
 def test_a_released_model_trains_on_its_examples_and_shows_them(hub, path, tmp_path, caplog):
     caplog.set_level("INFO")
     small = [
