@@ -198,16 +198,18 @@ class Wan22TI2VPipeline(WanPipeline):
 
 
 def check_channels(pipe: WanPipeline) -> None:
-    """Refuse a transformer or an autoencoder whose channels are those of another model of Wan's."""
+    """Refuse transformers or an autoencoder whose channels are those of another model of Wan's."""
     own = pipe.latents.channels
     if pipe.vae is not None and pipe.vae.config.z_dim != own:
         raise ValueError(
             f"vae has {pipe.vae.config.z_dim} channels, expected {own}; take the vae of the repository of dit."
         )
-    if pipe.dit is None:
-        return
-    found = pipe.dit.config.in_channels, pipe.dit.config.out_channels
-    if found not in [(channels, own) for channels in pipe.dit_channels]:
-        other = f"; take model={MODELS[found]}" if found in MODELS else ""
-        wanted = " or ".join(map(str, pipe.dit_channels))
-        raise ValueError(f"dit reads {found[0]} channels and predicts {found[1]}, expected {wanted} and {own}{other}.")
+    for name in [name for name in pipe.in_iteration_models if getattr(pipe, name) is not None]:
+        config = getattr(pipe, name).config
+        found = config.in_channels, config.out_channels
+        if found not in [(channels, own) for channels in pipe.dit_channels]:
+            other = f"; take model={MODELS[found]}" if found in MODELS else ""
+            wanted = " or ".join(map(str, pipe.dit_channels))
+            raise ValueError(
+                f"{name} reads {found[0]} channels and predicts {found[1]}, expected {wanted} and {own}{other}."
+            )
