@@ -14,7 +14,7 @@ import tiny_auraflow
 import tiny_flux2
 import tiny_qwen_edit
 from auraflow import AuraFlowPipeline
-from miniatures import ernie_image, flux1, flux3, krea2, qwen_image, qwen_image_21, sd3, wan, z_image
+from miniatures import ernie_image, flux1, flux3, krea2, qwen_image, qwen_image_21, sd3, wan, wan_vace, z_image
 from PIL import Image
 from torch import Tensor
 
@@ -37,6 +37,7 @@ from diffsynth.pipelines.qwen_image_21 import QwenImage21Pipeline
 from diffsynth.pipelines.sd3 import SD3Pipeline
 from diffsynth.pipelines.wan import WanPipeline
 from diffsynth.pipelines.wan22 import Wan22Pipeline
+from diffsynth.pipelines.wan_vace import WanVACEPipeline
 from diffsynth.pipelines.z_image import ZImagePipeline
 
 
@@ -51,6 +52,8 @@ class Family:
         settings: Arguments of `from_components` beside the components.
         edits: Whether the rows of its trainings have an `edit_image`.
         controls: Whether they have a `controlnet_image`.
+        videos: Further columns of videos.
+        references: Column of a further image.
         parts: Folder in the repository of each component.
         reference: The latents (B, C, h, w) that diffusers' pipeline samples for some requests from noise (B, C, h, w);
             None where tests/pipelines has a file of the family.
@@ -63,6 +66,8 @@ class Family:
     settings: dict[str, Any] = field(default_factory=dict)
     edits: bool = False
     controls: bool = False
+    videos: tuple[str, ...] = ()
+    references: str | None = None
     parts: dict[str, str] = field(default_factory=lambda: tiny.COMPONENTS)
     reference: Callable[[list[dict], Tensor], Tensor] | None = None
 
@@ -74,7 +79,8 @@ class Family:
     @property
     def extra_inputs(self) -> list[str]:
         """Columns of the rows besides image and prompt that the pipeline reads."""
-        return ["edit_image"] * self.edits + ["controlnet_image"] * self.controls
+        images = ["edit_image"] * self.edits + ["controlnet_image"] * self.controls
+        return [*images, *self.videos, *([self.references] if self.references else [])]
 
     def build(self, torch_dtype: str = "float32") -> BasePipeline:
         """The pipeline without its weights."""
@@ -323,6 +329,16 @@ FAMILIES = [
         parts=tiny.COMPONENTS | {"dit2": "transformer_2"},
         reference=wan.sampled_by_experts,
     ),
+    Family(
+        "wan21_vace_1_3b",
+        WanVACEPipeline,
+        wan_vace.folder,
+        ("to_q", "to_k", "to_out.0", "ffn.net.2"),
+        SIZES | {"num_frames": 5, "max_sequence_length": wan.MAX_TOKENS},
+        videos=("vace_video", "vace_video_mask"),
+        references="vace_reference_image",
+        reference=wan_vace.sampled_by_diffusers,
+    ),
 ]
 
 
@@ -350,8 +366,17 @@ def clips() -> Path:
     folder.mkdir()
     for number in range(8):
         first, *others = (Image.open(pictures / f"{(number + frame) % 8}.png") for frame in range(5))
+        first.save(folder / f"{number}.png")
         first.save(folder / f"{number}.webp", save_all=True, append_images=others, duration=100, lossless=True)
-    rows = [{"video": f"{n}.webp", "prompt": "red" + " red" * n} for n in range(8)]
+    rows = [
+        {
+            "video": f"{n}.webp",
+            "prompt": "red" + " red" * n,
+            **dict.fromkeys(("vace_video", "vace_video_mask"), f"{7 - n}.webp"),
+            "vace_reference_image": f"{n}.png",
+        }
+        for n in range(8)
+    ]
     return tiny.write_rows(folder, rows)
 
 

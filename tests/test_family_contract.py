@@ -68,7 +68,19 @@ def samples(family: Family) -> list[Sample]:
         row["edit_image"] = edited_from(number)
     for number, row in enumerate(rows if family.controls else []):
         row["controlnet_image"] = image(29 + number)
+    for number, row in enumerate(rows):
+        row.update(further(family, number))
     return [Sample(row, epoch=number, index=10 + number) for number, row in enumerate(rows)]
+
+
+def further(family: Family, number: int) -> dict:
+    """The further videos and the further image of a row or a request; masks are black and white."""
+    videos = {name: made(family, 39 + 10 * number + place) for place, name in enumerate(family.videos)}
+    for name in [name for name in videos if name.endswith("mask")]:
+        videos[name] = [
+            frame.convert("L").point(lambda grey: 255 * (grey > 127)).convert("RGB") for frame in videos[name]
+        ]
+    return {**videos, **({family.references: image(59 + number)} if family.references else {})}
 
 
 def sampled(pipe: BasePipeline, *requests: dict) -> torch.Tensor:
@@ -156,6 +168,7 @@ def test_a_request_that_cannot_be_sampled_is_refused(change, message):
 def test_latents_are_those_that_diffusers_samples(family, guidance):
     edits = {"edit_image": edited_from(0), "edit_image_auto_resize": False} if family.edits else {}
     edits |= {"controlnet_image": image(29), "controlnet_scale": 0.8} if family.controls else {}
+    edits |= further(family, 0)
     requests = [
         GUIDED | {"cfg_scale": guidance, "prompt": prompt, **edits} for prompt in ("a red apple", "a line " * 9)
     ]
