@@ -14,7 +14,19 @@ import tiny_auraflow
 import tiny_flux2
 import tiny_qwen_edit
 from auraflow import AuraFlowPipeline
-from miniatures import ernie_image, flux1, flux3, krea2, qwen_image, qwen_image_21, sd3, wan, wan_vace, z_image
+from miniatures import (
+    ernie_image,
+    flux1,
+    flux3,
+    krea2,
+    qwen_image,
+    qwen_image_21,
+    sd3,
+    wan,
+    wan_image,
+    wan_vace,
+    z_image,
+)
 from PIL import Image
 from torch import Tensor
 
@@ -35,8 +47,8 @@ from diffsynth.pipelines.krea2 import Krea2Pipeline
 from diffsynth.pipelines.qwen_image import QwenImagePipeline
 from diffsynth.pipelines.qwen_image_21 import QwenImage21Pipeline
 from diffsynth.pipelines.sd3 import SD3Pipeline
-from diffsynth.pipelines.wan import WanPipeline
-from diffsynth.pipelines.wan22 import Wan22Pipeline
+from diffsynth.pipelines.wan import Wan22TI2VPipeline, WanPipeline
+from diffsynth.pipelines.wan22 import Wan22ImageToVideoPipeline, Wan22Pipeline
 from diffsynth.pipelines.wan_vace import WanVACEPipeline
 from diffsynth.pipelines.z_image import ZImagePipeline
 
@@ -88,6 +100,8 @@ class Family:
         training = TrainingDefaults(lora_target_modules={"dit": list(self.layers)})
         pipe = self.pipeline.from_components(**parts, torch_dtype=torch_dtype, training=training, **self.settings)
         pipe.progress_bar = iter
+        if self.references == "input_image":  # a request without it is refused
+            pipe.call_defaults["input_image"] = Image.new("RGB", (32, 48), "red")
         return pipe
 
     def load(self) -> BasePipeline:
@@ -330,6 +344,25 @@ FAMILIES = [
         reference=wan.sampled_by_experts,
     ),
     Family(
+        "wan22_i2v_a14b",
+        Wan22ImageToVideoPipeline,
+        wan_image.two_experts,
+        ("to_q", "to_k", "to_out.0", "ffn.net.2"),
+        SIZES | {"num_frames": 5, "max_sequence_length": wan.MAX_TOKENS, "takes_input_image": True},
+        parts=tiny.COMPONENTS | {"dit2": "transformer_2"},
+        references="input_image",
+        reference=wan_image.sampled_by_two_experts,
+    ),
+    Family(
+        "wan22_ti2v_5b",
+        Wan22TI2VPipeline,
+        wan_image.text_and_image_to_video,
+        ("to_q", "to_k", "to_out.0", "ffn.net.2"),
+        SIZES | {"num_frames": 5, "max_sequence_length": wan.MAX_TOKENS, "takes_input_image": True},
+        references="input_image",
+        reference=wan_image.sampled_by_ti2v,
+    ),
+    Family(
         "wan21_vace_1_3b",
         WanVACEPipeline,
         wan_vace.folder,
@@ -373,7 +406,7 @@ def clips() -> Path:
             "video": f"{n}.webp",
             "prompt": "red" + " red" * n,
             **dict.fromkeys(("vace_video", "vace_video_mask"), f"{7 - n}.webp"),
-            "vace_reference_image": f"{n}.png",
+            **dict.fromkeys(("vace_reference_image", "input_image"), f"{n}.png"),
         }
         for n in range(8)
     ]

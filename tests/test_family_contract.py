@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import tiny
 import torch
-from families import FAMILIES, Family, of_families
+from families import FAMILIES, Family, clips, of_families
 from PIL import Image
 from torch.testing import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -80,7 +80,8 @@ def further(family: Family, number: int) -> dict:
         videos[name] = [
             frame.convert("L").point(lambda grey: 255 * (grey > 127)).convert("RGB") for frame in videos[name]
         ]
-    return {**videos, **({family.references: image(59 + number)} if family.references else {})}
+    size = family.pipeline.latents.fitted(48, 32)[::-1]
+    return {**videos, **({family.references: image(59 + number, size)} if family.references else {})}
 
 
 def sampled(pipe: BasePipeline, *requests: dict) -> torch.Tensor:
@@ -399,6 +400,8 @@ def run(family: Family, folder, *overrides: str):
     """Overrides of a run of the family on pairs of pictures."""
     given = [o for o in tiny.train_overrides(folder) if not o.startswith("model.")]
     own = [*family.data_overrides, f"task.extra_inputs=[{','.join(family.extra_inputs)}]", *overrides]
+    if family.references == "input_image" and "validation=base" in overrides:
+        own.append(f"+validation.options.input_image={clips()}/0.png")
     return tiny.merged([*family.overrides, *given], own)
 
 
