@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import tiny
 import torch
-from families import FAMILIES, Family, of_families
+from families import FAMILIES, Family, clips, of_families
 from PIL import Image
 from torch.testing import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -68,7 +68,20 @@ def samples(family: Family) -> list[Sample]:
         row["edit_image"] = edited_from(number)
     for number, row in enumerate(rows if family.controls else []):
         row["controlnet_image"] = image(29 + number)
+    for number, row in enumerate(rows):
+        row.update(further(family, number))
     return [Sample(row, epoch=number, index=10 + number) for number, row in enumerate(rows)]
+
+
+def further(family: Family, number: int) -> dict:
+    """The further videos and the further image of a row or a request; masks are black and white."""
+    videos = {name: made(family, 39 + 10 * number + place) for place, name in enumerate(family.videos)}
+    for name in [name for name in videos if name.endswith("mask")]:
+        videos[name] = [
+            frame.convert("L").point(lambda grey: 255 * (grey > 127)).convert("RGB") for frame in videos[name]
+        ]
+    size = family.pipeline.latents.fitted(48, 32)[::-1]
+    return {**videos, **({family.references: image(59 + number, size)} if family.references else {})}
 
 
 def sampled(pipe: BasePipeline, *requests: dict) -> torch.Tensor:
@@ -156,6 +169,7 @@ def test_a_request_that_cannot_be_sampled_is_refused(change, message):
 def test_latents_are_those_that_diffusers_samples(family, guidance):
     edits = {"edit_image": edited_from(0), "edit_image_auto_resize": False} if family.edits else {}
     edits |= {"controlnet_image": image(29), "controlnet_scale": 0.8} if family.controls else {}
+    edits |= further(family, 0)
     requests = [
         GUIDED | {"cfg_scale": guidance, "prompt": prompt, **edits} for prompt in ("a red apple", "a line " * 9)
     ]
@@ -386,6 +400,8 @@ def run(family: Family, folder, *overrides: str):
     """Overrides of a run of the family on pairs of pictures."""
     given = [o for o in tiny.train_overrides(folder) if not o.startswith("model.")]
     own = [*family.data_overrides, f"task.extra_inputs=[{','.join(family.extra_inputs)}]", *overrides]
+    if family.references == "input_image" and "validation=base" in overrides:
+        own.append(f"+validation.options.input_image={clips()}/0.png")
     return tiny.merged([*family.overrides, *given], own)
 
 

@@ -313,7 +313,8 @@ class PipelineTrainingModule(DiffusionTrainingModule):
     def _trainable_models(self) -> Sequence[str]:
         if self.task.trainable_models is not None:
             return self.task.trainable_models
-        return () if self.lora else self.task.default_models or self.pipe.training_defaults.models
+        defaults = self.pipe.training_defaults
+        return () if self.lora else self.task.default_models or defaults.full_models or defaults.models
 
     @property
     def trained_roots(self) -> set[str]:

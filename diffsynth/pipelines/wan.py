@@ -198,18 +198,17 @@ class Wan22TI2VPipeline(WanPipeline):
 
 
 def check_channels(pipe: WanPipeline) -> None:
-    """Refuse transformers or an autoencoder whose channels are those of another model of Wan's."""
+    """Refuse a transformer or an autoencoder whose channels are those of another model of Wan's."""
     own = pipe.latents.channels
     if pipe.vae is not None and pipe.vae.config.z_dim != own:
         raise ValueError(
             f"vae has {pipe.vae.config.z_dim} channels, expected {own}; take the vae of the repository of dit."
         )
-    for name in [name for name in pipe.in_iteration_models if getattr(pipe, name) is not None]:
-        config = getattr(pipe, name).config
-        found = config.in_channels, config.out_channels
-        if found not in [(channels, own) for channels in pipe.dit_channels]:
+    for name in pipe.in_iteration_models:
+        network = getattr(pipe, name)
+        found = network and (network.config.in_channels, network.config.out_channels)
+        if found not in [None, *((channels, own) for channels in pipe.dit_channels)]:
             other = f"; take model={MODELS[found]}" if found in MODELS else ""
             wanted = " or ".join(map(str, pipe.dit_channels))
-            raise ValueError(
-                f"{name} reads {found[0]} channels and predicts {found[1]}, expected {wanted} and {own}{other}."
-            )
+            counts = f"reads {found[0]} channels and predicts {found[1]}"
+            raise ValueError(f"{name} {counts}, expected {wanted} and {own}{other}.")

@@ -72,14 +72,19 @@ class GivenSigmas(FlowMatchEulerDiscreteScheduler):
         )
 
 
+def pipeline(kind: type[diffusers.DiffusionPipeline], folder: Path) -> diffusers.DiffusionPipeline:
+    """A pipeline of diffusers that samples at our noise levels."""
+    pipe = loaded(kind, folder)
+    pipe.scheduler = GivenSigmas.from_config(pipe.scheduler.config)
+    return pipe
+
+
 def sampled_by_diffusers(
     requests: list[Mapping], noise: Tensor, kind: type = WanPipeline, folder: Path | None = None, **own
 ) -> Tensor:
     """The latents (B, C, T, h, w) that a pipeline of diffusers samples for some requests."""
     first = requests[0]
-    pipe = loaded(kind, folder or text_to_video())
-    pipe.scheduler = GivenSigmas.from_config(pipe.scheduler.config)
-    return pipe(
+    return pipeline(kind, folder or text_to_video())(
         prompt=[request["prompt"] for request in requests],
         negative_prompt=[request["negative_prompt"] for request in requests],
         **{name: first[name] for name in ("height", "width", "num_inference_steps")},

@@ -43,7 +43,8 @@ class TrainingDefaults:
         checkpointing: Policy of gradient checkpointing, see `core.memory.MemoryRecipe`.
         max_pixels: Default of `dataset.max_pixels`, the most pixels of a training image.
         division_factor: Default of `dataset.division_factor`, of which both sides of a training image are multiples.
-        models: Models that are trained unless the run names others.
+        models: Models that an adapter is trained for, unless the run names others.
+        full_models: Models, or parts of one, that are trained in full without an adapter; None takes `models`.
         time_division_factor: The frames of a training video are a multiple of it and one more, as of 4 n + 1 frames.
         lora_target_modules: Layers that LoRA adapts, by model.
         data_file_keys: Columns of the data set that name image files.
@@ -63,6 +64,7 @@ class TrainingDefaults:
     max_pixels: Pixels = 1024 * 1024
     division_factor: Side = 16
     models: Sequence[str] = ("dit",)
+    full_models: Sequence[str] | None = None
     time_division_factor: PositiveInt = 4
     lora_target_modules: Mapping[str, Sequence[str] | str] = field(default_factory=dict)
     data_file_keys: Sequence[str] = ("image",)
