@@ -9,10 +9,19 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
 from miniatures.videos import SIZE, numbers, picture, write_animation, write_frames, write_rows, write_video
 from PIL import Image
 
-from diffsynth.core.data import Augmentation, ImageCropAndResize, LoadVideo, SampleAddress, VideoDataset, read_shards
+from diffsynth.core.data import (
+    Augmentation,
+    ImageCropAndResize,
+    LoadVideo,
+    MixedDataset,
+    SampleAddress,
+    VideoDataset,
+    read_shards,
+)
 from diffsynth.core.data.videos import container, stored
 from diffsynth.core.data.videos.durations import durations
 
@@ -222,6 +231,17 @@ def test_all_videos_of_a_row_give_the_same_frames_cropped_and_mirrored_alike(tmp
         int(np.sign(int(s["video"][0].getpixel((31, 0))[0]) - s["video"][0].getpixel((0, 0))[0])) for s in samples
     }
     assert slopes == {1, -1}
+
+
+def test_four_processes_decode_ahead_on_a_gpu(tmp_path):
+    write_video(tmp_path / "a.mp4")
+    rows = dataset(write_rows(tmp_path, {"video": "a.mp4"}))
+    mixed = MixedDataset({"films": rows})
+    for own in (rows, mixed):
+        own.num_workers = None
+        assert [own.workers_on(torch.device(kind)) for kind in ("cuda", "cpu")] == [4, 0]
+        own.num_workers = 3
+        assert own.workers_on(torch.device("cuda")) == 3
 
 
 # For a cache ----------------------------------------------------------------------------------------------------------
