@@ -15,12 +15,13 @@ import pyarrow as pa
 import pyarrow.parquet
 import tiny
 import torch
+from miniatures.videos import write_animation, write_rows, write_video
 from omegaconf import OmegaConf
 from PIL import Image
 from safetensors.torch import save_file
 
 from diffsynth.config.run_folder import is_finished
-from diffsynth.core.data import CachedDataset, LoadGIF, UnifiedDataset, read_shards
+from diffsynth.core.data import CachedDataset, LoadGIF, UnifiedDataset, VideoDataset, read_shards
 from diffsynth.core.data.operators.base import apply_to_each
 from diffsynth.core.data.prompt_dataset import read_lines
 from diffsynth.core.files import forget_after
@@ -196,6 +197,21 @@ def of_picture(suffix: str) -> Reader:
     return Reader(f"a.{suffix}", picture(suffix), partial(read_pictures, f"a.{suffix}"))
 
 
+def read_clip(folder: Path) -> None:
+    options = {"height": 16, "width": 16, "num_frames": 5, "frame_rate": 10, "start": "middle"}
+    data = VideoDataset.from_folder(str(folder), **options)
+    data.scan()
+    read_whole(data)
+
+
+def of_video(suffix: str) -> Reader:
+    def make(folder: Path) -> None:
+        write = write_animation if suffix in ("gif", "webp", "png") else write_video
+        write_rows(folder, {"video": write(folder / f"v.{suffix}", 20).name})
+
+    return Reader(f"v.{suffix}", make, read_clip)
+
+
 def of_table(suffix: str, content: str) -> Reader:
     name = f"metadata.{suffix}"
     return Reader(name, image_beside(name, content), read_folder)
@@ -228,6 +244,7 @@ READERS = {
     "run's configuration": Reader("config.yaml", run, write_report),
     "finished run": Reader("finished.json", run, read_record),
     "inputs of a run": Reader("inputs.json", run, read_record, lambda: (tiny.model(), tiny.dataset())),
+    **{f"video.{suffix}": of_video(suffix) for suffix in ("mp4", "mkv", "ts", "gif", "webp", "png")},
     "frames": Reader("a.gif", animation, read_frames),
     "lines": Reader(
         "p.txt", image_beside("p.txt", "a\nb\n"), lambda folder: read_whole(read_lines(str(folder / "p.txt")))

@@ -43,7 +43,6 @@ from .sources.table import Rows, Table
 from .sources.tar_shards import read_shards
 from .unified_dataset import UnifiedDataset
 from .video_dataset import VideoDataset, is_video_column
-from .videos.load_clip import LoadClip
 
 __all__ = [
     "AddressedDataset",
@@ -56,7 +55,6 @@ __all__ = [
     "EmbeddedFile",
     "HubRows",
     "ImageCropAndResize",
-    "LoadClip",
     "LoadGIF",
     "LoadImage",
     "LoadVideo",

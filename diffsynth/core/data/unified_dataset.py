@@ -19,10 +19,10 @@ from ..ranges import NonNegativeInt, Pixels, Repeat, Side, Workers, at_least
 from .conditions.base import Condition, add_conditions, ordered
 from .dataset import Row, TrainingData
 from .operators.augmentation import Augmentation, AugmentationChoice
-from .operators.base import RouteByExtensionName, RouteByType, SequentialProcess, ToAbsolutePath, ToList, unread
-from .operators.images import ImageCropAndResize, LoadImage
+from .operators.base import unread
+from .operators.images import ImageCropAndResize
+from .operators.loaders import default_image_operator, default_video_operator, image_loader
 from .operators.unread import Unread, Variants
-from .operators.video import LoadGIF, LoadVideo
 from .order.addresses import SampleAddress, sample_seed
 from .order.buckets import AspectBuckets, Size, shown
 from .order.mixing import WeightedRows
@@ -30,7 +30,7 @@ from .order.row_index import AllBut, SortedRows
 from .scan import SkippedRow, check_rows, fault_of_masks, known_size, write_skipped
 from .sources.files_read import captions_of, files_of_rows, folders_of, table, tables_in
 from .sources.find_rows import find_rows
-from .sources.storage import EmbeddedFile, is_remote, size_on_disk
+from .sources.storage import is_remote, size_on_disk
 
 logger = logging.getLogger(__name__)
 
@@ -66,6 +66,9 @@ class UnifiedDataset(TrainingData):
     """
 
     column = "image"  # of files that lie in a folder without a table
+    image_loader = staticmethod(image_loader)
+    default_image_operator = staticmethod(default_image_operator)
+    default_video_operator = staticmethod(default_video_operator)
 
     def __init__(
         self,
@@ -166,56 +169,6 @@ class UnifiedDataset(TrainingData):
         dataset = cls(path, metadata, repeat, data_file_keys, cls.image_loader(path, allow_urls), **options)
         dataset.num_workers, dataset.loader_in = num_workers, partial(cls.image_loader, path, allow_urls)
         return dataset
-
-    @staticmethod
-    def image_loader(base_path: str = "", allow_urls: bool = False, mode: str = "RGB") -> RouteByType:
-        """Operator that loads an image, or every image of a list, at its own size."""
-        image = ToAbsolutePath(base_path, allow_urls) >> LoadImage(mode)
-        return RouteByType([(str, image), (list, SequentialProcess(image)), (EmbeddedFile, image)])
-
-    @staticmethod
-    def default_image_operator(
-        base_path: str = "",
-        max_pixels: int = 1024 * 1024,
-        height: int | None = None,
-        width: int | None = None,
-        height_division_factor: int = 16,
-        width_division_factor: int = 16,
-        allow_urls: bool = False,
-    ) -> RouteByType:
-        """Operator that loads an image, or every image of a list, resized and cropped by `ImageCropAndResize`."""
-        crop = ImageCropAndResize(height, width, max_pixels, height_division_factor, width_division_factor)
-        image = ToAbsolutePath(base_path, allow_urls) >> LoadImage() >> crop
-        return RouteByType([(str, image), (list, SequentialProcess(image)), (EmbeddedFile, image)])
-
-    @staticmethod
-    def default_video_operator(
-        base_path: str = "",
-        max_pixels: int = 1024 * 1024,
-        height: int | None = None,
-        width: int | None = None,
-        height_division_factor: int = 16,
-        width_division_factor: int = 16,
-        num_frames: int = 81,
-        time_division_factor: int = 4,
-        time_division_remainder: int = 1,
-        frame_rate: float | None = None,
-        allow_urls: bool = False,
-    ) -> RouteByType:
-        """Operator that loads the frames of a video or animation as a list; a still image becomes a list of one.
-
-        Raises:
-            ImportError: PyAV is not installed.
-        """
-        crop = ImageCropAndResize(height, width, max_pixels, height_division_factor, width_division_factor)
-        length = (num_frames, time_division_factor, time_division_remainder, crop, frame_rate)
-        extensions = [
-            (("jpg", "jpeg"), LoadImage() >> crop >> ToList()),
-            (("gif", "webp", "png", "apng", "avif"), LoadGIF(*length)),
-            (("mp4", "m4v", "mov", "mkv", "webm", "avi", "wmv", "flv", "mpg", "mpeg", "ts"), LoadVideo(*length)),
-        ]
-        video = ToAbsolutePath(base_path, allow_urls) >> RouteByExtensionName(extensions)
-        return RouteByType([(str, video), (EmbeddedFile, video)])
 
     def keep_images_as_they_are(self) -> None:
         """Raise an error for images that would be resized, cropped or mirrored.

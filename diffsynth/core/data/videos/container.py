@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 
 # Seconds to go back from a frame for the key frame before it, until one is found; 10 s is the longest usual distance.
 STEPS_BACK = (0, 1, 10)
+# AVI stores decoding times, MPEG program streams times of some frames, raw streams none: their frames are counted.
+UNTIMED = ("avi", "mpeg")
 
 
 class Container(StoredVideo):
@@ -44,8 +46,10 @@ class Container(StoredVideo):
             if not found:
                 raise ValueError("has no complete header: it is cut off; copy or download it again")
             raise ValueError(f"holds no video that FFmpeg can read, but {found}; leave it out")
-        # AVI stores decoding times and raw streams store no times: neither has presentation times.
-        self.is_timed = self.container.format.name != "avi"
+        self.is_timed = self.container.format.name not in UNTIMED
+
+    def close(self) -> None:
+        self.container.close()
 
     @property
     def stream(self) -> "av.VideoStream":
@@ -53,7 +57,8 @@ class Container(StoredVideo):
 
     @cached_property
     def size(self) -> tuple[int, int]:
-        return next(self.read([0])).size  # only a frame tells how it is turned
+        _, frame = next(self._decoded_from(int(self.times.starts[0])))
+        return (frame.height, frame.width) if frame.rotation % 180 else (frame.width, frame.height)
 
     @property
     def stored(self) -> int:
@@ -101,6 +106,7 @@ class Container(StoredVideo):
     def _unused(self) -> "av.container.InputContainer":
         """The container at its beginning. It is opened again, because not all formats can seek to their beginning."""
         if self.is_used:
+            self.container.close()
             self.container = open_container(self.file)
         self.is_used = True
         return self.container
@@ -136,16 +142,26 @@ class Container(StoredVideo):
 
     def _frames_before(self, time: int) -> Iterator["av.VideoFrame"]:
         """The decoded frames, the first of which does not come after `time`."""
-        container = self._unused()
         for seconds in STEPS_BACK if time > int(self.times.starts[0]) else ():
-            container.seek(time - round(seconds / self.stream.time_base), stream=self.stream)
+            container = self._unused()
+            if not sought(container, self.stream, time - round(seconds / self.stream.time_base)):
+                break
             frames = container.decode(self.stream)
             first = next(frames, None)
             # Formats seek by decoding time, and a key frame may be decoded before, and shown after, `time`.
             if first is not None and first.pts is not None and first.pts <= time:
                 return chain([first], frames)
-            container = self._unused()
+        container = self._unused()
         return container.decode(self.stream)
+
+
+def sought(container: "av.container.InputContainer", stream: "av.VideoStream", time: int) -> bool:
+    """Go to the key frame before `time`; return whether the format can."""
+    try:
+        container.seek(time, stream=stream)
+    except pyav().error.FFmpegError:
+        return False
+    return True
 
 
 @contextmanager

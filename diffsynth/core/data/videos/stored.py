@@ -1,14 +1,18 @@
 """Videos as they are stored: the times of their frames without decoding, and some of their frames, upright, in RGB."""
 
+import struct
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from fractions import Fraction
 from functools import cached_property
+from typing import BinaryIO
 
 import numpy as np
 from PIL import Image
 
 from ..operators.picture_files import as_shown, open_image, read_image, upright_size
 from ..sources.storage import EmbeddedFile
+from .durations import durations
 from .times import FrameTimes
 
 
@@ -81,22 +85,36 @@ class FrameFiles(StoredVideo):
 
 
 class Animation(StoredVideo):
-    """An animated GIF, WebP, PNG or AVIF; a still image is a video of one frame."""
+    """An animated GIF, WebP, PNG or AVIF; a still image is a video of one frame.
 
-    def __init__(self, image: Image.Image):
+    Args:
+        image: The open image.
+        file: Opens its file.
+    """
+
+    def __init__(self, image: Image.Image, file: Callable[[], BinaryIO]):
+        self.file = file
         self.image, self.size, self.stored = image, upright_size(image), getattr(image, "n_frames", 1)
 
     @cached_property
     def times(self) -> FrameTimes | None:
         if self.stored == 1:
             return None
-        durations = []
-        for number in range(self.stored):
-            self.image.seek(number)
-            self.image.load()
-            durations.append(round(self.image.info.get("duration") or 100))  # ms; browsers take 100 for none
-        ends = np.cumsum(durations, dtype=np.int64)
-        return FrameTimes(ends - durations, int(ends[-1]), Fraction(1, 1000))
+        found = [round(duration) or 100 for duration in self._durations()]  # browsers take 100 ms for none
+        ends = np.cumsum(found, dtype=np.int64)
+        return FrameTimes(ends - found, int(ends[-1]), Fraction(1, 1000))
+
+    def _durations(self) -> Sequence[float]:
+        """The duration of each frame in milliseconds."""
+        with self.file() as file, suppress(struct.error, IndexError):
+            if len(found := durations(file, self.image.format)) == self.stored:
+                return found
+        return [self._decoded_duration(number) for number in range(self.stored)]
+
+    def _decoded_duration(self, number: int) -> float:
+        self.image.seek(number)
+        self.image.load()
+        return self.image.info.get("duration") or 0
 
     def read(self, numbers: Sequence[int]) -> Iterator[Image.Image]:
         for number in numbers:

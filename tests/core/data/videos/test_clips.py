@@ -9,11 +9,21 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
 from miniatures.videos import SIZE, numbers, picture, write_animation, write_frames, write_rows, write_video
 from PIL import Image
 
-from diffsynth.core.data import Augmentation, SampleAddress, VideoDataset, read_shards
-from diffsynth.core.data.videos import stored
+from diffsynth.core.data import (
+    Augmentation,
+    ImageCropAndResize,
+    LoadVideo,
+    MixedDataset,
+    SampleAddress,
+    VideoDataset,
+    read_shards,
+)
+from diffsynth.core.data.videos import container, stored
+from diffsynth.core.data.videos.durations import durations
 
 FIXED = {"height": 48, "width": 64, "num_frames": 5}
 
@@ -24,14 +34,36 @@ def dataset(folder: Path, **options) -> VideoDataset:
     return found
 
 
-@pytest.mark.parametrize("suffix", [".mp4", ".webm", ".mov", ".mkv", ".avi"])
-@pytest.mark.parametrize(("start", "first"), [("first", 0), ("middle", 13)])
+# Open groups of pictures begin with frames that are shown before their key frame; VP8 has frames that are never shown.
+ENCODINGS = {
+    ".mp4": {"x264-params": "open-gop=1:bframes=5"},
+    ".webm": {"codec": "libvpx", "auto-alt-ref": "1", "lag-in-frames": "16"},
+    **dict.fromkeys([".mov", ".mkv", ".ts", ".flv", ".avi", ".h264"], {}),
+    ".mpg": {"codec": "mpeg2video"},
+}
+
+
+@pytest.mark.parametrize("suffix", ENCODINGS)
+@pytest.mark.parametrize(("start", "first"), [("first", 0), ("middle", 31)])
 def test_a_clip_has_the_frames_from_its_start_on(tmp_path, suffix, start, first):
-    write_video(tmp_path / f"a{suffix}")
+    rate = 25 if suffix == ".mpg" else 16
+    write_video(tmp_path / f"a{suffix}", 66, rate, **ENCODINGS[suffix])
     rows = dataset(write_rows(tmp_path, {"video": f"a{suffix}"}), start=start)
     assert numbers(rows[0]["video"]) == list(range(first, first + 5))
     assert [frame.size for frame in rows[0]["video"]] == [SIZE] * 5
     assert list(rows.rows_in_buckets()) == [(64, 48, 5)]
+
+
+def test_a_frame_that_the_decoder_leaves_out_is_the_one_before(tmp_path, monkeypatch):
+    write_video(tmp_path / "a.mp4")
+    rows = dataset(write_rows(tmp_path, {"video": "a.mp4"}))
+    own = container.Container._decoded_from
+
+    def without_two(self, time):
+        return (found for number, found in enumerate(own(self, time)) if number not in (0, 3))
+
+    monkeypatch.setattr(container.Container, "_decoded_from", without_two)
+    assert numbers(rows[0]["video"]) == [1, 1, 2, 2, 4]  # nothing is before the first
 
 
 @pytest.mark.parametrize("start", ["first", "middle"])
@@ -143,6 +175,21 @@ def test_frames_of_variable_length_are_resampled_by_their_times(tmp_path, suffix
 
 
 @pytest.mark.parametrize("name", ["a.gif", "a.webp", "a.png"])
+def test_durations_of_an_animation_are_read_without_decoding_it(tmp_path, name):
+    given = [40, 80, 120, 2000, 10]
+    odd = {"icc_profile": b"abc"} if name == "a.webp" else {}  # a chunk of an odd number of bytes
+    write_animation(tmp_path / name, 5, given, **odd)
+    with Image.open(tmp_path / name) as image, (tmp_path / name).open("rb") as file:
+        assert durations(file, image.format) == given
+
+
+def test_a_frame_of_a_gif_without_a_duration_has_none():
+    image = b"\x2c" + bytes(9) + b"\x02\x01\x00\x00"
+    control = b"\x21\xf9\x04\x00\x05\x00\x00\x00"
+    assert durations(BytesIO(b"GIF89a" + bytes(7) + control + image + image + b"\x3b"), "GIF") == [50, 0]
+
+
+@pytest.mark.parametrize("name", ["a.gif", "a.webp", "a.png", "a.avif"])
 def test_animations_are_resampled_by_their_times(tmp_path, name):
     write_animation(tmp_path / name, 4, [40, 80, 120, 40])
     rows = dataset(write_rows(tmp_path, {"video": name}), frame_rate=25)
@@ -184,3 +231,42 @@ def test_all_videos_of_a_row_give_the_same_frames_cropped_and_mirrored_alike(tmp
         int(np.sign(int(s["video"][0].getpixel((31, 0))[0]) - s["video"][0].getpixel((0, 0))[0])) for s in samples
     }
     assert slopes == {1, -1}
+
+
+def test_four_processes_decode_ahead_on_a_gpu(tmp_path):
+    write_video(tmp_path / "a.mp4")
+    rows = dataset(write_rows(tmp_path, {"video": "a.mp4"}))
+    mixed = MixedDataset({"films": rows})
+    for own in (rows, mixed):
+        own.num_workers = None
+        assert [own.workers_on(torch.device(kind)) for kind in ("cuda", "cpu")] == [4, 0]
+        own.num_workers = 3
+        assert own.workers_on(torch.device("cuda")) == 3
+
+
+# For a cache ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_clip_that_is_not_read_yet_has_a_key_of_its_file_and_frames(tmp_path):
+    for name in ("a.mp4", "b.mp4"):
+        write_video(tmp_path / name, rate=16 if name == "a.mp4" else 25)
+    write_frames(tmp_path / "film", 12)
+    folder = write_rows(tmp_path, *({"video": name} for name in ("a.mp4", "b.mp4", "film")))
+    flipped = {"augmentation": Augmentation(flip=0.5)}
+    options = [{}, {"start": "middle"}, {"frame_rate": 8}, {"num_frames": 9}, {"height": 32}]
+    keys = {dataset(folder, **own).variants(0).rows[""]["video"].identity for own in options}
+    keys |= {dataset(folder, **flipped).variants(0).rows["mirrored"]["video"].identity}
+    keys |= {dataset(folder).variants(number).rows[""]["video"].identity for number in (1, 2)}
+    assert len(keys) == 8
+    before = dataset(folder).variants(2).rows[""]["video"].identity
+    picture(63).save(tmp_path / "film" / "11.png")  # is not in the clip
+    assert dataset(folder).variants(2).rows[""]["video"].identity == before
+    picture(63).save(tmp_path / "film" / "4.png")
+    assert dataset(folder).variants(2).rows[""]["video"].identity != before
+
+
+def test_a_clip_equals_the_frames_that_an_operator_loads(tmp_path):
+    write_video(tmp_path / "a.mp4", bf="3")
+    one = LoadVideo(num_frames=5, frame_processor=ImageCropAndResize(32, 48))(str(tmp_path / "a.mp4"))
+    other = dataset(write_rows(tmp_path, {"video": "a.mp4"}), height=32, width=48)[0]["video"]
+    assert [frame.tobytes() for frame in one] == [frame.tobytes() for frame in other]
