@@ -9,7 +9,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 
 from diffsynth.config import build, check, explained, locked, run_main
-from diffsynth.core.ranges import BatchSize, PositiveFraction, Seed
+from diffsynth.core.ranges import BatchSize, PositiveFloat, PositiveFraction, PositiveInt, Seed
 
 
 def generate(
@@ -23,6 +23,8 @@ def generate(
     lora_path: str | Sequence[str] | None = None,
     lora_scale: float = 1.0,
     input_image: str | None = None,
+    num_frames: PositiveInt | None = None,
+    frame_rate: PositiveFloat | None = None,
     denoising_strength: PositiveFraction = 1.0,
     inpaint_mask: str | None = None,
     template_inputs: Sequence[Mapping[str, object]] = (),
@@ -45,7 +47,8 @@ def generate(
         sampler: How the velocity is integrated; None takes what is stored with the weights, else `euler`.
         lora_path: Files of adapters.
         lora_scale: Factor of the adapters' updates.
-        input_image: File of an image to start from.
+        input_image: File of an image to start from; of a model of videos, the first frame.
+        num_frames, frame_rate: Of videos; None takes the model's.
         denoising_strength: How far an input image is noised, in (0, 1]; 1 starts from noise alone.
         inpaint_mask: File of a mask; only its white parts are sampled anew.
         template_inputs, negative_template_inputs: Inputs of each template, for both sides of guidance.
@@ -71,7 +74,9 @@ def generate(
     from diffsynth.diffusion.pipeline.request import check_numbers
 
     pipe = model(device=choose_device(device))
-    files, options = options or {}, with_images(pipe, options)
+    of_videos = {"num_frames": num_frames, "frame_rate": frame_rate}
+    options = {**(options or {}), **{name: value for name, value in of_videos.items() if value is not None}}
+    files, options = options, with_images(pipe, options)
     if seed == []:
         raise ValueError("seed is an empty list; expected a seed, or a list of seeds.")
     requests = [
@@ -105,8 +110,8 @@ def generate(
     if templates.codes:
         source |= {"templates": [str(code.file) for code in templates.codes], "template_inputs": template_inputs}
         source |= {"negative_template_inputs": negative_template_inputs}
-    settings = (*pipe.sampling_arguments, "height", "width")
-    sampling = [{name: whole[name] for name in settings} for whole in completed]
+    settings = (*pipe.sampling_arguments, "height", "width", *of_videos)
+    sampling = [{name: whole[name] for name in settings if name in whole} for whole in completed]
     requests = [{**request, **own} for request, own in zip(requests, sampling, strict=True)]
     models.load_encoders(also=templates.called_models(pipe))
     size = {name: sampling[0][name] for name in ("height", "width")}

@@ -14,9 +14,23 @@ import tiny_auraflow
 import tiny_flux2
 import tiny_qwen_edit
 from auraflow import AuraFlowPipeline
-from miniatures import ernie_image, flux1, flux3, krea2, qwen_image, qwen_image_21, sd3, wan, z_image
+from miniatures import (
+    ernie_image,
+    flux1,
+    flux3,
+    krea2,
+    qwen_image,
+    qwen_image_21,
+    sd3,
+    wan,
+    wan_image,
+    wan_vace,
+    z_image,
+)
+from PIL import Image
 from torch import Tensor
 
+from diffsynth.core.data import TrainingData, UnifiedDataset, VideoDataset
 from diffsynth.core.loader import ModelConfig
 from diffsynth.core.memory import MemoryRecipe
 from diffsynth.diffusion.adapters.lora import LoRA
@@ -33,7 +47,9 @@ from diffsynth.pipelines.krea2 import Krea2Pipeline
 from diffsynth.pipelines.qwen_image import QwenImagePipeline
 from diffsynth.pipelines.qwen_image_21 import QwenImage21Pipeline
 from diffsynth.pipelines.sd3 import SD3Pipeline
-from diffsynth.pipelines.wan import WanPipeline
+from diffsynth.pipelines.wan import Wan22TI2VPipeline, WanPipeline
+from diffsynth.pipelines.wan22 import Wan22ImageToVideoPipeline, Wan22Pipeline
+from diffsynth.pipelines.wan_vace import WanVACEPipeline
 from diffsynth.pipelines.z_image import ZImagePipeline
 
 
@@ -48,6 +64,8 @@ class Family:
         settings: Arguments of `from_components` beside the components.
         edits: Whether the rows of its trainings have an `edit_image`.
         controls: Whether they have a `controlnet_image`.
+        videos: Further columns of videos.
+        references: Column of a further image.
         parts: Folder in the repository of each component.
         reference: The latents (B, C, h, w) that diffusers' pipeline samples for some requests from noise (B, C, h, w);
             None where tests/pipelines has a file of the family.
@@ -60,6 +78,8 @@ class Family:
     settings: dict[str, Any] = field(default_factory=dict)
     edits: bool = False
     controls: bool = False
+    videos: tuple[str, ...] = ()
+    references: str | None = None
     parts: dict[str, str] = field(default_factory=lambda: tiny.COMPONENTS)
     reference: Callable[[list[dict], Tensor], Tensor] | None = None
 
@@ -71,7 +91,8 @@ class Family:
     @property
     def extra_inputs(self) -> list[str]:
         """Columns of the rows besides image and prompt that the pipeline reads."""
-        return ["edit_image"] * self.edits + ["controlnet_image"] * self.controls
+        images = ["edit_image"] * self.edits + ["controlnet_image"] * self.controls
+        return [*images, *self.videos, *([self.references] if self.references else [])]
 
     def build(self, torch_dtype: str = "float32") -> BasePipeline:
         """The pipeline without its weights."""
@@ -79,6 +100,8 @@ class Family:
         training = TrainingDefaults(lora_target_modules={"dit": list(self.layers)})
         pipe = self.pipeline.from_components(**parts, torch_dtype=torch_dtype, training=training, **self.settings)
         pipe.progress_bar = iter
+        if self.references == "input_image":  # a request without it is refused
+            pipe.call_defaults["input_image"] = Image.new("RGB", (32, 48), "red")
         return pipe
 
     def load(self) -> BasePipeline:
@@ -98,10 +121,38 @@ class Family:
         return FlowMatchSFT(trainable_models=list(trained) or None, extra_inputs=self.extra_inputs)
 
     @property
+    def columns(self) -> list[str]:
+        """Columns of its rows that name files."""
+        return [self.pipeline.media.column, *self.extra_inputs]
+
+    def data(self) -> TrainingData:
+        """Rows of pictures or videos of 32 × 32 pixels."""
+        if self.num_frames:
+            frames = {"num_frames": self.num_frames, "data_file_keys": self.columns}
+            return VideoDataset.from_folder(str(clips()), height=32, width=32, **frames)
+        return UnifiedDataset.from_folder(
+            str(pairs()), "metadata.jsonl", height=32, width=32, data_file_keys=self.columns
+        )
+
+    @property
+    def data_overrides(self) -> list[str]:
+        """Overrides that choose the same rows."""
+        chosen = [f"dataset.path={pairs()}", "dataset.metadata=metadata.jsonl"]
+        if self.num_frames:
+            own = [
+                f"dataset.path={clips()}",
+                f"dataset.num_frames={self.num_frames}",
+                "dataset.height=32",
+                "dataset.width=32",
+            ]
+            chosen = ["dataset=video_folder", *own]
+        return [*chosen, f"dataset.data_file_keys=[{','.join(self.columns)}]"]
+
+    @property
     def overrides(self) -> list[str]:
         """Overrides that replace the configured model by the miniature, at 32 × 32 pixels."""
         parts = [f"model.{name}.path={self.folder() / part}" for name, part in self.parts.items()]
-        settings = [f"model.{name}={value}" for name, value in self.settings.items()]
+        settings = [f"model.{n}={'null' if value is None else value}" for n, value in self.settings.items()]
         dtype = "model.torch_dtype=float32"
         return [
             f"model={self.name}",
@@ -283,6 +334,44 @@ FAMILIES = [
         SIZES | {"num_frames": 5, "max_sequence_length": wan.MAX_TOKENS},
         reference=wan.sampled_by_diffusers,
     ),
+    Family(
+        "wan22_t2v_a14b",
+        Wan22Pipeline,
+        wan.experts,
+        ("to_q", "to_k", "to_out.0", "ffn.net.2"),
+        SIZES | {"num_frames": 5, "max_sequence_length": wan.MAX_TOKENS, "cfg_scale_2": None},
+        parts=tiny.COMPONENTS | {"dit2": "transformer_2"},
+        reference=wan.sampled_by_experts,
+    ),
+    Family(
+        "wan22_i2v_a14b",
+        Wan22ImageToVideoPipeline,
+        wan_image.two_experts,
+        ("to_q", "to_k", "to_out.0", "ffn.net.2"),
+        SIZES | {"num_frames": 5, "max_sequence_length": wan.MAX_TOKENS, "takes_input_image": True},
+        parts=tiny.COMPONENTS | {"dit2": "transformer_2"},
+        references="input_image",
+        reference=wan_image.sampled_by_two_experts,
+    ),
+    Family(
+        "wan22_ti2v_5b",
+        Wan22TI2VPipeline,
+        wan_image.text_and_image_to_video,
+        ("to_q", "to_k", "to_out.0", "ffn.net.2"),
+        SIZES | {"num_frames": 5, "max_sequence_length": wan.MAX_TOKENS, "takes_input_image": True},
+        references="input_image",
+        reference=wan_image.sampled_by_ti2v,
+    ),
+    Family(
+        "wan21_vace_1_3b",
+        WanVACEPipeline,
+        wan_vace.folder,
+        ("to_q", "to_k", "to_out.0", "ffn.net.2"),
+        SIZES | {"num_frames": 5, "max_sequence_length": wan.MAX_TOKENS},
+        videos=("vace_video", "vace_video_mask"),
+        references="vace_reference_image",
+        reference=wan_vace.sampled_by_diffusers,
+    ),
 ]
 
 
@@ -301,6 +390,27 @@ def pairs() -> Path:
     ]
     (folder / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
     return folder
+
+
+@cache
+def clips() -> Path:
+    """The folder of a data set of animations of five frames, 32 × 32 pixels; written once per session."""
+    pictures, folder = tiny.dataset(), tiny.kept_folder() / "clips"
+    folder.mkdir()
+    for number in range(8):
+        first, *others = (Image.open(pictures / f"{(number + frame) % 8}.png") for frame in range(5))
+        first.save(folder / f"{number}.png")
+        first.save(folder / f"{number}.webp", save_all=True, append_images=others, duration=100, lossless=True)
+    rows = [
+        {
+            "video": f"{n}.webp",
+            "prompt": "red" + " red" * n,
+            **dict.fromkeys(("vace_video", "vace_video_mask"), f"{7 - n}.webp"),
+            **dict.fromkeys(("vace_reference_image", "input_image"), f"{n}.png"),
+        }
+        for n in range(8)
+    ]
+    return tiny.write_rows(folder, rows)
 
 
 def of_families(statement: Callable) -> Callable:

@@ -10,13 +10,13 @@ import numpy as np
 import pytest
 import tiny
 import torch
-from families import FAMILIES, Family, of_families, pairs
+from families import FAMILIES, Family, clips, of_families
 from PIL import Image
 from torch.testing import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from diffsynth.cache.make import launch_data_process_task
-from diffsynth.core.data import CachedDataset, Row, Sample, SampleAddress, UnifiedDataset
+from diffsynth.core.data import CachedDataset, Row, Sample, SampleAddress
 from diffsynth.core.loader import save_safetensors
 from diffsynth.core.memory.storage import stored_layers
 from diffsynth.diffusion.adapters.lora import LoRA
@@ -68,7 +68,20 @@ def samples(family: Family) -> list[Sample]:
         row["edit_image"] = edited_from(number)
     for number, row in enumerate(rows if family.controls else []):
         row["controlnet_image"] = image(29 + number)
+    for number, row in enumerate(rows):
+        row.update(further(family, number))
     return [Sample(row, epoch=number, index=10 + number) for number, row in enumerate(rows)]
+
+
+def further(family: Family, number: int) -> dict:
+    """The further videos and the further image of a row or a request; masks are black and white."""
+    videos = {name: made(family, 39 + 10 * number + place) for place, name in enumerate(family.videos)}
+    for name in [name for name in videos if name.endswith("mask")]:
+        videos[name] = [
+            frame.convert("L").point(lambda grey: 255 * (grey > 127)).convert("RGB") for frame in videos[name]
+        ]
+    size = family.pipeline.latents.fitted(48, 32)[::-1]
+    return {**videos, **({family.references: image(59 + number, size)} if family.references else {})}
 
 
 def sampled(pipe: BasePipeline, *requests: dict) -> torch.Tensor:
@@ -156,6 +169,7 @@ def test_a_request_that_cannot_be_sampled_is_refused(change, message):
 def test_latents_are_those_that_diffusers_samples(family, guidance):
     edits = {"edit_image": edited_from(0), "edit_image_auto_resize": False} if family.edits else {}
     edits |= {"controlnet_image": image(29), "controlnet_scale": 0.8} if family.controls else {}
+    edits |= further(family, 0)
     requests = [
         GUIDED | {"cfg_scale": guidance, "prompt": prompt, **edits} for prompt in ("a red apple", "a line " * 9)
     ]
@@ -352,8 +366,7 @@ def test_weights_in_8_bits_change_the_loss_little(family: Family):
 @of_families
 @TRAINED
 def test_two_stages_have_the_losses_of_one(family: Family, trained, lora, tmp_path):
-    files = ["image", *family.extra_inputs]
-    rows = UnifiedDataset.from_folder(str(pairs()), "metadata.jsonl", height=32, width=32, data_file_keys=files)
+    rows = family.data()
     rows.scan()
     make = partial(family.module, family.task(*trained), lora)
     launch_data_process_task(make_accelerator("cpu", "float32"), rows, make(), tmp_path)
@@ -366,7 +379,9 @@ def test_two_stages_have_the_losses_of_one(family: Family, trained, lora, tmp_pa
 
 @of_families
 def test_an_adapter_is_saved_and_loads_with_what_it_changes(family: Family, tmp_path):
-    module = shaken(family.module(lora=LORA).load(), strength=0.5)
+    module = family.module(lora=LORA)
+    sampling = module.pipe.models_of(module.pipe.units, model_fn=True)
+    module = shaken(module.load(also=sampling), strength=0.5)
     tensors, metadata = module.export_weights()["lora"]
     save_safetensors(tensors, tmp_path / "lora.safetensors", metadata)
     pipe = family.load()
@@ -384,9 +399,9 @@ def test_an_adapter_is_saved_and_loads_with_what_it_changes(family: Family, tmp_
 def run(family: Family, folder, *overrides: str):
     """Overrides of a run of the family on pairs of pictures."""
     given = [o for o in tiny.train_overrides(folder) if not o.startswith("model.")]
-    keys = ",".join(["image", *family.extra_inputs])
-    data = [f"dataset.path={pairs()}", "dataset.metadata=metadata.jsonl", f"dataset.data_file_keys=[{keys}]"]
-    own = [*data, f"task.extra_inputs=[{','.join(family.extra_inputs)}]", *overrides]
+    own = [*family.data_overrides, f"task.extra_inputs=[{','.join(family.extra_inputs)}]", *overrides]
+    if family.references == "input_image" and "validation=base" in overrides:
+        own.append(f"+validation.options.input_image={clips()}/0.png")
     return tiny.merged([*family.overrides, *given], own)
 
 

@@ -25,6 +25,13 @@ def save_png(image: Image.Image, path: Path, parameters: Mapping | None = None) 
         image.save(partial, format="PNG", pnginfo=info)
 
 
+def save_animation(frames: Sequence[Image.Image], path: Path, milliseconds: int) -> None:
+    """Save RGB images as an animated WebP that repeats; each is shown for `milliseconds`."""
+    with replacing(path) as partial:
+        first, *others = frames
+        first.save(partial, "WEBP", save_all=True, append_images=others, duration=milliseconds, loop=0, quality=80)
+
+
 def row(images: Sequence[Image.Image], captions: Sequence[str]) -> Image.Image:
     """One image of several side by side, each above its caption, which is cut after two lines."""
     return beside([_captioned(image, caption) for image, caption in zip(images, captions, strict=True)])

@@ -217,10 +217,13 @@ class BasePipeline(PipelineNetworks):
 
     def predict(self, timestep: Tensor, **inputs) -> Tensor:
         """Velocity (B, …) that `model_fn` predicts at timesteps (B,) from those inputs that it has a parameter for."""
-        models = {name: getattr(self, name) for name in self.in_iteration_models} | self.replacements
         accepted = inspect.signature(self.model_fn).parameters
         given = {name: value for name, value in inputs.items() if name in accepted}
-        return self.model_fn(**models, timestep=timestep, **given)
+        return self.model_fn(**self.predicting(timestep, inputs), timestep=timestep, **given)
+
+    def predicting(self, timestep: Tensor, inputs: Mapping) -> dict[str, nn.Module]:
+        """The networks that `model_fn` gets for timesteps (B,) and other inputs, by the names of its parameters."""
+        return {name: getattr(self, name) for name in self.in_iteration_models} | self.replacements
 
     def guided_velocity(
         self, timestep: Tensor, cfg_scale: float, shared: Mapping, posi: Mapping, nega: Mapping

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+ALL_LEVELS = (0.0, 2.0)  # every noise level is at least the first number and below the second one
 TRAINING_STEPS = 1000  # noise levels of the training grid, as the released models were trained; timestep = σ · 1000
 
 
@@ -41,6 +42,9 @@ def stretch_to_terminal(sigmas: Tensor, terminal: float) -> Tensor:
 class FlowMatchScheduler:
     """Sampling steps and training noise levels of one model family.
 
+    Attributes:
+        trained: A training learns the noise levels from the first number up to, but without, the second one.
+
     Args:
         sigma_grid: `sigma_grid(num_inference_steps, denoising_strength=1.0, dynamic_shift_len=None, **options)` returns
             decreasing noise levels (N,) in (0, 1], fp32. The family's pipeline file defines it.
@@ -51,6 +55,7 @@ class FlowMatchScheduler:
         self.training = False
         self.sigmas = self.timesteps = torch.empty(0)
         self.levels: list[float] = []
+        self.trained = ALL_LEVELS
 
     def set_timesteps(
         self,

@@ -33,7 +33,15 @@ class UniformTimesteps:
 
     def __call__(self, scheduler: FlowMatchScheduler, u: Tensor) -> Tensor:
         """Noise levels (B,) in (0, 1] of uniform numbers (B,) in [0, 1)."""
+        least, end = scheduler.trained
+        noisier, learned = (sum(level >= sigma for level in scheduler.levels[:-1]) for sigma in (end, least))
         low, high = (int(b * len(scheduler.sigmas)) for b in (self.min_boundary, self.max_boundary))
+        low, high = max(low, noisier), min(high, learned)
+        if low >= high:
+            raise ValueError(
+                f"task.timesteps.min_boundary={self.min_boundary}, task.timesteps.max_boundary={self.max_boundary} "
+                f"leave none of the noise levels from {least} to {end} that are trained; widen them."
+            )
         return scheduler.sigmas[(low + u * (high - low)).long().clamp(max=high - 1)]
 
 
@@ -55,8 +63,16 @@ class LogitNormalTimesteps:
 
     def __call__(self, scheduler: FlowMatchScheduler, u: Tensor) -> Tensor:
         """Noise levels (B,) in (0, 1) of uniform numbers (B,) in [0, 1)."""
-        normal = torch.special.ndtri(u.double().clamp(1e-7, 1 - 1e-7))
+        least, most = (self._share_below(sigma) for sigma in scheduler.trained)
+        normal = torch.special.ndtri((least + u.double() * (most - least)).clamp(1e-7, 1 - 1e-7))
         return exponential_shift(torch.sigmoid(self.mean + self.std * normal), self.mu).float()
+
+    def _share_below(self, sigma: float) -> float:
+        """The probability of a noise level below σ, the inverse of the distribution's function."""
+        if not 0 < sigma < 1:
+            return float(sigma >= 1)
+        unshifted = exponential_shift(torch.tensor(sigma, dtype=torch.float64), -self.mu)
+        return torch.special.ndtr((torch.logit(unshifted) - self.mean) / self.std).item()
 
 
 @dataclass(frozen=True, kw_only=True)

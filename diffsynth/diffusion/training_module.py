@@ -203,7 +203,7 @@ class PipelineTrainingModule(DiffusionTrainingModule):
         units = self.live_units if cached else self.units
         users = {**dict.fromkeys(also, "validation"), **dict.fromkeys(self.trained_roots, "training")}
         if self.task.calls_model_fn:
-            users |= dict.fromkeys(self.pipe.in_iteration_models, type(self.task).__name__)
+            users |= dict.fromkeys(self.pipe.networks_in_training(self.trained_roots), type(self.task).__name__)
         users |= {name: type(unit).__name__ for unit in units for name in unit.onload_model_names}
         self.pipe.require(users)
         full = {name: self.trained_dtype for name in self.trainable_models}
@@ -313,7 +313,8 @@ class PipelineTrainingModule(DiffusionTrainingModule):
     def _trainable_models(self) -> Sequence[str]:
         if self.task.trainable_models is not None:
             return self.task.trainable_models
-        return () if self.lora else (self.task.default_model,)
+        defaults = self.pipe.training_defaults
+        return () if self.lora else self.task.default_models or defaults.full_models or defaults.models
 
     @property
     def trained_roots(self) -> set[str]:
@@ -370,8 +371,10 @@ def prepare_training(
         adapter: Injected in fp32; None for none.
         seed: Of the adapter's initial values.
     """
+    trainable_models = list(trainable_models)
     pipe.scheduler.set_timesteps(TRAINING_STEPS, training=True)
-    pipe.freeze_except(trainable_models := list(trainable_models))
+    pipe.scheduler.trained = pipe.trained_levels([*trainable_models, *(adapter.models if adapter else ())])
+    pipe.freeze_except(trainable_models)
     for name in trainable_models:
         pipe.named_model(name).to(trained_dtype)
     if adapter is not None:

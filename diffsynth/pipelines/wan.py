@@ -216,10 +216,11 @@ def check_channels(pipe: WanPipeline) -> None:
         raise ValueError(
             f"vae has {pipe.vae.config.z_dim} channels, expected {own}; take the vae of the repository of dit."
         )
-    if pipe.dit is None:
-        return
-    found = pipe.dit.config.in_channels, pipe.dit.config.out_channels
-    if found not in [(channels, own) for channels in pipe.dit_channels]:
-        other = f"; take model={MODELS[found]}" if found in MODELS else ""
-        wanted = " or ".join(map(str, pipe.dit_channels))
-        raise ValueError(f"dit reads {found[0]} channels and predicts {found[1]}, expected {wanted} and {own}{other}.")
+    for name in pipe.in_iteration_models:
+        network = getattr(pipe, name)
+        found = network and (network.config.in_channels, network.config.out_channels)
+        if found not in [None, *((channels, own) for channels in pipe.dit_channels)]:
+            other = f"; take model={MODELS[found]}" if found in MODELS else ""
+            wanted = " or ".join(map(str, pipe.dit_channels))
+            counts = f"reads {found[0]} channels and predicts {found[1]}"
+            raise ValueError(f"{name} {counts}, expected {wanted} and {own}{other}.")

@@ -142,11 +142,12 @@ def pixels_of(run: PlacedRun) -> int:
         return trained
     given = {name: value for name, value in run.validation.options.items() if value is not None}
     sampled = {**defaults_of(run.model.func.__self__.request), **given}
-    return max(trained, len(run.validation.prompts) * sampled["height"] * sampled["width"])
+    of_one = sampled["height"] * sampled["width"] * sampled.get("num_frames", 1)
+    return max(trained, len(run.validation.prompts) * of_one)
 
 
 def check_one_image(run: PlacedRun, free: int) -> None:
-    """Check that one image fits, as RGB in fp32, before a rehearsal reads one: that takes host memory itself.
+    """Check that one image or clip fits, as RGB in fp32, before a rehearsal reads one: that takes host memory itself.
 
     Raises:
         ValueError: It does not.

@@ -22,6 +22,7 @@ from ..core.regular import require_regular
 logger = logging.getLogger(__name__)
 
 PAGE = Path(__file__).with_name("page.html")
+WEBP_URL = "data:image/webp;base64,"
 PICTURE_WIDTH = 1600  # pixels; wider images are reduced, to keep the page small; a guess
 # Charts of the page, in order, and which metrics each shows.
 PANELS = {
@@ -98,9 +99,12 @@ def charts(run_dir: Path) -> list[dict]:
 
 
 def pictures(run_dir: Path) -> list[dict]:
-    """The validation images of a run, `{step, source}` for each validation; `source` is a data URL."""
+    """The validation images of a run, `{step, source}` for each validation; `source` is a data URL.
+
+    Where videos were sampled, it is the animation of them.
+    """
     files = sorted((run_dir / "samples").glob("*step-*.png"), key=lambda file: file.stem.rpartition("-")[2])
-    sources = [(int(file.stem.rpartition("-")[2]), embed(file)) for file in files]
+    sources = [(int(file.stem.rpartition("-")[2]), embed_newest(file)) for file in files]
     return [{"step": step, "source": source} for step, source in sources if source]
 
 
@@ -154,6 +158,15 @@ def read_log(run_dir: Path) -> str:
     return log.read_text(encoding="utf-8", errors="replace")
 
 
+def embed_newest(picture: Path) -> str:
+    """A validation's picture, or the animation beside it, as a data URL."""
+    animation = picture.with_suffix(".webp")
+    if not animation.exists():
+        return embed(picture)
+    require_regular(animation)
+    return WEBP_URL + base64.b64encode(animation.read_bytes()).decode()
+
+
 def embed(path: Path) -> str:
     """An image file as a data URL for the source of an `img`, reduced to `PICTURE_WIDTH`.
 
@@ -169,7 +182,7 @@ def embed(path: Path) -> str:
     picture.thumbnail((PICTURE_WIDTH, picture.height))
     stream = io.BytesIO()
     picture.save(stream, format="WEBP", quality=85)
-    return "data:image/webp;base64," + base64.b64encode(stream.getvalue()).decode()
+    return WEBP_URL + base64.b64encode(stream.getvalue()).decode()
 
 
 def _table(rows: dict[str, str]) -> str:

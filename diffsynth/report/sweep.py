@@ -13,7 +13,7 @@ from pathlib import Path
 from ..core.files import write_text
 from ..core.json_text import read_json, to_json
 from ..core.masking import masked_values
-from . import PAGE, embed, explained, read_log, read_metrics
+from . import PAGE, embed_newest, explained, read_log, read_metrics
 
 MEASURE = "held_out_loss"  # the metric that decides: the run with its lowest value is the best
 NUMBERS = ("loss", MEASURE, "at step", "minutes", "memory_gb")
@@ -122,7 +122,7 @@ def table(rows: Sequence[Mapping]) -> str:
 def picture_row(run: Path, row: Mapping) -> str:
     """An HTML table row with the last validation images of a run; empty text if none can be read."""
     files = sorted((run / "samples").glob("step-*.png"))
-    if not files or not (source := embed(files[-1])):
+    if not files or not (source := embed_newest(files[-1])):
         return ""
     name, step = escape(row["run"]), int(files[-1].stem.rpartition("-")[2])
     picture = f'<img src="{source}" alt="{name} after {step} steps">'

@@ -25,6 +25,13 @@ def text_to_video() -> Path:
     return write(kept_folder() / "wan", WanPipeline, transformer=transformer())
 
 
+@cache
+def experts() -> Path:
+    """The folder of a model repository like Wan 2.2 A14B's; written once per session."""
+    networks = {"transformer": transformer(), "transformer_2": transformer(), "boundary_ratio": 0.875}
+    return write(kept_folder() / "wan22", WanPipeline, **networks)
+
+
 def write(root: Path, kind: type[diffusers.DiffusionPipeline], **networks: torch.nn.Module | None) -> Path:
     """Write a model repository of a pipeline's class with random weights."""
     tokenizer = train_tokenizer([], ["<|endoftext|>"])
@@ -65,14 +72,19 @@ class GivenSigmas(FlowMatchEulerDiscreteScheduler):
         )
 
 
+def pipeline(kind: type[diffusers.DiffusionPipeline], folder: Path) -> diffusers.DiffusionPipeline:
+    """A pipeline of diffusers that samples at our noise levels."""
+    pipe = loaded(kind, folder)
+    pipe.scheduler = GivenSigmas.from_config(pipe.scheduler.config)
+    return pipe
+
+
 def sampled_by_diffusers(
     requests: list[Mapping], noise: Tensor, kind: type = WanPipeline, folder: Path | None = None, **own
 ) -> Tensor:
     """The latents (B, C, T, h, w) that a pipeline of diffusers samples for some requests."""
     first = requests[0]
-    pipe = loaded(kind, folder or text_to_video())
-    pipe.scheduler = GivenSigmas.from_config(pipe.scheduler.config)
-    return pipe(
+    return pipeline(kind, folder or text_to_video())(
         prompt=[request["prompt"] for request in requests],
         negative_prompt=[request["negative_prompt"] for request in requests],
         **{name: first[name] for name in ("height", "width", "num_inference_steps")},
@@ -83,3 +95,8 @@ def sampled_by_diffusers(
         return_dict=False,
         **{"max_sequence_length": MAX_TOKENS} | own,
     )[0]
+
+
+def sampled_by_experts(requests: list[Mapping], noise: Tensor) -> Tensor:
+    """The latents (B, C, T, h, w) that Wan 2.2's two experts sample."""
+    return sampled_by_diffusers(requests, noise, folder=experts(), guidance_scale_2=requests[0].get("cfg_scale_2"))

@@ -32,6 +32,13 @@ def image_to_video() -> Path:
 
 
 @cache
+def two_experts() -> Path:
+    """The folder of a model repository like Wan2.2-I2V-A14B's; written once per session."""
+    own = {"transformer_2": wan.transformer(in_channels=36), "boundary_ratio": 0.9}
+    return write("wan22_i2v_a14b", wan.transformer(in_channels=36), image_encoder=None, image_processor=None, **own)
+
+
+@cache
 def image_to_video_with_clip() -> Path:
     """The folder of a model repository like Wan2.1-I2V's."""
     return write("wan21_i2v", with_clip())
@@ -82,7 +89,18 @@ def vae_22() -> AutoencoderKLWan:
 def sampled_by_diffusers(folder: Path, requests: list[Mapping], noise: Tensor) -> Tensor:
     """The latents (B, C, T, h, w) that `WanImageToVideoPipeline` samples for requests with the same images."""
     own: dict[str, Image.Image | int] = {"image": requests[0]["input_image"]}
-    own["max_sequence_length"] = requests[0]["max_sequence_length"]
+    own["max_sequence_length"] = requests[0].get("max_sequence_length", wan.MAX_TOKENS)
     if requests[0].get("end_image") is not None:
         own["last_image"] = requests[0]["end_image"]
     return wan.sampled_by_diffusers(requests, noise, WanImageToVideoPipeline, folder, **own)
+
+
+def sampled_by_two_experts(requests: list[Mapping], noise: Tensor) -> Tensor:
+    """The latents (B, 16, T, h, w) that Wan 2.2's two experts sample."""
+    return sampled_by_diffusers(two_experts(), requests, noise)
+
+
+def sampled_by_ti2v(requests: list[Mapping], noise: Tensor) -> Tensor:
+    """The latents (B, 48, T, h, w) that Wan2.2-TI2V-5B samples at the size of the noise."""
+    size = {"height": 16 * noise.shape[3], "width": 16 * noise.shape[4]}
+    return sampled_by_diffusers(text_and_image_to_video(), [{**request, **size} for request in requests], noise)

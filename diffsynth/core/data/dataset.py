@@ -48,6 +48,7 @@ class TrainingData(Dataset):
         metadata_path: File or folder that the rows are from, for messages.
         repeat: How often an epoch shows each sample.
         num_workers: Number of DataLoader processes that should load the data set; None leaves it to `workers_on`.
+        default_workers: That number on a GPU.
         has_images: Whether the samples have images to learn from; a data set of prompts has empty ones.
         needs_encoders: Whether the run has to load encoders; a cache has their outputs already.
         own_sizes: Image sizes (width, height) in pixels, if they differ from sample to sample within a batch.
@@ -59,6 +60,7 @@ class TrainingData(Dataset):
     metadata_path: str = ""
     repeat: int = 1
     num_workers: int | None = 0
+    default_workers: int = DEFAULT_WORKERS
     has_images = True
     needs_encoders = True
     has_regularisation = False
@@ -135,7 +137,7 @@ class TrainingData(Dataset):
     def workers_on(self, device: torch.device) -> int:
         """Number of DataLoader processes for a training on `device`; by default they decode while a GPU computes."""
         if self.num_workers is None:
-            return DEFAULT_WORKERS if device.type == "cuda" else 0
+            return self.default_workers if device.type == "cuda" else 0
         return self.num_workers
 
     def rows_by_size(self) -> dict[Size | None, WeightedRows]:

@@ -70,6 +70,10 @@ class MixedDataset(TrainingData):
         return sum(dataset.size for dataset in self.datasets.values())
 
     @property
+    def default_workers(self) -> int:
+        return max(dataset.default_workers for dataset in self.datasets.values())
+
+    @property
     def has_regularisation(self) -> bool:
         return bool(self.regularisation)
 

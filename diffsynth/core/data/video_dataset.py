@@ -6,7 +6,6 @@ from dataclasses import replace
 from functools import partial
 from typing import Annotated, Any, Literal
 
-import torch
 from PIL import Image
 
 from ..ranges import NonNegativeInt, Pixels, PositiveFloat, PositiveInt, Repeat, Side, Workers, at_least
@@ -63,6 +62,7 @@ class VideoDataset(UnifiedDataset):
     """
 
     column = "video"
+    default_workers = VIDEO_WORKERS
 
     def __init__(self, *args: Any, lengths: ClipLengths, start: Start = "first", **options: Any):
         super().__init__(*args, **options)
@@ -127,9 +127,6 @@ class VideoDataset(UnifiedDataset):
         dataset = cls(path, metadata, repeat, data_file_keys, image, loaders, **options)
         dataset.num_workers = num_workers
         return dataset
-
-    def workers_on(self, device: torch.device) -> int:
-        return VIDEO_WORKERS if self.num_workers is None and device.type == "cuda" else super().workers_on(device)
 
     def check_variants(self) -> None:
         super().check_variants()

@@ -26,7 +26,7 @@ class AutoencoderLoss(Objective):
 
     kl_weight: NonNegativeFloat = 1e-4
 
-    default_model = "vae"
+    default_models = ("vae",)
     calls_model_fn = False
 
     def __call__(self, pipe: BasePipeline, rng: SampleRNG | GlobalRNG | None = None, **inputs) -> Tensor:

@@ -38,7 +38,7 @@ class Objective:
     trainable_models: Sequence[str] | None = None
     extra_inputs: Sequence[str] = ()
 
-    default_model: ClassVar[str] = "dit"
+    default_models: ClassVar[Sequence[str]] = ()  # trained in full unless a run names others; (): the model's
     calls_model_fn: ClassVar[bool] = True
     provides: ClassVar[Sequence[str]] = ("latents", "timestep")  # inputs of `model_fn` that the objective computes
     reads_negative: ClassVar[bool] = False  # whether a guided prediction in training reads `negative_prompt`

@@ -10,9 +10,10 @@ from PIL import Image
 
 from ...core.data.operators.picture_files import read_image
 from ...core.data.sources.metadata import open_text
+from ...core.data.videos.open_video import open_video
 from ...core.pictures import GRID_COLUMNS, beside, row, save_png, stack
 from .remembered import Inputs, to_device
-from .request import image_arguments
+from .request import image_arguments, video_arguments
 
 if TYPE_CHECKING:
     from ..base_pipeline import BasePipeline
@@ -95,16 +96,30 @@ def _read_image(name: str, path: str, mode: str = "RGB") -> Image.Image:
 
 
 def with_images(pipe: "BasePipeline", options: Mapping[str, Any] | None) -> dict[str, Any]:
-    """Arguments of a pipeline's call, in which paths of images, or lists of paths, are replaced by the images.
+    """Arguments of a pipeline's call, in which files of images and videos, or lists of files, are read.
 
     Raises:
         ValueError: One cannot be read; names it.
     """
-    takes_images = image_arguments(pipe.request)
-    return {
-        name: _read_images(f"options.{name}", value, pipe.media.mode) if name in takes_images else value
-        for name, value in (options or {}).items()
-    }
+    images, videos = image_arguments(pipe.request), video_arguments(pipe.request)
+
+    def read(name: str, value: Any) -> Any:
+        if name in videos:
+            return _read_video(f"options.{name}", value)
+        return _read_images(f"options.{name}", value, pipe.media.mode) if name in images else value
+
+    return {name: read(name, value) for name, value in (options or {}).items()}
+
+
+def _read_video(name: str, value: Any) -> Any:
+    """The frames of a file, of a folder or of a list of files, as training reads them."""
+    if value is None or (isinstance(value, list) and not all(isinstance(element, str) for element in value)):
+        return value
+    try:
+        with open_video(value, lambda path: path) as video:
+            return list(video.read(range(video.stored)))
+    except Exception as error:  # decoders raise exceptions of many types
+        raise ValueError(f"{name}={value}: {error}") from error
 
 
 def _read_images(name: str, value: Any, mode: str) -> Any:

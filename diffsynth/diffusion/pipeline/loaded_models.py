@@ -32,6 +32,7 @@ class LoadedModels:
         self, pipe: "BasePipeline", memory: FrozenMemory, adapters: Collection[str | Path] = (), scale: float = 1.0
     ):
         self.pipe, self.memory, self.adapters, self.scale = pipe, memory, adapters, scale
+        pipe.require(dict.fromkeys(sorted(pipe.models_of((), model_fn=True)), "sampling"))
         models = {name: pipe.named_model(name) for name in pipe.built_models}
         self.storages = dict.fromkeys(choose_stored(memory.storage, memory.stored, models, ()), memory.storage)
         if memory.stream_blocks:

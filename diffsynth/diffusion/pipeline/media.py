@@ -76,6 +76,10 @@ class Media:
         """An RGB image of the value, for grids, reports and metrics; alpha is on white."""
         raise NotImplementedError(f"{type(self).__name__} does not define `thumbnail`.")
 
+    def frames(self, value: Any) -> list[Image.Image]:
+        """The value as RGB images that are shown one after another, small enough for a report; empty if it is still."""
+        return []
+
 
 class ImageMedia(Media):
     """Images, in RGB or with alpha.

@@ -23,6 +23,7 @@ from ...core.loader import (
 from ...core.ranges import BatchSize, LearningRate, Pixels, PositiveInt, Side
 from ..adapters import files as lora_files
 from ..adapters.names import LayerNames
+from ..flow_match import ALL_LEVELS
 from . import sampling_settings
 from .components import Folder, Network
 from .units import PipelineUnit
@@ -42,6 +43,8 @@ class TrainingDefaults:
         checkpointing: Policy of gradient checkpointing, see `core.memory.MemoryRecipe`.
         max_pixels: Default of `dataset.max_pixels`, the most pixels of a training image.
         division_factor: Default of `dataset.division_factor`, of which both sides of a training image are multiples.
+        models: Models that an adapter is trained for, unless the run names others.
+        full_models: Models, or parts of one, that are trained in full without an adapter; None takes `models`.
         time_division_factor: The frames of a training video are a multiple of it and one more, as of 4 n + 1 frames.
         lora_target_modules: Layers that LoRA adapts, by model.
         data_file_keys: Columns of the data set that name image files.
@@ -60,6 +63,8 @@ class TrainingDefaults:
     checkpointing: str = "blocks"
     max_pixels: Pixels = 1024 * 1024
     division_factor: Side = 16
+    models: Sequence[str] = ("dit",)
+    full_models: Sequence[str] | None = None
     time_division_factor: PositiveInt = 4
     lora_target_modules: Mapping[str, Sequence[str] | str] = field(default_factory=dict)
     data_file_keys: Sequence[str] = ("image",)
@@ -286,6 +291,14 @@ class PipelineNetworks(nn.Module):
         """Names of the models that these units call, and with `model_fn` also those that `model_fn` calls."""
         names = {name for unit in units for name in unit.onload_model_names}
         return names | (set(self.in_iteration_models) if model_fn else set())
+
+    def networks_in_training(self, trained: Collection[str]) -> Sequence[str]:
+        """Names of the networks that `model_fn` calls in a training of the models `trained`."""
+        return self.in_iteration_models
+
+    def trained_levels(self, trained: Collection[str]) -> tuple[float, float]:
+        """The noise levels that a training of the models `trained` learns; see `FlowMatchScheduler.trained`."""
+        return ALL_LEVELS
 
     def require(self, users: Mapping[str, str]) -> None:
         """Refuse a pipeline that was built without a model that is needed.

@@ -21,6 +21,7 @@ from ...core.pictures import beside
 from .media import Media, Size
 
 STRIP_FRAMES = 5  # frames of a film strip, evenly spaced; a guess
+SHOWN_FRAMES, SHOWN_WIDTH = 33, 256  # of a clip in a validation's animation: most frames, and pixels; guesses
 FRAME_RATE = 16.0  # frames per second for requests that name none
 
 
@@ -81,6 +82,12 @@ class VideoMedia(Media):
     def thumbnail(self, value: Sequence[Image.Image]) -> Image.Image:
         """A film strip: some frames side by side, from the first to the last."""
         return beside([in_mode(value[number], "RGB") for number in evenly_spaced(len(value), STRIP_FRAMES)])
+
+    def frames(self, value: Sequence[Image.Image]) -> list[Image.Image]:
+        """At most `SHOWN_FRAMES` of the frames, evenly spaced, and at most `SHOWN_WIDTH` pixels wide."""
+        shown = [in_mode(value[number], "RGB") for number in evenly_spaced(len(value), SHOWN_FRAMES)]
+        scale = min(1, SHOWN_WIDTH / shown[0].width)
+        return [frame.resize((round(frame.width * scale), round(frame.height * scale))) for frame in shown]
 
 
 def evenly_spaced(count: int, most: int) -> list[int]:

@@ -28,15 +28,16 @@ class VideoShapeChecker(PipelineUnit):
 
 
 class VideoNoiseInitializer(PipelineUnit):
-    """Makes the initial noise (1, C, T, h, w) from the seed."""
+    """Makes the initial noise (1, C, k + T, h, w) from the seed; k is the number of reference images, usually 0."""
 
     def __init__(self):
         super().__init__(output_params=("noise",))
 
-    def process(self, pipe, height, width, num_frames, seed, rand_device):
-        shape = pipe.latents.shape(height, width, num_frames)
-        # Drawn in fp32 whatever the pipeline's dtype is, as DiffSynth-Studio draws noise of videos.
-        return {"noise": pipe.generate_noise(shape, seed, rand_device, torch.float32)}
+    def process(self, pipe, height, width, num_frames, seed, rand_device, reference_latents=None):
+        count = 0 if reference_latents is None else reference_latents.shape[2]
+        shape = pipe.latents.shape(height, width, num_frames + count * pipe.latents.time_factor)
+        # Drawn in fp32 whatever the pipeline's dtype is, and that of references last, as DiffSynth-Studio does.
+        return {"noise": pipe.generate_noise(shape, seed, rand_device, torch.float32).roll(count, dims=2)}
 
 
 class InputVideoEmbedder(PipelineUnit):
@@ -45,10 +46,11 @@ class InputVideoEmbedder(PipelineUnit):
     def __init__(self):
         super().__init__(output_params=("latents", "input_latents"), onload_model_names=("vae",))
 
-    def process(self, pipe, input_video, noise, tiled, tile_size, tile_stride):
+    def process(self, pipe, input_video, noise, tiled, tile_size, tile_stride, reference_latents=None):
         if input_video is None:
             return {"latents": noise, "input_latents": None}
-        (input_latents,) = encode_videos(pipe, [input_video], tiled, tile_size, tile_stride)
+        (video_latents,) = encode_videos(pipe, [input_video], tiled, tile_size, tile_stride)
+        input_latents = behind(reference_latents, video_latents)
         if pipe.scheduler.training:
             return {"latents": noise, "input_latents": input_latents}
         latents = pipe.scheduler.add_noise(input_latents, noise, pipe.scheduler.timesteps[0])
@@ -57,7 +59,13 @@ class InputVideoEmbedder(PipelineUnit):
     def process_batch(self, pipe, batch):
         """Encode videos of training data; those of equal size go through the autoencoder together."""
         latents = encode_videos(pipe, [inputs["input_video"] for inputs in batch], *tiling(batch[0]))
-        return [{"latents": i["noise"], "input_latents": own} for i, own in zip(batch, latents, strict=True)]
+        whole = [behind(inputs.get("reference_latents"), own) for inputs, own in zip(batch, latents, strict=True)]
+        return [{"latents": i["noise"], "input_latents": own} for i, own in zip(batch, whole, strict=True)]
+
+
+def behind(references: Tensor | None, latents: Tensor) -> Tensor:
+    """Latents (1, C, k + T, h, w): those of k reference images, if there are any, and those of T frames behind them."""
+    return latents if references is None else torch.cat([references, latents], dim=2)
 
 
 class FirstFrameEmbedder(PipelineUnit):

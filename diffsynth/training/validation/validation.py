@@ -8,7 +8,7 @@ import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from accelerate.utils import broadcast_object_list
@@ -17,7 +17,7 @@ from PIL import Image
 from ...core.data import Sample, SampleAddress, TrainingData
 from ...core.data.operators.picture_files import read_image
 from ...core.files import going_on_without
-from ...core.pictures import row, save_png, stack
+from ...core.pictures import row, save_animation, save_png, stack
 from ...core.ranges import NonNegativeInt, PositiveInt, Seed, check_fields
 from ...core.sharing import share
 from ...diffusion.adapters.preset import without_preset
@@ -40,7 +40,15 @@ logger = logging.getLogger(__name__)
 
 BANDS = 4  # a guess: each held-out row is measured once in each of this many equal parts of the timesteps' distribution
 
+MILLISECONDS = 2500  # length of an animation, whatever the clips' length; a guess
 TEMPLATE_ROWS = 4  # a guess: rows of each data set that are sampled if a template is trained and no number is set
+
+
+class Shown(NamedTuple):
+    """What a validation shows of one result: an image, and of a video some of its frames."""
+
+    thumbnail: Image.Image
+    frames: Sequence[Image.Image]
 
 
 @dataclass
@@ -102,7 +110,7 @@ class Validation:
         if self.prompts or (samples_rows and self.datasets):
             return compared | module.pipe.models_of(module.pipe.units, model_fn=True)
         encodes = any(dataset.needs_encoders for dataset in self.datasets.values())
-        return compared | (module.pipe.models_of(module.units, model_fn=True) if encodes else set())
+        return compared | (module.pipe.models_of(module.units, model_fn=False) if encodes else set())
 
     def shown_rows(self, pipe: "BasePipeline") -> int:
         """How many rows of each data set are sampled to be seen."""
@@ -180,10 +188,12 @@ class Validation:
             rows = {f"{name}_": first_rows(own, self.shown_rows(pipe)) for name, own in self.datasets.items()}
             requests |= {name: requests_of(own, module) for name, own in rows.items()}
             for name, own in requests.items():
-                images = self._generate(pipe, own)
+                shown = self._generate(pipe, own)
                 if own and accelerator.is_main_process:
-                    picture = row(images, [f"{step}: {_caption(request)}" for request in own])
+                    captions = [f"{step}: {_caption(request)}" for request in own]
+                    picture = row([each.thumbnail for each in shown], captions)
                     pictures |= self._saved(f"{prefix}{name}samples", picture, step, prefix + name)
+                    self._save_animation([each.frames for each in shown], captions, step, prefix + name)
             if self.few_steps:
                 measured, picture = self.few_steps.evaluate(module, self.path, step)
                 values |= measured
@@ -215,7 +225,7 @@ class Validation:
         rows, media, device = first_rows(dataset, self.metric_samples), module.pipe.media, module.pipe.device
         prompts = [row["prompt"] for row in rows]
         targets = [media.thumbnail(row[media.column]) for row in rows]
-        images = self._generate(module.pipe, requests_of(rows, module))
+        images = [shown.thumbnail for shown in self._generate(module.pipe, requests_of(rows, module))]
         values = {name: metric.measure(images, prompts, targets, device) for name, metric in self.metrics.items()}
         return broadcast_object_list([values])[0]  # processes may round differently
 
@@ -233,15 +243,25 @@ class Validation:
             return {name: self.save(picture, step, prefix)}
         return {}
 
-    def _generate(self, pipe: "BasePipeline", requests: Sequence[Mapping]) -> list[Image.Image]:
-        """Sample requests, each with its own seed; every process samples some of them and gets all thumbnails."""
+    def _save_animation(
+        self, clips: Sequence[Sequence[Image.Image]], captions: Sequence[str], step: int, prefix: str
+    ) -> None:
+        """Save clips of one length side by side as an animation; nothing where images are sampled."""
+        path = Path(self.path) / f"{prefix}step-{step:06d}.webp"
+        if clips[0]:
+            with going_on_without(str(path)):
+                frames = [row(images, captions) for images in zip(*clips, strict=True)]
+                save_animation(frames, path, MILLISECONDS // len(frames))
+
+    def _generate(self, pipe: "BasePipeline", requests: Sequence[Mapping]) -> list["Shown"]:
+        """Sample requests, each with its own seed; every process samples some of them and gets what is shown of all."""
         options = with_images(pipe, self.options)
         seeded = [{**options, "seed": self.seed + number, **own} for number, own in enumerate(requests)]
         together = all(own.keys() == {"prompt"} for own in requests)  # other inputs may differ in shape
 
-        def sample(mine: Sequence[Mapping]) -> list[Image.Image]:
+        def sample(mine: Sequence[Mapping]) -> list[Shown]:
             results = pipe.generate(mine) if together else [pipe.generate([own])[0] for own in mine]
-            return [pipe.media.thumbnail(result) for result in results]
+            return [Shown(pipe.media.thumbnail(result), pipe.media.frames(result)) for result in results]
 
         return share(seeded, sample)
 

@@ -48,6 +48,9 @@ class Container(StoredVideo):
             raise ValueError(f"holds no video that FFmpeg can read, but {found}; leave it out")
         self.is_timed = self.container.format.name not in UNTIMED
 
+    def close(self) -> None:
+        self.container.close()
+
     @property
     def stream(self) -> "av.VideoStream":
         return self.container.streams.video[0]
@@ -103,6 +106,7 @@ class Container(StoredVideo):
     def _unused(self) -> "av.container.InputContainer":
         """The container at its beginning. It is opened again, because not all formats can seek to their beginning."""
         if self.is_used:
+            self.container.close()
             self.container = open_container(self.file)
         self.is_used = True
         return self.container

@@ -3,7 +3,7 @@
 import os
 import re
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from functools import partial
 from pathlib import PurePath
 from urllib.parse import urlsplit
@@ -38,8 +38,8 @@ def open_video(data: str | EmbeddedFile | Sequence[str | EmbeddedFile], located:
         with open_image(read_url(data) if is_url(data) else data) as image:
             yield Animation(image, partial(open_bytes, data))
     else:
-        with open_bytes(data) as file:
-            yield Container(file)
+        with open_bytes(data) as file, closing(Container(file)) as container:
+            yield container
 
 
 def is_folder(data: str | EmbeddedFile) -> bool:

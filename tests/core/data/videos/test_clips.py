@@ -9,11 +9,20 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
 from miniatures.videos import SIZE, numbers, picture, write_animation, write_frames, write_rows, write_video
 from PIL import Image
 
-from diffsynth.core.data import Augmentation, ImageCropAndResize, LoadVideo, SampleAddress, VideoDataset, read_shards
-from diffsynth.core.data.videos import stored
+from diffsynth.core.data import (
+    Augmentation,
+    ImageCropAndResize,
+    LoadVideo,
+    MixedDataset,
+    SampleAddress,
+    VideoDataset,
+    read_shards,
+)
+from diffsynth.core.data.videos import container, stored
 from diffsynth.core.data.videos.durations import durations
 
 FIXED = {"height": 48, "width": 64, "num_frames": 5}
@@ -35,14 +44,26 @@ ENCODINGS = {
 
 
 @pytest.mark.parametrize("suffix", ENCODINGS)
-@pytest.mark.parametrize(("start", "first"), [("first", 0), ("middle", 13)])
+@pytest.mark.parametrize(("start", "first"), [("first", 0), ("middle", 31)])
 def test_a_clip_has_the_frames_from_its_start_on(tmp_path, suffix, start, first):
     rate = 25 if suffix == ".mpg" else 16
-    write_video(tmp_path / f"a{suffix}", rate=rate, **ENCODINGS[suffix])
+    write_video(tmp_path / f"a{suffix}", 66, rate, **ENCODINGS[suffix])
     rows = dataset(write_rows(tmp_path, {"video": f"a{suffix}"}), start=start)
     assert numbers(rows[0]["video"]) == list(range(first, first + 5))
     assert [frame.size for frame in rows[0]["video"]] == [SIZE] * 5
     assert list(rows.rows_in_buckets()) == [(64, 48, 5)]
+
+
+def test_a_frame_that_the_decoder_leaves_out_is_the_one_before(tmp_path, monkeypatch):
+    write_video(tmp_path / "a.mp4")
+    rows = dataset(write_rows(tmp_path, {"video": "a.mp4"}))
+    own = container.Container._decoded_from
+
+    def without_two(self, time):
+        return (found for number, found in enumerate(own(self, time)) if number not in (0, 3))
+
+    monkeypatch.setattr(container.Container, "_decoded_from", without_two)
+    assert numbers(rows[0]["video"]) == [1, 1, 2, 2, 4]  # nothing is before the first
 
 
 @pytest.mark.parametrize("start", ["first", "middle"])
@@ -156,9 +177,16 @@ def test_frames_of_variable_length_are_resampled_by_their_times(tmp_path, suffix
 @pytest.mark.parametrize("name", ["a.gif", "a.webp", "a.png"])
 def test_durations_of_an_animation_are_read_without_decoding_it(tmp_path, name):
     given = [40, 80, 120, 2000, 10]
-    write_animation(tmp_path / name, 5, given)
+    odd = {"icc_profile": b"abc"} if name == "a.webp" else {}  # a chunk of an odd number of bytes
+    write_animation(tmp_path / name, 5, given, **odd)
     with Image.open(tmp_path / name) as image, (tmp_path / name).open("rb") as file:
         assert durations(file, image.format) == given
+
+
+def test_a_frame_of_a_gif_without_a_duration_has_none():
+    image = b"\x2c" + bytes(9) + b"\x02\x01\x00\x00"
+    control = b"\x21\xf9\x04\x00\x05\x00\x00\x00"
+    assert durations(BytesIO(b"GIF89a" + bytes(7) + control + image + image + b"\x3b"), "GIF") == [50, 0]
 
 
 @pytest.mark.parametrize("name", ["a.gif", "a.webp", "a.png", "a.avif"])
@@ -203,6 +231,17 @@ def test_all_videos_of_a_row_give_the_same_frames_cropped_and_mirrored_alike(tmp
         int(np.sign(int(s["video"][0].getpixel((31, 0))[0]) - s["video"][0].getpixel((0, 0))[0])) for s in samples
     }
     assert slopes == {1, -1}
+
+
+def test_four_processes_decode_ahead_on_a_gpu(tmp_path):
+    write_video(tmp_path / "a.mp4")
+    rows = dataset(write_rows(tmp_path, {"video": "a.mp4"}))
+    mixed = MixedDataset({"films": rows})
+    for own in (rows, mixed):
+        own.num_workers = None
+        assert [own.workers_on(torch.device(kind)) for kind in ("cuda", "cpu")] == [4, 0]
+        own.num_workers = 3
+        assert own.workers_on(torch.device("cuda")) == 3
 
 
 # For a cache ----------------------------------------------------------------------------------------------------------
