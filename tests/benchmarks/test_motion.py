@@ -112,6 +112,33 @@ def test_the_data_set_loads_clips_from_the_shard():
     assert benchmark.classify(row["video"]) == told(row)[1]
 
 
+@pytest.mark.parametrize(
+    ("motion", "right", "down", "area"),
+    [
+        ("moves left", -12, 0, 1),
+        ("moves right", 12, 0, 1),
+        ("moves up", 0, -12, 1),
+        ("moves down", 0, 12, 1),
+        ("grows", 0, 0, 2.1),
+        ("shrinks", 0, 0, 0.25),
+        ("bounces", 0, 0, 1),
+    ],
+)
+def test_a_motion_goes_where_its_name_says(motion, right, down, area):
+    first, *_, last = build_motions.clip(Image.new("RGB", (64, 64), "red"), MOTIONS[motion])
+    (start, start_area), (end, end_area) = benchmark.moments(first), benchmark.moments(last)
+    assert end - start == pytest.approx([right, down], abs=1.1)  # at the edge, a part of the square is cut off
+    assert end_area / start_area == pytest.approx(area, rel=0.15)
+
+
+def test_what_turns_turns_clockwise():
+    top = Image.new("RGB", (64, 64), "white")
+    top.paste("red", (24, 0, 40, 16))
+    last = build_motions.clip(top, MOTIONS["turns"])[-1]
+    centroid, _ = benchmark.moments(last)
+    assert centroid == pytest.approx([16.5, 0], abs=0.5)
+
+
 # Classifying ----------------------------------------------------------------------------------------------------------
 
 
