@@ -66,6 +66,7 @@ class UnifiedDataset(TrainingData):
     """
 
     column = "image"  # of files that lie in a folder without a table
+    bucketed_by = "dataset.buckets"  # why rows are sorted by size, for messages
     image_loader = staticmethod(image_loader)
     default_image_operator = staticmethod(default_image_operator)
     default_video_operator = staticmethod(default_video_operator)
@@ -322,7 +323,7 @@ class UnifiedDataset(TrainingData):
         self._check_captions()
         unchecked = len(self.rows) - len(self.scanned)
         if unchecked and self.buckets:
-            raise ValueError(f"dataset.buckets need the size of every row; set dataset.scan_rows={len(self.rows)}.")
+            raise ValueError(f"{self.bucketed_by} need the size of every row; set dataset.scan_rows={len(self.rows)}.")
         faults, sizes = check_rows(self, required)
         if faults and (self.on_error == "raise" or len(faults) == len(self.scanned)):
             raise ValueError(self._describe(faults))

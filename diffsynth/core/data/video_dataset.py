@@ -62,6 +62,7 @@ class VideoDataset(UnifiedDataset):
     """
 
     column = "video"
+    bucketed_by = "several sizes or dataset.num_frames"
     default_workers = VIDEO_WORKERS
 
     def __init__(self, *args: Any, lengths: ClipLengths, start: Start = "first", **options: Any):
@@ -158,6 +159,8 @@ class VideoDataset(UnifiedDataset):
         """Sample `number` with the frame in the middle of its clip as its video."""
         row, key, (*size, count) = self.rows[self._row_number(number)], self.data_file_keys[0], self._size_of(number)
         choice = AugmentationChoice()
+        if key not in row:
+            return Row(row)
         fit = partial(self._fitted, size=tuple(size), choice=choice)
         with errors_named(key, row[key]):
             frames = self.operators[key].load(row[key], self._start_of(row, count, choice) + count // 2, 1, fit)

@@ -18,6 +18,7 @@ from .colours import in_srgb
 # Bytes of one text in a PNG, uncompressed: 1 MiB by default, and workflows of ComfyUI are longer; 16 MiB is a guess.
 # All texts of a file together may have PngImagePlugin.MAX_TEXT_MEMORY, 64 MiB.
 PngImagePlugin.MAX_TEXT_CHUNK = 16 << 20
+HASHED = 1 << 22  # bytes that are hashed at a time, as a video may be larger than the memory; a guess
 
 
 def read_image(file: str | EmbeddedFile, mode: str = "RGB") -> Image.Image:
@@ -112,5 +113,8 @@ def describe_image(image: Image.Image, mode: str) -> list:
 
 def describe_file(file: str | EmbeddedFile, description: list) -> list:
     """The hash of a file's bytes, followed by a description of how they are decoded and resized."""
+    digest = blake2b(digest_size=16)
     with read_url(file) if is_url(file) else open_file(file) as stream:
-        return [blake2b(stream.read(), digest_size=16).hexdigest(), *description]
+        while part := stream.read(HASHED):
+            digest.update(part)
+    return [digest.hexdigest(), *description]

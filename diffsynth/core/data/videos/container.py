@@ -37,9 +37,8 @@ class Container(StoredVideo):
         self.file, self.is_used = file, False
         self.file_size = file.seek(0, 2)  # before FFmpeg reads, which would not notice that the file was moved
         self.container = open_container(file)
-        self.reformatter = (
-            pyav().video.reformatter.VideoReformatter()
-        )  # a frame's own one is set up anew for each frame
+        # One for all frames: a frame's own one would be set up anew for each.
+        self.reformatter = pyav().video.reformatter.VideoReformatter()
         streams = self.container.streams
         if not any(stream.width for stream in streams.video[:1]):
             found = ", ".join(sorted({stream.type for stream in streams}))
@@ -69,7 +68,10 @@ class Container(StoredVideo):
         return self._indexed() or self._demuxed()
 
     def _indexed(self) -> FrameTimes | None:
-        """The times by the index of an MP4; None if it has none, or frames differ in length."""
+        """The times by the index of an MP4; None if it has none, or frames differ in length.
+
+        The index has decoding times. If they are evenly spaced, the times of showing are taken to be so too.
+        """
         entries = list(getattr(self.stream, "index_entries", ()))  # older versions of PyAV read every packet
         is_complete = len(entries) == self.stream.frames > 1 and "mp4" in self.container.format.name
         if not is_complete or any(entry.is_discard for entry in entries):

@@ -55,8 +55,11 @@ class LoadClip(Operator):
         """
         with open_video(data, self.located) as video:
             if start + count > (available := video.count(self.frame_rate)):
-                raise ValueError(f"has {available} frames, expected {start + count}")
-            shown = [[fit(image)] * times for _, times, image in video.frames(self.frame_rate, start, count)]
+                raise ValueError(
+                    f"has {available} frames, expected {start + count}; take a longer video, or set a smaller "
+                    "dataset.num_frames"
+                )
+            shown = [[fit(image)] * times for image, times in video.frames(self.frame_rate, start, count)]
         return [frame for frames in shown for frame in frames]
 
     def unread(self, data: Video) -> Unread:

@@ -1,6 +1,7 @@
 """Videos as they are stored: the times of their frames without decoding, and some of their frames, upright, in RGB."""
 
 import struct
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from fractions import Fraction
@@ -33,8 +34,8 @@ class StoredVideo:
         """Number of frames at `rate` per second; None takes frames as they are stored."""
         return self.stored if rate is None or self.times is None else self.times.ticks(rate)
 
-    def frames(self, rate: float | None, first: int, count: int) -> Iterator[tuple[int, int, Image.Image]]:
-        """Frames `first` to `first + count - 1` at `rate`: number, how often it is shown in a row, and image.
+    def frames(self, rate: float | None, first: int, count: int) -> Iterator[tuple[Image.Image, int]]:
+        """The images of frames `first` to `first + count - 1` at `rate`, and for how many frames each is shown.
 
         Raises:
             ValueError: They cannot be decoded.
@@ -42,9 +43,8 @@ class StoredVideo:
         numbers = list(range(first, first + count))
         if rate is not None and self.times is not None:
             numbers = self.times.at(rate, first, count)
-        distinct = list(dict.fromkeys(numbers))
-        for number, image in zip(distinct, self.read(distinct), strict=True):
-            yield number, numbers.count(number), image
+        shown = Counter(numbers)
+        return zip(self.read([*shown]), shown.values(), strict=True)
 
     def read(self, numbers: Sequence[int]) -> Iterator[Image.Image]:
         """The stored frames of these ascending numbers."""

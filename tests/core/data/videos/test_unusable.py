@@ -114,6 +114,13 @@ def test_wrong_options_are_refused_with_those_that_fit(tmp_path, options, messag
         VideoDataset.from_folder(str(tmp_path), **FIXED | options)
 
 
+def test_buckets_need_every_row_and_one_shape_does_not(tmp_path):
+    rows = [{"video": write_video(tmp_path / f"{number}.mp4").name} for number in range(3)]
+    with pytest.raises(ValueError, match="several sizes or dataset.num_frames need .* set dataset.scan_rows=3"):
+        scanned(tmp_path, *rows, num_frames=[1, 5], scan_rows=2)
+    assert scanned(tmp_path, *rows, scan_rows=2).size == 3
+
+
 def test_a_video_whose_frames_end_early_is_named_while_training(tmp_path):
     write_video(tmp_path / "a.mkv", 40)
     rows = scanned(tmp_path, {"video": "a.mkv"}, num_frames=37)
