@@ -4,7 +4,8 @@
 `PipelineTrainingModule` is the one that the configuration builds.
 """
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -242,15 +243,41 @@ class PipelineTrainingModule(DiffusionTrainingModule):
         inputs = {**shared, **posi}
         if self.roles is not None:
             inputs |= {"roles": self.roles, "negative": nega, "progress": progress}
-        return self.task(self.pipe, rng=rng, **inputs)
+        with self._turn(progress):
+            return self.task(self.pipe, rng=rng, **inputs)
+
+    @contextmanager
+    def _turn(self, progress: TrainProgress | None) -> Iterator[None]:
+        """Inside, the noise levels are those of the network that this step trains; all of them in an evaluation."""
+        scheduler = self.pipe.scheduler
+        before = scheduler.trained
+        if self.taking_turns and progress is not None:
+            scheduler.trained = self.pipe.trained_levels([self.pipe.turn(self.trained_roots, progress.step, self.seed)])
+        try:
+            yield
+        finally:
+            scheduler.trained = before
 
     def trained_parts(self) -> dict[str, dict[str, nn.Parameter]]:
         """Trainable parameters by part and name: the model's (in a distillation the student's), then other roles'."""
         parts = super().trained_parts()
-        return self.roles.partition(parts[MODEL]) if self.roles else parts
+        if self.roles:
+            return self.roles.partition(parts[MODEL])
+        first, *others = self.taking_turns or (MODEL,)
+        others = {name: {n: p for n, p in parts[MODEL].items() if n.startswith(f"pipe.{name}.")} for name in others}
+        taken = {n for own in others.values() for n in own}
+        return {MODEL: {n: p for n, p in parts[MODEL].items() if n not in taken}, **others}
 
     def trained_at(self, step: int) -> Sequence[str]:
-        return self.task.trained_at(step)
+        if not self.taking_turns:
+            return self.task.trained_at(step)
+        name = self.pipe.turn(self.trained_roots, step, self.seed)
+        return (MODEL if name == self.taking_turns[0] else name,)
+
+    @property
+    def taking_turns(self) -> Sequence[str]:
+        """Networks of which each optimizer step trains one, such as two experts; () if a step trains all."""
+        return self.pipe.taking_turns(self.trained_roots)
 
     def remembers(self, index: int, variant: str | None) -> bool:
         return (index, variant) in self.remembered

@@ -300,6 +300,14 @@ class PipelineNetworks(nn.Module):
         """The noise levels that a training of the models `trained` learns; see `FlowMatchScheduler.trained`."""
         return ALL_LEVELS
 
+    def taking_turns(self, trained: Collection[str]) -> Sequence[str]:
+        """Those of the models `trained` of which each optimizer step trains one; () if a step trains all of them."""
+        return ()
+
+    def turn(self, trained: Collection[str], step: int, seed: int) -> str:
+        """The model that optimizer step `step` (from 0) trains, where models take turns; a function of the seed."""
+        raise NotImplementedError(f"The models of {type(self).__name__} do not take turns.")
+
     def require(self, users: Mapping[str, str]) -> None:
         """Refuse a pipeline that was built without a model that is needed.
 
