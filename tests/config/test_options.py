@@ -188,7 +188,7 @@ def test_a_model_brings_data_that_it_can_be_trained_on(model):
     assert own and cfg.dataset.path.startswith("data/emoji" if model.startswith("emoji") else "data/diffsynth_example")
     of_files = [column for column in cfg.task.extra_inputs if column not in VideoMedia.derived]
     assert of_files == list(cfg.dataset.data_file_keys[1:])
-    read_images = ("edit", "kontext", "fill", "controlnet", "layered")
+    read_images = ("edit", "kontext", "fill", "controlnet", "layered", "vace")
     assert bool(of_files) == any(kind in model for kind in read_images)
     assert cfg.validation.datasets.trained.path == cfg.dataset.path
     assert tiny.compose("make_cache", f"model={model}").dataset == cfg.dataset

@@ -5,8 +5,9 @@ from inspect import signature
 
 import pytest
 import test_family_contract as contract
+import tiny
 import torch
-from families import SIZES, Family
+from families import SIZES, Family, clips
 from miniatures import wan, wan_image
 from PIL import Image
 from safetensors.torch import load_file, save_file
@@ -43,6 +44,7 @@ CONTROL, MASKED_CONTROL = (
     family(f"fun_{channels}", partial(wan_image.fun_control, channels), WanFunControlPipeline) for channels in (48, 52)
 )
 VIDEO = [image(number, (48, 32)) for number in range(5)]
+SIZE_OF_CLIPS = ["dataset.metadata=null", "dataset.height=32", "dataset.width=32", "dataset.num_frames=5"]
 REQUEST = GUIDED | {"height": 32, "width": 48, "input_image": VIDEO[0]}
 BOTH = REQUEST | {"end_image": VIDEO[4]}
 
@@ -170,6 +172,19 @@ def test_frames_are_the_videos_unless_the_row_has_others():
 
     assert torch.equal(loss(), loss(input_image=VIDEO[0], end_image=VIDEO[4]))
     assert (loss() - loss(end_image=VIDEO[0])).abs() > 1e-5
+
+
+@pytest.mark.slow
+def test_a_run_on_the_frames_of_clips_equals_one_on_their_cache(tmp_path):
+    data = ["dataset=video_folder", f"dataset.path={clips()}", *SIZE_OF_CLIPS]
+    evaluated = ["validation=trained", "validation.options.num_inference_steps=1"]
+    plain = tiny.train(tmp_path / "plain", *FLF2V.overrides, *data, *evaluated)
+    assert len(list((plain / "samples").glob("*step-*.png"))) == 2
+    tiny.make_cache(tmp_path / "cache", *FLF2V.overrides, *data)
+    cache = ["dataset=cache", f"dataset.path={tmp_path / 'cache'}", "dataset.height=null", "dataset.width=null"]
+    cached = tiny.train(tmp_path / "cached", *FLF2V.overrides, *cache)
+    before, after = ([line["loss"] for line in tiny.metrics(run) if "loss" in line] for run in (plain, cached))
+    assert len(before) == 2 and before == pytest.approx(after, rel=1e-5)
 
 
 @pytest.mark.slow
