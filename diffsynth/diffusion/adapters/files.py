@@ -75,7 +75,7 @@ def read(path: str | Path, names: LayerNames, network: nn.Module) -> dict[str, T
             raise ValueError(f"{file}: {key!r} has dtype {tensor.dtype}, expected {expected}; save it as one.")
         if not _is_finite(tensor):
             raise ValueError(f"{file}: {key!r} has values that are NaN or infinite; take an earlier export.")
-    stated = stated_scale(file, names.prefix)
+    stated = stated_scale(file, names.read_as(tensors))
     found = peft_names(tensors, names, network, str(file), stated)
     check_layers(network, found, file, tensors)
     for layer, parts in by_layer(found).items():
@@ -266,9 +266,9 @@ def export(
     """
     own = get_peft_model_state_dict(module, adapter_name=adapter, save_embedding_layers=False)
     config = module.peft_config[adapter]
-    check_holds(format, config, names.prefix)
+    check_holds(format, config, names.written)
     tensors = FORMATS[format](own, config, names)
-    entries = {f"{names.prefix}.{k}": _plain(v) for k, v in config.to_dict().items() if v is not None}
+    entries = {f"{names.written}.{k}": _plain(v) for k, v in config.to_dict().items() if v is not None}
     return tensors, entries if format == "diffusers" else {}
 
 
