@@ -1,6 +1,7 @@
-"""Wan's miniatures under the names that Wan's own code has: each table turns diffusers' and transformers' names back."""
+"""Wan's miniatures under the names of Wan's own code: each table turns diffusers' and transformers' names back."""
 
 import re
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -144,3 +145,17 @@ def written(state: Mapping[str, Tensor], file: Path) -> Path:
 def state_in(folder: Path) -> State:
     """The tensors of a network's folder."""
     return {name: tensor for file in sorted(folder.glob("*.safetensors")) for name, tensor in load_file(file).items()}
+
+
+def repository(diffusers: Path, root: Path) -> Path:
+    """A model's repository as Wan's authors lay it out, of the weights of one in diffusers' layout.
+
+    Its config.json names a class of their own code. Pickles stand as safetensors files, as converted repositories have
+    them.
+    """
+    written(transformer(state_in(diffusers / "transformer")), root / "diffusion_pytorch_model.safetensors")
+    written(umt5(state_in(diffusers / "text_encoder")), root / "models_t5_umt5-xxl-enc-bf16.safetensors")
+    written(vae_21(state_in(diffusers / "vae")), root / "Wan2.1_VAE.safetensors")
+    (root / "config.json").write_text('{"_class_name": "WanModel", "dim": 64}', encoding="utf-8")
+    shutil.copytree(diffusers / "tokenizer", root / "google" / "umt5-xxl", dirs_exist_ok=True)
+    return root

@@ -9,8 +9,8 @@ import torch
 from PIL import Image
 
 from ...core.data.operators.picture_files import read_image
-from ...core.data.videos.open_video import open_video
 from ...core.data.sources.metadata import open_text
+from ...core.data.videos.open_video import open_video
 from ...core.pictures import GRID_COLUMNS, beside, row, save_png, stack
 from .remembered import Inputs, to_device
 from .request import image_arguments, video_arguments
