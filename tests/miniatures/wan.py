@@ -73,11 +73,18 @@ class GivenSigmas(FlowMatchEulerDiscreteScheduler):
 
 
 def sampled_by_diffusers(
-    requests: list[Mapping], noise: Tensor, kind: type = WanPipeline, folder: Path | None = None, **own
+    requests: list[Mapping],
+    noise: Tensor,
+    kind: type = WanPipeline,
+    folder: Path | None = None,
+    lora: Path | None = None,
+    **own,
 ) -> Tensor:
     """The latents (B, C, T, h, w) that a pipeline of diffusers samples for some requests."""
     first = requests[0]
     pipe = loaded(kind, folder or text_to_video())
+    if lora is not None:
+        pipe.load_lora_weights(str(lora))
     pipe.scheduler = GivenSigmas.from_config(pipe.scheduler.config)
     return pipe(
         prompt=[request["prompt"] for request in requests],

@@ -81,7 +81,7 @@ def is_transformers(module: nn.Module) -> bool:
 
 
 def shares(tensor: Tensor, count: int) -> tuple[Tensor, ...]:
-    """The equal shares of a tensor's rows."""
+    """The equal shares (N / count, …) of the rows of a tensor (N, …)."""
     return (tensor,) if count == 1 else tensor.chunk(count)
 
 

@@ -18,7 +18,6 @@ from ...core.loader import (
     fingerprint,
     fingerprint_folder,
     load_weights,
-    read_metadata,
     to_released_keys,
     use_layouts,
 )
@@ -460,10 +459,10 @@ class PipelineNetworks(nn.Module):
         return self._stated(path) or [*bare, *adapted] or [main]
 
     def _stated(self, path: str | Path) -> list[str]:
-        """Names of the networks that share the names of another one, and that a file of this project states."""
+        """The network that shares the names of another one, and that a file of this project states."""
         sharing = [name for name in self.networks() if self.layer_names(name).shared is not None]
-        about = read_metadata(lora_files.find_file(path), sampling_settings.METADATA_KEY) if sharing else None
-        return [name for name in sharing if name in (about or {})]
+        stated = lora_files.stated_network(path) if sharing else None
+        return [name for name in sharing if self.lora_prefixes[name] == stated]
 
 
 def _config_file(config: str | Mapping | None, files: Sequence[Path]) -> dict[str, InputFile]:
