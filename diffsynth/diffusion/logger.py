@@ -87,7 +87,7 @@ class ModelLogger:
                 f"export.formats is {list(self.formats)}, which are formats of adapters, but this run trains models in "
                 "full (lora=none); leave export.formats out."
             )
-        prefixes = {name: network.lora.prefix for name, network in pipeline.networks().items() if network.lora}
+        prefixes = {name: network.lora.written for name, network in pipeline.networks().items() if network.lora}
         for model in lora.models if lora else ():
             for format in self.formats:
                 check_holds(format, lora.peft_config([]), prefixes.get(model, model))

@@ -116,16 +116,17 @@ class DiffusionTrainingModule(nn.Module):
         Args:
             format: Format of the adapters, a key of `adapters.formats.FORMATS`.
         """
-        files, adapters, configs = {}, {}, {}
+        files, adapters, configs, networks = {}, {}, {}, []
         for name, model in self.pipe.named_children():
             trainable = {key for key, parameter in model.named_parameters() if parameter.requires_grad}
             if hasattr(model, "peft_config"):
-                tensors, config = lora_files.export(model, self.pipe.layer_names(name), format)
+                networks.append(self.pipe.layer_names(name))
+                tensors, config = lora_files.export(model, networks[-1], format)
                 adapters, configs = {**adapters, **tensors}, {**configs, **config}
             elif trainable:
                 files[name] = (self.pipe.released_weights(name, [*trainable, *_saved_buffers(model)]), {})
         if adapters:
-            files["lora"] = (adapters, lora_files.metadata(configs))
+            files["lora"] = (adapters, lora_files.metadata(configs, networks))
         return files
 
     def describe_adapters(self) -> dict[str, dict]:

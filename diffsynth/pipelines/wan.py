@@ -35,6 +35,7 @@ from ..diffusion.pipeline.video_units import (
 )
 from ..diffusion.prompts.embedder import PromptEmbedder, check_text_width
 from .autoencoders.wan import WanVAE
+from .layouts.wan import LORA_NAMES, TRANSFORMER_LAYOUT, UMT5_LAYOUT, VAE_LAYOUT
 
 __all__ = ["ModelConfig", "Wan22TI2VPipeline", "WanPipeline"]
 
@@ -146,9 +147,9 @@ class WanPipeline(BasePipeline):
 
     request = WanRequest
     components = {
-        "dit": Network("WanTransformer3DModel", lora="transformer"),
-        "text_encoder": Network("UMT5EncoderModel", lora="text_encoder"),
-        "vae": Network(WanVAE),
+        "dit": Network("WanTransformer3DModel", lora=LORA_NAMES, layouts=[TRANSFORMER_LAYOUT]),
+        "text_encoder": Network("UMT5EncoderModel", lora="text_encoder", layouts=[UMT5_LAYOUT]),
+        "vae": Network(WanVAE, layouts=[VAE_LAYOUT]),
         "tokenizer": Folder("AutoTokenizer", needed_by="text_encoder"),
     }
     latents = Latents(channels=16, factor=8, patch=2, time_factor=4)

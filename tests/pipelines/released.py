@@ -16,8 +16,8 @@ from diffsynth.diffusion.adapters.lora import LoRA
 from diffsynth.diffusion.base_pipeline import BasePipeline
 from diffsynth.diffusion.flow_match import FlowMatchScheduler
 from diffsynth.diffusion.loss import FlowMatchSFT
+from diffsynth.diffusion.pipeline.architectures import architectures
 from diffsynth.diffusion.randomness import SampleRNG
-from diffsynth.plan.meta_pipeline import architectures
 
 LEVELS = [0, 1, 250, 500, 750, 998, 999]
 RANK, ALPHA = 2, 6.0

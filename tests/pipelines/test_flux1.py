@@ -17,10 +17,10 @@ from diffsynth.core.data import Row, SampleAddress
 from diffsynth.core.loader import ModelConfig
 from diffsynth.diffusion.flow_match import FlowMatchScheduler, interpolate
 from diffsynth.diffusion.loss import FlowMatchSFT
+from diffsynth.diffusion.pipeline.architectures import architectures
 from diffsynth.diffusion.randomness import SampleRNG
 from diffsynth.pipelines.flux1_image import Flux1ImagePipeline, Flux1Unit_EditImageEmbedder
 from diffsynth.pipelines.flux1_network import flux1_sigmas
-from diffsynth.plan.meta_pipeline import architectures
 
 DEV, CHROMA = (next(f for f in FAMILIES if f.name == name) for name in ("flux1_dev", "chroma"))
 

@@ -17,9 +17,9 @@ from diffsynth.core.loader import ModelConfig, build_module, save_safetensors
 from diffsynth.diffusion.adapters import files
 from diffsynth.diffusion.adapters.lora import LoRA
 from diffsynth.diffusion.loss import FlowMatchSFT
+from diffsynth.diffusion.pipeline.architectures import architectures
 from diffsynth.diffusion.randomness import SampleRNG
 from diffsynth.pipelines.qwen_image_21 import QwenImage21Pipeline, QwenImage21Transformer
-from diffsynth.plan.meta_pipeline import architectures
 from diffsynth.training.checks import check_sides, scan
 
 PLAIN, EDIT = (next(f for f in FAMILIES if f.name == name) for name in ("qwen_image_21", "qwen_image_21_edit"))

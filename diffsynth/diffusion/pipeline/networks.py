@@ -19,12 +19,14 @@ from ...core.loader import (
     fingerprint_folder,
     load_weights,
     to_released_keys,
+    use_layouts,
 )
 from ...core.ranges import BatchSize, LearningRate, Pixels, PositiveInt, Side
 from ..adapters import files as lora_files
 from ..adapters.names import LayerNames
 from ..flow_match import ALL_LEVELS
 from . import sampling_settings
+from .architectures import config_of
 from .components import Folder, Network
 from .units import PipelineUnit
 
@@ -89,7 +91,7 @@ class PipelineNetworks(nn.Module):
         self.device, self.torch_dtype = torch.device(device), torch_dtype
         self.training_defaults = TrainingDefaults()
         self._files: dict[str, list[Path] | None] = {}  # weights of each built network
-        self._configs: dict[str, str | None] = {}  # configs of weights that lie without a config.json
+        self._configs: dict[str, str | Mapping | None] = {}  # configs of weights that lie without a config.json
         self.folders: dict[str, Path] = {}  # of tokenizers and processors, by attribute
         self._fingerprints: dict[str, str] = {}
         self.sampling_settings: dict[str | None, Mapping[str, Any]] = {}  # by adapter file; None is the model itself
@@ -176,25 +178,35 @@ class PipelineNetworks(nn.Module):
                 architecture.
         """
         subclasses = {kind: cls for network in self.networks().values() for kind, cls in network.subclasses.items()}
-        named = model_configs.items() if isinstance(model_configs, Mapping) else [(None, own) for own in model_configs]
+        is_named = isinstance(model_configs, Mapping)
+        named = list(model_configs.items() if is_named else ((None, own) for own in model_configs))
         for wanted, model_config in named:
             files = model_config.resolve()
-            module = build_module(files, model_config.config, subclasses)
+            config = self._config(wanted, model_config, files, [own for _, own in named])
+            module = build_module(files, config, subclasses)
+            name = self._attribute(module, files, wanted)
+            use_layouts(module, self.networks()[name].layouts)
             if files is not None:  # a pipeline that stays on the meta device has none
                 check_weights(module, files)
-            name = self._attribute(module, files, wanted)
             if name in self._files:
                 raise ValueError(
                     f"{files[0]} is a {type(module).__name__}, as {self._files[name][0]} already is; leave out one."
                 )
             setattr(self, name, module)
-            self._files[name], self._configs[name] = files, model_config.config
+            self._files[name], self._configs[name] = files, config
             if name in self.in_iteration_models:
                 self.use_sampling_settings(sampling_settings.of_model(module, files or ()))
             if (after := self.networks()[name].after) is not None:
                 after(module)
         self.in_iteration_models = tuple(filter(self._is_expected, type(self).in_iteration_models))
         self.check_networks()
+
+    def _config(
+        self, wanted: str | None, part: ModelConfig, files: list[Path] | None, parts: Iterable[ModelConfig]
+    ) -> str | Mapping[str, Any] | None:
+        """The config.json of a network that is named, or else of any of them; see `config_of`."""
+        names = {name: (network, self.lora_prefixes[name]) for name, network in self.networks().items()}
+        return config_of({wanted: names[wanted]} if wanted in names else names, part, files, parts)
 
     def _is_expected(self, name: str) -> bool:
         return getattr(self, name) is not None or not self.networks()[name].is_optional
@@ -370,9 +382,7 @@ class PipelineNetworks(nn.Module):
         """The files of each network, tokenizer and processor, by its name and then by their names."""
         networks = {}
         for name, files in self._files.items():
-            config = Path(self._configs[name] or files[0].parent)
-            config_file = config / "config.json" if config.is_dir() else config
-            networks[name] = {"config.json": InputFile(str(config_file)), **beside(files[0], files)}
+            networks[name] = {**_config_file(self._configs[name], files), **beside(files[0], files)}
         return networks | {name: all_in(folder) for name, folder in self.folders.items()}
 
     def weight_files(self, name: str) -> list[Path]:
@@ -456,7 +466,21 @@ class PipelineNetworks(nn.Module):
         named, main = lora_files.prefixes(path, self.lora_prefixes.values()), self.in_iteration_models[0]
         adapted = [name for name, prefix in self.lora_prefixes.items() if prefix in named]
         bare = [main] if None in named and main not in adapted else []
-        return [*bare, *adapted] or [main]
+        return self._stated(path) or [*bare, *adapted] or [main]
+
+    def _stated(self, path: str | Path) -> list[str]:
+        """The network that shares the names of another one, and that a file of this project states."""
+        sharing = [name for name in self.networks() if self.layer_names(name).shared is not None]
+        stated = lora_files.stated_network(path) if sharing else None
+        return [name for name in sharing if self.lora_prefixes[name] == stated]
+
+
+def _config_file(config: str | Mapping | None, files: Sequence[Path]) -> dict[str, InputFile]:
+    """The file of a configuration, unless it is one of this package."""
+    if isinstance(config, Mapping):
+        return {}
+    place = Path(config or files[0].parent)
+    return {"config.json": InputFile(str(place / "config.json" if place.is_dir() else place))}
 
 
 def _layer_names(name: str, network: Network | None) -> LayerNames:
