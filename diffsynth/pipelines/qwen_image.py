@@ -21,7 +21,7 @@ from ..core.loader import ModelConfig
 from ..core.ranges import NonNegativeFloat, Pixels, Side
 from ..diffusion.adapters.names import LayerNames
 from ..diffusion.base_pipeline import BasePipeline
-from ..diffusion.controlnet.inputs import ControlRequest
+from ..diffusion.controlnet.inputs import InpaintControlEmbedder, InpaintControlRequest
 from ..diffusion.controlnet.several import PLACES, built, check_controlnets, places
 from ..diffusion.flow_match import exponential_shift, stretch_to_terminal
 from ..diffusion.pipeline import image_units
@@ -39,7 +39,6 @@ from .autoencoders.qwen_image import QwenImageVAE
 from .controlnets.qwen_image import (
     CONTROL_START,
     QwenImageControlNet,
-    QwenImageUnit_ControlEmbedder,
     block_samples,
     check_controlnet,
     control_inputs,
@@ -326,7 +325,7 @@ def check_templates(pipe: "QwenImagePipeline") -> None:
 
 
 @dataclass(kw_only=True)
-class QwenImageRequest(EditRequest, TemplateRequest, ControlRequest, EntityRequest):
+class QwenImageRequest(EditRequest, TemplateRequest, InpaintControlRequest, EntityRequest):
     """Sample one image with Qwen-Image.
 
     Args:
@@ -375,7 +374,7 @@ class QwenImagePipeline(BasePipeline):
         QwenImageUnit_InputImageEmbedder,
         QwenImageUnit_Inpaint,
         QwenImageUnit_LossMask,
-        QwenImageUnit_ControlEmbedder,
+        InpaintControlEmbedder,
         QwenImageUnit_ContextImageEmbedder,
         QwenImageUnit_PromptEmbedder,
         QwenImageUnit_EntityEmbedder,

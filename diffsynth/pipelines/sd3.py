@@ -21,7 +21,7 @@ from ..core.loader import ModelConfig
 from ..core.ranges import NonNegativeFloat, SamplingSteps, Tokens
 from ..diffusion.adapters.names import LayerNames
 from ..diffusion.base_pipeline import BasePipeline
-from ..diffusion.controlnet.inputs import ControlRequest
+from ..diffusion.controlnet.inputs import InpaintControlEmbedder, InpaintControlRequest
 from ..diffusion.controlnet.several import PLACES, built, check_controlnets, places
 from ..diffusion.flow_match import TRAINING_STEPS, time_shift
 from ..diffusion.pipeline.components import Folder, Network
@@ -32,7 +32,6 @@ from .autoencoders.kl import NormalisedAutoencoderKL
 from .controlnets.sd3 import (
     CONTROL_START,
     SD3ControlNet,
-    SD3Unit_ControlEmbedder,
     block_samples,
     check_controlnet,
     control_inputs,
@@ -151,7 +150,7 @@ class SD3Unit_PromptEmbedder(PipelineUnit):
 
 
 @dataclass(kw_only=True)
-class SD3Request(ControlRequest):
+class SD3Request(InpaintControlRequest):
     """Sample one image with Stable Diffusion 3.5.
 
     Args:
@@ -189,7 +188,7 @@ class SD3Pipeline(BasePipeline):
         InputImageEmbedder,
         Inpaint,
         LossMask,
-        SD3Unit_ControlEmbedder,
+        InpaintControlEmbedder,
         SD3Unit_PromptEmbedder,
     )
     text_width, pooled_width = 4096, 2048  # D and P of the released transformers; `check_networks` reads those of `dit`

@@ -20,7 +20,6 @@ from ..core.loader import ModelConfig
 from ..core.ranges import NonNegativeFloat, SamplingSteps, Tokens
 from ..diffusion.adapters.names import LayerNames
 from ..diffusion.base_pipeline import BasePipeline
-from ..diffusion.controlnet.inputs import ControlRequest
 from ..diffusion.controlnet.several import PLACES, built, check_controlnets, places
 from ..diffusion.flow_match import time_shift
 from ..diffusion.pipeline.components import Folder, Network
@@ -42,6 +41,7 @@ from .autoencoders.kl import NormalisedAutoencoderKL
 from .controlnets.z_image import (
     CONTROL_START,
     ZImageControlNet,
+    ZImageControlRequest,
     ZImageUnit_ControlEmbedder,
     block_samples,
     check_controlnet,
@@ -186,7 +186,7 @@ class ZImageUnit_EditImageFeatures(PipelineUnit):
 
 
 @dataclass(kw_only=True)
-class ZImageRequest(EditRequest, ControlRequest):
+class ZImageRequest(EditRequest, ZImageControlRequest):
     """Sample one image with Z-Image; only Omni reads `edit_image`.
 
     Args:

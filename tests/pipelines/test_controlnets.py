@@ -293,6 +293,7 @@ def test_images_that_a_controlnet_cannot_read_are_named(change, message):
     "change, message",
     [
         ({"controlnet_inpaint_mask": None}, "controlnet_inpaint_image is given without controlnet_inpaint_mask"),
+        ({"controlnet_inpaint_image": None}, "controlnet_inpaint_mask is given without controlnet_inpaint_image"),
         ({"controlnet_image": None}, "controlnet_inpaint_mask is given without controlnet_image"),
         ({"controlnet_inpaint_mask": mask((64, 64))}, "is 64 x 64 pixels, but controlnet_inpaint_image is 32 x 48"),
     ],
@@ -314,13 +315,29 @@ def test_a_controlnet_of_another_base_is_refused_before_weights_are_read():
         pipeline(base=z_image.omni())
 
 
+@pytest.mark.parametrize(
+    "name, known",
+    [
+        ("z_image", {"controlnet_inpaint_image", "controlnet_inpaint_mask"}),
+        ("qwen_image", {"controlnet_inpaint_mask"}),
+        ("sd3", {"controlnet_inpaint_mask"}),
+        ("flux1", set()),
+    ],
+)
+def test_a_family_takes_only_those_images_to_inpaint_that_its_controlnets_read(name, known):
+    pipe = BASES[name][0]()
+    pipe.complete(REQUEST | CONTROL | {name: own for name, own in INPAINT.items() if name in known})
+    for argument in INPAINT.keys() - known:
+        with pytest.raises(ValueError, match=f"has no argument '{argument}'; did you mean"):
+            pipe.complete(REQUEST | CONTROL | {argument: INPAINT[argument]})
+
+
 MISFITS = {
     "controlnet_image holds 1 images for 2 ControlNets; give one for each": (2, CONTROL),
     "controlnet_mode is None, but this ControlNet reads 3 kinds of images": (1, CONTROL),
     "controlnet_mode is 3, but this .* set it to the number .*, 0 to 2": (1, CONTROL | {"controlnet_mode": 3}),
     "controlnet_mode has 1 numbers for 2 controlnet_image": (1, TWO_IMAGES | {"controlnet_mode": [0]}),
     "controlnet_mode is 1, but this ControlNet reads one kind of images; leave": (0, CONTROL | {"controlnet_mode": 1}),
-    "controlnet_inpaint_mask is given, but this ControlNet reads 16": (0, CONTROL | INPAINT),
 }
 
 

@@ -10,8 +10,7 @@ from diffusers import QwenImageControlNetModel, QwenImageTransformer2DModel
 from torch import Tensor
 
 from ...core.gradient import checkpoint_blocks
-from ...diffusion.base_pipeline import BasePipeline
-from ...diffusion.controlnet.inputs import ControlEmbedder, ControlInputs, Encode, blackened, check_sizes
+from ...diffusion.controlnet.inputs import ControlInputs, check_sizes
 from ...diffusion.controlnet.several import outputs_of, summed
 from ...diffusion.controlnet.start import ControlStart
 
@@ -54,21 +53,6 @@ def block_samples(
         return controlnet(**inputs, **image, return_dict=False)
 
     return summed(outputs_of(outputs, controlnets, control_tokens, scale), len(dit.transformer_blocks))
-
-
-class QwenImageUnit_ControlEmbedder(ControlEmbedder):
-    def control(
-        self,
-        pipe: BasePipeline,
-        encode: Encode,
-        inputs: ControlInputs,
-        image: Tensor,
-        kept: Tensor | None,
-        mask: Tensor | None,
-    ) -> Tensor:
-        if inputs.channels == pipe.latents.channels:
-            return encode(image)
-        return blackened(encode, image, mask)
 
 
 def control_inputs(controlnet: QwenImageControlNet) -> ControlInputs:

@@ -12,8 +12,7 @@ from diffusers import SD3ControlNetModel, SD3Transformer2DModel
 from torch import Tensor
 
 from ...core.gradient import checkpoint_blocks
-from ...diffusion.base_pipeline import BasePipeline
-from ...diffusion.controlnet.inputs import ControlEmbedder, ControlInputs, Encode, blackened, check_sizes
+from ...diffusion.controlnet.inputs import ControlInputs, check_sizes
 from ...diffusion.controlnet.several import outputs_of, summed
 from ...diffusion.controlnet.start import ControlStart
 
@@ -71,25 +70,6 @@ def block_samples(
 
     found = outputs_of(outputs, controlnets, control_latents, scale)
     return summed(found, len(dit.transformer_blocks), rounds_up=False)
-
-
-class SD3Unit_ControlEmbedder(ControlEmbedder):
-    """Encodes the images of a ControlNet; some read latents of which the autoencoder's shift is not subtracted."""
-
-    def control(
-        self,
-        pipe: BasePipeline,
-        encode: Encode,
-        inputs: ControlInputs,
-        image: Tensor,
-        kept: Tensor | None,
-        mask: Tensor | None,
-    ) -> Tensor:
-        if inputs.channels == pipe.latents.channels:
-            latents = encode(image)
-            mean, std = pipe.vae.statistics(latents)
-            return latents if inputs.is_shifted else latents + mean / std
-        return blackened(encode, image, mask)
 
 
 def control_inputs(controlnet: SD3ControlNet) -> ControlInputs:
