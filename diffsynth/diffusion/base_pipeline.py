@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 from ..core.data import collate, generator
 from ..core.loader import ModelConfig
+from .controlnet.family import CONTROLNET_SLOTS, ControlFamily, check_controlnets, controlnets_of, places_of
 from .controlnet.inputs import ControlInputs, scale_at
 from .flow_match import FlowMatchScheduler
 from .pipeline import declaration, sampling_settings
@@ -42,6 +43,7 @@ class BasePipeline(PipelineNetworks):
         unit_classes: The units, in the order in which they run.
         model_settings: Fields of the request whose defaults differ between the models of the family, besides those that
             differ in every family (`declaration.SHARED_SETTINGS`).
+        control_family: What the family says of its ControlNets; None if it has none.
     """
 
     request: ClassVar[type[ImageRequest]]
@@ -56,12 +58,13 @@ class BasePipeline(PipelineNetworks):
     # Arguments that weights may be trained for; see `PipelineNetworks.use_sampling_settings`.
     sampling_arguments: ClassVar[Sequence[str]] = ("num_inference_steps", "cfg_scale", "sigmas", "sampler")
     decoding_models: ClassVar[Sequence[str]] = ("vae",)  # models that `decode` calls
+    control_family: ClassVar[ControlFamily | None] = None
     control_inputs: Sequence[ControlInputs] = ()  # what each of the pipeline's ControlNets reads
 
     def __init_subclass__(cls, abstract: bool = False, **kwargs):
         super().__init_subclass__(**kwargs)
         if not abstract:
-            declaration.complete(cls)
+            declaration.complete(cls, places_of(cls.control_family))
 
     def __init__(self, device: str | torch.device = "cpu", torch_dtype: torch.dtype = torch.bfloat16):
         super().__init__(device, torch_dtype)
@@ -217,9 +220,17 @@ class BasePipeline(PipelineNetworks):
         for _, latents in zip(self.progress_bar(self.scheduler.timesteps), points, strict=True):
             yield latents
 
+    @classmethod
+    def model_fn_inputs(cls) -> set[str]:
+        """Names of the inputs that `model_fn` reads: its parameters without the networks."""
+        return inspect.signature(cls.model_fn).parameters.keys() - {*cls.networks(), "controlnets"}
+
     def predict(self, timestep: Tensor, **inputs) -> Tensor:
         """Velocity (B, …) that `model_fn` predicts at timesteps (B,) from those inputs that it has a parameter for."""
         models = {name: getattr(self, name) for name in self.in_iteration_models} | self.replacements
+        if self.control_family is not None:
+            places = [models.pop(name, None) for name in CONTROLNET_SLOTS]
+            models["controlnets"] = [network for network in places if network is not None]
         accepted = inspect.signature(self.model_fn).parameters
         given = {name: value for name, value in inputs.items() if name in accepted}
         return self.model_fn(**models, timestep=timestep, **given)
@@ -234,7 +245,13 @@ class BasePipeline(PipelineNetworks):
         positive = self.predict(timestep, **shared, **posi)
         if cfg_scale == 1:
             return positive
-        negative = self.predict(timestep, **shared, **nega)
+        names = self.control_family.prompt if self.control_family else ()
+        of_controlnets = {"control_prompt": tuple(posi[name] for name in names)} if names else {}
+        negative = self.predict(timestep, **shared, **nega, **of_controlnets)
+        return self.combined(positive, negative, cfg_scale, shared)
+
+    def combined(self, positive: Tensor, negative: Tensor, cfg_scale: float, shared: Mapping) -> Tensor:
+        """Guided velocity (B, …) of the conditional and the unconditional one (B, …)."""
         return negative + cfg_scale * (positive - negative)
 
     def set_timesteps(self, request: Mapping) -> None:
@@ -300,6 +317,9 @@ class BasePipeline(PipelineNetworks):
 
     def build_models(self, model_configs: Iterable[ModelConfig] | Mapping[str, ModelConfig]) -> None:
         super().build_models(model_configs)
+        check_controlnets(self)
+        if self.control_family is not None:
+            self.control_inputs = tuple(map(self.control_family.inputs, controlnets_of(self).values()))
         self.add_units()
 
     def build_folder(self, name: str, config: ModelConfig | None) -> None:

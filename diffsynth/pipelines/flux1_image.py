@@ -24,7 +24,6 @@ from ..core.ranges import NonNegativeFloat, SamplingSteps, Tokens
 from ..diffusion.adapters.names import LayerNames
 from ..diffusion.base_pipeline import BasePipeline
 from ..diffusion.controlnet.inputs import ControlEmbedder
-from ..diffusion.controlnet.several import PLACES, built, check_controlnets, places
 from ..diffusion.pipeline.components import Folder, Network
 from ..diffusion.pipeline.image_units import (
     EditImageEmbedder,
@@ -42,13 +41,11 @@ from ..diffusion.template.cache import append_text
 from ..diffusion.template.lora import InputLoRA, added
 from .autoencoders.kl import NormalisedAutoencoderKL
 from .controlnets.flux1 import (
-    CONTROL_START,
+    CONTROL_FAMILY,
     Flux1ControlNet,
     Flux1ControlRequest,
     Flux1Unit_ControlMode,
     block_samples,
-    check_controlnet,
-    control_inputs,
 )
 from .flux1_network import (
     BLOCK_NAMES,
@@ -104,9 +101,7 @@ def model_fn_flux1(
     pooled_prompt_emb: Tensor,
     edit_latents: Sequence[Tensor] = (),
     fill_latents: Tensor | None = None,
-    controlnet: Flux1ControlNet | None = None,
-    controlnet_2: Flux1ControlNet | None = None,
-    controlnet_3: Flux1ControlNet | None = None,
+    controlnets: Sequence[Flux1ControlNet] = (),
     control_latents: Sequence[Tensor] = (),
     control_modes: Sequence[Tensor] = (),
     controlnet_scale: float | Sequence[float] = 1.0,
@@ -133,8 +128,8 @@ def model_fn_flux1(
         lora: Updates of the transformer's layers.
         extra_text_embedding: Text embeddings (B, L', D) appended to the prompt's.
     """
-    checkpointing = use_gradient_checkpointing, use_gradient_checkpointing_offload
-    checkpoint_blocks(dit, *checkpointing)
+    for network in (dit, *controlnets):
+        checkpoint_blocks(network, use_gradient_checkpointing, use_gradient_checkpointing_offload)
     noisy = latents if fill_latents is None else torch.cat([latents, fill_latents], dim=1)
     guidance = sent(torch.as_tensor(embedded_guidance), latents.device).expand(len(latents))
     text, _ = append_text(prompt_emb, None, extra_text_embedding)
@@ -144,14 +139,13 @@ def model_fn_flux1(
         own = {"hidden_states": pack_latents(latents).to(dit.dtype), "img_ids": positions([latents])}
         own |= prompt_inputs(dit, *control_prompt) if control_prompt else {}
         samples = block_samples(
-            built(controlnet, controlnet_2, controlnet_3),
+            controlnets,
             dit,
             inputs | own,
             list(map(pack_latents, control_latents)),
             control_modes,
             controlnet_scale,
             edit_tokens=sum(image.shape[1] for image in edits),
-            checkpointing=checkpointing,
         )
     if not dit.config.guidance_embeds:
         inputs["guidance"] = None
@@ -252,12 +246,11 @@ class Flux1ImagePipeline(BasePipeline):
         "text_encoder": Network("CLIPTextModel", lora=CLIP_LORA_NAMES),
         "text_encoder_2": Network("T5EncoderModel", lora="text_encoder_2"),
         "vae": Network(NormalisedAutoencoderKL),
-        **places(Flux1ControlNet, CONTROL_START),
         "tokenizer": Folder("AutoTokenizer", needed_by="text_encoder"),
         "tokenizer_2": Folder("AutoTokenizer", needed_by="text_encoder_2"),
     }
     latents = Latents(channels=16, factor=8, patch=2)
-    in_iteration_models = ("dit", *PLACES)
+    control_family = CONTROL_FAMILY
     model_fn = staticmethod(model_fn_flux1)
     sigma_grid = staticmethod(flux1_sigmas)
     model_settings = ("embedded_guidance", "exponential_shift_mu", "max_sequence_length", "edit_image_pixels")
@@ -275,7 +268,6 @@ class Flux1ImagePipeline(BasePipeline):
     )
 
     def check_networks(self) -> None:
-        check_controlnets(self, control_inputs, check_controlnet)
         if self.dit is None:
             return
         config = self.dit.config
@@ -300,10 +292,3 @@ class Flux1ImagePipeline(BasePipeline):
         if self.tokenizer_2 is None:
             return False
         return len(self.tokenizer_2(prompt).input_ids) > self.call_defaults["max_sequence_length"]
-
-    def guided_velocity(
-        self, timestep: Tensor, cfg_scale: float, shared: Mapping, posi: Mapping, nega: Mapping
-    ) -> Tensor:
-        """Guided velocity (B, 16, h, w) at timesteps (B,)."""
-        prompt = posi["prompt_emb"], posi["pooled_prompt_emb"]  # that ControlNets read in both, as in diffusers
-        return super().guided_velocity(timestep, cfg_scale, shared, posi, {**nega, "control_prompt": prompt})

@@ -22,7 +22,6 @@ from ..core.ranges import NonNegativeFloat, Pixels, Side
 from ..diffusion.adapters.names import LayerNames
 from ..diffusion.base_pipeline import BasePipeline
 from ..diffusion.controlnet.inputs import InpaintControlEmbedder, InpaintControlRequest
-from ..diffusion.controlnet.several import PLACES, built, check_controlnets, places
 from ..diffusion.flow_match import exponential_shift, stretch_to_terminal
 from ..diffusion.pipeline import image_units
 from ..diffusion.pipeline.attention import JointAttention, rotated, rotation_table
@@ -37,11 +36,9 @@ from ..diffusion.template.lora import InputLoRA, added
 from ..diffusion.template.residuals import BlockResiduals
 from .autoencoders.qwen_image import QwenImageVAE
 from .controlnets.qwen_image import (
-    CONTROL_START,
+    CONTROL_FAMILY,
     QwenImageControlNet,
     block_samples,
-    check_controlnet,
-    control_inputs,
 )
 from .entities import EntityEmbedder, EntityRequest, regional_mask, with_entities
 from .packing import pack_latents, unpack_latents
@@ -156,9 +153,7 @@ def model_fn_qwen_image(
     prompt_emb_mask: Tensor | None,
     edit_latents: Sequence[Tensor] = (),
     context_latents: Sequence[Tensor] = (),
-    controlnet: QwenImageControlNet | None = None,
-    controlnet_2: QwenImageControlNet | None = None,
-    controlnet_3: QwenImageControlNet | None = None,
+    controlnets: Sequence[QwenImageControlNet] = (),
     control_latents: Sequence[Tensor] = (),
     controlnet_scale: float | Sequence[float] = 1.0,
     control_prompt: tuple[Tensor, Tensor | None] | None = None,
@@ -188,8 +183,8 @@ def model_fn_qwen_image(
         entity_emb, entity_emb_mask: `prompt_emb` and `prompt_emb_mask` of each entity's prompt.
         entity_tokens: Tokens of the image (B, E, h · w / 4) that see each entity's prompt, and that it sees.
     """
-    checkpointing = use_gradient_checkpointing, use_gradient_checkpointing_offload
-    checkpoint_blocks(dit, *checkpointing)
+    for network in (dit, *controlnets):
+        checkpoint_blocks(network, use_gradient_checkpointing, use_gradient_checkpointing_offload)
     batch, images = len(latents), [latents, *context_latents, *edit_latents]
     prompt_emb, prompt_emb_mask = append_text(prompt_emb, prompt_emb_mask, extra_text_embedding)
     inputs = {
@@ -201,11 +196,12 @@ def model_fn_qwen_image(
     }
     samples = None
     if control_latents:
-        controlnets, images = built(controlnet, controlnet_2, controlnet_3), list(map(pack_latents, control_latents))
-        samples = block_samples(controlnets, dit, inputs, images, control_prompt, controlnet_scale, checkpointing)
+        images = list(map(pack_latents, control_latents))
+        samples = block_samples(controlnets, dit, inputs, images, control_prompt, controlnet_scale)
     attention = {"kv_cache": kv_cache} if kv_cache else {}
     if entity_emb:
-        attention |= place_entities(inputs, entity_emb, entity_emb_mask, entity_tokens)
+        regions = regional_inputs(inputs, entity_emb, entity_emb_mask, entity_tokens)
+        inputs, attention = inputs | regions[0], attention | regions[1]
     height, width = latents.shape[2:]
     tokens = height // 2 * (width // 2)
     adding = residuals.added(dit, block_residuals, tokens, inputs["hidden_states"].shape[1])
@@ -219,12 +215,13 @@ def model_fn_qwen_image(
     return unpack_latents(velocity[:, :tokens], height, width)
 
 
-def place_entities(
-    inputs: dict[str, Any], texts: Sequence[Tensor], masks: Sequence[Tensor | None], tokens: Tensor
-) -> dict[str, Tensor]:
-    """Put the texts (B, L, D) of entities before the prompt among the transformer's `inputs`; arguments of attention.
+def regional_inputs(
+    inputs: Mapping[str, Any], texts: Sequence[Tensor], masks: Sequence[Tensor | None], tokens: Tensor
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Arguments of the transformer's call, and of its attention: texts (B, L, D) of entities before the prompt's.
 
     Args:
+        inputs: Arguments of the transformer's call without entities.
         tokens: Tokens of the image (B, E, T) that see each entity's text.
 
     Raises:
@@ -238,8 +235,8 @@ def place_entities(
     text = inputs["encoder_hidden_states"], inputs["encoder_hidden_states_mask"]
     lengths = [own.shape[1] for own in (*texts, text[0])]
     text, kept, positions = with_entities(*text, [own.to(text[0]) for own in texts], masks)
-    inputs |= {"encoder_hidden_states": text, "encoder_hidden_states_mask": None}
-    return {"attention_mask": regional_mask(kept, lengths, tokens), "text_positions": positions}
+    changed = {"encoder_hidden_states": text, "encoder_hidden_states_mask": None}
+    return changed, {"attention_mask": regional_mask(kept, lengths, tokens), "text_positions": positions}
 
 
 # Units ----------------------------------------------------------------------------------------------------------------
@@ -359,12 +356,11 @@ class QwenImagePipeline(BasePipeline):
         "dit": Network("QwenImageTransformer2DModel", after=use_joint_attention, lora=LORA_NAMES),
         "text_encoder": Network("Qwen2_5_VLForConditionalGeneration", lora=TEXT_LORA_NAMES),
         "vae": Network(QwenImageVAE, after=QwenImageVAE.use_single_frame_convolutions),
-        **places(QwenImageControlNet, CONTROL_START),
         "tokenizer": Folder("Qwen2Tokenizer", check=check_templates, needed_by="text_encoder"),
         "processor": Folder("Qwen2VLImageProcessorPil", check=check_templates),  # torchvision's differs a little
     }
     latents = Latents(channels=16, factor=8, patch=2)
-    in_iteration_models = ("dit", *PLACES)
+    control_family = CONTROL_FAMILY
     model_fn = staticmethod(model_fn_qwen_image)
     sigma_grid = staticmethod(qwen_image_sigmas)
     model_settings = ("edit_image_pixels", "edit_image_numbered", "edit_vision_pixels")
@@ -384,9 +380,6 @@ class QwenImagePipeline(BasePipeline):
     @property
     def one_sided_arguments(self) -> tuple[str, ...]:
         return (*super().one_sided_arguments, "eligen_entity_prompts")
-
-    def check_networks(self) -> None:
-        check_controlnets(self, control_inputs, check_controlnet)
 
     def tokenize(self, prompt: str) -> Mapping[str, Tensor]:
         """Token ids and mask (1, L) of a prompt in its template."""
@@ -420,16 +413,9 @@ class QwenImagePipeline(BasePipeline):
         tokens = self.tokenizer(PROMPT_TEMPLATE.format(prompt)).input_ids
         return len(tokens) > MAX_PROMPT_TOKENS + PROMPT_TEMPLATE_TOKENS
 
-    def guided_velocity(
-        self, timestep: Tensor, cfg_scale: float, shared: Mapping, posi: Mapping, nega: Mapping
-    ) -> Tensor:
-        """Guided velocity (B, 16, h, w) at timesteps (B,); each token keeps the norm of the conditional velocity."""
-        positive = self.predict(timestep, **shared, **posi)
-        if cfg_scale == 1:
-            return positive
-        prompt = posi["prompt_emb"], posi["prompt_emb_mask"]  # that ControlNets read in both, as in diffusers
-        negative = self.predict(timestep, **shared, **nega, control_prompt=prompt)
-        guided = negative + cfg_scale * (positive - negative)
+    def combined(self, positive: Tensor, negative: Tensor, cfg_scale: float, shared: Mapping) -> Tensor:
+        """Guided velocity (B, 16, h, w); each token keeps the norm of the conditional velocity."""
+        guided = super().combined(positive, negative, cfg_scale, shared)
         if not shared.get("cfg_rescale", True):
             return guided
         tokens, wanted = pack_latents(guided), pack_latents(positive).norm(dim=-1, keepdim=True)

@@ -196,11 +196,11 @@ class QwenImageLayeredPipeline(QwenImagePipeline):
     }
     latents = Latents(channels=16, factor=8, patch=2)
     media = LayersMedia()
-    in_iteration_models = ("dit",)
+    control_family, in_iteration_models = None, ("dit",)
     model_fn = staticmethod(model_fn_qwen_image_layered)
     sigma_grid = staticmethod(qwen_image_layered_sigmas)
     model_settings = ("layer_num",)
-    guided_velocity = BasePipeline.guided_velocity
+    combined = BasePipeline.combined
     one_sided_arguments = BasePipeline.one_sided_arguments
     processor = None
     unit_classes = (

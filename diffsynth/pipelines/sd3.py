@@ -22,7 +22,6 @@ from ..core.ranges import NonNegativeFloat, SamplingSteps, Tokens
 from ..diffusion.adapters.names import LayerNames
 from ..diffusion.base_pipeline import BasePipeline
 from ..diffusion.controlnet.inputs import InpaintControlEmbedder, InpaintControlRequest
-from ..diffusion.controlnet.several import PLACES, built, check_controlnets, places
 from ..diffusion.flow_match import TRAINING_STEPS, time_shift
 from ..diffusion.pipeline.components import Folder, Network
 from ..diffusion.pipeline.image_units import Inpaint, InputImageEmbedder, LossMask, NoiseInitializer, ShapeChecker
@@ -30,11 +29,9 @@ from ..diffusion.pipeline.units import PipelineUnit
 from ..diffusion.pipeline.vae import Latents
 from .autoencoders.kl import NormalisedAutoencoderKL
 from .controlnets.sd3 import (
-    CONTROL_START,
+    CONTROL_FAMILY,
     SD3ControlNet,
     block_samples,
-    check_controlnet,
-    control_inputs,
 )
 
 __all__ = ["ModelConfig", "SD3Pipeline"]
@@ -88,9 +85,7 @@ def model_fn_sd3(
     timestep: Tensor,
     prompt_emb: Tensor,
     pooled_prompt_emb: Tensor,
-    controlnet: SD3ControlNet | None = None,
-    controlnet_2: SD3ControlNet | None = None,
-    controlnet_3: SD3ControlNet | None = None,
+    controlnets: Sequence[SD3ControlNet] = (),
     control_latents: Sequence[Tensor] = (),
     controlnet_scale: float | Sequence[float] = 1.0,
     use_gradient_checkpointing: bool = False,
@@ -103,8 +98,8 @@ def model_fn_sd3(
         pooled_prompt_emb: Embeddings (B, P) of the whole prompt.
         control_latents: Latents (B, 16 or 17, h, w) of each image that a ControlNet reads.
     """
-    checkpointing = use_gradient_checkpointing, use_gradient_checkpointing_offload
-    checkpoint_blocks(dit, *checkpointing)
+    for network in (dit, *controlnets):
+        checkpoint_blocks(network, use_gradient_checkpointing, use_gradient_checkpointing_offload)
     inputs = {
         "hidden_states": latents.to(dit.dtype),
         "timestep": timestep,
@@ -113,8 +108,7 @@ def model_fn_sd3(
     }
     samples = None
     if control_latents:
-        controlnets = built(controlnet, controlnet_2, controlnet_3)
-        samples = block_samples(controlnets, dit, inputs, control_latents, controlnet_scale, checkpointing)
+        samples = block_samples(controlnets, dit, inputs, control_latents, controlnet_scale)
     return dit(**inputs, block_controlnet_hidden_states=samples, return_dict=False)[0]
 
 
@@ -172,13 +166,12 @@ class SD3Pipeline(BasePipeline):
         "text_encoder_2": Network("CLIPTextModelWithProjection", lora="text_encoder_2", optional=True),
         "text_encoder_3": Network("T5EncoderModel", lora="text_encoder_3", optional=True),
         "vae": Network(NormalisedAutoencoderKL),
-        **places(SD3ControlNet, CONTROL_START),
         "tokenizer": Folder("CLIPTokenizer", needed_by="text_encoder"),
         "tokenizer_2": Folder("CLIPTokenizer", needed_by="text_encoder_2"),
         "tokenizer_3": Folder("T5TokenizerFast", needed_by="text_encoder_3"),
     }
     latents = Latents(channels=16, factor=8, patch=2)
-    in_iteration_models = ("dit", *PLACES)
+    control_family = CONTROL_FAMILY
     model_fn = staticmethod(model_fn_sd3)
     sigma_grid = staticmethod(sd3_sigmas)
     model_settings = ("max_sequence_length",)
@@ -194,7 +187,6 @@ class SD3Pipeline(BasePipeline):
     text_width, pooled_width = 4096, 2048  # D and P of the released transformers; `check_networks` reads those of `dit`
 
     def check_networks(self) -> None:
-        check_controlnets(self, control_inputs, check_controlnet)
         if self.dit is not None:
             config = self.dit.config
             self.text_width, self.pooled_width = config.joint_attention_dim, config.pooled_projection_dim

@@ -20,7 +20,6 @@ from ..core.loader import ModelConfig
 from ..core.ranges import NonNegativeFloat, SamplingSteps, Tokens
 from ..diffusion.adapters.names import LayerNames
 from ..diffusion.base_pipeline import BasePipeline
-from ..diffusion.controlnet.several import PLACES, built, check_controlnets, places
 from ..diffusion.flow_match import time_shift
 from ..diffusion.pipeline.components import Folder, Network
 from ..diffusion.pipeline.image_units import (
@@ -39,13 +38,11 @@ from ..diffusion.prompts.embedder import PromptEmbedder, check_text_width
 from ..diffusion.prompts.hidden_states import hidden_states
 from .autoencoders.kl import NormalisedAutoencoderKL
 from .controlnets.z_image import (
-    CONTROL_START,
+    CONTROL_FAMILY,
     ZImageControlNet,
     ZImageControlRequest,
     ZImageUnit_ControlEmbedder,
     block_samples,
-    check_controlnet,
-    control_inputs,
 )
 
 __all__ = ["ModelConfig", "ZImagePipeline"]
@@ -84,9 +81,7 @@ def model_fn_z_image(
     prompt_emb_lengths: Sequence[Sequence[int]],
     edit_latents: Sequence[Tensor] = (),
     edit_features: Sequence[Tensor] = (),
-    controlnet: ZImageControlNet | None = None,
-    controlnet_2: ZImageControlNet | None = None,
-    controlnet_3: ZImageControlNet | None = None,
+    controlnets: Sequence[ZImageControlNet] = (),
     control_latents: Sequence[Tensor] = (),
     controlnet_scale: float | Sequence[float] = 1.0,
     use_gradient_checkpointing: bool = False,
@@ -101,8 +96,8 @@ def model_fn_z_image(
         edit_features: Features (B, h'', w'', D') of the same images; Omni only.
         control_latents: Latents (B, 16 or 33, h, w) of each image that a ControlNet reads.
     """
-    checkpointing = use_gradient_checkpointing, use_gradient_checkpointing_offload
-    checkpoint_blocks(dit, *checkpointing)
+    for network in (dit, *controlnets):
+        checkpoint_blocks(network, use_gradient_checkpointing, use_gradient_checkpointing_offload)
     clean_time = 1 - timestep / 1000
     images = by_sample([image.to(dit.dtype).unsqueeze(2) for image in (*edit_latents, latents)])
     texts = [
@@ -112,9 +107,8 @@ def model_fn_z_image(
     if dit.config.siglip_feat_dim is None:
         inputs = {"x": [image for (image,) in images], "cap_feats": [text for (text,) in texts], "t": clean_time}
         if control_latents:
-            controlnets = built(controlnet, controlnet_2, controlnet_3)
-            control = {"control_latents": control_latents, "scale": controlnet_scale, "checkpointing": checkpointing}
-            inputs["controlnet_block_samples"] = block_samples(controlnets, dit, inputs, **control)
+            samples = block_samples(controlnets, dit, inputs, control_latents, controlnet_scale)
+            inputs["controlnet_block_samples"] = samples
     else:
         features = [[*own, None] for own in by_sample([feature.to(dit.dtype) for feature in edit_features])]
         marks = [CLEAN] * len(edit_latents) + [NOISY]
@@ -207,12 +201,11 @@ class ZImagePipeline(BasePipeline):
         "text_encoder": Network("Qwen3Model", "Qwen3ForCausalLM", lora="text_encoder"),
         "vae": Network(NormalisedAutoencoderKL),
         "siglip": Network("Siglip2VisionModel", optional=True),
-        **places(ZImageControlNet, CONTROL_START),
         "tokenizer": Folder("AutoTokenizer", needed_by="text_encoder"),
         "siglip_processor": Folder("Siglip2ImageProcessorPil"),
     }
     latents = Latents(channels=16, factor=8, patch=2)
-    in_iteration_models = ("dit", *PLACES)
+    control_family = CONTROL_FAMILY
     model_fn = staticmethod(model_fn_z_image)
     sigma_grid = staticmethod(z_image_sigmas)
     model_settings = ("max_sequence_length", "edit_image_pixels")
@@ -229,7 +222,6 @@ class ZImagePipeline(BasePipeline):
     )
 
     def check_networks(self) -> None:
-        check_controlnets(self, control_inputs, check_controlnet)
         if self.dit is None or self.text_encoder is None:
             return
         check_text_width(self.dit.config.cap_feat_dim, self.text_encoder.config.hidden_size)

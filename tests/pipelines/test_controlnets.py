@@ -19,8 +19,9 @@ from torch.testing import assert_close
 from controlnet import controlnet as start_controlnet
 from diffsynth.core.loader import ModelConfig
 from diffsynth.diffusion.base_pipeline import BasePipeline
+from diffsynth.diffusion.controlnet.family import CONTROLNET_SLOTS
 from diffsynth.diffusion.controlnet.inputs import ControlEmbedder
-from diffsynth.diffusion.controlnet.several import PLACES, BlockSums
+from diffsynth.diffusion.controlnet.several import BlockSums
 from diffsynth.diffusion.loss import FlowMatchSFT
 from diffsynth.diffusion.pipeline.components import library_name
 from diffsynth.diffusion.pipeline.generation import with_images
@@ -61,7 +62,7 @@ def controlled(name: str, *controlnets: Path, base: Path | None = None) -> BaseP
     """A family's pipeline with one ControlNet or several, without its weights."""
     kind, folder, parts, settings = BASES[name]
     files = {part: (base or folder()) / path for part, path in parts.items()} | dict(
-        zip(PLACES, controlnets, strict=False)
+        zip(CONTROLNET_SLOTS, controlnets, strict=False)
     )
     configs = {part: ModelConfig(path=str(path)) for part, path in files.items()}
     pipe = kind.from_components(**configs, torch_dtype="float32", **settings)
@@ -172,7 +173,7 @@ def test_a_controlnet_twice_is_one_with_the_sum_of_the_scales(name):
 def test_each_of_two_controlnets_reads_its_own_image_in_its_own_steps():
     pipe, calls = controlled("sd3", sd3.controlnet(), sd3.controlnet(extra_conditioning_channels=1)), {}
     pipe.load_models()
-    for name in PLACES[:2]:
+    for name in CONTROLNET_SLOTS[:2]:
         calls[name] = []
         hook = partial(lambda seen, _, __, given: seen.append(given["controlnet_cond"].shape[1]), calls[name])
         getattr(pipe, name).register_forward_pre_hook(hook, with_kwargs=True)

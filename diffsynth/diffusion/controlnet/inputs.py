@@ -102,9 +102,9 @@ class ControlEmbedder(PipelineUnit):
         return {"control_inputs": str(pipe.control_inputs)}
 
     def process(self, pipe, controlnet_image, height, width, tiled, tile_size, tile_stride):
-        return self.encode(pipe, controlnet_image, (width, height), (tiled, tile_size, tile_stride))
+        return self.encoded(pipe, controlnet_image, (width, height), (tiled, tile_size, tile_stride))
 
-    def encode(
+    def encoded(
         self,
         pipe: "BasePipeline",
         value: Image.Image | Sequence[Image.Image] | None,
@@ -138,7 +138,7 @@ class InpaintControlEmbedder(ControlEmbedder):
     def process(self, pipe, controlnet_image, controlnet_inpaint_mask, height, width, tiled, tile_size, tile_stride):
         mask = one_image(controlnet_inpaint_mask, "controlnet_inpaint_mask", "L")
         check_mask(pipe, mask, controlnet_image=controlnet_image)
-        return self.encode(pipe, controlnet_image, (width, height), (tiled, tile_size, tile_stride), mask=mask)
+        return self.encoded(pipe, controlnet_image, (width, height), (tiled, tile_size, tile_stride), mask=mask)
 
     def control(self, pipe: "BasePipeline", encode: Encode, images: ControlImages) -> Tensor:
         if images.reads.channels > pipe.latents.channels:
