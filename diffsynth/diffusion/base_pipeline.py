@@ -25,6 +25,7 @@ from .pipeline.request import ImageRequest, check_numbers, defaults_of, image_ar
 from .pipeline.samplers import SAMPLERS
 from .pipeline.units import PipelineUnit, PipelineUnitRunner, run_units
 from .pipeline.vae import Latents
+from .prompts.embedder import check_text_widths
 from .template.cache import as_inputs, template_outputs_of
 
 __all__ = ["BasePipeline", "PipelineUnit", "PipelineUnitRunner"]
@@ -43,6 +44,9 @@ class BasePipeline(PipelineNetworks):
         unit_classes: The units, in the order in which they run.
         model_settings: Fields of the request whose defaults differ between the models of the family, besides those that
             differ in every family (`declaration.SHARED_SETTINGS`).
+        prompt_tokenizer: The tokenizer that decides whether a prompt is too long, see `cuts_off`.
+        text_widths: For each text encoder `widths(dit, text encoder)`: the width of the text embeddings that the
+            network takes, and of those that the encoder makes.
         control_family: What the family says of its ControlNets; None if it has none.
     """
 
@@ -58,6 +62,8 @@ class BasePipeline(PipelineNetworks):
     # Arguments that weights may be trained for; see `PipelineNetworks.use_sampling_settings`.
     sampling_arguments: ClassVar[Sequence[str]] = ("num_inference_steps", "cfg_scale", "sigmas", "sampler")
     decoding_models: ClassVar[Sequence[str]] = ("vae",)  # models that `decode` calls
+    prompt_tokenizer: ClassVar[str] = "tokenizer"
+    text_widths: ClassVar[Mapping[str, Callable[[Any, Any], tuple[Any, Any]]]] = {}
     control_family: ClassVar[ControlFamily | None] = None
     control_inputs: Sequence[ControlInputs] = ()  # what each of the pipeline's ControlNets reads
 
@@ -317,10 +323,13 @@ class BasePipeline(PipelineNetworks):
 
     def build_models(self, model_configs: Iterable[ModelConfig] | Mapping[str, ModelConfig]) -> None:
         super().build_models(model_configs)
-        check_controlnets(self)
         if self.control_family is not None:
             self.control_inputs = tuple(map(self.control_family.inputs, controlnets_of(self).values()))
         self.add_units()
+
+    def check_networks(self) -> None:
+        check_text_widths(self)
+        check_controlnets(self)
 
     def build_folder(self, name: str, config: ModelConfig | None) -> None:
         super().build_folder(name, config)
@@ -337,7 +346,19 @@ class BasePipeline(PipelineNetworks):
 
     def cuts_off(self, prompt: str) -> bool:
         """Whether the pipeline truncates a prompt because it is too long; needs no weights."""
-        return False
+        tokenizer = getattr(self, self.prompt_tokenizer, None)
+        if tokenizer is None or self.most_tokens is None:
+            return False
+        return len(tokenizer(self.prompt_text(prompt)).input_ids) > self.most_tokens
+
+    def prompt_text(self, prompt: str) -> str:
+        """What is tokenized of a prompt: the prompt in the family's template, if there is one."""
+        return prompt
+
+    @property
+    def most_tokens(self) -> int | None:
+        """Number of tokens of `prompt_text` that a text encoder reads; None if the family does not say."""
+        return self.call_defaults.get("max_sequence_length")
 
     def sources(self) -> dict[str, dict[str, str]]:
         code = self.template and self.template.code

@@ -25,7 +25,7 @@ from ..diffusion.pipeline.components import Folder, Network
 from ..diffusion.pipeline.image_units import Inpaint, InputImageEmbedder, LossMask, NoiseInitializer, ShapeChecker
 from ..diffusion.pipeline.request import ImageRequest
 from ..diffusion.pipeline.vae import Latents
-from ..diffusion.prompts.embedder import PromptEmbedder, check_text_width
+from ..diffusion.prompts.embedder import PromptEmbedder
 from .autoencoders.kl import NormalisedAutoencoderKL
 from .flux1_network import (
     BLOCK_NAMES,
@@ -169,6 +169,7 @@ class ChromaPipeline(BasePipeline):
     model_fn = staticmethod(model_fn_chroma)
     sigma_grid = staticmethod(flux1_sigmas)
     model_settings = ("max_sequence_length",)
+    text_widths = {"text_encoder": lambda dit, own: (dit.config.joint_attention_dim, own.config.d_model)}
     unit_classes = (
         ShapeChecker,
         NoiseInitializer,
@@ -177,13 +178,3 @@ class ChromaPipeline(BasePipeline):
         LossMask,
         ChromaUnit_PromptEmbedder,
     )
-
-    def check_networks(self) -> None:
-        if self.dit is None or self.text_encoder is None:
-            return
-        check_text_width(self.dit.config.joint_attention_dim, self.text_encoder.config.d_model)
-
-    def cuts_off(self, prompt: str) -> bool:
-        if self.tokenizer is None:
-            return False
-        return len(self.tokenizer(prompt).input_ids) > self.call_defaults["max_sequence_length"]

@@ -19,12 +19,12 @@ from ..core.loader import ModelConfig
 from ..core.ranges import NonNegativeFloat, PositiveFloat, SamplingSteps
 from ..diffusion.adapters.names import LayerNames
 from ..diffusion.base_pipeline import BasePipeline
-from ..diffusion.flow_match import time_shift
+from ..diffusion.flow_match import linear_levels, time_shift
 from ..diffusion.pipeline.components import Folder, Network
 from ..diffusion.pipeline.image_units import Inpaint, InputImageEmbedder, LossMask, NoiseInitializer, ShapeChecker
 from ..diffusion.pipeline.request import ImageRequest
 from ..diffusion.pipeline.vae import Latents
-from ..diffusion.prompts.embedder import PromptEmbedder, check_text_width
+from ..diffusion.prompts.embedder import PromptEmbedder
 from ..diffusion.prompts.hidden_states import hidden_states
 from .autoencoders.flux2 import Flux2VAE
 
@@ -44,8 +44,7 @@ def ernie_image_sigmas(
     Args:
         sigma_shift: The factor, above 0; the default is that of the training grid.
     """
-    linear = torch.linspace(denoising_strength, 0, num_inference_steps + 1)[:-1]
-    return time_shift(linear, sigma_shift)
+    return time_shift(linear_levels(num_inference_steps, denoising_strength), sigma_shift)
 
 
 class ErnieImageVAE(Flux2VAE):
@@ -130,6 +129,7 @@ class ErnieImagePipeline(BasePipeline):
     model_fn = staticmethod(model_fn_ernie_image)
     sigma_grid = staticmethod(ernie_image_sigmas)
     model_settings = ("sigma_shift",)
+    text_widths = {"text_encoder": lambda dit, own: (dit.config.text_in_dim, own.get_decoder().config.hidden_size)}
     unit_classes = (
         ShapeChecker,
         NoiseInitializer,
@@ -139,12 +139,6 @@ class ErnieImagePipeline(BasePipeline):
         ErnieImageUnit_PromptEmbedder,
     )
 
-    def check_networks(self) -> None:
-        if self.dit is None or self.text_encoder is None:
-            return
-        check_text_width(self.dit.config.text_in_dim, self.text_encoder.get_decoder().config.hidden_size)
-
-    def cuts_off(self, prompt: str) -> bool:
-        if self.tokenizer is None:
-            return False
-        return len(self.tokenizer(prompt).input_ids) > self.tokenizer.model_max_length
+    @property
+    def most_tokens(self) -> int:
+        return self.tokenizer.model_max_length

@@ -254,6 +254,11 @@ class Flux1ImagePipeline(BasePipeline):
     model_fn = staticmethod(model_fn_flux1)
     sigma_grid = staticmethod(flux1_sigmas)
     model_settings = ("embedded_guidance", "exponential_shift_mu", "max_sequence_length", "edit_image_pixels")
+    prompt_tokenizer = "tokenizer_2"  # T5's; CLIP reads the first 77 tokens of every prompt
+    text_widths = {
+        "text_encoder": lambda dit, own: (dit.config.pooled_projection_dim, own.config.hidden_size),
+        "text_encoder_2": lambda dit, own: (dit.config.joint_attention_dim, own.config.d_model),
+    }
     unit_classes = (
         ShapeChecker,
         NoiseInitializer,
@@ -268,6 +273,7 @@ class Flux1ImagePipeline(BasePipeline):
     )
 
     def check_networks(self) -> None:
+        super().check_networks()
         if self.dit is None:
             return
         config = self.dit.config
@@ -276,19 +282,3 @@ class Flux1ImagePipeline(BasePipeline):
                 f"dit reads {config.in_channels} channels a token, expected {self.token_channels}: take "
                 "model=flux1_fill for FLUX.1 Fill (384), another model=flux1_… for the others (64)."
             )
-        for name, wanted, size in (
-            ("text_encoder", config.pooled_projection_dim, "hidden_size"),
-            ("text_encoder_2", config.joint_attention_dim, "d_model"),
-        ):
-            encoder = getattr(self, name)
-            if encoder is not None and (width := getattr(encoder.config, size)) != wanted:
-                raise ValueError(
-                    f"dit takes text embeddings of width {wanted}, but {name} makes {width}: they are of different "
-                    "models; take the text encoders that were released with the transformer."
-                )
-
-    def cuts_off(self, prompt: str) -> bool:
-        """Whether T5 reads only a part of a prompt; CLIP reads the first 77 tokens of every prompt."""
-        if self.tokenizer_2 is None:
-            return False
-        return len(self.tokenizer_2(prompt).input_ids) > self.call_defaults["max_sequence_length"]

@@ -4,18 +4,20 @@ Constants are those of the released pipeline (diffusers' FluxPipeline) unless a 
 """
 
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 from diffusers.models.transformers.transformer_flux import FluxAttnProcessor
 from torch import Tensor, nn
 
 from ..core.context_parallel import TokenSplit
-from ..diffusion.flow_match import exponential_shift, time_shift
+from ..diffusion.flow_match import chosen_shift, exponential_shift, linear_levels, shift_of_tokens, time_shift
 from ..diffusion.pipeline.attention import JointAttention
 from ..diffusion.pipeline.kv_cache import KVCache
 from .flux2_image import rotated, split_heads
 
 TRAINING_SHIFT, TRAINING_SIGMA_MIN = 3.0, 0.003 / 1.002  # DiffSynth-Studio's training grid, at every resolution
+LOW_SHIFT, HIGH_SHIFT = (256, 0.5), (4096, 1.15)  # image tokens, and μ
 DOUBLE, SINGLE = "transformer_blocks.*", "single_transformer_blocks.*"
 QKV = tuple(f"{DOUBLE}.attn.to_{part}" for part in "qkv")
 TEXT_QKV = tuple(f"{DOUBLE}.attn.add_{part}_proj" for part in "qkv")
@@ -65,16 +67,11 @@ def flux1_sigmas(
     """
     is_training = dynamic_shift_len is None and exponential_shift_mu is None
     last = TRAINING_SIGMA_MIN if is_training else 1 / num_inference_steps
-    linear = torch.linspace(last + (1 - last) * denoising_strength, last, num_inference_steps)
+    linear = linear_levels(num_inference_steps, denoising_strength, last)
     if is_training:
         return time_shift(linear, TRAINING_SHIFT)
-    mu = _shift_of_tokens(dynamic_shift_len) if exponential_shift_mu is None else exponential_shift_mu
+    mu = chosen_shift(dynamic_shift_len, exponential_shift_mu, partial(shift_of_tokens, low=LOW_SHIFT, high=HIGH_SHIFT))
     return exponential_shift(linear, mu)
-
-
-def _shift_of_tokens(tokens: int) -> float:
-    """The line through μ = 0.5 at 256 tokens and μ = 1.15 at 4096 tokens."""
-    return 0.5 + (tokens - 256) * (1.15 - 0.5) / (4096 - 256)
 
 
 class Flux1AttnProcessor(JointAttention, FluxAttnProcessor):

@@ -7,6 +7,7 @@ tokens. Constants are those of the released pipeline (diffusers' Flux2Pipeline) 
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from diffusers import Flux2Transformer2DModel
@@ -22,7 +23,7 @@ from ..core.loader import ModelConfig
 from ..core.ranges import NonNegativeFloat, Tokens
 from ..diffusion.adapters.names import LayerNames
 from ..diffusion.base_pipeline import BasePipeline
-from ..diffusion.flow_match import exponential_shift
+from ..diffusion.flow_match import chosen_shift, exponential_shift, linear_levels
 from ..diffusion.pipeline.attention import JointAttention
 from ..diffusion.pipeline.components import Folder, Network
 from ..diffusion.pipeline.image_units import (
@@ -46,7 +47,6 @@ __all__ = ["Flux2ImagePipeline", "ModelConfig"]
 
 MAX_PROMPT_TOKENS = 512  # including those of the chat template
 EDIT_IMAGE_TIME = 10  # distance between edit images on the first axis of positions
-TRAINING_MU = 0.8  # DiffSynth-Studio's shift of the training grid, at every resolution
 MANY_TOKENS = 4300  # above, μ does not depend on the number of steps
 # Black Forest Labs' names of the layers; in the last one they have the shift before the scale.
 LORA_NAMES = LayerNames(
@@ -86,9 +86,8 @@ def flux2_sigmas(
     Args:
         dynamic_shift_len: Number of image tokens, H/16 · W/16; None takes the training grid's μ = 0.8.
     """
-    last = 1 / num_inference_steps
-    linear = torch.linspace(last + (1 - last) * denoising_strength, last, num_inference_steps)
-    mu = TRAINING_MU if dynamic_shift_len is None else _empirical_shift(dynamic_shift_len, num_inference_steps)
+    linear = linear_levels(num_inference_steps, denoising_strength, last=1 / num_inference_steps)
+    mu = chosen_shift(dynamic_shift_len, None, partial(_empirical_shift, steps=num_inference_steps))
     return exponential_shift(linear, mu)
 
 
@@ -255,6 +254,12 @@ class Flux2Unit_PromptEmbedder(PromptEmbedder):
         return text_embeddings(decoder, tokens["input_ids"], tokens["attention_mask"])
 
 
+def widths(dit: Flux2Transformer2DModel, text_encoder: nn.Module) -> tuple[int, int]:
+    """Widths of the text embeddings that the network takes, and of those that the text encoder makes."""
+    depths = text_depths(decoder := text_encoder.get_decoder())
+    return dit.config.joint_attention_dim, len(depths) * decoder.config.hidden_size
+
+
 # Pipeline -------------------------------------------------------------------------------------------------------------
 
 
@@ -294,6 +299,7 @@ class Flux2ImagePipeline(BasePipeline):
     model_fn = staticmethod(model_fn_flux2)
     sigma_grid = staticmethod(flux2_sigmas)
     model_settings = ("max_sequence_length", "edit_image_pixels")
+    text_widths = {"text_encoder": widths}
     unit_classes = (
         ShapeChecker,
         NoiseInitializer,
@@ -304,20 +310,10 @@ class Flux2ImagePipeline(BasePipeline):
         Flux2Unit_PromptEmbedder,
     )
 
-    def check_networks(self) -> None:
-        if self.dit is None or self.text_encoder is None:
-            return
-        wanted, width = self.dit.config.joint_attention_dim, self.text_encoder.get_decoder().config.hidden_size
-        if wanted != 3 * width:
-            raise ValueError(
-                f"dit takes text embeddings of width {wanted}, but text_encoder makes 3 x {width} = {3 * width}: they "
-                "are of different models; take the text encoder that was released with the transformer."
-            )
-
     def tokenize(self, prompt: str, max_sequence_length: int) -> Mapping[str, Tensor]:
         """Token ids and mask (1, max_sequence_length) of a prompt in its chat template."""
         return self.tokenizer(
-            [self.as_chat(prompt)],
+            [self.prompt_text(prompt)],
             add_special_tokens=False,  # the chat template has added them
             padding="max_length",
             truncation=True,
@@ -325,7 +321,7 @@ class Flux2ImagePipeline(BasePipeline):
             return_tensors="pt",
         )
 
-    def as_chat(self, prompt: str) -> str:
+    def prompt_text(self, prompt: str) -> str:
         """The prompt in the chat template of its text encoder.
 
         For Qwen3 (klein) it is a question with the beginning of an answer without thinking; for Mistral 3 (dev) it
@@ -342,5 +338,5 @@ class Flux2ImagePipeline(BasePipeline):
     def cuts_off(self, prompt: str) -> bool:
         if self.tokenizer is None or self.text_encoder is None:
             return False
-        tokens = self.tokenizer(self.as_chat(prompt), add_special_tokens=False).input_ids
-        return len(tokens) > self.call_defaults["max_sequence_length"]
+        tokens = self.tokenizer(self.prompt_text(prompt), add_special_tokens=False).input_ids
+        return len(tokens) > self.most_tokens

@@ -14,7 +14,7 @@ import torch
 from diffusers import Flux3Transformer2DModel
 from diffusers.modular_pipelines.flux3.image_processor import Flux3ImageProcessor
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..core.gradient import checkpoint_blocks
 from ..core.host_memory import sent
@@ -23,7 +23,7 @@ from ..core.ranges import NonNegativeFloat, SamplingSteps, Tokens
 from ..core.sharing import runs_together
 from ..diffusion.adapters.names import LayerNames
 from ..diffusion.base_pipeline import BasePipeline
-from ..diffusion.flow_match import time_shift
+from ..diffusion.flow_match import linear_levels, time_shift
 from ..diffusion.pipeline.components import Folder, Network
 from ..diffusion.pipeline.image_units import (
     Inpaint,
@@ -61,8 +61,8 @@ LORA_NAMES = LayerNames(
 
 def flux3_sigmas(num_inference_steps: int, denoising_strength: float = 1.0) -> Tensor:
     """Noise levels (N,) of FLUX.3: linear down to 1 / N, then shifted by a constant factor at every resolution."""
-    last = 1 / num_inference_steps
-    return time_shift(torch.linspace(last + (1 - last) * denoising_strength, last, num_inference_steps), SHIFT)
+    linear = linear_levels(num_inference_steps, denoising_strength, last=1 / num_inference_steps)
+    return time_shift(linear, SHIFT)
 
 
 def model_fn_flux3(
@@ -135,7 +135,7 @@ class Flux3Unit_PromptEmbedder(PromptEmbedder):
         super().__init__(counted=True)
 
     def tokenize(self, pipe, prompt, max_sequence_length):
-        texts = [pipe.as_chat(prompt)]
+        texts = [pipe.prompt_text(prompt)]
         length = math.ceil(len(pipe.tokenizer(texts).input_ids[0]) / PADDING) * PADDING
         options = {"padding": "max_length", "padding_side": "right", "truncation": True, "return_tensors": "pt"}
         return pipe.tokenizer(texts, max_length=min(length, max_sequence_length), **options)
@@ -170,6 +170,11 @@ def as_reference(image: Image.Image, alone: bool) -> Image.Image:
     image = processor._resize_if_canvas_exceeds_area(image)
     canvas = processor._get_canvas_height_width(image.height, image.width)
     return processor.resize(image, *canvas, resize_mode="fill")
+
+
+def widths(dit: Flux3Transformer2DModel, text_encoder: nn.Module) -> tuple[int, int]:
+    """Widths of the text embeddings that the network takes, and of those that the text encoder makes."""
+    return dit.config.joint_attention_dim, DEPTHS * text_encoder.get_decoder().config.hidden_size
 
 
 # Pipeline -------------------------------------------------------------------------------------------------------------
@@ -207,6 +212,7 @@ class Flux3ImagePipeline(BasePipeline):
     model_fn = staticmethod(model_fn_flux3)
     sigma_grid = staticmethod(flux3_sigmas)
     model_settings = ("max_sequence_length",)
+    text_widths = {"text_encoder": widths}
     unit_classes = (
         ShapeChecker,
         NoiseInitializer,
@@ -216,16 +222,6 @@ class Flux3ImagePipeline(BasePipeline):
         Flux3Unit_EditImageEmbedder,
         Flux3Unit_PromptEmbedder,
     )
-
-    def check_networks(self) -> None:
-        if self.dit is None or self.text_encoder is None:
-            return
-        wanted, width = self.dit.config.joint_attention_dim, self.text_encoder.get_decoder().config.hidden_size
-        if wanted != DEPTHS * width:
-            raise ValueError(
-                f"dit takes text embeddings of width {wanted}, but text_encoder makes {DEPTHS} x {width} = "
-                f"{DEPTHS * width}: they are of different models; take the one released with the transformer."
-            )
 
     def complete(self, request: Mapping) -> dict:
         whole = super().complete(request)
@@ -248,12 +244,7 @@ class Flux3ImagePipeline(BasePipeline):
         ends = torch.cat([levels[1:], levels.new_zeros(1)])[nearest]
         return super().predict(timestep, target_timestep=timestep if self.scheduler.training else ends, **inputs)
 
-    def as_chat(self, prompt: str) -> str:
+    def prompt_text(self, prompt: str) -> str:
         """The prompt as a question in the chat template, with the beginning of an answer."""
         question = [{"role": "user", "content": prompt}]
         return self.tokenizer.apply_chat_template(question, tokenize=False, add_generation_prompt=True)
-
-    def cuts_off(self, prompt: str) -> bool:
-        if self.tokenizer is None:
-            return False
-        return len(self.tokenizer([self.as_chat(prompt)]).input_ids[0]) > self.call_defaults["max_sequence_length"]

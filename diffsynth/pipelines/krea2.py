@@ -8,6 +8,7 @@ are those of the released pipeline (diffusers' Krea2Pipeline) unless a comment s
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -20,7 +21,7 @@ from ..core.loader import ModelConfig
 from ..core.ranges import NonNegativeFloat, SamplingSteps, Tokens
 from ..diffusion.adapters.names import LayerNames
 from ..diffusion.base_pipeline import BasePipeline
-from ..diffusion.flow_match import exponential_shift
+from ..diffusion.flow_match import chosen_shift, exponential_shift, linear_levels, shift_of_tokens
 from ..diffusion.pipeline.components import Folder, Network
 from ..diffusion.pipeline.image_units import Inpaint, InputImageEmbedder, LossMask, NoiseInitializer, ShapeChecker
 from ..diffusion.pipeline.request import ImageRequest
@@ -40,7 +41,7 @@ TEMPLATE_END = "<|im_end|>\n<|im_start|>assistant\n"
 START_TOKENS, END_TOKENS = 34, 5  # the embeddings of the start are dropped
 FIRST_TEXT_LAYER, TEXT_LAYER_STEP = 2, 3
 MAX_PROMPT_TOKENS = 512
-TRAINING_MU = 0.8  # DiffSynth-Studio's shift of the training grid, at every resolution
+LOW_SHIFT, HIGH_SHIFT = (256, 0.5), (6400, 1.15)  # image tokens, and μ
 # Krea's names of the layers. diffusers and ComfyUI read those here, too.
 BLOCKS = {
     "blocks": "transformer_blocks",
@@ -87,16 +88,9 @@ def krea2_sigmas(
         dynamic_shift_len: Number of image tokens, H/16 · W/16; None takes the training grid's μ = 0.8.
         exponential_shift_mu: μ itself, which overrides the other two; Turbo was distilled with 1.15.
     """
-    linear = torch.linspace(denoising_strength, 0, num_inference_steps + 1)[:-1]
-    mu = exponential_shift_mu
-    if mu is None:
-        mu = TRAINING_MU if dynamic_shift_len is None else _shift_of_tokens(dynamic_shift_len)
+    linear = linear_levels(num_inference_steps, denoising_strength)
+    mu = chosen_shift(dynamic_shift_len, exponential_shift_mu, partial(shift_of_tokens, low=LOW_SHIFT, high=HIGH_SHIFT))
     return exponential_shift(linear, mu)
-
-
-def _shift_of_tokens(tokens: int) -> float:
-    """The line through μ = 0.5 at 256 tokens and μ = 1.15 at 6400 tokens."""
-    return 0.5 + (tokens - 256) * (1.15 - 0.5) / (6400 - 256)
 
 
 def model_fn_krea2(
@@ -161,6 +155,13 @@ def text_depths(decoder: nn.Module) -> list[int]:
     return list(range(FIRST_TEXT_LAYER, decoder.config.num_hidden_layers, TEXT_LAYER_STEP))
 
 
+def widths(dit: Krea2Transformer2DModel, text_encoder: nn.Module) -> tuple[str, str]:
+    """Layers and widths of the text embeddings that the network takes, and of those that the text encoder makes."""
+    decoder, sizes = text_encoder.get_decoder(), dit.config
+    made = len(text_depths(decoder)), decoder.config.hidden_size
+    return f"{sizes.num_text_layers} x {sizes.text_hidden_dim}", "{} x {}".format(*made)
+
+
 # Pipeline -------------------------------------------------------------------------------------------------------------
 
 
@@ -204,6 +205,7 @@ class Krea2Pipeline(BasePipeline):
     model_fn = staticmethod(model_fn_krea2)
     sigma_grid = staticmethod(krea2_sigmas)
     model_settings = ("max_sequence_length", "exponential_shift_mu")
+    text_widths = {"text_encoder": widths}
     unit_classes = (
         ShapeChecker,
         NoiseInitializer,
@@ -213,21 +215,9 @@ class Krea2Pipeline(BasePipeline):
         Krea2Unit_PromptEmbedder,
     )
 
-    def check_networks(self) -> None:
-        if self.dit is None or self.text_encoder is None:
-            return
-        decoder = self.text_encoder.get_decoder()
-        wanted = self.dit.config.num_text_layers, self.dit.config.text_hidden_dim
-        found = len(text_depths(decoder)), decoder.config.hidden_size
-        if wanted != found:
-            raise ValueError(
-                f"dit takes text embeddings of {wanted[0]} layers of width {wanted[1]}, but text_encoder makes those "
-                f"of {found[0]} of width {found[1]}: they are of different models; take the text encoder that was "
-                "released with the transformer."
-            )
+    def prompt_text(self, prompt: str) -> str:
+        return TEMPLATE_START + prompt + TEMPLATE_END
 
-    def cuts_off(self, prompt: str) -> bool:
-        if self.tokenizer is None:
-            return False
-        tokens = self.tokenizer(TEMPLATE_START + prompt + TEMPLATE_END).input_ids
-        return len(tokens) > START_TOKENS + self.call_defaults["max_sequence_length"]
+    @property
+    def most_tokens(self) -> int:
+        return START_TOKENS + self.call_defaults["max_sequence_length"]

@@ -7,6 +7,7 @@ are further image tokens, and the text encoder reads them, too. Constants withou
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -22,7 +23,7 @@ from ..core.ranges import NonNegativeFloat, Pixels, Side
 from ..diffusion.adapters.names import LayerNames
 from ..diffusion.base_pipeline import BasePipeline
 from ..diffusion.controlnet.inputs import InpaintControlEmbedder, InpaintControlRequest
-from ..diffusion.flow_match import exponential_shift, stretch_to_terminal
+from ..diffusion.flow_match import chosen_shift, exponential_shift, linear_levels, shift_of_tokens, stretch_to_terminal
 from ..diffusion.pipeline import image_units
 from ..diffusion.pipeline.attention import JointAttention, rotated, rotation_table
 from ..diffusion.pipeline.components import Folder, Network
@@ -60,7 +61,7 @@ EDIT_PROMPT_TEMPLATE = (
 EDIT_PROMPT_TEMPLATE_TOKENS = 64
 IMAGE_TOKEN = "<|image_pad|>"  # placeholder of one token of an image in the text encoder
 EDIT_VISION_PIXELS = 384 * 384
-TRAINING_MU = 0.8  # DiffSynth-Studio's shift of the training grid, at every resolution
+LOW_SHIFT, HIGH_SHIFT = (256, 0.5), (8192, 0.9)  # image tokens, and μ
 TERMINAL_SIGMA = 0.02
 # ComfyUI's names are also those that diffusers (0.39 to 0.42 at least) and DiffSynth-Studio read.
 LORA_NAMES = LayerNames(prefix="transformer", comfyui="diffusion_model.", common="comfyui")
@@ -79,16 +80,9 @@ def qwen_image_sigmas(
         dynamic_shift_len: Number of image tokens, H/16 · W/16; None takes the training grid's μ = 0.8.
         exponential_shift_mu: μ itself, which overrides the other two.
     """
-    linear = torch.linspace(denoising_strength, 0, num_inference_steps + 1)[:-1]
-    mu = exponential_shift_mu
-    if mu is None:
-        mu = TRAINING_MU if dynamic_shift_len is None else _shift_of_tokens(dynamic_shift_len)
+    linear = linear_levels(num_inference_steps, denoising_strength)
+    mu = chosen_shift(dynamic_shift_len, exponential_shift_mu, partial(shift_of_tokens, low=LOW_SHIFT, high=HIGH_SHIFT))
     return stretch_to_terminal(exponential_shift(linear, mu), TERMINAL_SIGMA)
-
-
-def _shift_of_tokens(tokens: int) -> float:
-    """The line through μ = 0.5 at 256 tokens and μ = 0.9 at 8192 tokens."""
-    return 0.5 + (tokens - 256) * (0.9 - 0.5) / (8192 - 256)
 
 
 # Networks -------------------------------------------------------------------------------------------------------------
@@ -407,11 +401,13 @@ class QwenImagePipeline(BasePipeline):
         tensors = {name: torch.from_numpy(array) for name, array in patches.items()}
         return {"input_ids": ids, "mm_token_type_ids": types, **tensors}
 
+    most_tokens = MAX_PROMPT_TOKENS + PROMPT_TEMPLATE_TOKENS
+
+    def prompt_text(self, prompt: str) -> str:
+        return PROMPT_TEMPLATE.format(prompt)
+
     def cuts_off(self, prompt: str) -> bool:
-        if self.tokenizer is None or len(prompt.encode()) <= MAX_PROMPT_TOKENS:  # a token is at least one byte
-            return False
-        tokens = self.tokenizer(PROMPT_TEMPLATE.format(prompt)).input_ids
-        return len(tokens) > MAX_PROMPT_TOKENS + PROMPT_TEMPLATE_TOKENS
+        return len(prompt.encode()) > MAX_PROMPT_TOKENS and super().cuts_off(prompt)  # a token is at least one byte
 
     def combined(self, positive: Tensor, negative: Tensor, cfg_scale: float, shared: Mapping) -> Tensor:
         """Guided velocity (B, 16, h, w); each token keeps the norm of the conditional velocity."""

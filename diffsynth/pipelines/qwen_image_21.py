@@ -32,7 +32,7 @@ from ..diffusion.pipeline.components import Folder, Network
 from ..diffusion.pipeline.media import ImageMedia
 from ..diffusion.pipeline.request import EDIT_IMAGE_PIXELS, EditRequest
 from ..diffusion.pipeline.vae import Latents, SingleFrameVAE
-from ..diffusion.prompts.embedder import PromptEmbedder, check_text_width
+from ..diffusion.prompts.embedder import PromptEmbedder
 from ..diffusion.prompts.hidden_states import hidden_states
 from .qwen_image import IMAGE_TOKEN, TEXT_LORA_NAMES, qwen_image_sigmas
 
@@ -266,6 +266,8 @@ class QwenImage21Pipeline(BasePipeline):
     model_fn = staticmethod(model_fn_qwen_image_21)
     sigma_grid = staticmethod(qwen_image_sigmas)
     model_settings = ("edit_image_pixels",)
+    most_tokens = MAX_POSITIONS
+    text_widths = {"text_encoder": lambda dit, own: (dit.config.context_in_dim, own.config.text_config.hidden_size)}
     unit_classes = (
         image_units.ShapeChecker,
         image_units.NoiseInitializer,
@@ -275,11 +277,6 @@ class QwenImage21Pipeline(BasePipeline):
         QwenImage21Unit_PromptEmbedder,
         QwenImage21Unit_EditImageEmbedder,
     )
-
-    def check_networks(self) -> None:
-        if self.dit is None or self.text_encoder is None:
-            return
-        check_text_width(self.dit.config.context_in_dim, self.text_encoder.config.text_config.hidden_size)
 
     def tokenize(self, prompt: str, images: Sequence[Image.Image]) -> dict[str, Tensor | list[slice]]:
         """The text encoder's inputs for a prompt with images, and which of its states are those of text.
@@ -322,7 +319,5 @@ class QwenImage21Pipeline(BasePipeline):
         end = len(self.tokenizer([PROMPT_END]).input_ids[0])
         return ids if ids.shape[1] <= most else torch.cat([ids[:, : most - end], ids[:, -end:]], dim=1)
 
-    def cuts_off(self, prompt: str) -> bool:
-        if self.tokenizer is None:
-            return False
-        return len(self.tokenizer([PROMPT_START + prompt + PROMPT_END]).input_ids[0]) > MAX_POSITIONS
+    def prompt_text(self, prompt: str) -> str:
+        return PROMPT_START + prompt + PROMPT_END

@@ -18,7 +18,7 @@ from ..core.gradient import checkpoint_blocks
 from ..core.loader import ModelConfig
 from ..core.ranges import NonNegativeFloat, PositiveInt, SamplingSteps, Side
 from ..diffusion.base_pipeline import BasePipeline
-from ..diffusion.flow_match import exponential_shift, stretch_to_terminal
+from ..diffusion.flow_match import chosen_shift, exponential_shift, linear_levels, stretch_to_terminal
 from ..diffusion.pipeline import image_units
 from ..diffusion.pipeline.components import Folder, Network
 from ..diffusion.pipeline.kv_cache import KVCache
@@ -33,7 +33,6 @@ from .qwen_image import (
     LORA_NAMES,
     TERMINAL_SIGMA,
     TEXT_LORA_NAMES,
-    TRAINING_MU,
     QwenImagePipeline,
     QwenImageUnit_PromptEmbedder,
     QwenImageVAE,
@@ -58,10 +57,8 @@ def qwen_image_layered_sigmas(
         dynamic_shift_len: Number of tokens of one image, H/16 · W/16; None takes the training grid's μ = 0.8.
         exponential_shift_mu: μ itself, which overrides the other two.
     """
-    linear = torch.linspace(denoising_strength, 0, num_inference_steps + 1)[:-1]
-    mu = exponential_shift_mu
-    if mu is None:
-        mu = TRAINING_MU if dynamic_shift_len is None else (dynamic_shift_len / SHIFT_TOKENS) ** 0.5
+    linear = linear_levels(num_inference_steps, denoising_strength)
+    mu = chosen_shift(dynamic_shift_len, exponential_shift_mu, lambda tokens: (tokens / SHIFT_TOKENS) ** 0.5)
     return stretch_to_terminal(exponential_shift(linear, mu), TERMINAL_SIGMA)
 
 
@@ -212,6 +209,7 @@ class QwenImageLayeredPipeline(QwenImagePipeline):
     )
 
     def check_networks(self) -> None:
+        super().check_networks()
         config = self.dit and self.dit.config
         if config and not (config.use_layer3d_rope and config.use_additional_t_cond):
             raise ValueError(

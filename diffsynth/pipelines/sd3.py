@@ -8,7 +8,7 @@ StableDiffusion3Pipeline) unless a comment says otherwise. Skip-layer guidance i
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -22,7 +22,7 @@ from ..core.ranges import NonNegativeFloat, SamplingSteps, Tokens
 from ..diffusion.adapters.names import LayerNames
 from ..diffusion.base_pipeline import BasePipeline
 from ..diffusion.controlnet.inputs import InpaintControlEmbedder, InpaintControlRequest
-from ..diffusion.flow_match import TRAINING_STEPS, time_shift
+from ..diffusion.flow_match import TRAINING_STEPS, linear_levels, time_shift
 from ..diffusion.pipeline.components import Folder, Network
 from ..diffusion.pipeline.image_units import Inpaint, InputImageEmbedder, LossMask, NoiseInitializer, ShapeChecker
 from ..diffusion.pipeline.units import PipelineUnit
@@ -75,8 +75,7 @@ def sd3_sigmas(num_inference_steps: int, denoising_strength: float = 1.0) -> Ten
 
     The linear levels end at the least level of a grid that is shifted already, so that the last one is shifted twice.
     """
-    first = LAST_LINEAR + (1 - LAST_LINEAR) * denoising_strength
-    return time_shift(torch.linspace(first, LAST_LINEAR, num_inference_steps), SHIFT)
+    return time_shift(linear_levels(num_inference_steps, denoising_strength, last=LAST_LINEAR), SHIFT)
 
 
 def model_fn_sd3(
@@ -175,6 +174,8 @@ class SD3Pipeline(BasePipeline):
     model_fn = staticmethod(model_fn_sd3)
     sigma_grid = staticmethod(sd3_sigmas)
     model_settings = ("max_sequence_length",)
+    prompt_tokenizer = "tokenizer_3"
+    text_widths = {"text_encoder_3": lambda dit, own: (dit.config.joint_attention_dim, own.config.d_model)}
     unit_classes = (
         ShapeChecker,
         NoiseInitializer,
@@ -184,12 +185,10 @@ class SD3Pipeline(BasePipeline):
         InpaintControlEmbedder,
         SD3Unit_PromptEmbedder,
     )
-    text_width, pooled_width = 4096, 2048  # D and P of the released transformers; `check_networks` reads those of `dit`
+    text_width, pooled_width = 4096, 2048  # D and P as released; those of `dit` once it is built
 
     def check_networks(self) -> None:
-        if self.dit is not None:
-            config = self.dit.config
-            self.text_width, self.pooled_width = config.joint_attention_dim, config.pooled_projection_dim
+        super().check_networks()
         first, second = self.text_encoder, self.text_encoder_2
         widths = [encoder.config.projection_dim for encoder in (first, second) if encoder is not None]
         if sorted(widths) != widths:
@@ -199,14 +198,19 @@ class SD3Pipeline(BasePipeline):
             )
         if self.dit is None:
             return
-        pooled = sum(widths) if len(widths) == 2 else max([self.pooled_width, *widths])
-        width = self.text_width if self.text_encoder_3 is None else self.text_encoder_3.config.d_model
-        if (pooled, width) != (self.pooled_width, self.text_width):
+        wanted = self.dit.config.pooled_projection_dim
+        pooled = sum(widths) if len(widths) == 2 else max([wanted, *widths])
+        if pooled != wanted:
             raise ValueError(
-                f"dit takes pooled embeddings of width {self.pooled_width} and text embeddings of width "
-                f"{self.text_width}, but the CLIPs make {pooled} and T5 {width}: they are of different models; take "
-                "the text encoders that were released with the transformer."
+                f"dit takes pooled embeddings of width {wanted}, but the CLIPs make {pooled}: they are of different "
+                "models; take the text encoders that were released with the transformer."
             )
+
+    def build_models(self, model_configs: Iterable[ModelConfig] | Mapping[str, ModelConfig]) -> None:
+        super().build_models(model_configs)
+        if self.dit is not None:
+            config = self.dit.config
+            self.text_width, self.pooled_width = config.joint_attention_dim, config.pooled_projection_dim
 
     def require(self, users: Mapping[str, str]) -> None:
         """Refuse a pipeline without a model that is needed; of the text encoders one is enough."""
@@ -267,6 +271,6 @@ class SD3Pipeline(BasePipeline):
     def cuts_off(self, prompt: str) -> bool:
         """Whether T5 truncates a prompt, or without T5 the CLIPs; needs no weights."""
         if self.tokenizer_3 is not None:
-            return len(self.tokenizer_3(prompt).input_ids) > self.call_defaults["max_sequence_length"]
+            return super().cuts_off(prompt)
         present = [tokenizer for tokenizer in (self.tokenizer, self.tokenizer_2) if tokenizer is not None]
         return any(len(tokenizer(prompt).input_ids) > CLIP_TOKENS for tokenizer in present)

@@ -20,7 +20,7 @@ from ..core.loader import ModelConfig
 from ..core.ranges import NonNegativeFloat, SamplingSteps, Tokens
 from ..diffusion.adapters.names import LayerNames
 from ..diffusion.base_pipeline import BasePipeline
-from ..diffusion.flow_match import time_shift
+from ..diffusion.flow_match import linear_levels, time_shift
 from ..diffusion.pipeline.components import Folder, Network
 from ..diffusion.pipeline.image_units import (
     EditImageEmbedder,
@@ -34,7 +34,7 @@ from ..diffusion.pipeline.image_units import (
 from ..diffusion.pipeline.request import EDIT_IMAGE_PIXELS, EditRequest
 from ..diffusion.pipeline.units import PipelineUnit
 from ..diffusion.pipeline.vae import Latents
-from ..diffusion.prompts.embedder import PromptEmbedder, check_text_width
+from ..diffusion.prompts.embedder import PromptEmbedder
 from ..diffusion.prompts.hidden_states import hidden_states
 from .autoencoders.kl import NormalisedAutoencoderKL
 from .controlnets.z_image import (
@@ -69,8 +69,7 @@ LORA_NAMES = LayerNames(
 
 def z_image_sigmas(num_inference_steps: int, denoising_strength: float = 1.0) -> Tensor:
     """Noise levels (N,) of Z-Image: linear, then shifted by a constant factor of 3 at every resolution."""
-    linear = torch.linspace(denoising_strength, 0, num_inference_steps + 1)[:-1]
-    return time_shift(linear, SHIFT)
+    return time_shift(linear_levels(num_inference_steps, denoising_strength), SHIFT)
 
 
 def model_fn_z_image(
@@ -209,6 +208,7 @@ class ZImagePipeline(BasePipeline):
     model_fn = staticmethod(model_fn_z_image)
     sigma_grid = staticmethod(z_image_sigmas)
     model_settings = ("max_sequence_length", "edit_image_pixels")
+    text_widths = {"text_encoder": lambda dit, own: (dit.config.cap_feat_dim, own.config.hidden_size)}
     unit_classes = (
         ShapeChecker,
         NoiseInitializer,
@@ -221,11 +221,6 @@ class ZImagePipeline(BasePipeline):
         ZImageUnit_PromptEmbedder,
     )
 
-    def check_networks(self) -> None:
-        if self.dit is None or self.text_encoder is None:
-            return
-        check_text_width(self.dit.config.cap_feat_dim, self.text_encoder.config.hidden_size)
-
     def image_features(self, image: Image.Image) -> Tensor:
         """SigLIP's features (1, h, w, D) of an image, one a patch."""
         arrays = self.siglip_processor(images=[image], return_tensors="np")
@@ -234,7 +229,6 @@ class ZImagePipeline(BasePipeline):
         features = self.siglip(**tensors).last_hidden_state[:, : height * width]
         return features.unflatten(1, (height, width))
 
-    def cuts_off(self, prompt: str) -> bool:
-        if self.tokenizer is None:
-            return False
-        return len(self.tokenizer(pieces(prompt)[0]).input_ids) > self.call_defaults["max_sequence_length"]
+    def prompt_text(self, prompt: str) -> str:
+        (text,) = pieces(prompt)
+        return text

@@ -453,9 +453,7 @@ def test_a_text_encoder_of_another_width_is_refused(tmp_path):
     folder = spoilt(tiny_flux2.klein(), tmp_path)
     config = json.loads((folder / "transformer" / "config.json").read_text()) | {"joint_attention_dim": 192}
     diffusers.Flux2Transformer2DModel.from_config(config).save_pretrained(folder / "transformer")
-    with pytest.raises(
-        ValueError, match="dit takes text embeddings of width 192, but text_encoder makes 3 x 128 = 384"
-    ):
+    with pytest.raises(ValueError, match="dit takes text embeddings of width 192, but text_encoder makes 384"):
         tiny_flux2.pipeline(folder)
 
 

@@ -92,7 +92,7 @@ def test_parts_of_other_models_are_refused_before_weights_are_read():
         Krea2Pipeline().build_models([ModelConfig(path=str(z_image.base() / "transformer"))])
     pipe = FAMILY.build()
     pipe.dit.register_to_config(num_text_layers=12, text_hidden_dim=2560)
-    with pytest.raises(ValueError, match="embeddings of 12 layers of width 2560, but text_encoder makes those of 2 of"):
+    with pytest.raises(ValueError, match="embeddings of width 12 x 2560, but text_encoder makes 2 x 64"):
         pipe.check_networks()
     parts = {name: ModelConfig(path=str(krea2.folder() / part)) for name, part in FAMILY.parts.items()}
     other = ModelConfig(path=str(z_image.base() / "tokenizer"))
