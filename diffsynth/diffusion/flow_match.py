@@ -110,10 +110,6 @@ class FlowMatchScheduler:
         """Noisy samples x_t = (1 - σ) x₀ + σ ε (B, …) of clean samples and noise (B, …) at timesteps () or (B,)."""
         return interpolate(original_samples, noise, self.sigma(timestep))
 
-    def training_target(self, sample: Tensor, noise: Tensor, timestep: Tensor | None = None) -> Tensor:
-        """The velocity v = ε - x₀ (B, …) that the network is trained to predict; the same at every timestep."""
-        return noise - sample
-
     def step(self, velocity: Tensor, index: int, sample: Tensor) -> Tensor:
         """Euler step x + (σ_next - σ) v of samples (B, …) from the grid's level `index`; the last one ends at σ = 0."""
         return sample + velocity * (self.levels[index + 1] - self.levels[index])

@@ -16,25 +16,24 @@ from diffusers.models.transformers.transformer_chroma import ChromaSingleTransfo
 from torch import Tensor, nn
 
 from ..core.gradient import checkpoint_blocks
-from ..core.host_memory import sent
 from ..core.loader import ModelConfig
 from ..core.ranges import NonNegativeFloat, SamplingSteps, Tokens
 from ..diffusion.adapters.names import LayerNames
 from ..diffusion.base_pipeline import BasePipeline
 from ..diffusion.pipeline.components import Folder, Network
-from ..diffusion.pipeline.image_units import Inpaint, InputImageEmbedder, LossMask, NoiseInitializer, ShapeChecker
+from ..diffusion.pipeline.image_units import IMAGE_UNITS
 from ..diffusion.pipeline.request import ImageRequest
 from ..diffusion.pipeline.vae import Latents
 from ..diffusion.prompts.embedder import PromptEmbedder
 from .autoencoders.kl import NormalisedAutoencoderKL
-from .flux1_network import (
+from .shared.flux1 import (
     BLOCK_NAMES,
     Flux1AttnProcessor,
     flux1_sigmas,
     image_positions,
     use_joint_attention,
 )
-from .packing import pack_latents, unpack_latents
+from .shared.tokens import pack_latents, unpack_latents
 
 __all__ = ["ChromaPipeline", "ModelConfig"]
 
@@ -98,7 +97,7 @@ def model_fn_chroma(
         hidden_states=tokens,
         timestep=timestep / 1000,
         encoder_hidden_states=prompt_emb.to(dit.dtype),
-        img_ids=sent(image_positions([latents]), latents.device),
+        img_ids=image_positions([latents]),
         txt_ids=torch.zeros(prompt_emb.shape[1], 3, device=latents.device),
         attention_mask=mask,
         return_dict=False,
@@ -171,10 +170,6 @@ class ChromaPipeline(BasePipeline):
     model_settings = ("max_sequence_length",)
     text_widths = {"text_encoder": lambda dit, own: (dit.config.joint_attention_dim, own.config.d_model)}
     unit_classes = (
-        ShapeChecker,
-        NoiseInitializer,
-        InputImageEmbedder,
-        Inpaint,
-        LossMask,
+        *IMAGE_UNITS,
         ChromaUnit_PromptEmbedder,
     )

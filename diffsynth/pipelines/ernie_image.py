@@ -21,7 +21,7 @@ from ..diffusion.adapters.names import LayerNames
 from ..diffusion.base_pipeline import BasePipeline
 from ..diffusion.flow_match import linear_levels, time_shift
 from ..diffusion.pipeline.components import Folder, Network
-from ..diffusion.pipeline.image_units import Inpaint, InputImageEmbedder, LossMask, NoiseInitializer, ShapeChecker
+from ..diffusion.pipeline.image_units import IMAGE_UNITS
 from ..diffusion.pipeline.request import ImageRequest
 from ..diffusion.pipeline.vae import Latents
 from ..diffusion.prompts.embedder import PromptEmbedder
@@ -131,11 +131,7 @@ class ErnieImagePipeline(BasePipeline):
     model_settings = ("sigma_shift",)
     text_widths = {"text_encoder": lambda dit, own: (dit.config.text_in_dim, own.get_decoder().config.hidden_size)}
     unit_classes = (
-        ShapeChecker,
-        NoiseInitializer,
-        InputImageEmbedder,
-        Inpaint,
-        LossMask,
+        *IMAGE_UNITS,
         ErnieImageUnit_PromptEmbedder,
     )
 

@@ -6,12 +6,12 @@ of the kept area's latents, and 256 of the mask, one of each pixel. Constants ar
 
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
+from ..core.data.operators.masks import white_area
 from ..core.data.operators.picture_files import in_mode
 from ..core.loader import ModelConfig
 from ..core.ranges import NonNegativeFloat, SamplingSteps
@@ -47,8 +47,8 @@ def white_pixels(mask: Image.Image | None, height: int, width: int) -> Tensor:
     """A mask image as a tensor (1, 1, H, W), 1 where it is white and else 0; without a mask 1 everywhere."""
     if mask is None:
         return torch.ones(1, 1, height, width)
-    pixels = np.array(in_mode(mask, "L").resize((width, height), Image.Resampling.LANCZOS))
-    return torch.from_numpy(pixels >= 128)[None, None]
+    sized = in_mode(mask, "L").resize((width, height), Image.Resampling.LANCZOS)
+    return torch.from_numpy(white_area(sized))[None, None]
 
 
 @dataclass(kw_only=True)

@@ -25,14 +25,7 @@ from ..diffusion.adapters.names import LayerNames
 from ..diffusion.base_pipeline import BasePipeline
 from ..diffusion.controlnet.inputs import ControlEmbedder
 from ..diffusion.pipeline.components import Folder, Network
-from ..diffusion.pipeline.image_units import (
-    EditImageEmbedder,
-    Inpaint,
-    InputImageEmbedder,
-    LossMask,
-    NoiseInitializer,
-    ShapeChecker,
-)
+from ..diffusion.pipeline.image_units import IMAGE_UNITS, EditImageEmbedder
 from ..diffusion.pipeline.kv_cache import KVCache
 from ..diffusion.pipeline.request import EDIT_IMAGE_PIXELS, EditRequest, TemplateRequest
 from ..diffusion.pipeline.vae import Latents
@@ -47,7 +40,7 @@ from .controlnets.flux1 import (
     Flux1Unit_ControlMode,
     block_samples,
 )
-from .flux1_network import (
+from .shared.flux1 import (
     BLOCK_NAMES,
     DOUBLE,
     SINGLE,
@@ -59,7 +52,7 @@ from .flux1_network import (
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-from .packing import pack_latents, unpack_latents
+from .shared.tokens import pack_latents, unpack_latents
 
 __all__ = ["Flux1ImagePipeline", "ModelConfig"]
 
@@ -136,7 +129,7 @@ def model_fn_flux1(
     inputs = {"timestep": timestep / 1000, "guidance": guidance, **prompt_inputs(dit, text, pooled_prompt_emb)}
     edits, samples = [pack_latents(image) for image in edit_latents], {}
     if control_latents:
-        own = {"hidden_states": pack_latents(latents).to(dit.dtype), "img_ids": positions([latents])}
+        own = {"hidden_states": pack_latents(latents).to(dit.dtype), "img_ids": image_positions([latents])}
         own |= prompt_inputs(dit, *control_prompt) if control_prompt else {}
         samples = block_samples(
             controlnets,
@@ -152,7 +145,7 @@ def model_fn_flux1(
     with added(dit, lora):
         velocity = dit(
             hidden_states=torch.cat([pack_latents(noisy), *edits], dim=1).to(dit.dtype),
-            img_ids=positions([latents, *edit_latents]),
+            img_ids=image_positions([latents, *edit_latents]),
             txt_ids=torch.zeros(text.shape[1], 3, device=latents.device),
             joint_attention_kwargs={"kv_cache": kv_cache} if kv_cache else None,
             return_dict=False,
@@ -160,11 +153,6 @@ def model_fn_flux1(
             **samples,
         )[0]
     return unpack_latents(velocity, *latents.shape[2:])
-
-
-def positions(images: Sequence[Tensor]) -> Tensor:
-    """Positions (L, 3) of the tokens of noisy latents (B, C, h, w) and of edit images, on their device."""
-    return sent(image_positions(images), images[0].device)
 
 
 def prompt_inputs(dit: FluxTransformer2DModel, text: Tensor, pooled: Tensor) -> dict[str, Tensor]:
@@ -260,11 +248,7 @@ class Flux1ImagePipeline(BasePipeline):
         "text_encoder_2": lambda dit, own: (dit.config.joint_attention_dim, own.config.d_model),
     }
     unit_classes = (
-        ShapeChecker,
-        NoiseInitializer,
-        InputImageEmbedder,
-        Inpaint,
-        LossMask,
+        *IMAGE_UNITS,
         Flux1Unit_EditImageEmbedder,
         Flux1Unit_ControlMode,  # before the next one, so that a wrong mode is refused before an encoder runs
         ControlEmbedder,

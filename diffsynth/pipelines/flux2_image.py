@@ -11,7 +11,6 @@ from functools import partial
 
 import torch
 from diffusers import Flux2Transformer2DModel
-from diffusers.models.embeddings import apply_rotary_emb
 from diffusers.models.transformers.transformer_flux2 import Flux2AttnProcessor, Flux2ParallelSelfAttnProcessor
 from diffusers.pipelines.flux2.system_messages import SYSTEM_MESSAGE
 from torch import Tensor, nn
@@ -24,16 +23,9 @@ from ..core.ranges import NonNegativeFloat, Tokens
 from ..diffusion.adapters.names import LayerNames
 from ..diffusion.base_pipeline import BasePipeline
 from ..diffusion.flow_match import chosen_shift, exponential_shift, linear_levels
-from ..diffusion.pipeline.attention import JointAttention
+from ..diffusion.pipeline.attention import JointAttention, split_heads
 from ..diffusion.pipeline.components import Folder, Network
-from ..diffusion.pipeline.image_units import (
-    EditImageEmbedder,
-    Inpaint,
-    InputImageEmbedder,
-    LossMask,
-    NoiseInitializer,
-    ShapeChecker,
-)
+from ..diffusion.pipeline.image_units import IMAGE_UNITS, EditImageEmbedder
 from ..diffusion.pipeline.kv_cache import KVCache
 from ..diffusion.pipeline.request import EditRequest, TemplateRequest
 from ..diffusion.pipeline.vae import Latents
@@ -42,6 +34,8 @@ from ..diffusion.prompts.hidden_states import hidden_states
 from ..diffusion.template.cache import append_text
 from ..diffusion.template.lora import InputLoRA, added
 from .autoencoders.flux2 import Flux2VAE
+from .shared.flux import grid_positions, rotation
+from .shared.tokens import flatten_latents, unflatten_latents
 
 __all__ = ["Flux2ImagePipeline", "ModelConfig"]
 
@@ -133,14 +127,8 @@ class Flux2DoubleAttnProcessor(JointAttention, Flux2AttnProcessor):
         extra = self.extra(kv_cache)
         if extra is None and split is None:
             return super().__call__(attn, hidden_states, encoder_hidden_states, attention_mask, image_rotary_emb)
-        image = [layer(hidden_states) for layer in (attn.to_q, attn.to_k, attn.to_v)]
-        text = [layer(encoder_hidden_states) for layer in (attn.add_q_proj, attn.add_k_proj, attn.add_v_proj)]
-        image = split_heads(image, attn.norm_q, attn.norm_k)
-        text = split_heads(text, attn.norm_added_q, attn.norm_added_k)
-        heads = rotated([torch.cat(streams, dim=1) for streams in zip(text, image, strict=True)], image_rotary_emb)
-        tokens = self.attend(heads, attention_mask, extra, split)
-        text, image = tokens.tensor_split([encoder_hidden_states.shape[1]], dim=1)
-        return attn.to_out[1](attn.to_out[0](image)), attn.to_add_out(text)
+        rotate = rotation(image_rotary_emb)
+        return self.attend_both(attn, hidden_states, encoder_hidden_states, rotate, attention_mask, extra, split)
 
 
 class Flux2SingleAttnProcessor(JointAttention, Flux2ParallelSelfAttnProcessor):
@@ -159,8 +147,9 @@ class Flux2SingleAttnProcessor(JointAttention, Flux2ParallelSelfAttnProcessor):
         if extra is None and split is None:
             return super().__call__(attn, hidden_states, attention_mask, image_rotary_emb)
         projected, mlp = attn.to_qkv_mlp_proj(hidden_states).tensor_split([3 * attn.inner_dim], dim=-1)
-        heads = rotated(split_heads(projected.chunk(3, dim=-1), attn.norm_q, attn.norm_k), image_rotary_emb)
-        tokens = self.attend(heads, attention_mask, extra, split)
+        query, key, value = split_heads(projected.chunk(3, dim=-1), attn.heads, attn.norm_q, attn.norm_k)
+        rotate = rotation(image_rotary_emb)
+        tokens = self.attend((rotate(query), rotate(key), value), attention_mask, extra, split)
         return attn.to_out(torch.cat([tokens, attn.mlp_act_fn(mlp)], dim=-1))
 
 
@@ -169,18 +158,6 @@ def use_joint_attention(dit: Flux2Transformer2DModel) -> None:
         block.attn.set_processor(Flux2DoubleAttnProcessor(f"double_{number}"))
     for number, block in enumerate(dit.single_transformer_blocks):
         block.attn.set_processor(Flux2SingleAttnProcessor(f"single_{number}"))
-
-
-def split_heads(projected: Sequence[Tensor], norm_q: nn.Module, norm_k: nn.Module) -> list[Tensor]:
-    """Split query, key and value (B, L, D) into heads (B, L, heads, head_dim); query and key are normalised."""
-    query, key, value = (tokens.unflatten(-1, (-1, *norm_q.normalized_shape)) for tokens in projected)
-    return [norm_q(query), norm_k(key), value]
-
-
-def rotated(heads: Sequence[Tensor], frequencies: tuple[Tensor, Tensor]) -> list[Tensor]:
-    """Apply the rotary position embedding to query and key among heads (B, S, heads, head_dim)."""
-    *query_and_key, value = heads
-    return [*(apply_rotary_emb(tensor, frequencies, sequence_dim=1) for tensor in query_and_key), value]
 
 
 def model_fn_flux2(
@@ -208,36 +185,21 @@ def model_fn_flux2(
     """
     checkpoint_blocks(dit, use_gradient_checkpointing, use_gradient_checkpointing_offload)
     images = [latents, *edit_latents]
-    image_ids = [positions(EDIT_IMAGE_TIME * number, *image.shape[2:], 1) for number, image in enumerate(images)]
+    image_ids = [grid_positions(EDIT_IMAGE_TIME * number, *image.shape[2:], 1) for number, image in enumerate(images)]
     text, _ = append_text(prompt_emb, None, extra_text_embedding)
     with added(dit, lora):
         velocity = dit(
-            hidden_states=torch.cat([pack_latents(image) for image in images], dim=1).to(dit.dtype),
+            hidden_states=torch.cat([flatten_latents(image) for image in images], dim=1).to(dit.dtype),
             timestep=timestep / 1000,
             guidance=sent(torch.as_tensor(embedded_guidance), latents.device).expand(len(latents)),
             encoder_hidden_states=text.to(dit.dtype),
             img_ids=sent(torch.cat(image_ids), latents.device),
-            txt_ids=sent(positions(0, 1, 1, text.shape[1]), latents.device),
+            txt_ids=sent(grid_positions(0, 1, 1, text.shape[1]), latents.device),
             joint_attention_kwargs={"kv_cache": kv_cache} if kv_cache else None,
             return_dict=False,
         )[0]
     height, width = latents.shape[2:]
-    return unpack_latents(velocity[:, : height * width], height, width)
-
-
-def positions(time: int, height: int, width: int, length: int) -> Tensor:
-    """Positions (h · w · l, 4) of tokens on the four axes of RoPE: time, row, column, position in the text."""
-    return torch.cartesian_prod(torch.tensor([time]), *(torch.arange(n) for n in (height, width, length)))
-
-
-def pack_latents(latents: Tensor) -> Tensor:
-    """Latents (B, C, h, w) as tokens (B, h · w, C)."""
-    return latents.flatten(2).transpose(1, 2)
-
-
-def unpack_latents(tokens: Tensor, height: int, width: int) -> Tensor:
-    """Tokens (B, h · w, C) as latents (B, C, h, w)."""
-    return tokens.transpose(1, 2).unflatten(2, (height, width))
+    return unflatten_latents(velocity[:, : height * width], height, width)
 
 
 # Units ----------------------------------------------------------------------------------------------------------------
@@ -301,11 +263,7 @@ class Flux2ImagePipeline(BasePipeline):
     model_settings = ("max_sequence_length", "edit_image_pixels")
     text_widths = {"text_encoder": widths}
     unit_classes = (
-        ShapeChecker,
-        NoiseInitializer,
-        InputImageEmbedder,
-        Inpaint,
-        LossMask,
+        *IMAGE_UNITS,
         EditImageEmbedder,
         Flux2Unit_PromptEmbedder,
     )

@@ -25,21 +25,15 @@ from ..diffusion.adapters.names import LayerNames
 from ..diffusion.base_pipeline import BasePipeline
 from ..diffusion.flow_match import linear_levels, time_shift
 from ..diffusion.pipeline.components import Folder, Network
-from ..diffusion.pipeline.image_units import (
-    Inpaint,
-    InputImageEmbedder,
-    LossMask,
-    NoiseInitializer,
-    ShapeChecker,
-    edit_images,
-    encode_images,
-)
+from ..diffusion.pipeline.image_units import IMAGE_UNITS, EditImageEmbedder, edit_images
 from ..diffusion.pipeline.request import ImageRequest
-from ..diffusion.pipeline.units import PipelineUnit, in_groups
+from ..diffusion.pipeline.units import in_groups
 from ..diffusion.pipeline.vae import Latents
 from ..diffusion.prompts.embedder import PromptEmbedder
 from ..diffusion.prompts.hidden_states import hidden_states
-from .flux2_image import Flux2VAE, pack_latents, positions, unpack_latents
+from .autoencoders.flux2 import Flux2VAE
+from .shared.flux import grid_positions
+from .shared.tokens import flatten_latents, unflatten_latents
 
 __all__ = ["Flux3ImagePipeline", "ModelConfig"]
 
@@ -109,20 +103,20 @@ def model_fn_flux3(
 
 def velocity(dit: Flux3Transformer2DModel, images: Sequence[Tensor], text: Tensor, **times: Tensor) -> Tensor:
     """Velocity (B, 128, h, w) of the first images (B, 128, h, w), where text embeddings (B, L, D) need no padding."""
-    (noisy, *clean), ids = images, {"txt_ids": positions(0, 1, 1, text.shape[1]).float()}
-    inputs = {"hidden_states": pack_latents(noisy).to(dit.dtype), "encoder_hidden_states": text.to(dit.dtype)}
-    ids["img_ids"] = image_positions(noisy, 0)
+    (noisy, *clean), ids = images, {"txt_ids": grid_positions(0, 1, 1, text.shape[1]).float()}
+    inputs = {"hidden_states": flatten_latents(noisy).to(dit.dtype), "encoder_hidden_states": text.to(dit.dtype)}
+    ids["img_ids"] = scaled_positions(noisy, 0)
     if clean:
-        inputs["image_cond_hidden_states"] = torch.cat([pack_latents(image) for image in clean], dim=1).to(dit.dtype)
-        ids["image_cond_ids"] = torch.cat([image_positions(image, -1 - n) for n, image in enumerate(clean)])
+        inputs["image_cond_hidden_states"] = torch.cat([flatten_latents(image) for image in clean], dim=1).to(dit.dtype)
+        ids["image_cond_ids"] = torch.cat([scaled_positions(image, -1 - n) for n, image in enumerate(clean)])
     inputs |= {name: sent(own, noisy.device) for name, own in ids.items()}
     inputs |= {name: timesteps / 1000 for name, timesteps in times.items()}
-    return unpack_latents(dit(**inputs, return_dict=False)[0], *noisy.shape[2:])
+    return unflatten_latents(dit(**inputs, return_dict=False)[0], *noisy.shape[2:])
 
 
-def image_positions(latents: Tensor, number: int) -> Tensor:
+def scaled_positions(latents: Tensor, number: int) -> Tensor:
     """Positions (h · w, 4) of an image's tokens: time 0, scaled row and column, and the image's number."""
-    return positions(0, *latents.shape[2:], 1) * ROPE_SCALE + torch.tensor([0, 0, 0, number])
+    return grid_positions(0, *latents.shape[2:], 1) * ROPE_SCALE + torch.tensor([0, 0, 0, number])
 
 
 # Units ----------------------------------------------------------------------------------------------------------------
@@ -149,16 +143,19 @@ class Flux3Unit_PromptEmbedder(PromptEmbedder):
         return torch.cat(hidden_states(decoder, depths, **inputs), dim=2)
 
 
-class Flux3Unit_EditImageEmbedder(PipelineUnit):
-    """Encodes the edit images to `edit_latents`, a list of latents (1, 128, h, w) of their own sizes."""
-
-    def __init__(self):
-        super().__init__(output_params=("edit_latents",), onload_model_names=("vae",))
-
+class Flux3Unit_EditImageEmbedder(EditImageEmbedder):
     def process(self, pipe, edit_image, edit_image_auto_resize, tiled, tile_size, tile_stride):
+        return super().process(pipe, edit_image, edit_image_auto_resize, 0, tiled, tile_size, tile_stride)
+
+    def images(
+        self,
+        pipe: "Flux3ImagePipeline",
+        edit_image: Image.Image | Sequence[Image.Image] | None,
+        edit_image_auto_resize: bool,
+        edit_image_pixels: int = 0,
+    ) -> list[Image.Image]:
         alone = isinstance(edit_image, Image.Image) or (edit_image is not None and len(edit_image) == 1)
-        images = edit_images(edit_image, edit_image_auto_resize, 0, lambda image, _: as_reference(image, alone))
-        return {"edit_latents": encode_images(pipe, images, tiled, tile_size, tile_stride)} if images else {}
+        return edit_images(edit_image, edit_image_auto_resize, 0, lambda image, _: as_reference(image, alone))
 
 
 def as_reference(image: Image.Image, alone: bool) -> Image.Image:
@@ -214,11 +211,7 @@ class Flux3ImagePipeline(BasePipeline):
     model_settings = ("max_sequence_length",)
     text_widths = {"text_encoder": widths}
     unit_classes = (
-        ShapeChecker,
-        NoiseInitializer,
-        InputImageEmbedder,
-        Inpaint,
-        LossMask,
+        *IMAGE_UNITS,
         Flux3Unit_EditImageEmbedder,
         Flux3Unit_PromptEmbedder,
     )

@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
-import torch.nn.functional as F
 from diffusers import Krea2Transformer2DModel
 from torch import Tensor, nn
 
@@ -23,22 +22,18 @@ from ..diffusion.adapters.names import LayerNames
 from ..diffusion.base_pipeline import BasePipeline
 from ..diffusion.flow_match import chosen_shift, exponential_shift, linear_levels, shift_of_tokens
 from ..diffusion.pipeline.components import Folder, Network
-from ..diffusion.pipeline.image_units import Inpaint, InputImageEmbedder, LossMask, NoiseInitializer, ShapeChecker
+from ..diffusion.pipeline.image_units import IMAGE_UNITS
 from ..diffusion.pipeline.request import ImageRequest
 from ..diffusion.pipeline.vae import Latents
 from ..diffusion.prompts.embedder import PromptEmbedder
 from ..diffusion.prompts.hidden_states import hidden_states
 from .autoencoders.qwen_image import QwenImageVAE
+from .shared.qwen import START_TOKENS, TEMPLATE_END, TEMPLATE_START
+from .shared.tokens import pack_latents, unpack_latents
 
 __all__ = ["Krea2Pipeline", "ModelConfig"]
 
-# The template of Qwen-Image. The end follows the prompt also where that is cut.
-TEMPLATE_START = (
-    "<|im_start|>system\nDescribe the image by detailing the color, shape, size, texture, quantity, text, spatial "
-    "relationships of the objects and background:<|im_end|>\n<|im_start|>user\n"
-)
-TEMPLATE_END = "<|im_end|>\n<|im_start|>assistant\n"
-START_TOKENS, END_TOKENS = 34, 5  # the embeddings of the start are dropped
+END_TOKENS = 5  # of the end of the template, which follows the prompt also where that is cut
 FIRST_TEXT_LAYER, TEXT_LAYER_STEP = 2, 3
 MAX_PROMPT_TOKENS = 512
 LOW_SHIFT, HIGH_SHIFT = (256, 0.5), (6400, 1.15)  # image tokens, and μ
@@ -111,14 +106,14 @@ def model_fn_krea2(
     checkpoint_blocks(dit, use_gradient_checkpointing, use_gradient_checkpointing_offload)
     height, width = (side // 2 for side in latents.shape[2:])
     velocity = dit(
-        hidden_states=F.pixel_unshuffle(latents, 2).flatten(2).transpose(1, 2).to(dit.dtype),
+        hidden_states=pack_latents(latents).to(dit.dtype),
         encoder_hidden_states=prompt_emb.to(dit.dtype),
         timestep=timestep / 1000,
         position_ids=sent(positions(prompt_emb.shape[1], height, width), latents.device),
         encoder_attention_mask=prompt_emb_mask,
         return_dict=False,
     )[0]
-    return F.pixel_shuffle(velocity.transpose(1, 2).unflatten(2, (height, width)), 2)
+    return unpack_latents(velocity, *latents.shape[2:])
 
 
 def positions(length: int, height: int, width: int) -> Tensor:
@@ -207,11 +202,7 @@ class Krea2Pipeline(BasePipeline):
     model_settings = ("max_sequence_length", "exponential_shift_mu")
     text_widths = {"text_encoder": widths}
     unit_classes = (
-        ShapeChecker,
-        NoiseInitializer,
-        InputImageEmbedder,
-        Inpaint,
-        LossMask,
+        *IMAGE_UNITS,
         Krea2Unit_PromptEmbedder,
     )
 

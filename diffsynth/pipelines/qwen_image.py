@@ -23,7 +23,6 @@ from ..core.ranges import NonNegativeFloat, Pixels, Side
 from ..diffusion.adapters.names import LayerNames
 from ..diffusion.base_pipeline import BasePipeline
 from ..diffusion.controlnet.inputs import InpaintControlEmbedder, InpaintControlRequest
-from ..diffusion.flow_match import chosen_shift, exponential_shift, linear_levels, shift_of_tokens, stretch_to_terminal
 from ..diffusion.pipeline import image_units
 from ..diffusion.pipeline.attention import JointAttention, rotated, rotation_table
 from ..diffusion.pipeline.components import Folder, Network
@@ -41,16 +40,24 @@ from .controlnets.qwen_image import (
     QwenImageControlNet,
     block_samples,
 )
-from .entities import EntityEmbedder, EntityRequest, regional_mask, with_entities
-from .packing import pack_latents, unpack_latents
+from .shared.entities import EntityEmbedder, EntityRequest, regional_mask, with_entities
+from .shared.qwen import (
+    IMAGE_TOKEN,
+    START_TOKENS,
+    TEMPLATE_END,
+    TEMPLATE_START,
+    TEXT_LORA_NAMES,
+    image_inputs,
+    image_lengths,
+    image_patches,
+    qwen_image_sigmas,
+)
+from .shared.tokens import pack_latents, unpack_latents
 
 __all__ = ["ModelConfig", "QwenImagePipeline"]
 
-PROMPT_TEMPLATE = (
-    "<|im_start|>system\nDescribe the image by detailing the color, shape, size, texture, quantity, text, spatial "
-    "relationships of the objects and background:<|im_end|>\n<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n"
-)
-PROMPT_TEMPLATE_TOKENS = 34  # of the template before the prompt; their embeddings are dropped
+PROMPT_TEMPLATE = TEMPLATE_START + "{}" + TEMPLATE_END
+PROMPT_TEMPLATE_TOKENS = START_TOKENS
 MAX_PROMPT_TOKENS = 1024
 EDIT_PROMPT_TEMPLATE = (
     "<|im_start|>system\nDescribe the key features of the input image (color, shape, size, texture, objects, "
@@ -59,30 +66,9 @@ EDIT_PROMPT_TEMPLATE = (
     "<|im_end|>\n<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n"
 )
 EDIT_PROMPT_TEMPLATE_TOKENS = 64
-IMAGE_TOKEN = "<|image_pad|>"  # placeholder of one token of an image in the text encoder
 EDIT_VISION_PIXELS = 384 * 384
-LOW_SHIFT, HIGH_SHIFT = (256, 0.5), (8192, 0.9)  # image tokens, and μ
-TERMINAL_SIGMA = 0.02
 # ComfyUI's names are also those that diffusers (0.39 to 0.42 at least) and DiffSynth-Studio read.
 LORA_NAMES = LayerNames(prefix="transformer", comfyui="diffusion_model.", common="comfyui")
-TEXT_LORA_NAMES = LayerNames(prefix="text_encoder", common="comfyui")  # diffusers refuses a file of two styles
-
-
-def qwen_image_sigmas(
-    num_inference_steps: int,
-    denoising_strength: float = 1.0,
-    dynamic_shift_len: int | None = None,
-    exponential_shift_mu: float | None = None,
-) -> Tensor:
-    """Noise levels (N,) of Qwen-Image: linear, shifted by μ, which is linear in tokens, and stretched to end at 0.02.
-
-    Args:
-        dynamic_shift_len: Number of image tokens, H/16 · W/16; None takes the training grid's μ = 0.8.
-        exponential_shift_mu: μ itself, which overrides the other two.
-    """
-    linear = linear_levels(num_inference_steps, denoising_strength)
-    mu = chosen_shift(dynamic_shift_len, exponential_shift_mu, partial(shift_of_tokens, low=LOW_SHIFT, high=HIGH_SHIFT))
-    return stretch_to_terminal(exponential_shift(linear, mu), TERMINAL_SIGMA)
 
 
 # Networks -------------------------------------------------------------------------------------------------------------
@@ -103,32 +89,19 @@ class QwenImageAttnProcessor(JointAttention, QwenDoubleStreamAttnProcessor2_0):
         split: TokenSplit | None = None,
         text_positions: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        image = [layer(hidden_states) for layer in (attn.to_q, attn.to_k, attn.to_v)]
-        text = [layer(encoder_hidden_states) for layer in (attn.add_q_proj, attn.add_k_proj, attn.add_v_proj)]
-        image = split_heads(image, attn.heads, attn.norm_q, attn.norm_k)
-        text = split_heads(text, attn.heads, attn.norm_added_q, attn.norm_added_k)
-        query, key, value = (torch.cat(streams, dim=1) for streams in zip(text, image, strict=True))
         of_image, of_text = image_rotary_emb
         if text_positions is not None:
             of_text = of_text[:, text_positions]
         table = torch.cat([of_text, of_image], dim=1)
-        heads = rotated(query, table), rotated(key, table), value
         mask = encoder_hidden_states_mask if attention_mask is None else attention_mask
-        tokens = self.attend(heads, mask, self.extra(kv_cache), split)
-        text, image = tokens.tensor_split([encoder_hidden_states.shape[1]], dim=1)
-        return attn.to_out[1](attn.to_out[0](image.contiguous())), attn.to_add_out(text.contiguous())
+        rotate, extra = partial(rotated, table=table), self.extra(kv_cache)
+        return self.attend_both(attn, hidden_states, encoder_hidden_states, rotate, mask, extra, split)
 
 
 def use_joint_attention(dit: QwenImageTransformer2DModel) -> None:
     for number, block in enumerate(dit.transformer_blocks):
         block.attn.set_processor(QwenImageAttnProcessor(f"block_{number}"))
     dit.pos_embed.register_forward_hook(rotation_tables)
-
-
-def split_heads(projected: Sequence[Tensor], heads: int, norm_q: nn.Module, norm_k: nn.Module) -> list[Tensor]:
-    """Split query, key and value (B, L, D) into heads (B, L, heads, head_dim); query and key are normalised."""
-    query, key, value = (tokens.unflatten(-1, (heads, -1)) for tokens in projected)
-    return [norm_q(query), norm_k(key), value]
 
 
 def rotation_tables(_: nn.Module, __: tuple, frequencies: Sequence[Tensor]) -> tuple[Tensor, ...]:
@@ -359,11 +332,7 @@ class QwenImagePipeline(BasePipeline):
     sigma_grid = staticmethod(qwen_image_sigmas)
     model_settings = ("edit_image_pixels", "edit_image_numbered", "edit_vision_pixels")
     unit_classes = (
-        QwenImageUnit_ShapeChecker,
-        QwenImageUnit_NoiseInitializer,
-        QwenImageUnit_InputImageEmbedder,
-        QwenImageUnit_Inpaint,
-        QwenImageUnit_LossMask,
+        *image_units.IMAGE_UNITS,
         InpaintControlEmbedder,
         QwenImageUnit_ContextImageEmbedder,
         QwenImageUnit_PromptEmbedder,
@@ -385,21 +354,13 @@ class QwenImagePipeline(BasePipeline):
 
         If `numbered`, the first image is introduced by "Picture 1: " and so on, so that the prompt can name it.
         """
-        if self.processor is None:
-            raise ValueError(
-                "edit_image needs a processor, which prepares it for the text encoder, but model.processor is null; "
-                "take a model for editing, such as model=qwen_image_edit, or give from_pretrained a processor_config."
-            )
-        patches = self.processor(images, return_tensors="np")  # whose values a rehearsal of `plan.py` can read
-        counts = (patches["image_grid_thw"].prod(1) // self.processor.merge_size**2).tolist()
+        patches = image_patches(self.processor, images, "take a model for editing, such as model=qwen_image_edit")
+        counts = image_lengths(self.processor, patches)
         texts = [f"<|vision_start|>{IMAGE_TOKEN * count}<|vision_end|>" for count in counts]
         if numbered:
             texts = [f"Picture {number}: {text}" for number, text in enumerate(texts, start=1)]
         ids = self.tokenizer([EDIT_PROMPT_TEMPLATE.format("".join(texts) + prompt)], return_tensors="pt").input_ids
-        # Without types, image tokens would have positions in a line instead of rows and columns.
-        types = (ids == self.tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)).int()
-        tensors = {name: torch.from_numpy(array) for name, array in patches.items()}
-        return {"input_ids": ids, "mm_token_type_ids": types, **tensors}
+        return {"input_ids": ids, **image_inputs(self.tokenizer, ids, patches)}
 
     most_tokens = MAX_PROMPT_TOKENS + PROMPT_TEMPLATE_TOKENS
 

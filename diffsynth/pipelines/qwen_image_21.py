@@ -12,14 +12,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
-import numpy as np
 import torch
 from diffusers import AutoencoderKLQwenImage21, QwenImage21Transformer2DModel
 from diffusers.models.attention_dispatch import dispatch_attention_fn
 from PIL import Image
 from torch import Tensor, nn
 
-from ..core.data.operators.picture_files import in_mode
 from ..core.gradient import checkpoint_blocks
 from ..core.host_memory import sent
 from ..core.loader import ModelConfig
@@ -34,7 +32,14 @@ from ..diffusion.pipeline.request import EDIT_IMAGE_PIXELS, EditRequest
 from ..diffusion.pipeline.vae import Latents, SingleFrameVAE
 from ..diffusion.prompts.embedder import PromptEmbedder
 from ..diffusion.prompts.hidden_states import hidden_states
-from .qwen_image import IMAGE_TOKEN, TEXT_LORA_NAMES, qwen_image_sigmas
+from .shared.qwen import (
+    IMAGE_TOKEN,
+    TEXT_LORA_NAMES,
+    image_inputs,
+    image_lengths,
+    image_patches,
+    qwen_image_sigmas,
+)
 
 __all__ = ["ModelConfig", "QwenImage21Pipeline"]
 
@@ -269,11 +274,7 @@ class QwenImage21Pipeline(BasePipeline):
     most_tokens = MAX_POSITIONS
     text_widths = {"text_encoder": lambda dit, own: (dit.config.context_in_dim, own.config.text_config.hidden_size)}
     unit_classes = (
-        image_units.ShapeChecker,
-        image_units.NoiseInitializer,
-        image_units.InputImageEmbedder,
-        image_units.Inpaint,
-        image_units.LossMask,
+        *image_units.IMAGE_UNITS,
         QwenImage21Unit_PromptEmbedder,
         QwenImage21Unit_EditImageEmbedder,
     )
@@ -284,8 +285,8 @@ class QwenImage21Pipeline(BasePipeline):
         The end of a prompt that is too long is cut off. States of images are dropped, because the transformer has their
         latents instead.
         """
-        arrays = self._patches(images) if images else {}
-        counts = (arrays["image_grid_thw"].prod(1) // self.processor.merge_size**2).tolist() if images else []
+        patches = image_patches(self.processor, images, "take that of model=qwen_image_21") if images else {}
+        counts = image_lengths(self.processor, patches) if images else []
         text, place, kept, run = SYSTEM_MESSAGE, self._count(SYSTEM_MESSAGE), [], PROMPT_START
         for number, count in enumerate(counts, start=1):
             run += f"{' ' if kept else ''}<image{number}><|vision_start|>"
@@ -296,18 +297,8 @@ class QwenImage21Pipeline(BasePipeline):
         ids = self._shortened(ids, self._count(SYSTEM_MESSAGE) + sum(counts) + MAX_POSITIONS - taken)
         if not images:
             return {"input_ids": ids, "kept": [slice(place, None)]}
-        types = (ids == self.tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)).int()
-        tensors = {name: torch.from_numpy(array) for name, array in arrays.items()}
-        return {"input_ids": ids, "mm_token_type_ids": types, "kept": [*kept, slice(place, None)], **tensors}
-
-    def _patches(self, images: Sequence[Image.Image]) -> dict[str, np.ndarray]:
-        if self.processor is None:
-            raise ValueError(
-                "edit_image needs a processor, which prepares it for the text encoder, but model.processor is null; "
-                "take that of model=qwen_image_21."
-            )
-        # As arrays, whose values a rehearsal of `plan.py` can read.
-        return self.processor([in_mode(image, "RGB") for image in images], return_tensors="np")
+        others = image_inputs(self.tokenizer, ids, patches)
+        return {"input_ids": ids, "kept": [*kept, slice(place, None)], **others}
 
     def _count(self, text: str) -> int:
         """Number of tokens of a text before a special token."""

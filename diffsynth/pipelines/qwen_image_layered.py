@@ -28,17 +28,16 @@ from ..diffusion.pipeline.units import PipelineUnit
 from ..diffusion.pipeline.vae import Latents
 from ..diffusion.template.cache import append_text
 from ..diffusion.template.lora import InputLoRA, added
-from .packing import pack_latents, unpack_latents
+from .autoencoders.qwen_image import QwenImageVAE
 from .qwen_image import (
     LORA_NAMES,
-    TERMINAL_SIGMA,
-    TEXT_LORA_NAMES,
     QwenImagePipeline,
     QwenImageUnit_PromptEmbedder,
-    QwenImageVAE,
     check_templates,
     use_joint_attention,
 )
+from .shared.qwen import TERMINAL_SIGMA, TEXT_LORA_NAMES
+from .shared.tokens import pack_latents, unpack_latents
 
 __all__ = ["ModelConfig", "QwenImageLayeredPipeline"]
 
@@ -130,13 +129,16 @@ class QwenImageLayeredUnit_InputImageEmbedder(PipelineUnit):
 
     def process(self, pipe, input_image, noise, tiled, tile_size, tile_stride):
         if input_image is None:
-            return {"latents": noise, "input_latents": None}
+            return image_units.starting_from(pipe, noise, None)
         encoded = image_units.encode_images(pipe, input_image, tiled, tile_size, tile_stride)
-        input_latents = torch.cat(list(encoded)).unsqueeze(0)
-        if pipe.scheduler.training:
-            return {"latents": noise, "input_latents": input_latents}
-        latents = pipe.scheduler.add_noise(input_latents, noise, pipe.scheduler.timesteps[0])
-        return {"latents": latents, "input_latents": input_latents}
+        return image_units.starting_from(pipe, noise, torch.cat(list(encoded)).unsqueeze(0))
+
+    def process_batch(self, pipe, batch):
+        """Encode the images of all rows of training data together."""
+        images = [image for inputs in batch for image in inputs["input_image"]]
+        encoded = iter(image_units.encode_images(pipe, images, *image_units.tiling(batch[0])))
+        stacks = [torch.cat([next(encoded) for _ in inputs["input_image"]]).unsqueeze(0) for inputs in batch]
+        return [{"latents": inputs["noise"], "input_latents": own} for inputs, own in zip(batch, stacks, strict=True)]
 
 
 class QwenImageLayeredUnit_ConditionEmbedder(PipelineUnit):
@@ -146,15 +148,26 @@ class QwenImageLayeredUnit_ConditionEmbedder(PipelineUnit):
         super().__init__(output_params=("condition_latents",), onload_model_names=("vae",))
 
     def process(self, pipe, layer_input_image, height, width, tiled, tile_size, tile_stride):
-        images = image_units.image_list(layer_input_image, "layer_input_image", pipe.media.mode)
-        if len(images) != 1:
-            raise ValueError(
-                f"layer_input_image has {len(images)} images, expected the one to decompose; give it, or in a training "
-                "list the column in task.extra_inputs and dataset.data_file_keys."
-            )
-        sized = images[0].resize((width, height), Image.Resampling.LANCZOS)
-        (latents,) = image_units.encode_images(pipe, [sized], tiled, tile_size, tile_stride)
+        image = _to_decompose(pipe, layer_input_image, width, height)
+        (latents,) = image_units.encode_images(pipe, [image], tiled, tile_size, tile_stride)
         return {"condition_latents": latents}
+
+    def process_batch(self, pipe, batch):
+        """Encode the images of all rows; those of equal size go through the autoencoder together."""
+        images = [_to_decompose(pipe, *(row[n] for n in ("layer_input_image", "width", "height"))) for row in batch]
+        encoded = image_units.encode_images(pipe, images, *image_units.tiling(batch[0]))
+        return [{"condition_latents": latents} for latents in encoded]
+
+
+def _to_decompose(pipe: BasePipeline, value: Image.Image | None, width: int, height: int) -> Image.Image:
+    """The image to decompose in the sample's size."""
+    images = image_units.image_list(value, "layer_input_image", pipe.media.mode)
+    if len(images) != 1:
+        raise ValueError(
+            f"layer_input_image has {len(images)} images, expected the one to decompose; give it, or in a training "
+            "list the column in task.extra_inputs and dataset.data_file_keys."
+        )
+    return images[0].resize((width, height), Image.Resampling.LANCZOS)
 
 
 # Pipeline -------------------------------------------------------------------------------------------------------------

@@ -24,7 +24,7 @@ from ..diffusion.base_pipeline import BasePipeline
 from ..diffusion.controlnet.inputs import InpaintControlEmbedder, InpaintControlRequest
 from ..diffusion.flow_match import TRAINING_STEPS, linear_levels, time_shift
 from ..diffusion.pipeline.components import Folder, Network
-from ..diffusion.pipeline.image_units import Inpaint, InputImageEmbedder, LossMask, NoiseInitializer, ShapeChecker
+from ..diffusion.pipeline.image_units import IMAGE_UNITS
 from ..diffusion.pipeline.units import PipelineUnit
 from ..diffusion.pipeline.vae import Latents
 from .autoencoders.kl import NormalisedAutoencoderKL
@@ -177,11 +177,7 @@ class SD3Pipeline(BasePipeline):
     prompt_tokenizer = "tokenizer_3"
     text_widths = {"text_encoder_3": lambda dit, own: (dit.config.joint_attention_dim, own.config.d_model)}
     unit_classes = (
-        ShapeChecker,
-        NoiseInitializer,
-        InputImageEmbedder,
-        Inpaint,
-        LossMask,
+        *IMAGE_UNITS,
         InpaintControlEmbedder,
         SD3Unit_PromptEmbedder,
     )

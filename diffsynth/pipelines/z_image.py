@@ -22,15 +22,7 @@ from ..diffusion.adapters.names import LayerNames
 from ..diffusion.base_pipeline import BasePipeline
 from ..diffusion.flow_match import linear_levels, time_shift
 from ..diffusion.pipeline.components import Folder, Network
-from ..diffusion.pipeline.image_units import (
-    EditImageEmbedder,
-    Inpaint,
-    InputImageEmbedder,
-    LossMask,
-    NoiseInitializer,
-    ShapeChecker,
-    edit_images,
-)
+from ..diffusion.pipeline.image_units import IMAGE_UNITS, EditImageEmbedder, edit_images
 from ..diffusion.pipeline.request import EDIT_IMAGE_PIXELS, EditRequest
 from ..diffusion.pipeline.units import PipelineUnit
 from ..diffusion.pipeline.vae import Latents
@@ -210,11 +202,7 @@ class ZImagePipeline(BasePipeline):
     model_settings = ("max_sequence_length", "edit_image_pixels")
     text_widths = {"text_encoder": lambda dit, own: (dit.config.cap_feat_dim, own.config.hidden_size)}
     unit_classes = (
-        ShapeChecker,
-        NoiseInitializer,
-        InputImageEmbedder,
-        Inpaint,
-        LossMask,
+        *IMAGE_UNITS,
         ZImageUnit_EditImageEmbedder,
         ZImageUnit_EditImageFeatures,
         ZImageUnit_ControlEmbedder,

@@ -296,7 +296,7 @@ def test_images_that_a_controlnet_cannot_read_are_named(change, message):
         ({"controlnet_inpaint_mask": None}, "controlnet_inpaint_image is given without controlnet_inpaint_mask"),
         ({"controlnet_inpaint_image": None}, "controlnet_inpaint_mask is given without controlnet_inpaint_image"),
         ({"controlnet_image": None}, "controlnet_inpaint_mask is given without controlnet_image"),
-        ({"controlnet_inpaint_mask": mask((64, 64))}, "is 64 x 64 pixels, but controlnet_inpaint_image is 32 x 48"),
+        ({"controlnet_inpaint_mask": mask((64, 64))}, "is 64 x 64 pixels and controlnet_inpaint_image 32 x 48"),
     ],
 )
 def test_a_mask_that_does_not_fit_is_named(change, message):

@@ -19,7 +19,7 @@ from diffsynth.diffusion.flow_match import FlowMatchScheduler, interpolate
 from diffsynth.diffusion.loss import FlowMatchSFT
 from diffsynth.diffusion.randomness import SampleRNG
 from diffsynth.pipelines.flux1_image import Flux1ImagePipeline, Flux1Unit_EditImageEmbedder
-from diffsynth.pipelines.flux1_network import flux1_sigmas
+from diffsynth.pipelines.shared.flux1 import flux1_sigmas
 from diffsynth.plan.meta_pipeline import architectures
 
 DEV, CHROMA = (next(f for f in FAMILIES if f.name == name) for name in ("flux1_dev", "chroma"))

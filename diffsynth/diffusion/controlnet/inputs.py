@@ -8,12 +8,12 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
+from ...core.data.operators.masks import of_other_sizes, white_area
 from ...core.ranges import NonNegativeFloat, Probability
 from ..pipeline.image_units import image_list
 from ..pipeline.request import ImageRequest
@@ -32,12 +32,12 @@ class ControlInputs:
 
     Args:
         channels: Channels C of the latents, more than those of an image if it reads a mask, too.
-        kinds: Number of kinds of images that it tells apart by a mode; None for one kind.
+        num_modes: Number of kinds of images that it tells apart by a mode; None for one kind.
         is_shifted: Whether the autoencoder's shift is subtracted from the latents, as for the transformer.
     """
 
     channels: int
-    kinds: int | None = None
+    num_modes: int | None = None
     is_shifted: bool = True
 
 
@@ -172,8 +172,8 @@ def pixels(pipe: "BasePipeline", image: Image.Image, size: tuple[int, int]) -> T
 
 def mask_pixels(pipe: "BasePipeline", mask: Image.Image, size: tuple[int, int]) -> Tensor:
     """A mask (1, 1, H, W) of a grey image that is resized to (W, H): 1 where it is nearer to white, and 0 elsewhere."""
-    values = np.array(mask.resize(size, Image.Resampling.LANCZOS), dtype=np.float32) / 255
-    return torch.from_numpy(values >= 0.5)[None, None].to(pipe.device, pipe.torch_dtype)
+    white = white_area(mask.resize(size, Image.Resampling.LANCZOS))
+    return torch.from_numpy(white)[None, None].to(pipe.device, pipe.torch_dtype)
 
 
 def kept_area(mask: Tensor, latents: Tensor) -> Tensor:
@@ -277,7 +277,4 @@ def check_mask(pipe: "BasePipeline", mask: Image.Image | None, **images: Any) ->
         raise ValueError(f"controlnet_inpaint_mask is given without {missing[0]}; give both.")
     *_, (name, image) = images.items()
     if isinstance(image, Image.Image) and image.size != mask.size:
-        raise ValueError(
-            f"controlnet_inpaint_mask is {mask.width} x {mask.height} pixels, but {name} is {image.width} x "
-            f"{image.height}; make them of one size."
-        )
+        raise ValueError(of_other_sizes("controlnet_inpaint_mask", mask.size, name, image.size) + ".")

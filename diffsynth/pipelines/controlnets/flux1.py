@@ -95,7 +95,7 @@ class Flux1Unit_ControlMode(PipelineUnit):
 
     def process(self, pipe, controlnet_image, controlnet_mode):
         images = len(image_list(controlnet_image, "controlnet_image"))
-        kinds = [inputs.kinds for inputs in inputs_of_images(pipe, images)]
+        kinds = [inputs.num_modes for inputs in inputs_of_images(pipe, images)]
         modes = list(controlnet_mode) if isinstance(controlnet_mode, Sequence) else [controlnet_mode] * images
         _check_modes(modes, kinds)
         return {"control_modes": [torch.tensor([mode or 0], device=pipe.device) for mode in modes]} if images else {}
@@ -121,7 +121,7 @@ def _check_modes(modes: Sequence[int | None], kinds: Sequence[int | None]) -> No
 
 def control_inputs(controlnet: Flux1ControlNet) -> ControlInputs:
     """What a ControlNet reads; 2 × 2 latent pixels make a token."""
-    return ControlInputs(controlnet.config.in_channels // 4, kinds=controlnet.config.num_mode)
+    return ControlInputs(controlnet.config.in_channels // 4, num_modes=controlnet.config.num_mode)
 
 
 def check_controlnet(name: str, controlnet: Flux1ControlNet, dit: FluxTransformer2DModel) -> None:

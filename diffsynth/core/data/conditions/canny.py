@@ -44,7 +44,7 @@ class Canny(Condition):
             raise ValueError(f"low={self.low} is above high={self.high}; exchange them.")
 
     @property
-    def changes(self) -> bool:
+    def is_random(self) -> bool:
         return not self.fixed and self.spread > 1
 
     def __call__(self, image: Image.Image, *, rng: random.Random) -> Image.Image:

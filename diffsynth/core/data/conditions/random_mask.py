@@ -64,7 +64,7 @@ class RandomMask(Condition):
         return (self.object_column,) if self.objects else ()
 
     @property
-    def changes(self) -> bool:
+    def is_random(self) -> bool:
         return not self.fixed
 
     def __call__(self, image: Image.Image, *objects: Image.Image, rng: random.Random) -> Image.Image:

@@ -15,13 +15,13 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from ..diffusion.pipeline.image_units import image_list
-from ..diffusion.pipeline.request import ImageRequest
-from ..diffusion.pipeline.units import PipelineUnit
-from ..diffusion.prompts.embedder import PromptEmbedder
+from ...diffusion.pipeline.image_units import image_list
+from ...diffusion.pipeline.request import ImageRequest
+from ...diffusion.pipeline.units import PipelineUnit
+from ...diffusion.prompts.embedder import PromptEmbedder
 
 if TYPE_CHECKING:
-    from ..diffusion.base_pipeline import BasePipeline
+    from ...diffusion.base_pipeline import BasePipeline
 
 
 @dataclass(kw_only=True)
