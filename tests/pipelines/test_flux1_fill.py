@@ -1,5 +1,7 @@
 """FLUX.1 Fill: what it reads beside noisy latents, what it samples and trains."""
 
+import inspect
+
 import pytest
 import test_family_contract as contract
 import torch
@@ -64,6 +66,9 @@ def test_the_networks_of_fill_and_of_the_others_do_not_stand_for_each_other():
         Family("", Flux1FillPipeline, flux1.dev, (), FILL.settings, parts=flux1.PARTS).build()
 
 
+meta_has_autocast = contract.meta_has_autocast
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "statement",
@@ -77,6 +82,7 @@ def test_the_networks_of_fill_and_of_the_others_do_not_stand_for_each_other():
         "a_run_is_planned",
     ],
 )
-def test_it_is_a_family_but_for_the_area_that_a_mask_keeps(statement, tmp_path):
+def test_it_is_a_family_but_for_the_area_that_a_mask_keeps(statement, request):
     test = getattr(contract, f"test_{statement}")
-    test(FILL, *([tmp_path] if "tmp_path" in test.__code__.co_varnames else []))
+    _, *fixtures = inspect.signature(test).parameters
+    test(FILL, *map(request.getfixturevalue, fixtures))
