@@ -75,7 +75,7 @@ def pytest_collection_finish(session):
 
 @pytest.fixture
 def no_room():
-    """A function that takes away the room on all disks, but for the first bytes of each file; None gives it back."""
+    """A function that takes away the room on all disks, except for the first bytes of each file; None gives it back."""
     resource = pytest.importorskip("resource")
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
 

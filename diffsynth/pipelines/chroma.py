@@ -49,7 +49,7 @@ LORA_NAMES = LayerNames(prefix="transformer", original=BLOCK_NAMES)
 class ChromaAttnProcessor(Flux1AttnProcessor):
     """Attention of image and text tokens, to those tokens that the mask names.
 
-    In diffusers' mask (B, 1, S, S) the rows of padding name no token, and softmax over none is no number.
+    In diffusers' mask (B, 1, S, S), padding rows are all False, and softmax over an empty row is NaN.
     """
 
     def __call__(

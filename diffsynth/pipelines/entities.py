@@ -116,7 +116,8 @@ def _all_of(text: Tensor) -> Tensor:
 def regional_mask(kept: Tensor, lengths: Sequence[int], entity_tokens: Tensor) -> Tensor:
     """Which tokens (B, S, S), text before image, a token sees: True at [b, i, j] if i sees j.
 
-    A text sees itself and its part of the image, the image sees all of itself and the texts whose part it is.
+    An entity's text attends to itself and to its image tokens. Image tokens attend to all image tokens and to the texts
+    of entities that cover them.
 
     Args:
         kept: Text tokens that are no padding (B, L).

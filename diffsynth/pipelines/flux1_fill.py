@@ -40,7 +40,8 @@ class Flux1Unit_FillEmbedder(PipelineUnit):
             kept = pipe.preprocess_image(input_image) * (1 - mask)
         latents = pipe.vae.encode(kept, tiled, tile_size, tile_stride)
         fill_latents = torch.cat([latents, F.pixel_unshuffle(mask, pipe.latents.factor)], dim=1)
-        return {"fill_latents": fill_latents, "inpaint_mask": None}  # which would keep the black area of latents
+        # inpaint_mask is None, so that sampling does not paste the black area back
+        return {"fill_latents": fill_latents, "inpaint_mask": None}
 
 
 def white_pixels(mask: Image.Image | None, height: int, width: int) -> Tensor:

@@ -239,7 +239,7 @@ class Flux3ImagePipeline(BasePipeline):
     def predict(self, timestep: Tensor, **inputs) -> Tensor:
         """Velocity (B, …) at timesteps (B,); a flow map predicts that of a step to the next level of the grid.
 
-        In training a step ends where it begins, at which a flow map predicts the velocity of the flow itself.
+        Training sets the target level to the current level, where a flow map equals the flow's velocity.
         """
         if not self.network.config.flow_map:
             return super().predict(timestep, **inputs)

@@ -139,8 +139,8 @@ def positions(length: int, height: int, width: int) -> Tensor:
 class Krea2Unit_PromptEmbedder(PromptEmbedder):
     """Computes the hidden states (1, L, layers, D) of a prompt in its template, and their mask (1, L).
 
-    The released pipeline puts padding before the template's end, where it takes no positions and is not attended to:
-    that is as if there were none.
+    The released pipeline puts padding before the template's end. Padding has no position and is masked, so the result
+    equals no padding.
     """
 
     def __init__(self):
@@ -185,7 +185,7 @@ class Krea2Request(ImageRequest):
     """
 
     num_inference_steps: SamplingSteps = 28
-    cfg_scale: NonNegativeFloat = 5.5  # the released scale of 4.5 counts from the conditional velocity on
+    cfg_scale: NonNegativeFloat = 5.5  # diffusers' guidance_scale + 1: released with 4.5
     max_sequence_length: Tokens = MAX_PROMPT_TOKENS
     exponential_shift_mu: float | None = None
 

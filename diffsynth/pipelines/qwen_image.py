@@ -99,7 +99,7 @@ def _shift_of_tokens(tokens: int) -> float:
 
 
 class QwenImageAttnProcessor(JointAttention, QwenDoubleStreamAttnProcessor2_0):
-    """`JointAttention` of the text's tokens and the image's, as diffusers' processor computes it but for `rotated`."""
+    """`JointAttention` of the text's tokens and the image's, as diffusers' processor computes it except `rotated`."""
 
     def __call__(
         self,

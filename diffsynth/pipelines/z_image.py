@@ -194,7 +194,7 @@ class ZImageRequest(EditRequest, ControlRequest):
     """
 
     num_inference_steps: SamplingSteps = 50
-    cfg_scale: NonNegativeFloat = 6.0  # the released scale of 5 counts from the conditional velocity on
+    cfg_scale: NonNegativeFloat = 6.0  # diffusers' guidance_scale + 1: released with 5
     max_sequence_length: Tokens = MAX_PROMPT_TOKENS
 
 
@@ -235,7 +235,7 @@ class ZImagePipeline(BasePipeline):
         check_text_width(self.dit.config.cap_feat_dim, self.text_encoder.config.hidden_size)
 
     def image_features(self, image: Image.Image) -> Tensor:
-        """SigLIP's features (1, h, w, D) of an image, one a patch."""
+        """SigLIP's features (1, h, w, D) of an image, one per patch."""
         arrays = self.siglip_processor(images=[image], return_tensors="np")
         height, width = arrays["spatial_shapes"][0].tolist()
         tensors = {name: torch.from_numpy(array).to(self.device) for name, array in arrays.items()}

@@ -74,7 +74,7 @@ def block_samples(
 
 
 class SD3Unit_ControlEmbedder(ControlEmbedder):
-    """Encodes the images of a ControlNet; some read latents of which the autoencoder's shift is not subtracted."""
+    """Encodes the images of a ControlNet; some expect latents without the VAE shift subtracted."""
 
     def control(
         self,

@@ -120,7 +120,7 @@ def area(mask: Image.Image) -> float:
 
 
 def band(size: tuple[int, int], least: float, most: float, rng: random.Random) -> Image.Image:
-    """A mask of one band over the whole width, its area in this range, which no shapes came to lie in."""
+    """Fallback: a full-width band with an allowed area."""
     width, height = size
     pixels = np.zeros(width * height, dtype=np.uint8)
     fewest = max(1, math.ceil(least * pixels.size))
