@@ -15,7 +15,7 @@ PROJECT = Path(__file__).parents[2]  # the folder of our scripts and of conf/
 def translate(
     file: str | Path, model: str = "", exact: bool = False, project: Path = PROJECT
 ) -> list[OurCommand | str]:
-    """Our commands for those of a file, with the file's other commands as texts.
+    """Our commands for the trainings of a file, with the file's other commands as texts.
 
     Args:
         file: A shell script of DiffSynth-Studio, or the training_args.json of a run.

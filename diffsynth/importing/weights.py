@@ -10,7 +10,7 @@ from .theirs import Reader, Theirs, component_named, listed, names_in, path
 
 # Values of memory.storage, by what the names of their methods contain.
 STORAGES = {"nf4": "nf4", "int8": "int8", "fp8": "fp8"}
-BACKENDS = "bitsandbytes", "torchao"  # their methods whose formats are those of memory.storage
+BACKENDS = "bitsandbytes", "torchao"  # their methods that memory.storage has, too
 
 
 def hub_files(value: str, theirs: Theirs) -> Iterator[Line]:

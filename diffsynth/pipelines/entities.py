@@ -85,7 +85,7 @@ def _check(prompts: Any, masks: Sequence[Image.Image]) -> None:
 
 
 def _tokens(pipe: "BasePipeline", mask: Image.Image, height: int, width: int) -> Tensor:
-    """Which tokens (1, T) of the image a mask covers: those of which any latent pixel is nearer to white."""
+    """Which tokens (1, T) of the image a mask covers: a token counts if any of its latent pixels is nearer to white."""
     size = width // pipe.latents.factor, height // pipe.latents.factor
     pixels = np.asarray(mask.resize(size, Image.Resampling.NEAREST), dtype=np.float32).mean(axis=-1)
     covered = torch.from_numpy((pixels > 255 / 2).astype(np.float32))[None]

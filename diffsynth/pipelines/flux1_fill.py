@@ -1,7 +1,7 @@
 """FLUX.1 Fill: generates the white area of a mask from a prompt and from the rest of the image.
 
 Black Forest Labs 2024, "FLUX.1 Tools" (https://bfl.ai/flux-1-tools). A token has 384 channels: 64 of noisy latents, 64
-of the kept area's latents, and 256 of the mask, one of each pixel. Constants are those of diffusers' FluxFillPipeline.
+of the kept area's latents, and 256 of the mask, one of each pixel. Constants come from diffusers' FluxFillPipeline.
 """
 
 from dataclasses import dataclass

@@ -1,9 +1,9 @@
 """FLUX.3 klein (base, distilled): text-to-image and image-to-image, editing one or several images.
 
 Black Forest Labs 2026, "FLUX.3" (https://bfl.ai). Networks: diffusers, transformers.
-Latents are (B, 128, H/16, W/16), those of FLUX.2, and the transformer reads each latent pixel as a token. Edit images
+Latents are (B, 128, H/16, W/16), as FLUX.2's, and the transformer reads each latent pixel as a token. Edit images
 are further tokens. The distilled network is a flow map: it also reads the noise level that a step ends at. Constants
-are those of the released pipelines (diffusers' modular blocks of FLUX.3) unless a comment says otherwise.
+come from the released pipelines (diffusers' modular blocks of FLUX.3) unless a comment says otherwise.
 """
 
 import math
@@ -44,7 +44,7 @@ from .flux2_image import Flux2VAE, pack_latents, positions, unpack_latents
 __all__ = ["Flux3ImagePipeline", "ModelConfig"]
 
 SHIFT = 6.93
-MAX_PROMPT_TOKENS = 8192  # including those of the chat template
+MAX_PROMPT_TOKENS = 8192  # including the chat template's
 PADDING = 80  # prompts are padded to a multiple of so many tokens, and the network attends to the padding
 ROPE_SCALE = 0.5  # distance between neighbouring image tokens
 DEPTHS = 8  # hidden states of the text encoder are read after 1/9, 2/9, …, 8/9 of its layers: 4, 8, …, 32 of 36
@@ -183,7 +183,7 @@ class Flux3Request(ImageRequest):
         edit_image: Image that is changed as the prompt says, or several that the prompt refers to.
         edit_image_auto_resize: Shrink a single edit image to 4 megapixels and pad it, or several to 1 megapixel each
             and crop them; if false, their sides must be multiples of 16.
-        max_sequence_length: Tokens that the prompt is truncated to, including those of the chat template.
+        max_sequence_length: Tokens that the prompt is truncated to, including the chat template's.
     """
 
     num_inference_steps: SamplingSteps = 50

@@ -3,7 +3,7 @@
 Krea 2026, "Krea 2" (https://huggingface.co/krea/Krea-2-Raw). Networks: diffusers, transformers.
 Latents are (B, 16, H/8, W/8), Qwen-Image's; the transformer reads 2 × 2 latent pixels as a token, (B, H/16 · W/16, 64).
 It reads the hidden states of twelve layers of Qwen3-VL for each token of the prompt and fuses them itself. Constants
-are those of the released pipeline (diffusers' Krea2Pipeline) unless a comment says otherwise.
+come from the released pipeline (diffusers' Krea2Pipeline) unless a comment says otherwise.
 """
 
 from collections.abc import Mapping
@@ -41,7 +41,7 @@ START_TOKENS, END_TOKENS = 34, 5  # the embeddings of the start are dropped
 FIRST_TEXT_LAYER, TEXT_LAYER_STEP = 2, 3
 MAX_PROMPT_TOKENS = 512
 TRAINING_MU = 0.8  # DiffSynth-Studio's shift of the training grid, at every resolution
-# Krea's names of the layers. diffusers and ComfyUI read those here, too.
+# Krea's names of the layers. diffusers and ComfyUI read the names here, too.
 BLOCKS = {
     "blocks": "transformer_blocks",
     "txtfusion.layerwise_blocks": "text_fusion.layerwise_blocks",
@@ -128,7 +128,7 @@ def model_fn_krea2(
 
 
 def positions(length: int, height: int, width: int) -> Tensor:
-    """Positions (L + h · w, 3) of tokens on the axes of RoPE, time, row and column; those of the text are 0."""
+    """Positions (L + h · w, 3) of tokens on the axes of RoPE, time, row and column; text tokens have 0."""
     image = torch.cartesian_prod(torch.tensor([0]), torch.arange(height), torch.arange(width))
     return torch.cat([torch.zeros(length, 3, dtype=image.dtype), image])
 

@@ -66,7 +66,7 @@ IMAGE_TOKEN = "<|image_pad|>"  # placeholder of one token of an image in the tex
 EDIT_VISION_PIXELS = 384 * 384
 TRAINING_MU = 0.8  # DiffSynth-Studio's shift of the training grid, at every resolution
 TERMINAL_SIGMA = 0.02
-# ComfyUI's names are also those that diffusers (0.39 to 0.42 at least) and DiffSynth-Studio read.
+# diffusers (0.39 to 0.42 at least) and DiffSynth-Studio read ComfyUI's names, too.
 LORA_NAMES = LayerNames(prefix="transformer", comfyui="diffusion_model.", common="comfyui")
 TEXT_LORA_NAMES = LayerNames(prefix="text_encoder", common="comfyui")  # diffusers refuses a file of two styles
 

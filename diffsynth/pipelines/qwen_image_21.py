@@ -2,8 +2,8 @@
 
 Qwen team 2026, "Qwen-Image-2.1" (https://huggingface.co/Qwen/Qwen-Image-2.1). Networks: diffusers, transformers.
 Images are RGBA. Latents are (B, 64, H/16, W/16), and the transformer reads each latent pixel as a token; those of 2 × 2
-come together. Text, images to edit and the image are one sequence: a token sees those before it, and the tokens of an
-image see each other. Constants are those of the released pipeline (diffusers' QwenImage21Pipeline).
+come together. Text, images to edit and the image are one sequence: a token attends to earlier tokens, and the tokens of
+an image attend to each other. Constants come from the released pipeline (diffusers' QwenImage21Pipeline).
 
 Shapes: B batch, L text tokens, S tokens of text and images, D width.
 """

@@ -44,7 +44,7 @@ class Condition:
         """The condition of a row's images for its column `name`; it is unread if they are.
 
         Args:
-            images: The row's image, then those of `columns`.
+            images: The row's image, then the images of `columns`.
             seed: Of the random numbers if the condition `changes`; otherwise they depend on the image's pixels alone.
         """
         if any(isinstance(image, Unread) for image in images):

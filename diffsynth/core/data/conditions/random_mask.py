@@ -24,7 +24,7 @@ TRIES = 100  # shapes that are drawn for one mask; a guess, which the defaults n
 class RandomMask(Condition):
     """A mask of brush strokes, of boxes, of the objects in a column, or of the whole image, chosen at random.
 
-    Strokes and boxes are those of LaMa, Suvorov et al. 2021, §2.3 (https://arxiv.org/abs/2109.07161), with directions
+    Strokes and boxes follow LaMa, Suvorov et al. 2021, §2.3 (https://arxiv.org/abs/2109.07161), with directions
     uniform in [0, 2π). Shapes are added until their number is reached and their area is at least `min_area`; one that
     would raise the area above `max_area` is left out.
 
