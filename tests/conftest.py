@@ -86,6 +86,12 @@ def no_room():
     limit(None)
 
 
+@pytest.fixture
+def no_weights_are_read(monkeypatch):
+    """Reading the weights of a pipeline is an error in this test."""
+    monkeypatch.setattr("diffsynth.diffusion.pipeline.networks.load_weights", None)
+
+
 def import_file(path: Path):
     """Import a script outside of any package as a module."""
     spec = importlib.util.spec_from_file_location(f"script_{path.parent.name}_{path.stem}", path)

@@ -243,7 +243,7 @@ def test_one_tile_as_large_as_the_image_is_the_whole_image_and_smaller_ones_are_
         (image(0, (60, 64)), {"edit_image_auto_resize": False}, "is 60 x 64 pixels, expected multiples of (16|32)"),
     ],
 )
-def test_what_cannot_be_edited_is_named(family: Family, edit_image, options, message):
+def test_an_edit_image_that_is_no_image_or_has_other_sides_is_named(family: Family, edit_image, options, message):
     with pytest.raises(ValueError, match=message):
         family.build().prepare([REQUEST | {"edit_image": edit_image} | options])
 

@@ -5,12 +5,11 @@ import shutil
 import string
 from functools import cache
 from pathlib import Path
-from unittest import mock
 
 import diffusers
 import torch
 from diffusers import ChromaTransformer2DModel, FluxControlNetModel, FluxTransformer2DModel
-from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
+from miniatures.autoencoders import encoding_to_means
 from PIL import Image
 from tiny import kept_folder
 from torch import Tensor
@@ -131,7 +130,7 @@ def randomise(model: torch.nn.Module, folder: Path) -> None:
     model.save_pretrained(folder)
 
 
-def sampled_by_diffusers(requests: list[dict], noise: Tensor) -> Tensor:
+def sampled_by_diffusers(requests: list[dict], noise: Tensor, lora: Path | None = None) -> Tensor:
     """The latents (B, 16, h, w) that FluxPipeline, or that of Kontext or of ControlNets, samples for requests."""
     first = requests[0]
     if "controlnet_image" in first:
@@ -141,7 +140,7 @@ def sampled_by_diffusers(requests: list[dict], noise: Tensor) -> Tensor:
     if "edit_image" in first:
         pipe.pictures = first["edit_image"]
         own["max_area"] = first["height"] * first["width"]  # else it samples at a megapixel
-    return sampled(pipe, requests, noise, **own)
+    return sampled(pipe, requests, noise, lora, **own)
 
 
 def sampled_with_control(requests: list[dict], noise: Tensor, *networks: Path) -> Tensor:
@@ -161,22 +160,20 @@ def sampled_with_control(requests: list[dict], noise: Tensor, *networks: Path) -
         own |= {"latents": noise}  # it packs them itself
         own.pop("true_cfg_scale")
     pipe = pipeline(kind, dev(), controlnet=loaded if several else loaded[0])
-    mean = mock.patch.object(DiagonalGaussianDistribution, "sample", lambda self, *_: self.mean)
-    with mean:  # ours encodes to the means, and diffusers to samples
+    with encoding_to_means():
         return sampled(pipe, requests, noise, **own)
 
 
-def sampled_by_chroma(requests: list[dict], noise: Tensor) -> Tensor:
+def sampled_by_chroma(requests: list[dict], noise: Tensor, lora: Path | None = None) -> Tensor:
     """The latents (B, 16, h, w) that ChromaPipeline samples for some requests."""
-    return sampled(pipeline(MaskedChroma, chroma()), requests, noise, guidance_scale=requests[0]["cfg_scale"])
+    return sampled(pipeline(MaskedChroma, chroma()), requests, noise, lora, guidance_scale=requests[0]["cfg_scale"])
 
 
 def sampled_by_fill(requests: list[dict], noise: Tensor) -> Tensor:
     """The latents (B, 16, h, w) that FluxFillPipeline samples for requests of one image and mask."""
     first = requests[0]
     own = {"image": first["input_image"], "mask_image": first["inpaint_mask"], "guidance_scale": 30.0}
-    mean = mock.patch.object(DiagonalGaussianDistribution, "sample", lambda self, *_: self.mean)
-    with mean:  # ours encodes to the means, and diffusers to samples
+    with encoding_to_means():
         return sampled(pipeline(diffusers.FluxFillPipeline, fill()), requests, noise, **own)
 
 
@@ -213,8 +210,12 @@ def pipeline(kind: type[diffusers.DiffusionPipeline], folder: Path, **parts) -> 
     return pipe
 
 
-def sampled(pipe: diffusers.DiffusionPipeline, requests: list[dict], noise: Tensor, **own) -> Tensor:
+def sampled(
+    pipe: diffusers.DiffusionPipeline, requests: list[dict], noise: Tensor, lora: Path | None = None, **own
+) -> Tensor:
     first = requests[0]
+    if lora is not None:
+        pipe.load_lora_weights(lora)
     sizes = {name: first[name] for name in ("height", "width", "num_inference_steps")}
     own |= {"prompt": [r["prompt"] for r in requests], "max_sequence_length": MAX_TOKENS}
     if "negative_prompt" in inspect.signature(pipe.__call__).parameters:

@@ -3,12 +3,11 @@
 import shutil
 from functools import cache
 from pathlib import Path
-from unittest import mock
 
 import diffusers
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, SD3ControlNetModel, SD3Transformer2DModel
-from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
+from miniatures.autoencoders import encoding_to_means
 from tiny import kept_folder
 from tiny_flux2 import randomise
 from tokenizers import pre_tokenizers
@@ -87,13 +86,14 @@ def clip_tokenizer(pad: str) -> CLIPTokenizer:
     return CLIPTokenizer(vocab=tokens, merges=[], pad_token=pad, model_max_length=POSITIONS)
 
 
-def sampled_by_diffusers(
-    requests: list[dict], noise: Tensor, pipe: diffusers.StableDiffusion3Pipeline | None = None, **absent: None
-) -> Tensor:
+def sampled_by_diffusers(requests: list[dict], noise: Tensor, lora: Path | None = None, **absent: None) -> Tensor:
     """The latents (B, 16, h, w) that StableDiffusion3Pipeline, or that of ControlNets, samples for some requests."""
     if "controlnet_image" in requests[0]:
         return sampled_with_control(requests, noise)
-    return (pipe or loaded(**absent))(**arguments(requests, noise))[0]
+    pipe = loaded(**absent)
+    if lora is not None:
+        pipe.load_lora_weights(str(lora))
+    return pipe(**arguments(requests, noise))[0]
 
 
 def arguments(requests: list[dict], noise: Tensor) -> dict:
@@ -117,8 +117,7 @@ def sampled_with_control(requests: list[dict], noise: Tensor, *networks: Path) -
         kind = diffusers.StableDiffusion3ControlNetInpaintingPipeline
         own["control_mask"] = first["controlnet_inpaint_mask"]
     pipe = loaded(kind, controlnet=controlnets if len(controlnets) > 1 else controlnets[0])
-    mean = mock.patch.object(DiagonalGaussianDistribution, "sample", lambda self, *_: self.mean)
-    with mean:  # ours encodes to the means, and diffusers to samples
+    with encoding_to_means():
         return pipe(**arguments(requests, noise), **own)[0]
 
 

@@ -24,6 +24,7 @@ from diffsynth.diffusion.controlnet.several import PLACES, BlockSums
 from diffsynth.diffusion.loss import FlowMatchSFT
 from diffsynth.diffusion.pipeline.components import library_name
 from diffsynth.diffusion.pipeline.generation import with_images
+from diffsynth.diffusion.training_module import PipelineTrainingModule
 from diffsynth.pipelines.flux1_image import Flux1ImagePipeline
 from diffsynth.pipelines.qwen_image import QwenImagePipeline
 from diffsynth.pipelines.sd3 import SD3Pipeline
@@ -258,16 +259,31 @@ def test_more_blocks_than_the_transformer_has_are_refused(tmp_path):
 TRAINED = {"z_image_controlnet": z_image, "flux1_controlnet": flux1, "sd3_5_controlnet": sd3}
 
 
-@pytest.mark.parametrize("name", tiny.mostly_slow(TRAINED, "z_image_controlnet"))
-def test_training_a_controlnet_leaves_the_base_as_it_is(name):
+def trained(name: str) -> PipelineTrainingModule:
+    """A module that trains a family's ControlNet, with the gradients of a batch."""
     family = next(family for family in FAMILIES if family.name == name)
     module = family.module(family.task("controlnet")).load()
-    assert all(name.startswith("pipe.controlnet.") for name, p in module.named_parameters() if p.requires_grad)
     module(samples(family)).mean().backward()
+    return module
+
+
+@pytest.mark.parametrize("name", tiny.mostly_slow(TRAINED, "z_image_controlnet"))
+def test_a_step_changes_the_controlnet_and_leaves_the_base_as_it_is(name):
+    module = trained(name)
+    before = {name: parameter.clone() for name, parameter in module.named_parameters()}
+    torch.optim.SGD(module.trainable_parameters(), lr=1.0).step()
+    changed = {name for name, parameter in module.named_parameters() if not torch.equal(parameter, before[name])}
+    assert changed and all(name.startswith("pipe.controlnet.") for name in changed)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", TRAINED)
+def test_gradients_reach_the_whole_controlnet_which_is_exported_as_diffusers_names_it(name):
+    module = trained(name)
     without = {name for name, p in module.pipe.controlnet.named_parameters() if p.grad is None}
     # Outputs for SD3's last block, which has no text, are not added, and nobody reads the text of the one before.
     last = "transformer_blocks.1", "transformer_blocks.2", "controlnet_blocks.2"
-    assert all(part.startswith(last) for part in without) if family.pipeline is SD3Pipeline else without == set()
+    assert all(part.startswith(last) for part in without) if name == "sd3_5_controlnet" else without == set()
     assert "transformer_blocks.1.attn.to_q.weight" not in without
     exported = module.export_weights()["controlnet"][0]
     kind = getattr(diffusers, library_name(type(module.pipe.controlnet)))
@@ -309,9 +325,9 @@ def test_a_training_without_images_that_control_is_refused_before_weights_are_re
     assert next(module.pipe.controlnet.parameters()).is_meta
 
 
-def test_a_controlnet_of_another_base_is_refused_before_weights_are_read():
+def test_a_controlnet_of_another_base_is_refused_before_weights_are_read(no_weights_are_read):
     with pytest.raises(ValueError, match="Z-Image-Omni takes no ControlNet"):
-        pipeline(base=z_image.omni())
+        pipeline(base=z_image.omni()).load_models()
 
 
 MISFITS = {
@@ -332,14 +348,23 @@ def test_images_and_modes_that_flux1s_controlnets_cannot_read_are_named(message)
         controlled("flux1", *networks).prepare([REQUEST | own])
 
 
+OTHERS = {
+    "controlnet has num_attention_heads 2, but dit has 4": ("flux1", [{"num_attention_heads": 2}]),
+    "controlnet reads the pixels of images": ("flux1", [{"conditioning_embedding_channels": 4}]),
+    "controlnet_2 has pooled_projection_dim 24, but dit has 40": ("sd3", [{}, {"pooled_projection_dim": 24}]),
+}
+
+
+@pytest.mark.parametrize("message", tiny.mostly_slow(OTHERS, list(OTHERS)[0]))
+def test_controlnets_that_do_not_fit_the_transformer_are_refused_before_weights_are_read(message, no_weights_are_read):
+    name, changes = OTHERS[message]
+    networks = [{"flux1": flux1, "sd3": sd3}[name].controlnet(**change) for change in changes]
+    with pytest.raises(ValueError, match=message):
+        controlled(name, *networks).load_models()
+
+
 @pytest.mark.slow
-def test_controlnets_that_do_not_fit_are_named_before_weights_are_read():
-    with pytest.raises(ValueError, match="controlnet has num_attention_heads 2, but dit has 4"):
-        controlled("flux1", flux1.controlnet(num_attention_heads=2))
-    with pytest.raises(ValueError, match="controlnet reads the pixels of images"):
-        controlled("flux1", flux1.controlnet(conditioning_embedding_channels=4))
-    with pytest.raises(ValueError, match="controlnet_2 has pooled_projection_dim 24, but dit has 40"):
-        controlled("sd3", sd3.controlnet(), sd3.controlnet(pooled_projection_dim=24))
+def test_a_controlnet_of_flux1_that_is_to_inpaint_is_not_begun():
     with pytest.raises(ValueError, match="inpaint=true, but ControlNets of FLUX.1 read no mask"):
         start_controlnet(lambda device: controlled("flux1"), inpaint=True)
 

@@ -138,7 +138,7 @@ def test_an_image_is_that_of_diffusers(pipe):
     np.testing.assert_allclose(np.array(found, dtype=int), np.array(expected, dtype=int), atol=1)  # one grey level
 
 
-def test_what_is_asked_for_matters():
+def test_prompt_guidance_and_edit_images_change_the_latents():
     """Else the comparisons with diffusers would show little."""
     klein, dev = loaded(tiny_flux2.klein()), loaded(tiny_flux2.dev())
     changes = [{"prompt": "a rocket"}, {"cfg_scale": 2.0}, {"cfg_scale": 2.0, "negative_prompt": "a rocket"}]
