@@ -266,9 +266,7 @@ def test_gradients_reach_all_that_is_trained_and_nothing_else(family: Family):
     module = shaken(family.module(lora=LORA).load())
     _, found = gradients(module, [samples(family)])
     trained = {name for name, p in module.named_parameters() if p.requires_grad}
-    assert trained and found.keys() <= trained
-    moved = {name for name, gradient in found.items() if gradient.abs().max() > 0}
-    assert len(moved) > 0.8 * len(trained)  # a last block may put out text that nobody reads
+    assert trained and trained == {name for name, gradient in found.items() if gradient.any()}
 
 
 @of_families

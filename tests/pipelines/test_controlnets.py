@@ -1,4 +1,4 @@
-"""ControlNets of every family: what diffusers samples with them, how they begin, when they act, what is refused."""
+"""ControlNets of their families: what diffusers samples with them, how they begin, when they act, what is refused."""
 
 import json
 from collections.abc import Callable
