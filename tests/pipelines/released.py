@@ -7,8 +7,8 @@ from pathlib import Path
 
 import torch
 from families import Family
+from requests_of_families import GUIDED, REQUEST, sampled
 from safetensors.torch import save_file
-from test_family_contract import GUIDED, REQUEST, sampled
 from torch import Tensor, nn
 from torch.testing import assert_close
 

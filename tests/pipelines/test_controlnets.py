@@ -12,8 +12,8 @@ import torch
 from families import FAMILIES
 from miniatures import flux1, qwen_image, sd3, z_image
 from PIL import Image
+from requests_of_families import GUIDED, REQUEST, image, sampled, samples
 from safetensors.torch import load_file
-from test_family_contract import GUIDED, REQUEST, image, sampled, samples
 from torch.testing import assert_close
 
 from controlnet import controlnet as start_controlnet

@@ -6,7 +6,7 @@ import released
 import torch
 from families import FAMILIES
 from miniatures import ernie_image, krea2, z_image
-from test_family_contract import REQUEST
+from requests_of_families import REQUEST
 from torch.testing import assert_close
 
 from diffsynth.pipelines.ernie_image import ErnieImagePipeline, ErnieImageUnit_PromptEmbedder, model_fn_ernie_image

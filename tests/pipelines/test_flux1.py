@@ -10,8 +10,8 @@ from diffusers import FluxTransformer2DModel
 from families import FAMILIES
 from miniatures import flux1
 from PIL import Image
+from requests_of_families import LORA, REQUEST, sampled, samples
 from safetensors.torch import load_file, save_file
-from test_family_contract import LORA, REQUEST, sampled, samples
 from torch.testing import assert_close
 
 from diffsynth.core.data import Row

@@ -8,7 +8,7 @@ import torch
 from families import FLUX1_LAYERS, SIZES, Family
 from miniatures import flux1
 from PIL import Image
-from test_family_contract import LORA, REQUEST, gradients, image, sampled, samples, shaken
+from requests_of_families import LORA, REQUEST, gradients, image, sampled, samples, shaken
 from torch.testing import assert_close
 
 from diffsynth.core.data import Row
