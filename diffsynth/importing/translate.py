@@ -53,10 +53,10 @@ def _model(
     """The model of a command, and why there is none; a first stage may leave the transformer to the second."""
     if name:
         return _named(name, models), ""
-    own, others = ([file for each in some for file in _files(each, models)] for some in ([command], commands))
-    has_transformer = any(file.component == "dit" for file in own)
+    files, others = ([file for each in some for file in _files(each, models)] for some in ([command], commands))
+    has_transformer = any(file.component == "dit" for file in files)
     try:
-        return find_model(own if has_transformer else others, models), ""
+        return find_model(files if has_transformer else others, models), ""
     except LookupError as error:
         return None, str(error)
 

@@ -87,7 +87,7 @@ def sampled_by_diffusers(requests: list[dict], noise: Tensor, folder: Path | Non
             return pipe(**inputs, output="latents")
 
     with torch.no_grad():
-        return torch.cat([sampled(request, own) for request, own in zip(requests, noise.split(1), strict=True)])
+        return torch.cat([sampled(request, latents) for request, latents in zip(requests, noise.split(1), strict=True)])
 
 
 def library_vae(folder: Path) -> torch.nn.Module:

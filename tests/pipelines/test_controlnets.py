@@ -116,9 +116,9 @@ SD3_KINDS = {
 @pytest.mark.parametrize("guidance", tiny.mostly_slow([1.0, 3.0], 3.0))
 @pytest.mark.parametrize("kind", tiny.mostly_slow(SD3_KINDS, "inpaint"))
 def test_each_kind_of_sd3s_controlnets_samples_as_in_diffusers(kind, guidance):
-    sizes, own = SD3_KINDS[kind]
+    sizes, inputs = SD3_KINDS[kind]
     controlnet = sd3.controlnet(**sizes)
-    requests = [request | own | {"cfg_scale": guidance} for request in BATCH]
+    requests = [request | inputs | {"cfg_scale": guidance} for request in BATCH]
     check_sampled("sd3", requests, lambda *given: sd3.sampled_with_control(*given, controlnet), controlnet)
 
 
@@ -132,8 +132,8 @@ def test_flux1s_controlnet_for_several_kinds_of_images_samples_as_in_diffusers(g
 
 @pytest.mark.slow
 def test_flux1_inpaints_with_a_controlnet_as_diffusers():
-    own = {"input_image": image(5, SIZE), "inpaint_mask": mask(), "cfg_scale": 1.0}
-    requests = [request | own for request in BATCH]
+    inputs = {"input_image": image(5, SIZE), "inpaint_mask": mask(), "cfg_scale": 1.0}
+    requests = [request | inputs for request in BATCH]
     check_sampled("flux1", requests, flux1.sampled_with_control, flux1.controlnet())
 
 
@@ -150,8 +150,8 @@ TWO = {
 @pytest.mark.parametrize("guidance", tiny.mostly_slow([1.0, 3.0], 3.0))
 @pytest.mark.parametrize("name", tiny.mostly_slow(TWO, "flux1"))
 def test_two_controlnets_sample_as_in_diffusers(name, guidance):
-    family, networks, own = TWO[name]
-    requests = [request | TWO_IMAGES | PARTS_OF_STEPS | own | {"cfg_scale": guidance} for request in BATCH]
+    family, networks, inputs = TWO[name]
+    requests = [request | TWO_IMAGES | PARTS_OF_STEPS | inputs | {"cfg_scale": guidance} for request in BATCH]
     both = networks()
     check_sampled(name, requests, lambda *given: family.sampled_with_control(*given, *both), *both)
 
@@ -177,16 +177,16 @@ def test_each_of_two_controlnets_reads_its_own_image_in_its_own_steps():
         calls[name] = []
         hook = partial(lambda seen, _, __, given: seen.append(given["controlnet_cond"].shape[1]), calls[name])
         getattr(pipe, name).register_forward_pre_hook(hook, with_kwargs=True)
-    own = {"controlnet_inpaint_mask": mask(), "controlnet_start": [0.0, 0.5], "controlnet_end": [0.75, 1.0]}
-    sampled(pipe, REQUEST | TWO_IMAGES | own | {"num_inference_steps": 4})
+    inputs = {"controlnet_inpaint_mask": mask(), "controlnet_start": [0.0, 0.5], "controlnet_end": [0.75, 1.0]}
+    sampled(pipe, REQUEST | TWO_IMAGES | inputs | {"num_inference_steps": 4})
     assert calls == {"controlnet": [16] * 3, "controlnet_2": [17] * 2}
 
 
 def test_sums_are_made_for_blocks_of_controlnets_of_different_sizes():
     few, many = ([torch.tensor(float(10**place * n)) for n in range(count)] for place, count in ((0, 2), (1, 3)))
-    assert [int(own) for own in BlockSums([few, many], 6, rounds_up=True)] == [0, 0, 10, 11, 21, 21]
-    assert [int(own) for own in BlockSums([few, many], 4, rounds_up=True)] == [0, 0, 11, 11]
-    assert [int(own) for own in BlockSums([few, many], 4, rounds_up=False)] == [0, 0, 11, 21]
+    assert [int(total) for total in BlockSums([few, many], 6, rounds_up=True)] == [0, 0, 10, 11, 21, 21]
+    assert [int(total) for total in BlockSums([few, many], 4, rounds_up=True)] == [0, 0, 11, 11]
+    assert [int(total) for total in BlockSums([few, many], 4, rounds_up=False)] == [0, 0, 11, 21]
 
 
 # How they begin, and when they act ------------------------------------------------------------------------------------
@@ -196,10 +196,12 @@ def test_sums_are_made_for_blocks_of_controlnets_of_different_sizes():
 @pytest.mark.parametrize("name", ["flux1", "sd3"])
 def test_a_controlnet_begins_with_the_first_blocks_and_changes_nothing(name, tmp_path):
     folder = start_controlnet(lambda device: controlled(name), blocks=1, output=str(tmp_path / "new"))
-    base, own = (load_file(next(path.glob("*.safetensors"))) for path in (BASES[name][1]() / "transformer", folder))
-    copied = {key for key in own if not key.startswith(("controlnet_", "pos_embed_input"))}
-    assert copied <= base.keys() and all(torch.equal(own[key], base[key]) for key in copied)
-    assert not any(own[key].any() for key in own.keys() - copied)
+    base, controlnet = (
+        load_file(next(path.glob("*.safetensors"))) for path in (BASES[name][1]() / "transformer", folder)
+    )
+    copied = {key for key in controlnet if not key.startswith(("controlnet_", "pos_embed_input"))}
+    assert copied <= base.keys() and all(torch.equal(controlnet[key], base[key]) for key in copied)
+    assert not any(controlnet[key].any() for key in controlnet.keys() - copied)
     kind = diffusers.FluxControlNetModel if name == "flux1" else diffusers.SD3ControlNetModel
     assert len(kind.from_pretrained(folder).transformer_blocks) == 1
     pipe = controlled(name, folder)
@@ -210,11 +212,11 @@ def test_a_controlnet_begins_with_the_first_blocks_and_changes_nothing(name, tmp
 @pytest.mark.slow
 def test_qwen_images_controlnet_begins_as_copies_of_the_first_blocks(tmp_path):
     folder = start_controlnet(lambda device: controlled("qwen_image"), blocks=2, output=str(tmp_path / "new"))
-    base, own = (load_file(next(path.glob("*.safetensors"))) for path in (tiny.model() / "transformer", folder))
-    shared = own.keys() & base.keys()
-    assert own.keys() - shared == {key for key in own if key.startswith("controlnet_")}
-    assert all(torch.equal(own[key], base[key]) for key in shared)
-    assert not any(own[key].any() for key in own.keys() - shared)
+    base, controlnet = (load_file(next(path.glob("*.safetensors"))) for path in (tiny.model() / "transformer", folder))
+    shared = controlnet.keys() & base.keys()
+    assert controlnet.keys() - shared == {key for key in controlnet if key.startswith("controlnet_")}
+    assert all(torch.equal(controlnet[key], base[key]) for key in shared)
+    assert not any(controlnet[key].any() for key in controlnet.keys() - shared)
 
 
 def test_the_outputs_for_several_images_are_added_and_a_scale_of_zero_is_no_control():
@@ -239,10 +241,12 @@ def test_a_controlnet_acts_between_its_start_and_its_end():
 @pytest.mark.parametrize("inpaint", [False, True])
 def test_a_controlnet_begins_as_copies_of_layers_and_changes_nothing(inpaint, tmp_path):
     folder = start_controlnet(lambda device: pipeline(), blocks=3, inpaint=inpaint, output=str(tmp_path / "controlnet"))
-    base, own = (load_file(next(path.glob("*.safetensors"))) for path in (z_image.base() / "transformer", folder))
+    base, controlnet = (
+        load_file(next(path.glob("*.safetensors"))) for path in (z_image.base() / "transformer", folder)
+    )
     for number, place in enumerate((0, 2, 4)):
         key = "attention.to_q.weight"
-        assert torch.equal(own[f"control_layers.{number}.{key}"], base[f"layers.{place}.{key}"])
+        assert torch.equal(controlnet[f"control_layers.{number}.{key}"], base[f"layers.{place}.{key}"])
     assert diffusers.ZImageControlNetModel.from_pretrained(folder).config.control_in_dim == (33 if inpaint else 16)
     control = CONTROL | (INPAINT if inpaint else {})
     pipe = loaded(folder)
@@ -342,10 +346,10 @@ MISFITS = {
 
 @pytest.mark.parametrize("message", tiny.mostly_slow(MISFITS, *list(MISFITS)[:2]))
 def test_images_and_modes_that_flux1s_controlnets_cannot_read_are_named(message):
-    count, own = MISFITS[message]
+    count, inputs = MISFITS[message]
     networks = [flux1.controlnet(num_mode=3)] * count or [flux1.controlnet()]  # none: one for one kind of images
     with pytest.raises(ValueError, match=message):
-        controlled("flux1", *networks).prepare([REQUEST | own])
+        controlled("flux1", *networks).prepare([REQUEST | inputs])
 
 
 OTHERS = {
@@ -387,8 +391,10 @@ def test_transparent_images_to_inpaint_are_on_white_as_all_others():
     unit = next(unit for unit in pipe.units if isinstance(unit, ControlEmbedder))
     see_through = Image.new("RGBA", SIZE, (0, 0, 0, 0))
     found, expected = (
-        unit.process(pipe, CONTROL["controlnet_image"], own, mask(), **sizes, tiled=False, tile_size=8, tile_stride=4)
-        for own in (see_through, Image.new("RGB", SIZE, "white"))
+        unit.process(
+            pipe, CONTROL["controlnet_image"], picture, mask(), **sizes, tiled=False, tile_size=8, tile_stride=4
+        )
+        for picture in (see_through, Image.new("RGB", SIZE, "white"))
     )
     assert torch.equal(*(latents["control_latents"][0] for latents in (found, expected)))
 

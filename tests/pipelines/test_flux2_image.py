@@ -185,7 +185,7 @@ def test_no_layer_above_three_quarters_is_run(repository):
     pipe = loaded(repository())
     decoder = pipe.text_encoder.get_decoder()
     tokens = [pipe.tokenize(prompt, tiny_flux2.DEV_TOKENS) for prompt in ("a red apple", "")]
-    ids, mask = (torch.cat([own[name] for own in tokens]) for name in ("input_ids", "attention_mask"))
+    ids, mask = (torch.cat([part[name] for part in tokens]) for name in ("input_ids", "attention_mask"))
     whole = decoder(ids, mask, output_hidden_states=True).hidden_states
     for module in (decoder.layers[3], *([pipe.text_encoder.lm_head])):
         module.register_forward_pre_hook(lambda *_: pytest.fail("is run"))

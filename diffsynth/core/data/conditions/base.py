@@ -62,7 +62,7 @@ def ordered(conditions: Mapping[str, Condition]) -> dict[str, Condition]:
     Raises:
         ValueError: They read each other, or one reads itself.
     """
-    read = {name: [column for column in own.columns if column in conditions] for name, own in conditions.items()}
+    read = {name: [column for column in made.columns if column in conditions] for name, made in conditions.items()}
     try:
         return {name: conditions[name] for name in TopologicalSorter(read).static_order()}
     except CycleError as error:

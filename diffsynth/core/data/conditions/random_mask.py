@@ -110,7 +110,7 @@ def draw_box(canvas: ImageDraw.ImageDraw, size: tuple[int, int], rng: random.Ran
     """Draw a box with sides of random lengths, inside of a margin."""
     side, sides = min(size), [min(size) * rng.uniform(*SIDE) for _ in size]
     margin = MARGIN * side
-    left, top = (rng.uniform(margin, length - margin - own) for length, own in zip(size, sides, strict=True))
+    left, top = (rng.uniform(margin, length - margin - box) for length, box in zip(size, sides, strict=True))
     canvas.rectangle([left, top, left + sides[0], top + sides[1]], fill=255)
 
 
