@@ -10,8 +10,7 @@ import pytest
 import tiny
 import torch
 from families import FAMILIES, Family, of_families, pairs
-from PIL import Image
-from requests_of_families import (
+from miniatures.requests import (
     GUIDED,
     LORA,
     REQUEST,
@@ -23,6 +22,7 @@ from requests_of_families import (
     samples,
     shaken,
 )
+from PIL import Image
 from torch.testing import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
 

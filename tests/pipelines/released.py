@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 from families import Family
-from requests_of_families import GUIDED, REQUEST, sampled
+from miniatures.requests import GUIDED, REQUEST, sampled
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.testing import assert_close

@@ -11,8 +11,8 @@ import tiny
 import torch
 from families import FAMILIES
 from miniatures import flux1, qwen_image, sd3, z_image
+from miniatures.requests import GUIDED, REQUEST, image, sampled, samples
 from PIL import Image
-from requests_of_families import GUIDED, REQUEST, image, sampled, samples
 from safetensors.torch import load_file
 from torch.testing import assert_close
 

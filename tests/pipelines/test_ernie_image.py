@@ -6,7 +6,7 @@ import released
 import torch
 from families import FAMILIES
 from miniatures import ernie_image, krea2, z_image
-from requests_of_families import REQUEST
+from miniatures.requests import REQUEST
 from torch.testing import assert_close
 
 from diffsynth.pipelines.ernie_image import ErnieImagePipeline, ErnieImageUnit_PromptEmbedder, model_fn_ernie_image

@@ -9,8 +9,8 @@ import torch
 from diffusers import FluxTransformer2DModel
 from families import FAMILIES
 from miniatures import flux1
+from miniatures.requests import LORA, REQUEST, sampled, samples
 from PIL import Image
-from requests_of_families import LORA, REQUEST, sampled, samples
 from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
 

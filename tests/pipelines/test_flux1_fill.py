@@ -7,8 +7,8 @@ import test_family_contract as contract
 import torch
 from families import FLUX1_LAYERS, SIZES, Family
 from miniatures import flux1
+from miniatures.requests import LORA, REQUEST, gradients, image, sampled, samples, shaken
 from PIL import Image
-from requests_of_families import LORA, REQUEST, gradients, image, sampled, samples, shaken
 from torch.testing import assert_close
 
 from diffsynth.core.data import Row

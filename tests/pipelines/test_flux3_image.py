@@ -11,7 +11,7 @@ from diffusers import FlowMatchEulerDiscreteScheduler
 from diffusers.loaders.lora_conversion_utils import _convert_non_diffusers_flux3_lora_to_diffusers
 from families import FAMILIES
 from miniatures import flux3, sd3
-from requests_of_families import GUIDED, REQUEST, image, sampled, samples
+from miniatures.requests import GUIDED, REQUEST, image, sampled, samples
 from torch.testing import assert_close
 
 from diffsynth.core.sharing import together

@@ -8,7 +8,7 @@ import torch
 from diffusers import QwenImage21Transformer2DModel
 from families import FAMILIES, pairs
 from miniatures import qwen_image_21
-from requests_of_families import GUIDED, REQUEST, image, sampled
+from miniatures.requests import GUIDED, REQUEST, image, sampled
 from torch import Tensor
 from torch.testing import assert_close
 

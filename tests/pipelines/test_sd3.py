@@ -14,7 +14,7 @@ from diffusers import FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel
 from diffusers.loaders.single_file_utils import convert_sd3_transformer_checkpoint_to_diffusers
 from families import FAMILIES
 from miniatures import sd3, z_image
-from requests_of_families import GUIDED, REQUEST, image, sampled
+from miniatures.requests import GUIDED, REQUEST, image, sampled
 from torch.testing import assert_close
 from transformers import T5Config, T5EncoderModel
 
