@@ -3,7 +3,7 @@
 Lodestone Rock 2025, "Chroma1-HD" (https://huggingface.co/lodestones/Chroma1-HD). Networks: diffusers, transformers.
 It is FLUX.1 without CLIP, guidance embedding and the layers of each block that modulate it: one small network computes
 their outputs. Latents are (B, 16, H/8, W/8); the transformer reads 2 × 2 latent pixels as a token, and of the prompt
-T5's embeddings of its tokens and of one token of padding. Constants are those of diffusers' ChromaPipeline.
+T5's embeddings of its tokens and of one token of padding. Constants come from diffusers' ChromaPipeline.
 """
 
 from collections.abc import Mapping
@@ -46,9 +46,9 @@ LORA_NAMES = LayerNames(prefix="transformer", original=BLOCK_NAMES)
 
 
 class ChromaAttnProcessor(Flux1AttnProcessor):
-    """Attention of image and text tokens, to those tokens that the mask names.
+    """Attention of image and text tokens to the tokens that the mask names.
 
-    In diffusers' mask (B, 1, S, S) the rows of padding name no token, and softmax over none is no number.
+    In diffusers' mask (B, 1, S, S), padding rows are all False, and softmax over an empty row is NaN.
     """
 
     def __call__(

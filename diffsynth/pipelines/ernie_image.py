@@ -1,8 +1,8 @@
 """ERNIE-Image (base, Turbo): text-to-image and image-to-image.
 
 Baidu 2026, "ERNIE-Image" (https://huggingface.co/baidu/ERNIE-Image). Networks: diffusers, transformers.
-Latents are (B, 128, H/16, W/16), FLUX.2's, and the transformer reads each latent pixel as a token. Constants are those
-of the released pipeline (diffusers' ErnieImagePipeline) unless a comment says otherwise. Its prompt enhancer, a
+Latents are (B, 128, H/16, W/16), FLUX.2's, and the transformer reads each latent pixel as a token. Constants come
+from the released pipeline (diffusers' ErnieImagePipeline) unless a comment says otherwise. Its prompt enhancer, a
 language model that writes longer prompts, is left out.
 """
 
@@ -32,7 +32,7 @@ __all__ = ["ErnieImagePipeline", "ModelConfig"]
 
 SHIFT = 4.0  # of the scheduler's configuration in copies of baidu/ERNIE-Image; diffusers' code does not have it
 TRAINING_SHIFT = 3.0  # DiffSynth-Studio's
-# The names here are those of the original, of ComfyUI, diffusers and DiffSynth-Studio.
+# The original, ComfyUI, diffusers and DiffSynth-Studio have the names here.
 LORA_NAMES = LayerNames(prefix="transformer", comfyui="diffusion_model.")
 
 

@@ -1,7 +1,7 @@
 """FLUX.1 Fill: generates the white area of a mask from a prompt and from the rest of the image.
 
 Black Forest Labs 2024, "FLUX.1 Tools" (https://bfl.ai/flux-1-tools). A token has 384 channels: 64 of noisy latents, 64
-of the kept area's latents, and 256 of the mask, one of each pixel. Constants are those of diffusers' FluxFillPipeline.
+of the kept area's latents, and 256 of the mask, one of each pixel. Constants come from diffusers' FluxFillPipeline.
 """
 
 from dataclasses import dataclass
@@ -40,7 +40,8 @@ class Flux1Unit_FillEmbedder(PipelineUnit):
             kept = pipe.preprocess_image(input_image) * (1 - mask)
         latents = pipe.vae.encode(kept, tiled, tile_size, tile_stride)
         fill_latents = torch.cat([latents, F.pixel_unshuffle(mask, pipe.latents.factor)], dim=1)
-        return {"fill_latents": fill_latents, "inpaint_mask": None}  # which would keep the black area of latents
+        # inpaint_mask is None, so that sampling does not paste the black area back
+        return {"fill_latents": fill_latents, "inpaint_mask": None}
 
 
 def white_pixels(mask: Image.Image | None, height: int, width: int) -> Tensor:

@@ -2,7 +2,7 @@
 
 Black Forest Labs 2025, "FLUX.1 Kontext" (https://arxiv.org/abs/2506.15742). Networks: diffusers, transformers.
 Latents are (B, 16, H/8, W/8); the transformer reads 2 × 2 latent pixels as a token, (B, H/16 · W/16, 64). Edit images
-are further image tokens. T5 embeds each word of a prompt, CLIP the prompt as a whole. Constants are those of the
+are further image tokens. T5 embeds each word of a prompt, CLIP the prompt as a whole. Constants come from the
 released pipelines (diffusers' FluxPipeline, FluxKontextPipeline) unless a comment says otherwise.
 """
 
@@ -109,7 +109,7 @@ def model_fn_flux1(
     """Velocity (B, 16, h, w) of noisy latents (B, 16, h, w) at timesteps (B,) in [0, 1000].
 
     Args:
-        prompt_emb: T5's embeddings (B, L, D); the network was trained to attend to those of padding, too.
+        prompt_emb: T5's embeddings (B, L, D); the network was trained to attend to padding, too.
         pooled_prompt_emb: CLIP's embeddings (B, D') of whole prompts.
         edit_latents: Clean latents (B, 16, h', w') of each edit image, of their own sizes.
         fill_latents: What Fill reads beside the noisy latents, (B, 80, h, w): the kept area's latents, and the mask.

@@ -2,7 +2,7 @@
 
 Black Forest Labs 2025, "FLUX.2" (https://bfl.ai/blog/flux-2). Networks: diffusers, transformers.
 Latents are (B, 128, H/16, W/16), and the transformer reads each latent pixel as a token. Edit images are further image
-tokens. Constants are those of the released pipeline (diffusers' Flux2Pipeline) unless a comment says otherwise.
+tokens. Constants come from the released pipeline (diffusers' Flux2Pipeline) unless a comment says otherwise.
 """
 
 from collections.abc import Mapping, Sequence
@@ -39,7 +39,7 @@ from .shared.tokens import flatten_latents, unflatten_latents
 
 __all__ = ["Flux2ImagePipeline", "ModelConfig"]
 
-MAX_PROMPT_TOKENS = 512  # including those of the chat template
+MAX_PROMPT_TOKENS = 512  # including the chat template's
 EDIT_IMAGE_TIME = 10  # distance between edit images on the first axis of positions
 MANY_TOKENS = 4300  # above, μ does not depend on the number of steps
 # Black Forest Labs' names of the layers; in the last one they have the shift before the scale.
@@ -176,7 +176,7 @@ def model_fn_flux2(
     """Velocity (B, 128, h, w) of noisy latents (B, 128, h, w) at timesteps (B,) in [0, 1000].
 
     Args:
-        prompt_emb: Text embeddings (B, L, D); the network was trained to attend to those of padding, too.
+        prompt_emb: Text embeddings (B, L, D); the network was trained to attend to padding, too.
         edit_latents: Clean latents (B, 128, h', w') of each edit image, of their own sizes.
         embedded_guidance: Guidance scale, one or B, an input of guidance-distilled networks; others ignore it.
         kv_cache: Extra keys and values by block, `double_0`, `single_0` and so on.
@@ -240,7 +240,7 @@ class Flux2Request(EditRequest, TemplateRequest):
 
     Args:
         embedded_guidance: Guidance scale that dev reads as an input; klein ignores it.
-        max_sequence_length: Tokens that the prompt is truncated or padded to, including those of the chat template.
+        max_sequence_length: Tokens that the prompt is truncated or padded to, including the chat template's.
     """
 
     embedded_guidance: NonNegativeFloat = 4.0

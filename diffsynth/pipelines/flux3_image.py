@@ -1,9 +1,9 @@
 """FLUX.3 klein (base, distilled): text-to-image and image-to-image, editing one or several images.
 
 Black Forest Labs 2026, "FLUX.3" (https://bfl.ai). Networks: diffusers, transformers.
-Latents are (B, 128, H/16, W/16), those of FLUX.2, and the transformer reads each latent pixel as a token. Edit images
+Latents are (B, 128, H/16, W/16), as FLUX.2's, and the transformer reads each latent pixel as a token. Edit images
 are further tokens. The distilled network is a flow map: it also reads the noise level that a step ends at. Constants
-are those of the released pipelines (diffusers' modular blocks of FLUX.3) unless a comment says otherwise.
+come from the released pipelines (diffusers' modular blocks of FLUX.3) unless a comment says otherwise.
 """
 
 import math
@@ -38,7 +38,7 @@ from .shared.tokens import flatten_latents, unflatten_latents
 __all__ = ["Flux3ImagePipeline", "ModelConfig"]
 
 SHIFT = 6.93
-MAX_PROMPT_TOKENS = 8192  # including those of the chat template
+MAX_PROMPT_TOKENS = 8192  # including the chat template's
 PADDING = 80  # prompts are padded to a multiple of so many tokens, and the network attends to the padding
 ROPE_SCALE = 0.5  # distance between neighbouring image tokens
 DEPTHS = 8  # hidden states of the text encoder are read after 1/9, 2/9, …, 8/9 of its layers: 4, 8, …, 32 of 36
@@ -185,7 +185,7 @@ class Flux3Request(ImageRequest):
         edit_image: Image that is changed as the prompt says, or several that the prompt refers to.
         edit_image_auto_resize: Shrink a single edit image to 4 megapixels and pad it, or several to 1 megapixel each
             and crop them; if false, their sides must be multiples of 16.
-        max_sequence_length: Tokens that the prompt is truncated to, including those of the chat template.
+        max_sequence_length: Tokens that the prompt is truncated to, including the chat template's.
     """
 
     num_inference_steps: SamplingSteps = 50
@@ -228,7 +228,7 @@ class Flux3ImagePipeline(BasePipeline):
     def predict(self, timestep: Tensor, **inputs) -> Tensor:
         """Velocity (B, …) at timesteps (B,); a flow map predicts that of a step to the next level of the grid.
 
-        In training a step ends where it begins, at which a flow map predicts the velocity of the flow itself.
+        Training sets the target level to the current level, where a flow map equals the flow's velocity.
         """
         if not self.network.config.flow_map:
             return super().predict(timestep, **inputs)

@@ -3,7 +3,7 @@
 Krea 2026, "Krea 2" (https://huggingface.co/krea/Krea-2-Raw). Networks: diffusers, transformers.
 Latents are (B, 16, H/8, W/8), Qwen-Image's; the transformer reads 2 × 2 latent pixels as a token, (B, H/16 · W/16, 64).
 It reads the hidden states of twelve layers of Qwen3-VL for each token of the prompt and fuses them itself. Constants
-are those of the released pipeline (diffusers' Krea2Pipeline) unless a comment says otherwise.
+come from the released pipeline (diffusers' Krea2Pipeline) unless a comment says otherwise.
 """
 
 from collections.abc import Mapping
@@ -37,7 +37,7 @@ END_TOKENS = 5  # of the end of the template, which follows the prompt also wher
 FIRST_TEXT_LAYER, TEXT_LAYER_STEP = 2, 3
 MAX_PROMPT_TOKENS = 512
 LOW_SHIFT, HIGH_SHIFT = (256, 0.5), (6400, 1.15)  # image tokens, and μ
-# Krea's names of the layers. diffusers and ComfyUI read those here, too.
+# Krea's names of the layers. diffusers and ComfyUI read the names here, too.
 BLOCKS = {
     "blocks": "transformer_blocks",
     "txtfusion.layerwise_blocks": "text_fusion.layerwise_blocks",
@@ -117,7 +117,7 @@ def model_fn_krea2(
 
 
 def positions(length: int, height: int, width: int) -> Tensor:
-    """Positions (L + h · w, 3) of tokens on the axes of RoPE, time, row and column; those of the text are 0."""
+    """Positions (L + h · w, 3) of tokens on the axes of RoPE, time, row and column; text tokens have 0."""
     image = torch.cartesian_prod(torch.tensor([0]), torch.arange(height), torch.arange(width))
     return torch.cat([torch.zeros(length, 3, dtype=image.dtype), image])
 
@@ -128,8 +128,8 @@ def positions(length: int, height: int, width: int) -> Tensor:
 class Krea2Unit_PromptEmbedder(PromptEmbedder):
     """Computes the hidden states (1, L, layers, D) of a prompt in its template, and their mask (1, L).
 
-    The released pipeline puts padding before the template's end, where it takes no positions and is not attended to:
-    that is as if there were none.
+    The released pipeline puts padding before the template's end. Padding has no position and is masked, so the result
+    equals no padding.
     """
 
     def __init__(self):
@@ -181,7 +181,7 @@ class Krea2Request(ImageRequest):
     """
 
     num_inference_steps: SamplingSteps = 28
-    cfg_scale: NonNegativeFloat = 5.5  # the released scale of 4.5 counts from the conditional velocity on
+    cfg_scale: NonNegativeFloat = 5.5  # diffusers' guidance_scale + 1: released with 4.5
     max_sequence_length: Tokens = MAX_PROMPT_TOKENS
     exponential_shift_mu: float | None = None
 

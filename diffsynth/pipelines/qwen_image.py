@@ -67,7 +67,7 @@ EDIT_PROMPT_TEMPLATE = (
 )
 EDIT_PROMPT_TEMPLATE_TOKENS = 64
 EDIT_VISION_PIXELS = 384 * 384
-# ComfyUI's names are also those that diffusers (0.39 to 0.42 at least) and DiffSynth-Studio read.
+# diffusers (0.39 to 0.42 at least) and DiffSynth-Studio read ComfyUI's names, too.
 LORA_NAMES = LayerNames(prefix="transformer", comfyui="diffusion_model.", common="comfyui")
 
 
@@ -75,7 +75,7 @@ LORA_NAMES = LayerNames(prefix="transformer", comfyui="diffusion_model.", common
 
 
 class QwenImageAttnProcessor(JointAttention, QwenDoubleStreamAttnProcessor2_0):
-    """`JointAttention` of the text's tokens and the image's, as diffusers' processor computes it but for `rotated`."""
+    """`JointAttention` of the text's tokens and the image's, as diffusers' processor computes it except `rotated`."""
 
     def __call__(
         self,

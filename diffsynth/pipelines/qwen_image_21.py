@@ -2,8 +2,8 @@
 
 Qwen team 2026, "Qwen-Image-2.1" (https://huggingface.co/Qwen/Qwen-Image-2.1). Networks: diffusers, transformers.
 Images are RGBA. Latents are (B, 64, H/16, W/16), and the transformer reads each latent pixel as a token; those of 2 × 2
-come together. Text, images to edit and the image are one sequence: a token sees those before it, and the tokens of an
-image see each other. Constants are those of the released pipeline (diffusers' QwenImage21Pipeline).
+come together. Text, images to edit and the image are one sequence: a token attends to earlier tokens, and the tokens of
+an image attend to each other. Constants come from the released pipeline (diffusers' QwenImage21Pipeline).
 
 Shapes: B batch, L text tokens, S tokens of text and images, D width.
 """
@@ -69,7 +69,7 @@ class QwenImage21VAE(SingleFrameVAE, AutoencoderKLQwenImage21):
 
 
 class QwenImage21AttnProcessor:
-    """Attention of each segment to the tokens until its end, as diffusers' processor computes it but for `rotated`."""
+    """Attention of each segment to the tokens until its end, as diffusers' processor computes it except `rotated`."""
 
     _attention_backend = None
     _parallel_config = None
@@ -145,8 +145,8 @@ class QwenImage21Transformer(QwenImage21Transformer2DModel):
     def _rotation(self, runs: Sequence[int], ends: Tensor | None, images: Sequence[Tensor]) -> Tensor:
         """Complex rotations (S, head_dim / 2), or (B, S, head_dim / 2) where the positions of the samples differ.
 
-        Text counts on along all three axes. An image is at one place of the first axis, centred on 0 of the others, and
-        the text goes on as far behind it as its longer side is long.
+        Text positions grow by 1 on all three axes. An image has one position on the first axis; rows and columns are
+        centred on 0. The next text token comes max(h, w) later.
         """
         rope = self.pos_embed
         rope.freqs = [table.to(images[-1].device) for table in rope.freqs]

@@ -2,8 +2,8 @@
 
 Yin et al. 2025, "Qwen-Image-Layered" (https://arxiv.org/abs/2512.15603). Networks: diffusers, transformers. A sample
 has N = n + 1 images in RGBA: the composite of all n layers, then the layers from the back to the front. Its latents are
-(B, N, 16, H/8, W/8). The transformer reads their tokens, image after image, and then those of the image to decompose.
-Constants without a source are those of diffusers' QwenImageLayeredPipeline.
+(B, N, 16, H/8, W/8). The transformer reads their tokens, image after image, then those of the image to decompose.
+Constants without a source come from diffusers' QwenImageLayeredPipeline.
 """
 
 from collections.abc import Mapping, Sequence
@@ -50,7 +50,7 @@ def qwen_image_layered_sigmas(
     dynamic_shift_len: int | None = None,
     exponential_shift_mu: float | None = None,
 ) -> Tensor:
-    """Noise levels (N,): those of Qwen-Image with μ = √(tokens / 256).
+    """Noise levels (N,): Qwen-Image's with μ = √(tokens / 256).
 
     Args:
         dynamic_shift_len: Number of tokens of one image, H/16 · W/16; None takes the training grid's μ = 0.8.

@@ -3,7 +3,7 @@
 Esser et al. 2024, "Scaling Rectified Flow Transformers for High-Resolution Image Synthesis"
 (https://arxiv.org/abs/2403.03206). Networks: diffusers, transformers.
 Latents are (B, 16, H/8, W/8); the transformer reads 2 × 2 latent pixels as a token. Two CLIPs and a T5 read the prompt;
-one that is absent gives zeros, as in the training. Constants are those of the released pipeline (diffusers'
+one that is absent gives zeros, as in the training. Constants come from the released pipeline (diffusers'
 StableDiffusion3Pipeline) unless a comment says otherwise. Skip-layer guidance is left out.
 """
 
@@ -93,7 +93,7 @@ def model_fn_sd3(
     """Velocity (B, 16, h, w) of noisy latents (B, 16, h, w) at timesteps (B,) in [0, 1000].
 
     Args:
-        prompt_emb: Text embeddings (B, 77 + L, D), those of CLIP before those of T5; padding is attended to, too.
+        prompt_emb: Text embeddings (B, 77 + L, D), CLIP's before T5's; padding is attended to, too.
         pooled_prompt_emb: Embeddings (B, P) of the whole prompt.
         control_latents: Latents (B, 16 or 17, h, w) of each image that a ControlNet reads.
     """

@@ -2,7 +2,7 @@
 
 Tongyi-MAI 2025, "Z-Image" (https://arxiv.org/abs/2511.22699). Networks: diffusers, transformers.
 Latents are (B, 16, H/8, W/8); the transformer reads 2 × 2 latent pixels as a token. It takes a list of samples, each
-with tokens of its own, reads 1 - σ instead of σ, and predicts -v. Constants are those of the released pipelines
+with tokens of its own, reads 1 - σ instead of σ, and predicts -v. Constants come from the released pipelines
 (diffusers' ZImagePipeline, ZImageOmniPipeline) unless a comment says otherwise.
 """
 
@@ -43,7 +43,7 @@ SHIFT = 3.0
 MAX_PROMPT_TOKENS = 512
 NOISY, CLEAN = 1, 0  # how the network of Omni marks images
 BLOCKS = ("layers", "noise_refiner", "context_refiner", "siglip_refiner")
-# The names here are those that ComfyUI, diffusers and DiffSynth-Studio read; the original fuses query, key and value.
+# ComfyUI, diffusers and DiffSynth-Studio read the names here; the original fuses query, key and value.
 LORA_NAMES = LayerNames(
     prefix="transformer",
     comfyui="diffusion_model.",
@@ -175,11 +175,11 @@ class ZImageRequest(EditRequest, ZImageControlRequest):
     """Sample one image with Z-Image; only Omni reads `edit_image`.
 
     Args:
-        max_sequence_length: Tokens that a prompt is truncated to, including those of the chat template.
+        max_sequence_length: Tokens that a prompt is truncated to, including the chat template's.
     """
 
     num_inference_steps: SamplingSteps = 50
-    cfg_scale: NonNegativeFloat = 6.0  # the released scale of 5 counts from the conditional velocity on
+    cfg_scale: NonNegativeFloat = 6.0  # diffusers' guidance_scale + 1: released with 5
     max_sequence_length: Tokens = MAX_PROMPT_TOKENS
 
 
@@ -210,7 +210,7 @@ class ZImagePipeline(BasePipeline):
     )
 
     def image_features(self, image: Image.Image) -> Tensor:
-        """SigLIP's features (1, h, w, D) of an image, one a patch."""
+        """SigLIP's features (1, h, w, D) of an image, one per patch."""
         arrays = self.siglip_processor(images=[image], return_tensors="np")
         height, width = arrays["spatial_shapes"][0].tolist()
         tensors = {name: torch.from_numpy(array).to(self.device) for name, array in arrays.items()}

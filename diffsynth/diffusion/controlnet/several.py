@@ -14,7 +14,7 @@ class BlockSums(Sequence[Tensor]):
     """The sums of several ControlNets' outputs (B, L, D) for each of a transformer's blocks, made when they are read.
 
     Args:
-        outputs: Outputs of each ControlNet, of which each belongs to several blocks that follow one another.
+        outputs: Outputs of each ControlNet; one output serves several consecutive blocks.
         blocks: Number of the transformer's blocks.
         rounds_up: Whether an output belongs to a whole number of blocks, so that the last one may belong to fewer.
     """

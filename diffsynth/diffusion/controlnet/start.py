@@ -1,4 +1,4 @@
-"""Starts a ControlNet from the weights of a transformer, of which it reads only those that it copies."""
+"""Initialises a ControlNet from a transformer; reads only the copied tensors."""
 
 import re
 from collections.abc import Iterable

@@ -89,7 +89,7 @@ def split_heads(projected: Sequence[Tensor], heads: int, norm_q: nn.Module, norm
 
 
 def rotation_table(frequencies: Tensor) -> Tensor:
-    """Real factors (2, …, head_dim) of `rotated` for complex frequencies (…, head_dim / 2), one a pair of values."""
+    """Real factors (2, …, head_dim) of `rotated` for complex frequencies (…, head_dim / 2), one per pair of values."""
     cos, sin = torch.view_as_real(frequencies).unbind(-1)
     return torch.stack([torch.stack([cos, cos], dim=-1), torch.stack([-sin, sin], dim=-1)]).flatten(-2)
 

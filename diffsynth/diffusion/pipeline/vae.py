@@ -18,7 +18,7 @@ class Latents:
         channels: Number of channels C.
         factor: Downsampling, H / h and W / w.
         patch: Latent pixels per token, along each side.
-        group: Tokens that only come together, along each side.
+        group: Image sides, in tokens, are multiples of this.
     """
 
     channels: int

@@ -1,6 +1,6 @@
 """What FLUX.1 and Chroma share: names of layers, noise levels, attention, tokens.
 
-Constants are those of the released pipeline (diffusers' FluxPipeline) unless a comment says otherwise.
+Constants come from the released pipeline (diffusers' FluxPipeline) unless a comment says otherwise.
 """
 
 from collections.abc import Sequence

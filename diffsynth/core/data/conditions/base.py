@@ -44,7 +44,7 @@ class Condition:
         """The condition of a row's images for its column `name`; it is unread if they are.
 
         Args:
-            images: The row's image, then those of `columns`.
+            images: The row's image, then the images of `columns`.
             seed: Of the random numbers if the condition `is_random`; otherwise they depend on the image's pixels alone.
         """
         if any(isinstance(image, Unread) for image in images):
@@ -62,7 +62,7 @@ def ordered(conditions: Mapping[str, Condition]) -> dict[str, Condition]:
     Raises:
         ValueError: They read each other, or one reads itself.
     """
-    read = {name: [column for column in own.columns if column in conditions] for name, own in conditions.items()}
+    read = {name: [column for column in made.columns if column in conditions] for name, made in conditions.items()}
     try:
         return {name: conditions[name] for name in TopologicalSorter(read).static_order()}
     except CycleError as error:
