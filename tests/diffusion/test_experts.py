@@ -4,8 +4,9 @@ import pytest
 import tiny
 import torch
 from families import FAMILIES
+from miniatures.requests import made
 from safetensors.torch import load_file
-from test_family_contract import made, run
+from test_family_contract import run
 
 from diffsynth.core.data import Row, Sample, SampleAddress
 from diffsynth.core.memory import FrozenMemory
