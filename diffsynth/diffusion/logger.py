@@ -170,7 +170,7 @@ class ModelLogger:
     def _save(self, module: "DiffusionTrainingModule", name: str, format: str) -> None:
         files = module.export_weights(format)
         for part, (tensors, metadata) in files.items():
-            is_adapter = part == "lora"
+            is_adapter = part.partition(".")[0] == "lora"
             if not is_adapter and format != self.formats[0]:
                 continue
             stems = [name, part if len(files) > 1 else "", format if is_adapter and len(self.formats) > 1 else ""]

@@ -4,6 +4,7 @@
 `PipelineTrainingModule` is the one that the configuration builds.
 """
 
+from collections import defaultdict
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -111,23 +112,24 @@ class DiffusionTrainingModule(nn.Module):
     def export_weights(self, format: str = "common") -> dict[str, tuple[dict[str, Tensor], dict[str, str]]]:
         """The files to export, `{model: (tensors, metadata)}`; all adapters share one file, `lora`.
 
+        Of several adapters whose tensors have the same names, such as those of two experts, the later ones are in files
+        of their own, `lora.dit2`.
+
         Tensors of models trained in full have the names of the released checkpoint.
 
         Args:
             format: Format of the adapters, a key of `adapters.formats.FORMATS`.
         """
-        files, adapters, configs, networks = {}, {}, {}, []
+        files, adapters = {}, defaultdict(list)
         for name, model in self.pipe.named_children():
             trainable = {key for key, parameter in model.named_parameters() if parameter.requires_grad}
             if hasattr(model, "peft_config"):
-                networks.append(self.pipe.layer_names(name))
-                tensors, config = lora_files.export(model, networks[-1], format)
-                adapters, configs = {**adapters, **tensors}, {**configs, **config}
+                names = self.pipe.layer_names(name)
+                file = f"lora.{name}" if names.shared and adapters else "lora"
+                adapters[file].append((names, *lora_files.export(model, names, format)))
             elif trainable:
                 files[name] = (self.pipe.released_weights(name, [*trainable, *_saved_buffers(model)]), {})
-        if adapters:
-            files["lora"] = (adapters, lora_files.metadata(configs, networks))
-        return files
+        return files | {file: lora_files.joined(exports) for file, exports in adapters.items()}
 
     def describe_adapters(self) -> dict[str, dict]:
         """Kind, rank and alpha of each model's adapter."""
@@ -137,8 +139,10 @@ class DiffusionTrainingModule(nn.Module):
     def check_export(self, path: str | Path) -> None:
         """Read an adapter file back and compare it with the trained adapters; see `adapters.files.check_export`."""
         with without_preset(self.pipe):
-            for name, model in self.pipe.named_children():
-                if hasattr(model, "peft_config"):
+            adapted = {name: model for name, model in self.pipe.named_children() if hasattr(model, "peft_config")}
+            own = self.pipe.adapted_by(path) if len(adapted) > 1 else adapted
+            for name, model in adapted.items():
+                if name in own:
                     lora_files.check_export(model, path, self.pipe.layer_names(name))
 
 
