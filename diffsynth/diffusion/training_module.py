@@ -4,7 +4,6 @@
 `PipelineTrainingModule` is the one that the configuration builds.
 """
 
-from collections import defaultdict
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -18,6 +17,7 @@ from ..core.data import Sample, SampleAddress
 from ..core.data.dataset import TrainingData
 from ..core.memory import MemoryRecipe
 from .adapters import files as lora_files
+from .adapters.formats import ADAPTER_FILE
 from .adapters.lora import Adapter, LoRA
 from .adapters.preset import without_preset
 from .base_pipeline import BasePipeline, batch_of
@@ -110,26 +110,32 @@ class DiffusionTrainingModule(nn.Module):
         return {name.removeprefix(remove_prefix or ""): p for name, p in named.items()}
 
     def export_weights(self, format: str = "common") -> dict[str, tuple[dict[str, Tensor], dict[str, str]]]:
-        """The files to export, `{model: (tensors, metadata)}`; all adapters share one file, `lora`.
+        """The files to export, `{model: (tensors, metadata)}`; adapters share one file, `lora`.
 
-        Of several adapters whose tensors have the same names, such as those of two experts, the later ones are in files
-        of their own, `lora.dit2`.
-
-        Tensors of models trained in full have the names of the released checkpoint.
+        An adapter whose keys would be those of another one has a file of its own, such as `lora_dit2`. Tensors of
+        models trained in full have the names of the released checkpoint.
 
         Args:
             format: Format of the adapters, a key of `adapters.formats.FORMATS`.
         """
-        files, adapters = {}, defaultdict(list)
+        files = {}
         for name, model in self.pipe.named_children():
             trainable = {key for key, parameter in model.named_parameters() if parameter.requires_grad}
-            if hasattr(model, "peft_config"):
-                names = self.pipe.layer_names(name)
-                file = f"lora.{name}" if names.shared and adapters else "lora"
-                adapters[file].append((names, *lora_files.export(model, names, format)))
-            elif trainable:
+            if not hasattr(model, "peft_config") and trainable:
                 files[name] = (self.pipe.released_weights(name, [*trainable, *_saved_buffers(model)]), {})
-        return files | {file: lora_files.joined(exports) for file, exports in adapters.items()}
+        adapted = [name for name, model in self.pipe.named_children() if hasattr(model, "peft_config")]
+        prefixes = {self.pipe.layer_names(name).prefix for name in adapted}
+        apart = [name for name in adapted if self.pipe.layer_names(name).shared in prefixes]
+        together = [name for name in adapted if name not in apart]
+        adapters = {ADAPTER_FILE: together} | {f"{ADAPTER_FILE}_{name}": [name] for name in apart}
+        return files | {file: self._adapter_file(names, format) for file, names in adapters.items() if names}
+
+    def _adapter_file(self, models: Sequence[str], format: str) -> tuple[dict[str, Tensor], dict[str, str]]:
+        """The tensors and the metadata of a file with the adapters of some models."""
+        networks = [self.pipe.layer_names(name) for name in models]
+        exports = [lora_files.export(getattr(self.pipe, m), n, format) for m, n in zip(models, networks, strict=True)]
+        tensors, configs = ({k: v for part in parts for k, v in part.items()} for parts in zip(*exports, strict=True))
+        return tensors, lora_files.metadata(configs, networks)
 
     def describe_adapters(self) -> dict[str, dict]:
         """Kind, rank and alpha of each model's adapter."""
@@ -139,11 +145,8 @@ class DiffusionTrainingModule(nn.Module):
     def check_export(self, path: str | Path) -> None:
         """Read an adapter file back and compare it with the trained adapters; see `adapters.files.check_export`."""
         with without_preset(self.pipe):
-            adapted = {name: model for name, model in self.pipe.named_children() if hasattr(model, "peft_config")}
-            own = self.pipe.adapted_by(path) if len(adapted) > 1 else adapted
-            for name, model in adapted.items():
-                if name in own:
-                    lora_files.check_export(model, path, self.pipe.layer_names(name))
+            for name in self.pipe.adapted_by(path):
+                lora_files.check_export(getattr(self.pipe, name), path, self.pipe.layer_names(name))
 
 
 class PipelineTrainingModule(DiffusionTrainingModule):

@@ -27,7 +27,8 @@ def _cache(folder: str, theirs: Theirs) -> Iterator[Line]:
     yield Set("dataset.path", theirs.cache or folder)
     if theirs.cache not in ("", folder):
         yield Differs(
-            f"Their second stage reads {folder}, but their first one writes {theirs.cache}: here both name the latter."
+            f"Their second stage reads {folder}, but their first one writes {theirs.cache}: "
+            f"both commands use {theirs.cache}."
         )
     yield Differs(
         f"A cache that DiffSynth-Studio made in {theirs.cache or folder} (.pth files) is refused, because pickles can "

@@ -177,18 +177,18 @@ def find_model(files: Iterable[Files], models: Iterable[Model]) -> Model:
         LookupError: No model has them, or several do; the message says what to type.
     """
     files, models = list(files), list(models)
-    own, wanted = [each for each in files if each.component == "dit"], {each.component for each in files}
-    for model_id in [each.model_id for each in own]:
+    transformers, wanted = [each for each in files if each.component == "dit"], {each.component for each in files}
+    for model_id in [each.model_id for each in transformers]:
         for name in [f"{model_id}{ending}" for ending in LAYOUTS]:
             having = [model for model in models if model.components["dit"]["model_id"] == name]
             if having:
                 fitting = [each for each in having if wanted <= each.components.keys()] or having[:1]
                 model = min(fitting, key=lambda each: len(each.components))  # without a ControlNet that nobody wants
                 return Model(model.name, model.node, has_their_files=name == model_id)
-    found = [] if own else [model for model in models if _has(model, files)]
+    found = [] if transformers else [model for model in models if _has(model, files)]
     if len(found) == 1:
         return found[0]
-    raise LookupError(_what_is_lacking(own or files, found, models))
+    raise LookupError(_what_is_lacking(transformers or files, found, models))
 
 
 def _has(model: Model, files: Iterable[Files]) -> bool:

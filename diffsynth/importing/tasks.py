@@ -1,4 +1,4 @@
-"""Readers of the flags about the objective, and of those that one family or method alone has."""
+"""Readers of the flags about the objective, and of the flags that one family or method alone has."""
 
 from collections.abc import Iterator
 

@@ -12,7 +12,7 @@ from .theirs import Reader, Theirs, component_named, listed, names_in, path
 
 # Values of memory.storage, by what the names of their methods contain.
 STORAGES = {"nf4": "nf4", "int8": "int8", "fp8": "fp8"}
-BACKENDS = "bitsandbytes", "torchao"  # their methods whose formats are those of memory.storage
+BACKENDS = "bitsandbytes", "torchao"  # their methods that memory.storage has, too
 
 
 def hub_files(value: str, theirs: Theirs) -> Iterator[Line]:
@@ -129,7 +129,7 @@ def quant_options(value: str, theirs: Theirs) -> Iterator[Line]:
     if None in storages or len(storages) > 1 or "fp8_models" in theirs.flags:
         found = ", ".join(dict.fromkeys(methods.values()))
         yield Refused(
-            f"a run holds its frozen weights in one format, and {found} is none or several of them; type "
+            f"a run holds its frozen weights in one format, and method {found} is unsupported or mixes formats; type "
             "memory.storage=nf4, int8 or fp8 and memory.stored=[…]"
         )
         return

@@ -10,7 +10,7 @@ import torch
 from diffusers import WanTransformer3DModel
 from families import SIZES, Family
 from miniatures import wan, wan_image
-from test_family_contract import GUIDED, LORA, image, sampled
+from miniatures.requests import GUIDED, LORA, image, sampled
 from torch.testing import assert_close
 
 from diffsynth.core.data import Row, Sample, SampleAddress

@@ -9,9 +9,9 @@ import tiny
 import torch
 from families import SIZES, Family, clips
 from miniatures import wan, wan_image
+from miniatures.requests import GUIDED, LORA, image, sampled
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from test_family_contract import GUIDED, LORA, image, sampled
 from torch import Tensor
 from torch.testing import assert_close
 

@@ -8,8 +8,8 @@ import torch
 from diffusers import AutoencoderKLWan, WanTransformer3DModel, WanVACETransformer3DModel
 from families import FAMILIES
 from miniatures import wan, wan_image, wan_original
+from miniatures.requests import REQUEST, sampled
 from safetensors.torch import load_file
-from test_family_contract import REQUEST, sampled
 from torch import nn
 
 from diffsynth.config import build

@@ -6,8 +6,8 @@ import torch
 from diffusers import WanTransformer3DModel, WanVACETransformer3DModel
 from families import FAMILIES
 from miniatures import wan, wan_image
+from miniatures.requests import LORA, REQUEST, sampled, shaken
 from safetensors.torch import save_file
-from test_family_contract import LORA, REQUEST, sampled, shaken
 from torch.testing import assert_close
 
 from diffsynth.core.loader import save_safetensors

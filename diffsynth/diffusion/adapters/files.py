@@ -8,7 +8,7 @@ import logging
 import math
 import re
 from collections import Counter
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
@@ -374,16 +374,6 @@ def metadata(configs: Mapping, networks: Collection[LayerNames] = ()) -> dict[st
     stated = [names.prefix for names in networks if names.shared]
     own = {NETWORK_KEY: to_json({"network": stated[0]})} if stated else {}
     return own | ({METADATA_KEY: to_json(dict(configs), sort_keys=True)} if configs else {})
-
-
-def joined(
-    exports: Iterable[tuple[LayerNames, dict[str, Tensor], Mapping]],
-) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """The tensors and the metadata of one file with the adapters of several networks, which `export` returns."""
-    tensors, configs, networks = {}, {}, []
-    for names, own, config in exports:
-        tensors, configs, networks = {**tensors, **own}, {**configs, **config}, [*networks, names]
-    return tensors, metadata(configs, networks)
 
 
 def stated_network(path: str | Path) -> str | None:

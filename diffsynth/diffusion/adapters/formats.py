@@ -60,6 +60,7 @@ def comfyui(tensors: Mapping[str, Tensor], config: PeftConfig, names: LayerNames
     return renamed
 
 
+ADAPTER_FILE = "lora"  # name of the exported file that holds adapters, and the beginning of names of further ones
 FORMATS: dict[str, Callable[..., Tensors]] = {
     "common": common,
     "diffusers": diffusers,

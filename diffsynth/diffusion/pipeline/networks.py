@@ -212,7 +212,7 @@ class PipelineNetworks(nn.Module):
         return getattr(self, name) is not None or not self.networks()[name].is_optional
 
     def check_networks(self) -> None:
-        """Refuse networks that do not fit each other; a family may override it. Called when all networks are built."""
+        """Refuse networks that do not fit each other; a family may refuse more. Called when all networks are built."""
 
     def build_folder(self, name: str, config: ModelConfig | None) -> None:
         """Read a tokenizer or processor and check that it is the family's; None reads nothing.
