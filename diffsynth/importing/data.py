@@ -17,7 +17,9 @@ def base_path(value: str, theirs: Theirs) -> Iterator[Line]:
     elif theirs.stage == "train":
         yield from _cache(path(value), theirs)
     else:
-        yield from [Set("dataset", "image_folder"), Set("dataset.path", path(value))]
+        of_videos = theirs.model is not None and theirs.model.makes_videos
+        yield Set("dataset", "video_folder" if of_videos else "image_folder")
+        yield Set("dataset.path", path(value))
 
 
 def _cache(folder: str, theirs: Theirs) -> Iterator[Line]:

@@ -2,8 +2,10 @@
 
 import re
 from collections.abc import Iterator
+from pathlib import Path
 
 from ..core.json_text import parse_object
+from ..core.loader.model_config import PICKLE_SUFFIXES
 from .lines import Differs, LeftOut, Line, Refused, Set
 from .models import Files, component_of_path, paths_of
 from .theirs import Reader, Theirs, component_named, listed, names_in, path
@@ -16,9 +18,12 @@ BACKENDS = "bitsandbytes", "torchao"  # their methods that memory.storage has, t
 def hub_files(value: str, theirs: Theirs) -> Iterator[Line]:
     if theirs.model is None:
         return
+    if theirs.expert:
+        yield Set("expert", theirs.expert)
     if not theirs.model.has_their_files:
         where = theirs.model.components["dit"]["model_id"]
         yield Differs(f"The weights are those of {where}: the same values under diffusers' names.")
+        yield from _absent(theirs)
         return
     read = theirs.components if theirs.stage == "train" else {each.component for each in theirs.files}
     for files in [each for each in theirs.files if each.component in read]:
@@ -59,7 +64,12 @@ def _absent(theirs: Theirs) -> Iterator[Line]:
 def local_files(value: str, theirs: Theirs) -> Iterator[Line]:
     for each in paths_of(value):
         paths = [each] if isinstance(each, str) else each
-        component = component_of_path(each)
+        component = theirs.network(component_of_path(each))
+        if pickles := [name for name in paths if Path(name).suffix in PICKLE_SUFFIXES]:
+            yield Refused(
+                f"{pickles[0]} is a pickle, which is never loaded; convert it to .safetensors and type its path"
+            )
+            continue
         if theirs.model and component not in theirs.model.components:
             yield Refused(f"{paths[0]}: {theirs.model.name} has no component {component} yet; take it out")
             continue

@@ -195,5 +195,18 @@ def test_a_file_says_by_its_names_its_metadata_or_its_user_which_expert_it_is_fo
     )
     save_file(ours, stated := tmp_path / "stated.safetensors", {"diffsynth_adapter": '{"network": "transformer_2"}'})
     assert [pipe.adapted_by(path) for path in (musubi, named, stated)] == [["dit"], ["dit2"], ["dit2"]]
+    pipe.check_adapters([chosen := f"dit2:{musubi}"])
+    assert pipe.adapted_by(chosen) == ["dit2"] and pipe.adapter_file(chosen) == str(musubi)
     read = [files.read(path, pipe.layer_names("dit2"), pipe.dit2) for path in (musubi, named, stated)]
     assert_close([products(each) for each in read], [products(read[0])] * 3, atol=1e-4, rtol=0)
+
+
+def test_a_file_goes_to_the_expert_that_is_typed_before_it(tmp_path):
+    layers = {"blocks.0.self_attn.q": "blocks.0.attn1.to_q"}
+    save_file(as_written("musubi", layers, matrices(EXPERTS.build().dit, layers)), path := tmp_path / "low.safetensors")
+    found = []
+    for typed in (path, f"dit2:{path}"):
+        pipe = EXPERTS.load()
+        pipe.load_adapter(typed)
+        found.append([name for name in ("dit", "dit2") if hasattr(getattr(pipe, name), "peft_config")])
+    assert found == [["dit"], ["dit2"]]

@@ -433,7 +433,7 @@ class PipelineNetworks(nn.Module):
             FileNotFoundError: The file is not on this machine and cannot be downloaded.
             ValueError: The file has a key that belongs to no layer of the model.
         """
-        path, fuse = _one_file(path), fuse if hotload is None else not hotload
+        path, fuse = self.adapter_file(_one_file(path)), fuse if hotload is None else not hotload
         name = model if isinstance(model, str) else next(n for n, m in self.named_children() if m is model)
         lora_files.load(self.named_model(name), path, self.layer_names(name), scale=alpha, fuse=fuse)
         settings = sampling_settings.of_file(lora_files.find_file(path))
@@ -449,12 +449,14 @@ class PipelineNetworks(nn.Module):
         """Refuse adapter files that are broken or were made for other models; needs no weights."""
         for path in paths:
             for name in self.adapted_by(path):
-                tensors = lora_files.read(path, self.layer_names(name), self.named_model(name))
-                lora_files.infer_config(tensors, path)
+                file = self.adapter_file(path)
+                tensors = lora_files.read(file, self.layer_names(name), self.named_model(name))
+                lora_files.infer_config(tensors, file)
 
     def use_sampling_settings_of(self, path: str | Path) -> None:
         """Set the sampling settings to those stored in an adapter file, if it has any; needs no weights."""
-        self.use_sampling_settings(sampling_settings.of_file(lora_files.find_file(path)), path)
+        file = self.adapter_file(path)
+        self.use_sampling_settings(sampling_settings.of_file(lora_files.find_file(file)), file)
 
     def load_adapter(self, path: str | Path, scale: float = 1.0, fuse: bool = False) -> None:
         """Add an adapter file to all models that its keys name; see `load_lora`."""
@@ -462,11 +464,21 @@ class PipelineNetworks(nn.Module):
             self.load_lora(name, path, scale, fuse)
 
     def adapted_by(self, path: str | Path) -> list[str]:
-        """Names of the models that an adapter file is for; the predicting network if its keys name none."""
-        named, main = lora_files.prefixes(path, self.lora_prefixes.values()), self.in_iteration_models[0]
+        """Names of the models that an adapter file is for; the predicting network if its keys name none.
+
+        A name before the file's path, such as `dit2:low.safetensors`, says it for a file whose keys do not.
+        """
+        if (file := self.adapter_file(path)) != path:
+            return [str(path).partition(":")[0]]
+        named, main = lora_files.prefixes(file, self.lora_prefixes.values()), self.in_iteration_models[0]
         adapted = [name for name, prefix in self.lora_prefixes.items() if prefix in named]
         bare = [main] if None in named and main not in adapted else []
         return self._stated(path) or [*bare, *adapted] or [main]
+
+    def adapter_file(self, path: str | Path) -> str | Path:
+        """The path of an adapter file without the name of the model before it."""
+        name, _, file = str(path).partition(":")
+        return file if file and name in self.networks() else path
 
     def _stated(self, path: str | Path) -> list[str]:
         """The network that shares the names of another one, and that a file of this project states."""
