@@ -65,13 +65,22 @@ def mirrored():
 
 def write_shard(kind, images):
     """Write (file name, image) pairs to the tar shard of their kind."""
+    write_files(kind, ((name, encoded(image)) for name, image in images))
+
+
+def encoded(image):
+    """The bytes of an image's file."""
+    image.save(file := BytesIO(), "webp", quality=QUALITY, method=6)
+    return file.getvalue()
+
+
+def write_files(kind, files):
+    """Write (file name, bytes) pairs to the tar shard of their kind."""
     with tarfile.open(HERE / f"{kind}.tar", "w", format=tarfile.USTAR_FORMAT) as shard:
-        for name, image in images:
-            image.save(file := BytesIO(), "webp", quality=QUALITY, method=6)
+        for name, content in files:
             member = tarfile.TarInfo(name)  # without owner and date, so that equal images make equal shards
-            member.size = file.tell()
-            file.seek(0)
-            shard.addfile(member, file)
+            member.size = len(content)
+            shard.addfile(member, BytesIO(content))
 
 
 def names_in_shard(kind):

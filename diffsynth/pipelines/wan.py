@@ -57,6 +57,7 @@ def model_fn_wan(
     timestep: Tensor,
     prompt_emb: Tensor,
     given_latents: Tensor | None = None,
+    is_given: Tensor | None = None,
     use_gradient_checkpointing: bool = False,
     use_gradient_checkpointing_offload: bool = False,
 ) -> Tensor:
@@ -66,28 +67,39 @@ def model_fn_wan(
         prompt_emb: Text embeddings (B, L, D), zeros after the prompt's end.
         given_latents: Clean latents (B, C, t, h, w) of the first t latent frames. They take the place of the noisy
             ones, at timestep 0; the velocity of these frames leads to them.
+        is_given: Samples (B,), bool, whose `given_latents` are read, in training: the velocity of their first frames is
+            the network's, and is not learned. None reads all.
     """
     checkpoint_blocks(dit, use_gradient_checkpointing, use_gradient_checkpointing_offload)
     seen, time = latents, timestep
     if given_latents is not None:
-        seen, time = with_given_frames(latents, timestep, given_latents)
+        seen, time = with_given_frames(latents, timestep, given_latents, is_given)
     velocity = dit(
         hidden_states=seen.to(dit.dtype),
         timestep=time,
         encoder_hidden_states=prompt_emb.to(dit.dtype),
         return_dict=False,
     )[0]
-    return velocity if given_latents is None else towards_given_frames(velocity, latents, timestep, given_latents)
+    if given_latents is None or is_given is not None:
+        return velocity
+    return towards_given_frames(velocity, latents, timestep, given_latents)
 
 
-def with_given_frames(latents: Tensor, timestep: Tensor, given: Tensor) -> tuple[Tensor, Tensor]:
+def with_given_frames(
+    latents: Tensor, timestep: Tensor, given: Tensor, is_given: Tensor | None
+) -> tuple[Tensor, Tensor]:
     """Latents (B, C, T, h, w) whose first frames are the given ones, and the timestep (B, tokens) of each token."""
     count = given.shape[2]
     _, _, frames, height, width = latents.shape
     tokens = (height // 2) * (width // 2)
     by_frame = timestep.unsqueeze(1).repeat(1, frames)
-    by_frame[:, :count] = 0
-    return torch.cat([given.to(latents), latents[:, :, count:]], dim=2), by_frame.repeat_interleave(tokens, dim=1)
+    first, given = latents[:, :, :count], given.to(latents)
+    if is_given is None:
+        by_frame[:, :count] = 0
+    else:
+        by_frame[:, :count] *= ~is_given.unsqueeze(1)
+        given = torch.where(per_sample(is_given, first), given, first)
+    return torch.cat([given, latents[:, :, count:]], dim=2), by_frame.repeat_interleave(tokens, dim=1)
 
 
 def towards_given_frames(velocity: Tensor, latents: Tensor, timestep: Tensor, given: Tensor) -> Tensor:

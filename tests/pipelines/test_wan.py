@@ -130,6 +130,23 @@ def test_a_loss_after_a_first_frame_is_that_of_the_later_frames_by_hand():
     assert_close(found, errors[:, :, 1:].mean()[None] * weight)
 
 
+def test_with_a_probability_each_sample_is_trained_with_its_first_frame_or_without():
+    pipe, addresses = TI2V.load(), [SampleAddress(0, number) for number in range(4)]
+    _, text, _ = pipe.prepare([REQUEST] * 4)
+    pipe.scheduler.set_timesteps(1000, training=True)
+    clean = torch.randn(4, 48, 3, 4, 6, generator=torch.Generator().manual_seed(0))
+
+    def losses(probability, given):
+        inputs = {"input_latents": clean, "given_latents": given}
+        return FlowMatchSFT(given_probability=probability)(pipe, rng=SampleRNG(0, addresses), **inputs, **text)
+
+    is_given = SampleRNG(0, addresses).uniform("given") < 0.5
+    assert 0 < is_given.sum() < 4
+    given, without = losses(1.0, clean[:, :, :1]), losses(1.0, None)
+    assert ((given - without).abs() > 1e-4).all()
+    assert_close(losses(0.5, clean[:, :, :1]), torch.where(is_given, given, without))
+
+
 def test_the_loss_has_no_gradient_by_the_first_frames_velocity(monkeypatch):
     module = TI2V.module(GIVEN, LORA).load()
     outputs = []

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ...core.host_memory import sent
+from ...core.ranges import Probability
 from ..base_pipeline import BasePipeline
 from ..flow_match import TRAINING_STEPS, FlowMatchScheduler, interpolate
 from ..randomness import GlobalRNG, SampleRNG
@@ -32,6 +33,8 @@ class FlowMatchSFT(Objective):
         timesteps: Distribution of the noise levels that are trained (`diffusion.timesteps`).
         weighting: w(σ).
         mask: Column of the mask, and its weights.
+        given_probability: Probability that the first frames of a video, if they are given, are read. The others of its
+            samples are trained without them, so that one network learns to generate both ways.
         exact_upstream: Round timesteps to the pipeline's dtype first, as DiffSynth-Studio does; in bf16 this reaches
             only 376 of the 1000 levels.
     """
@@ -39,6 +42,7 @@ class FlowMatchSFT(Objective):
     timesteps: UniformTimesteps = field(default_factory=UniformTimesteps)
     weighting: BellWeighting = field(default_factory=BellWeighting)
     mask: MaskWeights = field(default_factory=MaskWeights)
+    given_probability: Probability = 1.0
     exact_upstream: bool = False
 
     @property
@@ -71,12 +75,18 @@ class FlowMatchSFT(Objective):
         timestep, sigma, weight = sent(torch.stack([timestep, sigma, weight]), clean.device)
         noise = rng.normal("noise", clean)
         inputs |= {"latents": interpolate(clean, noise, sigma), "given_latents": given_latents}
+        if given_latents is not None and self.given_probability < 1:
+            inputs["is_given"] = sent(rng.uniform("given") < self.given_probability, clean.device)
         target = self.target(pipe, noise - clean, timestep, **inputs)
         velocity = pipe.predict(timestep, **inputs)
         weights = None if loss_mask is None else self.mask(loss_mask)
         error = (velocity.float() - target).pow(2)
         if given_latents is not None:
-            error = error[:, :, given_latents.shape[2] :]
+            count, is_given = given_latents.shape[2], inputs.get("is_given")
+            if is_given is None:
+                error = error[:, :, count:]
+            else:
+                weights = learned_frames(error, count, is_given)
         return mean_where(error, weights) * weight
 
     def target(self, pipe: BasePipeline, velocity: Tensor, timestep: Tensor, **inputs) -> Tensor:
@@ -103,8 +113,15 @@ class FlowMatchSFT(Objective):
         return rounded, scheduler.sigma(rounded)
 
 
+def learned_frames(videos: Tensor, count: int, is_given: Tensor) -> Tensor:
+    """Weights (B, 1, T, 1, 1) of the frames of videos (B, C, T, h, w): 0 for the first `count` where they are given."""
+    weights = videos.new_ones(len(videos), 1, videos.shape[2], 1, 1)
+    weights[is_given, :, :count] = 0
+    return weights
+
+
 def mean_where(values: Tensor, weights: Tensor | None) -> Tensor:
-    """Mean (B,) of values (B, C, h, w) by weights (B, 1, h, w); the plain mean without weights, 0 if all are 0."""
+    """Mean (B,) of values (B, C, …) by weights (B, 1, …) of like rank; the plain mean without, 0 if all are 0."""
     if weights is None:
         return values.flatten(1).mean(1)
     weights = weights.float().expand_as(values).flatten(1)

@@ -62,7 +62,9 @@ def by_numbers(name: str) -> list:
 
 def is_picture(data: str | EmbeddedFile) -> bool:
     """Whether a file is a picture, by its suffix, or by its first bytes if it has none."""
-    suffix = PurePath(urlsplit(str(data)).path).suffix.lower()
+    # Only in a URL does a # end the path: a part of a tar file is named a.tar#512+800/b.webp.
+    path = urlsplit(data).path if is_url(data) else str(data)
+    suffix = PurePath(path).suffix.lower()
     if suffix or not isinstance(data, EmbeddedFile):
         return suffix in picture_suffixes()
     try:
