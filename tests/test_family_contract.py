@@ -30,6 +30,7 @@ from torch.testing import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from diffsynth.cache.make import launch_data_process_task
+from diffsynth.core.context_parallel import check_splittable
 from diffsynth.core.data import CachedDataset, Sample, SampleAddress
 from diffsynth.core.loader import save_safetensors
 from diffsynth.core.memory.storage import stored_layers
@@ -40,6 +41,9 @@ from diffsynth.diffusion.pipeline.request import ImageRequest, defaults_of
 from diffsynth.diffusion.pipeline.samplers import SAMPLERS
 from diffsynth.diffusion.pipeline.vae import Latents
 from diffsynth.diffusion.randomness import SampleRNG
+from diffsynth.pipelines.flux1_image import Flux1ImagePipeline
+from diffsynth.pipelines.flux2_image import Flux2ImagePipeline
+from diffsynth.pipelines.qwen_image import QwenImagePipeline
 from diffsynth.training.accelerator import make_accelerator
 
 TRAINED = pytest.mark.parametrize("trained, lora", [((), LORA), (("dit", "text_encoder"), None)], ids=["lora", "full"])
@@ -289,6 +293,19 @@ def test_a_micro_batch_reads_no_value_from_its_device_and_sends_without_waiting(
     module.pipe.device = torch.device("meta")
     micro_batch()  # libraries keep tables on each device
     assert micro_batch().found == []
+
+
+SPLIT = (Flux1ImagePipeline, Flux2ImagePipeline, QwenImagePipeline)  # tests/core/test_context_parallel.py compares them
+
+
+@pytest.mark.parametrize("family", FAMILIES, ids=str)
+def test_tokens_are_split_over_devices_or_the_network_is_refused_by_its_name(family: Family):
+    network = family.build().network
+    name = type(network).__name__
+    if isinstance(family.build(), SPLIT):
+        return check_splittable(network, 1)
+    with pytest.raises(ValueError, match=f"{name} has no _cp_plan|{name}: .* does not exchange split tokens"):
+        check_splittable(network, 1)
 
 
 @of_families

@@ -7,12 +7,12 @@ from torch.utils._pytree import tree_map
 
 from diffsynth.core.data import Row, Sample, SampleAddress
 from diffsynth.core.live_bytes import LiveBytes
+from diffsynth.diffusion.adapters.files import leave_casts_to_autocast
 from diffsynth.diffusion.memory_layout import lay_out
 from diffsynth.diffusion.pipeline.remembered import UnitMemory
 from diffsynth.diffusion.randomness import SampleRNG
 from diffsynth.diffusion.trained import TrainProgress
 from diffsynth.diffusion.training_module import PipelineTrainingModule
-from diffsynth.diffusion.adapters.files import leave_casts_to_autocast
 from diffsynth.plan.few_blocks import block_lists
 from diffsynth.plan.meta_module import copied
 from diffsynth.plan.rehearsal import Rehearsal
@@ -72,5 +72,7 @@ def test_a_plan_is_within_five_per_cent_of_the_live_tensors_of_one_block(model, 
     row, counts = plans.meta_modules.row(plans.run, plans.run.sizes[0]), dict.fromkeys(block_lists(whole), 1)
     rehearsal = Rehearsal(copied(whole, recipe, counts))
     planned = rehearsal.at_rest + rehearsal.train([row], accumulates=False).peak
-    made = tree_map(lambda value: torch.zeros(value.shape, dtype=value.dtype) if torch.is_tensor(value) else value, row.made)
+    made = tree_map(
+        lambda value: torch.zeros(value.shape, dtype=value.dtype) if torch.is_tensor(value) else value, row.made
+    )
     assert abs(planned / live_peak(real(copied(whole, recipe, counts)), Row(row, made)) - 1) < 0.05
