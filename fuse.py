@@ -50,7 +50,11 @@ def fuse(
     settings = pipe.settings_for({})
     adapted = sorted({name for path in paths for name in pipe.adapted_by(path)})
     folders = [Path(output, pipe.lora_prefixes[name]) for name in adapted]
-    inputs = [*paths, *(source["path"] for source in pipe.sources().values()), *pipe.folders.values()]
+    inputs = [
+        *map(pipe.adapter_file, paths),
+        *(source["path"] for source in pipe.sources().values()),
+        *pipe.folders.values(),
+    ]
     for folder in folders:
         check_replaceable(folder, inputs)
     index = None if rest == "none" else repository.find_index(model.keywords[adapted[0]])

@@ -13,7 +13,7 @@ def train(run: Run) -> list:
     from diffsynth.plan.meta_pipeline import needs_download
     from diffsynth.plan.preflight import preflight
     from diffsynth.training.accelerator import make_accelerator
-    from diffsynth.training.checks import check_run, identity_of
+    from diffsynth.training.checks import check_average, check_run, identity_of
     from diffsynth.training.engines import choose_engine
     from diffsynth.training.loop import Trainer
     from diffsynth.training.record.data import record_data
@@ -37,6 +37,7 @@ def train(run: Run) -> list:
     module = PipelineTrainingModule(pipe, run.task, run.lora, run.seed, run.template, run.memory)
     trainer = Trainer.of(run, accelerator, engine, module, identity)
     engine.check(module, run.optimizer, trainer.layout.accumulation, run.max_grad_norm)
+    check_average(run.ema, module)
     keys = CacheKeys(module)
     run.dataset.check_made_for(keys.about, keys.of)
     module.rehearse(run.dataset)

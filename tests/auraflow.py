@@ -14,13 +14,7 @@ from diffsynth.core.gradient import checkpoint_blocks
 from diffsynth.core.ranges import Tokens
 from diffsynth.diffusion.base_pipeline import BasePipeline
 from diffsynth.diffusion.pipeline.components import Folder, Network
-from diffsynth.diffusion.pipeline.image_units import (
-    Inpaint,
-    InputImageEmbedder,
-    LossMask,
-    NoiseInitializer,
-    ShapeChecker,
-)
+from diffsynth.diffusion.pipeline.image_units import IMAGE_UNITS
 from diffsynth.diffusion.pipeline.request import ImageRequest
 from diffsynth.diffusion.pipeline.vae import Latents, NormalisedVAE
 from diffsynth.diffusion.prompts.embedder import PromptEmbedder
@@ -100,10 +94,6 @@ class AuraFlowPipeline(BasePipeline):
     sigma_grid = staticmethod(auraflow_sigmas)
     model_settings = ("max_sequence_length",)
     unit_classes = (
-        ShapeChecker,
-        NoiseInitializer,
-        InputImageEmbedder,
-        Inpaint,
-        LossMask,
+        *IMAGE_UNITS,
         AuraFlowPromptEmbedder,
     )

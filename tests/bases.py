@@ -7,10 +7,11 @@ from torch import Tensor, nn
 
 from diffsynth.core.loader.model_config import ModelConfig
 from diffsynth.diffusion.pipeline import kv_cache
-from diffsynth.pipelines import flux1_image, flux1_network, flux2_image, qwen_image
+from diffsynth.pipelines import flux1_image, flux2_image, qwen_image
 from diffsynth.pipelines.flux1_image import Flux1ImagePipeline
 from diffsynth.pipelines.flux2_image import Flux2ImagePipeline
 from diffsynth.pipelines.qwen_image import QwenImagePipeline
+from diffsynth.pipelines.shared import flux1 as flux1_network
 
 LENGTH = 5  # of further keys
 

@@ -75,7 +75,7 @@ def pytest_collection_finish(session):
 
 @pytest.fixture
 def no_room():
-    """A function that takes away the room on all disks, but for the first bytes of each file; None gives it back."""
+    """A function that takes away the room on all disks, except for the first bytes of each file; None gives it back."""
     resource = pytest.importorskip("resource")
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
 
@@ -84,6 +84,12 @@ def no_room():
 
     yield limit
     limit(None)
+
+
+@pytest.fixture
+def no_weights_are_read(monkeypatch):
+    """Reading the weights of a pipeline is an error in this test."""
+    monkeypatch.setattr("diffsynth.diffusion.pipeline.networks.load_weights", None)
 
 
 def import_file(path: Path):

@@ -32,6 +32,16 @@ def test_the_page_of_pipelines_builds_the_family_of_the_tests():
     assert told == written
 
 
+FAMILIES = ROOT / "docs" / "families"
+FAMILY_PAGES = sorted(set(re.findall(r"^\| \[.*?\]\((\w+\.md)\)", (FAMILIES / "README.md").read_text(), re.MULTILINE)))
+
+
+@pytest.mark.parametrize("page", FAMILY_PAGES)
+def test_pages_of_families_have_the_same_headings(page):
+    headings = re.findall(r"^## (.*)$", (FAMILIES / page).read_text(), re.MULTILINE)
+    assert headings == ["Sizes", "Commands", "What differs", "Memory", "LoRA files", "What was checked"]
+
+
 @of_pages
 def test_links_lead_to_files_and_headings(page):
     for target in re.findall(r"\]\(([^)\s]+)\)", page.read_text()):

@@ -7,10 +7,11 @@ from pathlib import Path
 import torch
 from diffusers import Flux2Transformer2DModel
 from diffusers.models.modeling_utils import ModelMixin
+from miniatures.autoencoders import give_batch_norm_statistics
 from tiny import COMPONENTS, kept_folder
 from transformers import Mistral3Config, Mistral3ForConditionalGeneration
 
-from diffsynth.pipelines.flux2_image import Flux2ImagePipeline, Flux2VAE, ModelConfig
+from diffsynth.pipelines.flux2_image import Flux2ImagePipeline, ModelConfig
 from models.emoji.build import VOCABULARY, train_tokenizer
 from models.emoji_flux2 import build
 
@@ -34,7 +35,7 @@ def klein() -> Path:
     folder = kept_folder() / "klein"
     build.init(str(folder))
     randomise(Flux2Transformer2DModel.from_pretrained(folder / "transformer"), folder / "transformer")
-    _give_statistics(folder / "vae")
+    give_batch_norm_statistics(folder / "vae")
     return folder
 
 
@@ -45,7 +46,7 @@ def dev() -> Path:
     build.init(str(folder))
     config = json.loads((folder / "transformer" / "config.json").read_text()) | {"guidance_embeds": True}
     randomise(Flux2Transformer2DModel.from_config(config), folder / "transformer")
-    _give_statistics(folder / "vae")
+    give_batch_norm_statistics(folder / "vae")
     _write_mistral(folder)
     index = json.loads((folder / "model_index.json").read_text())
     index |= {"_class_name": "Flux2Pipeline"}
@@ -61,15 +62,6 @@ def randomise(model: ModelMixin, folder: Path) -> None:
     for parameter in model.parameters():
         parameter.data += 0.05 * torch.randn(parameter.shape, generator=generator)
     model.save_pretrained(folder)
-
-
-def _give_statistics(folder: Path) -> None:
-    vae, generator = Flux2VAE.from_pretrained(folder), torch.Generator().manual_seed(0)
-    vae.bn.running_mean.normal_(generator=generator)
-    vae.bn.running_var.uniform_(0.5, 1.5, generator=generator)
-    config = (folder / "config.json").read_text()
-    vae.save_pretrained(folder)
-    (folder / "config.json").write_text(config)  # which names the library's class
 
 
 def _write_mistral(folder: Path) -> None:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 from diffusers import QwenImageTransformer2DModel
+from miniatures.autoencoders import give_latent_statistics
 from tiny import COMPONENTS, kept_folder
 from tiny_flux2 import randomise
 from transformers import Qwen2VLImageProcessorPil
@@ -32,16 +33,8 @@ def folder(zero_cond_t: bool = False) -> Path:
     torch.manual_seed(0)
     randomise(QwenImageTransformer2DModel.from_config(config), root / "transformer")
     randomise(build.text_encoder(tokenizer), root / "text_encoder")
-    _give_statistics(root / "vae" / "config.json")
+    give_latent_statistics(root / "vae" / "config.json")
     return root
-
-
-def _give_statistics(file: Path) -> None:
-    generator = torch.Generator().manual_seed(0)
-    config = json.loads(file.read_text())
-    config["latents_mean"] = torch.randn(16, generator=generator).tolist()
-    config["latents_std"] = (0.5 + torch.rand(16, generator=generator)).tolist()
-    file.write_text(json.dumps(config))
 
 
 def image_processor() -> Qwen2VLImageProcessorPil:

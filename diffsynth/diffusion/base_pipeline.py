@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 from ..core.data import collate, generator
 from ..core.loader import ModelConfig
+from .controlnet.family import CONTROLNET_SLOTS, ControlFamily, check_controlnets, controlnets_of, places_of
 from .controlnet.inputs import ControlInputs, check_columns, scale_at
 from .flow_match import FlowMatchScheduler
 from .pipeline import declaration, sampling_settings
@@ -24,6 +25,7 @@ from .pipeline.request import Request, check_numbers, defaults_of, image_argumen
 from .pipeline.samplers import SAMPLERS
 from .pipeline.units import PipelineUnit, PipelineUnitRunner, run_units
 from .pipeline.vae import Latents
+from .prompts.embedder import check_text_widths
 from .template.cache import as_inputs, template_outputs_of
 
 __all__ = ["BasePipeline", "PipelineUnit", "PipelineUnitRunner"]
@@ -42,6 +44,10 @@ class BasePipeline(PipelineNetworks):
         unit_classes: The units, in the order in which they run.
         model_settings: Fields of the request whose defaults differ between the models of the family, besides those that
             differ in every family (`declaration.SHARED_SETTINGS`).
+        prompt_tokenizer: The tokenizer that decides whether a prompt is too long, see `cuts_off`.
+        text_widths: For each text encoder `widths(dit, text encoder)`: the width of the text embeddings that the
+            network takes, and of those that the encoder makes.
+        control_family: What the family says of its ControlNets; None if it has none.
     """
 
     request: ClassVar[type[Request]]
@@ -56,12 +62,15 @@ class BasePipeline(PipelineNetworks):
     # Arguments that weights may be trained for; see `PipelineNetworks.use_sampling_settings`.
     sampling_arguments: ClassVar[Sequence[str]] = ("num_inference_steps", "cfg_scale", "sigmas", "sampler")
     decoding_models: ClassVar[Sequence[str]] = ("vae",)  # models that `decode` calls
+    prompt_tokenizer: ClassVar[str] = "tokenizer"
+    text_widths: ClassVar[Mapping[str, Callable[[Any, Any], tuple[Any, Any]]]] = {}
+    control_family: ClassVar[ControlFamily | None] = None
     control_inputs: Sequence[ControlInputs] = ()  # what each of the pipeline's ControlNets reads
 
     def __init_subclass__(cls, abstract: bool = False, **kwargs):
         super().__init_subclass__(**kwargs)
         if not abstract:
-            declaration.complete(cls)
+            declaration.complete(cls, places_of(cls.control_family))
 
     def __init__(self, device: str | torch.device = "cpu", torch_dtype: torch.dtype = torch.bfloat16):
         super().__init__(device, torch_dtype)
@@ -215,6 +224,11 @@ class BasePipeline(PipelineNetworks):
         for _, latents in zip(self.progress_bar(self.scheduler.timesteps), points, strict=True):
             yield latents
 
+    @classmethod
+    def model_fn_inputs(cls) -> set[str]:
+        """Names of the inputs that `model_fn` reads: its parameters without the networks."""
+        return inspect.signature(cls.model_fn).parameters.keys() - {*cls.networks(), "controlnets"}
+
     def predict(self, timestep: Tensor, **inputs) -> Tensor:
         """Velocity (B, …) that `model_fn` predicts at timesteps (B,) from those inputs that it has a parameter for."""
         accepted = inspect.signature(self.model_fn).parameters
@@ -223,7 +237,11 @@ class BasePipeline(PipelineNetworks):
 
     def predicting(self, timestep: Tensor, inputs: Mapping) -> dict[str, nn.Module]:
         """The networks that `model_fn` gets for timesteps (B,) and other inputs, by the names of its parameters."""
-        return {name: getattr(self, name) for name in self.in_iteration_models} | self.replacements
+        models = {name: getattr(self, name) for name in self.in_iteration_models} | self.replacements
+        if self.control_family is None:
+            return models
+        places = [models.pop(name, None) for name in CONTROLNET_SLOTS]
+        return models | {"controlnets": [network for network in places if network is not None]}
 
     def guided_velocity(
         self, timestep: Tensor, cfg_scale: float, shared: Mapping, posi: Mapping, nega: Mapping
@@ -235,7 +253,13 @@ class BasePipeline(PipelineNetworks):
         positive = self.predict(timestep, **shared, **posi)
         if cfg_scale == 1:
             return positive
-        negative = self.predict(timestep, **shared, **nega)
+        names = self.control_family.prompt if self.control_family else ()
+        of_controlnets = {"control_prompt": tuple(posi[name] for name in names)} if names else {}
+        negative = self.predict(timestep, **shared, **nega, **of_controlnets)
+        return self.combined(positive, negative, cfg_scale, shared)
+
+    def combined(self, positive: Tensor, negative: Tensor, cfg_scale: float, shared: Mapping) -> Tensor:
+        """Guided velocity (B, …) of the conditional and the unconditional one (B, …)."""
         return negative + cfg_scale * (positive - negative)
 
     def set_timesteps(self, request: Mapping) -> None:
@@ -300,7 +324,13 @@ class BasePipeline(PipelineNetworks):
 
     def build_models(self, model_configs: Iterable[ModelConfig] | Mapping[str, ModelConfig]) -> None:
         super().build_models(model_configs)
+        if self.control_family is not None:
+            self.control_inputs = tuple(map(self.control_family.inputs, controlnets_of(self).values()))
         self.add_units()
+
+    def check_networks(self) -> None:
+        check_text_widths(self)
+        check_controlnets(self)
 
     def build_folder(self, name: str, config: ModelConfig | None) -> None:
         super().build_folder(name, config)
@@ -325,7 +355,19 @@ class BasePipeline(PipelineNetworks):
 
     def cuts_off(self, prompt: str) -> bool:
         """Whether the pipeline truncates a prompt because it is too long; needs no weights."""
-        return False
+        tokenizer = getattr(self, self.prompt_tokenizer, None)
+        if tokenizer is None or self.most_tokens is None:
+            return False
+        return len(tokenizer(self.prompt_text(prompt)).input_ids) > self.most_tokens
+
+    def prompt_text(self, prompt: str) -> str:
+        """What is tokenized of a prompt: the prompt in the family's template, if there is one."""
+        return prompt
+
+    @property
+    def most_tokens(self) -> int | None:
+        """Number of tokens of `prompt_text` that a text encoder reads; None if the family does not say."""
+        return self.call_defaults.get("max_sequence_length")
 
     def sources(self) -> dict[str, dict[str, str]]:
         code = self.template and self.template.code

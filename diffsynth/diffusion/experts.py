@@ -6,9 +6,12 @@ boundary, `dit2` below it. Each can be trained without the other.
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
+import torch
 from torch import Tensor, nn
 
+from ..core.data import generator
 from ..core.ranges import NonNegativeFloat, PositiveFraction
 from .base_pipeline import BasePipeline
 from .flow_match import ALL_LEVELS, TRAINING_STEPS
@@ -34,7 +37,8 @@ class ExpertsRequest(Request):
 class TwoExperts(BasePipeline, abstract=True):
     """A pipeline with `dit` for high noise levels and `dit2` for low ones; the request has `ExpertsRequest`'s fields.
 
-    Sampling needs both. A training trains one, and loads the other only if it samples.
+    Sampling needs both. A training of one loads the other only if it samples. In a training of both each optimizer step
+    trains one, with the probability of its share of the noise levels, so that no batch has levels of both.
     """
 
     in_iteration_models = (HIGH, LOW)
@@ -47,6 +51,20 @@ class TwoExperts(BasePipeline, abstract=True):
                 "cfg_scale above 1, or leave cfg_scale_2 out."
             )
         return completed
+
+    def predict(self, timestep: Tensor, **inputs) -> Tensor:
+        """Velocity (B, …) at timesteps (B,); held-out losses of both experts have timesteps on both sides."""
+        if not self.scheduler.training or self.scheduler.trained != ALL_LEVELS:
+            return super().predict(timestep, **inputs)
+        high, velocity = timestep >= self.boundary * TRAINING_STEPS, torch.empty_like(inputs["latents"])
+        levels = {HIGH: (self.boundary, ALL_LEVELS[1]), LOW: (ALL_LEVELS[0], self.boundary)}
+        for name, chosen in ((HIGH, high), (LOW, ~high)):
+            if chosen.any():
+                self.scheduler.trained = levels[name]
+                own = {key: value[chosen] if is_batch(value, len(high)) else value for key, value in inputs.items()}
+                velocity[chosen] = super().predict(timestep[chosen], **own).to(velocity)
+        self.scheduler.trained = ALL_LEVELS
+        return velocity
 
     def predicting(self, timestep: Tensor, inputs: Mapping) -> dict[str, nn.Module]:
         name = self.expert_at(timestep, inputs)
@@ -74,18 +92,28 @@ class TwoExperts(BasePipeline, abstract=True):
         return self.call_defaults["boundary"]
 
     def trained_levels(self, trained: Collection[str]) -> tuple[float, float]:
-        least, end = ALL_LEVELS
-        return (self.boundary, end) if self.networks_in_training(trained) == [HIGH] else (least, self.boundary)
+        experts, (least, end) = self.networks_in_training(trained), ALL_LEVELS
+        return self.boundary if LOW not in experts else least, self.boundary if HIGH not in experts else end
 
     def networks_in_training(self, trained: Collection[str]) -> Sequence[str]:
         roots = {name.split(".")[0] for name in trained}
         experts = [name for name in (HIGH, LOW) if name in roots]
-        if len(experts) != 1:
+        if not experts or (len(experts) == 2 < len(roots)):
             raise ValueError(
-                f"{' and '.join(sorted(roots))} are to be trained, but a run trains one expert; set expert=high for "
-                f"{HIGH} or expert=low for {LOW}, and train the other in a run of its own."
+                f"{' and '.join(sorted(roots))} are to be trained, but a run trains {HIGH} (expert=high) or {LOW} "
+                "(expert=low), perhaps with other models, or both experts alone (expert=both); set one of them."
             )
         return experts
+
+    def taking_turns(self, trained: Collection[str]) -> Sequence[str]:
+        experts = self.networks_in_training(trained)
+        return experts if len(experts) == 2 else ()
+
+    def turn(self, trained: Collection[str], step: int, seed: int) -> str:
+        levels = self.sigma_grid(TRAINING_STEPS)
+        share = (levels >= self.boundary).double().mean().item()
+        drawn = torch.rand((), generator=generator(seed, "expert", 0, step)).item()
+        return HIGH if drawn < share else LOW
 
     def models_of(self, units: Iterable[PipelineUnit], *, model_fn: bool) -> set[str]:
         return super().models_of(units, model_fn=False) | ({HIGH, LOW} if model_fn else set())
@@ -94,3 +122,8 @@ class TwoExperts(BasePipeline, abstract=True):
         super().drop_models(names)
         there = [name for name in (HIGH, LOW) if getattr(self, name) is not None]
         self.in_iteration_models = tuple(there) or self.in_iteration_models
+
+
+def is_batch(value: Any, count: int) -> bool:
+    """Whether a value is a tensor of `count` samples."""
+    return isinstance(value, Tensor) and value.dim() > 0 and len(value) == count

@@ -17,6 +17,33 @@ ALL_LEVELS = (0.0, 2.0)  # every noise level is at least the first number and be
 TRAINING_STEPS = 1000  # noise levels of the training grid, as the released models were trained; timestep = σ · 1000
 
 
+TRAINING_MU = 0.8  # DiffSynth-Studio's shift of the training grid, at every resolution
+
+
+def linear_levels(steps: int, strength: float, last: float | None = None) -> Tensor:
+    """Evenly spaced, decreasing noise levels (N,).
+
+    Args:
+        strength: The part of the way from data to noise at which they begin, in (0, 1]; 1 is pure noise.
+        last: The last level; None ends them one step above 0, at `strength` / N.
+    """
+    if last is None:
+        return torch.linspace(strength, 0, steps + 1)[:-1]
+    return torch.linspace(last + (1 - last) * strength, last, steps)
+
+
+def shift_of_tokens(tokens: int, low: tuple[int, float], high: tuple[int, float]) -> float:
+    """The shift μ of a number of image tokens, on the line through two points (tokens, μ)."""
+    return low[1] + (tokens - low[0]) * (high[1] - low[1]) / (high[0] - low[0])
+
+
+def chosen_shift(tokens: int | None, mu: float | None, shift: Callable[[int], float]) -> float:
+    """μ if it is given, else `shift(tokens)` of the number of image tokens; without both, that of the training grid."""
+    if mu is not None:
+        return mu
+    return TRAINING_MU if tokens is None else shift(tokens)
+
+
 def time_shift(sigmas: Tensor, shift: float) -> Tensor:
     """Move noise levels towards pure noise, σ' = k σ / (1 + (k - 1) σ); Esser et al. 2024, Eq. 23 with m/n = k².
 
@@ -87,10 +114,6 @@ class FlowMatchScheduler:
     def add_noise(self, original_samples: Tensor, noise: Tensor, timestep: Tensor) -> Tensor:
         """Noisy samples x_t = (1 - σ) x₀ + σ ε (B, …) of clean samples and noise (B, …) at timesteps () or (B,)."""
         return interpolate(original_samples, noise, self.sigma(timestep))
-
-    def training_target(self, sample: Tensor, noise: Tensor, timestep: Tensor | None = None) -> Tensor:
-        """The velocity v = ε - x₀ (B, …) that the network is trained to predict; the same at every timestep."""
-        return noise - sample
 
     def step(self, velocity: Tensor, index: int, sample: Tensor) -> Tensor:
         """Euler step x + (σ_next - σ) v of samples (B, …) from the grid's level `index`; the last one ends at σ = 0."""

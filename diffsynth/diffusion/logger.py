@@ -17,7 +17,7 @@ from ..core.json_text import read_json, to_json
 from ..core.loader import save_safetensors
 from ..core.masking import in_strings, masked_values, without_folders
 from ..core.ranges import PositiveInt, check_fields
-from .adapters.formats import FORMATS, check_holds
+from .adapters.formats import ADAPTER_FILE, FORMATS, check_holds
 from .pipeline.sampling_settings import METADATA_KEY
 
 if TYPE_CHECKING:
@@ -87,7 +87,7 @@ class ModelLogger:
                 f"export.formats is {list(self.formats)}, which are formats of adapters, but this run trains models in "
                 "full (lora=none); leave export.formats out."
             )
-        prefixes = {name: network.lora.prefix for name, network in pipeline.networks().items() if network.lora}
+        prefixes = {name: network.lora.written for name, network in pipeline.networks().items() if network.lora}
         for model in lora.models if lora else ():
             for format in self.formats:
                 check_holds(format, lora.peft_config([]), prefixes.get(model, model))
@@ -170,7 +170,7 @@ class ModelLogger:
     def _save(self, module: "DiffusionTrainingModule", name: str, format: str) -> None:
         files = module.export_weights(format)
         for part, (tensors, metadata) in files.items():
-            is_adapter = part == "lora"
+            is_adapter = part.startswith(ADAPTER_FILE)
             if not is_adapter and format != self.formats[0]:
                 continue
             stems = [name, part if len(files) > 1 else "", format if is_adapter and len(self.formats) > 1 else ""]

@@ -4,7 +4,8 @@
 `PipelineTrainingModule` is the one that the configuration builds.
 """
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from ..core.data import Sample, SampleAddress
 from ..core.data.dataset import TrainingData
 from ..core.memory import MemoryRecipe
 from .adapters import files as lora_files
+from .adapters.formats import ADAPTER_FILE
 from .adapters.lora import Adapter, LoRA
 from .adapters.preset import without_preset
 from .base_pipeline import BasePipeline, batch_of
@@ -108,24 +110,32 @@ class DiffusionTrainingModule(nn.Module):
         return {name.removeprefix(remove_prefix or ""): p for name, p in named.items()}
 
     def export_weights(self, format: str = "common") -> dict[str, tuple[dict[str, Tensor], dict[str, str]]]:
-        """The files to export, `{model: (tensors, metadata)}`; all adapters share one file, `lora`.
+        """The files to export, `{model: (tensors, metadata)}`; adapters share one file, `lora`.
 
-        Tensors of models trained in full have the names of the released checkpoint.
+        An adapter whose keys would be those of another one has a file of its own, such as `lora_dit2`. Tensors of
+        models trained in full have the names of the released checkpoint.
 
         Args:
             format: Format of the adapters, a key of `adapters.formats.FORMATS`.
         """
-        files, adapters, configs = {}, {}, {}
+        files = {}
         for name, model in self.pipe.named_children():
             trainable = {key for key, parameter in model.named_parameters() if parameter.requires_grad}
-            if hasattr(model, "peft_config"):
-                tensors, config = lora_files.export(model, self.pipe.layer_names(name), format)
-                adapters, configs = {**adapters, **tensors}, {**configs, **config}
-            elif trainable:
+            if not hasattr(model, "peft_config") and trainable:
                 files[name] = (self.pipe.released_weights(name, [*trainable, *_saved_buffers(model)]), {})
-        if adapters:
-            files["lora"] = (adapters, lora_files.metadata(configs))
-        return files
+        adapted = [name for name, model in self.pipe.named_children() if hasattr(model, "peft_config")]
+        prefixes = {self.pipe.layer_names(name).prefix for name in adapted}
+        apart = [name for name in adapted if self.pipe.layer_names(name).shared in prefixes]
+        together = [name for name in adapted if name not in apart]
+        adapters = {ADAPTER_FILE: together} | {f"{ADAPTER_FILE}_{name}": [name] for name in apart}
+        return files | {file: self._adapter_file(names, format) for file, names in adapters.items() if names}
+
+    def _adapter_file(self, models: Sequence[str], format: str) -> tuple[dict[str, Tensor], dict[str, str]]:
+        """The tensors and the metadata of a file with the adapters of some models."""
+        networks = [self.pipe.layer_names(name) for name in models]
+        exports = [lora_files.export(getattr(self.pipe, m), n, format) for m, n in zip(models, networks, strict=True)]
+        tensors, configs = ({k: v for part in parts for k, v in part.items()} for parts in zip(*exports, strict=True))
+        return tensors, lora_files.metadata(configs, networks)
 
     def describe_adapters(self) -> dict[str, dict]:
         """Kind, rank and alpha of each model's adapter."""
@@ -135,9 +145,8 @@ class DiffusionTrainingModule(nn.Module):
     def check_export(self, path: str | Path) -> None:
         """Read an adapter file back and compare it with the trained adapters; see `adapters.files.check_export`."""
         with without_preset(self.pipe):
-            for name, model in self.pipe.named_children():
-                if hasattr(model, "peft_config"):
-                    lora_files.check_export(model, path, self.pipe.layer_names(name))
+            for name in self.pipe.adapted_by(path):
+                lora_files.check_export(getattr(self.pipe, name), path, self.pipe.layer_names(name))
 
 
 class PipelineTrainingModule(DiffusionTrainingModule):
@@ -242,15 +251,41 @@ class PipelineTrainingModule(DiffusionTrainingModule):
         inputs = {**shared, **posi}
         if self.roles is not None:
             inputs |= {"roles": self.roles, "negative": nega, "progress": progress}
-        return self.task(self.pipe, rng=rng, **inputs)
+        with self._turn(progress):
+            return self.task(self.pipe, rng=rng, **inputs)
+
+    @contextmanager
+    def _turn(self, progress: TrainProgress | None) -> Iterator[None]:
+        """Inside, the noise levels are those of the network that this step trains; all of them in an evaluation."""
+        scheduler = self.pipe.scheduler
+        before = scheduler.trained
+        if self.taking_turns and progress is not None:
+            scheduler.trained = self.pipe.trained_levels([self.pipe.turn(self.trained_roots, progress.step, self.seed)])
+        try:
+            yield
+        finally:
+            scheduler.trained = before
 
     def trained_parts(self) -> dict[str, dict[str, nn.Parameter]]:
         """Trainable parameters by part and name: the model's (in a distillation the student's), then other roles'."""
         parts = super().trained_parts()
-        return self.roles.partition(parts[MODEL]) if self.roles else parts
+        if self.roles:
+            return self.roles.partition(parts[MODEL])
+        first, *others = self.taking_turns or (MODEL,)
+        others = {name: {n: p for n, p in parts[MODEL].items() if n.startswith(f"pipe.{name}.")} for name in others}
+        taken = {n for own in others.values() for n in own}
+        return {MODEL: {n: p for n, p in parts[MODEL].items() if n not in taken}, **others}
 
     def trained_at(self, step: int) -> Sequence[str]:
-        return self.task.trained_at(step)
+        if not self.taking_turns:
+            return self.task.trained_at(step)
+        name = self.pipe.turn(self.trained_roots, step, self.seed)
+        return (MODEL if name == self.taking_turns[0] else name,)
+
+    @property
+    def taking_turns(self) -> Sequence[str]:
+        """Networks of which each optimizer step trains one, such as two experts; () if a step trains all."""
+        return self.pipe.taking_turns(self.trained_roots)
 
     def remembers(self, index: int, variant: str | None) -> bool:
         return (index, variant) in self.remembered

@@ -1,4 +1,4 @@
-"""Print our commands for those of DiffSynth-Studio: `python -m diffsynth.importing FILE.sh [model=…] [exact=true]`.
+"""Print our commands for commands of DiffSynth-Studio: `python -m diffsynth.importing FILE.sh [model=…] [exact=true]`.
 
 FILE is a shell script with `accelerate launch …/train.py`, or the training_args.json of a run. The exit status is 1 if
 a command cannot run here, or a flag is refused or unknown.

@@ -17,7 +17,9 @@ def base_path(value: str, theirs: Theirs) -> Iterator[Line]:
     elif theirs.stage == "train":
         yield from _cache(path(value), theirs)
     else:
-        yield from [Set("dataset", "image_folder"), Set("dataset.path", path(value))]
+        of_videos = theirs.model is not None and theirs.model.makes_videos
+        yield Set("dataset", "video_folder" if of_videos else "image_folder")
+        yield Set("dataset.path", path(value))
 
 
 def _cache(folder: str, theirs: Theirs) -> Iterator[Line]:
@@ -25,7 +27,8 @@ def _cache(folder: str, theirs: Theirs) -> Iterator[Line]:
     yield Set("dataset.path", theirs.cache or folder)
     if theirs.cache not in ("", folder):
         yield Differs(
-            f"Their second stage reads {folder}, but their first one writes {theirs.cache}: here both name the latter."
+            f"Their second stage reads {folder}, but their first one writes {theirs.cache}: "
+            f"both commands use {theirs.cache}."
         )
     yield Differs(
         f"A cache that DiffSynth-Studio made in {theirs.cache or folder} (.pth files) is refused, because pickles can "

@@ -87,7 +87,7 @@ FLAGS: dict[str, Reader] = {
     "enable_csv_log": left_out("metrics.jsonl in the run's folder always has the losses"),
     # Of single families
     "find_unused_parameters": left_out("it is always on"),
-    "enable_npu_patch": left_out("the networks are those of diffusers; NPUs were not tried"),
+    "enable_npu_patch": left_out("the networks are diffusers'; NPUs were not tried"),
     "enable_lora_hot_loading": left_out("a template's LoRA is applied without merging it"),
     "zero_cond_t": left_out("the transformer's own config.json says it"),
     "framewise_decoding": refused(OF_PIPELINE),

@@ -49,8 +49,8 @@ def launch_of(command: Command, script: Path, project: Path) -> Launch:
     processes = whole_number(options.get("--num_processes", "1"), "num_processes")
     if file and processes == _processes_of(project / "conf" / "accelerate" / ours):
         del options["--num_processes"]
-    own = [word for name, value in options.items() for word in (name, value) if word]
-    return Launch([*words, *own], processes, lines)
+    option_words = [word for name, value in options.items() for word in (name, value) if word]
+    return Launch([*words, *option_words], processes, lines)
 
 
 def _file_for(name: str, text: str, options: dict[str, str], project: Path) -> tuple[str, str]:

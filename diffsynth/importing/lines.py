@@ -9,7 +9,7 @@ class Set(NamedTuple):
     Args:
         key: A key of the configuration, or a group of options.
         value: As it is typed.
-        otherwise: Why the flag is left out where the configuration has no such key; without it, the flag is refused.
+        otherwise: Reason shown if the key is absent; empty: the flag is refused.
     """
 
     key: str

@@ -36,6 +36,10 @@ COMPONENTS = {
 }
 
 
+# Parts of a network that DiffSynth-Studio treats as a model of its own: the network, and how its layers' names begin.
+PARTS = {"vace": ("dit", "vace_")}
+
+
 class Files(NamedTuple):
     """Files of one network, as `--model_id_with_origin_paths` names them: `owner/name:pattern`."""
 
@@ -43,8 +47,14 @@ class Files(NamedTuple):
     pattern: str
 
     @property
+    def expert(self) -> str:
+        """Which of two experts the files hold, `high` or `low`; empty if the model has one network."""
+        found = re.match(r"(high|low)_noise_model/", self.pattern)
+        return found[1] if found else ""
+
+    @property
     def component(self) -> str:
-        """The component that the files hold, by their names."""
+        """The component that the files hold, by their names; each of two experts is `dit`."""
         if folder := re.match(FOLDERS, self.pattern):
             return folder[1]
         name = f"{self.model_id if 'controlnet' in self.model_id.lower() else ''}:{self.pattern}".lower()
@@ -113,9 +123,23 @@ class Model:
             name for name, part in self.components.items() if not str(part.get("origin_file_pattern")).endswith("/")
         ]
 
+    @property
+    def makes_videos(self) -> bool:
+        """Whether the samples of its trainings are videos."""
+        return "video" in self.node.get("training", {}).get("data_file_keys", ())
+
     def default_targets(self, component: str) -> Any:
         """The layers of a component that get an adapter if no others are named."""
-        return self.node.get("training", {}).get("lora_target_modules", {}).get(component)
+        every = self.node.get("training", {}).get("lora_target_modules", {})
+        found = every.get(component)
+        same = re.fullmatch(r"\$\{\.(\w+)\}", found) if isinstance(found, str) else None  # those of another component
+        return every.get(same[1]) if same else found
+
+    def parts(self, name: str) -> list[str]:
+        """The names of what is trained in full of a part in `PARTS`; empty if the model has no such part."""
+        network, start = PARTS.get(name, ("", ""))
+        full = self.node.get("training", {}).get("full_models", ())
+        return [each for each in full if start and each.startswith(f"{network}.{start}")]
 
     @cached_property
     def pipeline(self) -> Any:
@@ -153,18 +177,18 @@ def find_model(files: Iterable[Files], models: Iterable[Model]) -> Model:
         LookupError: No model has them, or several do; the message says what to type.
     """
     files, models = list(files), list(models)
-    own, wanted = [each for each in files if each.component == "dit"], {each.component for each in files}
-    for model_id in [each.model_id for each in own]:
+    transformers, wanted = [each for each in files if each.component == "dit"], {each.component for each in files}
+    for model_id in [each.model_id for each in transformers]:
         for name in [f"{model_id}{ending}" for ending in LAYOUTS]:
             having = [model for model in models if model.components["dit"]["model_id"] == name]
             if having:
                 fitting = [each for each in having if wanted <= each.components.keys()] or having[:1]
                 model = min(fitting, key=lambda each: len(each.components))  # without a ControlNet that nobody wants
                 return Model(model.name, model.node, has_their_files=name == model_id)
-    found = [] if own else [model for model in models if _has(model, files)]
+    found = [] if transformers else [model for model in models if _has(model, files)]
     if len(found) == 1:
         return found[0]
-    raise LookupError(_what_is_lacking(own or files, found, models))
+    raise LookupError(_what_is_lacking(transformers or files, found, models))
 
 
 def _has(model: Model, files: Iterable[Files]) -> bool:

@@ -93,10 +93,10 @@ def _command(words: list[str], path: str | Path) -> Command | str:
     if "" in flags:
         raise ValueError(f"{path}: {flags['']!r} after {words[start]} belongs to no flag; expected --flag value.")
     before = list(takewhile(lambda word: "=" in word, words))
-    program, *own = words[len(before) : start] or [""]
+    program, *typed = words[len(before) : start] or [""]
     if Path(program).name not in LAUNCHERS:
         raise ValueError(f"{path}: {program!r} starts {words[start]}; expected accelerate launch {words[start]} …")
-    return Command(flags, words[start], tuple(before), tuple(own[1:] if own[:1] == ["launch"] else own))
+    return Command(flags, words[start], tuple(before), tuple(typed[1:] if typed[:1] == ["launch"] else typed))
 
 
 def _flags(words: list[str]) -> dict[str, str]:

@@ -10,7 +10,7 @@ def printed(commands: Sequence[OurCommand | str]) -> str:
     """The text of our script.
 
     Args:
-        commands: Our commands, and those of their file that start no training.
+        commands: Our commands, and the commands of their file that start no training.
     """
     parts = ["\n".join(_command(each)) if isinstance(each, OurCommand) else each for each in commands]
     differs = dict.fromkeys(how for each in commands if isinstance(each, OurCommand) for how in each.differs)

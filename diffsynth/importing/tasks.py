@@ -1,4 +1,4 @@
-"""Readers of the flags about the objective, and of those that one family or method alone has."""
+"""Readers of the flags about the objective, and of the flags that one family or method alone has."""
 
 from collections.abc import Iterator
 
@@ -11,6 +11,8 @@ CLIPPING = "The gradient is clipped to norm 1, theirs is not; max_grad_norm=null
 TIMESTEPS = "Timesteps are fp32, theirs are rounded to bf16; task.exact_upstream=true rounds them, too."
 PRECISION = "Weights are trained in fp32, theirs in bf16."
 SEED = "Samples, noise and timesteps follow from seed=0, theirs from no seed."
+SHIFT = 5.0  # of the noise levels of DiffSynth-Studio's trainings of models with two experts
+NEAR = 0.003  # their boundaries are rounded to three digits of the index; a guess
 COUNTS = "Steps are optimizer steps; theirs are micro-batches of one process."
 
 
@@ -67,12 +69,27 @@ def boundary(which: str) -> Reader:
     """The reader of one of the two boundaries of the trained noise levels."""
 
     def read(value: str, theirs: Theirs) -> Iterator[Line]:
-        if theirs.method == "sft":
+        own = {"high": "max", "low": "min"}.get(theirs.expert)
+        if theirs.method == "sft" and which == own:
+            yield _of_expert(float(value), theirs)
+        elif theirs.method == "sft":
             yield Set(f"task.timesteps.{which}_boundary", value)
         else:
             yield Refused(f"the task {theirs.method} samples its own noise levels; leave it out")
 
     return read
+
+
+def _of_expert(index: float, theirs: Theirs) -> Line:
+    """The noise level between two experts, which is given as an index of the shifted grid, in [0, 1] from noise on.
+
+    The level at index m is σ = k u / (1 + (k - 1) u) with u = 1 - m and the shift k.
+    """
+    released, u = theirs.model.node["boundary"], 1 - index
+    sigma = SHIFT * u / (1 + (SHIFT - 1) * u)
+    if abs(sigma - released) < NEAR:
+        return LeftOut(f"expert={theirs.expert} trains its side of the noise level {released}, which is the same")
+    return Set("model.boundary", f"{sigma:.4f}")
 
 
 def template(value: str, theirs: Theirs) -> Iterator[Line]:

@@ -6,7 +6,7 @@ from functools import cached_property
 from pathlib import Path, PurePosixPath
 
 from .lines import Line
-from .models import Files, Model, component_of_path, files_of, paths_of
+from .models import PARTS, Files, Model, component_of_path, files_of, paths_of
 
 # Flags whose default in DiffSynth-Studio may be another than here.
 DEFAULTS = {
@@ -90,7 +90,19 @@ class Theirs:
         """The components whose weights it names, without those that it loads as empty shells."""
         paths = paths_of(self["model_paths"]) if "model_paths" in self.flags else []
         shells = {component_named(each) for each in self["offload_models"].split(",") if each}
-        return {*(each.component for each in self.files), *map(component_of_path, paths)} - shells
+        named = {*(each.component for each in self.files), *map(component_of_path, paths)} - shells
+        return set(map(self.network, named))
+
+    @cached_property
+    def expert(self) -> str:
+        """Which of the model's two experts it trains, `high` or `low`; empty for models with one network."""
+        has_two = self.model is not None and "dit2" in self.model.components
+        return next((each.expert for each in self.files if each.expert), "") if has_two else ""
+
+    def network(self, name: str) -> str:
+        """The network here of what DiffSynth-Studio calls a model: its `dit` is either expert."""
+        name = PARTS.get(name, (name,))[0]
+        return "dit2" if name == "dit" and self.expert == "low" else name
 
 
 Reader = Callable[[str, Theirs], Iterable[Line]]  # of a flag's value: what it becomes here

@@ -7,7 +7,8 @@ from pathlib import PurePosixPath
 import yaml
 
 from .lines import Differs, Impossible, LeftOut, Line, Refused, Set
-from .theirs import DEFAULTS, Theirs, listed, names_in, path, whole_number
+from .models import PARTS
+from .theirs import Theirs, listed, names_in, path, whole_number
 
 
 def trainable_models(value: str, theirs: Theirs) -> Iterator[Line]:
@@ -15,6 +16,8 @@ def trainable_models(value: str, theirs: Theirs) -> Iterator[Line]:
     if theirs.trains_template:
         yield Set("task.trainable_models", listed(names))
         return
+    if theirs.model is not None:
+        names = [part for name in names for part in theirs.model.parts(name) or [_here(name, theirs)]]
     known = theirs.model.networks if theirs.model else [name.partition(".")[0] for name in names]
     kept = [name for name in names if name.partition(".")[0] in known]
     for name in [name for name in names if name not in kept]:
@@ -26,15 +29,22 @@ def trainable_models(value: str, theirs: Theirs) -> Iterator[Line]:
         yield Set("task.trainable_models", listed(kept))
 
 
+def _here(name: str, theirs: Theirs) -> str:
+    """A network's name, or a part's, with the network's name here."""
+    root, dot, rest = name.partition(".")
+    return name if root in PARTS else f"{theirs.network(root)}{dot}{rest}"
+
+
 def lora_models(value: str, theirs: Theirs) -> Iterator[Line]:
-    yield Set("lora.models", listed(names_in(value)))
+    yield Set("lora.models", listed([theirs.network(name) for name in names_in(value)]))
 
 
 def lora_targets(value: str, theirs: Theirs) -> Iterator[Line]:
     """The layers by their names here; nothing for those that the model has by default."""
     if not theirs.has_lora or not theirs.says("lora_target_modules"):
         return
-    component, targets = names_in(theirs["lora_base_model"])[0], names_in(value)
+    base, targets = names_in(theirs["lora_base_model"])[0], names_in(value)
+    component = theirs.network(base)
     if not targets:
         yield Set("lora.target_modules", "all-linear")
         yield Differs(
@@ -44,7 +54,7 @@ def lora_targets(value: str, theirs: Theirs) -> Iterator[Line]:
     if theirs.model is None:
         yield Set("lora.target_modules", _typed(targets))
         return
-    default, original = theirs.model.default_targets(component), _original_names(theirs, component)
+    default, original = theirs.model.default_targets(component), _original_names(theirs, component, base)
     names = _with_whole_blocks(targets, default, _numbers_of_blocks(theirs, component))
     words = list(dict.fromkeys(word for name in names for word in _names_here(name, original)))
     by_default = {_expression(layer) for layer in _layers(original) if _ends_in(layer, default)}
@@ -59,7 +69,7 @@ def _typed(targets: list[str]) -> str:
 
 def _numbers_of_blocks(theirs: Theirs, component: str) -> list[int]:
     """How many blocks each list of a released network has; empty for a network that is not known."""
-    from ..plan.meta_pipeline import architectures  # it imports torch
+    from ..diffusion.pipeline.architectures import architectures  # it imports torch
 
     part = theirs.model.components.get(component, {})
     folder = str(PurePosixPath(part.get("origin_file_pattern", "")).parent)
@@ -80,10 +90,18 @@ def _with_whole_blocks(targets: list[str], default: Sequence[str] | None, counts
     return found
 
 
-def _original_names(theirs: Theirs, component: str) -> Mapping[str, str | tuple[str, ...]]:
-    """A network's layers by their names in the model's original code, as its family's `LayerNames` has them."""
+def _original_names(theirs: Theirs, component: str, base: str) -> Mapping[str, str | tuple[str, ...]]:
+    """A network's layers by their names in the model's original code, as its family's `LayerNames` has them.
+
+    Args:
+        base: What DiffSynth-Studio calls the network, or a part of it, whose layers alone are returned.
+    """
     network = theirs.model.pipeline.components.get(component)
-    return getattr(getattr(network, "lora", None), "original", {})
+    original: Mapping = getattr(getattr(network, "lora", None), "original", {})
+    starts = tuple(start for _, start in PARTS.values())
+    if base in PARTS:
+        return {name: layers for name, layers in original.items() if name.startswith(PARTS[base][1])}
+    return {name: layers for name, layers in original.items() if not name.startswith(starts)}
 
 
 def _names_here(target: str, original: Mapping[str, str | tuple[str, ...]]) -> list[str]:
@@ -102,6 +120,8 @@ def _expression(layer: str) -> str:
 
 
 def _ends_in(layer: str, default: Sequence[str] | None) -> bool:
+    if isinstance(default, str):
+        return re.fullmatch(default, layer.replace("*", "0")) is not None
     return isinstance(default, list) and any(f".{layer}".endswith(f".{end}") for end in default)
 
 
@@ -155,10 +175,23 @@ def prefix(value: str, theirs: Theirs) -> Iterator[Line]:
         yield LeftOut("a template's file has its own names")
     elif theirs.has_lora and "trainable_models" not in theirs.flags:
         yield Set("export.formats", "[diffsynth]")
-    elif value == DEFAULTS["remove_prefix_in_ckpt"] == f"pipe.{theirs['trainable_models']}.":
+    elif value == f"pipe.{theirs['trainable_models']}." and theirs["trainable_models"] in ("dit", *PARTS):
         yield LeftOut("a network's file has the names of its released checkpoint")
+        yield from _original_names_of_export(theirs)
     else:
         yield Set("export.remove_prefix_in_ckpt", value)
+
+
+def _original_names_of_export(theirs: Theirs) -> Iterator[Line]:
+    """How trained weights get the original's names, where the model's own files have diffusers'."""
+    if theirs.model is None or theirs.model.has_their_files:
+        return
+    key = f"model.{theirs.network('dit')}"
+    for files in [each for each in theirs.files if each.component == "dit"]:
+        yield Differs(
+            f"The trained weights have diffusers' names. To write the names that they had, read those files: type "
+            f"{key}.model_id={files.model_id} '{key}.origin_file_pattern=\"{files.pattern}\"'."
+        )
 
 
 def aligned(value: str, theirs: Theirs) -> Iterator[Line]:

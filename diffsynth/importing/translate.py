@@ -15,7 +15,7 @@ PROJECT = Path(__file__).parents[2]  # the folder of our scripts and of conf/
 def translate(
     file: str | Path, model: str = "", exact: bool = False, project: Path = PROJECT
 ) -> list[OurCommand | str]:
-    """Our commands for those of a file, with the file's other commands as texts.
+    """Our commands for the trainings of a file, with the file's other commands as texts.
 
     Args:
         file: A shell script of DiffSynth-Studio, or the training_args.json of a run.
@@ -53,10 +53,10 @@ def _model(
     """The model of a command, and why there is none; a first stage may leave the transformer to the second."""
     if name:
         return _named(name, models), ""
-    own, others = ([file for each in some for file in _files(each, models)] for some in ([command], commands))
-    has_transformer = any(file.component == "dit" for file in own)
+    files, others = ([file for each in some for file in _files(each, models)] for some in ([command], commands))
+    has_transformer = any(file.component == "dit" for file in files)
     try:
-        return find_model(own if has_transformer else others, models), ""
+        return find_model(files if has_transformer else others, models), ""
     except LookupError as error:
         return None, str(error)
 

@@ -2,23 +2,28 @@
 
 import re
 from collections.abc import Iterator
+from pathlib import Path
 
 from ..core.json_text import parse_object
+from ..core.loader.model_config import PICKLE_SUFFIXES
 from .lines import Differs, LeftOut, Line, Refused, Set
 from .models import Files, component_of_path, paths_of
 from .theirs import Reader, Theirs, component_named, listed, names_in, path
 
 # Values of memory.storage, by what the names of their methods contain.
 STORAGES = {"nf4": "nf4", "int8": "int8", "fp8": "fp8"}
-BACKENDS = "bitsandbytes", "torchao"  # their methods whose formats are those of memory.storage
+BACKENDS = "bitsandbytes", "torchao"  # their methods that memory.storage has, too
 
 
 def hub_files(value: str, theirs: Theirs) -> Iterator[Line]:
     if theirs.model is None:
         return
+    if theirs.expert:
+        yield Set("expert", theirs.expert)
     if not theirs.model.has_their_files:
         where = theirs.model.components["dit"]["model_id"]
         yield Differs(f"The weights are those of {where}: the same values under diffusers' names.")
+        yield from _absent(theirs)
         return
     read = theirs.components if theirs.stage == "train" else {each.component for each in theirs.files}
     for files in [each for each in theirs.files if each.component in read]:
@@ -59,7 +64,12 @@ def _absent(theirs: Theirs) -> Iterator[Line]:
 def local_files(value: str, theirs: Theirs) -> Iterator[Line]:
     for each in paths_of(value):
         paths = [each] if isinstance(each, str) else each
-        component = component_of_path(each)
+        component = theirs.network(component_of_path(each))
+        if pickles := [name for name in paths if Path(name).suffix in PICKLE_SUFFIXES]:
+            yield Refused(
+                f"{pickles[0]} is a pickle, which is never loaded; convert it to .safetensors and type its path"
+            )
+            continue
         if theirs.model and component not in theirs.model.components:
             yield Refused(f"{paths[0]}: {theirs.model.name} has no component {component} yet; take it out")
             continue
@@ -119,7 +129,7 @@ def quant_options(value: str, theirs: Theirs) -> Iterator[Line]:
     if None in storages or len(storages) > 1 or "fp8_models" in theirs.flags:
         found = ", ".join(dict.fromkeys(methods.values()))
         yield Refused(
-            f"a run holds its frozen weights in one format, and {found} is none or several of them; type "
+            f"a run holds its frozen weights in one format, and method {found} is unsupported or mixes formats; type "
             "memory.storage=nf4, int8 or fp8 and memory.stored=[…]"
         )
         return

@@ -3,7 +3,7 @@
 Lodestone Rock 2025, "Chroma1-HD" (https://huggingface.co/lodestones/Chroma1-HD). Networks: diffusers, transformers.
 It is FLUX.1 without CLIP, guidance embedding and the layers of each block that modulate it: one small network computes
 their outputs. Latents are (B, 16, H/8, W/8); the transformer reads 2 × 2 latent pixels as a token, and of the prompt
-T5's embeddings of its tokens and of one token of padding. Constants are those of diffusers' ChromaPipeline.
+T5's embeddings of its tokens and of one token of padding. Constants come from diffusers' ChromaPipeline.
 """
 
 from collections.abc import Mapping
@@ -16,25 +16,24 @@ from diffusers.models.transformers.transformer_chroma import ChromaSingleTransfo
 from torch import Tensor, nn
 
 from ..core.gradient import checkpoint_blocks
-from ..core.host_memory import sent
 from ..core.loader import ModelConfig
 from ..core.ranges import NonNegativeFloat, SamplingSteps, Tokens
 from ..diffusion.adapters.names import LayerNames
 from ..diffusion.base_pipeline import BasePipeline
 from ..diffusion.pipeline.components import Folder, Network
-from ..diffusion.pipeline.image_units import Inpaint, InputImageEmbedder, LossMask, NoiseInitializer, ShapeChecker
+from ..diffusion.pipeline.image_units import IMAGE_UNITS
 from ..diffusion.pipeline.request import ImageRequest
 from ..diffusion.pipeline.vae import Latents
-from ..diffusion.prompts.embedder import PromptEmbedder, check_text_width
+from ..diffusion.prompts.embedder import PromptEmbedder
 from .autoencoders.kl import NormalisedAutoencoderKL
-from .flux1_network import (
+from .shared.flux1 import (
     BLOCK_NAMES,
     Flux1AttnProcessor,
     flux1_sigmas,
     image_positions,
     use_joint_attention,
 )
-from .packing import pack_latents, unpack_latents
+from .shared.tokens import pack_latents, unpack_latents
 
 __all__ = ["ChromaPipeline", "ModelConfig"]
 
@@ -47,9 +46,9 @@ LORA_NAMES = LayerNames(prefix="transformer", original=BLOCK_NAMES)
 
 
 class ChromaAttnProcessor(Flux1AttnProcessor):
-    """Attention of image and text tokens, to those tokens that the mask names.
+    """Attention of image and text tokens to the tokens that the mask names.
 
-    In diffusers' mask (B, 1, S, S) the rows of padding name no token, and softmax over none is no number.
+    In diffusers' mask (B, 1, S, S), padding rows are all False, and softmax over an empty row is NaN.
     """
 
     def __call__(
@@ -98,7 +97,7 @@ def model_fn_chroma(
         hidden_states=tokens,
         timestep=timestep / 1000,
         encoder_hidden_states=prompt_emb.to(dit.dtype),
-        img_ids=sent(image_positions([latents]), latents.device),
+        img_ids=image_positions([latents]),
         txt_ids=torch.zeros(prompt_emb.shape[1], 3, device=latents.device),
         attention_mask=mask,
         return_dict=False,
@@ -169,21 +168,8 @@ class ChromaPipeline(BasePipeline):
     model_fn = staticmethod(model_fn_chroma)
     sigma_grid = staticmethod(flux1_sigmas)
     model_settings = ("max_sequence_length",)
+    text_widths = {"text_encoder": lambda dit, own: (dit.config.joint_attention_dim, own.config.d_model)}
     unit_classes = (
-        ShapeChecker,
-        NoiseInitializer,
-        InputImageEmbedder,
-        Inpaint,
-        LossMask,
+        *IMAGE_UNITS,
         ChromaUnit_PromptEmbedder,
     )
-
-    def check_networks(self) -> None:
-        if self.dit is None or self.text_encoder is None:
-            return
-        check_text_width(self.dit.config.joint_attention_dim, self.text_encoder.config.d_model)
-
-    def cuts_off(self, prompt: str) -> bool:
-        if self.tokenizer is None:
-            return False
-        return len(self.tokenizer(prompt).input_ids) > self.call_defaults["max_sequence_length"]

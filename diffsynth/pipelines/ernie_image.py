@@ -1,8 +1,8 @@
 """ERNIE-Image (base, Turbo): text-to-image and image-to-image.
 
 Baidu 2026, "ERNIE-Image" (https://huggingface.co/baidu/ERNIE-Image). Networks: diffusers, transformers.
-Latents are (B, 128, H/16, W/16), FLUX.2's, and the transformer reads each latent pixel as a token. Constants are those
-of the released pipeline (diffusers' ErnieImagePipeline) unless a comment says otherwise. Its prompt enhancer, a
+Latents are (B, 128, H/16, W/16), FLUX.2's, and the transformer reads each latent pixel as a token. Constants come
+from the released pipeline (diffusers' ErnieImagePipeline) unless a comment says otherwise. Its prompt enhancer, a
 language model that writes longer prompts, is left out.
 """
 
@@ -19,12 +19,12 @@ from ..core.loader import ModelConfig
 from ..core.ranges import NonNegativeFloat, PositiveFloat, SamplingSteps
 from ..diffusion.adapters.names import LayerNames
 from ..diffusion.base_pipeline import BasePipeline
-from ..diffusion.flow_match import time_shift
+from ..diffusion.flow_match import linear_levels, time_shift
 from ..diffusion.pipeline.components import Folder, Network
-from ..diffusion.pipeline.image_units import Inpaint, InputImageEmbedder, LossMask, NoiseInitializer, ShapeChecker
+from ..diffusion.pipeline.image_units import IMAGE_UNITS
 from ..diffusion.pipeline.request import ImageRequest
 from ..diffusion.pipeline.vae import Latents
-from ..diffusion.prompts.embedder import PromptEmbedder, check_text_width
+from ..diffusion.prompts.embedder import PromptEmbedder
 from ..diffusion.prompts.hidden_states import hidden_states
 from .autoencoders.flux2 import Flux2VAE
 
@@ -32,7 +32,7 @@ __all__ = ["ErnieImagePipeline", "ModelConfig"]
 
 SHIFT = 4.0  # of the scheduler's configuration in copies of baidu/ERNIE-Image; diffusers' code does not have it
 TRAINING_SHIFT = 3.0  # DiffSynth-Studio's
-# The names here are those of the original, of ComfyUI, diffusers and DiffSynth-Studio.
+# The original, ComfyUI, diffusers and DiffSynth-Studio have the names here.
 LORA_NAMES = LayerNames(prefix="transformer", comfyui="diffusion_model.")
 
 
@@ -44,8 +44,7 @@ def ernie_image_sigmas(
     Args:
         sigma_shift: The factor, above 0; the default is that of the training grid.
     """
-    linear = torch.linspace(denoising_strength, 0, num_inference_steps + 1)[:-1]
-    return time_shift(linear, sigma_shift)
+    return time_shift(linear_levels(num_inference_steps, denoising_strength), sigma_shift)
 
 
 class ErnieImageVAE(Flux2VAE):
@@ -130,21 +129,12 @@ class ErnieImagePipeline(BasePipeline):
     model_fn = staticmethod(model_fn_ernie_image)
     sigma_grid = staticmethod(ernie_image_sigmas)
     model_settings = ("sigma_shift",)
+    text_widths = {"text_encoder": lambda dit, own: (dit.config.text_in_dim, own.get_decoder().config.hidden_size)}
     unit_classes = (
-        ShapeChecker,
-        NoiseInitializer,
-        InputImageEmbedder,
-        Inpaint,
-        LossMask,
+        *IMAGE_UNITS,
         ErnieImageUnit_PromptEmbedder,
     )
 
-    def check_networks(self) -> None:
-        if self.dit is None or self.text_encoder is None:
-            return
-        check_text_width(self.dit.config.text_in_dim, self.text_encoder.get_decoder().config.hidden_size)
-
-    def cuts_off(self, prompt: str) -> bool:
-        if self.tokenizer is None:
-            return False
-        return len(self.tokenizer(prompt).input_ids) > self.tokenizer.model_max_length
+    @property
+    def most_tokens(self) -> int:
+        return self.tokenizer.model_max_length

@@ -1,17 +1,17 @@
 """FLUX.1 Fill: generates the white area of a mask from a prompt and from the rest of the image.
 
 Black Forest Labs 2024, "FLUX.1 Tools" (https://bfl.ai/flux-1-tools). A token has 384 channels: 64 of noisy latents, 64
-of the kept area's latents, and 256 of the mask, one of each pixel. Constants are those of diffusers' FluxFillPipeline.
+of the kept area's latents, and 256 of the mask, one of each pixel. Constants come from diffusers' FluxFillPipeline.
 """
 
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
+from ..core.data.operators.masks import white_area
 from ..core.data.operators.picture_files import in_mode
 from ..core.loader import ModelConfig
 from ..core.ranges import NonNegativeFloat, SamplingSteps
@@ -40,15 +40,16 @@ class Flux1Unit_FillEmbedder(PipelineUnit):
             kept = pipe.preprocess_image(input_image) * (1 - mask)
         latents = pipe.vae.encode(kept, tiled, tile_size, tile_stride)
         fill_latents = torch.cat([latents, F.pixel_unshuffle(mask, pipe.latents.factor)], dim=1)
-        return {"fill_latents": fill_latents, "inpaint_mask": None}  # which would keep the black area of latents
+        # inpaint_mask is None, so that sampling does not paste the black area back
+        return {"fill_latents": fill_latents, "inpaint_mask": None}
 
 
 def white_pixels(mask: Image.Image | None, height: int, width: int) -> Tensor:
     """A mask image as a tensor (1, 1, H, W), 1 where it is white and else 0; without a mask 1 everywhere."""
     if mask is None:
         return torch.ones(1, 1, height, width)
-    pixels = np.array(in_mode(mask, "L").resize((width, height), Image.Resampling.LANCZOS))
-    return torch.from_numpy(pixels >= 128)[None, None]
+    sized = in_mode(mask, "L").resize((width, height), Image.Resampling.LANCZOS)
+    return torch.from_numpy(white_area(sized))[None, None]
 
 
 @dataclass(kw_only=True)

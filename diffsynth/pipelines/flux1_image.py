@@ -2,7 +2,7 @@
 
 Black Forest Labs 2025, "FLUX.1 Kontext" (https://arxiv.org/abs/2506.15742). Networks: diffusers, transformers.
 Latents are (B, 16, H/8, W/8); the transformer reads 2 × 2 latent pixels as a token, (B, H/16 · W/16, 64). Edit images
-are further image tokens. T5 embeds each word of a prompt, CLIP the prompt as a whole. Constants are those of the
+are further image tokens. T5 embeds each word of a prompt, CLIP the prompt as a whole. Constants come from the
 released pipelines (diffusers' FluxPipeline, FluxKontextPipeline) unless a comment says otherwise.
 """
 
@@ -24,16 +24,8 @@ from ..core.ranges import NonNegativeFloat, SamplingSteps, Tokens
 from ..diffusion.adapters.names import LayerNames
 from ..diffusion.base_pipeline import BasePipeline
 from ..diffusion.controlnet.inputs import ControlEmbedder
-from ..diffusion.controlnet.several import PLACES, built, check_controlnets, places
 from ..diffusion.pipeline.components import Folder, Network
-from ..diffusion.pipeline.image_units import (
-    EditImageEmbedder,
-    Inpaint,
-    InputImageEmbedder,
-    LossMask,
-    NoiseInitializer,
-    ShapeChecker,
-)
+from ..diffusion.pipeline.image_units import IMAGE_UNITS, EditImageEmbedder
 from ..diffusion.pipeline.kv_cache import KVCache
 from ..diffusion.pipeline.request import EDIT_IMAGE_PIXELS, EditRequest, TemplateRequest
 from ..diffusion.pipeline.vae import Latents
@@ -42,15 +34,13 @@ from ..diffusion.template.cache import append_text
 from ..diffusion.template.lora import InputLoRA, added
 from .autoencoders.kl import NormalisedAutoencoderKL
 from .controlnets.flux1 import (
-    CONTROL_START,
+    CONTROL_FAMILY,
     Flux1ControlNet,
     Flux1ControlRequest,
     Flux1Unit_ControlMode,
     block_samples,
-    check_controlnet,
-    control_inputs,
 )
-from .flux1_network import (
+from .shared.flux1 import (
     BLOCK_NAMES,
     DOUBLE,
     SINGLE,
@@ -62,7 +52,7 @@ from .flux1_network import (
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-from .packing import pack_latents, unpack_latents
+from .shared.tokens import pack_latents, unpack_latents
 
 __all__ = ["Flux1ImagePipeline", "ModelConfig"]
 
@@ -104,9 +94,7 @@ def model_fn_flux1(
     pooled_prompt_emb: Tensor,
     edit_latents: Sequence[Tensor] = (),
     fill_latents: Tensor | None = None,
-    controlnet: Flux1ControlNet | None = None,
-    controlnet_2: Flux1ControlNet | None = None,
-    controlnet_3: Flux1ControlNet | None = None,
+    controlnets: Sequence[Flux1ControlNet] = (),
     control_latents: Sequence[Tensor] = (),
     control_modes: Sequence[Tensor] = (),
     controlnet_scale: float | Sequence[float] = 1.0,
@@ -121,7 +109,7 @@ def model_fn_flux1(
     """Velocity (B, 16, h, w) of noisy latents (B, 16, h, w) at timesteps (B,) in [0, 1000].
 
     Args:
-        prompt_emb: T5's embeddings (B, L, D); the network was trained to attend to those of padding, too.
+        prompt_emb: T5's embeddings (B, L, D); the network was trained to attend to padding, too.
         pooled_prompt_emb: CLIP's embeddings (B, D') of whole prompts.
         edit_latents: Clean latents (B, 16, h', w') of each edit image, of their own sizes.
         fill_latents: What Fill reads beside the noisy latents, (B, 80, h, w): the kept area's latents, and the mask.
@@ -133,32 +121,31 @@ def model_fn_flux1(
         lora: Updates of the transformer's layers.
         extra_text_embedding: Text embeddings (B, L', D) appended to the prompt's.
     """
-    checkpointing = use_gradient_checkpointing, use_gradient_checkpointing_offload
-    checkpoint_blocks(dit, *checkpointing)
+    for network in (dit, *controlnets):
+        checkpoint_blocks(network, use_gradient_checkpointing, use_gradient_checkpointing_offload)
     noisy = latents if fill_latents is None else torch.cat([latents, fill_latents], dim=1)
     guidance = sent(torch.as_tensor(embedded_guidance), latents.device).expand(len(latents))
     text, _ = append_text(prompt_emb, None, extra_text_embedding)
     inputs = {"timestep": timestep / 1000, "guidance": guidance, **prompt_inputs(dit, text, pooled_prompt_emb)}
     edits, samples = [pack_latents(image) for image in edit_latents], {}
     if control_latents:
-        own = {"hidden_states": pack_latents(latents).to(dit.dtype), "img_ids": positions([latents])}
+        own = {"hidden_states": pack_latents(latents).to(dit.dtype), "img_ids": image_positions([latents])}
         own |= prompt_inputs(dit, *control_prompt) if control_prompt else {}
         samples = block_samples(
-            built(controlnet, controlnet_2, controlnet_3),
+            controlnets,
             dit,
             inputs | own,
             list(map(pack_latents, control_latents)),
             control_modes,
             controlnet_scale,
             edit_tokens=sum(image.shape[1] for image in edits),
-            checkpointing=checkpointing,
         )
     if not dit.config.guidance_embeds:
         inputs["guidance"] = None
     with added(dit, lora):
         velocity = dit(
             hidden_states=torch.cat([pack_latents(noisy), *edits], dim=1).to(dit.dtype),
-            img_ids=positions([latents, *edit_latents]),
+            img_ids=image_positions([latents, *edit_latents]),
             txt_ids=torch.zeros(text.shape[1], 3, device=latents.device),
             joint_attention_kwargs={"kv_cache": kv_cache} if kv_cache else None,
             return_dict=False,
@@ -166,11 +153,6 @@ def model_fn_flux1(
             **samples,
         )[0]
     return unpack_latents(velocity, *latents.shape[2:])
-
-
-def positions(images: Sequence[Tensor]) -> Tensor:
-    """Positions (L, 3) of the tokens of noisy latents (B, C, h, w) and of edit images, on their device."""
-    return sent(image_positions(images), images[0].device)
 
 
 def prompt_inputs(dit: FluxTransformer2DModel, text: Tensor, pooled: Tensor) -> dict[str, Tensor]:
@@ -252,21 +234,21 @@ class Flux1ImagePipeline(BasePipeline):
         "text_encoder": Network("CLIPTextModel", lora=CLIP_LORA_NAMES),
         "text_encoder_2": Network("T5EncoderModel", lora="text_encoder_2"),
         "vae": Network(NormalisedAutoencoderKL),
-        **places(Flux1ControlNet, CONTROL_START),
         "tokenizer": Folder("AutoTokenizer", needed_by="text_encoder"),
         "tokenizer_2": Folder("AutoTokenizer", needed_by="text_encoder_2"),
     }
     latents = Latents(channels=16, factor=8, patch=2)
-    in_iteration_models = ("dit", *PLACES)
+    control_family = CONTROL_FAMILY
     model_fn = staticmethod(model_fn_flux1)
     sigma_grid = staticmethod(flux1_sigmas)
     model_settings = ("embedded_guidance", "exponential_shift_mu", "max_sequence_length", "edit_image_pixels")
+    prompt_tokenizer = "tokenizer_2"  # T5's; CLIP reads the first 77 tokens of every prompt
+    text_widths = {
+        "text_encoder": lambda dit, own: (dit.config.pooled_projection_dim, own.config.hidden_size),
+        "text_encoder_2": lambda dit, own: (dit.config.joint_attention_dim, own.config.d_model),
+    }
     unit_classes = (
-        ShapeChecker,
-        NoiseInitializer,
-        InputImageEmbedder,
-        Inpaint,
-        LossMask,
+        *IMAGE_UNITS,
         Flux1Unit_EditImageEmbedder,
         Flux1Unit_ControlMode,  # before the next one, so that a wrong mode is refused before an encoder runs
         ControlEmbedder,
@@ -275,7 +257,7 @@ class Flux1ImagePipeline(BasePipeline):
     )
 
     def check_networks(self) -> None:
-        check_controlnets(self, control_inputs, check_controlnet)
+        super().check_networks()
         if self.dit is None:
             return
         config = self.dit.config
@@ -284,26 +266,3 @@ class Flux1ImagePipeline(BasePipeline):
                 f"dit reads {config.in_channels} channels a token, expected {self.token_channels}: take "
                 "model=flux1_fill for FLUX.1 Fill (384), another model=flux1_… for the others (64)."
             )
-        for name, wanted, size in (
-            ("text_encoder", config.pooled_projection_dim, "hidden_size"),
-            ("text_encoder_2", config.joint_attention_dim, "d_model"),
-        ):
-            encoder = getattr(self, name)
-            if encoder is not None and (width := getattr(encoder.config, size)) != wanted:
-                raise ValueError(
-                    f"dit takes text embeddings of width {wanted}, but {name} makes {width}: they are of different "
-                    "models; take the text encoders that were released with the transformer."
-                )
-
-    def cuts_off(self, prompt: str) -> bool:
-        """Whether T5 reads only a part of a prompt; CLIP reads the first 77 tokens of every prompt."""
-        if self.tokenizer_2 is None:
-            return False
-        return len(self.tokenizer_2(prompt).input_ids) > self.call_defaults["max_sequence_length"]
-
-    def guided_velocity(
-        self, timestep: Tensor, cfg_scale: float, shared: Mapping, posi: Mapping, nega: Mapping
-    ) -> Tensor:
-        """Guided velocity (B, 16, h, w) at timesteps (B,)."""
-        prompt = posi["prompt_emb"], posi["pooled_prompt_emb"]  # that ControlNets read in both, as in diffusers
-        return super().guided_velocity(timestep, cfg_scale, shared, posi, {**nega, "control_prompt": prompt})

@@ -2,15 +2,15 @@
 
 Black Forest Labs 2025, "FLUX.2" (https://bfl.ai/blog/flux-2). Networks: diffusers, transformers.
 Latents are (B, 128, H/16, W/16), and the transformer reads each latent pixel as a token. Edit images are further image
-tokens. Constants are those of the released pipeline (diffusers' Flux2Pipeline) unless a comment says otherwise.
+tokens. Constants come from the released pipeline (diffusers' Flux2Pipeline) unless a comment says otherwise.
 """
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from diffusers import Flux2Transformer2DModel
-from diffusers.models.embeddings import apply_rotary_emb
 from diffusers.models.transformers.transformer_flux2 import Flux2AttnProcessor, Flux2ParallelSelfAttnProcessor
 from diffusers.pipelines.flux2.system_messages import SYSTEM_MESSAGE
 from torch import Tensor, nn
@@ -22,17 +22,10 @@ from ..core.loader import ModelConfig
 from ..core.ranges import NonNegativeFloat, Tokens
 from ..diffusion.adapters.names import LayerNames
 from ..diffusion.base_pipeline import BasePipeline
-from ..diffusion.flow_match import exponential_shift
-from ..diffusion.pipeline.attention import JointAttention
+from ..diffusion.flow_match import chosen_shift, exponential_shift, linear_levels
+from ..diffusion.pipeline.attention import JointAttention, split_heads
 from ..diffusion.pipeline.components import Folder, Network
-from ..diffusion.pipeline.image_units import (
-    EditImageEmbedder,
-    Inpaint,
-    InputImageEmbedder,
-    LossMask,
-    NoiseInitializer,
-    ShapeChecker,
-)
+from ..diffusion.pipeline.image_units import IMAGE_UNITS, EditImageEmbedder
 from ..diffusion.pipeline.kv_cache import KVCache
 from ..diffusion.pipeline.request import EditRequest, TemplateRequest
 from ..diffusion.pipeline.vae import Latents
@@ -41,12 +34,13 @@ from ..diffusion.prompts.hidden_states import hidden_states
 from ..diffusion.template.cache import append_text
 from ..diffusion.template.lora import InputLoRA, added
 from .autoencoders.flux2 import Flux2VAE
+from .shared.flux import grid_positions, rotation
+from .shared.tokens import flatten_latents, unflatten_latents
 
 __all__ = ["Flux2ImagePipeline", "ModelConfig"]
 
-MAX_PROMPT_TOKENS = 512  # including those of the chat template
+MAX_PROMPT_TOKENS = 512  # including the chat template's
 EDIT_IMAGE_TIME = 10  # distance between edit images on the first axis of positions
-TRAINING_MU = 0.8  # DiffSynth-Studio's shift of the training grid, at every resolution
 MANY_TOKENS = 4300  # above, μ does not depend on the number of steps
 # Black Forest Labs' names of the layers; in the last one they have the shift before the scale.
 LORA_NAMES = LayerNames(
@@ -86,9 +80,8 @@ def flux2_sigmas(
     Args:
         dynamic_shift_len: Number of image tokens, H/16 · W/16; None takes the training grid's μ = 0.8.
     """
-    last = 1 / num_inference_steps
-    linear = torch.linspace(last + (1 - last) * denoising_strength, last, num_inference_steps)
-    mu = TRAINING_MU if dynamic_shift_len is None else _empirical_shift(dynamic_shift_len, num_inference_steps)
+    linear = linear_levels(num_inference_steps, denoising_strength, last=1 / num_inference_steps)
+    mu = chosen_shift(dynamic_shift_len, None, partial(_empirical_shift, steps=num_inference_steps))
     return exponential_shift(linear, mu)
 
 
@@ -134,14 +127,8 @@ class Flux2DoubleAttnProcessor(JointAttention, Flux2AttnProcessor):
         extra = self.extra(kv_cache)
         if extra is None and split is None:
             return super().__call__(attn, hidden_states, encoder_hidden_states, attention_mask, image_rotary_emb)
-        image = [layer(hidden_states) for layer in (attn.to_q, attn.to_k, attn.to_v)]
-        text = [layer(encoder_hidden_states) for layer in (attn.add_q_proj, attn.add_k_proj, attn.add_v_proj)]
-        image = split_heads(image, attn.norm_q, attn.norm_k)
-        text = split_heads(text, attn.norm_added_q, attn.norm_added_k)
-        heads = rotated([torch.cat(streams, dim=1) for streams in zip(text, image, strict=True)], image_rotary_emb)
-        tokens = self.attend(heads, attention_mask, extra, split)
-        text, image = tokens.tensor_split([encoder_hidden_states.shape[1]], dim=1)
-        return attn.to_out[1](attn.to_out[0](image)), attn.to_add_out(text)
+        rotate = rotation(image_rotary_emb)
+        return self.attend_both(attn, hidden_states, encoder_hidden_states, rotate, attention_mask, extra, split)
 
 
 class Flux2SingleAttnProcessor(JointAttention, Flux2ParallelSelfAttnProcessor):
@@ -160,8 +147,9 @@ class Flux2SingleAttnProcessor(JointAttention, Flux2ParallelSelfAttnProcessor):
         if extra is None and split is None:
             return super().__call__(attn, hidden_states, attention_mask, image_rotary_emb)
         projected, mlp = attn.to_qkv_mlp_proj(hidden_states).tensor_split([3 * attn.inner_dim], dim=-1)
-        heads = rotated(split_heads(projected.chunk(3, dim=-1), attn.norm_q, attn.norm_k), image_rotary_emb)
-        tokens = self.attend(heads, attention_mask, extra, split)
+        query, key, value = split_heads(projected.chunk(3, dim=-1), attn.heads, attn.norm_q, attn.norm_k)
+        rotate = rotation(image_rotary_emb)
+        tokens = self.attend((rotate(query), rotate(key), value), attention_mask, extra, split)
         return attn.to_out(torch.cat([tokens, attn.mlp_act_fn(mlp)], dim=-1))
 
 
@@ -170,18 +158,6 @@ def use_joint_attention(dit: Flux2Transformer2DModel) -> None:
         block.attn.set_processor(Flux2DoubleAttnProcessor(f"double_{number}"))
     for number, block in enumerate(dit.single_transformer_blocks):
         block.attn.set_processor(Flux2SingleAttnProcessor(f"single_{number}"))
-
-
-def split_heads(projected: Sequence[Tensor], norm_q: nn.Module, norm_k: nn.Module) -> list[Tensor]:
-    """Split query, key and value (B, L, D) into heads (B, L, heads, head_dim); query and key are normalised."""
-    query, key, value = (tokens.unflatten(-1, (-1, *norm_q.normalized_shape)) for tokens in projected)
-    return [norm_q(query), norm_k(key), value]
-
-
-def rotated(heads: Sequence[Tensor], frequencies: tuple[Tensor, Tensor]) -> list[Tensor]:
-    """Apply the rotary position embedding to query and key among heads (B, S, heads, head_dim)."""
-    *query_and_key, value = heads
-    return [*(apply_rotary_emb(tensor, frequencies, sequence_dim=1) for tensor in query_and_key), value]
 
 
 def model_fn_flux2(
@@ -200,7 +176,7 @@ def model_fn_flux2(
     """Velocity (B, 128, h, w) of noisy latents (B, 128, h, w) at timesteps (B,) in [0, 1000].
 
     Args:
-        prompt_emb: Text embeddings (B, L, D); the network was trained to attend to those of padding, too.
+        prompt_emb: Text embeddings (B, L, D); the network was trained to attend to padding, too.
         edit_latents: Clean latents (B, 128, h', w') of each edit image, of their own sizes.
         embedded_guidance: Guidance scale, one or B, an input of guidance-distilled networks; others ignore it.
         kv_cache: Extra keys and values by block, `double_0`, `single_0` and so on.
@@ -209,36 +185,21 @@ def model_fn_flux2(
     """
     checkpoint_blocks(dit, use_gradient_checkpointing, use_gradient_checkpointing_offload)
     images = [latents, *edit_latents]
-    image_ids = [positions(EDIT_IMAGE_TIME * number, *image.shape[2:], 1) for number, image in enumerate(images)]
+    image_ids = [grid_positions(EDIT_IMAGE_TIME * number, *image.shape[2:], 1) for number, image in enumerate(images)]
     text, _ = append_text(prompt_emb, None, extra_text_embedding)
     with added(dit, lora):
         velocity = dit(
-            hidden_states=torch.cat([pack_latents(image) for image in images], dim=1).to(dit.dtype),
+            hidden_states=torch.cat([flatten_latents(image) for image in images], dim=1).to(dit.dtype),
             timestep=timestep / 1000,
             guidance=sent(torch.as_tensor(embedded_guidance), latents.device).expand(len(latents)),
             encoder_hidden_states=text.to(dit.dtype),
             img_ids=sent(torch.cat(image_ids), latents.device),
-            txt_ids=sent(positions(0, 1, 1, text.shape[1]), latents.device),
+            txt_ids=sent(grid_positions(0, 1, 1, text.shape[1]), latents.device),
             joint_attention_kwargs={"kv_cache": kv_cache} if kv_cache else None,
             return_dict=False,
         )[0]
     height, width = latents.shape[2:]
-    return unpack_latents(velocity[:, : height * width], height, width)
-
-
-def positions(time: int, height: int, width: int, length: int) -> Tensor:
-    """Positions (h · w · l, 4) of tokens on the four axes of RoPE: time, row, column, position in the text."""
-    return torch.cartesian_prod(torch.tensor([time]), *(torch.arange(n) for n in (height, width, length)))
-
-
-def pack_latents(latents: Tensor) -> Tensor:
-    """Latents (B, C, h, w) as tokens (B, h · w, C)."""
-    return latents.flatten(2).transpose(1, 2)
-
-
-def unpack_latents(tokens: Tensor, height: int, width: int) -> Tensor:
-    """Tokens (B, h · w, C) as latents (B, C, h, w)."""
-    return tokens.transpose(1, 2).unflatten(2, (height, width))
+    return unflatten_latents(velocity[:, : height * width], height, width)
 
 
 # Units ----------------------------------------------------------------------------------------------------------------
@@ -253,6 +214,12 @@ class Flux2Unit_PromptEmbedder(PromptEmbedder):
     def embed(self, pipe: "Flux2ImagePipeline", tokens: Mapping[str, Tensor]) -> Tensor:
         decoder = pipe.text_encoder.get_decoder()  # without the language head, which would cost time and memory
         return text_embeddings(decoder, tokens["input_ids"], tokens["attention_mask"])
+
+
+def widths(dit: Flux2Transformer2DModel, text_encoder: nn.Module) -> tuple[int, int]:
+    """Widths of the text embeddings that the network takes, and of those that the text encoder makes."""
+    depths = text_depths(decoder := text_encoder.get_decoder())
+    return dit.config.joint_attention_dim, len(depths) * decoder.config.hidden_size
 
 
 # Pipeline -------------------------------------------------------------------------------------------------------------
@@ -273,7 +240,7 @@ class Flux2Request(EditRequest, TemplateRequest):
 
     Args:
         embedded_guidance: Guidance scale that dev reads as an input; klein ignores it.
-        max_sequence_length: Tokens that the prompt is truncated or padded to, including those of the chat template.
+        max_sequence_length: Tokens that the prompt is truncated or padded to, including the chat template's.
     """
 
     embedded_guidance: NonNegativeFloat = 4.0
@@ -294,30 +261,17 @@ class Flux2ImagePipeline(BasePipeline):
     model_fn = staticmethod(model_fn_flux2)
     sigma_grid = staticmethod(flux2_sigmas)
     model_settings = ("max_sequence_length", "edit_image_pixels")
+    text_widths = {"text_encoder": widths}
     unit_classes = (
-        ShapeChecker,
-        NoiseInitializer,
-        InputImageEmbedder,
-        Inpaint,
-        LossMask,
+        *IMAGE_UNITS,
         EditImageEmbedder,
         Flux2Unit_PromptEmbedder,
     )
 
-    def check_networks(self) -> None:
-        if self.dit is None or self.text_encoder is None:
-            return
-        wanted, width = self.dit.config.joint_attention_dim, self.text_encoder.get_decoder().config.hidden_size
-        if wanted != 3 * width:
-            raise ValueError(
-                f"dit takes text embeddings of width {wanted}, but text_encoder makes 3 x {width} = {3 * width}: they "
-                "are of different models; take the text encoder that was released with the transformer."
-            )
-
     def tokenize(self, prompt: str, max_sequence_length: int) -> Mapping[str, Tensor]:
         """Token ids and mask (1, max_sequence_length) of a prompt in its chat template."""
         return self.tokenizer(
-            [self.as_chat(prompt)],
+            [self.prompt_text(prompt)],
             add_special_tokens=False,  # the chat template has added them
             padding="max_length",
             truncation=True,
@@ -325,7 +279,7 @@ class Flux2ImagePipeline(BasePipeline):
             return_tensors="pt",
         )
 
-    def as_chat(self, prompt: str) -> str:
+    def prompt_text(self, prompt: str) -> str:
         """The prompt in the chat template of its text encoder.
 
         For Qwen3 (klein) it is a question with the beginning of an answer without thinking; for Mistral 3 (dev) it
@@ -342,5 +296,5 @@ class Flux2ImagePipeline(BasePipeline):
     def cuts_off(self, prompt: str) -> bool:
         if self.tokenizer is None or self.text_encoder is None:
             return False
-        tokens = self.tokenizer(self.as_chat(prompt), add_special_tokens=False).input_ids
-        return len(tokens) > self.call_defaults["max_sequence_length"]
+        tokens = self.tokenizer(self.prompt_text(prompt), add_special_tokens=False).input_ids
+        return len(tokens) > self.most_tokens

@@ -1,9 +1,9 @@
 """FLUX.3 klein (base, distilled): text-to-image and image-to-image, editing one or several images.
 
 Black Forest Labs 2026, "FLUX.3" (https://bfl.ai). Networks: diffusers, transformers.
-Latents are (B, 128, H/16, W/16), those of FLUX.2, and the transformer reads each latent pixel as a token. Edit images
+Latents are (B, 128, H/16, W/16), as FLUX.2's, and the transformer reads each latent pixel as a token. Edit images
 are further tokens. The distilled network is a flow map: it also reads the noise level that a step ends at. Constants
-are those of the released pipelines (diffusers' modular blocks of FLUX.3) unless a comment says otherwise.
+come from the released pipelines (diffusers' modular blocks of FLUX.3) unless a comment says otherwise.
 """
 
 import math
@@ -14,7 +14,7 @@ import torch
 from diffusers import Flux3Transformer2DModel
 from diffusers.modular_pipelines.flux3.image_processor import Flux3ImageProcessor
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..core.gradient import checkpoint_blocks
 from ..core.host_memory import sent
@@ -23,28 +23,22 @@ from ..core.ranges import NonNegativeFloat, SamplingSteps, Tokens
 from ..core.sharing import runs_together
 from ..diffusion.adapters.names import LayerNames
 from ..diffusion.base_pipeline import BasePipeline
-from ..diffusion.flow_match import time_shift
+from ..diffusion.flow_match import linear_levels, time_shift
 from ..diffusion.pipeline.components import Folder, Network
-from ..diffusion.pipeline.image_units import (
-    Inpaint,
-    InputImageEmbedder,
-    LossMask,
-    NoiseInitializer,
-    ShapeChecker,
-    edit_images,
-    encode_images,
-)
+from ..diffusion.pipeline.image_units import IMAGE_UNITS, EditImageEmbedder, edit_images
 from ..diffusion.pipeline.request import ImageRequest
-from ..diffusion.pipeline.units import PipelineUnit, in_groups
+from ..diffusion.pipeline.units import in_groups
 from ..diffusion.pipeline.vae import Latents
 from ..diffusion.prompts.embedder import PromptEmbedder
 from ..diffusion.prompts.hidden_states import hidden_states
-from .flux2_image import Flux2VAE, pack_latents, positions, unpack_latents
+from .autoencoders.flux2 import Flux2VAE
+from .shared.flux import grid_positions
+from .shared.tokens import flatten_latents, unflatten_latents
 
 __all__ = ["Flux3ImagePipeline", "ModelConfig"]
 
 SHIFT = 6.93
-MAX_PROMPT_TOKENS = 8192  # including those of the chat template
+MAX_PROMPT_TOKENS = 8192  # including the chat template's
 PADDING = 80  # prompts are padded to a multiple of so many tokens, and the network attends to the padding
 ROPE_SCALE = 0.5  # distance between neighbouring image tokens
 DEPTHS = 8  # hidden states of the text encoder are read after 1/9, 2/9, …, 8/9 of its layers: 4, 8, …, 32 of 36
@@ -61,8 +55,8 @@ LORA_NAMES = LayerNames(
 
 def flux3_sigmas(num_inference_steps: int, denoising_strength: float = 1.0) -> Tensor:
     """Noise levels (N,) of FLUX.3: linear down to 1 / N, then shifted by a constant factor at every resolution."""
-    last = 1 / num_inference_steps
-    return time_shift(torch.linspace(last + (1 - last) * denoising_strength, last, num_inference_steps), SHIFT)
+    linear = linear_levels(num_inference_steps, denoising_strength, last=1 / num_inference_steps)
+    return time_shift(linear, SHIFT)
 
 
 def model_fn_flux3(
@@ -109,20 +103,20 @@ def model_fn_flux3(
 
 def velocity(dit: Flux3Transformer2DModel, images: Sequence[Tensor], text: Tensor, **times: Tensor) -> Tensor:
     """Velocity (B, 128, h, w) of the first images (B, 128, h, w), where text embeddings (B, L, D) need no padding."""
-    (noisy, *clean), ids = images, {"txt_ids": positions(0, 1, 1, text.shape[1]).float()}
-    inputs = {"hidden_states": pack_latents(noisy).to(dit.dtype), "encoder_hidden_states": text.to(dit.dtype)}
-    ids["img_ids"] = image_positions(noisy, 0)
+    (noisy, *clean), ids = images, {"txt_ids": grid_positions(0, 1, 1, text.shape[1]).float()}
+    inputs = {"hidden_states": flatten_latents(noisy).to(dit.dtype), "encoder_hidden_states": text.to(dit.dtype)}
+    ids["img_ids"] = scaled_positions(noisy, 0)
     if clean:
-        inputs["image_cond_hidden_states"] = torch.cat([pack_latents(image) for image in clean], dim=1).to(dit.dtype)
-        ids["image_cond_ids"] = torch.cat([image_positions(image, -1 - n) for n, image in enumerate(clean)])
+        inputs["image_cond_hidden_states"] = torch.cat([flatten_latents(image) for image in clean], dim=1).to(dit.dtype)
+        ids["image_cond_ids"] = torch.cat([scaled_positions(image, -1 - n) for n, image in enumerate(clean)])
     inputs |= {name: sent(own, noisy.device) for name, own in ids.items()}
     inputs |= {name: timesteps / 1000 for name, timesteps in times.items()}
-    return unpack_latents(dit(**inputs, return_dict=False)[0], *noisy.shape[2:])
+    return unflatten_latents(dit(**inputs, return_dict=False)[0], *noisy.shape[2:])
 
 
-def image_positions(latents: Tensor, number: int) -> Tensor:
+def scaled_positions(latents: Tensor, number: int) -> Tensor:
     """Positions (h · w, 4) of an image's tokens: time 0, scaled row and column, and the image's number."""
-    return positions(0, *latents.shape[2:], 1) * ROPE_SCALE + torch.tensor([0, 0, 0, number])
+    return grid_positions(0, *latents.shape[2:], 1) * ROPE_SCALE + torch.tensor([0, 0, 0, number])
 
 
 # Units ----------------------------------------------------------------------------------------------------------------
@@ -135,7 +129,7 @@ class Flux3Unit_PromptEmbedder(PromptEmbedder):
         super().__init__(counted=True)
 
     def tokenize(self, pipe, prompt, max_sequence_length):
-        texts = [pipe.as_chat(prompt)]
+        texts = [pipe.prompt_text(prompt)]
         length = math.ceil(len(pipe.tokenizer(texts).input_ids[0]) / PADDING) * PADDING
         options = {"padding": "max_length", "padding_side": "right", "truncation": True, "return_tensors": "pt"}
         return pipe.tokenizer(texts, max_length=min(length, max_sequence_length), **options)
@@ -149,16 +143,19 @@ class Flux3Unit_PromptEmbedder(PromptEmbedder):
         return torch.cat(hidden_states(decoder, depths, **inputs), dim=2)
 
 
-class Flux3Unit_EditImageEmbedder(PipelineUnit):
-    """Encodes the edit images to `edit_latents`, a list of latents (1, 128, h, w) of their own sizes."""
-
-    def __init__(self):
-        super().__init__(output_params=("edit_latents",), onload_model_names=("vae",))
-
+class Flux3Unit_EditImageEmbedder(EditImageEmbedder):
     def process(self, pipe, edit_image, edit_image_auto_resize, tiled, tile_size, tile_stride):
+        return super().process(pipe, edit_image, edit_image_auto_resize, 0, tiled, tile_size, tile_stride)
+
+    def images(
+        self,
+        pipe: "Flux3ImagePipeline",
+        edit_image: Image.Image | Sequence[Image.Image] | None,
+        edit_image_auto_resize: bool,
+        edit_image_pixels: int = 0,
+    ) -> list[Image.Image]:
         alone = isinstance(edit_image, Image.Image) or (edit_image is not None and len(edit_image) == 1)
-        images = edit_images(edit_image, edit_image_auto_resize, 0, lambda image, _: as_reference(image, alone))
-        return {"edit_latents": encode_images(pipe, images, tiled, tile_size, tile_stride)} if images else {}
+        return edit_images(edit_image, edit_image_auto_resize, 0, lambda image, _: as_reference(image, alone))
 
 
 def as_reference(image: Image.Image, alone: bool) -> Image.Image:
@@ -172,6 +169,11 @@ def as_reference(image: Image.Image, alone: bool) -> Image.Image:
     return processor.resize(image, *canvas, resize_mode="fill")
 
 
+def widths(dit: Flux3Transformer2DModel, text_encoder: nn.Module) -> tuple[int, int]:
+    """Widths of the text embeddings that the network takes, and of those that the text encoder makes."""
+    return dit.config.joint_attention_dim, DEPTHS * text_encoder.get_decoder().config.hidden_size
+
+
 # Pipeline -------------------------------------------------------------------------------------------------------------
 
 
@@ -183,7 +185,7 @@ class Flux3Request(ImageRequest):
         edit_image: Image that is changed as the prompt says, or several that the prompt refers to.
         edit_image_auto_resize: Shrink a single edit image to 4 megapixels and pad it, or several to 1 megapixel each
             and crop them; if false, their sides must be multiples of 16.
-        max_sequence_length: Tokens that the prompt is truncated to, including those of the chat template.
+        max_sequence_length: Tokens that the prompt is truncated to, including the chat template's.
     """
 
     num_inference_steps: SamplingSteps = 50
@@ -207,25 +209,12 @@ class Flux3ImagePipeline(BasePipeline):
     model_fn = staticmethod(model_fn_flux3)
     sigma_grid = staticmethod(flux3_sigmas)
     model_settings = ("max_sequence_length",)
+    text_widths = {"text_encoder": widths}
     unit_classes = (
-        ShapeChecker,
-        NoiseInitializer,
-        InputImageEmbedder,
-        Inpaint,
-        LossMask,
+        *IMAGE_UNITS,
         Flux3Unit_EditImageEmbedder,
         Flux3Unit_PromptEmbedder,
     )
-
-    def check_networks(self) -> None:
-        if self.dit is None or self.text_encoder is None:
-            return
-        wanted, width = self.dit.config.joint_attention_dim, self.text_encoder.get_decoder().config.hidden_size
-        if wanted != DEPTHS * width:
-            raise ValueError(
-                f"dit takes text embeddings of width {wanted}, but text_encoder makes {DEPTHS} x {width} = "
-                f"{DEPTHS * width}: they are of different models; take the one released with the transformer."
-            )
 
     def complete(self, request: Mapping) -> dict:
         whole = super().complete(request)
@@ -239,7 +228,7 @@ class Flux3ImagePipeline(BasePipeline):
     def predict(self, timestep: Tensor, **inputs) -> Tensor:
         """Velocity (B, …) at timesteps (B,); a flow map predicts that of a step to the next level of the grid.
 
-        In training a step ends where it begins, at which a flow map predicts the velocity of the flow itself.
+        Training sets the target level to the current level, where a flow map equals the flow's velocity.
         """
         if not self.network.config.flow_map:
             return super().predict(timestep, **inputs)
@@ -248,12 +237,7 @@ class Flux3ImagePipeline(BasePipeline):
         ends = torch.cat([levels[1:], levels.new_zeros(1)])[nearest]
         return super().predict(timestep, target_timestep=timestep if self.scheduler.training else ends, **inputs)
 
-    def as_chat(self, prompt: str) -> str:
+    def prompt_text(self, prompt: str) -> str:
         """The prompt as a question in the chat template, with the beginning of an answer."""
         question = [{"role": "user", "content": prompt}]
         return self.tokenizer.apply_chat_template(question, tokenize=False, add_generation_prompt=True)
-
-    def cuts_off(self, prompt: str) -> bool:
-        if self.tokenizer is None:
-            return False
-        return len(self.tokenizer([self.as_chat(prompt)]).input_ids[0]) > self.call_defaults["max_sequence_length"]

@@ -3,14 +3,14 @@
 Krea 2026, "Krea 2" (https://huggingface.co/krea/Krea-2-Raw). Networks: diffusers, transformers.
 Latents are (B, 16, H/8, W/8), Qwen-Image's; the transformer reads 2 × 2 latent pixels as a token, (B, H/16 · W/16, 64).
 It reads the hidden states of twelve layers of Qwen3-VL for each token of the prompt and fuses them itself. Constants
-are those of the released pipeline (diffusers' Krea2Pipeline) unless a comment says otherwise.
+come from the released pipeline (diffusers' Krea2Pipeline) unless a comment says otherwise.
 """
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 
 import torch
-import torch.nn.functional as F
 from diffusers import Krea2Transformer2DModel
 from torch import Tensor, nn
 
@@ -20,28 +20,24 @@ from ..core.loader import ModelConfig
 from ..core.ranges import NonNegativeFloat, SamplingSteps, Tokens
 from ..diffusion.adapters.names import LayerNames
 from ..diffusion.base_pipeline import BasePipeline
-from ..diffusion.flow_match import exponential_shift
+from ..diffusion.flow_match import chosen_shift, exponential_shift, linear_levels, shift_of_tokens
 from ..diffusion.pipeline.components import Folder, Network
-from ..diffusion.pipeline.image_units import Inpaint, InputImageEmbedder, LossMask, NoiseInitializer, ShapeChecker
+from ..diffusion.pipeline.image_units import IMAGE_UNITS
 from ..diffusion.pipeline.request import ImageRequest
 from ..diffusion.pipeline.vae import Latents
 from ..diffusion.prompts.embedder import PromptEmbedder
 from ..diffusion.prompts.hidden_states import hidden_states
 from .autoencoders.qwen_image import QwenImageVAE
+from .shared.qwen import START_TOKENS, TEMPLATE_END, TEMPLATE_START
+from .shared.tokens import pack_latents, unpack_latents
 
 __all__ = ["Krea2Pipeline", "ModelConfig"]
 
-# The template of Qwen-Image. The end follows the prompt also where that is cut.
-TEMPLATE_START = (
-    "<|im_start|>system\nDescribe the image by detailing the color, shape, size, texture, quantity, text, spatial "
-    "relationships of the objects and background:<|im_end|>\n<|im_start|>user\n"
-)
-TEMPLATE_END = "<|im_end|>\n<|im_start|>assistant\n"
-START_TOKENS, END_TOKENS = 34, 5  # the embeddings of the start are dropped
+END_TOKENS = 5  # of the end of the template, which follows the prompt also where that is cut
 FIRST_TEXT_LAYER, TEXT_LAYER_STEP = 2, 3
 MAX_PROMPT_TOKENS = 512
-TRAINING_MU = 0.8  # DiffSynth-Studio's shift of the training grid, at every resolution
-# Krea's names of the layers. diffusers and ComfyUI read those here, too.
+LOW_SHIFT, HIGH_SHIFT = (256, 0.5), (6400, 1.15)  # image tokens, and μ
+# Krea's names of the layers. diffusers and ComfyUI read the names here, too.
 BLOCKS = {
     "blocks": "transformer_blocks",
     "txtfusion.layerwise_blocks": "text_fusion.layerwise_blocks",
@@ -87,16 +83,9 @@ def krea2_sigmas(
         dynamic_shift_len: Number of image tokens, H/16 · W/16; None takes the training grid's μ = 0.8.
         exponential_shift_mu: μ itself, which overrides the other two; Turbo was distilled with 1.15.
     """
-    linear = torch.linspace(denoising_strength, 0, num_inference_steps + 1)[:-1]
-    mu = exponential_shift_mu
-    if mu is None:
-        mu = TRAINING_MU if dynamic_shift_len is None else _shift_of_tokens(dynamic_shift_len)
+    linear = linear_levels(num_inference_steps, denoising_strength)
+    mu = chosen_shift(dynamic_shift_len, exponential_shift_mu, partial(shift_of_tokens, low=LOW_SHIFT, high=HIGH_SHIFT))
     return exponential_shift(linear, mu)
-
-
-def _shift_of_tokens(tokens: int) -> float:
-    """The line through μ = 0.5 at 256 tokens and μ = 1.15 at 6400 tokens."""
-    return 0.5 + (tokens - 256) * (1.15 - 0.5) / (6400 - 256)
 
 
 def model_fn_krea2(
@@ -117,18 +106,18 @@ def model_fn_krea2(
     checkpoint_blocks(dit, use_gradient_checkpointing, use_gradient_checkpointing_offload)
     height, width = (side // 2 for side in latents.shape[2:])
     velocity = dit(
-        hidden_states=F.pixel_unshuffle(latents, 2).flatten(2).transpose(1, 2).to(dit.dtype),
+        hidden_states=pack_latents(latents).to(dit.dtype),
         encoder_hidden_states=prompt_emb.to(dit.dtype),
         timestep=timestep / 1000,
         position_ids=sent(positions(prompt_emb.shape[1], height, width), latents.device),
         encoder_attention_mask=prompt_emb_mask,
         return_dict=False,
     )[0]
-    return F.pixel_shuffle(velocity.transpose(1, 2).unflatten(2, (height, width)), 2)
+    return unpack_latents(velocity, *latents.shape[2:])
 
 
 def positions(length: int, height: int, width: int) -> Tensor:
-    """Positions (L + h · w, 3) of tokens on the axes of RoPE, time, row and column; those of the text are 0."""
+    """Positions (L + h · w, 3) of tokens on the axes of RoPE, time, row and column; text tokens have 0."""
     image = torch.cartesian_prod(torch.tensor([0]), torch.arange(height), torch.arange(width))
     return torch.cat([torch.zeros(length, 3, dtype=image.dtype), image])
 
@@ -139,8 +128,8 @@ def positions(length: int, height: int, width: int) -> Tensor:
 class Krea2Unit_PromptEmbedder(PromptEmbedder):
     """Computes the hidden states (1, L, layers, D) of a prompt in its template, and their mask (1, L).
 
-    The released pipeline puts padding before the template's end, where it takes no positions and is not attended to:
-    that is as if there were none.
+    The released pipeline puts padding before the template's end. Padding has no position and is masked, so the result
+    equals no padding.
     """
 
     def __init__(self):
@@ -159,6 +148,13 @@ class Krea2Unit_PromptEmbedder(PromptEmbedder):
 def text_depths(decoder: nn.Module) -> list[int]:
     """Numbers of layers after which hidden states are read: 2, 5, …, 35 of the 36 of the released text encoder."""
     return list(range(FIRST_TEXT_LAYER, decoder.config.num_hidden_layers, TEXT_LAYER_STEP))
+
+
+def widths(dit: Krea2Transformer2DModel, text_encoder: nn.Module) -> tuple[str, str]:
+    """Layers and widths of the text embeddings that the network takes, and of those that the text encoder makes."""
+    decoder, sizes = text_encoder.get_decoder(), dit.config
+    made = len(text_depths(decoder)), decoder.config.hidden_size
+    return f"{sizes.num_text_layers} x {sizes.text_hidden_dim}", "{} x {}".format(*made)
 
 
 # Pipeline -------------------------------------------------------------------------------------------------------------
@@ -185,7 +181,7 @@ class Krea2Request(ImageRequest):
     """
 
     num_inference_steps: SamplingSteps = 28
-    cfg_scale: NonNegativeFloat = 5.5  # the released scale of 4.5 counts from the conditional velocity on
+    cfg_scale: NonNegativeFloat = 5.5  # diffusers' guidance_scale + 1: released with 4.5
     max_sequence_length: Tokens = MAX_PROMPT_TOKENS
     exponential_shift_mu: float | None = None
 
@@ -204,30 +200,15 @@ class Krea2Pipeline(BasePipeline):
     model_fn = staticmethod(model_fn_krea2)
     sigma_grid = staticmethod(krea2_sigmas)
     model_settings = ("max_sequence_length", "exponential_shift_mu")
+    text_widths = {"text_encoder": widths}
     unit_classes = (
-        ShapeChecker,
-        NoiseInitializer,
-        InputImageEmbedder,
-        Inpaint,
-        LossMask,
+        *IMAGE_UNITS,
         Krea2Unit_PromptEmbedder,
     )
 
-    def check_networks(self) -> None:
-        if self.dit is None or self.text_encoder is None:
-            return
-        decoder = self.text_encoder.get_decoder()
-        wanted = self.dit.config.num_text_layers, self.dit.config.text_hidden_dim
-        found = len(text_depths(decoder)), decoder.config.hidden_size
-        if wanted != found:
-            raise ValueError(
-                f"dit takes text embeddings of {wanted[0]} layers of width {wanted[1]}, but text_encoder makes those "
-                f"of {found[0]} of width {found[1]}: they are of different models; take the text encoder that was "
-                "released with the transformer."
-            )
+    def prompt_text(self, prompt: str) -> str:
+        return TEMPLATE_START + prompt + TEMPLATE_END
 
-    def cuts_off(self, prompt: str) -> bool:
-        if self.tokenizer is None:
-            return False
-        tokens = self.tokenizer(TEMPLATE_START + prompt + TEMPLATE_END).input_ids
-        return len(tokens) > START_TOKENS + self.call_defaults["max_sequence_length"]
+    @property
+    def most_tokens(self) -> int:
+        return START_TOKENS + self.call_defaults["max_sequence_length"]

@@ -7,6 +7,7 @@ are further image tokens, and the text encoder reads them, too. Constants withou
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,9 +22,7 @@ from ..core.loader import ModelConfig
 from ..core.ranges import NonNegativeFloat, Pixels, Side
 from ..diffusion.adapters.names import LayerNames
 from ..diffusion.base_pipeline import BasePipeline
-from ..diffusion.controlnet.inputs import ControlRequest
-from ..diffusion.controlnet.several import PLACES, built, check_controlnets, places
-from ..diffusion.flow_match import exponential_shift, stretch_to_terminal
+from ..diffusion.controlnet.inputs import InpaintControlEmbedder, InpaintControlRequest
 from ..diffusion.pipeline import image_units
 from ..diffusion.pipeline.attention import JointAttention, rotated, rotation_table
 from ..diffusion.pipeline.components import Folder, Network
@@ -37,23 +36,28 @@ from ..diffusion.template.lora import InputLoRA, added
 from ..diffusion.template.residuals import BlockResiduals
 from .autoencoders.qwen_image import QwenImageVAE
 from .controlnets.qwen_image import (
-    CONTROL_START,
+    CONTROL_FAMILY,
     QwenImageControlNet,
-    QwenImageUnit_ControlEmbedder,
     block_samples,
-    check_controlnet,
-    control_inputs,
 )
-from .entities import EntityEmbedder, EntityRequest, regional_mask, with_entities
-from .packing import pack_latents, unpack_latents
+from .shared.entities import EntityEmbedder, EntityRequest, regional_mask, with_entities
+from .shared.qwen import (
+    IMAGE_TOKEN,
+    START_TOKENS,
+    TEMPLATE_END,
+    TEMPLATE_START,
+    TEXT_LORA_NAMES,
+    image_inputs,
+    image_lengths,
+    image_patches,
+    qwen_image_sigmas,
+)
+from .shared.tokens import pack_latents, unpack_latents
 
 __all__ = ["ModelConfig", "QwenImagePipeline"]
 
-PROMPT_TEMPLATE = (
-    "<|im_start|>system\nDescribe the image by detailing the color, shape, size, texture, quantity, text, spatial "
-    "relationships of the objects and background:<|im_end|>\n<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n"
-)
-PROMPT_TEMPLATE_TOKENS = 34  # of the template before the prompt; their embeddings are dropped
+PROMPT_TEMPLATE = TEMPLATE_START + "{}" + TEMPLATE_END
+PROMPT_TEMPLATE_TOKENS = START_TOKENS
 MAX_PROMPT_TOKENS = 1024
 EDIT_PROMPT_TEMPLATE = (
     "<|im_start|>system\nDescribe the key features of the input image (color, shape, size, texture, objects, "
@@ -62,44 +66,16 @@ EDIT_PROMPT_TEMPLATE = (
     "<|im_end|>\n<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n"
 )
 EDIT_PROMPT_TEMPLATE_TOKENS = 64
-IMAGE_TOKEN = "<|image_pad|>"  # placeholder of one token of an image in the text encoder
 EDIT_VISION_PIXELS = 384 * 384
-TRAINING_MU = 0.8  # DiffSynth-Studio's shift of the training grid, at every resolution
-TERMINAL_SIGMA = 0.02
-# ComfyUI's names are also those that diffusers (0.39 to 0.42 at least) and DiffSynth-Studio read.
+# diffusers (0.39 to 0.42 at least) and DiffSynth-Studio read ComfyUI's names, too.
 LORA_NAMES = LayerNames(prefix="transformer", comfyui="diffusion_model.", common="comfyui")
-TEXT_LORA_NAMES = LayerNames(prefix="text_encoder", common="comfyui")  # diffusers refuses a file of two styles
-
-
-def qwen_image_sigmas(
-    num_inference_steps: int,
-    denoising_strength: float = 1.0,
-    dynamic_shift_len: int | None = None,
-    exponential_shift_mu: float | None = None,
-) -> Tensor:
-    """Noise levels (N,) of Qwen-Image: linear, shifted by μ, which is linear in tokens, and stretched to end at 0.02.
-
-    Args:
-        dynamic_shift_len: Number of image tokens, H/16 · W/16; None takes the training grid's μ = 0.8.
-        exponential_shift_mu: μ itself, which overrides the other two.
-    """
-    linear = torch.linspace(denoising_strength, 0, num_inference_steps + 1)[:-1]
-    mu = exponential_shift_mu
-    if mu is None:
-        mu = TRAINING_MU if dynamic_shift_len is None else _shift_of_tokens(dynamic_shift_len)
-    return stretch_to_terminal(exponential_shift(linear, mu), TERMINAL_SIGMA)
-
-
-def _shift_of_tokens(tokens: int) -> float:
-    """The line through μ = 0.5 at 256 tokens and μ = 0.9 at 8192 tokens."""
-    return 0.5 + (tokens - 256) * (0.9 - 0.5) / (8192 - 256)
 
 
 # Networks -------------------------------------------------------------------------------------------------------------
 
 
 class QwenImageAttnProcessor(JointAttention, QwenDoubleStreamAttnProcessor2_0):
-    """`JointAttention` of the text's tokens and the image's, as diffusers' processor computes it but for `rotated`."""
+    """`JointAttention` of the text's tokens and the image's, as diffusers' processor computes it except `rotated`."""
 
     def __call__(
         self,
@@ -113,32 +89,19 @@ class QwenImageAttnProcessor(JointAttention, QwenDoubleStreamAttnProcessor2_0):
         split: TokenSplit | None = None,
         text_positions: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        image = [layer(hidden_states) for layer in (attn.to_q, attn.to_k, attn.to_v)]
-        text = [layer(encoder_hidden_states) for layer in (attn.add_q_proj, attn.add_k_proj, attn.add_v_proj)]
-        image = split_heads(image, attn.heads, attn.norm_q, attn.norm_k)
-        text = split_heads(text, attn.heads, attn.norm_added_q, attn.norm_added_k)
-        query, key, value = (torch.cat(streams, dim=1) for streams in zip(text, image, strict=True))
         of_image, of_text = image_rotary_emb
         if text_positions is not None:
             of_text = of_text[:, text_positions]
         table = torch.cat([of_text, of_image], dim=1)
-        heads = rotated(query, table), rotated(key, table), value
         mask = encoder_hidden_states_mask if attention_mask is None else attention_mask
-        tokens = self.attend(heads, mask, self.extra(kv_cache), split)
-        text, image = tokens.tensor_split([encoder_hidden_states.shape[1]], dim=1)
-        return attn.to_out[1](attn.to_out[0](image.contiguous())), attn.to_add_out(text.contiguous())
+        rotate, extra = partial(rotated, table=table), self.extra(kv_cache)
+        return self.attend_both(attn, hidden_states, encoder_hidden_states, rotate, mask, extra, split)
 
 
 def use_joint_attention(dit: QwenImageTransformer2DModel) -> None:
     for number, block in enumerate(dit.transformer_blocks):
         block.attn.set_processor(QwenImageAttnProcessor(f"block_{number}"))
     dit.pos_embed.register_forward_hook(rotation_tables)
-
-
-def split_heads(projected: Sequence[Tensor], heads: int, norm_q: nn.Module, norm_k: nn.Module) -> list[Tensor]:
-    """Split query, key and value (B, L, D) into heads (B, L, heads, head_dim); query and key are normalised."""
-    query, key, value = (tokens.unflatten(-1, (heads, -1)) for tokens in projected)
-    return [norm_q(query), norm_k(key), value]
 
 
 def rotation_tables(_: nn.Module, __: tuple, frequencies: Sequence[Tensor]) -> tuple[Tensor, ...]:
@@ -157,9 +120,7 @@ def model_fn_qwen_image(
     prompt_emb_mask: Tensor | None,
     edit_latents: Sequence[Tensor] = (),
     context_latents: Sequence[Tensor] = (),
-    controlnet: QwenImageControlNet | None = None,
-    controlnet_2: QwenImageControlNet | None = None,
-    controlnet_3: QwenImageControlNet | None = None,
+    controlnets: Sequence[QwenImageControlNet] = (),
     control_latents: Sequence[Tensor] = (),
     controlnet_scale: float | Sequence[float] = 1.0,
     control_prompt: tuple[Tensor, Tensor | None] | None = None,
@@ -189,8 +150,8 @@ def model_fn_qwen_image(
         entity_emb, entity_emb_mask: `prompt_emb` and `prompt_emb_mask` of each entity's prompt.
         entity_tokens: Tokens of the image (B, E, h · w / 4) that see each entity's prompt, and that it sees.
     """
-    checkpointing = use_gradient_checkpointing, use_gradient_checkpointing_offload
-    checkpoint_blocks(dit, *checkpointing)
+    for network in (dit, *controlnets):
+        checkpoint_blocks(network, use_gradient_checkpointing, use_gradient_checkpointing_offload)
     batch, images = len(latents), [latents, *context_latents, *edit_latents]
     prompt_emb, prompt_emb_mask = append_text(prompt_emb, prompt_emb_mask, extra_text_embedding)
     inputs = {
@@ -202,11 +163,12 @@ def model_fn_qwen_image(
     }
     samples = None
     if control_latents:
-        controlnets, images = built(controlnet, controlnet_2, controlnet_3), list(map(pack_latents, control_latents))
-        samples = block_samples(controlnets, dit, inputs, images, control_prompt, controlnet_scale, checkpointing)
+        images = list(map(pack_latents, control_latents))
+        samples = block_samples(controlnets, dit, inputs, images, control_prompt, controlnet_scale)
     attention = {"kv_cache": kv_cache} if kv_cache else {}
     if entity_emb:
-        attention |= place_entities(inputs, entity_emb, entity_emb_mask, entity_tokens)
+        regions = regional_inputs(inputs, entity_emb, entity_emb_mask, entity_tokens)
+        inputs, attention = inputs | regions[0], attention | regions[1]
     height, width = latents.shape[2:]
     tokens = height // 2 * (width // 2)
     adding = residuals.added(dit, block_residuals, tokens, inputs["hidden_states"].shape[1])
@@ -220,12 +182,13 @@ def model_fn_qwen_image(
     return unpack_latents(velocity[:, :tokens], height, width)
 
 
-def place_entities(
-    inputs: dict[str, Any], texts: Sequence[Tensor], masks: Sequence[Tensor | None], tokens: Tensor
-) -> dict[str, Tensor]:
-    """Put the texts (B, L, D) of entities before the prompt among the transformer's `inputs`; arguments of attention.
+def regional_inputs(
+    inputs: Mapping[str, Any], texts: Sequence[Tensor], masks: Sequence[Tensor | None], tokens: Tensor
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Arguments of the transformer's call, and of its attention: texts (B, L, D) of entities before the prompt's.
 
     Args:
+        inputs: Arguments of the transformer's call without entities.
         tokens: Tokens of the image (B, E, T) that see each entity's text.
 
     Raises:
@@ -239,8 +202,8 @@ def place_entities(
     text = inputs["encoder_hidden_states"], inputs["encoder_hidden_states_mask"]
     lengths = [own.shape[1] for own in (*texts, text[0])]
     text, kept, positions = with_entities(*text, [own.to(text[0]) for own in texts], masks)
-    inputs |= {"encoder_hidden_states": text, "encoder_hidden_states_mask": None}
-    return {"attention_mask": regional_mask(kept, lengths, tokens), "text_positions": positions}
+    changed = {"encoder_hidden_states": text, "encoder_hidden_states_mask": None}
+    return changed, {"attention_mask": regional_mask(kept, lengths, tokens), "text_positions": positions}
 
 
 # Units ----------------------------------------------------------------------------------------------------------------
@@ -326,7 +289,7 @@ def check_templates(pipe: "QwenImagePipeline") -> None:
 
 
 @dataclass(kw_only=True)
-class QwenImageRequest(EditRequest, TemplateRequest, ControlRequest, EntityRequest):
+class QwenImageRequest(EditRequest, TemplateRequest, InpaintControlRequest, EntityRequest):
     """Sample one image with Qwen-Image.
 
     Args:
@@ -360,22 +323,17 @@ class QwenImagePipeline(BasePipeline):
         "dit": Network("QwenImageTransformer2DModel", after=use_joint_attention, lora=LORA_NAMES),
         "text_encoder": Network("Qwen2_5_VLForConditionalGeneration", lora=TEXT_LORA_NAMES),
         "vae": Network(QwenImageVAE, after=QwenImageVAE.use_single_frame_convolutions),
-        **places(QwenImageControlNet, CONTROL_START),
         "tokenizer": Folder("Qwen2Tokenizer", check=check_templates, needed_by="text_encoder"),
         "processor": Folder("Qwen2VLImageProcessorPil", check=check_templates),  # torchvision's differs a little
     }
     latents = Latents(channels=16, factor=8, patch=2)
-    in_iteration_models = ("dit", *PLACES)
+    control_family = CONTROL_FAMILY
     model_fn = staticmethod(model_fn_qwen_image)
     sigma_grid = staticmethod(qwen_image_sigmas)
     model_settings = ("edit_image_pixels", "edit_image_numbered", "edit_vision_pixels")
     unit_classes = (
-        QwenImageUnit_ShapeChecker,
-        QwenImageUnit_NoiseInitializer,
-        QwenImageUnit_InputImageEmbedder,
-        QwenImageUnit_Inpaint,
-        QwenImageUnit_LossMask,
-        QwenImageUnit_ControlEmbedder,
+        *image_units.IMAGE_UNITS,
+        InpaintControlEmbedder,
         QwenImageUnit_ContextImageEmbedder,
         QwenImageUnit_PromptEmbedder,
         QwenImageUnit_EntityEmbedder,
@@ -385,9 +343,6 @@ class QwenImagePipeline(BasePipeline):
     @property
     def one_sided_arguments(self) -> tuple[str, ...]:
         return (*super().one_sided_arguments, "eligen_entity_prompts")
-
-    def check_networks(self) -> None:
-        check_controlnets(self, control_inputs, check_controlnet)
 
     def tokenize(self, prompt: str) -> Mapping[str, Tensor]:
         """Token ids and mask (1, L) of a prompt in its template."""
@@ -399,38 +354,25 @@ class QwenImagePipeline(BasePipeline):
 
         If `numbered`, the first image is introduced by "Picture 1: " and so on, so that the prompt can name it.
         """
-        if self.processor is None:
-            raise ValueError(
-                "edit_image needs a processor, which prepares it for the text encoder, but model.processor is null; "
-                "take a model for editing, such as model=qwen_image_edit, or give from_pretrained a processor_config."
-            )
-        patches = self.processor(images, return_tensors="np")  # whose values a rehearsal of `plan.py` can read
-        counts = (patches["image_grid_thw"].prod(1) // self.processor.merge_size**2).tolist()
+        patches = image_patches(self.processor, images, "take a model for editing, such as model=qwen_image_edit")
+        counts = image_lengths(self.processor, patches)
         texts = [f"<|vision_start|>{IMAGE_TOKEN * count}<|vision_end|>" for count in counts]
         if numbered:
             texts = [f"Picture {number}: {text}" for number, text in enumerate(texts, start=1)]
         ids = self.tokenizer([EDIT_PROMPT_TEMPLATE.format("".join(texts) + prompt)], return_tensors="pt").input_ids
-        # Without types, image tokens would have positions in a line instead of rows and columns.
-        types = (ids == self.tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)).int()
-        tensors = {name: torch.from_numpy(array) for name, array in patches.items()}
-        return {"input_ids": ids, "mm_token_type_ids": types, **tensors}
+        return {"input_ids": ids, **image_inputs(self.tokenizer, ids, patches)}
+
+    most_tokens = MAX_PROMPT_TOKENS + PROMPT_TEMPLATE_TOKENS
+
+    def prompt_text(self, prompt: str) -> str:
+        return PROMPT_TEMPLATE.format(prompt)
 
     def cuts_off(self, prompt: str) -> bool:
-        if self.tokenizer is None or len(prompt.encode()) <= MAX_PROMPT_TOKENS:  # a token is at least one byte
-            return False
-        tokens = self.tokenizer(PROMPT_TEMPLATE.format(prompt)).input_ids
-        return len(tokens) > MAX_PROMPT_TOKENS + PROMPT_TEMPLATE_TOKENS
+        return len(prompt.encode()) > MAX_PROMPT_TOKENS and super().cuts_off(prompt)  # a token is at least one byte
 
-    def guided_velocity(
-        self, timestep: Tensor, cfg_scale: float, shared: Mapping, posi: Mapping, nega: Mapping
-    ) -> Tensor:
-        """Guided velocity (B, 16, h, w) at timesteps (B,); each token keeps the norm of the conditional velocity."""
-        positive = self.predict(timestep, **shared, **posi)
-        if cfg_scale == 1:
-            return positive
-        prompt = posi["prompt_emb"], posi["prompt_emb_mask"]  # that ControlNets read in both, as in diffusers
-        negative = self.predict(timestep, **shared, **nega, control_prompt=prompt)
-        guided = negative + cfg_scale * (positive - negative)
+    def combined(self, positive: Tensor, negative: Tensor, cfg_scale: float, shared: Mapping) -> Tensor:
+        """Guided velocity (B, 16, h, w); each token keeps the norm of the conditional velocity."""
+        guided = super().combined(positive, negative, cfg_scale, shared)
         if not shared.get("cfg_rescale", True):
             return guided
         tokens, wanted = pack_latents(guided), pack_latents(positive).norm(dim=-1, keepdim=True)

@@ -2,8 +2,8 @@
 
 Qwen team 2026, "Qwen-Image-2.1" (https://huggingface.co/Qwen/Qwen-Image-2.1). Networks: diffusers, transformers.
 Images are RGBA. Latents are (B, 64, H/16, W/16), and the transformer reads each latent pixel as a token; those of 2 × 2
-come together. Text, images to edit and the image are one sequence: a token sees those before it, and the tokens of an
-image see each other. Constants are those of the released pipeline (diffusers' QwenImage21Pipeline).
+come together. Text, images to edit and the image are one sequence: a token attends to earlier tokens, and the tokens of
+an image attend to each other. Constants come from the released pipeline (diffusers' QwenImage21Pipeline).
 
 Shapes: B batch, L text tokens, S tokens of text and images, D width.
 """
@@ -12,14 +12,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
-import numpy as np
 import torch
 from diffusers import AutoencoderKLQwenImage21, QwenImage21Transformer2DModel
 from diffusers.models.attention_dispatch import dispatch_attention_fn
 from PIL import Image
 from torch import Tensor, nn
 
-from ..core.data.operators.picture_files import in_mode
 from ..core.gradient import checkpoint_blocks
 from ..core.host_memory import sent
 from ..core.loader import ModelConfig
@@ -32,9 +30,16 @@ from ..diffusion.pipeline.components import Folder, Network
 from ..diffusion.pipeline.media import ImageMedia
 from ..diffusion.pipeline.request import EDIT_IMAGE_PIXELS, EditRequest
 from ..diffusion.pipeline.vae import Latents, SingleFrameVAE
-from ..diffusion.prompts.embedder import PromptEmbedder, check_text_width
+from ..diffusion.prompts.embedder import PromptEmbedder
 from ..diffusion.prompts.hidden_states import hidden_states
-from .qwen_image import IMAGE_TOKEN, TEXT_LORA_NAMES, qwen_image_sigmas
+from .shared.qwen import (
+    IMAGE_TOKEN,
+    TEXT_LORA_NAMES,
+    image_inputs,
+    image_lengths,
+    image_patches,
+    qwen_image_sigmas,
+)
 
 __all__ = ["ModelConfig", "QwenImage21Pipeline"]
 
@@ -64,7 +69,7 @@ class QwenImage21VAE(SingleFrameVAE, AutoencoderKLQwenImage21):
 
 
 class QwenImage21AttnProcessor:
-    """Attention of each segment to the tokens until its end, as diffusers' processor computes it but for `rotated`."""
+    """Attention of each segment to the tokens until its end, as diffusers' processor computes it except `rotated`."""
 
     _attention_backend = None
     _parallel_config = None
@@ -140,8 +145,8 @@ class QwenImage21Transformer(QwenImage21Transformer2DModel):
     def _rotation(self, runs: Sequence[int], ends: Tensor | None, images: Sequence[Tensor]) -> Tensor:
         """Complex rotations (S, head_dim / 2), or (B, S, head_dim / 2) where the positions of the samples differ.
 
-        Text counts on along all three axes. An image is at one place of the first axis, centred on 0 of the others, and
-        the text goes on as far behind it as its longer side is long.
+        Text positions grow by 1 on all three axes. An image has one position on the first axis; rows and columns are
+        centred on 0. The next text token comes max(h, w) later.
         """
         rope = self.pos_embed
         rope.freqs = [table.to(images[-1].device) for table in rope.freqs]
@@ -266,20 +271,13 @@ class QwenImage21Pipeline(BasePipeline):
     model_fn = staticmethod(model_fn_qwen_image_21)
     sigma_grid = staticmethod(qwen_image_sigmas)
     model_settings = ("edit_image_pixels",)
+    most_tokens = MAX_POSITIONS
+    text_widths = {"text_encoder": lambda dit, own: (dit.config.context_in_dim, own.config.text_config.hidden_size)}
     unit_classes = (
-        image_units.ShapeChecker,
-        image_units.NoiseInitializer,
-        image_units.InputImageEmbedder,
-        image_units.Inpaint,
-        image_units.LossMask,
+        *image_units.IMAGE_UNITS,
         QwenImage21Unit_PromptEmbedder,
         QwenImage21Unit_EditImageEmbedder,
     )
-
-    def check_networks(self) -> None:
-        if self.dit is None or self.text_encoder is None:
-            return
-        check_text_width(self.dit.config.context_in_dim, self.text_encoder.config.text_config.hidden_size)
 
     def tokenize(self, prompt: str, images: Sequence[Image.Image]) -> dict[str, Tensor | list[slice]]:
         """The text encoder's inputs for a prompt with images, and which of its states are those of text.
@@ -287,8 +285,8 @@ class QwenImage21Pipeline(BasePipeline):
         The end of a prompt that is too long is cut off. States of images are dropped, because the transformer has their
         latents instead.
         """
-        arrays = self._patches(images) if images else {}
-        counts = (arrays["image_grid_thw"].prod(1) // self.processor.merge_size**2).tolist() if images else []
+        patches = image_patches(self.processor, images, "take that of model=qwen_image_21") if images else {}
+        counts = image_lengths(self.processor, patches) if images else []
         text, place, kept, run = SYSTEM_MESSAGE, self._count(SYSTEM_MESSAGE), [], PROMPT_START
         for number, count in enumerate(counts, start=1):
             run += f"{' ' if kept else ''}<image{number}><|vision_start|>"
@@ -299,18 +297,8 @@ class QwenImage21Pipeline(BasePipeline):
         ids = self._shortened(ids, self._count(SYSTEM_MESSAGE) + sum(counts) + MAX_POSITIONS - taken)
         if not images:
             return {"input_ids": ids, "kept": [slice(place, None)]}
-        types = (ids == self.tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)).int()
-        tensors = {name: torch.from_numpy(array) for name, array in arrays.items()}
-        return {"input_ids": ids, "mm_token_type_ids": types, "kept": [*kept, slice(place, None)], **tensors}
-
-    def _patches(self, images: Sequence[Image.Image]) -> dict[str, np.ndarray]:
-        if self.processor is None:
-            raise ValueError(
-                "edit_image needs a processor, which prepares it for the text encoder, but model.processor is null; "
-                "take that of model=qwen_image_21."
-            )
-        # As arrays, whose values a rehearsal of `plan.py` can read.
-        return self.processor([in_mode(image, "RGB") for image in images], return_tensors="np")
+        others = image_inputs(self.tokenizer, ids, patches)
+        return {"input_ids": ids, "kept": [*kept, slice(place, None)], **others}
 
     def _count(self, text: str) -> int:
         """Number of tokens of a text before a special token."""
@@ -322,7 +310,5 @@ class QwenImage21Pipeline(BasePipeline):
         end = len(self.tokenizer([PROMPT_END]).input_ids[0])
         return ids if ids.shape[1] <= most else torch.cat([ids[:, : most - end], ids[:, -end:]], dim=1)
 
-    def cuts_off(self, prompt: str) -> bool:
-        if self.tokenizer is None:
-            return False
-        return len(self.tokenizer([PROMPT_START + prompt + PROMPT_END]).input_ids[0]) > MAX_POSITIONS
+    def prompt_text(self, prompt: str) -> str:
+        return PROMPT_START + prompt + PROMPT_END

@@ -2,8 +2,8 @@
 
 Yin et al. 2025, "Qwen-Image-Layered" (https://arxiv.org/abs/2512.15603). Networks: diffusers, transformers. A sample
 has N = n + 1 images in RGBA: the composite of all n layers, then the layers from the back to the front. Its latents are
-(B, N, 16, H/8, W/8). The transformer reads their tokens, image after image, and then those of the image to decompose.
-Constants without a source are those of diffusers' QwenImageLayeredPipeline.
+(B, N, 16, H/8, W/8). The transformer reads their tokens, image after image, then those of the image to decompose.
+Constants without a source come from diffusers' QwenImageLayeredPipeline.
 """
 
 from collections.abc import Mapping, Sequence
@@ -18,7 +18,7 @@ from ..core.gradient import checkpoint_blocks
 from ..core.loader import ModelConfig
 from ..core.ranges import NonNegativeFloat, PositiveInt, SamplingSteps, Side
 from ..diffusion.base_pipeline import BasePipeline
-from ..diffusion.flow_match import exponential_shift, stretch_to_terminal
+from ..diffusion.flow_match import chosen_shift, exponential_shift, linear_levels, stretch_to_terminal
 from ..diffusion.pipeline import image_units
 from ..diffusion.pipeline.components import Folder, Network
 from ..diffusion.pipeline.kv_cache import KVCache
@@ -28,18 +28,16 @@ from ..diffusion.pipeline.units import PipelineUnit
 from ..diffusion.pipeline.vae import Latents
 from ..diffusion.template.cache import append_text
 from ..diffusion.template.lora import InputLoRA, added
-from .packing import pack_latents, unpack_latents
+from .autoencoders.qwen_image import QwenImageVAE
 from .qwen_image import (
     LORA_NAMES,
-    TERMINAL_SIGMA,
-    TEXT_LORA_NAMES,
-    TRAINING_MU,
     QwenImagePipeline,
     QwenImageUnit_PromptEmbedder,
-    QwenImageVAE,
     check_templates,
     use_joint_attention,
 )
+from .shared.qwen import TERMINAL_SIGMA, TEXT_LORA_NAMES
+from .shared.tokens import pack_latents, unpack_latents
 
 __all__ = ["ModelConfig", "QwenImageLayeredPipeline"]
 
@@ -52,16 +50,14 @@ def qwen_image_layered_sigmas(
     dynamic_shift_len: int | None = None,
     exponential_shift_mu: float | None = None,
 ) -> Tensor:
-    """Noise levels (N,): those of Qwen-Image with μ = √(tokens / 256).
+    """Noise levels (N,): Qwen-Image's with μ = √(tokens / 256).
 
     Args:
         dynamic_shift_len: Number of tokens of one image, H/16 · W/16; None takes the training grid's μ = 0.8.
         exponential_shift_mu: μ itself, which overrides the other two.
     """
-    linear = torch.linspace(denoising_strength, 0, num_inference_steps + 1)[:-1]
-    mu = exponential_shift_mu
-    if mu is None:
-        mu = TRAINING_MU if dynamic_shift_len is None else (dynamic_shift_len / SHIFT_TOKENS) ** 0.5
+    linear = linear_levels(num_inference_steps, denoising_strength)
+    mu = chosen_shift(dynamic_shift_len, exponential_shift_mu, lambda tokens: (tokens / SHIFT_TOKENS) ** 0.5)
     return stretch_to_terminal(exponential_shift(linear, mu), TERMINAL_SIGMA)
 
 
@@ -133,13 +129,16 @@ class QwenImageLayeredUnit_InputImageEmbedder(PipelineUnit):
 
     def process(self, pipe, input_image, noise, tiled, tile_size, tile_stride):
         if input_image is None:
-            return {"latents": noise, "input_latents": None}
+            return image_units.starting_from(pipe, noise, None)
         encoded = image_units.encode_images(pipe, input_image, tiled, tile_size, tile_stride)
-        input_latents = torch.cat(list(encoded)).unsqueeze(0)
-        if pipe.scheduler.training:
-            return {"latents": noise, "input_latents": input_latents}
-        latents = pipe.scheduler.add_noise(input_latents, noise, pipe.scheduler.timesteps[0])
-        return {"latents": latents, "input_latents": input_latents}
+        return image_units.starting_from(pipe, noise, torch.cat(list(encoded)).unsqueeze(0))
+
+    def process_batch(self, pipe, batch):
+        """Encode the images of all rows of training data together."""
+        images = [image for inputs in batch for image in inputs["input_image"]]
+        encoded = iter(image_units.encode_images(pipe, images, *image_units.tiling(batch[0])))
+        stacks = [torch.cat([next(encoded) for _ in inputs["input_image"]]).unsqueeze(0) for inputs in batch]
+        return [{"latents": inputs["noise"], "input_latents": own} for inputs, own in zip(batch, stacks, strict=True)]
 
 
 class QwenImageLayeredUnit_ConditionEmbedder(PipelineUnit):
@@ -149,15 +148,26 @@ class QwenImageLayeredUnit_ConditionEmbedder(PipelineUnit):
         super().__init__(output_params=("condition_latents",), onload_model_names=("vae",))
 
     def process(self, pipe, layer_input_image, height, width, tiled, tile_size, tile_stride):
-        images = image_units.image_list(layer_input_image, "layer_input_image", pipe.media.mode)
-        if len(images) != 1:
-            raise ValueError(
-                f"layer_input_image has {len(images)} images, expected the one to decompose; give it, or in a training "
-                "list the column in task.extra_inputs and dataset.data_file_keys."
-            )
-        sized = images[0].resize((width, height), Image.Resampling.LANCZOS)
-        (latents,) = image_units.encode_images(pipe, [sized], tiled, tile_size, tile_stride)
+        image = _to_decompose(pipe, layer_input_image, width, height)
+        (latents,) = image_units.encode_images(pipe, [image], tiled, tile_size, tile_stride)
         return {"condition_latents": latents}
+
+    def process_batch(self, pipe, batch):
+        """Encode the images of all rows; those of equal size go through the autoencoder together."""
+        images = [_to_decompose(pipe, *(row[n] for n in ("layer_input_image", "width", "height"))) for row in batch]
+        encoded = image_units.encode_images(pipe, images, *image_units.tiling(batch[0]))
+        return [{"condition_latents": latents} for latents in encoded]
+
+
+def _to_decompose(pipe: BasePipeline, value: Image.Image | None, width: int, height: int) -> Image.Image:
+    """The image to decompose in the sample's size."""
+    images = image_units.image_list(value, "layer_input_image", pipe.media.mode)
+    if len(images) != 1:
+        raise ValueError(
+            f"layer_input_image has {len(images)} images, expected the one to decompose; give it, or in a training "
+            "list the column in task.extra_inputs and dataset.data_file_keys."
+        )
+    return images[0].resize((width, height), Image.Resampling.LANCZOS)
 
 
 # Pipeline -------------------------------------------------------------------------------------------------------------
@@ -196,11 +206,11 @@ class QwenImageLayeredPipeline(QwenImagePipeline):
     }
     latents = Latents(channels=16, factor=8, patch=2)
     media = LayersMedia()
-    in_iteration_models = ("dit",)
+    control_family, in_iteration_models = None, ("dit",)
     model_fn = staticmethod(model_fn_qwen_image_layered)
     sigma_grid = staticmethod(qwen_image_layered_sigmas)
     model_settings = ("layer_num",)
-    guided_velocity = BasePipeline.guided_velocity
+    combined = BasePipeline.combined
     one_sided_arguments = BasePipeline.one_sided_arguments
     processor = None
     unit_classes = (
@@ -212,6 +222,7 @@ class QwenImageLayeredPipeline(QwenImagePipeline):
     )
 
     def check_networks(self) -> None:
+        super().check_networks()
         config = self.dit and self.dit.config
         if config and not (config.use_layer3d_rope and config.use_additional_t_cond):
             raise ValueError(

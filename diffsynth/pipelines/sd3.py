@@ -3,12 +3,12 @@
 Esser et al. 2024, "Scaling Rectified Flow Transformers for High-Resolution Image Synthesis"
 (https://arxiv.org/abs/2403.03206). Networks: diffusers, transformers.
 Latents are (B, 16, H/8, W/8); the transformer reads 2 × 2 latent pixels as a token. Two CLIPs and a T5 read the prompt;
-one that is absent gives zeros, as in the training. Constants are those of the released pipeline (diffusers'
+one that is absent gives zeros, as in the training. Constants come from the released pipeline (diffusers'
 StableDiffusion3Pipeline) unless a comment says otherwise. Skip-layer guidance is left out.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -21,21 +21,17 @@ from ..core.loader import ModelConfig
 from ..core.ranges import NonNegativeFloat, SamplingSteps, Tokens
 from ..diffusion.adapters.names import LayerNames
 from ..diffusion.base_pipeline import BasePipeline
-from ..diffusion.controlnet.inputs import ControlRequest
-from ..diffusion.controlnet.several import PLACES, built, check_controlnets, places
-from ..diffusion.flow_match import TRAINING_STEPS, time_shift
+from ..diffusion.controlnet.inputs import InpaintControlEmbedder, InpaintControlRequest
+from ..diffusion.flow_match import TRAINING_STEPS, linear_levels, time_shift
 from ..diffusion.pipeline.components import Folder, Network
-from ..diffusion.pipeline.image_units import Inpaint, InputImageEmbedder, LossMask, NoiseInitializer, ShapeChecker
+from ..diffusion.pipeline.image_units import IMAGE_UNITS
 from ..diffusion.pipeline.units import PipelineUnit
 from ..diffusion.pipeline.vae import Latents
 from .autoencoders.kl import NormalisedAutoencoderKL
 from .controlnets.sd3 import (
-    CONTROL_START,
+    CONTROL_FAMILY,
     SD3ControlNet,
-    SD3Unit_ControlEmbedder,
     block_samples,
-    check_controlnet,
-    control_inputs,
 )
 
 __all__ = ["ModelConfig", "SD3Pipeline"]
@@ -79,8 +75,7 @@ def sd3_sigmas(num_inference_steps: int, denoising_strength: float = 1.0) -> Ten
 
     The linear levels end at the least level of a grid that is shifted already, so that the last one is shifted twice.
     """
-    first = LAST_LINEAR + (1 - LAST_LINEAR) * denoising_strength
-    return time_shift(torch.linspace(first, LAST_LINEAR, num_inference_steps), SHIFT)
+    return time_shift(linear_levels(num_inference_steps, denoising_strength, last=LAST_LINEAR), SHIFT)
 
 
 def model_fn_sd3(
@@ -89,9 +84,7 @@ def model_fn_sd3(
     timestep: Tensor,
     prompt_emb: Tensor,
     pooled_prompt_emb: Tensor,
-    controlnet: SD3ControlNet | None = None,
-    controlnet_2: SD3ControlNet | None = None,
-    controlnet_3: SD3ControlNet | None = None,
+    controlnets: Sequence[SD3ControlNet] = (),
     control_latents: Sequence[Tensor] = (),
     controlnet_scale: float | Sequence[float] = 1.0,
     use_gradient_checkpointing: bool = False,
@@ -100,12 +93,12 @@ def model_fn_sd3(
     """Velocity (B, 16, h, w) of noisy latents (B, 16, h, w) at timesteps (B,) in [0, 1000].
 
     Args:
-        prompt_emb: Text embeddings (B, 77 + L, D), those of CLIP before those of T5; padding is attended to, too.
+        prompt_emb: Text embeddings (B, 77 + L, D), CLIP's before T5's; padding is attended to, too.
         pooled_prompt_emb: Embeddings (B, P) of the whole prompt.
         control_latents: Latents (B, 16 or 17, h, w) of each image that a ControlNet reads.
     """
-    checkpointing = use_gradient_checkpointing, use_gradient_checkpointing_offload
-    checkpoint_blocks(dit, *checkpointing)
+    for network in (dit, *controlnets):
+        checkpoint_blocks(network, use_gradient_checkpointing, use_gradient_checkpointing_offload)
     inputs = {
         "hidden_states": latents.to(dit.dtype),
         "timestep": timestep,
@@ -114,8 +107,7 @@ def model_fn_sd3(
     }
     samples = None
     if control_latents:
-        controlnets = built(controlnet, controlnet_2, controlnet_3)
-        samples = block_samples(controlnets, dit, inputs, control_latents, controlnet_scale, checkpointing)
+        samples = block_samples(controlnets, dit, inputs, control_latents, controlnet_scale)
     return dit(**inputs, block_controlnet_hidden_states=samples, return_dict=False)[0]
 
 
@@ -151,7 +143,7 @@ class SD3Unit_PromptEmbedder(PipelineUnit):
 
 
 @dataclass(kw_only=True)
-class SD3Request(ControlRequest):
+class SD3Request(InpaintControlRequest):
     """Sample one image with Stable Diffusion 3.5.
 
     Args:
@@ -173,32 +165,26 @@ class SD3Pipeline(BasePipeline):
         "text_encoder_2": Network("CLIPTextModelWithProjection", lora="text_encoder_2", optional=True),
         "text_encoder_3": Network("T5EncoderModel", lora="text_encoder_3", optional=True),
         "vae": Network(NormalisedAutoencoderKL),
-        **places(SD3ControlNet, CONTROL_START),
         "tokenizer": Folder("CLIPTokenizer", needed_by="text_encoder"),
         "tokenizer_2": Folder("CLIPTokenizer", needed_by="text_encoder_2"),
         "tokenizer_3": Folder("T5TokenizerFast", needed_by="text_encoder_3"),
     }
     latents = Latents(channels=16, factor=8, patch=2)
-    in_iteration_models = ("dit", *PLACES)
+    control_family = CONTROL_FAMILY
     model_fn = staticmethod(model_fn_sd3)
     sigma_grid = staticmethod(sd3_sigmas)
     model_settings = ("max_sequence_length",)
+    prompt_tokenizer = "tokenizer_3"
+    text_widths = {"text_encoder_3": lambda dit, own: (dit.config.joint_attention_dim, own.config.d_model)}
     unit_classes = (
-        ShapeChecker,
-        NoiseInitializer,
-        InputImageEmbedder,
-        Inpaint,
-        LossMask,
-        SD3Unit_ControlEmbedder,
+        *IMAGE_UNITS,
+        InpaintControlEmbedder,
         SD3Unit_PromptEmbedder,
     )
-    text_width, pooled_width = 4096, 2048  # D and P of the released transformers; `check_networks` reads those of `dit`
+    text_width, pooled_width = 4096, 2048  # D and P as released; those of `dit` once it is built
 
     def check_networks(self) -> None:
-        check_controlnets(self, control_inputs, check_controlnet)
-        if self.dit is not None:
-            config = self.dit.config
-            self.text_width, self.pooled_width = config.joint_attention_dim, config.pooled_projection_dim
+        super().check_networks()
         first, second = self.text_encoder, self.text_encoder_2
         widths = [encoder.config.projection_dim for encoder in (first, second) if encoder is not None]
         if sorted(widths) != widths:
@@ -208,14 +194,19 @@ class SD3Pipeline(BasePipeline):
             )
         if self.dit is None:
             return
-        pooled = sum(widths) if len(widths) == 2 else max([self.pooled_width, *widths])
-        width = self.text_width if self.text_encoder_3 is None else self.text_encoder_3.config.d_model
-        if (pooled, width) != (self.pooled_width, self.text_width):
+        wanted = self.dit.config.pooled_projection_dim
+        pooled = sum(widths) if len(widths) == 2 else max([wanted, *widths])
+        if pooled != wanted:
             raise ValueError(
-                f"dit takes pooled embeddings of width {self.pooled_width} and text embeddings of width "
-                f"{self.text_width}, but the CLIPs make {pooled} and T5 {width}: they are of different models; take "
-                "the text encoders that were released with the transformer."
+                f"dit takes pooled embeddings of width {wanted}, but the CLIPs make {pooled}: they are of different "
+                "models; take the text encoders that were released with the transformer."
             )
+
+    def build_models(self, model_configs: Iterable[ModelConfig] | Mapping[str, ModelConfig]) -> None:
+        super().build_models(model_configs)
+        if self.dit is not None:
+            config = self.dit.config
+            self.text_width, self.pooled_width = config.joint_attention_dim, config.pooled_projection_dim
 
     def require(self, users: Mapping[str, str]) -> None:
         """Refuse a pipeline without a model that is needed; of the text encoders one is enough."""
@@ -276,6 +267,6 @@ class SD3Pipeline(BasePipeline):
     def cuts_off(self, prompt: str) -> bool:
         """Whether T5 truncates a prompt, or without T5 the CLIPs; needs no weights."""
         if self.tokenizer_3 is not None:
-            return len(self.tokenizer_3(prompt).input_ids) > self.call_defaults["max_sequence_length"]
+            return super().cuts_off(prompt)
         present = [tokenizer for tokenizer in (self.tokenizer, self.tokenizer_2) if tokenizer is not None]
         return any(len(tokenizer(prompt).input_ids) > CLIP_TOKENS for tokenizer in present)

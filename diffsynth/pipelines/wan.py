@@ -33,8 +33,9 @@ from ..diffusion.pipeline.video_units import (
     VideoNoiseInitializer,
     VideoShapeChecker,
 )
-from ..diffusion.prompts.embedder import PromptEmbedder, check_text_width
+from ..diffusion.prompts.embedder import PromptEmbedder
 from .autoencoders.wan import WanVAE
+from .layouts.wan import LORA_NAMES, TRANSFORMER_LAYOUT, UMT5_LAYOUT, VAE_LAYOUT
 
 __all__ = ["ModelConfig", "Wan22TI2VPipeline", "WanPipeline"]
 
@@ -158,9 +159,9 @@ class WanPipeline(BasePipeline):
 
     request = WanRequest
     components = {
-        "dit": Network("WanTransformer3DModel", lora="transformer"),
-        "text_encoder": Network("UMT5EncoderModel", lora="text_encoder"),
-        "vae": Network(WanVAE),
+        "dit": Network("WanTransformer3DModel", lora=LORA_NAMES, layouts=[TRANSFORMER_LAYOUT]),
+        "text_encoder": Network("UMT5EncoderModel", lora="text_encoder", layouts=[UMT5_LAYOUT]),
+        "vae": Network(WanVAE, layouts=[VAE_LAYOUT]),
         "tokenizer": Folder("AutoTokenizer", needed_by="text_encoder"),
     }
     latents = Latents(channels=16, factor=8, patch=2, time_factor=4)
@@ -177,10 +178,11 @@ class WanPipeline(BasePipeline):
     )
     dit_channels: ClassVar[Sequence[int]] = (16,)  # numbers of channels that the transformer may read
 
+    text_widths = {"text_encoder": lambda dit, own: (dit.config.text_dim, own.config.d_model)}
+
     def check_networks(self) -> None:
+        super().check_networks()
         check_channels(self)
-        if self.dit is not None and self.text_encoder is not None:
-            check_text_width(self.dit.config.text_dim, self.text_encoder.config.d_model)
 
     def complete(self, request: Mapping) -> dict:
         whole = super().complete(request)
@@ -196,10 +198,8 @@ class WanPipeline(BasePipeline):
                 "model=wan22_ti2v_5b."
             )
 
-    def cuts_off(self, prompt: str) -> bool:
-        if self.tokenizer is None:
-            return False
-        return len(self.tokenizer(cleaned(prompt)).input_ids) > self.call_defaults["max_sequence_length"]
+    def prompt_text(self, prompt: str) -> str:
+        return cleaned(prompt)
 
 
 class Wan22TI2VPipeline(WanPipeline):

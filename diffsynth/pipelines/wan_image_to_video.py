@@ -21,6 +21,7 @@ from ..diffusion.pipeline.components import Folder, Network
 from ..diffusion.pipeline.image_units import image_list
 from ..diffusion.pipeline.units import PipelineUnit
 from ..diffusion.pipeline.video_units import FirstFrameEmbedder, as_frame
+from .layouts.wan import CLIP_LAYOUT
 from .wan import MAX_PROMPT_TOKENS, WanPipeline, WanRequest
 
 __all__ = ["ModelConfig", "WanImageToVideoPipeline"]
@@ -167,7 +168,7 @@ class WanImageToVideoPipeline(WanPipeline):
 
     request = WanImageToVideoRequest
     components = WanPipeline.components | {
-        "image_encoder": Network("CLIPVisionModel", optional=True),
+        "image_encoder": Network("CLIPVisionModel", optional=True, layouts=[CLIP_LAYOUT]),
         "image_processor": Folder("CLIPImageProcessorPil"),
     }
     model_fn = staticmethod(model_fn_wan_image_to_video)

@@ -32,6 +32,7 @@ from ..diffusion.pipeline.video_units import (
     behind,
     encode_videos,
 )
+from .layouts.wan import LORA_NAMES, TRANSFORMER_LAYOUT
 from .wan import WanPipeline, WanRequest, WanUnit_PromptEmbedder
 
 __all__ = ["ModelConfig", "WanVACEPipeline"]
@@ -199,7 +200,9 @@ class WanVACEPipeline(WanPipeline):
     """VACE on diffusers' transformer and Wan 2.1's autoencoder, and transformers' UMT5."""
 
     request = WanVACERequest
-    components = WanPipeline.components | {"dit": Network("WanVACETransformer3DModel", lora="transformer")}
+    components = WanPipeline.components | {
+        "dit": Network("WanVACETransformer3DModel", lora=LORA_NAMES, layouts=[TRANSFORMER_LAYOUT])
+    }
     model_fn = staticmethod(model_fn_wan_vace)
     unit_classes = (
         VideoShapeChecker,

@@ -2,7 +2,7 @@
 
 Tongyi-MAI 2025, "Z-Image" (https://arxiv.org/abs/2511.22699). Networks: diffusers, transformers.
 Latents are (B, 16, H/8, W/8); the transformer reads 2 × 2 latent pixels as a token. It takes a list of samples, each
-with tokens of its own, reads 1 - σ instead of σ, and predicts -v. Constants are those of the released pipelines
+with tokens of its own, reads 1 - σ instead of σ, and predicts -v. Constants come from the released pipelines
 (diffusers' ZImagePipeline, ZImageOmniPipeline) unless a comment says otherwise.
 """
 
@@ -20,32 +20,21 @@ from ..core.loader import ModelConfig
 from ..core.ranges import NonNegativeFloat, SamplingSteps, Tokens
 from ..diffusion.adapters.names import LayerNames
 from ..diffusion.base_pipeline import BasePipeline
-from ..diffusion.controlnet.inputs import ControlRequest
-from ..diffusion.controlnet.several import PLACES, built, check_controlnets, places
-from ..diffusion.flow_match import time_shift
+from ..diffusion.flow_match import linear_levels, time_shift
 from ..diffusion.pipeline.components import Folder, Network
-from ..diffusion.pipeline.image_units import (
-    EditImageEmbedder,
-    Inpaint,
-    InputImageEmbedder,
-    LossMask,
-    NoiseInitializer,
-    ShapeChecker,
-    edit_images,
-)
+from ..diffusion.pipeline.image_units import IMAGE_UNITS, EditImageEmbedder, edit_images
 from ..diffusion.pipeline.request import EDIT_IMAGE_PIXELS, EditRequest
 from ..diffusion.pipeline.units import PipelineUnit
 from ..diffusion.pipeline.vae import Latents
-from ..diffusion.prompts.embedder import PromptEmbedder, check_text_width
+from ..diffusion.prompts.embedder import PromptEmbedder
 from ..diffusion.prompts.hidden_states import hidden_states
 from .autoencoders.kl import NormalisedAutoencoderKL
 from .controlnets.z_image import (
-    CONTROL_START,
+    CONTROL_FAMILY,
     ZImageControlNet,
+    ZImageControlRequest,
     ZImageUnit_ControlEmbedder,
     block_samples,
-    check_controlnet,
-    control_inputs,
 )
 
 __all__ = ["ModelConfig", "ZImagePipeline"]
@@ -54,7 +43,7 @@ SHIFT = 3.0
 MAX_PROMPT_TOKENS = 512
 NOISY, CLEAN = 1, 0  # how the network of Omni marks images
 BLOCKS = ("layers", "noise_refiner", "context_refiner", "siglip_refiner")
-# The names here are those that ComfyUI, diffusers and DiffSynth-Studio read; the original fuses query, key and value.
+# ComfyUI, diffusers and DiffSynth-Studio read the names here; the original fuses query, key and value.
 LORA_NAMES = LayerNames(
     prefix="transformer",
     comfyui="diffusion_model.",
@@ -72,8 +61,7 @@ LORA_NAMES = LayerNames(
 
 def z_image_sigmas(num_inference_steps: int, denoising_strength: float = 1.0) -> Tensor:
     """Noise levels (N,) of Z-Image: linear, then shifted by a constant factor of 3 at every resolution."""
-    linear = torch.linspace(denoising_strength, 0, num_inference_steps + 1)[:-1]
-    return time_shift(linear, SHIFT)
+    return time_shift(linear_levels(num_inference_steps, denoising_strength), SHIFT)
 
 
 def model_fn_z_image(
@@ -84,9 +72,7 @@ def model_fn_z_image(
     prompt_emb_lengths: Sequence[Sequence[int]],
     edit_latents: Sequence[Tensor] = (),
     edit_features: Sequence[Tensor] = (),
-    controlnet: ZImageControlNet | None = None,
-    controlnet_2: ZImageControlNet | None = None,
-    controlnet_3: ZImageControlNet | None = None,
+    controlnets: Sequence[ZImageControlNet] = (),
     control_latents: Sequence[Tensor] = (),
     controlnet_scale: float | Sequence[float] = 1.0,
     use_gradient_checkpointing: bool = False,
@@ -101,8 +87,8 @@ def model_fn_z_image(
         edit_features: Features (B, h'', w'', D') of the same images; Omni only.
         control_latents: Latents (B, 16 or 33, h, w) of each image that a ControlNet reads.
     """
-    checkpointing = use_gradient_checkpointing, use_gradient_checkpointing_offload
-    checkpoint_blocks(dit, *checkpointing)
+    for network in (dit, *controlnets):
+        checkpoint_blocks(network, use_gradient_checkpointing, use_gradient_checkpointing_offload)
     clean_time = 1 - timestep / 1000
     images = by_sample([image.to(dit.dtype).unsqueeze(2) for image in (*edit_latents, latents)])
     texts = [
@@ -112,9 +98,8 @@ def model_fn_z_image(
     if dit.config.siglip_feat_dim is None:
         inputs = {"x": [image for (image,) in images], "cap_feats": [text for (text,) in texts], "t": clean_time}
         if control_latents:
-            controlnets = built(controlnet, controlnet_2, controlnet_3)
-            control = {"control_latents": control_latents, "scale": controlnet_scale, "checkpointing": checkpointing}
-            inputs["controlnet_block_samples"] = block_samples(controlnets, dit, inputs, **control)
+            samples = block_samples(controlnets, dit, inputs, control_latents, controlnet_scale)
+            inputs["controlnet_block_samples"] = samples
     else:
         features = [[*own, None] for own in by_sample([feature.to(dit.dtype) for feature in edit_features])]
         marks = [CLEAN] * len(edit_latents) + [NOISY]
@@ -186,15 +171,15 @@ class ZImageUnit_EditImageFeatures(PipelineUnit):
 
 
 @dataclass(kw_only=True)
-class ZImageRequest(EditRequest, ControlRequest):
+class ZImageRequest(EditRequest, ZImageControlRequest):
     """Sample one image with Z-Image; only Omni reads `edit_image`.
 
     Args:
-        max_sequence_length: Tokens that a prompt is truncated to, including those of the chat template.
+        max_sequence_length: Tokens that a prompt is truncated to, including the chat template's.
     """
 
     num_inference_steps: SamplingSteps = 50
-    cfg_scale: NonNegativeFloat = 6.0  # the released scale of 5 counts from the conditional velocity on
+    cfg_scale: NonNegativeFloat = 6.0  # diffusers' guidance_scale + 1: released with 5
     max_sequence_length: Tokens = MAX_PROMPT_TOKENS
 
 
@@ -207,42 +192,31 @@ class ZImagePipeline(BasePipeline):
         "text_encoder": Network("Qwen3Model", "Qwen3ForCausalLM", lora="text_encoder"),
         "vae": Network(NormalisedAutoencoderKL),
         "siglip": Network("Siglip2VisionModel", optional=True),
-        **places(ZImageControlNet, CONTROL_START),
         "tokenizer": Folder("AutoTokenizer", needed_by="text_encoder"),
         "siglip_processor": Folder("Siglip2ImageProcessorPil"),
     }
     latents = Latents(channels=16, factor=8, patch=2)
-    in_iteration_models = ("dit", *PLACES)
+    control_family = CONTROL_FAMILY
     model_fn = staticmethod(model_fn_z_image)
     sigma_grid = staticmethod(z_image_sigmas)
     model_settings = ("max_sequence_length", "edit_image_pixels")
+    text_widths = {"text_encoder": lambda dit, own: (dit.config.cap_feat_dim, own.config.hidden_size)}
     unit_classes = (
-        ShapeChecker,
-        NoiseInitializer,
-        InputImageEmbedder,
-        Inpaint,
-        LossMask,
+        *IMAGE_UNITS,
         ZImageUnit_EditImageEmbedder,
         ZImageUnit_EditImageFeatures,
         ZImageUnit_ControlEmbedder,
         ZImageUnit_PromptEmbedder,
     )
 
-    def check_networks(self) -> None:
-        check_controlnets(self, control_inputs, check_controlnet)
-        if self.dit is None or self.text_encoder is None:
-            return
-        check_text_width(self.dit.config.cap_feat_dim, self.text_encoder.config.hidden_size)
-
     def image_features(self, image: Image.Image) -> Tensor:
-        """SigLIP's features (1, h, w, D) of an image, one a patch."""
+        """SigLIP's features (1, h, w, D) of an image, one per patch."""
         arrays = self.siglip_processor(images=[image], return_tensors="np")
         height, width = arrays["spatial_shapes"][0].tolist()
         tensors = {name: torch.from_numpy(array).to(self.device) for name, array in arrays.items()}
         features = self.siglip(**tensors).last_hidden_state[:, : height * width]
         return features.unflatten(1, (height, width))
 
-    def cuts_off(self, prompt: str) -> bool:
-        if self.tokenizer is None:
-            return False
-        return len(self.tokenizer(pieces(prompt)[0]).input_ids) > self.call_defaults["max_sequence_length"]
+    def prompt_text(self, prompt: str) -> str:
+        (text,) = pieces(prompt)
+        return text

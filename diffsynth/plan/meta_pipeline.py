@@ -4,22 +4,19 @@ Architectures come from a model's own config.json; those of released models are 
 """
 
 import inspect
-import json
 import re
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cache
 from pathlib import Path, PurePosixPath
 
 import torch
 from torch import nn
 from transformers import BatchEncoding
 
-from ..core.loader import ModelConfig
+from ..core.loader import ModelConfig, read_object
 from ..diffusion.base_pipeline import BasePipeline
-from ..diffusion.pipeline.components import Folder
-
-ARCHITECTURES = Path(__file__).parent / "architectures"  # config.json of released models, so that a plan works offline
+from ..diffusion.pipeline.architectures import architectures, names, released_config
+from ..diffusion.pipeline.components import Folder, Network
 
 IMAGE_INPUTS = ("pixel_values", "image_grid_thw", "mm_token_type_ids")  # of transformers' vision-language models
 
@@ -77,7 +74,9 @@ def meta_pipeline(model: Callable[..., BasePipeline], tokens: int) -> BasePipeli
         FileNotFoundError: The architecture of a model is neither on disk, nor in this package, nor downloadable.
     """
     parts = _parts(model)
-    architectures_of = {name: Architecture(find_config(part)) for name, part in _networks(model).items()}
+    networks, given = model.func.__self__.networks(), _networks(model)
+    found = {name: find_config(part, networks[name], name, given.values()) for name, part in given.items()}
+    architectures_of = {name: Architecture(config) for name, config in found.items()}
     folders = {n: part for n, part in model.func.__self__.components.items() if isinstance(part, Folder)}
     tokenizers = {name: folder.needed_by for name, folder in folders.items() if not folder.is_optional}
     encoders = {name: architectures_of.pop(name) for name in tokenizers.values() if name in architectures_of}
@@ -121,25 +120,36 @@ def _networks(model: Callable[..., BasePipeline]) -> dict[str, ModelConfig]:
     return {name: part for name, part in _parts(model).items() if name in networks}
 
 
-def find_config(part: ModelConfig) -> Path | Mapping:
-    """Return a model's config.json or its content, from beside its weights, from this package, or from the hub."""
+def find_config(part: ModelConfig, network: Network, name: str, parts: Collection[ModelConfig]) -> Path | Mapping:
+    """Return a model's config.json or its content, from beside its weights, from this package, or from the hub.
+
+    Args:
+        name: Name of the network in the pipeline.
+        parts: Where the networks of the model are.
+    """
+    name = network.lora.prefix if network.lora else name
     if part.config is not None:
-        return Path(part.config)
-    if part.path is not None:
-        first = Path(part.path if isinstance(part.path, str) else part.path[0])
-        return first if first.is_dir() else first.parent
-    component = str(PurePosixPath(str(part.origin_file_pattern)).parent)
-    if (part.folder / component / "config.json").exists():
-        return part.folder / component
+        return architectures().get(part.config, {}).get(name) or Path(part.config)
+    folder = _folder(part)
+    if (folder / "config.json").exists() and (
+        not network.layouts or names(read_object(folder / "config.json"), network)
+    ):
+        return folder
+    component = "" if part.path else str(PurePosixPath(str(part.origin_file_pattern)).parent)
     known = architectures().get(part.model_id, {}).get(component)
+    if network.layouts and component != name:  # the layout of the authors has no such folder
+        known = released_config(name, [part, *parts])
+    if part.path is not None:
+        return known or folder
     return known or replace(part, origin_file_pattern=f"{component}/config.json").resolve()[0]
 
 
-@cache
-def architectures() -> dict[str, dict[str, Mapping]]:
-    """Return the configurations of released models, by repository and component."""
-    families = [json.loads(file.read_text()) for file in sorted(ARCHITECTURES.glob("*.json"))]
-    return {repository: family["components"] for family in families for repository in family["repositories"]}
+def _folder(part: ModelConfig) -> Path:
+    """The folder of a model's weights."""
+    if part.path is None:
+        return part.folder / PurePosixPath(str(part.origin_file_pattern)).parent
+    first = Path(part.path if isinstance(part.path, str) else part.path[0])
+    return first if first.is_dir() else first.parent
 
 
 def needs_download(model: Callable[..., BasePipeline]) -> bool:

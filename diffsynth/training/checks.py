@@ -15,6 +15,9 @@ if TYPE_CHECKING:
     from ..diffusion.loss import Objective
     from ..diffusion.pipeline.media import Media
     from ..diffusion.template.model import Template
+    from ..diffusion.training_module import PipelineTrainingModule
+    from .absent import NoEMA
+    from .ema import EMA
     from .run import Run
 
 
@@ -110,6 +113,19 @@ def check_one_size(dataset: TrainingData, micro_batch_size: int) -> None:
             f"{dataset.metadata_path}: images have {len(dataset.own_sizes)} sizes, from {smallest} to {largest}; "
             f"a forward of {micro_batch_size} samples needs one; set dataset.buckets=true, or dataset.height=… "
             "dataset.width=…, or micro_batch_size=1"
+        )
+
+
+def check_average(ema: "EMA | NoEMA", module: "PipelineTrainingModule") -> None:
+    """Refuse an average of weights where networks take turns, because only that of the first one would be averaged.
+
+    Raises:
+        ValueError: The run has both; the message says what to set.
+    """
+    if "ema" in ema.weights and module.taking_turns:
+        raise ValueError(
+            f"ema averages the weights of one network, but {' and '.join(module.taking_turns)} are trained in turns; "
+            "set ema=none, or train one in a run: expert=high or expert=low."
         )
 
 

@@ -45,7 +45,7 @@ def check_counters(counters: Any) -> None:
 
 
 def check_weights(weights: Any) -> None:
-    """Check the weights of a trained part, but for their shapes: other ones are those of another model, no damage."""
+    """Check the weights of a trained part, except their shapes: other shapes mean another model, no damage."""
     expect(_are_floats(weights), "floating-point weights by name")
 
 

@@ -631,14 +631,11 @@ def test_a_cache_of_other_code_is_refused(whole, monkeypatch):
         (["model.vae=null", *EVALUATING], "validation needs vae, but model.vae is null"),
     ],
 )
-def test_what_does_not_fit_is_said_before_weights_are_read(overrides, message, cache, no_weights_are_read):
+def test_a_run_that_does_not_fit_its_cache_is_refused_before_weights_are_read(
+    overrides, message, cache, no_weights_are_read
+):
     with pytest.raises(ValueError, match=message):
         from_cache(cache.parent, *overrides)
-
-
-@pytest.fixture
-def no_weights_are_read(monkeypatch):
-    monkeypatch.setattr("diffsynth.diffusion.pipeline.networks.load_weights", None)
 
 
 @pytest.mark.parametrize("model, user", [("vae", IMAGES), ("text_encoder", PROMPTS)])

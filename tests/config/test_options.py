@@ -109,6 +109,21 @@ def test_every_tunable_says_what_it_does(path):
     assert [line for above, line in pairs if tunable.match(line) and "#" not in line + above] == []
 
 
+def lines_of_model(name: str) -> list[str]:
+    """The lines of a model's file, after those of the files that it extends."""
+    text = (CONF / "model" / f"{name}.yaml").read_text()
+    extended = [item for item in yaml.safe_load(text).get("defaults", []) if "@" not in item]
+    return [line for item in extended for line in lines_of_model(item)] + text.splitlines()
+
+
+@pytest.mark.parametrize("name", options("model"))
+def test_every_setting_of_a_model_says_what_it_does(name):
+    """In its file or in one that this extends; `_network.yaml` explains the components."""
+    lines = [line for line in lines_of_model(name) if re.match(r"(?!_target_|_partial_|defaults)\w+: (?!\{)", line)]
+    explained = {line.split(":")[0] for line in lines if "  # " in line}
+    assert {line.split(":")[0] for line in lines} == explained
+
+
 EXPERIMENTS = [name for name in options("experiment") if belongs("train", "experiment", name)]
 DEBUGS = options("debug")
 

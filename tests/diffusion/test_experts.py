@@ -1,9 +1,12 @@
 """Two experts: which levels each is trained on, which predicts at each step, and what a run of one of them loads."""
 
 import pytest
+import tiny
 import torch
 from families import FAMILIES
-from test_family_contract import made
+from miniatures.requests import made
+from safetensors.torch import load_file
+from test_family_contract import run
 
 from diffsynth.core.data import Row, Sample, SampleAddress
 from diffsynth.core.memory import FrozenMemory
@@ -11,16 +14,17 @@ from diffsynth.diffusion.adapters.lora import LoRA
 from diffsynth.diffusion.experts import HIGH, LOW
 from diffsynth.diffusion.flow_match import FlowMatchScheduler
 from diffsynth.diffusion.pipeline.loaded_models import LoadedModels
-from diffsynth.diffusion.randomness import SampleRNG
+from diffsynth.diffusion.randomness import SampleRNG, StratifiedRNG
 from diffsynth.diffusion.timesteps import LogitNormalTimesteps, UniformTimesteps
+from diffsynth.diffusion.trained import TrainProgress
 from diffsynth.pipelines.wan import wan_sigmas
 
 FAMILY = next(family for family in FAMILIES if family.name == "wan22_t2v_a14b")
 BOUNDARY = 0.875
 
 
-def module(expert: str, **options):
-    return FAMILY.module(lora=LoRA(rank=2, models=(expert,), target_modules=list(FAMILY.layers)), **options)
+def module(*experts: str, **options):
+    return FAMILY.module(lora=LoRA(rank=2, models=experts, target_modules=list(FAMILY.layers)), **options)
 
 
 def scheduler(trained=None) -> FlowMatchScheduler:
@@ -80,9 +84,40 @@ def test_a_training_loads_and_moves_one_expert_and_the_other_one_only_if_it_samp
     torch.testing.assert_close(sampling.loss([sample], rng), training.loss([sample], rng))
 
 
-def test_both_experts_in_one_run_are_refused_with_what_to_set():
-    lora = LoRA(rank=2, models=(HIGH, LOW), target_modules=list(FAMILY.layers))
-    with pytest.raises(ValueError, match="a run trains one expert; set expert=high for dit or expert=low for dit2"):
+def test_both_experts_are_trained_in_turns_by_their_share_of_the_levels():
+    training = module(HIGH, LOW).load()
+    parts = training.trained_parts()
+    assert list(parts) == ["model", LOW]
+    for part, expert in (("model", HIGH), (LOW, LOW)):
+        assert parts[part] and all(name.startswith(f"pipe.{expert}.") for name in parts[part])
+    turns = [training.trained_at(step) for step in range(2000)]
+    assert turns == [training.trained_at(step) for step in range(2000)]
+    assert turns.count(("model",)) / 2000 == pytest.approx(0.417, abs=0.03) and turns.count((LOW,)) > 1000
+
+
+def test_a_step_of_both_moves_one_expert_and_held_out_losses_are_those_of_each_levels_expert():
+    training = module(HIGH, LOW).load()
+    samples = [Sample(Row({"video": made(FAMILY, n), "prompt": "a red apple"}), epoch=0, index=n) for n in range(3)]
+    for step in range(6):
+        training.zero_grad()
+        training(samples, TrainProgress(step, 6)).mean().backward()
+        moved = {name.split(".")[1] for name, p in training.named_parameters() if p.grad is not None}
+        assert moved == {HIGH if training.trained_at(step) == ("model",) else LOW}
+    bands = [Sample(samples[0].data, band, 0) for band in range(4)]
+    together = training.loss(bands, rng_of(range(4)))
+    alone = [training.loss([own], rng_of([band])) for band, own in enumerate(bands)]
+    torch.testing.assert_close(together, torch.cat(alone))
+
+
+def rng_of(bands) -> StratifiedRNG:
+    """Random numbers of one row in quarters of the noise levels."""
+    return StratifiedRNG(0, [SampleAddress(band, 0) for band in bands], 4)
+
+
+def test_both_experts_beside_another_model_are_refused_with_what_to_set():
+    layers = dict.fromkeys((HIGH, LOW), list(FAMILY.layers)) | {"text_encoder": ["q"]}
+    lora = LoRA(rank=2, models=tuple(layers), target_modules=layers)
+    with pytest.raises(ValueError, match=r"or both experts alone \(expert=both\); set one of them"):
         FAMILY.module(lora=lora).load()
 
 
@@ -105,3 +140,20 @@ def test_an_adapter_of_each_expert_goes_to_its_own_network(tmp_path):
         tensors, metadata = module(expert).load().export_weights()["lora"]
         save_safetensors(tensors, tmp_path / f"{expert}.safetensors", metadata)
         assert FAMILY.build().adapted_by(tmp_path / f"{expert}.safetensors") == [expert]
+
+
+def test_a_run_of_both_trains_each_resumes_and_exports_both(tmp_path, caplog):
+    for steps in (3, 4):  # the second run goes on where the first one has ended
+        in_two = tiny.run(run(FAMILY, tmp_path / "in_two", "expert=both", f"max_steps={steps}"))
+    at_once = tiny.run(run(FAMILY, tmp_path / "at_once", "expert=both", "max_steps=4"))
+    names = [f"epoch-1.{part}.safetensors" for part in ("lora", "lora_dit2")]
+    for name, expert in zip(names, (HIGH, LOW), strict=True):
+        found, expected = (load_file(folder / "weights" / name) for folder in (in_two, at_once))
+        assert found and all(torch.equal(found[key], expected[key]) for key in expected)
+        assert FAMILY.build().adapted_by(in_two / "weights" / name) == [expert]
+    assert "EXPORT IS WRONG" not in caplog.text
+
+
+def test_an_average_of_both_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="ema averages the weights of one network, but dit and dit2 are trained in"):
+        tiny.run(run(FAMILY, tmp_path, "expert=both", "ema=constant"))

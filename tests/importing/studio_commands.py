@@ -326,30 +326,65 @@ CONTROLNET = Case(
         "export.remove_prefix_in_ckpt=pipe.controlnet. export.save_steps=null"
     ],
 )
+WAN_TARGETS = "q,k,v,o,ffn.0,ffn.2"
+
+
+def wan(name: str, folder: str = "", targets: str = WAN_TARGETS, base: str = "dit", **flags: str) -> str:
+    """A command that trains a LoRA of a model of Wan's, without CLIP."""
+    vae = "Wan2.2_VAE.pth" if "5B" in name else "Wan2.1_VAE.pth"
+    patterns = (f"{folder}diffusion_pytorch_model*.safetensors", "models_t5_umt5-xxl-enc-bf16.pth", vae)
+    model = {"model_id_with_origin_paths": ",".join(f"Wan-AI/{name}:{pattern}" for pattern in patterns)}
+    lora = {"lora_base_model": base, "lora_target_modules": targets} if base else {}
+    size = {"dataset_base_path": "data/video", "height": "480", "width": "832", "num_frames": "49"}
+    return launch("wanvideo", **size | model | lora | flags)
+
+
+def our_wan(model: str, words: str, before: str = "", last: str = "export.formats=[diffsynth] ") -> str:
+    """What becomes of such a command: its words after the choices, and those after the size."""
+    return (
+        f"accelerate launch train.py model={model} {before}dataset=video_folder lr_scheduler=constant "
+        f"dataset.path=data/video dataset.height=480 dataset.width=832 dataset.num_frames=49 {words}max_steps=null "
+        f"batch_size=1 {last}export.save_steps=null"
+    )
+
+
 TWO_EXPERTS = Case(
-    "".join(
-        launch(
-            "wanvideo",
-            dataset_base_path="data/video",
-            height="480",
-            width="832",
-            num_frames="49",
-            model_id_with_origin_paths=f"Wan-AI/Wan2.2-T2V-A14B:{expert}_noise_model/diffusion_pytorch_model*.safetensors,"
-            "Wan-AI/Wan2.2-T2V-A14B:models_t5_umt5-xxl-enc-bf16.pth,Wan-AI/Wan2.2-T2V-A14B:Wan2.1_VAE.pth",
-            lora_base_model="dit",
-            lora_target_modules="q,k,v,o,ffn.0,ffn.2",
-            max_timestep_boundary=high,
-            min_timestep_boundary=low,
-        )
-        for expert, high, low in (("high", "0.417", "0"), ("low", "1", "0.417"))
-    ),
+    wan("Wan2.2-T2V-A14B", "high_noise_model/", max_timestep_boundary="0.417", min_timestep_boundary="0")
+    + wan("Wan2.2-T2V-A14B", "low_noise_model/", max_timestep_boundary="1", min_timestep_boundary="0.417"),
     [
-        f"accelerate launch train.py model=… dataset=image_folder lr_scheduler=constant dataset.path=data/video "
-        f"dataset.height=480 dataset.width=832 dataset.num_frames=49 task.timesteps.max_boundary={high} "
-        f"task.timesteps.min_boundary={low} lora.models=[dit] optimizer.lr=0.0001 max_steps=null num_epochs=1 "
-        "batch_size=1 micro_batch_size=1 export.formats=[diffsynth] export.save_steps=null"
-        for high, low in (("0.417", "0"), ("1", "0.417"))
+        our_wan("wan22_t2v_a14b", "", "expert=high "),
+        our_wan("wan22_t2v_a14b", "", "expert=low "),
     ],
+    {"max_timestep_boundary", "min_timestep_boundary"},
+)
+WAN = Case(
+    wan("Wan2.1-T2V-1.3B", targets="ffn.0")
+    + wan("Wan2.2-I2V-A14B", "low_noise_model/", "q,k", max_timestep_boundary="1", min_timestep_boundary="0.417")
+    + wan("Wan2.2-TI2V-5B", extra_inputs="input_image")
+    + wan("Wan2.1-VACE-1.3B", base="vace", remove_prefix_in_ckpt="pipe.vace.")
+    + wan("Wan2.1-VACE-1.3B", base="", trainable_models="vace", remove_prefix_in_ckpt="pipe.vace.")
+    + wan("Wan2.1-T2V-14B", base="", trainable_models="dit", model_paths='["umt5.pth"]'),
+    [
+        our_wan("wan21_t2v_1_3b", r"'lora.target_modules=blocks\.\d+\.ffn\.net\.0\.proj' "),
+        our_wan(
+            "wan22_i2v_a14b",
+            "model.boundary=0.8748 'lora.target_modules=["
+            + ",".join(rf"blocks\.\d+\.attn{number}\.to_{part}" for part in "qk" for number in "12")
+            + "]' ",
+            "expert=low ",
+        ),
+        our_wan("wan22_ti2v_5b", ""),
+        our_wan("wan21_vace_1_3b", ""),
+        our_wan(
+            "wan21_vace_1_3b",
+            "'task.trainable_models=[dit.vace_blocks,dit.vace_patch_embedding]' optimizer.lr=0.0001 ",
+            last="",
+        ).replace("lr_scheduler", "lora=none lr_scheduler"),
+        our_wan("wan21_t2v_14b", "'task.trainable_models=[dit]' optimizer.lr=0.0001 ", last="").replace(
+            "lr_scheduler", "lora=none lr_scheduler"
+        ),
+    ],
+    {"remove_prefix_in_ckpt", "model_paths"},
 )
 CASES = {
     "lora": LORA,
@@ -361,4 +396,5 @@ CASES = {
     "arguments": ARGUMENTS,
     "controlnet": CONTROLNET,
     "two_experts": TWO_EXPERTS,
+    "wan": WAN,
 }

@@ -7,9 +7,12 @@ from pathlib import Path
 
 import pytest
 import tiny
-from studio_commands import CASES, LORA, MANY_FLAGS, QWEN, TWO_EXPERTS, Case, launch
+import torch
+from diffusers import WanVACETransformer3DModel
+from studio_commands import CASES, LORA, MANY_FLAGS, QWEN, TWO_EXPERTS, Case, launch, wan
 
 from diffsynth.config import check
+from diffsynth.diffusion.adapters.lora import find_layers
 from diffsynth.importing.__main__ import main
 from diffsynth.importing.flags import FLAGS
 from diffsynth.importing.ours import OurCommand
@@ -59,9 +62,21 @@ def commands_in(script: str) -> list[tuple[str, list[str]]]:
 @pytest.mark.parametrize("name", tiny.mostly_slow(CASES, "lora", "two_experts"))
 def test_every_printed_command_composes(name, exact, tmp_path):
     found = commands_in(printed(translate(written(CASES[name], tmp_path), exact=exact)))
-    assert len(found) == (len(CASES[name].ours) if name != "two_experts" else 0)
+    assert len(found) == len(CASES[name].ours)
     for entry, overrides in found:
         check(tiny.compose(entry, *overrides), tiny.schema(entry))
+
+
+def test_layers_of_wan_are_those_of_the_part_that_is_trained(tmp_path):
+    """Their model `vace` is a part of our network, whose other blocks have layers of the same names."""
+    sizes = {"num_attention_heads": 1, "attention_head_dim": 12, "ffn_dim": 8, "num_layers": 1, "text_dim": 8}
+    with torch.device("meta"):
+        dit = WanVACETransformer3DModel(**sizes, vace_layers=[0])
+    for base, block in (("dit", "blocks.0"), ("vace", "vace_blocks.0")):
+        (ours,) = translated(Case(wan("Wan2.1-VACE-1.3B", base=base, targets="q,o"), []), tmp_path)
+        targets = tiny.compose("train", *ours.overrides).lora.target_modules
+        expected = {f"{block}.attn{number}.{name}" for number in "12" for name in ("to_q", "to_out.0")}
+        assert {*find_layers(dit, targets, "dit")} == expected
 
 
 def test_what_is_not_printed_is_the_default_already(tmp_path):

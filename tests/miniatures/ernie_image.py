@@ -7,9 +7,9 @@ from pathlib import Path
 import diffusers
 import torch
 from diffusers import ErnieImageTransformer2DModel, FlowMatchEulerDiscreteScheduler
+from miniatures.autoencoders import give_batch_norm_statistics
 from miniatures.z_image import loaded
 from tiny import kept_folder
-from tiny_flux2 import _give_statistics as give_statistics
 from tiny_flux2 import randomise
 from torch import Tensor
 from transformers import Mistral3Config, Mistral3Model
@@ -32,7 +32,7 @@ def folder() -> Path:
             file.unlink()
     train_tokenizer([], ["<|endoftext|>", "[IMG]"]).save_pretrained(root / "tokenizer")
     text_encoder().save_pretrained(root / "text_encoder")
-    give_statistics(root / "vae")
+    give_batch_norm_statistics(root / "vae")
     FlowMatchEulerDiscreteScheduler(shift=4.0).save_pretrained(root / "scheduler")
     index = {
         "_class_name": "ErnieImagePipeline",

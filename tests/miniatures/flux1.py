@@ -5,12 +5,11 @@ import shutil
 import string
 from functools import cache
 from pathlib import Path
-from unittest import mock
 
 import diffusers
 import torch
 from diffusers import ChromaTransformer2DModel, FluxControlNetModel, FluxTransformer2DModel
-from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
+from miniatures.autoencoders import encoding_to_means
 from PIL import Image
 from tiny import kept_folder
 from torch import Tensor
@@ -131,17 +130,17 @@ def randomise(model: torch.nn.Module, folder: Path) -> None:
     model.save_pretrained(folder)
 
 
-def sampled_by_diffusers(requests: list[dict], noise: Tensor) -> Tensor:
+def sampled_by_diffusers(requests: list[dict], noise: Tensor, lora: Path | None = None) -> Tensor:
     """The latents (B, 16, h, w) that FluxPipeline, or that of Kontext or of ControlNets, samples for requests."""
     first = requests[0]
     if "controlnet_image" in first:
         return sampled_with_control(requests, noise)
-    own = {"true_cfg_scale": first["cfg_scale"], "guidance_scale": first.get("embedded_guidance", 3.5)}
+    options = {"true_cfg_scale": first["cfg_scale"], "guidance_scale": first.get("embedded_guidance", 3.5)}
     pipe = pipeline(KontextOfSeveral if "edit_image" in first else diffusers.FluxPipeline, dev())
     if "edit_image" in first:
         pipe.pictures = first["edit_image"]
-        own["max_area"] = first["height"] * first["width"]  # else it samples at a megapixel
-    return sampled(pipe, requests, noise, **own)
+        options["max_area"] = first["height"] * first["width"]  # else it samples at a megapixel
+    return sampled(pipe, requests, noise, lora, **options)
 
 
 def sampled_with_control(requests: list[dict], noise: Tensor, *networks: Path) -> Tensor:
@@ -149,35 +148,36 @@ def sampled_with_control(requests: list[dict], noise: Tensor, *networks: Path) -
     first = requests[0]
     loaded = [FluxControlNetModel.from_pretrained(network) for network in networks or [controlnet()]]
     several = len(loaded) > 1 or isinstance(first["controlnet_image"], list)
-    own = {"true_cfg_scale": first["cfg_scale"], "guidance_scale": 3.5, "control_image": first["controlnet_image"]}
-    own |= {"controlnet_conditioning_scale": first["controlnet_scale"], "control_mode": first.get("controlnet_mode")}
-    own |= {
+    options = {"true_cfg_scale": first["cfg_scale"], "guidance_scale": 3.5, "control_image": first["controlnet_image"]}
+    options |= {
+        "controlnet_conditioning_scale": first["controlnet_scale"],
+        "control_mode": first.get("controlnet_mode"),
+    }
+    options |= {
         f"control_guidance_{end}": first.get(f"controlnet_{end}", value) for end, value in (("start", 0), ("end", 1))
     }
     kind = diffusers.FluxControlNetPipeline
     if "inpaint_mask" in first:
         kind = diffusers.FluxControlNetInpaintPipeline
-        own |= {"image": first["input_image"], "mask_image": first["inpaint_mask"], "strength": 1.0}
-        own |= {"latents": noise}  # it packs them itself
-        own.pop("true_cfg_scale")
+        options |= {"image": first["input_image"], "mask_image": first["inpaint_mask"], "strength": 1.0}
+        options |= {"latents": noise}  # it packs them itself
+        options.pop("true_cfg_scale")
     pipe = pipeline(kind, dev(), controlnet=loaded if several else loaded[0])
-    mean = mock.patch.object(DiagonalGaussianDistribution, "sample", lambda self, *_: self.mean)
-    with mean:  # ours encodes to the means, and diffusers to samples
-        return sampled(pipe, requests, noise, **own)
+    with encoding_to_means():
+        return sampled(pipe, requests, noise, **options)
 
 
-def sampled_by_chroma(requests: list[dict], noise: Tensor) -> Tensor:
+def sampled_by_chroma(requests: list[dict], noise: Tensor, lora: Path | None = None) -> Tensor:
     """The latents (B, 16, h, w) that ChromaPipeline samples for some requests."""
-    return sampled(pipeline(MaskedChroma, chroma()), requests, noise, guidance_scale=requests[0]["cfg_scale"])
+    return sampled(pipeline(MaskedChroma, chroma()), requests, noise, lora, guidance_scale=requests[0]["cfg_scale"])
 
 
 def sampled_by_fill(requests: list[dict], noise: Tensor) -> Tensor:
     """The latents (B, 16, h, w) that FluxFillPipeline samples for requests of one image and mask."""
     first = requests[0]
-    own = {"image": first["input_image"], "mask_image": first["inpaint_mask"], "guidance_scale": 30.0}
-    mean = mock.patch.object(DiagonalGaussianDistribution, "sample", lambda self, *_: self.mean)
-    with mean:  # ours encodes to the means, and diffusers to samples
-        return sampled(pipeline(diffusers.FluxFillPipeline, fill()), requests, noise, **own)
+    options = {"image": first["input_image"], "mask_image": first["inpaint_mask"], "guidance_scale": 30.0}
+    with encoding_to_means():
+        return sampled(pipeline(diffusers.FluxFillPipeline, fill()), requests, noise, **options)
 
 
 class KontextOfSeveral(diffusers.FluxKontextPipeline):
@@ -213,12 +213,16 @@ def pipeline(kind: type[diffusers.DiffusionPipeline], folder: Path, **parts) -> 
     return pipe
 
 
-def sampled(pipe: diffusers.DiffusionPipeline, requests: list[dict], noise: Tensor, **own) -> Tensor:
+def sampled(
+    pipe: diffusers.DiffusionPipeline, requests: list[dict], noise: Tensor, lora: Path | None = None, **options
+) -> Tensor:
     first = requests[0]
+    if lora is not None:
+        pipe.load_lora_weights(lora)
     sizes = {name: first[name] for name in ("height", "width", "num_inference_steps")}
-    own |= {"prompt": [r["prompt"] for r in requests], "max_sequence_length": MAX_TOKENS}
+    options |= {"prompt": [r["prompt"] for r in requests], "max_sequence_length": MAX_TOKENS}
     if "negative_prompt" in inspect.signature(pipe.__call__).parameters:
-        own |= {"negative_prompt": [r["negative_prompt"] for r in requests]}
-    own = {"latents": pipe._pack_latents(noise, *noise.shape), **own}
-    found = pipe(**own, **sizes, output_type="latent", return_dict=False)[0]
+        options |= {"negative_prompt": [r["negative_prompt"] for r in requests]}
+    options = {"latents": pipe._pack_latents(noise, *noise.shape), **options}
+    found = pipe(**options, **sizes, output_type="latent", return_dict=False)[0]
     return pipe._unpack_latents(found, first["height"], first["width"], pipe.vae_scale_factor)

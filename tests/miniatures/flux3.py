@@ -8,8 +8,8 @@ from diffusers import ClassifierFreeGuidance, FlowMatchEulerDiscreteScheduler, F
 from diffusers.modular_pipelines.flux3 import encoders
 from diffusers.modular_pipelines.flux3.modular_blocks_flux3 import Flux3AutoCoreDenoiseStep, Flux3AutoVaeEncoderStep
 from diffusers.modular_pipelines.flux3.modular_blocks_flux3_distilled import Flux3DistilledAutoCoreDenoiseStep
+from miniatures.autoencoders import give_batch_norm_statistics
 from tiny import kept_folder
-from tiny_flux2 import _give_statistics as give_statistics
 from tiny_flux2 import randomise
 from torch import Tensor
 from transformers import AutoTokenizer, Qwen3VLConfig, Qwen3VLForConditionalGeneration
@@ -51,7 +51,7 @@ def write(folder: Path, flow_map: bool) -> Path:
     sizes |= {"joint_attention_dim": 8 * WIDTH, "axes_dims_rope": (4, 4, 4, 4), "flow_map": flow_map}
     randomise(Flux3Transformer2DModel(**sizes), folder / "transformer")
     vae().save_pretrained(folder / "vae")
-    give_statistics(folder / "vae")
+    give_batch_norm_statistics(folder / "vae")
     return folder
 
 
@@ -87,7 +87,7 @@ def sampled_by_diffusers(requests: list[dict], noise: Tensor, folder: Path | Non
             return pipe(**inputs, output="latents")
 
     with torch.no_grad():
-        return torch.cat([sampled(request, own) for request, own in zip(requests, noise.split(1), strict=True)])
+        return torch.cat([sampled(request, latents) for request, latents in zip(requests, noise.split(1), strict=True)])
 
 
 def library_vae(folder: Path) -> torch.nn.Module:

@@ -7,10 +7,10 @@ from pathlib import Path
 import diffusers
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, Krea2Transformer2DModel
+from miniatures.autoencoders import give_latent_statistics
 from miniatures.z_image import loaded
 from tiny import kept_folder
 from tiny_flux2 import randomise
-from tiny_qwen_edit import _give_statistics as give_statistics
 from torch import Tensor
 from transformers import Qwen3VLConfig, Qwen3VLModel
 
@@ -29,7 +29,7 @@ def folder() -> Path:
     for file in (root / "text_encoder").iterdir():
         file.unlink()
     text_encoder().save_pretrained(root / "text_encoder")
-    give_statistics(root / "vae" / "config.json")
+    give_latent_statistics(root / "vae" / "config.json")
     scheduler = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, max_image_seq_len=6400)
     scheduler.save_pretrained(root / "scheduler")
     index = json.loads((root / "model_index.json").read_text()) | {

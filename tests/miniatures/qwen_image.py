@@ -3,13 +3,12 @@
 import shutil
 from functools import cache
 from pathlib import Path
-from unittest import mock
 
 import diffusers
 import tiny
 import torch
 from diffusers import QwenImageControlNetModel, QwenImageTransformer2DModel
-from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
+from miniatures.autoencoders import encoding_to_means
 from tiny_flux2 import randomise
 from torch import Tensor
 
@@ -48,12 +47,11 @@ def sampled_by_diffusers(requests: list[dict], noise: Tensor) -> Tensor:
     network = QwenImageControlNetModel.from_pretrained(controlnet(INPAINT_CHANNELS if inpaint else 0))
     pipe = kind.from_pretrained(tiny.model(), controlnet=network, dtype=torch.float32)
     pipe.set_progress_bar_config(disable=True)
-    own = {"prompt": [r["prompt"] for r in requests], "negative_prompt": [r["negative_prompt"] for r in requests]}
-    own |= {name: first[name] for name in ("height", "width", "num_inference_steps")}
-    own |= {"control_image": first["controlnet_image"], "controlnet_conditioning_scale": first["controlnet_scale"]}
-    own |= {"control_mask": inpaint} if inpaint else {}
+    options = {"prompt": [r["prompt"] for r in requests], "negative_prompt": [r["negative_prompt"] for r in requests]}
+    options |= {name: first[name] for name in ("height", "width", "num_inference_steps")}
+    options |= {"control_image": first["controlnet_image"], "controlnet_conditioning_scale": first["controlnet_scale"]}
+    options |= {"control_mask": inpaint} if inpaint else {}
     packed = pipe._pack_latents(noise, *noise.shape)
-    mean = mock.patch.object(DiagonalGaussianDistribution, "sample", lambda self, *_: self.mode())
-    with mean:  # it samples the images' latents
-        found = pipe(**own, true_cfg_scale=first["cfg_scale"], latents=packed, output_type="latent").images
+    with encoding_to_means():
+        found = pipe(**options, true_cfg_scale=first["cfg_scale"], latents=packed, output_type="latent").images
     return pipe._unpack_latents(found, first["height"], first["width"], pipe.vae_scale_factor)[:, :, 0]

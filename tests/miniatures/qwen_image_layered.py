@@ -40,10 +40,10 @@ def sampled_by_diffusers(request: dict, noise: Tensor) -> Tensor:
     }
     pipe = diffusers.QwenImageLayeredPipeline(**parts, processor=None)
     pipe.set_progress_bar_config(disable=True)
-    own = {name: request[name] for name in ("prompt", "negative_prompt", "num_inference_steps")}
+    options = {name: request[name] for name in ("prompt", "negative_prompt", "num_inference_steps")}
     packed = pipe._pack_latents(noise, *noise.shape[:1], *noise.shape[2:], noise.shape[1])
     steps = []  # with output_type="latent" it returns nothing
-    own["callback_on_step_end"] = lambda _, __, ___, tensors: steps.append(tensors["latents"]) or {}
+    options["callback_on_step_end"] = lambda _, __, ___, tensors: steps.append(tensors["latents"]) or {}
     size = mock.patch.object(theirs, "calculate_dimensions", lambda *_: (request["width"], request["height"]))
     with size:  # it would choose an area of 640²
         pipe(
@@ -52,7 +52,7 @@ def sampled_by_diffusers(request: dict, noise: Tensor) -> Tensor:
             true_cfg_scale=request["cfg_scale"],
             latents=packed,
             output_type="pt",
-            **own,
+            **options,
         )
     count = request["layer_num"]
     return pipe._unpack_latents(steps[-1], request["height"], request["width"], count, 8).transpose(1, 2)

@@ -3,12 +3,11 @@
 import shutil
 from functools import cache
 from pathlib import Path
-from unittest import mock
 
 import diffusers
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, SD3ControlNetModel, SD3Transformer2DModel
-from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
+from miniatures.autoencoders import encoding_to_means
 from tiny import kept_folder
 from tiny_flux2 import randomise
 from tokenizers import pre_tokenizers
@@ -87,39 +86,39 @@ def clip_tokenizer(pad: str) -> CLIPTokenizer:
     return CLIPTokenizer(vocab=tokens, merges=[], pad_token=pad, model_max_length=POSITIONS)
 
 
-def sampled_by_diffusers(
-    requests: list[dict], noise: Tensor, pipe: diffusers.StableDiffusion3Pipeline | None = None, **absent: None
-) -> Tensor:
+def sampled_by_diffusers(requests: list[dict], noise: Tensor, lora: Path | None = None, **absent: None) -> Tensor:
     """The latents (B, 16, h, w) that StableDiffusion3Pipeline, or that of ControlNets, samples for some requests."""
     if "controlnet_image" in requests[0]:
         return sampled_with_control(requests, noise)
-    return (pipe or loaded(**absent))(**arguments(requests, noise))[0]
+    pipe = loaded(**absent)
+    if lora is not None:
+        pipe.load_lora_weights(str(lora))
+    return pipe(**arguments(requests, noise))[0]
 
 
 def arguments(requests: list[dict], noise: Tensor) -> dict:
     """Our requests as arguments of diffusers' pipelines."""
     first = requests[0]
-    own = {"prompt": [r["prompt"] for r in requests], "negative_prompt": [r["negative_prompt"] for r in requests]}
-    own |= {name: first[name] for name in ("height", "width", "num_inference_steps")}
-    own |= {"max_sequence_length": T5_TOKENS, "guidance_scale": first["cfg_scale"], "latents": noise}
-    return own | {"output_type": "latent", "return_dict": False}
+    options = {"prompt": [r["prompt"] for r in requests], "negative_prompt": [r["negative_prompt"] for r in requests]}
+    options |= {name: first[name] for name in ("height", "width", "num_inference_steps")}
+    options |= {"max_sequence_length": T5_TOKENS, "guidance_scale": first["cfg_scale"], "latents": noise}
+    return options | {"output_type": "latent", "return_dict": False}
 
 
 def sampled_with_control(requests: list[dict], noise: Tensor, *networks: Path) -> Tensor:
     """The latents (B, 16, h, w) that diffusers samples for requests, with one ControlNet or several."""
     first, kind = requests[0], diffusers.StableDiffusion3ControlNetPipeline
     controlnets = [SD3ControlNetModel.from_pretrained(network) for network in networks or [controlnet()]]
-    own = {"control_image": first["controlnet_image"], "controlnet_conditioning_scale": first["controlnet_scale"]}
-    own |= {
+    options = {"control_image": first["controlnet_image"], "controlnet_conditioning_scale": first["controlnet_scale"]}
+    options |= {
         f"control_guidance_{end}": first.get(f"controlnet_{end}", value) for end, value in (("start", 0), ("end", 1))
     }
     if "controlnet_inpaint_mask" in first:
         kind = diffusers.StableDiffusion3ControlNetInpaintingPipeline
-        own["control_mask"] = first["controlnet_inpaint_mask"]
+        options["control_mask"] = first["controlnet_inpaint_mask"]
     pipe = loaded(kind, controlnet=controlnets if len(controlnets) > 1 else controlnets[0])
-    mean = mock.patch.object(DiagonalGaussianDistribution, "sample", lambda self, *_: self.mean)
-    with mean:  # ours encodes to the means, and diffusers to samples
-        return pipe(**arguments(requests, noise), **own)[0]
+    with encoding_to_means():
+        return pipe(**arguments(requests, noise), **options)[0]
 
 
 def loaded(

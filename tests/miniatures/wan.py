@@ -80,11 +80,19 @@ def pipeline(kind: type[diffusers.DiffusionPipeline], folder: Path) -> diffusers
 
 
 def sampled_by_diffusers(
-    requests: list[Mapping], noise: Tensor, kind: type = WanPipeline, folder: Path | None = None, **own
+    requests: list[Mapping],
+    noise: Tensor,
+    kind: type = WanPipeline,
+    folder: Path | None = None,
+    lora: Path | None = None,
+    **own,
 ) -> Tensor:
     """The latents (B, C, T, h, w) that a pipeline of diffusers samples for some requests."""
     first = requests[0]
-    return pipeline(kind, folder or text_to_video())(
+    pipe = pipeline(kind, folder or text_to_video())
+    if lora is not None:
+        pipe.load_lora_weights(str(lora))
+    return pipe(
         prompt=[request["prompt"] for request in requests],
         negative_prompt=[request["negative_prompt"] for request in requests],
         **{name: first[name] for name in ("height", "width", "num_inference_steps")},

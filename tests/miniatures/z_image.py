@@ -53,23 +53,23 @@ def give_statistics(folder: Path) -> None:
 
 def sampled_by_diffusers(requests: list[dict], noise: Tensor) -> Tensor:
     """The latents (B, 16, h, w) that ZImagePipeline, or with images ZImageOmniPipeline, samples for some requests."""
-    own = arguments(requests, noise)
+    options = arguments(requests, noise)
     if "controlnet_image" in requests[0]:
         return sampled_with_control(requests, noise)
     if "edit_image" not in requests[0]:
-        return loaded(diffusers.ZImagePipeline, base())(**own)[0]
+        return loaded(diffusers.ZImagePipeline, base())(**options)[0]
     kinds = {"siglip": Siglip2VisionModel, "siglip_processor": Siglip2ImageProcessorPil}
     parts = {name: kind.from_pretrained(omni() / name) for name, kind in kinds.items()}
     with mock.patch.object(Tensor, "bfloat16", lambda tensor: tensor):  # it encodes images in bf16 only
-        return loaded(diffusers.ZImageOmniPipeline, omni(), **parts)(requests[0]["edit_image"], **own)[0]
+        return loaded(diffusers.ZImageOmniPipeline, omni(), **parts)(requests[0]["edit_image"], **options)[0]
 
 
 def arguments(requests: list[dict], noise: Tensor) -> dict:
     """Our requests as arguments of diffusers' pipelines."""
-    own = {"prompt": [r["prompt"] for r in requests], "negative_prompt": [r["negative_prompt"] for r in requests]}
-    own |= {name: requests[0][name] for name in ("height", "width", "num_inference_steps")}
-    own |= {"guidance_scale": requests[0]["cfg_scale"] - 1, "latents": noise}
-    return own | {"output_type": "latent", "return_dict": False}
+    options = {"prompt": [r["prompt"] for r in requests], "negative_prompt": [r["negative_prompt"] for r in requests]}
+    options |= {name: requests[0][name] for name in ("height", "width", "num_inference_steps")}
+    options |= {"guidance_scale": requests[0]["cfg_scale"] - 1, "latents": noise}
+    return options | {"output_type": "latent", "return_dict": False}
 
 
 def loaded(kind: type[diffusers.DiffusionPipeline], folder: Path, **parts) -> diffusers.DiffusionPipeline:
@@ -108,12 +108,12 @@ def sampled_with_control(requests: list[dict], noise: Tensor, channels: int = 16
     """The latents (B, 16, h, w) that ZImageControlNetPipeline, or that for inpainting, samples for some requests."""
     first, network = requests[0], ZImageControlNetModel.from_pretrained(controlnet(channels))
     kind = diffusers.ZImageControlNetPipeline
-    own = {"control_image": first["controlnet_image"]}
+    options = {"control_image": first["controlnet_image"]}
     if "controlnet_inpaint_mask" in first:
         kind = diffusers.ZImageControlNetInpaintPipeline
-        own |= {
+        options |= {
             "image": first["controlnet_inpaint_image"],
             "mask_image": [first["controlnet_inpaint_mask"]] * len(requests),
         }
     pipe = loaded(kind, base(), controlnet=network)
-    return pipe(**arguments(requests, noise), **own, controlnet_conditioning_scale=first["controlnet_scale"])[0]
+    return pipe(**arguments(requests, noise), **options, controlnet_conditioning_scale=first["controlnet_scale"])[0]

@@ -1,4 +1,4 @@
-"""ControlNets of every family: what diffusers samples with them, how they begin, when they act, what is refused."""
+"""ControlNets of their families: what diffusers samples with them, how they begin, when they act, what is refused."""
 
 import json
 from collections.abc import Callable
@@ -11,19 +11,21 @@ import tiny
 import torch
 from families import FAMILIES
 from miniatures import flux1, qwen_image, sd3, z_image
+from miniatures.requests import GUIDED, REQUEST, image, sampled, samples
 from PIL import Image
 from safetensors.torch import load_file
-from test_family_contract import GUIDED, REQUEST, image, sampled, samples
 from torch.testing import assert_close
 
 from controlnet import controlnet as start_controlnet
 from diffsynth.core.loader import ModelConfig
 from diffsynth.diffusion.base_pipeline import BasePipeline
+from diffsynth.diffusion.controlnet.family import CONTROLNET_SLOTS
 from diffsynth.diffusion.controlnet.inputs import ControlEmbedder
-from diffsynth.diffusion.controlnet.several import PLACES, BlockSums
+from diffsynth.diffusion.controlnet.several import BlockSums
 from diffsynth.diffusion.loss import FlowMatchSFT
 from diffsynth.diffusion.pipeline.components import library_name
 from diffsynth.diffusion.pipeline.generation import with_images
+from diffsynth.diffusion.training_module import PipelineTrainingModule
 from diffsynth.pipelines.flux1_image import Flux1ImagePipeline
 from diffsynth.pipelines.qwen_image import QwenImagePipeline
 from diffsynth.pipelines.sd3 import SD3Pipeline
@@ -61,7 +63,7 @@ def controlled(name: str, *controlnets: Path, base: Path | None = None) -> BaseP
     """A family's pipeline with one ControlNet or several, without its weights."""
     kind, folder, parts, settings = BASES[name]
     files = {part: (base or folder()) / path for part, path in parts.items()} | dict(
-        zip(PLACES, controlnets, strict=False)
+        zip(CONTROLNET_SLOTS, controlnets, strict=False)
     )
     configs = {part: ModelConfig(path=str(path)) for part, path in files.items()}
     pipe = kind.from_components(**configs, torch_dtype="float32", **settings)
@@ -115,9 +117,9 @@ SD3_KINDS = {
 @pytest.mark.parametrize("guidance", tiny.mostly_slow([1.0, 3.0], 3.0))
 @pytest.mark.parametrize("kind", tiny.mostly_slow(SD3_KINDS, "inpaint"))
 def test_each_kind_of_sd3s_controlnets_samples_as_in_diffusers(kind, guidance):
-    sizes, own = SD3_KINDS[kind]
+    sizes, inputs = SD3_KINDS[kind]
     controlnet = sd3.controlnet(**sizes)
-    requests = [request | own | {"cfg_scale": guidance} for request in BATCH]
+    requests = [request | inputs | {"cfg_scale": guidance} for request in BATCH]
     check_sampled("sd3", requests, lambda *given: sd3.sampled_with_control(*given, controlnet), controlnet)
 
 
@@ -131,8 +133,8 @@ def test_flux1s_controlnet_for_several_kinds_of_images_samples_as_in_diffusers(g
 
 @pytest.mark.slow
 def test_flux1_inpaints_with_a_controlnet_as_diffusers():
-    own = {"input_image": image(5, SIZE), "inpaint_mask": mask(), "cfg_scale": 1.0}
-    requests = [request | own for request in BATCH]
+    inputs = {"input_image": image(5, SIZE), "inpaint_mask": mask(), "cfg_scale": 1.0}
+    requests = [request | inputs for request in BATCH]
     check_sampled("flux1", requests, flux1.sampled_with_control, flux1.controlnet())
 
 
@@ -149,8 +151,8 @@ TWO = {
 @pytest.mark.parametrize("guidance", tiny.mostly_slow([1.0, 3.0], 3.0))
 @pytest.mark.parametrize("name", tiny.mostly_slow(TWO, "flux1"))
 def test_two_controlnets_sample_as_in_diffusers(name, guidance):
-    family, networks, own = TWO[name]
-    requests = [request | TWO_IMAGES | PARTS_OF_STEPS | own | {"cfg_scale": guidance} for request in BATCH]
+    family, networks, inputs = TWO[name]
+    requests = [request | TWO_IMAGES | PARTS_OF_STEPS | inputs | {"cfg_scale": guidance} for request in BATCH]
     both = networks()
     check_sampled(name, requests, lambda *given: family.sampled_with_control(*given, *both), *both)
 
@@ -172,20 +174,20 @@ def test_a_controlnet_twice_is_one_with_the_sum_of_the_scales(name):
 def test_each_of_two_controlnets_reads_its_own_image_in_its_own_steps():
     pipe, calls = controlled("sd3", sd3.controlnet(), sd3.controlnet(extra_conditioning_channels=1)), {}
     pipe.load_models()
-    for name in PLACES[:2]:
+    for name in CONTROLNET_SLOTS[:2]:
         calls[name] = []
         hook = partial(lambda seen, _, __, given: seen.append(given["controlnet_cond"].shape[1]), calls[name])
         getattr(pipe, name).register_forward_pre_hook(hook, with_kwargs=True)
-    own = {"controlnet_inpaint_mask": mask(), "controlnet_start": [0.0, 0.5], "controlnet_end": [0.75, 1.0]}
-    sampled(pipe, REQUEST | TWO_IMAGES | own | {"num_inference_steps": 4})
+    inputs = {"controlnet_inpaint_mask": mask(), "controlnet_start": [0.0, 0.5], "controlnet_end": [0.75, 1.0]}
+    sampled(pipe, REQUEST | TWO_IMAGES | inputs | {"num_inference_steps": 4})
     assert calls == {"controlnet": [16] * 3, "controlnet_2": [17] * 2}
 
 
 def test_sums_are_made_for_blocks_of_controlnets_of_different_sizes():
     few, many = ([torch.tensor(float(10**place * n)) for n in range(count)] for place, count in ((0, 2), (1, 3)))
-    assert [int(own) for own in BlockSums([few, many], 6, rounds_up=True)] == [0, 0, 10, 11, 21, 21]
-    assert [int(own) for own in BlockSums([few, many], 4, rounds_up=True)] == [0, 0, 11, 11]
-    assert [int(own) for own in BlockSums([few, many], 4, rounds_up=False)] == [0, 0, 11, 21]
+    assert [int(total) for total in BlockSums([few, many], 6, rounds_up=True)] == [0, 0, 10, 11, 21, 21]
+    assert [int(total) for total in BlockSums([few, many], 4, rounds_up=True)] == [0, 0, 11, 11]
+    assert [int(total) for total in BlockSums([few, many], 4, rounds_up=False)] == [0, 0, 11, 21]
 
 
 # How they begin, and when they act ------------------------------------------------------------------------------------
@@ -195,10 +197,12 @@ def test_sums_are_made_for_blocks_of_controlnets_of_different_sizes():
 @pytest.mark.parametrize("name", ["flux1", "sd3"])
 def test_a_controlnet_begins_with_the_first_blocks_and_changes_nothing(name, tmp_path):
     folder = start_controlnet(lambda device: controlled(name), blocks=1, output=str(tmp_path / "new"))
-    base, own = (load_file(next(path.glob("*.safetensors"))) for path in (BASES[name][1]() / "transformer", folder))
-    copied = {key for key in own if not key.startswith(("controlnet_", "pos_embed_input"))}
-    assert copied <= base.keys() and all(torch.equal(own[key], base[key]) for key in copied)
-    assert not any(own[key].any() for key in own.keys() - copied)
+    base, controlnet = (
+        load_file(next(path.glob("*.safetensors"))) for path in (BASES[name][1]() / "transformer", folder)
+    )
+    copied = {key for key in controlnet if not key.startswith(("controlnet_", "pos_embed_input"))}
+    assert copied <= base.keys() and all(torch.equal(controlnet[key], base[key]) for key in copied)
+    assert not any(controlnet[key].any() for key in controlnet.keys() - copied)
     kind = diffusers.FluxControlNetModel if name == "flux1" else diffusers.SD3ControlNetModel
     assert len(kind.from_pretrained(folder).transformer_blocks) == 1
     pipe = controlled(name, folder)
@@ -209,11 +213,11 @@ def test_a_controlnet_begins_with_the_first_blocks_and_changes_nothing(name, tmp
 @pytest.mark.slow
 def test_qwen_images_controlnet_begins_as_copies_of_the_first_blocks(tmp_path):
     folder = start_controlnet(lambda device: controlled("qwen_image"), blocks=2, output=str(tmp_path / "new"))
-    base, own = (load_file(next(path.glob("*.safetensors"))) for path in (tiny.model() / "transformer", folder))
-    shared = own.keys() & base.keys()
-    assert own.keys() - shared == {key for key in own if key.startswith("controlnet_")}
-    assert all(torch.equal(own[key], base[key]) for key in shared)
-    assert not any(own[key].any() for key in own.keys() - shared)
+    base, controlnet = (load_file(next(path.glob("*.safetensors"))) for path in (tiny.model() / "transformer", folder))
+    shared = controlnet.keys() & base.keys()
+    assert controlnet.keys() - shared == {key for key in controlnet if key.startswith("controlnet_")}
+    assert all(torch.equal(controlnet[key], base[key]) for key in shared)
+    assert not any(controlnet[key].any() for key in controlnet.keys() - shared)
 
 
 def test_the_outputs_for_several_images_are_added_and_a_scale_of_zero_is_no_control():
@@ -238,10 +242,12 @@ def test_a_controlnet_acts_between_its_start_and_its_end():
 @pytest.mark.parametrize("inpaint", [False, True])
 def test_a_controlnet_begins_as_copies_of_layers_and_changes_nothing(inpaint, tmp_path):
     folder = start_controlnet(lambda device: pipeline(), blocks=3, inpaint=inpaint, output=str(tmp_path / "controlnet"))
-    base, own = (load_file(next(path.glob("*.safetensors"))) for path in (z_image.base() / "transformer", folder))
+    base, controlnet = (
+        load_file(next(path.glob("*.safetensors"))) for path in (z_image.base() / "transformer", folder)
+    )
     for number, place in enumerate((0, 2, 4)):
         key = "attention.to_q.weight"
-        assert torch.equal(own[f"control_layers.{number}.{key}"], base[f"layers.{place}.{key}"])
+        assert torch.equal(controlnet[f"control_layers.{number}.{key}"], base[f"layers.{place}.{key}"])
     assert diffusers.ZImageControlNetModel.from_pretrained(folder).config.control_in_dim == (33 if inpaint else 16)
     control = CONTROL | (INPAINT if inpaint else {})
     pipe = loaded(folder)
@@ -258,16 +264,31 @@ def test_more_blocks_than_the_transformer_has_are_refused(tmp_path):
 TRAINED = {"z_image_controlnet": z_image, "flux1_controlnet": flux1, "sd3_5_controlnet": sd3}
 
 
-@pytest.mark.parametrize("name", tiny.mostly_slow(TRAINED, "z_image_controlnet"))
-def test_training_a_controlnet_leaves_the_base_as_it_is(name):
+def trained(name: str) -> PipelineTrainingModule:
+    """A module that trains a family's ControlNet, with the gradients of a batch."""
     family = next(family for family in FAMILIES if family.name == name)
     module = family.module(family.task("controlnet")).load()
-    assert all(name.startswith("pipe.controlnet.") for name, p in module.named_parameters() if p.requires_grad)
     module(samples(family)).mean().backward()
+    return module
+
+
+@pytest.mark.parametrize("name", tiny.mostly_slow(TRAINED, "z_image_controlnet"))
+def test_a_step_changes_the_controlnet_and_leaves_the_base_as_it_is(name):
+    module = trained(name)
+    before = {name: parameter.clone() for name, parameter in module.named_parameters()}
+    torch.optim.SGD(module.trainable_parameters(), lr=1.0).step()
+    changed = {name for name, parameter in module.named_parameters() if not torch.equal(parameter, before[name])}
+    assert changed and all(name.startswith("pipe.controlnet.") for name in changed)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", TRAINED)
+def test_gradients_reach_the_whole_controlnet_which_is_exported_as_diffusers_names_it(name):
+    module = trained(name)
     without = {name for name, p in module.pipe.controlnet.named_parameters() if p.grad is None}
     # Outputs for SD3's last block, which has no text, are not added, and nobody reads the text of the one before.
     last = "transformer_blocks.1", "transformer_blocks.2", "controlnet_blocks.2"
-    assert all(part.startswith(last) for part in without) if family.pipeline is SD3Pipeline else without == set()
+    assert all(part.startswith(last) for part in without) if name == "sd3_5_controlnet" else without == set()
     assert "transformer_blocks.1.attn.to_q.weight" not in without
     exported = module.export_weights()["controlnet"][0]
     kind = getattr(diffusers, library_name(type(module.pipe.controlnet)))
@@ -293,8 +314,9 @@ def test_images_that_a_controlnet_cannot_read_are_named(change, message):
     "change, message",
     [
         ({"controlnet_inpaint_mask": None}, "controlnet_inpaint_image is given without controlnet_inpaint_mask"),
+        ({"controlnet_inpaint_image": None}, "controlnet_inpaint_mask is given without controlnet_inpaint_image"),
         ({"controlnet_image": None}, "controlnet_inpaint_mask is given without controlnet_image"),
-        ({"controlnet_inpaint_mask": mask((64, 64))}, "is 64 x 64 pixels, but controlnet_inpaint_image is 32 x 48"),
+        ({"controlnet_inpaint_mask": mask((64, 64))}, "is 64 x 64 pixels and controlnet_inpaint_image 32 x 48"),
     ],
 )
 def test_a_mask_that_does_not_fit_is_named(change, message):
@@ -309,9 +331,26 @@ def test_a_training_without_images_that_control_is_refused_before_weights_are_re
     assert next(module.pipe.controlnet.parameters()).is_meta
 
 
-def test_a_controlnet_of_another_base_is_refused_before_weights_are_read():
+def test_a_controlnet_of_another_base_is_refused_before_weights_are_read(no_weights_are_read):
     with pytest.raises(ValueError, match="Z-Image-Omni takes no ControlNet"):
-        pipeline(base=z_image.omni())
+        pipeline(base=z_image.omni()).load_models()
+
+
+@pytest.mark.parametrize(
+    "name, known",
+    [
+        ("z_image", {"controlnet_inpaint_image", "controlnet_inpaint_mask"}),
+        ("qwen_image", {"controlnet_inpaint_mask"}),
+        ("sd3", {"controlnet_inpaint_mask"}),
+        ("flux1", set()),
+    ],
+)
+def test_a_family_takes_only_those_images_to_inpaint_that_its_controlnets_read(name, known):
+    pipe = BASES[name][0]()
+    pipe.complete(REQUEST | CONTROL | {name: own for name, own in INPAINT.items() if name in known})
+    for argument in INPAINT.keys() - known:
+        with pytest.raises(ValueError, match=f"has no argument '{argument}'; did you mean"):
+            pipe.complete(REQUEST | CONTROL | {argument: INPAINT[argument]})
 
 
 MISFITS = {
@@ -320,26 +359,34 @@ MISFITS = {
     "controlnet_mode is 3, but this .* set it to the number .*, 0 to 2": (1, CONTROL | {"controlnet_mode": 3}),
     "controlnet_mode has 1 numbers for 2 controlnet_image": (1, TWO_IMAGES | {"controlnet_mode": [0]}),
     "controlnet_mode is 1, but this ControlNet reads one kind of images; leave": (0, CONTROL | {"controlnet_mode": 1}),
-    "controlnet_inpaint_mask is given, but this ControlNet reads 16": (0, CONTROL | INPAINT),
 }
 
 
 @pytest.mark.parametrize("message", tiny.mostly_slow(MISFITS, *list(MISFITS)[:2]))
 def test_images_and_modes_that_flux1s_controlnets_cannot_read_are_named(message):
-    count, own = MISFITS[message]
+    count, inputs = MISFITS[message]
     networks = [flux1.controlnet(num_mode=3)] * count or [flux1.controlnet()]  # none: one for one kind of images
     with pytest.raises(ValueError, match=message):
-        controlled("flux1", *networks).prepare([REQUEST | own])
+        controlled("flux1", *networks).prepare([REQUEST | inputs])
+
+
+OTHERS = {
+    "controlnet has num_attention_heads 2, but dit has 4": ("flux1", [{"num_attention_heads": 2}]),
+    "controlnet reads the pixels of images": ("flux1", [{"conditioning_embedding_channels": 4}]),
+    "controlnet_2 has pooled_projection_dim 24, but dit has 40": ("sd3", [{}, {"pooled_projection_dim": 24}]),
+}
+
+
+@pytest.mark.parametrize("message", tiny.mostly_slow(OTHERS, list(OTHERS)[0]))
+def test_controlnets_that_do_not_fit_the_transformer_are_refused_before_weights_are_read(message, no_weights_are_read):
+    name, changes = OTHERS[message]
+    networks = [{"flux1": flux1, "sd3": sd3}[name].controlnet(**change) for change in changes]
+    with pytest.raises(ValueError, match=message):
+        controlled(name, *networks).load_models()
 
 
 @pytest.mark.slow
-def test_controlnets_that_do_not_fit_are_named_before_weights_are_read():
-    with pytest.raises(ValueError, match="controlnet has num_attention_heads 2, but dit has 4"):
-        controlled("flux1", flux1.controlnet(num_attention_heads=2))
-    with pytest.raises(ValueError, match="controlnet reads the pixels of images"):
-        controlled("flux1", flux1.controlnet(conditioning_embedding_channels=4))
-    with pytest.raises(ValueError, match="controlnet_2 has pooled_projection_dim 24, but dit has 40"):
-        controlled("sd3", sd3.controlnet(), sd3.controlnet(pooled_projection_dim=24))
+def test_a_controlnet_of_flux1_that_is_to_inpaint_is_not_begun():
     with pytest.raises(ValueError, match="inpaint=true, but ControlNets of FLUX.1 read no mask"):
         start_controlnet(lambda device: controlled("flux1"), inpaint=True)
 
@@ -362,8 +409,10 @@ def test_transparent_images_to_inpaint_are_on_white_as_all_others():
     unit = next(unit for unit in pipe.units if isinstance(unit, ControlEmbedder))
     see_through = Image.new("RGBA", SIZE, (0, 0, 0, 0))
     found, expected = (
-        unit.process(pipe, CONTROL["controlnet_image"], own, mask(), **sizes, tiled=False, tile_size=8, tile_stride=4)
-        for own in (see_through, Image.new("RGB", SIZE, "white"))
+        unit.process(
+            pipe, CONTROL["controlnet_image"], picture, mask(), **sizes, tiled=False, tile_size=8, tile_stride=4
+        )
+        for picture in (see_through, Image.new("RGB", SIZE, "white"))
     )
     assert torch.equal(*(latents["control_latents"][0] for latents in (found, expected)))
 

@@ -11,7 +11,7 @@ from torch.testing import assert_close
 from diffsynth.core.data import Row, Sample
 from diffsynth.diffusion.loss import FlowMatchSFT
 from diffsynth.pipelines import qwen_image
-from diffsynth.pipelines.entities import regional_mask, with_entities
+from diffsynth.pipelines.shared.entities import regional_mask, with_entities
 
 SIZE = {"height": 64, "width": 32, "seed": 0, "num_inference_steps": 2, "cfg_scale": 1}
 COLUMNS = ["eligen_entity_prompts", "eligen_entity_masks"]

@@ -6,11 +6,9 @@ import released
 import torch
 from families import FAMILIES
 from miniatures import ernie_image, krea2, z_image
-from test_family_contract import REQUEST
+from miniatures.requests import REQUEST
 from torch.testing import assert_close
 
-from diffsynth.core.loader import ModelConfig
-from diffsynth.diffusion.adapters import files
 from diffsynth.pipelines.ernie_image import ErnieImagePipeline, ErnieImageUnit_PromptEmbedder, model_fn_ernie_image
 
 FAMILY = next(family for family in FAMILIES if family.name == "ernie_image")
@@ -47,8 +45,9 @@ def test_a_prompt_is_cut_off_where_the_tokenizer_does():
 
 
 def test_a_loss_is_the_one_by_hand():
-    def velocity(dit, noisy, sigma, prompt_emb):
-        return dit(noisy, 1000 * sigma, prompt_emb, torch.tensor([prompt_emb.shape[1]]), return_dict=False)[0]
+    def velocity(dit, noisy, sigma, text):
+        lengths = torch.tensor([text["prompt_emb"].shape[1]])
+        return dit(noisy, 1000 * sigma, text["prompt_emb"], lengths, return_dict=False)[0]
 
     released.assert_loss_by_hand(FAMILY, velocity)
 
@@ -62,10 +61,9 @@ def test_the_autoencoder_is_normalised_with_the_epsilon_of_its_training():
 
 
 def test_kohyas_file_is_read_with_its_alpha(tmp_path):
-    pipe, layer = FAMILY.build(), "layers.1.self_attention.to_out.0"
-    file, update = released.kohya_file(pipe.dit.get_submodule(layer), layer.replace(".", "_"), tmp_path)
-    found = files.read(file, pipe.layer_names("dit"), pipe.dit)
-    assert_close(found[f"{layer}.lora_B.weight"] @ found[f"{layer}.lora_A.weight"], update)
+    layer = "layers.1.self_attention.to_out.0"
+    name = f"lora_unet_{layer.replace('.', '_')}"
+    released.assert_kohyas_file_is_read(FAMILY.build(), name, layer, folder=tmp_path)
 
 
 @pytest.mark.slow
@@ -86,10 +84,11 @@ def test_a_block_of_the_released_width_has_diffusers_velocity():
     assert_close(found, dit(noise, steps, text, torch.tensor([7, 4]), return_dict=False)[0])
 
 
-def test_parts_of_other_models_are_refused_before_weights_are_read():
+def test_a_transformer_of_another_family_is_refused_before_weights_are_read(no_weights_are_read):
     with pytest.raises(ValueError, match="ErnieImagePipeline has no place for a Krea2Transformer2DModel"):
-        ErnieImagePipeline().build_models([ModelConfig(path=str(krea2.folder() / "transformer"))])
-    pipe = FAMILY.build()
-    pipe.dit.register_to_config(text_in_dim=3072)
+        released.with_part(FAMILY, "dit", krea2.folder() / "transformer").load()
+
+
+def test_a_text_encoder_of_another_width_is_refused_before_weights_are_read(no_weights_are_read, tmp_path):
     with pytest.raises(ValueError, match="takes text embeddings of width 3072, but text_encoder makes 64"):
-        pipe.check_networks()
+        released.with_config(FAMILY, "dit", tmp_path, text_in_dim=3072).load()

@@ -4,23 +4,21 @@ import shutil
 
 import diffusers
 import pytest
+import released
 import torch
-from diffusers import ChromaTransformer2DModel, FluxTransformer2DModel
+from diffusers import FluxTransformer2DModel
 from families import FAMILIES
 from miniatures import flux1
+from miniatures.requests import LORA, REQUEST, sampled, samples
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from test_family_contract import LORA, REQUEST, sampled, samples
 from torch.testing import assert_close
 
-from diffsynth.core.data import Row, SampleAddress
+from diffsynth.core.data import Row
 from diffsynth.core.loader import ModelConfig
-from diffsynth.diffusion.flow_match import FlowMatchScheduler, interpolate
 from diffsynth.diffusion.loss import FlowMatchSFT
-from diffsynth.diffusion.randomness import SampleRNG
 from diffsynth.pipelines.flux1_image import Flux1ImagePipeline, Flux1Unit_EditImageEmbedder
-from diffsynth.pipelines.flux1_network import flux1_sigmas
-from diffsynth.plan.meta_pipeline import architectures
+from diffsynth.pipelines.shared.flux1 import flux1_sigmas
 
 DEV, CHROMA = (next(f for f in FAMILIES if f.name == name) for name in ("flux1_dev", "chroma"))
 
@@ -28,12 +26,9 @@ DEV, CHROMA = (next(f for f in FAMILIES if f.name == name) for name in ("flux1_d
 
 
 def test_the_training_grid_and_its_weights_are_those_of_diffsynth_studio():
-    scheduler, levels = FlowMatchScheduler(flux1_sigmas), [0, 1, 250, 500, 750, 998, 999]
-    scheduler.set_timesteps(1000, training=True)
-    sigmas = torch.tensor([1, 0.9996671, 0.9002394, 0.7507477, 0.501992, 0.0118812, 0.0089286])
-    weights = torch.tensor([0, 0.001842, 0.544227, 1.255476, 1.794302, 0.065713, 0.049387])
-    assert_close(scheduler.sigmas[levels], sigmas, atol=1e-6, rtol=0)
-    assert_close(scheduler.training_weight(scheduler.timesteps[levels]), weights, atol=2e-6, rtol=0)
+    grid = [1, 0.9996671, 0.9002394, 0.7507477, 0.501992, 0.0118812, 0.0089286]
+    weights = [0, 0.001842, 0.544227, 1.255476, 1.794302, 0.065713, 0.049387]
+    released.assert_training_grid(Flux1ImagePipeline, grid, weights)
     assert_close(flux1_sigmas(4), torch.tensor([1, 0.8576924, 0.6021506, 0.0089286]), atol=1e-6, rtol=0)
 
 
@@ -50,30 +45,32 @@ def test_sampling_steps_are_those_of_diffusers(tokens):
 # Training -------------------------------------------------------------------------------------------------------------
 
 
-def test_the_loss_is_that_of_the_library_s_network_with_a_guidance_of_one_unless_the_rows_say_so():
-    module, batch = DEV.module(lora=LORA).load(), samples(DEV)[1:2]
-    pipe, dit = module.pipe, FluxTransformer2DModel.from_pretrained(flux1.dev() / "transformer")
-    rng = SampleRNG(0, [SampleAddress(batch[0].epoch, batch[0].index)])
-    shared, posi, _ = pipe.prepare([REQUEST | {"prompt": batch[0].data["prompt"]}])
-    clean = pipe.vae.encode(pipe.preprocess_image(batch[0].data["image"]))
-    pipe.scheduler.set_timesteps(1000, training=True)
-    timestep, sigma = module.task.sample_timesteps(pipe.scheduler, rng)
-    noise = rng.normal("noise", clean)
-    pack = diffusers.FluxPipeline._pack_latents
+def velocity(dit, noisy, sigma, text):
+    """The transformer's velocity at a guidance of 1, with the tokens and positions that diffusers' pipeline makes."""
+    (batch, channels, height, width), flux = noisy.shape, diffusers.FluxPipeline
     predicted = dit(
-        pack(interpolate(clean, noise, sigma), 1, 16, 6, 4),
-        posi["prompt_emb"],
-        posi["pooled_prompt_emb"],
-        timestep / 1000,
-        diffusers.FluxPipeline._prepare_latent_image_ids(1, 3, 2, "cpu", torch.float32),
-        torch.zeros(flux1.MAX_TOKENS, 3),
+        flux._pack_latents(noisy, batch, channels, height, width),
+        text["prompt_emb"],
+        text["pooled_prompt_emb"],
+        sigma,
+        flux._prepare_latent_image_ids(1, height // 2, width // 2, "cpu", torch.float32),
+        torch.zeros(text["prompt_emb"].shape[1], 3),
         guidance=torch.ones(1),
     ).sample
-    error = (predicted - pack(noise - clean, 1, 16, 6, 4)).square().mean()
-    assert_close(module(batch).detach(), error[None].detach() * pipe.scheduler.training_weight(timestep))
-    told = [batch[0]._replace(data=Row({**batch[0].data, "embedded_guidance": 4.0}))]
-    other = DEV.module(FlowMatchSFT(extra_inputs=["embedded_guidance"]), LORA).load()(told)
-    assert (other - module(batch)).abs() > 1e-4
+    return flux._unpack_latents(predicted, 8 * height, 8 * width, 8)
+
+
+def test_a_loss_is_the_one_by_hand():
+    released.assert_loss_by_hand(DEV, velocity)
+
+
+def test_the_embedded_guidance_of_a_training_is_one_unless_the_rows_say_so():
+    batch = samples(DEV)[1:2]
+    plain = DEV.module(lora=LORA).load()(batch)
+    for guidance, differs in ((1.0, False), (4.0, True)):
+        told = [batch[0]._replace(data=Row({**batch[0].data, "embedded_guidance": guidance}))]
+        found = DEV.module(FlowMatchSFT(extra_inputs=["embedded_guidance"]), LORA).load()(told)
+        assert bool((found - plain).abs() > 1e-4) == differs
 
 
 # Released sizes -------------------------------------------------------------------------------------------------------
@@ -81,26 +78,16 @@ def test_the_loss_is_that_of_the_library_s_network_with_a_guidance_of_one_unless
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "repository, kind, billions",
-    [
-        ("black-forest-labs/FLUX.1-dev", FluxTransformer2DModel, 11.901),
-        ("lodestones/Chroma1-HD", ChromaTransformer2DModel, 8.90),
-    ],
+    "repository, billions", [("black-forest-labs/FLUX.1-dev", 11.901), ("lodestones/Chroma1-HD", 8.90)]
 )
-def test_the_released_architecture_has_its_number_of_parameters(repository, kind, billions):
-    with torch.device("meta"):
-        dit = kind.from_config(architectures()[repository]["transformer"])
-    assert sum(p.numel() for p in dit.parameters()) / 1e9 == pytest.approx(billions, abs=0.005)
+def test_the_released_network_has_its_parameters(repository, billions):
+    assert released.parameters(repository) / 1e9 == pytest.approx(billions, abs=0.005)
 
 
 @pytest.mark.slow
 def test_blocks_of_the_released_width_denoise_as_in_diffusers():
-    torch.manual_seed(0)
-    with torch.device("meta"):
-        dit = FluxTransformer2DModel(num_layers=1, num_single_layers=1, guidance_embeds=True)
-    dit = dit.to_empty(device="cpu").requires_grad_(False)
-    for parameter in dit.parameters():
-        parameter.normal_(std=0.02)
+    sizes = {"num_layers": 1, "num_single_layers": 1, "guidance_embeds": True}
+    dit = released.with_random_weights(FluxTransformer2DModel, **sizes)
     scheduler = diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True)
     theirs = diffusers.FluxPipeline(scheduler, None, None, None, None, None, dit)
     theirs.set_progress_bar_config(disable=True)
@@ -165,11 +152,20 @@ def test_clip_is_read_under_the_names_of_its_released_file(tmp_path):
     assert_close(dict(pipe.text_encoder.state_dict()), tensors)
 
 
-def test_networks_of_other_models_are_named_before_weights_are_read():
-    other = flux1.dev(joint_attention_dim=48)
-    with pytest.raises(ValueError, match="width 48, but text_encoder_2 makes 32: they are of different models"):
-        built(dit=other, text_encoder_2=flux1.dev())
-    with pytest.raises(ValueError, match="width 40, but text_encoder makes 24: they are of different models"):
-        built(dit=flux1.dev(pooled_projection_dim=40), text_encoder=flux1.dev())
+OTHERS = {
+    "width 48, but text_encoder_2 makes 32: they are of different models": {"joint_attention_dim": 48},
+    "width 40, but text_encoder makes 24: they are of different models": {"pooled_projection_dim": 40},
+}
+
+
+@pytest.mark.parametrize("message", OTHERS)
+def test_a_transformer_for_other_text_encoders_is_refused_before_weights_are_read(
+    message, no_weights_are_read, tmp_path
+):
+    with pytest.raises(ValueError, match=message):
+        released.with_config(DEV, "dit", tmp_path, **OTHERS[message]).load()
+
+
+def test_a_transformer_of_another_family_is_refused_before_weights_are_read(no_weights_are_read):
     with pytest.raises(ValueError, match="Flux1ImagePipeline has no place for a ChromaTransformer2DModel"):
-        built(dit=flux1.chroma())
+        released.with_part(DEV, "dit", flux1.chroma() / "transformer").load()

@@ -1,23 +1,26 @@
 """FLUX.1 Fill: what it reads beside noisy latents, what it samples and trains."""
 
+import inspect
+
 import pytest
 import test_family_contract as contract
 import torch
-from families import SIZES, Family
+from families import FLUX1_LAYERS, SIZES, Family
 from miniatures import flux1
+from miniatures.requests import LORA, REQUEST, gradients, image, sampled, samples, shaken
 from PIL import Image
-from test_family_contract import LORA, REQUEST, gradients, image, sampled, samples, shaken
 from torch.testing import assert_close
 
 from diffsynth.core.data import Row
 from diffsynth.diffusion.loss import FlowMatchSFT
 from diffsynth.pipelines.flux1_fill import Flux1FillPipeline
 
+meta_has_autocast = contract.meta_has_autocast  # a fixture of a statement below
 FILL = Family(
     "flux1_fill",
     Flux1FillPipeline,
     flux1.fill,
-    ("to_q", "add_k_proj", "ff.net.2", "proj_mlp", "norm.linear"),
+    FLUX1_LAYERS,
     SIZES | {"max_sequence_length": flux1.MAX_TOKENS},
     parts=flux1.PARTS,
 )
@@ -64,6 +67,9 @@ def test_the_networks_of_fill_and_of_the_others_do_not_stand_for_each_other():
         Family("", Flux1FillPipeline, flux1.dev, (), FILL.settings, parts=flux1.PARTS).build()
 
 
+meta_has_autocast = contract.meta_has_autocast
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "statement",
@@ -77,6 +83,7 @@ def test_the_networks_of_fill_and_of_the_others_do_not_stand_for_each_other():
         "a_run_is_planned",
     ],
 )
-def test_it_is_a_family_but_for_the_area_that_a_mask_keeps(statement, tmp_path):
+def test_statements_of_the_contract_that_give_no_image_hold(statement, request):
     test = getattr(contract, f"test_{statement}")
-    test(FILL, *([tmp_path] if "tmp_path" in test.__code__.co_varnames else []))
+    fixtures = [name for name in inspect.signature(test).parameters if name != "family"]
+    test(FILL, *map(request.getfixturevalue, fixtures))

@@ -2,16 +2,15 @@
 
 import diffusers
 import pytest
+import released
 import tiny
 import torch
 from diffusers import FluxTransformer2DModel
 from families import FAMILIES
 from miniatures import flux1
 from safetensors.torch import save_file
-from test_family_contract import LORA, REQUEST, sampled, shaken
 from torch.testing import assert_close
 
-from diffsynth.core.loader import save_safetensors
 from diffsynth.diffusion.adapters import files
 from diffsynth.pipelines.flux1_image import LORA_NAMES
 
@@ -52,21 +51,8 @@ def test_files_with_fused_layers_mean_what_diffusers_converter_makes_of_them(tmp
 
 
 @pytest.mark.parametrize("family", tiny.mostly_slow([DEV, CHROMA], DEV), ids=str)
-def test_diffusers_samples_our_image_with_our_lora(family, tmp_path):
-    module = shaken(family.module(lora=LORA).load(), strength=0.5)
-    tensors, metadata = module.export_weights()["lora"]
-    save_safetensors(tensors, tmp_path / "lora.safetensors", metadata)
-    pipe, request = family.load(), REQUEST | {"negative_prompt": ""}
-    before = sampled(pipe, request)
-    pipe.load_lora("dit", tmp_path / "lora.safetensors")
-    kind, folder = (diffusers.FluxPipeline, flux1.dev()) if family is DEV else (flux1.MaskedChroma, flux1.chroma())
-    theirs = flux1.pipeline(kind, folder)
-    theirs.load_lora_weights(tmp_path / "lora.safetensors")
-    guidance = {"guidance_scale": 3.5 if family is DEV else 1.0}
-    noise = pipe.prepare([request])[0]["noise"]
-    found = sampled(pipe, request)
-    assert_close(found, flux1.sampled(theirs, [request], noise, **guidance), atol=5e-4, rtol=0)
-    assert (found - before).abs().max() > 1e-2
+def test_diffusers_samples_an_exported_adapter(family, tmp_path):
+    released.assert_diffusers_samples_an_export(family, tmp_path, strength=0.1)
 
 
 def test_a_lora_of_clip_has_the_names_of_its_released_layers(tmp_path):

@@ -138,7 +138,7 @@ def test_an_image_is_that_of_diffusers(pipe):
     np.testing.assert_allclose(np.array(found, dtype=int), np.array(expected, dtype=int), atol=1)  # one grey level
 
 
-def test_what_is_asked_for_matters():
+def test_prompt_guidance_and_edit_images_change_the_latents():
     """Else the comparisons with diffusers would show little."""
     klein, dev = loaded(tiny_flux2.klein()), loaded(tiny_flux2.dev())
     changes = [{"prompt": "a rocket"}, {"cfg_scale": 2.0}, {"cfg_scale": 2.0, "negative_prompt": "a rocket"}]
@@ -185,7 +185,7 @@ def test_no_layer_above_three_quarters_is_run(repository):
     pipe = loaded(repository())
     decoder = pipe.text_encoder.get_decoder()
     tokens = [pipe.tokenize(prompt, tiny_flux2.DEV_TOKENS) for prompt in ("a red apple", "")]
-    ids, mask = (torch.cat([own[name] for own in tokens]) for name in ("input_ids", "attention_mask"))
+    ids, mask = (torch.cat([part[name] for part in tokens]) for name in ("input_ids", "attention_mask"))
     whole = decoder(ids, mask, output_hidden_states=True).hidden_states
     for module in (decoder.layers[3], *([pipe.text_encoder.lm_head])):
         module.register_forward_pre_hook(lambda *_: pytest.fail("is run"))
@@ -453,9 +453,7 @@ def test_a_text_encoder_of_another_width_is_refused(tmp_path):
     folder = spoilt(tiny_flux2.klein(), tmp_path)
     config = json.loads((folder / "transformer" / "config.json").read_text()) | {"joint_attention_dim": 192}
     diffusers.Flux2Transformer2DModel.from_config(config).save_pretrained(folder / "transformer")
-    with pytest.raises(
-        ValueError, match="dit takes text embeddings of width 192, but text_encoder makes 3 x 128 = 384"
-    ):
+    with pytest.raises(ValueError, match="dit takes text embeddings of width 192, but text_encoder makes 384"):
         tiny_flux2.pipeline(folder)
 
 

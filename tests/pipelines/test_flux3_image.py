@@ -1,24 +1,22 @@
 """FLUX.3 klein: noise levels, text windows, editing, the distilled flow map, names in files, the released size."""
 
-import json
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import released
 import tiny
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler, Flux3Transformer2DModel
+from diffusers import FlowMatchEulerDiscreteScheduler
 from diffusers.loaders.lora_conversion_utils import _convert_non_diffusers_flux3_lora_to_diffusers
 from families import FAMILIES
 from miniatures import flux3, sd3
-from test_family_contract import GUIDED, REQUEST, image, sampled, samples
+from miniatures.requests import GUIDED, REQUEST, image, sampled, samples
 from torch.testing import assert_close
 
 from diffsynth.core.sharing import together
-from diffsynth.diffusion.flow_match import FlowMatchScheduler
 from diffsynth.pipelines.flux3_image import flux3_sigmas
 
-ARCHITECTURE = Path(__file__).parents[2] / "diffsynth" / "plan" / "architectures" / "flux3_klein.json"
 BASE = next(family for family in FAMILIES if family.name == "flux3_klein_base")
 DISTILLED = replace(BASE, name="flux3_klein", folder=flux3.distilled)
 LONG = GUIDED | {"prompt": "a red apple on a table beside a green one, " * 8}
@@ -37,13 +35,9 @@ def test_noise_levels_are_those_of_the_released_scheduler():
     for steps in (1, 16, 50):
         scheduler.set_timesteps(sigmas=torch.linspace(1, 1 / steps, steps).tolist())
         assert_close(flux3_sigmas(steps), scheduler.sigmas[:-1], atol=2e-7, rtol=0)
-    grid = FlowMatchScheduler(flux3_sigmas)
-    grid.set_timesteps(1000, training=True)
-    where = [0, 1, 250, 500, 750, 998, 999]
-    expected = torch.tensor([1, 0.9998556, 0.9541074, 0.8738966, 0.6978852, 0.0136975, 0.0068891])
-    assert_close(grid.sigmas[where], expected, atol=1e-6, rtol=0)
-    weights = torch.tensor([0, 0.001039, 0.329385, 0.887431, 1.887755, 0.098569, 0.049585])
-    assert_close(grid.training_weight(grid.timesteps[where]), weights, atol=2e-6, rtol=0)
+    grid = [1, 0.9998556, 0.9541074, 0.8738966, 0.6978852, 0.0136975, 0.0068891]
+    weights = [0, 0.001039, 0.329385, 0.887431, 1.887755, 0.098569, 0.049585]
+    released.assert_training_grid(BASE.pipeline, grid, weights)
 
 
 @pytest.mark.slow
@@ -81,16 +75,26 @@ def test_in_training_the_distilled_network_reads_the_level_itself_as_the_end():
 
 
 @pytest.mark.slow
-def test_what_does_not_fit_is_refused_before_weights_are_read():
+def test_the_distilled_network_is_sampled_by_euler_only():
     with pytest.raises(ValueError, match="sampler is 'heun', but the distilled FLUX.3 reads where an Euler step ends"):
         DISTILLED.build().prepare([REQUEST | {"sampler": "heun"}])
-    with pytest.raises(ValueError, match="no place for a SD3Transformer2DModel"):
-        replace(BASE, parts=BASE.parts | {"dit": str(sd3.medium() / "transformer")}).build()
+
+
+@pytest.mark.slow
+def test_a_prompt_is_cut_off_at_max_sequence_length():
     pipe = replace(BASE, settings=BASE.settings | {"max_sequence_length": 24}).build()
     assert pipe.cuts_off("red " * 25) and not pipe.cuts_off("red")
-    pipe.dit.register_to_config(joint_attention_dim=99)
-    with pytest.raises(ValueError, match="text embeddings of width 99, but text_encoder makes 8 x 32 = 256"):
-        pipe.check_networks()
+
+
+@pytest.mark.slow
+def test_a_transformer_of_another_family_is_refused_before_weights_are_read(no_weights_are_read):
+    with pytest.raises(ValueError, match="no place for a SD3Transformer2DModel"):
+        released.with_part(BASE, "dit", sd3.medium() / "transformer").load()
+
+
+def test_a_text_encoder_of_another_width_is_refused_before_weights_are_read(no_weights_are_read, tmp_path):
+    with pytest.raises(ValueError, match="text embeddings of width 99, but text_encoder makes 256"):
+        released.with_config(BASE, "dit", tmp_path, joint_attention_dim=99).load()
 
 
 def test_names_of_the_original_code_mean_what_diffusers_converter_makes_of_them():
@@ -102,9 +106,6 @@ def test_names_of_the_original_code_mean_what_diffusers_converter_makes_of_them(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("flow_map, parameters", [(False, 5.538), (True, 5.549)])
-def test_the_number_of_parameters_is_the_released_one(flow_map, parameters):
-    config = json.loads(ARCHITECTURE.read_text())["components"]["transformer"]
-    with torch.device("meta"):
-        dit = Flux3Transformer2DModel.from_config(config | {"flow_map": flow_map})
-    assert round(sum(p.numel() for p in dit.parameters()) / 1e9, 3) == parameters
+@pytest.mark.parametrize("variant, billions", [("klein-base", 5.538), ("klein", 5.549)])
+def test_the_released_network_has_its_parameters(variant, billions):
+    assert released.parameters(f"black-forest-labs/flux-3-image-{variant}") == pytest.approx(billions * 1e9, abs=5e5)

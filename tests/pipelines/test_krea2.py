@@ -10,8 +10,6 @@ from families import FAMILIES
 from miniatures import krea2, z_image
 from torch.testing import assert_close
 
-from diffsynth.core.loader import ModelConfig
-from diffsynth.diffusion.adapters import files
 from diffsynth.pipelines.krea2 import Krea2Pipeline, Krea2Unit_PromptEmbedder, krea2_sigmas, model_fn_krea2, text_depths
 
 FAMILY = next(family for family in FAMILIES if family.name == "krea2")
@@ -55,16 +53,16 @@ def velocity(dit, noisy, sigma, text, mask=None):
 
 
 def test_a_loss_is_the_one_by_hand():
-    released.assert_loss_by_hand(FAMILY, velocity)
+    released.assert_loss_by_hand(
+        FAMILY, lambda dit, noisy, sigma, text: velocity(dit, noisy, sigma, text["prompt_emb"])
+    )
 
 
 def test_kohyas_file_of_krea_names_is_read_with_its_alpha(tmp_path):
     pipe = FAMILY.build()
     names = {"blocks_1_attn_wq": "transformer_blocks.1.attn.to_q", "first": "img_in"}
     for name, layer in names.items():
-        file, update = released.kohya_file(pipe.dit.get_submodule(layer), name, tmp_path)
-        found = files.read(file, pipe.layer_names("dit"), pipe.dit)
-        assert_close(found[f"{layer}.lora_B.weight"] @ found[f"{layer}.lora_A.weight"], update)
+        released.assert_kohyas_file_is_read(pipe, f"lora_unet_{name}", layer, folder=tmp_path)
 
 
 @pytest.mark.slow
@@ -86,15 +84,19 @@ def test_a_block_of_the_released_width_has_diffusers_velocity():
     assert_close(found, velocity(dit, noise, torch.tensor([0.5, 0.25]), text, mask), atol=1e-5, rtol=1e-4)
 
 
-@pytest.mark.slow
-def test_parts_of_other_models_are_refused_before_weights_are_read():
+def test_a_transformer_of_another_family_is_refused_before_weights_are_read(no_weights_are_read):
     with pytest.raises(ValueError, match="Krea2Pipeline has no place for a ZImageTransformer2DModel"):
-        Krea2Pipeline().build_models([ModelConfig(path=str(z_image.base() / "transformer"))])
-    pipe = FAMILY.build()
-    pipe.dit.register_to_config(num_text_layers=12, text_hidden_dim=2560)
-    with pytest.raises(ValueError, match="embeddings of 12 layers of width 2560, but text_encoder makes those of 2 of"):
-        pipe.check_networks()
-    parts = {name: ModelConfig(path=str(krea2.folder() / part)) for name, part in FAMILY.parts.items()}
-    other = ModelConfig(path=str(z_image.base() / "tokenizer"))
+        released.with_part(FAMILY, "dit", z_image.base() / "transformer").load()
+
+
+@pytest.mark.slow
+def test_a_text_encoder_of_another_size_is_refused_before_weights_are_read(no_weights_are_read, tmp_path):
+    other = released.with_config(FAMILY, "dit", tmp_path, num_text_layers=12, text_hidden_dim=2560)
+    with pytest.raises(ValueError, match="embeddings of width 12 x 2560, but text_encoder makes 2 x 64"):
+        other.load()
+
+
+@pytest.mark.slow
+def test_a_tokenizer_that_cuts_the_template_elsewhere_is_refused_before_weights_are_read(no_weights_are_read):
     with pytest.raises(ValueError, match=r"makes \[\d+, \d+\] tokens of the start .*, expected \[34, 5\]"):
-        Krea2Pipeline.from_components(**parts | {"tokenizer": other})
+        released.with_part(FAMILY, "tokenizer", z_image.base() / "tokenizer").load()

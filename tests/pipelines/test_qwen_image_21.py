@@ -2,24 +2,18 @@
 
 import numpy as np
 import pytest
+import released
 import tiny
 import torch
 from diffusers import QwenImage21Transformer2DModel
 from families import FAMILIES, pairs
 from miniatures import qwen_image_21
-from safetensors.torch import save_file
-from test_family_contract import GUIDED, REQUEST, image, sampled
+from miniatures.requests import GUIDED, REQUEST, image, sampled
 from torch import Tensor
 from torch.testing import assert_close
 
-from diffsynth.core.data import SampleAddress, UnifiedDataset
-from diffsynth.core.loader import ModelConfig, build_module, save_safetensors
-from diffsynth.diffusion.adapters import files
-from diffsynth.diffusion.adapters.lora import LoRA
-from diffsynth.diffusion.loss import FlowMatchSFT
-from diffsynth.diffusion.randomness import SampleRNG
+from diffsynth.core.data import UnifiedDataset
 from diffsynth.pipelines.qwen_image_21 import QwenImage21Pipeline, QwenImage21Transformer
-from diffsynth.plan.meta_pipeline import architectures
 from diffsynth.training.checks import check_sides, scan
 
 PLAIN, EDIT = (next(f for f in FAMILIES if f.name == name) for name in ("qwen_image_21", "qwen_image_21_edit"))
@@ -54,18 +48,10 @@ def test_noise_levels_are_the_released_ones():
 
 
 def test_a_loss_is_the_one_by_hand():
-    pipe, rng = PLAIN.load(), SampleRNG(0, [SampleAddress(0, 3)])
-    _, text, _ = pipe.prepare([REQUEST])
-    pipe.scheduler.set_timesteps(1000, training=True)
-    clean = torch.randn(1, 64, 2, 2, generator=torch.Generator().manual_seed(0))
-    found = FlowMatchSFT()(pipe, rng=rng, input_latents=clean, **text)
+    def velocity(dit, noisy, sigma, text):
+        return their_velocity(dit, [noisy], text["prompt_emb"], *text["prompt_emb_lengths"], sigma)
 
-    level, sigmas, noise = int(1000 * rng.uniform("timestep")), pipe.scheduler.sigmas, rng.normal("noise", clean)
-    sigma, bell = sigmas[level], torch.exp(-2 * (sigmas - 0.5) ** 2)
-    weights = (bell - bell.min()) * 1000 / (bell - bell.min()).sum()
-    noisy = (1 - sigma) * clean + sigma * noise
-    predicted = their_velocity(pipe.dit, [noisy], text["prompt_emb"], *text["prompt_emb_lengths"], sigma[None])
-    assert_close(found, (predicted - (noise - clean)).pow(2).mean()[None] * weights[level])
+    released.assert_loss_by_hand(PLAIN, velocity)
 
 
 def test_training_images_keep_their_alpha_and_others_are_opaque(tmp_path):
@@ -88,7 +74,7 @@ def test_the_text_encoder_sees_images_on_white_and_the_transformer_their_alpha()
 
 
 @pytest.mark.slow
-def test_what_is_asked_for_matters():
+def test_prompt_and_edit_images_change_the_latents():
     pipe = EDIT.load()
     base = GUIDED | {"edit_image": [SEEN]}
     other = image(4, (64, 64))
@@ -107,48 +93,25 @@ def test_the_end_of_a_prompt_that_is_too_long_is_cut_off():
 
 
 def test_a_fused_layer_of_kohyas_programs_is_read_with_its_alpha(tmp_path):
-    pipe = PLAIN.build()
-    rows, columns = pipe.dit.get_submodule(f"{BLOCK}.proj").weight.shape
-    up, down = torch.randn(2 * rows, 2), torch.randn(2, columns)
-    tensors = {"lora_up.weight": up, "lora_down.weight": down, "alpha": torch.tensor(6.0)}
     name = f"lora_unet_{BLOCK.replace('.', '_')}_gate_up"
-    save_file({f"{name}.{part}": tensor for part, tensor in tensors.items()}, tmp_path / "fused.safetensors")
-    found = files.read(tmp_path / "fused.safetensors", pipe.layer_names("dit"), pipe.dit)
-    names = (f"{BLOCK}.gate_layer", f"{BLOCK}.proj")
-    updates = [found[f"{name}.lora_B.weight"] @ found[f"{name}.lora_A.weight"] for name in names]
-    assert_close(torch.cat(updates), 3 * up @ down)
+    layers = f"{BLOCK}.gate_layer", f"{BLOCK}.proj"
+    released.assert_kohyas_file_is_read(PLAIN.build(), name, *layers, folder=tmp_path)
 
 
 @pytest.mark.slow
 def test_diffusers_samples_an_exported_adapter(tmp_path):
-    module = PLAIN.module(lora=LoRA(rank=2, alpha=6)).load()
-    generator = torch.Generator().manual_seed(0)
-    for parameter in module.trainable_parameters():
-        parameter.data = 0.1 * torch.randn(parameter.shape, generator=generator)
-    file, (tensors, metadata) = tmp_path / "lora.safetensors", module.export_weights("common")["lora"]
-    save_safetensors(tensors, file, metadata)
-    pipe = PLAIN.load()
-    noise, before = pipe.prepare([GUIDED])[0]["noise"], sampled(pipe, GUIDED)
-    pipe.load_lora("dit", file)
-    found = sampled(pipe, GUIDED)
-    assert (found - before).abs().max() > 1e-2
-    assert_close(found, qwen_image_21.sampled_by_diffusers([GUIDED], noise, file), atol=1e-4, rtol=0)
+    released.assert_diffusers_samples_an_export(PLAIN, tmp_path, strength=0.1)
 
 
 @pytest.mark.parametrize("name", tiny.mostly_slow(PARAMETERS, "transformer"))
 def test_the_released_networks_have_their_parameters(name):
-    module = build_module([], architectures()["Qwen/Qwen-Image-2.1"][name])
-    assert sum(parameter.numel() for parameter in module.parameters()) == pytest.approx(PARAMETERS[name], abs=5e5)
+    assert released.parameters("Qwen/Qwen-Image-2.1", name) == pytest.approx(PARAMETERS[name], abs=5e5)
 
 
 @pytest.mark.slow
 def test_a_block_of_the_released_width_has_diffusers_velocity():
-    with torch.device("meta"):
-        dit = QwenImage21Transformer(num_layers=1)
-    dit = dit.to_empty(device="cpu").requires_grad_(False)
+    dit = released.with_random_weights(QwenImage21Transformer, num_layers=1)
     dit.pos_embed = type(dit.pos_embed)(10000, [16, 56, 56])
-    for parameter in dit.parameters():
-        parameter.normal_(std=0.02)
     dit.time_text_embed.time_proj.freqs = QwenImage21Transformer2DModel(num_layers=0).time_text_embed.time_proj.freqs
     dit.use_segments()
     images, text = [torch.randn(2, 64, *size) for size in ((2, 4), (4, 6))], torch.randn(2, 9, 4096)
@@ -157,19 +120,31 @@ def test_a_block_of_the_released_width_has_diffusers_velocity():
     assert_close(found, their_velocity(dit, images, text, [3, 6], sigma), atol=1e-4, rtol=1e-3)
 
 
-def test_parts_of_other_models_and_other_sizes_are_refused_before_weights_are_read():
+CHANGED = {
+    "dit has causal_condition=false in its config.json, expected true": {"causal_condition": False},
+    "dit takes text embeddings of width 4096, but text_encoder makes 128": {"context_in_dim": 4096},
+}
+
+
+@pytest.mark.parametrize("message", CHANGED)
+def test_a_transformer_of_another_kind_is_refused_before_weights_are_read(message, no_weights_are_read, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        released.with_config(EDIT, "dit", tmp_path, **CHANGED[message]).load()
+
+
+def test_a_transformer_of_another_family_is_refused_before_weights_are_read(no_weights_are_read):
     with pytest.raises(ValueError, match="QwenImage21Pipeline has no place for a QwenImageTransformer2DModel"):
-        QwenImage21Pipeline().build_models([ModelConfig(path="models/emoji/transformer")])
+        released.with_part(PLAIN, "dit", tiny.model() / "transformer").load()
+
+
+def test_images_to_edit_need_a_processor():
     pipe = EDIT.build()
     pipe.processor = None
     with pytest.raises(ValueError, match="edit_image needs a processor, .* model.processor is null"):
         pipe.tokenize("a", [SEEN])
-    pipe.dit.register_to_config(causal_condition=False)
-    with pytest.raises(ValueError, match="dit has causal_condition=false in its config.json, expected true"):
-        pipe.dit.use_segments()
-    pipe.dit.register_to_config(context_in_dim=4096)
-    with pytest.raises(ValueError, match="dit takes text embeddings of width 4096, but text_encoder makes 128"):
-        pipe.check_networks()
+
+
+def test_sides_that_are_no_multiples_of_32_are_refused_before_the_training():
     rows = UnifiedDataset.from_folder(str(pairs()), "metadata.jsonl", height=48, width=64)
     with pytest.raises(ValueError, match="images have 64 x 48 pixels, expected multiples of 32"):
-        check_sides(rows, pipe.latents.multiple)
+        check_sides(rows, PLAIN.pipeline.latents.multiple)

@@ -110,7 +110,7 @@ def test_latents_are_those_of_diffusers_where_edit_images_are_at_time_zero(monke
     assert (found - latents_of(loaded(), edit_image=TWO)).abs().max() > 1e-2
 
 
-def test_what_is_asked_for_matters(pipe):
+def test_prompts_and_edit_images_change_the_latents(pipe):
     """Else the comparisons with diffusers would show little."""
     base = {"edit_image": ONE, "cfg_scale": 2.0}
     changes = [

@@ -7,21 +7,17 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import released
 import tiny
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel
 from diffusers.loaders.single_file_utils import convert_sd3_transformer_checkpoint_to_diffusers
 from families import FAMILIES
 from miniatures import sd3, z_image
-from safetensors.torch import save_file
-from test_family_contract import GUIDED, LORA, REQUEST, sampled, samples, shaken
+from miniatures.requests import GUIDED, REQUEST, image, sampled
 from torch.testing import assert_close
 from transformers import T5Config, T5EncoderModel
 
-from diffsynth.core.data import SampleAddress
-from diffsynth.core.loader import save_safetensors
-from diffsynth.diffusion.adapters import files
-from diffsynth.diffusion.randomness import SampleRNG
 from diffsynth.pipelines.sd3 import ENCODERS, SD3Pipeline, model_fn_sd3, sd3_sigmas
 
 ARCHITECTURES = Path(__file__).parents[2] / "diffsynth" / "plan" / "architectures"
@@ -43,28 +39,27 @@ def test_noise_levels_are_those_of_the_released_scheduler():
         scheduler.set_timesteps(steps)
         assert_close(sd3_sigmas(steps), scheduler.sigmas[:-1], atol=2e-7, rtol=0)
     assert_close(sd3_sigmas(4), torch.tensor([1, 0.8576924, 0.6021506, 0.0089286]), atol=1e-6, rtol=0)
-    grid = sd3_sigmas(1000)[[0, 1, 250, 500, 750, 998, 999]]
-    expected = torch.tensor([1, 0.9996671, 0.9002394, 0.7507477, 0.501992, 0.0118812, 0.0089286])
-    assert_close(grid, expected, atol=1e-6, rtol=0)
+    grid = [1, 0.9996671, 0.9002394, 0.7507477, 0.501992, 0.0118812, 0.0089286]
+    weights = [0, 0.001842, 0.544227, 1.255476, 1.794302, 0.065713, 0.049387]  # FLUX.1's
+    released.assert_training_grid(SD3Pipeline, grid, weights)
 
 
-@pytest.mark.slow
-def test_the_loss_is_the_weighted_error_of_diffusers_velocity():
-    sample, reference = samples(FAMILY)[1], sd3.loaded()
-    rng = SampleRNG(0, [SampleAddress(sample.epoch, sample.index)])
-    sigma = sd3_sigmas(1000)[int(rng.uniform("timestep") * 1000)]
-    bell = torch.exp(-2 * (sd3_sigmas(1000) - 0.5) ** 2) - torch.exp(torch.tensor(-0.5))
-    weight = (torch.exp(-2 * (sigma - 0.5) ** 2) - torch.exp(torch.tensor(-0.5))) * 1000 / bell.sum()
+def test_a_loss_is_the_one_by_hand():
+    def velocity(dit, noisy, sigma, text):
+        return dit(noisy, text["prompt_emb"], text["pooled_prompt_emb"], 1000 * sigma).sample
+
+    released.assert_loss_by_hand(FAMILY, velocity)
+
+
+def test_images_and_prompts_of_a_training_are_encoded_as_diffusers_does():
+    pipe, reference, picture = FAMILY.load(), sd3.loaded(), image(0)
+    pixels = torch.from_numpy(np.array(picture)).permute(2, 0, 1)[None] / 127.5 - 1
     with torch.no_grad():
-        pixels = torch.from_numpy(np.array(sample.data["image"])).permute(2, 0, 1)[None] / 127.5 - 1
         clean = (reference.vae.encode(pixels).latent_dist.mean - 0.0609) * 1.5305
-        noise = rng.normal("noise", clean)
-        text, _, pooled, _ = reference.encode_prompt(
-            sample.data["prompt"], None, None, max_sequence_length=sd3.T5_TOKENS
-        )
-        velocity = reference.transformer((1 - sigma) * clean + sigma * noise, text, pooled, 1000 * sigma[None])[0]
-    loss = FAMILY.module(lora=LORA).load()([sample])
-    assert_close(loss.detach(), weight[None] * (velocity - (noise - clean)).square().mean(), atol=0, rtol=1e-4)
+        text, _, pooled, _ = reference.encode_prompt("a red apple", None, None, max_sequence_length=sd3.T5_TOKENS)
+    assert_close(pipe.vae.encode(pipe.preprocess_image(picture)), clean)
+    _, found, _ = pipe.prepare([REQUEST])
+    assert_close((found["prompt_emb"], found["pooled_prompt_emb"]), (text, pooled))
 
 
 # Text encoders --------------------------------------------------------------------------------------------------------
@@ -103,19 +98,21 @@ def test_only_a_pipeline_without_any_text_encoder_is_refused_and_before_weights_
 
 MISFITS = {
     "text_encoder is 24 wide .*exchange": {"text_encoder": "text_encoder_2", "text_encoder_2": "text_encoder"},
-    "pooled embeddings of width 40 .* the CLIPs make 48": {"text_encoder": "text_encoder_2"},
-    "text embeddings of width 64, but .* T5 32": {"text_encoder_3": "wide"},
+    "pooled embeddings of width 40, but the CLIPs make 48": {"text_encoder": "text_encoder_2"},
+    "text embeddings of width 64, but text_encoder_3 makes 32": {"text_encoder_3": "wide"},
     "SD3Pipeline has no place for a ZImageTransformer2DModel": {"dit": "z_image"},
 }
 
 
 @pytest.mark.parametrize("message", tiny.mostly_slow(MISFITS, list(MISFITS)[0]))
-def test_networks_that_do_not_fit_each_other_are_refused_by_their_configs(message, tmp_path):
+def test_networks_that_do_not_fit_each_other_are_refused_before_weights_are_read(
+    message, tmp_path, no_weights_are_read
+):
     T5EncoderModel(T5Config(vocab_size=8, d_model=32, d_kv=8, d_ff=8, num_layers=1)).save_pretrained(tmp_path / "wide")
     folders = {"wide": tmp_path / "wide", "z_image": z_image.base() / "transformer"}
     wrong = {name: str(folders.get(part, part)) for name, part in MISFITS[message].items()}
     with pytest.raises(ValueError, match=message):
-        replace(FAMILY, parts=FAMILY.parts | wrong).build()
+        replace(FAMILY, parts=FAMILY.parts | wrong).load()
 
 
 @pytest.mark.slow
@@ -159,28 +156,13 @@ FILES = {
 @pytest.mark.parametrize("name", tiny.mostly_slow(FILES, list(FILES)[0]))
 def test_kohyas_and_comfyuis_names_are_read_with_their_alpha(name, tmp_path):
     (network, ours), pipe = FILES[name], FAMILY.build()
-    rows, columns = getattr(pipe, network).get_submodule(ours[0]).weight.shape
-    down, up = torch.randn(2, columns), torch.randn(rows * len(ours), 2)
-    tensors = {f"{name}.lora_down.weight": down, f"{name}.lora_up.weight": up, f"{name}.alpha": torch.tensor(6.0)}
-    save_file(tensors, tmp_path / "lora.safetensors")
-    read = files.read(tmp_path / "lora.safetensors", pipe.layer_names(network), getattr(pipe, network))
-    found = torch.cat([read[f"{layer}.lora_B.weight"] @ read[f"{layer}.lora_A.weight"] for layer in ours])
-    assert_close(found, 3 * up @ down)
-    assert pipe.adapted_by(tmp_path / "lora.safetensors") == [network]
+    file = released.assert_kohyas_file_is_read(pipe, name, *ours, network=network, folder=tmp_path)
+    assert pipe.adapted_by(file) == [network]
 
 
 @pytest.mark.slow
-def test_diffusers_samples_our_image_with_our_adapter(tmp_path):
-    module = shaken(FAMILY.module(lora=LORA).load(), strength=0.5)
-    tensors, metadata = module.export_weights()["lora"]
-    save_safetensors(tensors, tmp_path / "lora.safetensors", metadata)
-    pipe, reference = FAMILY.load(), sd3.loaded()
-    pipe.load_lora("dit", tmp_path / "lora.safetensors")
-    reference.load_lora_weights(str(tmp_path / "lora.safetensors"))
-    shared, posi, nega = pipe.prepare([GUIDED])
-    with torch.no_grad():
-        found = pipe.denoise(shared, posi, nega)
-    assert_close(found, sd3.sampled_by_diffusers([GUIDED], shared["noise"], pipe=reference), atol=1e-4, rtol=0)
+def test_diffusers_samples_an_exported_adapter(tmp_path):
+    released.assert_diffusers_samples_an_export(FAMILY, tmp_path)
 
 
 # The released sizes ---------------------------------------------------------------------------------------------------

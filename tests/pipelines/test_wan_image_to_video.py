@@ -9,9 +9,9 @@ import tiny
 import torch
 from families import SIZES, Family, clips
 from miniatures import wan, wan_image
+from miniatures.requests import GUIDED, LORA, image, sampled
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from test_family_contract import GUIDED, LORA, image, sampled
 from torch import Tensor
 from torch.testing import assert_close
 
@@ -79,7 +79,7 @@ def test_latents_are_those_that_diffusers_samples(found, request_, guidance):
         assert (sampled(pipe, *changed) - ours).abs().max() > 1e-3
 
 
-@pytest.mark.parametrize("found, request_", [(CLIP, REQUEST), (FLF2V, BOTH)], ids=str)
+@pytest.mark.parametrize("found, request_", [(CLIP, REQUEST), (FLF2V, BOTH)], ids=["first", "first and last"])
 def test_each_request_of_a_batch_continues_its_own_frames(found, request_):
     pipe, requests = found.load(), [request_ | {"input_image": VIDEO[n], "seed": n} for n in (0, 1)]
     alone = torch.cat([sampled(pipe, request) for request in requests])

@@ -9,8 +9,8 @@ import torch
 from diffusers import WanVACETransformer3DModel
 from families import FAMILIES
 from miniatures import wan_vace
+from miniatures.requests import REQUEST, made, sampled
 from PIL import Image
-from test_family_contract import REQUEST, made, sampled
 from torch.testing import assert_close
 
 from diffsynth.core.data import Row, Sample

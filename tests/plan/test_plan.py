@@ -19,13 +19,13 @@ from diffsynth.core.live_bytes import LiveBytes, in_host_memory
 from diffsynth.core.loader import ModelConfig, build_module
 from diffsynth.core.memory import MemoryRecipe
 from diffsynth.diffusion.pipeline import networks as models
+from diffsynth.diffusion.pipeline.architectures import architectures
 from diffsynth.diffusion.training_module import PipelineTrainingModule
 from diffsynth.plan import plan as plan_module
 from diffsynth.plan.budget import Budget
 from diffsynth.plan.few_blocks import FewBlocks
 from diffsynth.plan.footprint import MemoryFootprint, static_footprint
 from diffsynth.plan.meta_module import copied, read
-from diffsynth.plan.meta_pipeline import architectures
 from diffsynth.plan.optimizer_cost import OptimizerCost, optimizer_cost
 from diffsynth.plan.options import Option
 from diffsynth.plan.plan import Planner

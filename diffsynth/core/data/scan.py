@@ -12,6 +12,7 @@ from ..files import write_text
 from ..json_text import to_json
 from ..masking import masked_values
 from .operators.base import check, unread
+from .operators.masks import of_other_sizes
 from .order.buckets import Size
 from .sources.table import is_empty
 
@@ -113,8 +114,7 @@ def fault_of_masks(keys: Sequence[str], stored: Mapping[str, Size | None]) -> st
     wrong = [key for key in masks if image and stored.get(key) and stored[key][:2] != image[:2]]
     if not wrong:
         return None
-    found, expected = (f"{width} x {height}" for width, height in (stored[wrong[0]][:2], image[:2]))
-    return f"{wrong[0]} is {found} pixels and {keys[0]} {expected}; save both at one size"
+    return of_other_sizes(wrong[0], stored[wrong[0]][:2], keys[0], image[:2])
 
 
 def _fault_of_captions(augmentation: "Augmentation", row: dict) -> str | None:

@@ -246,7 +246,7 @@ class UnifiedDataset(TrainingData):
     @property
     def _changing(self) -> list[str]:
         """Names of the conditions that are others each time that a sample is shown."""
-        return [name for name, condition in self.conditions.items() if condition.changes]
+        return [name for name, condition in self.conditions.items() if condition.is_random]
 
     def original_size(self, number: int) -> Size | None:
         """(width, height) of a sample's first image before it is resized; None if it is not on this machine."""

@@ -4,10 +4,12 @@ from .building import build_module
 from .fingerprints import fingerprint, fingerprint_folder
 from .foreign import read_object, read_pretrained
 from .model_config import ModelConfig, NotInRepository, refuse_pickle
+from .names import Layout, to_released_keys, use_layouts
 from .safetensors_files import load_state_dict, read_metadata, read_shapes, save_safetensors
-from .weights import check_weights, drop_weights, load_model, load_weights, to_released_keys
+from .weights import check_weights, drop_weights, load_model, load_weights
 
 __all__ = [
+    "Layout",
     "ModelConfig",
     "NotInRepository",
     "build_module",
@@ -25,4 +27,5 @@ __all__ = [
     "refuse_pickle",
     "save_safetensors",
     "to_released_keys",
+    "use_layouts",
 ]

@@ -1,6 +1,7 @@
 """Fingerprints of weights and folders: hashes that tell one model from another without reading all of it."""
 
-from collections.abc import Sequence
+import json
+from collections.abc import Mapping, Sequence
 from hashlib import blake2b
 from pathlib import Path
 
@@ -11,12 +12,15 @@ FINGERPRINT_BLOCKS = 64
 FINGERPRINT_BYTES = 4096
 
 
-def fingerprint(files: Sequence[Path], config: str | Path | None = None) -> str:
+def fingerprint(files: Sequence[Path], config: str | Path | Mapping | None = None) -> str:
     """A hash (16 hex digits) of weights: of config.json, the tensors' names and shapes, and some of their bytes.
 
     Reading all of a large model would take minutes, and any further training changes nearly every weight.
+
+    Args:
+        config: Another config.json than that beside the first file, its folder, or its content.
     """
-    digest = blake2b(find_config(Path(config or files[0].parent)).read_bytes(), digest_size=8)
+    digest = blake2b(_bytes(config if config is not None else files[0].parent), digest_size=8)
     for file in files:
         size = file.stat().st_size
         with file.open("rb") as stream:
@@ -26,6 +30,12 @@ def fingerprint(files: Sequence[Path], config: str | Path | None = None) -> str:
                 stream.seek(offset)
                 digest.update(stream.read(FINGERPRINT_BYTES))
     return digest.hexdigest()
+
+
+def _bytes(config: str | Path | Mapping) -> bytes:
+    if isinstance(config, Mapping):
+        return json.dumps(config, sort_keys=True).encode()
+    return find_config(Path(config)).read_bytes()
 
 
 def fingerprint_folder(folder: Path) -> str:

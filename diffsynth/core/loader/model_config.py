@@ -202,7 +202,8 @@ def refuse_pickle(name: str | Path) -> None:
     if Path(name).suffix in PICKLE_SUFFIXES:
         raise ValueError(
             f"{name} is a pickle, and pickles are never loaded, as they can run code. If you trust it, convert it: "
-            "safetensors.torch.save_file(torch.load(file, weights_only=True), 'model.safetensors')"
+            f'python -c "import torch, safetensors.torch as s; s.save_file(torch.load({str(name)!r}, '
+            f'weights_only=True), {str(Path(name).with_suffix(".safetensors"))!r})"'
         )
 
 

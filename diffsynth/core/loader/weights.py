@@ -1,7 +1,7 @@
 """Load safetensors weights into a network, checked before any tensor is read."""
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
 from pathlib import Path
 from typing import NamedTuple
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from ..memory.storage import store, stored_layers
 from .building import build_module
 from .model_config import ModelConfig, missing_shards
+from .names import Names, is_transformers, module_names, share_shape, shares, without_ones
 from .safetensors_files import cast, device_name, read_header, read_shapes
 
 FRACTIONS = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")  # dtypes that torch casts to any other
@@ -48,13 +49,14 @@ def check_weights(module: nn.Module, files: list[Path]) -> None:
             f"Shards missing beside {files[0]}: {', '.join(file.name for file in missing)}; download them."
         )
 
-    names = _module_keys(module, [key for header in headers.values() for key in header])
+    names = module_names(module, [key for header in headers.values() for key in header])
+    expected = dict(module.state_dict())
     found = {
-        names[key]: StoredTensor(key, tuple(tensor["shape"]), tensor["dtype"], file)
+        name: StoredTensor(key, _stored_shape(tensor["shape"], names[key], name, expected), tensor["dtype"], file)
         for file, header in headers.items()
         for key, tensor in header.items()
+        for name in names[key]
     }
-    expected = dict(module.state_dict())
     problems = (
         _missing(module, expected, found),
         _unexpected(module, expected, found),
@@ -69,6 +71,12 @@ def check_weights(module: nn.Module, files: list[Path]) -> None:
             f"The weights in {files[0].parent} do not fit {type(module).__name__}:\n  {listed}\n"
             "Are they of another architecture or size? Use the config.json that was released with them."
         )
+
+
+def _stored_shape(shape: Sequence[int], names: Names, name: str, expected: Mapping) -> tuple[int, ...]:
+    """The shape of a name's share of a stored tensor."""
+    share = share_shape(shape, len(names))
+    return without_ones(share, expected[name].dim()) if name in expected and len(share) > 1 else share
 
 
 def _missing(module: nn.Module, expected: Mapping, found: Mapping) -> list[str]:
@@ -130,19 +138,20 @@ def load_weights(
     if files is None:
         return empty_weights(module, dtype, device)
     keys = {file: list(read_shapes(file)) for file in files}
-    names = _module_keys(module, [key for stored in keys.values() for key in stored])
+    names = module_names(module, [key for stored in keys.values() for key in stored])
     layers = {f"{name}.weight": layer for name, layer in stored_layers(module).items()}
-    absent = set(module.state_dict())
+    expected = module.state_dict()
+    absent = set(expected)
     for file in files:
         state = {}
         with safe_open(file, "pt", device=device_name(device)) as tensors:
-            for key in keys[file]:
-                name = names[key]
-                if name in layers:
-                    state |= _encoded(layers[name], name, tensors.get_tensor(key))
-                elif name in absent:
-                    wanted = torch.float32 if in_fp32 & set(name.split(".")) else dtype
-                    state[name] = cast(tensors.get_tensor(key), wanted)
+            for key in [key for key in keys[file] if names[key]]:
+                for name, tensor in zip(names[key], shares(tensors.get_tensor(key), len(names[key])), strict=True):
+                    if name in layers:
+                        state |= _encoded(layers[name], name, tensor)
+                    elif name in absent:
+                        wanted = torch.float32 if in_fp32 & set(name.split(".")) else dtype
+                        state[name] = cast(tensor.reshape(expected[name].shape), wanted)
         module.load_state_dict(state, assign=True, strict=False)
         absent -= state.keys()
     if hasattr(module, "tie_weights"):
@@ -190,39 +199,6 @@ def _fp32_names(module: nn.Module, dtype: torch.dtype | None) -> set[str]:
         return set()
     names = set(getattr(module, "_keep_in_fp32_modules_strict", None) or ())
     # In transformers the other list is for fp16 only, whose range is too small.
-    if not _is_transformers(module) or dtype == torch.float16:
+    if not is_transformers(module) or dtype == torch.float16:
         names |= set(getattr(module, "_keep_in_fp32_modules", None) or ())
     return names
-
-
-def _is_transformers(module: nn.Module) -> bool:
-    from transformers import PreTrainedModel
-
-    return isinstance(module, PreTrainedModel)
-
-
-def _module_keys(module: nn.Module, keys: Iterable[str]) -> dict[str, str]:
-    """The name in the module of each key of the files; they differ where transformers has renamed modules since."""
-    if not _is_transformers(module):
-        return {key: key for key in keys}
-    from transformers.conversion_mapping import get_model_conversion_mapping
-    from transformers.core_model_loading import WeightRenaming, rename_source_key
-
-    rules = [rule for rule in get_model_conversion_mapping(module) if isinstance(rule, WeightRenaming)]
-    expected = module.state_dict()
-    names = {key: rename_source_key(key, rules, [], module.base_model_prefix, expected)[0] for key in keys}
-    # to_released_keys reverts these; from_pretrained sets the same attribute.
-    module._weight_conversions = [rule for rule in rules if rule.was_used()]
-    return names
-
-
-def to_released_keys(module: nn.Module, state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Rename weights, of any shape, to the names of the checkpoint that the module was loaded from.
-
-    A module that was not loaded gets the names of its class's released checkpoints.
-    """
-    if not _is_transformers(module):
-        return state_dict
-    from transformers.core_model_loading import revert_weight_conversion
-
-    return revert_weight_conversion(module, state_dict)

@@ -22,7 +22,7 @@ from peft.utils import get_peft_model_state_dict
 from torch import Tensor, nn
 
 from ...core.json_text import to_json
-from ...core.loader import load_state_dict, read_shapes
+from ...core.loader import load_state_dict, read_metadata, read_shapes
 from ...core.memory.storage import stored_layers
 from .formats import FORMATS, check_holds
 from .names import LayerNames, layers_in, owner, peft_names
@@ -38,6 +38,8 @@ ROUNDED_AWAY = (
     "an update that is smaller than the steps between stored numbers would be rounded away. Merge it into the unstored "
     "weights with python fuse.py lora_path=… output=…, and train on the merged weights; or load it unmerged."
 )
+NETWORK_KEY = "diffsynth_adapter"  # of the metadata
+DIFFERENCES = (".diff", ".diff_b")  # endings of ComfyUI's keys that are added to a weight or a bias as they are
 LONGEST_KEY = 500  # characters of a tensor's name; a guess
 # torch cannot compare or cast all the others that safetensors reads, such as complex numbers and packed 4-bit ones.
 DTYPES = (
@@ -75,7 +77,7 @@ def read(path: str | Path, names: LayerNames, network: nn.Module) -> dict[str, T
             raise ValueError(f"{file}: {key!r} has dtype {tensor.dtype}, expected {expected}; save it as one.")
         if not _is_finite(tensor):
             raise ValueError(f"{file}: {key!r} has values that are NaN or infinite; take an earlier export.")
-    stated = stated_scale(file, names.prefix)
+    stated = stated_scale(file, names.read_as(tensors))
     found = peft_names(tensors, names, network, str(file), stated)
     check_layers(network, found, file, tensors)
     for layer, parts in by_layer(found).items():
@@ -137,6 +139,12 @@ def check_layers(module: nn.Module, tensors: Mapping[str, Tensor], path: str | P
     found = by_layer(tensors)
     if bare := [name for name, parts in found.items() if name in layers and "" in parts]:
         raise ValueError(f"{path}: {bare[0]!r} is a layer and no part of an adapter; choose the file of an adapter.")
+    if changes := [key for key in keys if key.endswith(DIFFERENCES)]:
+        raise ValueError(
+            f"{path}: {changes[0]!r} is a difference of weights or biases, which no adapter has here ({len(changes)} "
+            "of them); take a file without them, or merge it into weights with the program that wrote it, and load "
+            "these."
+        )
     if unknown := [name for name in found if name not in layers]:
         key = next((key for key in keys if unknown[0] in key), unknown[0])
         hint = _nearest(unknown[0], layers)
@@ -266,9 +274,9 @@ def export(
     """
     own = get_peft_model_state_dict(module, adapter_name=adapter, save_embedding_layers=False)
     config = module.peft_config[adapter]
-    check_holds(format, config, names.prefix)
+    check_holds(format, config, names.written)
     tensors = FORMATS[format](own, config, names)
-    entries = {f"{names.prefix}.{k}": _plain(v) for k, v in config.to_dict().items() if v is not None}
+    entries = {f"{names.written}.{k}": _plain(v) for k, v in config.to_dict().items() if v is not None}
     return tensors, entries if format == "diffusers" else {}
 
 
@@ -357,9 +365,20 @@ def _evaluating(module: nn.Module) -> Iterator[None]:
             setattr(part, name, value)
 
 
-def metadata(configs: Mapping) -> dict[str, str]:
-    """Metadata of a file with adapters of these configurations, which `export` returns."""
-    return {METADATA_KEY: to_json(dict(configs), sort_keys=True)} if configs else {}
+def metadata(configs: Mapping, networks: Collection[LayerNames] = ()) -> dict[str, str]:
+    """Metadata of a file with adapters of these configurations, which `export` returns.
+
+    Args:
+        networks: Names of the adapted networks; one whose keys have another's name is stated for `stated_network`.
+    """
+    stated = [names.prefix for names in networks if names.shared]
+    own = {NETWORK_KEY: to_json({"network": stated[0]})} if stated else {}
+    return own | ({METADATA_KEY: to_json(dict(configs), sort_keys=True)} if configs else {})
+
+
+def stated_network(path: str | Path) -> str | None:
+    """diffusers' name of the network that a file states, because its keys have another's; None if it states none."""
+    return (read_metadata(find_file(path), NETWORK_KEY) or {}).get("network")
 
 
 def infer_config(tensors: Mapping[str, Tensor], path: str | Path) -> PeftConfig:

@@ -20,20 +20,27 @@ Tensors = dict[str, Tensor]
 
 def common(tensors: Mapping[str, Tensor], config: PeftConfig, names: LayerNames) -> Tensors:
     """The names that most programs read; no scale is left for metadata, which only diffusers reads."""
-    if names.common == "comfyui" and kind(config) == "LORA":
-        return comfyui(tensors, config, names)
-    return diffusers(scaled_layers(tensors, scale(config)), config, names)
+    scaled = scaled_layers(tensors, scale(config))
+    if kind(config) == "LORA" and names.common != "diffusers":
+        return comfyui(tensors, config, names) if names.common == "comfyui" else _with(names.in_comfyui, scaled)
+    return diffusers(scaled, config, names)
+
+
+def _with(name: Callable[[str], str], tensors: Mapping[str, Tensor]) -> Tensors:
+    """Tensors under other names of their layers."""
+    layers = by_layer(tensors).items()
+    return {f"{name(layer)}.{part}": tensor for layer, parts in layers for part, tensor in parts.items()}
 
 
 def diffusers(tensors: Mapping[str, Tensor], config: PeftConfig, names: LayerNames) -> Tensors:
     """`transformer.….lora_A.weight`; diffusers reads the scale from the file's metadata."""
-    return {f"{names.prefix}.{key}": tensor for key, tensor in tensors.items()}
+    return {f"{names.written}.{key}": tensor for key, tensor in tensors.items()}
 
 
 def diffsynth(tensors: Mapping[str, Tensor], config: PeftConfig, names: LayerNames) -> Tensors:
     """`….lora_A.default.weight`; DiffSynth-Studio's format stores no scale, so that B is multiplied by it."""
-    start = "" if names.prefix == "transformer" else f"pipe.{names.prefix}."
-    scaled = scaled_layers(tensors, scale(config)).items()
+    start = "" if names.written == "transformer" else f"pipe.{names.written}."
+    scaled = _with(names.in_studio, scaled_layers(tensors, scale(config))).items()
     return {f"{start}{key.removesuffix('.weight')}.default.weight": tensor for key, tensor in scaled}
 
 
@@ -53,6 +60,7 @@ def comfyui(tensors: Mapping[str, Tensor], config: PeftConfig, names: LayerNames
     return renamed
 
 
+ADAPTER_FILE = "lora"  # name of the exported file that holds adapters, and the beginning of names of further ones
 FORMATS: dict[str, Callable[..., Tensors]] = {
     "common": common,
     "diffusers": diffusers,

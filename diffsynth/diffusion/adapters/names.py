@@ -20,8 +20,9 @@ WRAPPER = "base_model.model."  # peft's, around any model
 STARTS = {
     "transformer": (
         "transformer.", "pipe.transformer.", "pipe.dit.", "dit.", "diffusion_model.", "model.diffusion_model.", "unet.",
-        "lora_unet_", "lora_transformer_", "lycoris_",
+        "lora_unet_", "lora_transformer_", "lycoris_", "pipe.vace.",
     ),
+    "transformer_2": ("transformer_2.", "pipe.transformer_2.", "pipe.dit2.", "dit2."),
     "text_encoder": ("text_encoder.", "pipe.text_encoder.", "lora_te_", "lora_te1_"),
     "text_encoder_2": ("text_encoder_2.", "pipe.text_encoder_2.", "lora_te2_"),
     "text_encoder_3": ("text_encoder_3.", "pipe.text_encoder_3.", "lora_te3_"),
@@ -55,19 +56,34 @@ class LayerNames:
     Args:
         prefix: diffusers' name of the network, such as `transformer`.
         comfyui: ComfyUI's prefix of layers that `original` does not list; None takes `prefix` and a dot.
-        common: The format whose names the format `common` takes: the one that most programs read.
+        common: The format whose names the format `common` takes: the one that most programs read. `original` is the
+            names of `comfyui` without a tensor `alpha`, which diffusers' converter of some families takes amiss.
+        studio: Whose names of layers DiffSynth-Studio has: those here, or those of `original`.
         original: Names of layers in the model's original code, with `*` for a block's number, and the layers here that
             each stands for. Several layers share the outputs of a fused one, in this order.
         swapped: The names in `original` of layers whose outputs here have their halves in the other order.
         others: Prefixes of the model's other networks, whose layers a file may have as well.
+        shared: Prefix of the network whose names files have for this one as well; None if it has names of its own.
     """
 
     prefix: str
     comfyui: str | None = None
-    common: Literal["comfyui", "diffusers"] = "diffusers"
+    common: Literal["comfyui", "original", "diffusers"] = "diffusers"
+    studio: Literal["original", "diffusers"] = "diffusers"
     original: Mapping[str, str | tuple[str, ...]] = field(default_factory=dict)
     swapped: tuple[str, ...] = ()
     others: tuple[str, ...] = ()
+    shared: str | None = None
+
+    @property
+    def written(self) -> str:
+        """diffusers' name of the network in files that are written."""
+        return self.shared or self.prefix
+
+    def read_as(self, keys: Iterable[str]) -> str:
+        """The name of the network in a file with these keys."""
+        named = {owner(key, (self.prefix, *self.others)) for key in keys}
+        return self.prefix if self.prefix in named else self.written
 
     def is_swapped(self, name: str) -> bool:
         """Whether a layer's name in a file says that the halves of its outputs are in the other order."""
@@ -75,10 +91,19 @@ class LayerNames:
 
     def in_comfyui(self, layer: str) -> str:
         """ComfyUI's name of a layer."""
+        original = self.in_original(layer)
+        return f"{self.comfyui or f'{self.prefix}.'}{layer}" if original is None else f"diffusion_model.{original}"
+
+    def in_studio(self, layer: str) -> str:
+        """DiffSynth-Studio's name of a layer."""
+        return (self.in_original(layer) if self.studio == "original" else None) or layer
+
+    def in_original(self, layer: str) -> str | None:
+        """The original code's name of a layer; None if `original` does not list it, or only together with others."""
         for original, ours in self.original.items():
             if isinstance(ours, str) and (number := _number(ours, layer)) is not None:
-                return f"diffusion_model.{original.replace('*', number)}"
-        return f"{self.comfyui or f'{self.prefix}.'}{layer}"
+                return original.replace("*", number)
+        return None
 
     def of_network(self, network: nn.Module) -> dict[str, tuple[str, ...]]:
         """The layers of a network that each name stands for."""
@@ -134,11 +159,15 @@ def _without_ending(key: str) -> tuple[str, str]:
     return plain.removesuffix(ending), ending
 
 
-def _of_network(keys: Iterable[str], names: LayerNames) -> list[str]:
-    """The keys that name a network; those that name none belong to the transformer, or to the only one in a file."""
+def _of_network(keys: Iterable[str], names: LayerNames, prefix: str) -> list[str]:
+    """The keys that name a network; those that name none belong to the transformer, or to the only one in a file.
+
+    Args:
+        prefix: The network's name in the file.
+    """
     owners = {key: owner(key, (names.prefix, *names.others)) for key in keys}
-    bare = names.prefix == "transformer" or set(owners.values()) == {None}
-    return [key for key, name in owners.items() if name == names.prefix or (bare and name is None)]
+    bare = prefix == "transformer" or set(owners.values()) == {None}
+    return [key for key, name in owners.items() if name == prefix or (bare and name is None)]
 
 
 def _starts(prefix: str) -> tuple[str, ...]:
@@ -182,9 +211,10 @@ def _by_layer(
 ) -> dict[str, Parts]:
     """The tensors of a network by the layer's name in the file, and by peft's name of the part ("" if it has none)."""
     by_layer: dict[str, Parts] = defaultdict(dict)
-    for key in _of_network(tensors, names):
+    prefix = names.read_as(tensors)
+    for key in _of_network(tensors, names, prefix):
         name, ending = _without_ending(key)
-        parts = by_layer[_without_start(name, names.prefix, known)]
+        parts = by_layer[_without_start(name, prefix, known)]
         part = ENDINGS.get(ending, "")
         _refuse_twice({key} if part in parts else (), source)
         parts[part] = tensors[key].flatten() if ending == ".dora_scale" else tensors[key]

@@ -8,12 +8,12 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
+from ...core.data.operators.masks import of_other_sizes, white_area
 from ...core.ranges import NonNegativeFloat, Probability
 from ..pipeline.image_units import image_list
 from ..pipeline.request import ImageRequest
@@ -32,13 +32,30 @@ class ControlInputs:
 
     Args:
         channels: Channels C of the latents, more than those of an image if it reads a mask, too.
-        kinds: Number of kinds of images that it tells apart by a mode; None for one kind.
+        num_modes: Number of kinds of images that it tells apart by a mode; None for one kind.
         is_shifted: Whether the autoencoder's shift is subtracted from the latents, as for the transformer.
     """
 
     channels: int
-    kinds: int | None = None
+    num_modes: int | None = None
     is_shifted: bool = True
+
+
+@dataclass(frozen=True)
+class ControlImages:
+    """An image of a ControlNet, and what belongs to it.
+
+    Args:
+        reads: What the ControlNet reads.
+        image: Pixels (1, 3, H, W) in [-1, 1].
+        mask: (1, 1, H, W), 1 where the image is sampled anew, and 0 elsewhere; None without.
+        kept: Pixels (1, 3, H, W) in [-1, 1] of the image to inpaint, where it is not `image`; None without.
+    """
+
+    reads: ControlInputs
+    image: Tensor
+    mask: Tensor | None = None
+    kept: Tensor | None = None
 
 
 @dataclass(kw_only=True)
@@ -48,25 +65,32 @@ class ControlRequest(ImageRequest):
     Args:
         controlnet_image: Image that the sample follows, such as edges or depths, resized to `height` and `width`; or
             several, all for one ControlNet or one for each of several. The outputs are added.
-        controlnet_inpaint_image: Image that is kept where `controlnet_inpaint_mask` is black.
-        controlnet_inpaint_mask: Image whose white area is sampled anew, for a ControlNet that was trained to inpaint.
         controlnet_scale: Factor of the ControlNet's outputs, one for all images or one for each.
         controlnet_start, controlnet_end: The part of the sampling steps, from 0 to 1, in which the ControlNet is used,
             one for all images or one for each.
     """
 
     controlnet_image: Image.Image | Sequence[Image.Image] | None = None
-    controlnet_inpaint_image: Image.Image | None = None
-    controlnet_inpaint_mask: Image.Image | None = None
     controlnet_scale: NonNegativeFloat | Sequence[NonNegativeFloat] = 1.0
     controlnet_start: Probability | Sequence[Probability] = 0.0
     controlnet_end: Probability | Sequence[Probability] = 1.0
 
 
+@dataclass(kw_only=True)
+class InpaintControlRequest(ControlRequest):
+    """Sample one image with a ControlNet, which may be one that was trained to inpaint.
+
+    Args:
+        controlnet_inpaint_mask: Image whose white area is sampled anew.
+    """
+
+    controlnet_inpaint_mask: Image.Image | None = None
+
+
 class ControlEmbedder(PipelineUnit):
     """Encodes the images of ControlNets to `control_latents`, a list of latents (1, C', h, w), one for each image.
 
-    C' is C, or more for a ControlNet that reads a mask, too; then a subclass writes `control`.
+    C' is C, or more for a ControlNet that reads a mask, too; see `InpaintControlEmbedder`.
     """
 
     needs = "controlnet"
@@ -77,49 +101,57 @@ class ControlEmbedder(PipelineUnit):
     def depends_on(self, pipe: "BasePipeline") -> dict[str, str]:
         return {"control_inputs": str(pipe.control_inputs)}
 
-    def process(
-        self,
-        pipe,
-        controlnet_image,
-        controlnet_inpaint_image,
-        controlnet_inpaint_mask,
-        height,
-        width,
-        tiled,
-        tile_size,
-        tile_stride,
-    ):
-        kept = _one_image(controlnet_inpaint_image, "controlnet_inpaint_image", "RGB")
-        mask = _one_image(controlnet_inpaint_mask, "controlnet_inpaint_mask", "L")
-        _check(pipe, controlnet_image, kept, mask)
-        size = width, height
-        images = [pixels(pipe, image, size) for image in image_list(controlnet_image, "controlnet_image")]
-        inputs = inputs_of_images(pipe, len(images))
-        kept, mask = kept and pixels(pipe, kept, size), mask and mask_pixels(pipe, mask, size)
-        encode = partial(pipe.vae.encode, tiled=tiled, tile_size=tile_size, tile_stride=tile_stride)
-        pipe.load_models_to_device(["vae"])
-        latents = [
-            self.control(pipe, encode, own, image, kept, mask) for own, image in zip(inputs, images, strict=True)
-        ]
-        return {"control_latents": latents} if latents else {}
+    def process(self, pipe, controlnet_image, height, width, tiled, tile_size, tile_stride):
+        return self.encoded(pipe, controlnet_image, (width, height), (tiled, tile_size, tile_stride))
 
-    def control(
+    def encoded(
         self,
         pipe: "BasePipeline",
-        encode: Encode,
-        inputs: ControlInputs,
-        image: Tensor,
-        kept: Tensor | None,
-        mask: Tensor | None,
-    ) -> Tensor:
-        """What a ControlNet reads (1, C', h, w) of an image, and of an image to inpaint and its mask, if any.
+        value: Image.Image | Sequence[Image.Image] | None,
+        size: tuple[int, int],
+        tiling: tuple[bool, int, int],
+        **inpainted: Image.Image | None,
+    ) -> dict[str, list[Tensor]]:
+        """What the unit returns for `controlnet_image`.
 
         Args:
-            inputs: What the ControlNet reads.
-            image, kept: Pixels (1, 3, H, W) in [-1, 1].
-            mask: (1, 1, H, W), 1 where the image is sampled anew, and 0 elsewhere.
+            size: Width and height in pixels.
+            inpainted: `mask` and `kept` of `ControlImages` as images, if they are given.
         """
-        return encode(image)
+        images = [pixels(pipe, image, size) for image in image_list(value, "controlnet_image")]
+        reads = inputs_of_images(pipe, len(images))
+        as_tensors = {"mask": mask_pixels, "kept": pixels}
+        others = {name: as_tensors[name](pipe, image, size) for name, image in inpainted.items() if image is not None}
+        pipe.load_models_to_device(["vae"])
+        encode = partial(_encode, pipe, tiling)
+        read = [ControlImages(own, image, **others) for own, image in zip(reads, images, strict=True)]
+        return {"control_latents": [self.control(pipe, encode, own) for own in read]} if read else {}
+
+    def control(self, pipe: "BasePipeline", encode: Encode, images: ControlImages) -> Tensor:
+        """What a ControlNet reads (1, C', h, w)."""
+        return encode(images.image)
+
+
+class InpaintControlEmbedder(ControlEmbedder):
+    """`ControlEmbedder` of a family with ControlNets that inpaint, which read an image that is black in the mask."""
+
+    def process(self, pipe, controlnet_image, controlnet_inpaint_mask, height, width, tiled, tile_size, tile_stride):
+        mask = one_image(controlnet_inpaint_mask, "controlnet_inpaint_mask", "L")
+        check_mask(pipe, mask, controlnet_image=controlnet_image)
+        return self.encoded(pipe, controlnet_image, (width, height), (tiled, tile_size, tile_stride), mask=mask)
+
+    def control(self, pipe: "BasePipeline", encode: Encode, images: ControlImages) -> Tensor:
+        if images.reads.channels > pipe.latents.channels:
+            return blackened(encode, images.image, images.mask)
+        latents = encode(images.image)
+        if images.reads.is_shifted:
+            return latents
+        mean, std = pipe.vae.statistics(latents)
+        return latents + mean / std
+
+
+def _encode(pipe: "BasePipeline", tiling: tuple[bool, int, int], image: Tensor) -> Tensor:
+    return pipe.vae.encode(image, *tiling)
 
 
 def inputs_of_images(pipe: "BasePipeline", images: int) -> Sequence[ControlInputs]:
@@ -140,8 +172,8 @@ def pixels(pipe: "BasePipeline", image: Image.Image, size: tuple[int, int]) -> T
 
 def mask_pixels(pipe: "BasePipeline", mask: Image.Image, size: tuple[int, int]) -> Tensor:
     """A mask (1, 1, H, W) of a grey image that is resized to (W, H): 1 where it is nearer to white, and 0 elsewhere."""
-    values = np.array(mask.resize(size, Image.Resampling.LANCZOS), dtype=np.float32) / 255
-    return torch.from_numpy(values >= 0.5)[None, None].to(pipe.device, pipe.torch_dtype)
+    white = white_area(mask.resize(size, Image.Resampling.LANCZOS))
+    return torch.from_numpy(white)[None, None].to(pipe.device, pipe.torch_dtype)
 
 
 def kept_area(mask: Tensor, latents: Tensor) -> Tensor:
@@ -212,30 +244,37 @@ def blackened(encode: Encode, image: Tensor, mask: Tensor | None) -> Tensor:
     return torch.cat([latents, kept_area(mask, latents)], dim=1)
 
 
-def _one_image(value: Any, name: str, mode: str) -> Image.Image | None:
-    """One image or none in `mode`; `name` is that of the argument, for errors."""
+def one_image(value: Any, name: str, mode: str) -> Image.Image | None:
+    """One image or none in `mode`; `name` is that of the argument, for errors.
+
+    Raises:
+        ValueError: There are several, or it is no image.
+    """
     images = image_list(value, name, mode)
     if len(images) > 1:
         raise ValueError(f"{name} holds {len(images)} images, expected one.")
     return images[0] if images else None
 
 
-def _check(pipe: "BasePipeline", image: Any, kept: Image.Image | None, mask: Image.Image | None) -> None:
-    """Refuse images of a ControlNet that do not belong together."""
+def check_mask(pipe: "BasePipeline", mask: Image.Image | None, **images: Any) -> None:
+    """Refuse a `controlnet_inpaint_mask` that no ControlNet reads, or that does not fit the request's other images.
+
+    Args:
+        images: What the arguments hold that a mask needs, by name; the last one is the image to inpaint.
+
+    Raises:
+        ValueError: There is a mask, and one of them is missing, or the last one has another size.
+    """
+    if mask is None:
+        return
     channels = max(inputs.channels for inputs in pipe.control_inputs)
-    if (kept is not None or mask is not None) and channels == pipe.latents.channels:
+    if channels == pipe.latents.channels:
         raise ValueError(
             f"controlnet_inpaint_mask is given, but this ControlNet reads {channels} channels, which are "
             "those of an image alone; leave it out, or take a ControlNet that was trained to inpaint."
         )
-    if kept is not None and mask is None:
-        raise ValueError("controlnet_inpaint_image is given without controlnet_inpaint_mask; give both.")
-    if mask is not None and image is None:
-        raise ValueError("controlnet_inpaint_mask is given without controlnet_image; give both.")
-    sizes = {"controlnet_inpaint_image": kept, "controlnet_image": image if kept is None else None}
-    for name, other in sizes.items():
-        if mask is not None and isinstance(other, Image.Image) and other.size != mask.size:
-            raise ValueError(
-                f"controlnet_inpaint_mask is {mask.width} x {mask.height} pixels, but {name} is {other.width} x "
-                f"{other.height}; make them of one size."
-            )
+    if missing := [name for name, image in images.items() if image is None]:
+        raise ValueError(f"controlnet_inpaint_mask is given without {missing[0]}; give both.")
+    *_, (name, image) = images.items()
+    if isinstance(image, Image.Image) and image.size != mask.size:
+        raise ValueError(of_other_sizes("controlnet_inpaint_mask", mask.size, name, image.size) + ".")

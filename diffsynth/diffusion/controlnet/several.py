@@ -1,61 +1,20 @@
-"""Several ControlNets at once: their places among a pipeline's components, and the sums of their outputs.
+"""Several ControlNets at once: the sums of their outputs.
 
 Shapes: B batch, C channels of the latents, h w latent size, L image tokens, D width.
 """
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import Tensor, nn
-
-from ..pipeline.components import Network
-from .inputs import ControlInputs
-from .start import ControlStart
-
-if TYPE_CHECKING:
-    from ..base_pipeline import BasePipeline
-
-PLACES = "controlnet", "controlnet_2", "controlnet_3"
-
-
-def places(kind: type[nn.Module], start: ControlStart) -> dict[str, Network]:
-    """The components of a family for its ControlNets."""
-    return {name: Network(kind, optional=True, start=start) for name in PLACES}
-
-
-def built(*controlnets: nn.Module | None) -> list[nn.Module]:
-    """Those ControlNets that a pipeline has, in the order of their places."""
-    return [network for network in controlnets if network is not None]
-
-
-def check_controlnets(
-    pipe: "BasePipeline",
-    reads: Callable[[Any], ControlInputs],
-    check: Callable[[str, Any, Any], None],
-) -> None:
-    """Note what a pipeline's ControlNets read, and refuse those that do not fit its transformer.
-
-    Args:
-        reads: `reads(controlnet)` returns what a ControlNet of the family reads.
-        check: `check(name, controlnet, transformer)` raises ValueError if they do not fit.
-
-    Raises:
-        ValueError: A ControlNet does not fit, or there is a second one without a first.
-    """
-    found = {name: getattr(pipe, name) for name in PLACES if getattr(pipe, name) is not None}
-    if found and PLACES[0] not in found:
-        raise ValueError(f"model.{min(found)} is set, but model.{PLACES[0]} is null; set that one first.")
-    pipe.control_inputs = tuple(map(reads, found.values()))
-    for name, network in found.items() if pipe.network is not None else ():
-        check(name, network, pipe.network)
 
 
 class BlockSums(Sequence[Tensor]):
     """The sums of several ControlNets' outputs (B, L, D) for each of a transformer's blocks, made when they are read.
 
     Args:
-        outputs: Outputs of each ControlNet, of which each belongs to several blocks that follow one another.
+        outputs: Outputs of each ControlNet; one output serves several consecutive blocks.
         blocks: Number of the transformer's blocks.
         rounds_up: Whether an output belongs to a whole number of blocks, so that the last one may belong to fewer.
     """
@@ -91,13 +50,15 @@ def outputs_of(
     return [call(*own) for own in zip(networks, images, scales, strict=True) if own[2]]
 
 
-def summed(found: Sequence[Sequence[Tensor]], blocks: int, rounds_up: bool = True) -> Sequence[Tensor] | None:
+def sum_block_outputs(
+    found: Sequence[Sequence[Tensor]], blocks: int, rounds_up: bool = True
+) -> Sequence[Tensor] | None:
     """The outputs (B, L, D) of ControlNets, or their sums, as a transformer's call takes them; see `BlockSums`."""
     found = [own for own in found if own]
     return BlockSums(found, blocks, rounds_up) if len(found) > 1 else found[0] if found else None
 
 
-def summed_by_block(found: Sequence[Mapping[int, Tensor]]) -> dict[int, Tensor] | None:
+def sum_outputs_by_block(found: Sequence[Mapping[int, Tensor]]) -> dict[int, Tensor] | None:
     """The sums of ControlNets' outputs (B, L, D), by the number of the transformer's block; None without any."""
     blocks = sorted({block for own in found for block in own})
     each = {block: [own[block] for own in found if block in own] for block in blocks}

@@ -1,15 +1,15 @@
-"""Starts a ControlNet from the weights of a transformer, of which it reads only those that it copies."""
+"""Initialises a ControlNet from a transformer; reads only the copied tensors."""
 
 import re
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
 
 import diffusers
 import torch
 from torch import nn
 
 from ...core.loader.safetensors_files import read_shapes, read_tensors
+from ..pipeline.components import library_name
 
 if TYPE_CHECKING:
     from ..base_pipeline import BasePipeline
@@ -18,41 +18,23 @@ if TYPE_CHECKING:
 BLOCK = re.compile(r"\w+\.\d+")  # a block of a list, such as layers.3
 
 
-@dataclass(frozen=True)
-class ControlStart:
-    """How a family's ControlNet begins.
-
-    Args:
-        blocks: Number of blocks that are copied by default.
-        config: `config(transformer's configuration, number of blocks, whether it reads a mask)` returns that of the
-            ControlNet.
-        source: `source(name of a parameter, the ControlNet's configuration)` returns the name of the transformer's
-            parameter that it copies. Where the transformer has none of that name and shape, the parameter stays as its
-            class begins it: outputs are zero, so that the first step changes nothing.
-    """
-
-    blocks: int
-    config: Callable[[Mapping[str, Any], int, bool], dict[str, Any]]
-    source: Callable[[str, Mapping[str, Any]], str]
-
-
 def start_controlnet(pipe: "BasePipeline", blocks: int | None, inpaint: bool, seed: int) -> nn.Module:
     """A ControlNet for the pipeline's transformer, in the pipeline's dtype on the CPU.
 
     Raises:
         ValueError: The family has no ControlNet, or the transformer has fewer blocks.
     """
-    part = pipe.networks().get("controlnet")
-    if part is None or part.start is None:
+    family = pipe.control_family
+    if family is None:
         raise ValueError(f"{type(pipe).__name__} has no ControlNet; take a model whose family has one.")
-    kind = getattr(diffusers, *part.names)  # not a subclass of ours, whose name no other program knows
-    config = part.start.config(pipe.network.config, part.start.blocks if blocks is None else blocks, inpaint)
+    kind = getattr(diffusers, library_name(family.kind))  # not a subclass of ours, whose name no other program knows
+    config = family.config(pipe.network.config, family.blocks if blocks is None else blocks, inpaint)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         network = kind.from_config(config)
     files = pipe.weight_files(pipe.in_iteration_models[0])
     shapes = {key: shape for file in files for key, shape in read_shapes(file).items()}
-    sources = {name: part.start.source(name, network.config) for name in network.state_dict()}
+    sources = {name: family.source(name, network.config) for name in network.state_dict()}
     _check_blocks(sources.values(), shapes)
     copied = {name: key for name, key in sources.items() if network.state_dict()[name].shape == shapes.get(key)}
     tensors = read_tensors(files, copied.values())

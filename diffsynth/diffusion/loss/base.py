@@ -115,8 +115,7 @@ class Objective:
         of_loss = {name for name, p in parameters if p.default is p.empty or name in named} - NOT_INPUTS
         if not self.calls_model_fn:
             return of_loss
-        of_model_fn = set(inspect.signature(pipe.model_fn).parameters) - {*self.provides, *pipe.networks()}
-        return of_loss | of_model_fn
+        return of_loss | (pipe.model_fn_inputs() - {*self.provides})
 
     def check(self, pipe: "BasePipeline", lora: "Adapter | None", cached: bool) -> None:
         """Refuse models, adapters or data that this objective cannot train on; called before any weight is read.

@@ -1,18 +1,17 @@
 """The components that a family declares: networks, and folders of tokenizers and image processors."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from ...core.loader import read_pretrained
+from ...core.loader import Layout, read_pretrained
 from ..adapters.names import LayerNames
 
 if TYPE_CHECKING:
     from ..base_pipeline import BasePipeline
-    from ..controlnet.start import ControlStart
 
 LIBRARIES = ("diffusers", "transformers")
 
@@ -26,7 +25,7 @@ class Network:
         after: Function that is called with the network when it is built, before its weights are read.
         lora: Names of the network in adapter files, or only diffusers' name of it; None is its attribute.
         optional: Whether there are models of the family without it.
-        start: How a ControlNet begins as a copy of the transformer; None for other networks.
+        layouts: Layouts of released weights besides the library's.
     """
 
     def __init__(
@@ -35,9 +34,9 @@ class Network:
         after: Callable[[nn.Module], Any] | None = None,
         lora: LayerNames | str | None = None,
         optional: bool = False,
-        start: "ControlStart | None" = None,
+        layouts: Sequence[Layout] = (),
     ):
-        self.kinds, self.after, self.is_optional, self.start = kinds, after, optional, start
+        self.kinds, self.after, self.is_optional, self.layouts = kinds, after, optional, layouts
         self.lora = LayerNames(prefix=lora) if isinstance(lora, str) else lora
 
     @property

@@ -33,8 +33,11 @@ Args:
 """
 
 
-def complete(cls: type["BasePipeline"]) -> None:
+def complete(cls: type["BasePipeline"], controlnets: Mapping[str, Network]) -> None:
     """Check a family's declaration, and set the signatures of its call and of `from_components`.
+
+    Args:
+        controlnets: The places of its ControlNets, which become components, and networks that `model_fn` calls.
 
     Raises:
         TypeError: The declaration lacks a part, or names a component or field that does not exist.
@@ -49,9 +52,10 @@ def complete(cls: type["BasePipeline"]) -> None:
         raise TypeError(f"{cls.__name__}.unit_classes is {cls.unit_classes!r}; expected classes of units.")
     if not is_dataclass(cls.request):
         raise TypeError(f"{cls.__name__}.request is {cls.request!r}; expected a dataclass such as ImageRequest.")
-    networks = [name for name, component in cls.components.items() if isinstance(component, Network)]
+    networks = {name: component for name, component in cls.components.items() if isinstance(component, Network)}
     if not networks:
         raise TypeError(f"{cls.__name__}.components names no Network; expected at least the one that model_fn calls.")
+    cls.components = {**networks, **controlnets, **cls.components}
     unknown = [name for name in cls.model_settings if name not in defaults_of(cls.request)]
     if unknown:
         raise TypeError(
@@ -64,7 +68,7 @@ def complete(cls: type["BasePipeline"]) -> None:
             f"{lacking[0].__name__} needs {lacking[0].needs!r}, which is not among {cls.__name__}.components: "
             f"{', '.join(cls.components)}."
         )
-    cls.in_iteration_models = getattr(cls, "in_iteration_models", None) or tuple(networks[:1])
+    cls.in_iteration_models = cls.in_iteration_models or (next(iter(networks)), *controlnets)
     cls.__call__ = _signed(cls.__call__, [*parameters_of(cls.request), _keyword("progress_bar_cmd", tqdm)])
     cls.__call__.__doc__ = document(cls.request)
     cls.from_components = classmethod(_signed(cls.from_components.__func__, _component_parameters(cls), "cls"))

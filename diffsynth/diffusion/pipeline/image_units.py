@@ -13,6 +13,7 @@ from PIL import Image, ImageFilter
 from torch import Tensor
 
 from ...core.data.operators.images import ImageCropAndResize
+from ...core.data.operators.masks import of_other_sizes
 from ...core.data.operators.picture_files import in_mode
 from .units import PipelineUnit, in_groups
 
@@ -53,17 +54,22 @@ class InputImageEmbedder(PipelineUnit):
 
     def process(self, pipe, input_image, noise, tiled, tile_size, tile_stride):
         if input_image is None:
-            return {"latents": noise, "input_latents": None}
+            return starting_from(pipe, noise, None)
         (input_latents,) = encode_images(pipe, [input_image], tiled, tile_size, tile_stride)
-        if pipe.scheduler.training:
-            return {"latents": noise, "input_latents": input_latents}
-        latents = pipe.scheduler.add_noise(input_latents, noise, pipe.scheduler.timesteps[0])
-        return {"latents": latents, "input_latents": input_latents}
+        return starting_from(pipe, noise, input_latents)
 
     def process_batch(self, pipe, batch):
         """Encode images of training data; those of equal size go through the autoencoder together."""
         latents = encode_images(pipe, [inputs["input_image"] for inputs in batch], *tiling(batch[0]))
         return [{"latents": i["noise"], "input_latents": own} for i, own in zip(batch, latents, strict=True)]
+
+
+def starting_from(pipe: "BasePipeline", noise: Tensor, input_latents: Tensor | None) -> dict[str, Tensor | None]:
+    """`input_latents` (1, …), and `latents` (1, …): the noise (1, …), or in sampling the input latents with noise."""
+    if input_latents is None or pipe.scheduler.training:
+        return {"latents": noise, "input_latents": input_latents}
+    latents = pipe.scheduler.add_noise(input_latents, noise, pipe.scheduler.timesteps[0])
+    return {"latents": latents, "input_latents": input_latents}
 
 
 def encode_images(
@@ -163,16 +169,17 @@ class EditImageEmbedder(PipelineUnit):
         self,
         pipe: "BasePipeline",
         edit_image: Image.Image | Sequence[Image.Image] | None,
-        auto_resize: bool,
-        pixels: int,
+        edit_image_auto_resize: bool,
+        edit_image_pixels: int = 0,
     ) -> list[Image.Image]:
         """The edit images in the family's mode and as its training data was resized."""
-        return edit_images(edit_image, auto_resize, pixels, self.resize, pipe.media.mode, pipe.latents.multiple)
+        size = edit_image_auto_resize, edit_image_pixels
+        return edit_images(edit_image, *size, self.resize, pipe.media.mode, pipe.latents.multiple)
 
     def process_batch(self, pipe, batch):
         """Encode the edit images of all samples; those of equal size go through the autoencoder together."""
-        names = ("edit_image", "edit_image_auto_resize", "edit_image_pixels")
-        by_sample = [self.images(pipe, *(inputs[name] for name in names)) for inputs in batch]
+        names = [name for name in batch[0] if name.startswith("edit_image")]
+        by_sample = [self.images(pipe, **{name: inputs[name] for name in names}) for inputs in batch]
         images = [image for own in by_sample for image in own]
         latents = iter(encode_images(pipe, images, *tiling(batch[0])))
         return [{"edit_latents": [next(latents) for _ in own]} if own else {} for own in by_sample]
@@ -200,10 +207,7 @@ class LossMask(PipelineUnit):
         if loss_mask is None:
             return {}
         if loss_mask.size != (width, height):
-            raise ValueError(
-                f"loss_mask is {loss_mask.width} x {loss_mask.height} pixels and its image {width} x {height}; save "
-                "both at one size."
-            )
+            raise ValueError(of_other_sizes("loss_mask", loss_mask.size, "its image", (width, height)) + ".")
         mask = latent_mask(pipe, loss_mask, height, width)
         if mask.getbbox() is None:
             raise ValueError(
@@ -211,6 +215,10 @@ class LossMask(PipelineUnit):
                 "the row out. (The image's crop may also have cut the white area off.)"
             )
         return {"loss_mask": as_weights(pipe, mask)}
+
+
+# The units of a family that samples single images, before its own.
+IMAGE_UNITS = ShapeChecker, NoiseInitializer, InputImageEmbedder, Inpaint, LossMask
 
 
 def latent_weights(

@@ -19,12 +19,14 @@ from ...core.loader import (
     fingerprint_folder,
     load_weights,
     to_released_keys,
+    use_layouts,
 )
 from ...core.ranges import BatchSize, LearningRate, Pixels, PositiveInt, Side
 from ..adapters import files as lora_files
 from ..adapters.names import LayerNames
 from ..flow_match import ALL_LEVELS
 from . import sampling_settings
+from .architectures import config_of
 from .components import Folder, Network
 from .units import PipelineUnit
 
@@ -89,7 +91,7 @@ class PipelineNetworks(nn.Module):
         self.device, self.torch_dtype = torch.device(device), torch_dtype
         self.training_defaults = TrainingDefaults()
         self._files: dict[str, list[Path] | None] = {}  # weights of each built network
-        self._configs: dict[str, str | None] = {}  # configs of weights that lie without a config.json
+        self._configs: dict[str, str | Mapping | None] = {}  # configs of weights that lie without a config.json
         self.folders: dict[str, Path] = {}  # of tokenizers and processors, by attribute
         self._fingerprints: dict[str, str] = {}
         self.sampling_settings: dict[str | None, Mapping[str, Any]] = {}  # by adapter file; None is the model itself
@@ -176,19 +178,22 @@ class PipelineNetworks(nn.Module):
                 architecture.
         """
         subclasses = {kind: cls for network in self.networks().values() for kind, cls in network.subclasses.items()}
-        named = model_configs.items() if isinstance(model_configs, Mapping) else [(None, own) for own in model_configs]
+        is_named = isinstance(model_configs, Mapping)
+        named = list(model_configs.items() if is_named else ((None, own) for own in model_configs))
         for wanted, model_config in named:
             files = model_config.resolve()
-            module = build_module(files, model_config.config, subclasses)
+            config = self._config(wanted, model_config, files, [own for _, own in named])
+            module = build_module(files, config, subclasses)
+            name = self._attribute(module, files, wanted)
+            use_layouts(module, self.networks()[name].layouts)
             if files is not None:  # a pipeline that stays on the meta device has none
                 check_weights(module, files)
-            name = self._attribute(module, files, wanted)
             if name in self._files:
                 raise ValueError(
                     f"{files[0]} is a {type(module).__name__}, as {self._files[name][0]} already is; leave out one."
                 )
             setattr(self, name, module)
-            self._files[name], self._configs[name] = files, model_config.config
+            self._files[name], self._configs[name] = files, config
             if name in self.in_iteration_models:
                 self.use_sampling_settings(sampling_settings.of_model(module, files or ()))
             if (after := self.networks()[name].after) is not None:
@@ -196,11 +201,18 @@ class PipelineNetworks(nn.Module):
         self.in_iteration_models = tuple(filter(self._is_expected, type(self).in_iteration_models))
         self.check_networks()
 
+    def _config(
+        self, wanted: str | None, part: ModelConfig, files: list[Path] | None, parts: Iterable[ModelConfig]
+    ) -> str | Mapping[str, Any] | None:
+        """The config.json of a network that is named, or else of any of them; see `config_of`."""
+        names = {name: (network, self.lora_prefixes[name]) for name, network in self.networks().items()}
+        return config_of({wanted: names[wanted]} if wanted in names else names, part, files, parts)
+
     def _is_expected(self, name: str) -> bool:
         return getattr(self, name) is not None or not self.networks()[name].is_optional
 
     def check_networks(self) -> None:
-        """Refuse networks that do not fit each other; a family may override it. Called when all networks are built."""
+        """Refuse networks that do not fit each other; a family may refuse more. Called when all networks are built."""
 
     def build_folder(self, name: str, config: ModelConfig | None) -> None:
         """Read a tokenizer or processor and check that it is the family's; None reads nothing.
@@ -300,6 +312,14 @@ class PipelineNetworks(nn.Module):
         """The noise levels that a training of the models `trained` learns; see `FlowMatchScheduler.trained`."""
         return ALL_LEVELS
 
+    def taking_turns(self, trained: Collection[str]) -> Sequence[str]:
+        """Those of the models `trained` of which each optimizer step trains one; () if a step trains all of them."""
+        return ()
+
+    def turn(self, trained: Collection[str], step: int, seed: int) -> str:
+        """The model that optimizer step `step` (from 0) trains, where models take turns; a function of the seed."""
+        raise NotImplementedError(f"The models of {type(self).__name__} do not take turns.")
+
     def require(self, users: Mapping[str, str]) -> None:
         """Refuse a pipeline that was built without a model that is needed.
 
@@ -362,9 +382,7 @@ class PipelineNetworks(nn.Module):
         """The files of each network, tokenizer and processor, by its name and then by their names."""
         networks = {}
         for name, files in self._files.items():
-            config = Path(self._configs[name] or files[0].parent)
-            config_file = config / "config.json" if config.is_dir() else config
-            networks[name] = {"config.json": InputFile(str(config_file)), **beside(files[0], files)}
+            networks[name] = {**_config_file(self._configs[name], files), **beside(files[0], files)}
         return networks | {name: all_in(folder) for name, folder in self.folders.items()}
 
     def weight_files(self, name: str) -> list[Path]:
@@ -415,7 +433,7 @@ class PipelineNetworks(nn.Module):
             FileNotFoundError: The file is not on this machine and cannot be downloaded.
             ValueError: The file has a key that belongs to no layer of the model.
         """
-        path, fuse = _one_file(path), fuse if hotload is None else not hotload
+        path, fuse = self.adapter_file(_one_file(path)), fuse if hotload is None else not hotload
         name = model if isinstance(model, str) else next(n for n, m in self.named_children() if m is model)
         lora_files.load(self.named_model(name), path, self.layer_names(name), scale=alpha, fuse=fuse)
         settings = sampling_settings.of_file(lora_files.find_file(path))
@@ -431,12 +449,14 @@ class PipelineNetworks(nn.Module):
         """Refuse adapter files that are broken or were made for other models; needs no weights."""
         for path in paths:
             for name in self.adapted_by(path):
-                tensors = lora_files.read(path, self.layer_names(name), self.named_model(name))
-                lora_files.infer_config(tensors, path)
+                file = self.adapter_file(path)
+                tensors = lora_files.read(file, self.layer_names(name), self.named_model(name))
+                lora_files.infer_config(tensors, file)
 
     def use_sampling_settings_of(self, path: str | Path) -> None:
         """Set the sampling settings to those stored in an adapter file, if it has any; needs no weights."""
-        self.use_sampling_settings(sampling_settings.of_file(lora_files.find_file(path)), path)
+        file = self.adapter_file(path)
+        self.use_sampling_settings(sampling_settings.of_file(lora_files.find_file(file)), file)
 
     def load_adapter(self, path: str | Path, scale: float = 1.0, fuse: bool = False) -> None:
         """Add an adapter file to all models that its keys name; see `load_lora`."""
@@ -444,11 +464,35 @@ class PipelineNetworks(nn.Module):
             self.load_lora(name, path, scale, fuse)
 
     def adapted_by(self, path: str | Path) -> list[str]:
-        """Names of the models that an adapter file is for; the predicting network if its keys name none."""
-        named, main = lora_files.prefixes(path, self.lora_prefixes.values()), self.in_iteration_models[0]
+        """Names of the models that an adapter file is for; the predicting network if its keys name none.
+
+        A name before the file's path, such as `dit2:low.safetensors`, says it for a file whose keys do not.
+        """
+        if (file := self.adapter_file(path)) != path:
+            return [str(path).partition(":")[0]]
+        named, main = lora_files.prefixes(file, self.lora_prefixes.values()), self.in_iteration_models[0]
         adapted = [name for name, prefix in self.lora_prefixes.items() if prefix in named]
         bare = [main] if None in named and main not in adapted else []
-        return [*bare, *adapted] or [main]
+        return self._stated(path) or [*bare, *adapted] or [main]
+
+    def adapter_file(self, path: str | Path) -> str | Path:
+        """The path of an adapter file without the name of the model before it."""
+        name, _, file = str(path).partition(":")
+        return file if file and name in self.networks() else path
+
+    def _stated(self, path: str | Path) -> list[str]:
+        """The network that shares the names of another one, and that a file of this project states."""
+        sharing = [name for name in self.networks() if self.layer_names(name).shared is not None]
+        stated = lora_files.stated_network(path) if sharing else None
+        return [name for name in sharing if self.lora_prefixes[name] == stated]
+
+
+def _config_file(config: str | Mapping | None, files: Sequence[Path]) -> dict[str, InputFile]:
+    """The file of a configuration, unless it is one of this package."""
+    if isinstance(config, Mapping):
+        return {}
+    place = Path(config or files[0].parent)
+    return {"config.json": InputFile(str(place / "config.json" if place.is_dir() else place))}
 
 
 def _layer_names(name: str, network: Network | None) -> LayerNames:

@@ -1,7 +1,7 @@
 """Pipeline units: small steps that compute the network's inputs, over three dictionaries.
 
-`inputs_shared` holds the inputs of both predictions of classifier-free guidance, `inputs_posi` those of the conditional
-one only, and `inputs_nega` those of the unconditional one only.
+`inputs_shared` holds the inputs of both predictions of classifier-free guidance, `inputs_posi` the inputs of the
+conditional one only, and `inputs_nega` the inputs of the unconditional one only.
 """
 
 import difflib

@@ -19,7 +19,7 @@ class Latents:
         channels: Number of channels C.
         factor: Downsampling, H / h and W / w.
         patch: Latent pixels per token, along each side.
-        group: Tokens that only come together, along each side.
+        group: Image sides, in tokens, are multiples of this.
         time_factor: Frames per latent frame, after the first, which has a latent frame of its own; None for images.
     """
 

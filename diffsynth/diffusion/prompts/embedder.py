@@ -19,17 +19,22 @@ Tokens = Mapping[str, Tensor | list[slice]]
 ALL = [slice(None)]
 
 
-def check_text_width(wanted: int, made: int) -> None:
-    """Refuse a text encoder whose embeddings have another width than the network takes.
+def check_text_widths(pipe: "BasePipeline") -> None:
+    """Refuse a text encoder whose embeddings have another width than the network takes; see `pipe.text_widths`.
 
     Raises:
-        ValueError: `made` differs from `wanted`.
+        ValueError: The widths differ.
     """
-    if wanted != made:
-        raise ValueError(
-            f"dit takes text embeddings of width {wanted}, but text_encoder makes {made}: they are of different "
-            "models; take the text encoder that was released with the transformer."
-        )
+    for name, widths in pipe.text_widths.items():
+        encoder = getattr(pipe, name)
+        if pipe.network is None or encoder is None:
+            continue
+        wanted, made = widths(pipe.network, encoder)
+        if wanted != made:
+            raise ValueError(
+                f"dit takes text embeddings of width {wanted}, but {name} makes {made}: they are of different models; "
+                "take the text encoder that was released with the transformer."
+            )
 
 
 class PromptEmbedder(PipelineUnit):

@@ -131,8 +131,7 @@ class TemplateForward(PipelineUnit):
             return {}
         flags = {name: shared.get(name, False) for name in CHECKPOINTING}
         cache = self.template.forward(dict(side[FEATURES]), pipe, **flags)
-        known = inspect.signature(pipe.model_fn).parameters.keys() - set(pipe.networks())
-        check_names(cache, known, str(self.template), f"{type(pipe).__name__}.model_fn")
+        check_names(cache, pipe.model_fn_inputs(), str(self.template), f"{type(pipe).__name__}.model_fn")
         return as_inputs(pipe, cache, str(self.template))
 
 

@@ -13,12 +13,11 @@ import torch.nn.functional as F
 from diffusers import FluxControlNetModel, FluxTransformer2DModel
 from torch import Tensor
 
-from ...core.gradient import checkpoint_blocks
 from ...core.ranges import NonNegativeInt
 from ...diffusion.base_pipeline import BasePipeline
+from ...diffusion.controlnet.family import ControlFamily
 from ...diffusion.controlnet.inputs import ControlInputs, ControlRequest, check_sizes, inputs_of_images
-from ...diffusion.controlnet.several import outputs_of, summed
-from ...diffusion.controlnet.start import ControlStart
+from ...diffusion.controlnet.several import outputs_of, sum_block_outputs
 from ...diffusion.pipeline.image_units import image_list
 from ...diffusion.pipeline.units import PipelineUnit
 
@@ -53,7 +52,6 @@ def block_samples(
     control_modes: Sequence[Tensor],
     scale: float | Sequence[float],
     edit_tokens: int,
-    checkpointing: tuple[bool, bool],
 ) -> dict[str, Sequence[Tensor] | None]:
     """What ControlNets add to the transformer's image tokens (B, L, D), as arguments of the transformer's call.
 
@@ -62,10 +60,7 @@ def block_samples(
         control_tokens: Tokens (B, L, 64) of each image.
         control_modes: Modes (B,) of each image, which a ControlNet for one kind of images does not read.
         edit_tokens: Number of tokens of edit images, to which nothing is added.
-        checkpointing: Whether blocks are computed again in the backward pass, and whether their inputs are offloaded.
     """
-    for controlnet in controlnets:
-        checkpoint_blocks(controlnet, *checkpointing)
     text = inputs["encoder_hidden_states"]
     inputs = {**inputs, "txt_ids": torch.zeros(text.shape[1], 3, device=text.device)}
 
@@ -80,9 +75,10 @@ def block_samples(
         return [[F.pad(sample, (0, 0, 0, edit_tokens)) for sample in samples or ()] for samples in streams]
 
     found = outputs_of(outputs, controlnets, list(zip(control_tokens, control_modes, strict=True)), scale)
+    doubles, singles = ([own[place] for own in found] for place in (0, 1))
     return {
-        "controlnet_block_samples": summed([double for double, _ in found], len(dit.transformer_blocks)),
-        "controlnet_single_block_samples": summed([single for _, single in found], len(dit.single_transformer_blocks)),
+        "controlnet_block_samples": sum_block_outputs(doubles, len(dit.transformer_blocks)),
+        "controlnet_single_block_samples": sum_block_outputs(singles, len(dit.single_transformer_blocks)),
     }
 
 
@@ -99,7 +95,7 @@ class Flux1Unit_ControlMode(PipelineUnit):
 
     def process(self, pipe, controlnet_image, controlnet_mode):
         images = len(image_list(controlnet_image, "controlnet_image"))
-        kinds = [inputs.kinds for inputs in inputs_of_images(pipe, images)]
+        kinds = [inputs.num_modes for inputs in inputs_of_images(pipe, images)]
         modes = list(controlnet_mode) if isinstance(controlnet_mode, Sequence) else [controlnet_mode] * images
         _check_modes(modes, kinds)
         return {"control_modes": [torch.tensor([mode or 0], device=pipe.device) for mode in modes]} if images else {}
@@ -125,7 +121,7 @@ def _check_modes(modes: Sequence[int | None], kinds: Sequence[int | None]) -> No
 
 def control_inputs(controlnet: Flux1ControlNet) -> ControlInputs:
     """What a ControlNet reads; 2 × 2 latent pixels make a token."""
-    return ControlInputs(controlnet.config.in_channels // 4, kinds=controlnet.config.num_mode)
+    return ControlInputs(controlnet.config.in_channels // 4, num_modes=controlnet.config.num_mode)
 
 
 def check_controlnet(name: str, controlnet: Flux1ControlNet, dit: FluxTransformer2DModel) -> None:
@@ -148,4 +144,11 @@ def config_beside(transformer: Mapping[str, Any], blocks: int, inpaint: bool) ->
     return sizes | {"in_channels": channels, "num_layers": blocks, "num_single_layers": singles}
 
 
-CONTROL_START = ControlStart(blocks=COPIED_BLOCKS, config=config_beside, source=lambda name, _: name)
+CONTROL_FAMILY = ControlFamily(
+    kind=Flux1ControlNet,
+    inputs=control_inputs,
+    check=check_controlnet,
+    prompt=("prompt_emb", "pooled_prompt_emb"),
+    blocks=COPIED_BLOCKS,
+    config=config_beside,
+)

@@ -9,11 +9,9 @@ from typing import Any
 from diffusers import QwenImageControlNetModel, QwenImageTransformer2DModel
 from torch import Tensor
 
-from ...core.gradient import checkpoint_blocks
-from ...diffusion.base_pipeline import BasePipeline
-from ...diffusion.controlnet.inputs import ControlEmbedder, ControlInputs, Encode, blackened, check_sizes
-from ...diffusion.controlnet.several import outputs_of, summed
-from ...diffusion.controlnet.start import ControlStart
+from ...diffusion.controlnet.family import ControlFamily
+from ...diffusion.controlnet.inputs import ControlInputs, check_sizes
+from ...diffusion.controlnet.several import outputs_of, sum_block_outputs
 
 COPIED_BLOCKS = 5  # as in the released InstantX/Qwen-Image-ControlNet-Union
 SIZES = "patch_size", "in_channels", "out_channels", "attention_head_dim", "num_attention_heads", "joint_attention_dim"
@@ -33,7 +31,6 @@ def block_samples(
     control_tokens: Sequence[Tensor],
     prompt: tuple[Tensor, Tensor | None] | None,
     scale: float | Sequence[float],
-    checkpointing: tuple[bool, bool],
 ) -> Sequence[Tensor] | None:
     """What ControlNets add to the transformer's image tokens (B, L, D), one tensor for several blocks each.
 
@@ -41,10 +38,7 @@ def block_samples(
         inputs: Arguments of the transformer's call, without images to edit.
         control_tokens: Tokens (B, L, 64 or 68) of each image.
         prompt: Text embeddings (B, L, D) and their mask (B, L) instead of those of the transformer's call.
-        checkpointing: Whether blocks are computed again in the backward pass, and whether their inputs are offloaded.
     """
-    for controlnet in controlnets:
-        checkpoint_blocks(controlnet, *checkpointing)
     if prompt is not None:
         text = dict(zip(("encoder_hidden_states", "encoder_hidden_states_mask"), prompt, strict=True))
         inputs = {**inputs, **text}
@@ -53,22 +47,7 @@ def block_samples(
         image = {"controlnet_cond": tokens.to(controlnet.dtype), "conditioning_scale": own_scale}
         return controlnet(**inputs, **image, return_dict=False)
 
-    return summed(outputs_of(outputs, controlnets, control_tokens, scale), len(dit.transformer_blocks))
-
-
-class QwenImageUnit_ControlEmbedder(ControlEmbedder):
-    def control(
-        self,
-        pipe: BasePipeline,
-        encode: Encode,
-        inputs: ControlInputs,
-        image: Tensor,
-        kept: Tensor | None,
-        mask: Tensor | None,
-    ) -> Tensor:
-        if inputs.channels == pipe.latents.channels:
-            return encode(image)
-        return blackened(encode, image, mask)
+    return sum_block_outputs(outputs_of(outputs, controlnets, control_tokens, scale), len(dit.transformer_blocks))
 
 
 def control_inputs(controlnet: QwenImageControlNet) -> ControlInputs:
@@ -87,4 +66,11 @@ def config_beside(transformer: Mapping[str, Any], blocks: int, inpaint: bool) ->
     return sizes | {"num_layers": blocks, "extra_condition_channels": 4 if inpaint else 0}
 
 
-CONTROL_START = ControlStart(blocks=COPIED_BLOCKS, config=config_beside, source=lambda name, _: name)
+CONTROL_FAMILY = ControlFamily(
+    kind=QwenImageControlNet,
+    inputs=control_inputs,
+    check=check_controlnet,
+    prompt=("prompt_emb", "prompt_emb_mask"),
+    blocks=COPIED_BLOCKS,
+    config=config_beside,
+)

@@ -11,11 +11,9 @@ import torch
 from diffusers import SD3ControlNetModel, SD3Transformer2DModel
 from torch import Tensor
 
-from ...core.gradient import checkpoint_blocks
-from ...diffusion.base_pipeline import BasePipeline
-from ...diffusion.controlnet.inputs import ControlEmbedder, ControlInputs, Encode, blackened, check_sizes
-from ...diffusion.controlnet.several import outputs_of, summed
-from ...diffusion.controlnet.start import ControlStart
+from ...diffusion.controlnet.family import ControlFamily
+from ...diffusion.controlnet.inputs import ControlInputs, check_sizes
+from ...diffusion.controlnet.several import outputs_of, sum_block_outputs
 
 COPIED_BLOCKS = 12  # the number that diffusers' class takes, half of medium's
 SIZES = (
@@ -48,17 +46,14 @@ def block_samples(
     inputs: Mapping[str, Any],
     control_latents: Sequence[Tensor],
     scale: float | Sequence[float],
-    checkpointing: tuple[bool, bool],
 ) -> Sequence[Tensor] | None:
     """What ControlNets add to the transformer's image tokens (B, L, D), one tensor for several blocks each.
 
     Args:
         inputs: Arguments of the transformer's call.
         control_latents: Latents (B, 16 or 17, h, w) of each image.
-        checkpointing: Whether blocks are computed again in the backward pass, and whether their inputs are offloaded.
     """
     for controlnet in controlnets:
-        checkpoint_blocks(controlnet, *checkpointing)
         controlnet.borrow(dit)
 
     def outputs(controlnet: SD3ControlNet, latents: Tensor, own_scale: float) -> list[Tensor]:
@@ -70,26 +65,7 @@ def block_samples(
         return controlnet(**{**inputs, **own}, return_dict=False)[0]
 
     found = outputs_of(outputs, controlnets, control_latents, scale)
-    return summed(found, len(dit.transformer_blocks), rounds_up=False)
-
-
-class SD3Unit_ControlEmbedder(ControlEmbedder):
-    """Encodes the images of a ControlNet; some read latents of which the autoencoder's shift is not subtracted."""
-
-    def control(
-        self,
-        pipe: BasePipeline,
-        encode: Encode,
-        inputs: ControlInputs,
-        image: Tensor,
-        kept: Tensor | None,
-        mask: Tensor | None,
-    ) -> Tensor:
-        if inputs.channels == pipe.latents.channels:
-            latents = encode(image)
-            mean, std = pipe.vae.statistics(latents)
-            return latents if inputs.is_shifted else latents + mean / std
-        return blackened(encode, image, mask)
+    return sum_block_outputs(found, len(dit.transformer_blocks), rounds_up=False)
 
 
 def control_inputs(controlnet: SD3ControlNet) -> ControlInputs:
@@ -112,4 +88,10 @@ def config_beside(transformer: Mapping[str, Any], blocks: int, inpaint: bool) ->
     return sizes | {"num_layers": blocks, "extra_conditioning_channels": int(inpaint)}
 
 
-CONTROL_START = ControlStart(blocks=COPIED_BLOCKS, config=config_beside, source=lambda name, _: name)
+CONTROL_FAMILY = ControlFamily(
+    kind=SD3ControlNet,
+    inputs=control_inputs,
+    check=check_controlnet,
+    blocks=COPIED_BLOCKS,
+    config=config_beside,
+)

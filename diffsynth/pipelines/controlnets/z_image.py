@@ -4,19 +4,29 @@ The order of channels is that of diffusers' ZImageControlNetPipeline and ZImageC
 """
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from diffusers import ZImageControlNetModel, ZImageTransformer2DModel
+from PIL import Image
 from torch import Tensor
 
-from ...core.gradient import checkpoint_blocks
 from ...diffusion.base_pipeline import BasePipeline
-from ...diffusion.controlnet.inputs import ControlEmbedder, ControlInputs, Encode, kept_area
-from ...diffusion.controlnet.several import outputs_of, summed_by_block
-from ...diffusion.controlnet.start import ControlStart
+from ...diffusion.controlnet.family import ControlFamily
+from ...diffusion.controlnet.inputs import (
+    ControlEmbedder,
+    ControlImages,
+    ControlInputs,
+    Encode,
+    InpaintControlRequest,
+    check_mask,
+    kept_area,
+    one_image,
+)
+from ...diffusion.controlnet.several import outputs_of, sum_outputs_by_block
 
 COPIED_LAYERS = 15  # every other layer, as in the released ControlNets
 SIZES = "dim", "n_refiner_layers", "n_heads", "n_kv_heads", "norm_eps", "qk_norm", "all_patch_size", "all_f_patch_size"
@@ -63,40 +73,61 @@ def block_samples(
     inputs: Mapping[str, Any],
     control_latents: Sequence[Tensor],
     scale: float | Sequence[float],
-    checkpointing: tuple[bool, bool],
 ) -> dict[int, Tensor] | None:
     """What ControlNets add to the transformer's tokens (B, L, D), by the number of the layer.
 
     Args:
         inputs: `x`, `t` and `cap_feats` of the transformer's call.
         control_latents: Latents (B, 16 or 33, h, w) of each image.
-        checkpointing: Whether blocks are computed again in the backward pass, and whether their inputs are offloaded.
     """
     for controlnet in controlnets:
-        checkpoint_blocks(controlnet, *checkpointing)
         controlnet.borrow(dit)
 
     def outputs(controlnet: ZImageControlNet, latents: Tensor, own_scale: float) -> dict[int, Tensor]:
         context = list(latents.to(dit.dtype).unsqueeze(2))
         return controlnet(**inputs, control_context=context, conditioning_scale=own_scale)
 
-    return summed_by_block(outputs_of(outputs, controlnets, control_latents, scale))
+    return sum_outputs_by_block(outputs_of(outputs, controlnets, control_latents, scale))
+
+
+@dataclass(kw_only=True)
+class ZImageControlRequest(InpaintControlRequest):
+    """Sample one image with a ControlNet of Z-Image.
+
+    Args:
+        controlnet_inpaint_image: Image that is kept where `controlnet_inpaint_mask` is black.
+    """
+
+    controlnet_inpaint_image: Image.Image | None = None
 
 
 class ZImageUnit_ControlEmbedder(ControlEmbedder):
-    def control(
+    def process(
         self,
-        pipe: BasePipeline,
-        encode: Encode,
-        inputs: ControlInputs,
-        image: Tensor,
-        kept: Tensor | None,
-        mask: Tensor | None,
-    ) -> Tensor:
-        latents = encode(image)
-        if mask is None:  # zeros, as in diffusers; DiffSynth-Studio encodes a black image
-            return F.pad(latents, (0, 0, 0, 0, 0, inputs.channels - latents.shape[1]))
-        return torch.cat([latents, kept_area(mask, latents), encode(kept * (1 - mask))], dim=1)
+        pipe,
+        controlnet_image,
+        controlnet_inpaint_image,
+        controlnet_inpaint_mask,
+        height,
+        width,
+        tiled,
+        tile_size,
+        tile_stride,
+    ):
+        kept = one_image(controlnet_inpaint_image, "controlnet_inpaint_image", "RGB")
+        mask = one_image(controlnet_inpaint_mask, "controlnet_inpaint_mask", "L")
+        if kept is not None and mask is None:
+            raise ValueError("controlnet_inpaint_image is given without controlnet_inpaint_mask; give both.")
+        check_mask(pipe, mask, controlnet_image=controlnet_image, controlnet_inpaint_image=kept)
+        tiling = tiled, tile_size, tile_stride
+        return self.encoded(pipe, controlnet_image, (width, height), tiling, mask=mask, kept=kept)
+
+    def control(self, pipe: BasePipeline, encode: Encode, images: ControlImages) -> Tensor:
+        latents = encode(images.image)
+        unread = images.reads.channels - latents.shape[1]
+        if images.mask is None or not unread:  # zeros, as in diffusers; DiffSynth-Studio encodes a black image
+            return F.pad(latents, (0, 0, 0, 0, 0, unread))
+        return torch.cat([latents, kept_area(images.mask, latents), encode(images.kept * (1 - images.mask))], dim=1)
 
 
 def control_inputs(controlnet: ZImageControlNet) -> ControlInputs:
@@ -132,4 +163,11 @@ def copied_from(name: str, controlnet: Mapping[str, Any]) -> str:
     return ".".join([kind, *rest])
 
 
-CONTROL_START = ControlStart(blocks=COPIED_LAYERS, config=config_beside, source=copied_from)
+CONTROL_FAMILY = ControlFamily(
+    kind=ZImageControlNet,
+    inputs=control_inputs,
+    check=check_controlnet,
+    blocks=COPIED_LAYERS,
+    config=config_beside,
+    source=copied_from,
+)

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import diffusers
 import torch
+from miniatures import wan_original
 from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -21,6 +22,7 @@ PIPELINES = {
     "krea2": diffusers.Krea2Pipeline,
     "ernie_image": diffusers.ErnieImagePipeline,
     "sd3_5_medium": diffusers.StableDiffusion3Pipeline,
+    "wan21_t2v_1_3b": diffusers.WanPipeline,
 }
 Updates = dict[str, Tensor]
 
@@ -51,15 +53,19 @@ def in_diffsynth(file: Path, network: nn.Module, family: str) -> Updates:
     """DiffSynth-Studio fed7b18, diffsynth/utils/lora/general.py: names of layers bare or after `diffusion_model.`.
 
     It looks for `lora_B` or `lora_up`, skips a name of the adapter after it, and multiplies by alpha / rank. Layers of
-    other names, and other kinds of adapters, are left out without a message. Its Krea 2 has Krea's names of layers.
+    other names, and other kinds of adapters, are left out without a message. Its Krea 2 has Krea's names of layers, its
+    Wan Wan's.
     """
     tensors, found = {} if family == "krea2" else load_file(file), {}
+    layers = {name: name for name, layer in network.named_modules() if isinstance(layer, nn.Linear)}
+    if family == "wan21_t2v_1_3b":
+        layers = {_of_wan(name).removeprefix("diffusion_model."): name for name in layers}
     for key, up in tensors.items():
         named = re.fullmatch(r"(?:diffusion_model\.)?(.*)\.(lora_B|lora_up)(\.\w+)?\.weight", key)
-        if named and isinstance(dict(network.named_modules()).get(named[1]), nn.Linear):
+        if named and named[1] in layers:
             down = tensors[key.replace("lora_B", "lora_A").replace("lora_up", "lora_down")]
             alpha = tensors.get(re.sub(r"(lora_B|lora_up)(\.default)?\.weight$", "alpha", key))
-            found[named[1]] = up @ down * (1 if alpha is None else alpha / len(down))
+            found[layers[named[1]]] = up @ down * (1 if alpha is None else alpha / len(down))
     return found
 
 
@@ -104,7 +110,7 @@ def comfyui_names(network: nn.Module, family: str) -> dict[str, str]:
     (comfy/utils.py flux_to_diffusers), which stand alone or after `transformer.`. Its Krea 2 has Krea's names after
     `diffusion_model.`, and ours anywhere (krea2_to_diffusers). Its ERNIE-Image has ours, which do not stand alone.
     Its Stable Diffusion 3 has Stability AI's names after `diffusion_model.`, and ours (comfy/utils.py
-    mmdit_to_diffusers) after `transformer.` only.
+    mmdit_to_diffusers) after `transformer.` only. Its Wan has Wan's names, which do not stand alone.
     """
     layers = [name for name, layer in network.named_modules() if isinstance(layer, nn.Linear)]
     if family in STARTS:
@@ -122,6 +128,7 @@ STARTS = {
     "krea2": ("", "transformer.", "diffusion_model."),
     "ernie_image": ("transformer.", "diffusion_model."),
     "sd3_5_medium": ("transformer.",),
+    "wan21_t2v_1_3b": (),
 }
 
 
@@ -162,7 +169,12 @@ def _native_sd3(layer: str) -> str:
     return f"diffusion_model.{named}" if stream != "final_layer" or layer == "proj_out" else f"(none) {layer}"
 
 
-NATIVE = {"krea2": _of_krea, "sd3_5_medium": _native_sd3}
+def _of_wan(layer: str) -> str:
+    """The name of a layer in Wan's own code."""
+    return f"diffusion_model.{next(iter(wan_original.transformer({f'{layer}.': torch.empty(0)})))}".rstrip(".")
+
+
+NATIVE = {"krea2": _of_krea, "sd3_5_medium": _native_sd3, "wan21_t2v_1_3b": _of_wan}
 
 
 def _native(layer: str) -> str:

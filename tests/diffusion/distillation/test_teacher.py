@@ -388,11 +388,6 @@ def test_a_student_that_samples_as_its_teacher_has_nothing_to_learn(learns, pipe
 # What is refused, before any weight is read ---------------------------------------------------------------------------
 
 
-@pytest.fixture
-def no_weights_are_read(monkeypatch):
-    monkeypatch.setattr("diffsynth.diffusion.pipeline.networks.load_weights", None)
-
-
 def refusal(folder: Path, *overrides: str) -> str:
     """What `python train.py` is refused with."""
     with pytest.raises(ValueError) as refused:

@@ -1,4 +1,4 @@
-"""Every method of distillation on every family: from the teacher's samples to gradients of the trained parameters."""
+"""Every method of distillation on Qwen-Image and FLUX.2: the teacher's samples, gradients of each trained part."""
 
 import pytest
 import tiny

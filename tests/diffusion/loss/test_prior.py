@@ -139,7 +139,7 @@ def test_a_training_that_changes_the_base_is_refused(name, training_module):
         training_module(objective, lora)
 
 
-def test_marks_are_of_a_mixture_alone(training_module, samples):
+def test_a_column_regularisation_that_no_mixture_wrote_is_refused(training_module, samples):
     with pytest.raises(ValueError, match="the column regularisation is '1'; expected true or false, which dataset=mix"):
         training_module(task(target="images"))(marked(samples, ["1"] * 3))
 

@@ -123,7 +123,7 @@ def velocity(pipe) -> torch.Tensor:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
-def test_every_family_slides_at_the_guidance_that_it_is_sampled_with(family):
+def test_qwen_image_and_flux2_slide_at_the_guidance_that_they_are_sampled_with(family):
     kind, folder, options = FAMILIES[family]
     parts = {name: ModelConfig(path=str(folder() / part)) for name, part in tiny.COMPONENTS.items()}
     pipe = kind.from_components(**parts, torch_dtype="float32", training=DEFAULTS, **options)

@@ -534,11 +534,6 @@ def test_rows_without_inputs_are_named_before_anything_is_loaded(row, message, t
             run(tmp_path / "out", *templates.overrides(folder, rows))
 
 
-@pytest.fixture
-def no_weights_are_read(monkeypatch):
-    monkeypatch.setattr("diffsynth.diffusion.pipeline.networks.load_weights", None)
-
-
 @pytest.mark.parametrize(
     "inputs, message",
     [

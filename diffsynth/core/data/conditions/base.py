@@ -12,7 +12,7 @@ import numpy as np
 from PIL import Image
 
 from ...code_version import code_version
-from ..operators.picture_files import in_mode
+from ..operators.masks import of_other_sizes, white_area
 from ..operators.unread import Unread
 
 
@@ -26,7 +26,7 @@ class Condition:
         return ()
 
     @property
-    def changes(self) -> bool:
+    def is_random(self) -> bool:
         """Whether an image gets another result each time that it is shown."""
         return False
 
@@ -44,12 +44,12 @@ class Condition:
         """The condition of a row's images for its column `name`; it is unread if they are.
 
         Args:
-            images: The row's image, then those of `columns`.
-            seed: Of the random numbers if the condition `changes`; otherwise they depend on the image's pixels alone.
+            images: The row's image, then the images of `columns`.
+            seed: Of the random numbers if the condition `is_random`; otherwise they depend on the image's pixels alone.
         """
         if any(isinstance(image, Unread) for image in images):
             return Unread(images[0].size, partial(_loaded, self, name, images), partial(_described, self, name, images))
-        return self(*images, rng=_rng(name, images[0], seed if self.changes else None))
+        return self(*images, rng=_rng(name, images[0], seed if self.is_random else None))
 
     def describe(self) -> list:
         """What the result depends on besides the images, as JSON data: the class, its options and its code."""
@@ -62,7 +62,7 @@ def ordered(conditions: Mapping[str, Condition]) -> dict[str, Condition]:
     Raises:
         ValueError: They read each other, or one reads itself.
     """
-    read = {name: [column for column in own.columns if column in conditions] for name, own in conditions.items()}
+    read = {name: [column for column in made.columns if column in conditions] for name, made in conditions.items()}
     try:
         return {name: conditions[name] for name in TopologicalSorter(read).static_order()}
     except CycleError as error:
@@ -116,9 +116,8 @@ def checked_mask(mask: Image.Image, image: Image.Image) -> Image.Image:
         ValueError: It has another size, or is black all over.
     """
     if mask.size != image.size:
-        found, expected = (f"{each.width} x {each.height}" for each in (mask, image))
-        raise ValueError(f"the mask is {found} pixels and its image {expected}; save both at one size")
-    white = np.asarray(in_mode(mask, "L")) >= 128
+        raise ValueError(of_other_sizes("the mask", mask.size, "its image", image.size))
+    white = white_area(mask)
     if not white.any():
         raise ValueError(
             "the mask is black all over, so that nothing is to be painted; make an area white, or leave the row out "

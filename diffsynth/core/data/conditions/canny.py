@@ -44,7 +44,7 @@ class Canny(Condition):
             raise ValueError(f"low={self.low} is above high={self.high}; exchange them.")
 
     @property
-    def changes(self) -> bool:
+    def is_random(self) -> bool:
         return not self.fixed and self.spread > 1
 
     def __call__(self, image: Image.Image, *, rng: random.Random) -> Image.Image:
@@ -73,7 +73,7 @@ def gradient(pixels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 def ridges(norm: np.ndarray, right: np.ndarray, down: np.ndarray, low: float) -> np.ndarray:
     """Where the gradient's norm (H, W) is above `low` and above that of both neighbours in the gradient's direction."""
     rows, columns = np.nonzero(norm > low)
-    own, right, down = (each[rows, columns] for each in (norm, right, down))
+    centre, right, down = (each[rows, columns] for each in (norm, right, down))
     flat, steep = np.abs(down) * STEEP < np.abs(right), np.abs(down) > STEEP * np.abs(right)
     row_step, slope = np.where(flat, 0, 1), np.where((right < 0) != (down < 0), -1, 1)
     column_step = np.where(flat, 1, np.where(steep, 0, slope))
@@ -81,7 +81,7 @@ def ridges(norm: np.ndarray, right: np.ndarray, down: np.ndarray, low: float) ->
     before, after = (around[1 + rows + sign * row_step, 1 + columns + sign * column_step] for sign in (-1, 1))
     found = np.zeros(norm.shape, dtype=bool)
     # Of two equal pixels along an axis the second counts, along a diagonal neither, as in OpenCV.
-    found[rows, columns] = (own > before) & np.where(flat | steep, own >= after, own > after)
+    found[rows, columns] = (centre > before) & np.where(flat | steep, centre >= after, centre > after)
     return found
 
 

@@ -24,7 +24,7 @@ TRIES = 100  # shapes that are drawn for one mask; a guess, which the defaults n
 class RandomMask(Condition):
     """A mask of brush strokes, of boxes, of the objects in a column, or of the whole image, chosen at random.
 
-    Strokes and boxes are those of LaMa, Suvorov et al. 2021, §2.3 (https://arxiv.org/abs/2109.07161), with directions
+    Strokes and boxes follow LaMa, Suvorov et al. 2021, §2.3 (https://arxiv.org/abs/2109.07161), with directions
     uniform in [0, 2π). Shapes are added until their number is reached and their area is at least `min_area`; one that
     would raise the area above `max_area` is left out.
 
@@ -64,7 +64,7 @@ class RandomMask(Condition):
         return (self.object_column,) if self.objects else ()
 
     @property
-    def changes(self) -> bool:
+    def is_random(self) -> bool:
         return not self.fixed
 
     def __call__(self, image: Image.Image, *objects: Image.Image, rng: random.Random) -> Image.Image:
@@ -110,7 +110,7 @@ def draw_box(canvas: ImageDraw.ImageDraw, size: tuple[int, int], rng: random.Ran
     """Draw a box with sides of random lengths, inside of a margin."""
     side, sides = min(size), [min(size) * rng.uniform(*SIDE) for _ in size]
     margin = MARGIN * side
-    left, top = (rng.uniform(margin, length - margin - own) for length, own in zip(size, sides, strict=True))
+    left, top = (rng.uniform(margin, length - margin - box) for length, box in zip(size, sides, strict=True))
     canvas.rectangle([left, top, left + sides[0], top + sides[1]], fill=255)
 
 
@@ -120,7 +120,7 @@ def area(mask: Image.Image) -> float:
 
 
 def band(size: tuple[int, int], least: float, most: float, rng: random.Random) -> Image.Image:
-    """A mask of one band over the whole width, its area in this range, which no shapes came to lie in."""
+    """Fallback: a full-width band with an allowed area."""
     width, height = size
     pixels = np.zeros(width * height, dtype=np.uint8)
     fewest = max(1, math.ceil(least * pixels.size))

@@ -37,7 +37,7 @@ class Tile(Condition):
             raise ValueError(f"min_factor={self.min_factor} is above max_factor={self.max_factor}; exchange them.")
 
     @property
-    def changes(self) -> bool:
+    def is_random(self) -> bool:
         return not self.fixed and self.min_factor < self.max_factor
 
     def __call__(self, image: Image.Image, *, rng: random.Random) -> Image.Image:

@@ -15,13 +15,13 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from ..diffusion.pipeline.image_units import image_list
-from ..diffusion.pipeline.request import ImageRequest
-from ..diffusion.pipeline.units import PipelineUnit
-from ..diffusion.prompts.embedder import PromptEmbedder
+from ...diffusion.pipeline.image_units import image_list
+from ...diffusion.pipeline.request import ImageRequest
+from ...diffusion.pipeline.units import PipelineUnit
+from ...diffusion.prompts.embedder import PromptEmbedder
 
 if TYPE_CHECKING:
-    from ..diffusion.base_pipeline import BasePipeline
+    from ...diffusion.base_pipeline import BasePipeline
 
 
 @dataclass(kw_only=True)
@@ -85,7 +85,7 @@ def _check(prompts: Any, masks: Sequence[Image.Image]) -> None:
 
 
 def _tokens(pipe: "BasePipeline", mask: Image.Image, height: int, width: int) -> Tensor:
-    """Which tokens (1, T) of the image a mask covers: those of which any latent pixel is nearer to white."""
+    """Which tokens (1, T) of the image a mask covers: a token counts if any of its latent pixels is nearer to white."""
     size = width // pipe.latents.factor, height // pipe.latents.factor
     pixels = np.asarray(mask.resize(size, Image.Resampling.NEAREST), dtype=np.float32).mean(axis=-1)
     covered = torch.from_numpy((pixels > 255 / 2).astype(np.float32))[None]
@@ -116,7 +116,8 @@ def _all_of(text: Tensor) -> Tensor:
 def regional_mask(kept: Tensor, lengths: Sequence[int], entity_tokens: Tensor) -> Tensor:
     """Which tokens (B, S, S), text before image, a token sees: True at [b, i, j] if i sees j.
 
-    A text sees itself and its part of the image, the image sees all of itself and the texts whose part it is.
+    An entity's text attends to itself and to its image tokens. Image tokens attend to all image tokens and to the texts
+    of entities that cover them.
 
     Args:
         kept: Text tokens that are no padding (B, L).

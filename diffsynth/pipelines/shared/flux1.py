@@ -1,21 +1,24 @@
 """What FLUX.1 and Chroma share: names of layers, noise levels, attention, tokens.
 
-Constants are those of the released pipeline (diffusers' FluxPipeline) unless a comment says otherwise.
+Constants come from the released pipeline (diffusers' FluxPipeline) unless a comment says otherwise.
 """
 
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 from diffusers.models.transformers.transformer_flux import FluxAttnProcessor
 from torch import Tensor, nn
 
-from ..core.context_parallel import TokenSplit
-from ..diffusion.flow_match import exponential_shift, time_shift
-from ..diffusion.pipeline.attention import JointAttention
-from ..diffusion.pipeline.kv_cache import KVCache
-from .flux2_image import rotated, split_heads
+from ...core.context_parallel import TokenSplit
+from ...core.host_memory import sent
+from ...diffusion.flow_match import chosen_shift, exponential_shift, linear_levels, shift_of_tokens, time_shift
+from ...diffusion.pipeline.attention import JointAttention, split_heads
+from ...diffusion.pipeline.kv_cache import KVCache
+from .flux import rotation
 
 TRAINING_SHIFT, TRAINING_SIGMA_MIN = 3.0, 0.003 / 1.002  # DiffSynth-Studio's training grid, at every resolution
+LOW_SHIFT, HIGH_SHIFT = (256, 0.5), (4096, 1.15)  # image tokens, and μ
 DOUBLE, SINGLE = "transformer_blocks.*", "single_transformer_blocks.*"
 QKV = tuple(f"{DOUBLE}.attn.to_{part}" for part in "qkv")
 TEXT_QKV = tuple(f"{DOUBLE}.attn.add_{part}_proj" for part in "qkv")
@@ -65,16 +68,11 @@ def flux1_sigmas(
     """
     is_training = dynamic_shift_len is None and exponential_shift_mu is None
     last = TRAINING_SIGMA_MIN if is_training else 1 / num_inference_steps
-    linear = torch.linspace(last + (1 - last) * denoising_strength, last, num_inference_steps)
+    linear = linear_levels(num_inference_steps, denoising_strength, last)
     if is_training:
         return time_shift(linear, TRAINING_SHIFT)
-    mu = _shift_of_tokens(dynamic_shift_len) if exponential_shift_mu is None else exponential_shift_mu
+    mu = chosen_shift(dynamic_shift_len, exponential_shift_mu, partial(shift_of_tokens, low=LOW_SHIFT, high=HIGH_SHIFT))
     return exponential_shift(linear, mu)
-
-
-def _shift_of_tokens(tokens: int) -> float:
-    """The line through μ = 0.5 at 256 tokens and μ = 1.15 at 4096 tokens."""
-    return 0.5 + (tokens - 256) * (1.15 - 0.5) / (4096 - 256)
 
 
 class Flux1AttnProcessor(JointAttention, FluxAttnProcessor):
@@ -112,16 +110,12 @@ class Flux1AttnProcessor(JointAttention, FluxAttnProcessor):
             mask: Tokens that are attended to (B, S); None for all.
             extra, split: See `attend`.
         """
-        layers = attn.to_q, attn.to_k, attn.to_v
-        heads = split_heads([layer(hidden_states) for layer in layers], attn.norm_q, attn.norm_k)
-        if encoder_hidden_states is None:
-            return self.attend(rotated(heads, image_rotary_emb), mask, extra, split)
-        layers = attn.add_q_proj, attn.add_k_proj, attn.add_v_proj
-        text = split_heads([layer(encoder_hidden_states) for layer in layers], attn.norm_added_q, attn.norm_added_k)
-        heads = [torch.cat(streams, dim=1) for streams in zip(text, heads, strict=True)]
-        tokens = self.attend(rotated(heads, image_rotary_emb), mask, extra, split)
-        text, image = tokens.tensor_split([encoder_hidden_states.shape[1]], dim=1)
-        return attn.to_out[1](attn.to_out[0](image)), attn.to_add_out(text)
+        rotate = rotation(image_rotary_emb)
+        if encoder_hidden_states is not None:
+            return self.attend_both(attn, hidden_states, encoder_hidden_states, rotate, mask, extra, split)
+        projected = [layer(hidden_states) for layer in (attn.to_q, attn.to_k, attn.to_v)]
+        query, key, value = split_heads(projected, attn.heads, attn.norm_q, attn.norm_k)
+        return self.attend((rotate(query), rotate(key), value), mask, extra, split)
 
 
 def use_joint_attention(dit: nn.Module, processor: type[JointAttention] = Flux1AttnProcessor) -> None:
@@ -131,6 +125,7 @@ def use_joint_attention(dit: nn.Module, processor: type[JointAttention] = Flux1A
 
 
 def image_positions(images: Sequence[Tensor]) -> Tensor:
-    """Positions (L, 3) of the tokens of noisy latents and of edit images: 0 or 1, row, column."""
+    """Positions (L, 3) of the tokens of noisy latents (B, C, h, w) and of edit images: 0 or 1, row, column."""
     grids = [[torch.arange(side // 2) for side in image.shape[2:]] for image in images]
-    return torch.cat([torch.cartesian_prod(torch.tensor([int(n > 0)]), *grid) for n, grid in enumerate(grids)])
+    places = torch.cat([torch.cartesian_prod(torch.tensor([int(n > 0)]), *grid) for n, grid in enumerate(grids)])
+    return sent(places, images[0].device)
