@@ -2,7 +2,7 @@
 
     python -m models.emoji_wan.build init outputs/emoji_wan_init
     python train.py experiment=emoji_wan/autoencoder
-    python -m models.emoji_wan.build autoencoder outputs/emoji_wan_init outputs/emoji_wan_autoencoder-*/weights/step-3000.*
+    python -m models.emoji_wan.build autoencoder outputs/emoji_wan_init outputs/emoji_wan_autoencoder-*/weights/step-2400.*
     python train.py experiment=emoji_wan/pretrain
     python -m models.emoji_wan.build release outputs/emoji_wan_init models/emoji_wan outputs/emoji_wan_pretrain-*/weights/step-1600.*
 
