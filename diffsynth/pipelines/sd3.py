@@ -210,9 +210,9 @@ class SD3Pipeline(BasePipeline):
 
     def require(self, users: Mapping[str, str]) -> None:
         """Refuse a pipeline without a model that is needed; of the text encoders one is enough."""
-        present = [name for name in ENCODERS if getattr(self, name) is not None]
-        unit = SD3Unit_PromptEmbedder.__name__
-        super().require({name: user for name, user in users.items() if not (present and user == unit)})
+        absent = {name for name in ENCODERS if getattr(self, name) is None}
+        spared = absent if len(absent) < len(ENCODERS) else set()
+        super().require({name: user for name, user in users.items() if name not in spared})
 
     def complete(self, request: Mapping) -> dict:
         whole = super().complete(request)
