@@ -1,6 +1,8 @@
 """ControlNets of their families: what diffusers samples with them, how they begin, when they act, what is refused."""
 
 import json
+import shlex
+import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -254,11 +256,45 @@ def test_a_controlnet_begins_as_copies_of_layers_and_changes_nothing(inpaint, tm
     assert_close(sampled(pipe, REQUEST | control), sampled(pipe, REQUEST), atol=1e-6, rtol=0)
 
 
-def test_more_blocks_than_the_transformer_has_are_refused(tmp_path):
-    message = "the transformer has 4 transformer_blocks to copy, and transformer_blocks.4 is beyond"
+LAYERS = {"z_image": 6, "qwen_image": 4, "flux1": 2, "sd3": 3}
+
+
+@pytest.mark.parametrize("name", tiny.mostly_slow(LAYERS, "z_image", "qwen_image"))
+def test_blocks_are_at_most_those_of_the_transformer(name, tmp_path):
+    count = LAYERS[name]
+    folder = start_controlnet(lambda device: controlled(name), output=str(tmp_path / "new"))
+    config = json.loads((folder / "config.json").read_text())
+    layers = config["control_layers_places"] if name == "z_image" else range(config["num_layers"])
+    assert list(layers) == list(range(count))
+    pipe = controlled(name, folder)
+    pipe.load_models()
+    assert sampled(pipe, REQUEST | CONTROL | {"num_inference_steps": 1}).isfinite().all()
+    message = f"blocks={count + 1}, but the transformer has {count} blocks to copy; set blocks={count} or less"
     with pytest.raises(ValueError, match=message):
-        start_controlnet(lambda device: controlled("qwen_image"), blocks=6, output=str(tmp_path / "new"))
-    assert list(tmp_path.iterdir()) == []
+        start_controlnet(lambda device: controlled(name), blocks=count + 1, output=str(tmp_path / "more"))
+    assert not (tmp_path / "more").exists()
+
+
+@pytest.mark.slow
+def test_the_seed_is_that_of_the_layers_that_are_neither_copied_nor_zero(tmp_path):
+    """Such as the layer of Z-Image that reads an image with a mask, which the transformer does not have."""
+    start = partial(start_controlnet, lambda device: pipeline(), blocks=1, inpaint=True)
+    folders = [start(seed=seed, output=str(tmp_path / str(n))) for n, seed in enumerate((0, 0, 1))]
+    one, same, other = (load_file(next(folder.glob("*.safetensors"))) for folder in folders)
+    assert all(torch.equal(one[name], same[name]) for name in one)
+    assert any(not torch.equal(one[name], other[name]) for name in one)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("model", ["emoji_z_image", "emoji"])
+def test_the_command_that_is_printed_trains(model, tmp_path):
+    """With an option of a model with a ControlNet, and without."""
+    folder = tmp_path / "my controlnet"
+    shown = tiny.process(sys.executable, "controlnet.py", f"model={model}", f"output={folder}")
+    python, script, *words = shlex.split(shown.splitlines()[-1])
+    assert (python, script) == ("python", "train.py")
+    few = ["max_steps=1", "batch_size=1", "device=cpu", "validation=none", "lr_scheduler.num_warmup_steps=0"]
+    assert "Finished" in tiny.process(sys.executable, script, *words, *few, f"output_root={tmp_path}/runs")
 
 
 TRAINED = {"z_image_controlnet": z_image, "flux1_controlnet": flux1, "sd3_5_controlnet": sd3}
