@@ -219,6 +219,7 @@ QwenImageUnit_LossMask = image_units.LossMask
 class QwenImageUnit_EditImageEmbedder(image_units.EditImageEmbedder):
     resize = staticmethod(image_units.stretch_to_area)
     needs = "processor"
+    model_with_it = "a model for editing, such as model=qwen_image_edit"
 
 
 class QwenImageUnit_ContextImageEmbedder(image_units.PipelineUnit):

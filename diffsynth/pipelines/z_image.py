@@ -125,10 +125,6 @@ class ZImageUnit_PromptEmbedder(PromptEmbedder):
 
     def tokenize(self, pipe, prompt, max_sequence_length, edit_image=None):
         images = edit_images(edit_image, True, EDIT_IMAGE_PIXELS)
-        if images and pipe.siglip_processor is None:
-            raise ValueError(
-                "edit_image is given, but this Z-Image reads no images; take model=z_image_omni, or leave it out."
-            )
         options = {"max_length": max_sequence_length, "truncation": True, "return_tensors": "pt"}
         return [{"input_ids": pipe.tokenizer([text], **options).input_ids} for text in pieces(prompt, len(images))]
 
@@ -152,6 +148,7 @@ def pieces(prompt: str, images: int = 0) -> list[str]:
 
 class ZImageUnit_EditImageEmbedder(EditImageEmbedder):
     needs = "siglip_processor"
+    model_with_it = "model=z_image_omni"
 
 
 class ZImageUnit_EditImageFeatures(PipelineUnit):

@@ -367,6 +367,24 @@ def test_a_training_without_images_that_control_is_refused_before_weights_are_re
     assert next(module.pipe.controlnet.parameters()).is_meta
 
 
+UNREAD = {
+    "z_image controlnet_image": "model.controlnet is null, and without it nothing reads the image; take the option .*_contr",
+    "z_image edit_image": "model.siglip_processor is null, .*; take model=z_image_omni, or leave edit_image out",
+    "emoji edit_image": "model.processor is null, .*; take a model for editing, such as model=qwen_image_edit",
+    "emoji controlnet_inpaint_mask": "model.controlnet is null",
+}
+
+
+@pytest.mark.parametrize("case", UNREAD)
+def test_an_image_that_nothing_reads_is_refused_in_sampling_and_in_training(case, no_weights_are_read):
+    name, column = case.split()
+    family = next(family for family in FAMILIES if family.name == name)
+    with pytest.raises(ValueError, match=f"^{column} is given, but {UNREAD[case]}"):
+        family.build().complete(REQUEST | {column: image(3)})
+    with pytest.raises(ValueError, match=f"^task.extra_inputs: {column} is given, but {UNREAD[case]}"):
+        family.module(FlowMatchSFT(extra_inputs=[column]))
+
+
 def test_a_controlnet_of_another_base_is_refused_before_weights_are_read(no_weights_are_read):
     with pytest.raises(ValueError, match="Z-Image-Omni takes no ControlNet"):
         pipeline(base=z_image.omni()).load_models()
@@ -383,7 +401,7 @@ def test_a_controlnet_of_another_base_is_refused_before_weights_are_read(no_weig
 )
 def test_a_family_takes_only_those_images_to_inpaint_that_its_controlnets_read(name, known):
     pipe = BASES[name][0]()
-    pipe.complete(REQUEST | CONTROL | {name: own for name, own in INPAINT.items() if name in known})
+    assert known <= pipe.arguments
     for argument in INPAINT.keys() - known:
         with pytest.raises(ValueError, match=f"has no argument '{argument}'; did you mean"):
             pipe.complete(REQUEST | CONTROL | {argument: INPAINT[argument]})

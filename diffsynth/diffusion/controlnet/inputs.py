@@ -94,6 +94,7 @@ class ControlEmbedder(PipelineUnit):
     """
 
     needs = "controlnet"
+    model_with_it = "the option of the model whose name ends in _controlnet (docs/controlnets.md)"
 
     def __init__(self):
         super().__init__(output_params=("control_latents",), onload_model_names=("vae",))
