@@ -25,7 +25,7 @@ from .pipeline.request import ImageRequest, check_numbers, defaults_of, image_ar
 from .pipeline.samplers import SAMPLERS
 from .pipeline.units import PipelineUnit, PipelineUnitRunner, run_units
 from .pipeline.unread import check_read
-from .pipeline.vae import Latents
+from .pipeline.vae import Latents, NormalisedVAE, check_autoencoder
 from .prompts.embedder import check_text_widths
 from .template.cache import as_inputs, template_outputs_of
 
@@ -331,6 +331,8 @@ class BasePipeline(PipelineNetworks):
 
     def check_networks(self) -> None:
         check_text_widths(self)
+        if isinstance(vae := getattr(self, "vae", None), NormalisedVAE):
+            check_autoencoder(vae, self.latents)
         check_controlnets(self)
 
     def build_folder(self, name: str, config: ModelConfig | None) -> None:

@@ -23,7 +23,7 @@ from ..diffusion.base_pipeline import BasePipeline
 from ..diffusion.pipeline.components import Folder, Network
 from ..diffusion.pipeline.image_units import IMAGE_UNITS
 from ..diffusion.pipeline.request import ImageRequest
-from ..diffusion.pipeline.vae import Latents
+from ..diffusion.pipeline.vae import FLUX1_STATISTICS, Latents
 from ..diffusion.prompts.embedder import PromptEmbedder
 from .autoencoders.kl import NormalisedAutoencoderKL
 from .shared.flux1 import (
@@ -164,7 +164,7 @@ class ChromaPipeline(BasePipeline):
         "vae": Network(NormalisedAutoencoderKL),
         "tokenizer": Folder("AutoTokenizer", needed_by="text_encoder"),
     }
-    latents = Latents(channels=16, factor=8, patch=2)
+    latents = Latents(channels=16, factor=8, patch=2, statistics=FLUX1_STATISTICS)
     model_fn = staticmethod(model_fn_chroma)
     sigma_grid = staticmethod(flux1_sigmas)
     model_settings = ("max_sequence_length",)

@@ -26,7 +26,7 @@ from ..diffusion.flow_match import TRAINING_STEPS, linear_levels, time_shift
 from ..diffusion.pipeline.components import Folder, Network
 from ..diffusion.pipeline.image_units import IMAGE_UNITS
 from ..diffusion.pipeline.units import PipelineUnit
-from ..diffusion.pipeline.vae import Latents
+from ..diffusion.pipeline.vae import SD3_STATISTICS, Latents
 from .autoencoders.kl import NormalisedAutoencoderKL
 from .controlnets.sd3 import (
     CONTROL_FAMILY,
@@ -169,7 +169,7 @@ class SD3Pipeline(BasePipeline):
         "tokenizer_2": Folder("CLIPTokenizer", needed_by="text_encoder_2"),
         "tokenizer_3": Folder("T5TokenizerFast", needed_by="text_encoder_3"),
     }
-    latents = Latents(channels=16, factor=8, patch=2)
+    latents = Latents(channels=16, factor=8, patch=2, statistics=SD3_STATISTICS)
     control_family = CONTROL_FAMILY
     model_fn = staticmethod(model_fn_sd3)
     sigma_grid = staticmethod(sd3_sigmas)

@@ -368,7 +368,7 @@ def test_a_training_without_images_that_control_is_refused_before_weights_are_re
 
 
 UNREAD = {
-    "z_image controlnet_image": "model.controlnet is null, and without it nothing reads the image; take the option .*_contr",
+    "z_image controlnet_image": "model.controlnet is null, and without it nothing reads the image; take .*_controlnet",
     "z_image edit_image": "model.siglip_processor is null, .*; take model=z_image_omni, or leave edit_image out",
     "emoji edit_image": "model.processor is null, .*; take a model for editing, such as model=qwen_image_edit",
     "emoji controlnet_inpaint_mask": "model.controlnet is null",

@@ -9,6 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+FLUX1_STATISTICS, SD3_STATISTICS = (0.3611, 0.1159), (1.5305, 0.0609)
+AUTOENCODERS = {FLUX1_STATISTICS: "FLUX.1, Chroma and Z-Image", SD3_STATISTICS: "Stable Diffusion 3"}
+
 
 @dataclass(frozen=True)
 class Latents:
@@ -19,12 +22,14 @@ class Latents:
         factor: Downsampling, H / h and W / w.
         patch: Latent pixels per token, along each side.
         group: Image sides, in tokens, are multiples of this.
+        statistics: Scaling and shift factor of the released autoencoder, a key of `AUTOENCODERS`; None for others.
     """
 
     channels: int
     factor: int
     patch: int = 1
     group: int = 1
+    statistics: tuple[float, float] | None = None
 
     @property
     def multiple(self) -> int:
@@ -44,12 +49,38 @@ class Latents:
         return tuple(-(-side // self.multiple) * self.multiple for side in (height, width))
 
 
+def check_autoencoder(vae: Any, latents: Latents) -> None:
+    """Refuse an autoencoder of another model: its latents have other channels, or another's released statistics.
+
+    Raises:
+        ValueError: One of them differs; the message has both values.
+    """
+    channels = vae.network_channels
+    if channels != latents.channels:
+        raise ValueError(
+            f"vae makes latents of {channels} channels, but dit reads {latents.channels}: they are of different "
+            "models; take the autoencoder that was released with the transformer."
+        )
+    found = vae.config.get("scaling_factor"), vae.config.get("shift_factor")
+    if latents.statistics and found in AUTOENCODERS.keys() - {latents.statistics}:
+        raise ValueError(
+            f"vae has scaling_factor {found[0]} and shift_factor {found[1]}, which are those of {AUTOENCODERS[found]}, "
+            f"but this model's are {latents.statistics[0]} and {latents.statistics[1]}; set model.vae to the "
+            "autoencoder that was released with the transformer."
+        )
+
+
 class NormalisedVAE:
     """Mixin that makes an autoencoder of diffusers encode to, and decode from, latents of zero mean and unit variance.
 
     It stands before the autoencoder among the base classes. Its methods fit `AutoencoderKL`; for other autoencoders,
     override `statistics`, `tile`, `distribution`, `reconstruct`, `packed` and `unpacked`.
     """
+
+    @property
+    def network_channels(self) -> int:
+        """Channels C of the latents that the network reads."""
+        return self.config.get("latent_channels", self.config.get("z_dim"))
 
     def encode(self, image: Tensor, tiled: bool = False, tile_size: int = 128, tile_stride: int = 64) -> Tensor:
         """Encode RGB (B, 3, H, W) in [-1, 1] to normalised latents (B, C, h, w), the means of their distributions.
