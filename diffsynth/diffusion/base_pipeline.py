@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from ..core.data import collate, generator
+from ..core.data.operators.masks import of_other_sizes
 from ..core.loader import ModelConfig
 from .controlnet.family import CONTROLNET_SLOTS, ControlFamily, check_controlnets, controlnets_of, places_of
 from .controlnet.inputs import ControlInputs, scale_at
@@ -25,7 +26,7 @@ from .pipeline.request import ImageRequest, check_numbers, defaults_of, image_ar
 from .pipeline.samplers import SAMPLERS
 from .pipeline.units import PipelineUnit, PipelineUnitRunner, run_units
 from .pipeline.unread import check_read
-from .pipeline.vae import Latents, NormalisedVAE, check_autoencoder
+from .pipeline.vae import Latents, NormalisedVAE
 from .prompts.embedder import check_text_widths
 from .template.cache import as_inputs, template_outputs_of
 
@@ -332,7 +333,7 @@ class BasePipeline(PipelineNetworks):
     def check_networks(self) -> None:
         check_text_widths(self)
         if isinstance(vae := getattr(self, "vae", None), NormalisedVAE):
-            check_autoencoder(vae, self.latents)
+            vae.check(self.latents)
         check_controlnets(self)
 
     def build_folder(self, name: str, config: ModelConfig | None) -> None:
@@ -407,3 +408,6 @@ def _check_request(request: Mapping) -> None:
         )
     if request["inpaint_mask"] is not None and request["input_image"] is None:
         raise ValueError("inpaint_mask keeps a part of input_image, which is not given; give input_image too.")
+    mask, image = request["inpaint_mask"], request["input_image"]
+    if isinstance(mask, Image.Image) and isinstance(image, Image.Image) and mask.size != image.size:
+        raise ValueError(of_other_sizes("inpaint_mask", mask.size, "input_image", image.size) + ".")

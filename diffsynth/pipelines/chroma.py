@@ -23,9 +23,9 @@ from ..diffusion.base_pipeline import BasePipeline
 from ..diffusion.pipeline.components import Folder, Network
 from ..diffusion.pipeline.image_units import IMAGE_UNITS
 from ..diffusion.pipeline.request import ImageRequest
-from ..diffusion.pipeline.vae import FLUX1_STATISTICS, Latents
+from ..diffusion.pipeline.vae import Latents
 from ..diffusion.prompts.embedder import PromptEmbedder
-from .autoencoders.kl import NormalisedAutoencoderKL
+from .autoencoders.kl import FLUX1_STATISTICS, NormalisedAutoencoderKL
 from .shared.flux1 import (
     BLOCK_NAMES,
     Flux1AttnProcessor,

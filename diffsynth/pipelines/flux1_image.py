@@ -28,11 +28,11 @@ from ..diffusion.pipeline.components import Folder, Network
 from ..diffusion.pipeline.image_units import IMAGE_UNITS, EditImageEmbedder
 from ..diffusion.pipeline.kv_cache import KVCache
 from ..diffusion.pipeline.request import EDIT_IMAGE_PIXELS, EditRequest, TemplateRequest
-from ..diffusion.pipeline.vae import FLUX1_STATISTICS, Latents
+from ..diffusion.pipeline.vae import Latents
 from ..diffusion.prompts.embedder import PromptEmbedder
 from ..diffusion.template.cache import append_text
 from ..diffusion.template.lora import InputLoRA, added
-from .autoencoders.kl import NormalisedAutoencoderKL
+from .autoencoders.kl import FLUX1_STATISTICS, NormalisedAutoencoderKL
 from .controlnets.flux1 import (
     CONTROL_FAMILY,
     Flux1ControlNet,

@@ -26,8 +26,8 @@ from ..diffusion.flow_match import TRAINING_STEPS, linear_levels, time_shift
 from ..diffusion.pipeline.components import Folder, Network
 from ..diffusion.pipeline.image_units import IMAGE_UNITS
 from ..diffusion.pipeline.units import PipelineUnit
-from ..diffusion.pipeline.vae import SD3_STATISTICS, Latents
-from .autoencoders.kl import NormalisedAutoencoderKL
+from ..diffusion.pipeline.vae import Latents
+from .autoencoders.kl import SD3_STATISTICS, NormalisedAutoencoderKL
 from .controlnets.sd3 import (
     CONTROL_FAMILY,
     SD3ControlNet,

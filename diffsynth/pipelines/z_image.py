@@ -25,10 +25,10 @@ from ..diffusion.pipeline.components import Folder, Network
 from ..diffusion.pipeline.image_units import IMAGE_UNITS, EditImageEmbedder, edit_images
 from ..diffusion.pipeline.request import EDIT_IMAGE_PIXELS, EditRequest
 from ..diffusion.pipeline.units import PipelineUnit
-from ..diffusion.pipeline.vae import FLUX1_STATISTICS, Latents
+from ..diffusion.pipeline.vae import Latents
 from ..diffusion.prompts.embedder import PromptEmbedder
 from ..diffusion.prompts.hidden_states import hidden_states
-from .autoencoders.kl import NormalisedAutoencoderKL
+from .autoencoders.kl import FLUX1_STATISTICS, NormalisedAutoencoderKL
 from .controlnets.z_image import (
     CONTROL_FAMILY,
     ZImageControlNet,

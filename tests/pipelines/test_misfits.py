@@ -3,6 +3,7 @@
 import pytest
 import tiny
 from families import FAMILIES, Family, of_families
+from miniatures.requests import REQUEST, image
 
 BY_NAME = {str(family): family for family in FAMILIES}
 
@@ -15,9 +16,7 @@ def test_an_autoencoder_of_other_channels_is_refused(family: Family, no_weights_
     pipe = family.build()
     name = next(key for key in ("latent_channels", "z_dim") if key in pipe.vae.config)
     pipe.vae.register_to_config(**{name: 5})
-    with pytest.raises(
-        ValueError, match=f"vae makes latents of [0-9]+ channels, but dit reads {pipe.latents.channels}"
-    ):
+    with pytest.raises(ValueError, match=f"vae makes latents of .* channels, but dit reads {pipe.latents.channels}: "):
         pipe.check_networks()
 
 
@@ -34,3 +33,13 @@ def test_statistics_of_another_familys_autoencoder_are_refused(name, no_weights_
         pipe.check_networks()
     pipe.vae.register_to_config(scaling_factor=0.7, shift_factor=shift)
     pipe.check_networks()  # an autoencoder of one's own
+
+
+# Masks ----------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["emoji", pytest.param("z_image", marks=pytest.mark.slow)])
+def test_a_mask_of_another_size_than_its_image_is_refused(name, no_weights_are_read):
+    images = {"input_image": image(0, (64, 96)), "inpaint_mask": image(1, (100, 20)).convert("L")}
+    with pytest.raises(ValueError, match="inpaint_mask is 100 x 20 pixels and input_image 64 x 96; save both at one"):
+        BY_NAME[name].build().complete(REQUEST | images)

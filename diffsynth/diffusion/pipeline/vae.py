@@ -9,9 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-FLUX1_STATISTICS, SD3_STATISTICS = (0.3611, 0.1159), (1.5305, 0.0609)
-AUTOENCODERS = {FLUX1_STATISTICS: "FLUX.1, Chroma and Z-Image", SD3_STATISTICS: "Stable Diffusion 3"}
-
 
 @dataclass(frozen=True)
 class Latents:
@@ -22,7 +19,7 @@ class Latents:
         factor: Downsampling, H / h and W / w.
         patch: Latent pixels per token, along each side.
         group: Image sides, in tokens, are multiples of this.
-        statistics: Scaling and shift factor of the released autoencoder, a key of `AUTOENCODERS`; None for others.
+        statistics: Scaling and shift factor of the released autoencoder; None if it has others.
     """
 
     channels: int
@@ -49,33 +46,24 @@ class Latents:
         return tuple(-(-side // self.multiple) * self.multiple for side in (height, width))
 
 
-def check_autoencoder(vae: Any, latents: Latents) -> None:
-    """Refuse an autoencoder of another model: its latents have other channels, or another's released statistics.
-
-    Raises:
-        ValueError: One of them differs; the message has both values.
-    """
-    channels = vae.network_channels
-    if channels != latents.channels:
-        raise ValueError(
-            f"vae makes latents of {channels} channels, but dit reads {latents.channels}: they are of different "
-            "models; take the autoencoder that was released with the transformer."
-        )
-    found = vae.config.get("scaling_factor"), vae.config.get("shift_factor")
-    if latents.statistics and found in AUTOENCODERS.keys() - {latents.statistics}:
-        raise ValueError(
-            f"vae has scaling_factor {found[0]} and shift_factor {found[1]}, which are those of {AUTOENCODERS[found]}, "
-            f"but this model's are {latents.statistics[0]} and {latents.statistics[1]}; set model.vae to the "
-            "autoencoder that was released with the transformer."
-        )
-
-
 class NormalisedVAE:
     """Mixin that makes an autoencoder of diffusers encode to, and decode from, latents of zero mean and unit variance.
 
     It stands before the autoencoder among the base classes. Its methods fit `AutoencoderKL`; for other autoencoders,
     override `statistics`, `tile`, `distribution`, `reconstruct`, `packed` and `unpacked`.
     """
+
+    def check(self, latents: Latents) -> None:
+        """Refuse to be the autoencoder of a network that reads other latents.
+
+        Raises:
+            ValueError: The channels differ; the message has both numbers.
+        """
+        if self.network_channels != latents.channels:
+            raise ValueError(
+                f"vae makes latents of {self.network_channels} channels, but dit reads {latents.channels}: they are of "
+                "different models; take the autoencoder that was released with the transformer."
+            )
 
     @property
     def network_channels(self) -> int:
