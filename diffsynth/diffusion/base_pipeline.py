@@ -351,10 +351,17 @@ class BasePipeline(PipelineNetworks):
 
     def cuts_off(self, prompt: str) -> bool:
         """Whether the pipeline truncates a prompt because it is too long; needs no weights."""
-        tokenizer = getattr(self, self.prompt_tokenizer, None)
-        if tokenizer is None or self.most_tokens is None:
-            return False
-        return len(tokenizer(self.prompt_text(prompt)).input_ids) > self.most_tokens
+        return any(len(self.prompt_tokens(name, prompt)) > most for name, most in [*self.prompt_limits().items()][:1])
+
+    def prompt_limits(self) -> dict[str, int]:
+        """Number of tokens of a prompt that is read, by tokenizer; the first one decides what is too long."""
+        if getattr(self, self.prompt_tokenizer, None) is None or self.most_tokens is None:
+            return {}
+        return {self.prompt_tokenizer: self.most_tokens}
+
+    def prompt_tokens(self, tokenizer: str, prompt: str) -> Sequence[int]:
+        """The tokens of the whole `prompt_text`, by the tokenizer of this name."""
+        return getattr(self, tokenizer)(self.prompt_text(prompt), verbose=False).input_ids
 
     def prompt_text(self, prompt: str) -> str:
         """What is tokenized of a prompt: the prompt in the family's template, if there is one."""

@@ -256,6 +256,11 @@ class Flux1ImagePipeline(BasePipeline):
         Flux1Unit_PooledPromptEmbedder,
     )
 
+    def prompt_limits(self) -> dict[str, int]:
+        clip = self.text_encoder and self.tokenizer
+        own = {"tokenizer": self.text_encoder.config.max_position_embeddings} if clip else {}
+        return super().prompt_limits() | own
+
     def check_networks(self) -> None:
         super().check_networks()
         if self.dit is None:

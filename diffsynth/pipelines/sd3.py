@@ -264,9 +264,7 @@ class SD3Pipeline(BasePipeline):
         options = {"padding": "max_length", "truncation": True, "return_tensors": "pt"}
         return tokenizer(prompts, max_length=length, **options).input_ids.to(self.device)
 
-    def cuts_off(self, prompt: str) -> bool:
-        """Whether T5 truncates a prompt, or without T5 the CLIPs; needs no weights."""
-        if self.tokenizer_3 is not None:
-            return super().cuts_off(prompt)
-        present = [tokenizer for tokenizer in (self.tokenizer, self.tokenizer_2) if tokenizer is not None]
-        return any(len(tokenizer(prompt).input_ids) > CLIP_TOKENS for tokenizer in present)
+    def prompt_limits(self) -> dict[str, int]:
+        """T5's tokens, or without T5 the CLIPs' first: what a CLIP does not read, T5 does."""
+        clips = [name for name in ("tokenizer", "tokenizer_2") if getattr(self, name) is not None]
+        return super().prompt_limits() | dict.fromkeys(clips, CLIP_TOKENS)

@@ -23,6 +23,7 @@ from ...core.sharing import share
 from ...diffusion.adapters.preset import without_preset
 from ...diffusion.pipeline.generation import warn_of_ignored, with_images
 from ...diffusion.pipeline.remembered import UnitMemory
+from ...diffusion.prompts.limits import warn_of_long_prompts
 from ...diffusion.randomness import StratifiedRNG
 from .few_steps import FewSteps
 from .metrics import Metric
@@ -94,7 +95,9 @@ class Validation:
         """
         try:
             options = with_images(module.pipe, self.options)
-            warn_of_ignored(options, module.pipe.complete(options))
+            completed = module.pipe.complete(options)
+            warn_of_ignored(options, completed)
+            warn_of_long_prompts(module.pipe, [{**completed, "prompt": prompt} for prompt in self.prompts])
         except ValueError as error:
             raise ValueError(f"validation.options: {error}") from error
         compared = self.few_steps.models(module) if self.few_steps else set()
