@@ -17,7 +17,7 @@ from ..core.data import collate, generator
 from ..core.data.operators.masks import of_other_sizes
 from ..core.loader import ModelConfig
 from .controlnet.family import CONTROLNET_SLOTS, ControlFamily, check_controlnets, controlnets_of, places_of
-from .controlnet.inputs import ControlInputs, scale_at
+from .controlnet.inputs import ControlInputs, check_steps, scale_at
 from .flow_match import FlowMatchScheduler
 from .pipeline import declaration, sampling_settings
 from .pipeline.media import ImageMedia, Media
@@ -133,6 +133,8 @@ class BasePipeline(PipelineNetworks):
         check_numbers(self.request, completed)
         _check_request(completed)
         check_read(self, given)
+        if self.control_inputs:
+            check_steps(completed)
         height, width = self.latents.fitted(completed["height"], completed["width"])
         return {**completed, "height": height, "width": width}
 

@@ -261,6 +261,16 @@ class Flux1ImagePipeline(BasePipeline):
         own = {"tokenizer": self.text_encoder.config.max_position_embeddings} if clip else {}
         return super().prompt_limits() | own
 
+    def complete(self, request: Mapping) -> dict:
+        whole = super().complete(request)
+        own, given = self.call_defaults["embedded_guidance"], whole["embedded_guidance"]
+        if self.dit is not None and not self.dit.config.guidance_embeds and given != own:
+            raise ValueError(
+                f"embedded_guidance is {given}, but dit has no guidance embedding, as schnell has none, and would "
+                "ignore it; leave it out."
+            )
+        return whole
+
     def check_networks(self) -> None:
         super().check_networks()
         if self.dit is None:

@@ -1,9 +1,13 @@
 """Networks of different models, and requests that a model cannot follow: both are refused before weights are read."""
 
+from dataclasses import replace
+
 import pytest
+import released
 import tiny
 from families import FAMILIES, Family, of_families
-from miniatures.requests import REQUEST, image
+from miniatures import flux1, flux3, z_image
+from miniatures.requests import REQUEST, image, sampled
 
 BY_NAME = {str(family): family for family in FAMILIES}
 
@@ -43,3 +47,68 @@ def test_a_mask_of_another_size_than_its_image_is_refused(name, no_weights_are_r
     images = {"input_image": image(0, (64, 96)), "inpaint_mask": image(1, (100, 20)).convert("L")}
     with pytest.raises(ValueError, match="inpaint_mask is 100 x 20 pixels and input_image 64 x 96; save both at one"):
         BY_NAME[name].build().complete(REQUEST | images)
+
+
+# Requests, and transformers of another variant ------------------------------------------------------------------------
+
+
+def distilled(**settings) -> Family:
+    family = BY_NAME["flux3_klein_base"]
+    return replace(family, folder=flux3.distilled, settings=family.settings | settings)
+
+
+def schnell() -> Family:
+    return replace(BY_NAME["flux1_dev"], folder=flux1.schnell)
+
+
+PICTURE = image(3)
+LONG = "a red apple " * 90
+REFUSED = {
+    "cfg_scale is 3.5, but dit is the distilled FLUX.3": (distilled, {}),
+    "edit_image holds 11 images; FLUX.3 reads 10 at most": ("flux3_klein_base", {"edit_image": [PICTURE] * 11}),
+    "embedded_guidance is 2.0, but dit has no guidance embedding": (schnell, {"embedded_guidance": 2.0}),
+    "height x width is 1040 x 32, but the positions of dit end at 1024 x 1024": ("z_image", {"height": 1040}),
+    "The prompt has [0-9]+ tokens, but the positions of dit end at 224; .* model.max_sequence_length=224 or less": (
+        "z_image",
+        {"prompt": LONG},
+    ),
+    "controlnet_start is 0.7 and controlnet_end 0.5": (
+        "z_image_controlnet",
+        {"controlnet_image": PICTURE, "controlnet_start": [0.1, 0.7], "controlnet_end": 0.5},
+    ),
+    "context_image is given beside controlnet_image": (
+        "qwen_image_controlnet",
+        {"controlnet_image": PICTURE, "context_image": PICTURE},
+    ),
+}
+
+
+@pytest.mark.parametrize("message", tiny.mostly_slow(REFUSED, *list(REFUSED)[3:6]))
+def test_requests_that_a_model_would_ignore_or_fail_at_are_refused(message, no_weights_are_read):
+    family, request = REFUSED[message]
+    pipe = (BY_NAME[family] if isinstance(family, str) else family()).build()
+    small = {"prompt": "a red apple", "height": 32, "width": 32}
+    with pytest.raises(ValueError, match=message):
+        pipe.complete(small | request)
+    pipe.complete(small | {"cfg_scale": 1.0})
+
+
+def test_a_prompt_that_fills_all_positions_is_sampled():
+    pipe = BY_NAME["z_image"].load()
+    words = next(n for n in range(400, 0, -1) if len(pipe.prompt_tokens("tokenizer", "a " * n)) <= 224)
+    assert len(pipe.prompt_tokens("tokenizer", "a " * words)) == 224
+    request = {"prompt": "a " * words, "height": 1024, "width": 16, "num_inference_steps": 1, "cfg_scale": 1.0}
+    assert sampled(pipe, request).isfinite().all()
+
+
+VARIANTS = {
+    "dit reads no features of images, but siglip makes those of width 24": ("z_image_omni", z_image.base),
+    "dit is Omni's transformer, .* take model=z_image_omni": ("z_image", z_image.omni),
+}
+
+
+@pytest.mark.parametrize("message", VARIANTS)
+def test_the_transformers_of_z_image_and_of_omni_do_not_stand_for_each_other(message, no_weights_are_read):
+    name, folder = VARIANTS[message]
+    with pytest.raises(ValueError, match=message):
+        released.with_part(BY_NAME[name], "dit", folder() / "transformer").build()
