@@ -150,6 +150,12 @@ TWO = {
 }
 
 
+def test_a_controlnet_of_flux1_without_guidance_embedding_samples_as_in_diffusers():
+    network = flux1.controlnet(guidance_embeds=False)
+    request = GUIDED | CONTROL | {"cfg_scale": 1.0}
+    check_sampled("flux1", [request], lambda *given: flux1.sampled_with_control(*given, network), network)
+
+
 @pytest.mark.parametrize("guidance", tiny.mostly_slow([1.0, 3.0], 3.0))
 @pytest.mark.parametrize("name", tiny.mostly_slow(TWO, "flux1"))
 def test_two_controlnets_sample_as_in_diffusers(name, guidance):

@@ -118,7 +118,8 @@ def test_a_prompt_is_cut_off_where_t5_ends(family):
 
 
 @pytest.mark.parametrize(
-    ("size", "pixels", "resized"), [((600, 400), 1 << 20, (1248, 832)), ((50, 50), 64 * 64, (64, 64))]
+    ("size", "pixels", "resized"),
+    [((600, 400), 1 << 20, (1248, 832)), ((50, 50), 64 * 64, (64, 64)), ((600, 400), 90000, (368, 240))],
 )
 def test_kontext_reads_images_at_the_sizes_that_it_was_trained_at(size, pixels, resized):
     assert Flux1Unit_EditImageEmbedder.resize(Image.new("RGB", size), pixels).size == resized
