@@ -69,6 +69,7 @@ def generate(
     )
     from diffsynth.diffusion.pipeline.loaded_models import LoadedModels
     from diffsynth.diffusion.pipeline.request import check_numbers
+    from diffsynth.diffusion.prompts.limits import warn_of_long_prompts
 
     pipe = model(device=choose_device(device))
     files, options = options or {}, with_images(pipe, options)
@@ -96,6 +97,7 @@ def generate(
         pipe.use_sampling_settings_of(path)
     completed = [pipe.complete({**shared, **request}) for request in requests]  # raises before any weight is read
     warn_of_ignored({**shared, **requests[0]}, completed[0])
+    warn_of_long_prompts(pipe, completed)
     models = LoadedModels(pipe, memory, paths, lora_scale)
     templates = template.load_all(pipe)
     templates.check(template_inputs, negative_template_inputs)

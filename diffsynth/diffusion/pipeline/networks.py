@@ -401,6 +401,7 @@ class PipelineNetworks(nn.Module):
         """
         path, fuse = _one_file(path), fuse if hotload is None else not hotload
         name = model if isinstance(model, str) else next(n for n, m in self.named_children() if m is model)
+        lora_files.warn_of_unread(path, self.lora_prefixes.values())
         lora_files.load(self.named_model(name), path, self.layer_names(name), scale=alpha, fuse=fuse)
         settings = sampling_settings.of_file(lora_files.find_file(path))
         self.use_sampling_settings(settings, None if fuse else path)
@@ -429,6 +430,7 @@ class PipelineNetworks(nn.Module):
 
     def adapted_by(self, path: str | Path) -> list[str]:
         """Names of the models that an adapter file is for; the predicting network if its keys name none."""
+        lora_files.warn_of_unread(path, self.lora_prefixes.values())
         named, main = lora_files.prefixes(path, self.lora_prefixes.values()), self.in_iteration_models[0]
         adapted = [name for name, prefix in self.lora_prefixes.items() if prefix in named]
         bare = [main] if None in named and main not in adapted else []

@@ -19,12 +19,14 @@ class Latents:
         factor: Downsampling, H / h and W / w.
         patch: Latent pixels per token, along each side.
         group: Image sides, in tokens, are multiples of this.
+        statistics: Scaling and shift factor of the released autoencoder; None if it has others.
     """
 
     channels: int
     factor: int
     patch: int = 1
     group: int = 1
+    statistics: tuple[float, float] | None = None
 
     @property
     def multiple(self) -> int:
@@ -50,6 +52,23 @@ class NormalisedVAE:
     It stands before the autoencoder among the base classes. Its methods fit `AutoencoderKL`; for other autoencoders,
     override `statistics`, `tile`, `distribution`, `reconstruct`, `packed` and `unpacked`.
     """
+
+    def check(self, latents: Latents) -> None:
+        """Refuse to be the autoencoder of a network that reads other latents.
+
+        Raises:
+            ValueError: The channels differ; the message has both numbers.
+        """
+        if self.network_channels != latents.channels:
+            raise ValueError(
+                f"vae makes latents of {self.network_channels} channels, but dit reads {latents.channels}: they are of "
+                "different models; take the autoencoder that was released with the transformer."
+            )
+
+    @property
+    def network_channels(self) -> int:
+        """Channels C of the latents that the network reads."""
+        return self.config.get("latent_channels", self.config.get("z_dim"))
 
     def encode(self, image: Tensor, tiled: bool = False, tile_size: int = 128, tile_stride: int = 64) -> Tensor:
         """Encode RGB (B, 3, H, W) in [-1, 1] to normalised latents (B, C, h, w), the means of their distributions.
