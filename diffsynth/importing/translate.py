@@ -11,6 +11,11 @@ from .theirs import Theirs, path
 
 PROJECT = Path(__file__).parents[2]  # the folder of our scripts and of conf/
 
+NO_WEIGHTS = (
+    "the command names no weights; if it is one of DiffSynth-Studio's, type the model behind the file, such as "
+    "model=qwen_image"
+)
+
 
 def translate(file: str | Path, model: str = "", exact: bool = False, project: Path = PROJECT) -> list[OurStatement]:
     """Our statements for those of a file: each training is ours, the text around them is theirs.
