@@ -19,11 +19,12 @@ def plan(run: PlanRun) -> str:
     from diffsynth.plan.budget import Budget
     from diffsynth.plan.plan import Planner
     from diffsynth.plan.show import chart, table
-    from diffsynth.training.checks import scan
+    from diffsynth.training.checks import check_images, scan
 
     on_cuda = run.device in ("auto", "cuda")  # `auto` plans for CUDA even on a machine without it
     run = run.with_template()
     scan(run.dataset, run.media, run.task, run.template)
+    check_images(run.dataset, run.task, run.model.func.__self__)
     run = PlacedRun.of(run, processes=run.cp_size, on_cuda=on_cuda)
     planner, budgets, why = Planner(run), (None, None), ""
     if run.memory.budget is None:

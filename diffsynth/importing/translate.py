@@ -10,7 +10,6 @@ from .parsing import Command, read_commands
 from .theirs import Theirs, path
 
 PROJECT = Path(__file__).parents[2]  # the folder of our scripts and of conf/
-
 NO_WEIGHTS = (
     "the command names no weights; if it is one of DiffSynth-Studio's, type the model behind the file, such as "
     "model=qwen_image"
@@ -71,10 +70,7 @@ def _model(
     if name:
         return _named(name, models), ""
     if not command.flags.keys() & {"model_id_with_origin_paths", "model_paths"}:
-        return (
-            None,
-            "the command names no weights; if it is one of DiffSynth-Studio's, type the model behind the file, such as model=qwen_image",
-        )
+        return None, NO_WEIGHTS
     files, others = ([file for each in some for file in _files(each, models)] for some in ([command], commands))
     has_transformer = any(file.component == "dit" for file in files)
     try:

@@ -23,7 +23,8 @@ def hub_files(value: str, theirs: Theirs) -> Iterator[Line]:
     transformer = next((each.model_id for each in theirs.files if each.component == "dit"), "")
     if transformer not in ("", theirs.model.components["dit"]["model_id"]):
         yield Differs(
-            f"{transformer} is read by model={theirs.model.name}; validation and generate.py take its steps and guidance."
+            f"{transformer} is read by model={theirs.model.name}, whose steps and guidance validation and generate.py "
+            "take."
         )
     read = theirs.components if theirs.stage == "train" else {each.component for each in theirs.files}
     for files in [each for each in theirs.files if each.component in read]:

@@ -126,6 +126,24 @@ def test_an_image_that_has_no_effect_is_said(generate, tmp_path, caplog):
     assert "input_image has no effect with denoising_strength=1" in caplog.text
 
 
+def test_a_strength_without_an_image_is_said(generate, caplog):
+    generate(f"prompt={APPLE}")
+    assert "denoising_strength" not in caplog.text
+    generate(f"prompt={APPLE}", "denoising_strength=0.5")
+    assert "denoising_strength=0.5 is for an image to start from; set input_image=…" in caplog.text
+
+
+@pytest.mark.parametrize("mask_key", ["inpaint_mask", "+options.inpaint_mask"])
+def test_an_image_and_its_mask_are_named_in_the_picture_wherever_they_are_typed(mask_key, generate, tmp_path):
+    files = {name: str(tmp_path / f"{name}.png") for name in ("input_image", "inpaint_mask")}
+    for file, colour in zip(files.values(), ("red", "white"), strict=True):
+        Image.new("RGB", (48, 32), colour).save(file)
+    generate(f"prompt={APPLE}", f"input_image={files['input_image']}", f"{mask_key}={files['inpaint_mask']}")
+    (path,) = tmp_path.glob("*/0000.png")
+    kept = parameters(path)
+    assert {name: kept[name] for name in files} == files
+
+
 # What changes it ------------------------------------------------------------------------------------------------------
 
 

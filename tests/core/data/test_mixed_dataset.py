@@ -51,6 +51,12 @@ def one(folder: Path, size=FIXED, augmentation=None, **options) -> UnifiedDatase
     )
 
 
+def test_an_epoch_shows_each_sample_as_often_as_weights_and_repeats_say(folders):
+    made = {"photos": one(folders / "photos", repeat=10), "icons": one(folders / "icons")}
+    assert (len(MixedDataset(made)), MixedDataset(made).size) == (106, 16)
+    assert len(MixedDataset(made, {"photos": 0.5, "icons": 0.25})) == 52  # 50 and a half of 3
+
+
 def mixed(folders: Path, weights=None, photos=FIXED, icons=FIXED, **options) -> MixedDataset:
     made = {"photos": one(folders / "photos", photos, **options), "icons": one(folders / "icons", icons, **options)}
     mixture = MixedDataset(made, weights)
