@@ -37,7 +37,7 @@ def plan(run: PlanRun) -> str:
     write_text(Path(run.path) / "plan.json", to_json(made.as_dict(), indent=1))
     write_text(Path(run.path) / "plan.svg", chart(made, budgets[0]))
     written = f"The tables are also in {run.path}/plan.json, and the chart in {run.path}/plan.svg."
-    return f"{why}{table(made, run.estimated(made.worst.peak) if on_cuda else None)}\n{written}"
+    return f"{why}{table(made, run.estimated if on_cuda else None)}\n{written}"
 
 
 @hydra.main(version_base="1.3", config_path="conf", config_name="plan")

@@ -28,10 +28,11 @@ from diffsynth.plan.meta_module import copied, read
 from diffsynth.plan.meta_pipeline import architectures
 from diffsynth.plan.optimizer_cost import OptimizerCost, optimizer_cost
 from diffsynth.plan.options import Option
-from diffsynth.plan.plan import Planner
+from diffsynth.plan.plan import Plan, Planner, StageMemory
 from diffsynth.plan.rehearsal import Rehearsal
 from diffsynth.plan.run import PlacedRun
 from diffsynth.plan.shares import shares
+from diffsynth.plan.show import table
 from diffsynth.training.absent import NoEMA
 from diffsynth.training.loop import Trainer
 from diffsynth.training.run import Run
@@ -229,6 +230,13 @@ def test_encoders_are_not_sharded():
     assert shared["zero2"] == 1100 + 50 + 2
 
 
+def test_what_a_gpu_needs_is_said_of_training_and_of_the_cache():
+    stages = [StageMemory("train", peak=2 << 30), StageMemory("save", peak=1 << 30), StageMemory("cache", peak=4 << 30)]
+    whole = Plan(stages, HELD, [], 0)
+    assert table(whole, lambda peak: 2 * peak).endswith("(an estimate): training 4.00 GiB; make_cache.py 8.00 GiB.")
+    assert table(replace(whole, stages=stages[:2]), lambda peak: peak).endswith("(an estimate): training 2.00 GiB.")
+
+
 # Commands -------------------------------------------------------------------------------------------------------------
 
 
@@ -236,8 +244,7 @@ def plan(tmp_path, *overrides: str) -> dict:
     """What `python plan.py` writes."""
     given = [*tiny.train_overrides(tmp_path), f"path={tmp_path / 'plan'}", "batch_size=1", "cache_batch_size=1"]
     cfg = tiny.compose("plan", *tiny.merged(given, overrides))
-    table = tiny.call("plan", cfg)
-    assert "| train |" in table
+    assert "| train |" in tiny.call("plan", cfg)
     assert (tmp_path / "plan" / "plan.svg").read_text().startswith("<svg")
     return json.loads((tmp_path / "plan" / "plan.json").read_text())
 

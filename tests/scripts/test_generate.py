@@ -254,6 +254,18 @@ def test_a_lora_of_another_model_is_named(refusal, tmp_path):
     assert str(path) in message and "single_blocks.0.to_q" in message
 
 
+def test_a_network_that_is_not_there_or_has_no_config_is_answered_with_its_key(refusal, tmp_path):
+    gone, weights = tmp_path / "gone", tmp_path / "step-1.safetensors"
+    assert refusal(f"model.dit.path={gone}").startswith(
+        f"model.dit.path={gone}: there is no such file or folder; set it"
+    )
+    save_file({"a": torch.zeros(1)}, weights)
+    message = refusal(f"model.dit.path={weights}")
+    assert (
+        message.startswith(f"{tmp_path}/config.json not found") and "type model.dit.config=… with its path" in message
+    )
+
+
 @pytest.mark.parametrize("name", ["lora_path", "input_image", "prompt"])
 def test_a_file_that_is_not_there_is_named(name, refusal, tmp_path):
     assert f"{tmp_path}/gone.txt" in refusal(f"{name}={tmp_path}/gone.txt")

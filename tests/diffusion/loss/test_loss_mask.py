@@ -240,9 +240,13 @@ def test_a_row_without_a_mask_is_named(tmp_path):
 @pytest.mark.parametrize("named", ["task.mask.column=loss_mask", "task.extra_inputs=[loss_mask]"])
 def test_a_mask_that_is_not_read_as_a_file_is_refused_before_weights(folder, tmp_path, named, entry, monkeypatch):
     monkeypatch.setattr(models, "load_weights", lambda *_, **__: pytest.fail("weights are read"))
-    own = [each for each in runs.train_overrides(tmp_path) if each.startswith(("dataset", "model.")) or entry == "train"]
+    own = [
+        each for each in runs.train_overrides(tmp_path) if each.startswith(("dataset", "model.")) or entry == "train"
+    ]
     path = [] if entry == "train" else [f"path={tmp_path}/made", "device=cpu"]
     cfg = runs.compose(entry, *runs.merged(own, [f"dataset.path={folder}", named, *path]))
-    with pytest.raises(ValueError, match=r"column loss_mask is read as an image, .* data_file_keys=\[image,loss_mask\]"):
+    with pytest.raises(
+        ValueError, match=r"column loss_mask is read as an image, .*dataset.data_file_keys=\[image,loss_mask\]"
+    ):
         claim(cfg) if entry == "train" else None
         runs.call(entry, cfg)
