@@ -15,6 +15,7 @@ from conftest import import_file
 from PIL import Image
 from torch.utils._pytree import tree_leaves
 
+from diffsynth.core.data.dataset import PlainData
 from diffsynth.core.live_bytes import LiveBytes, in_host_memory
 from diffsynth.core.loader import ModelConfig, build_module
 from diffsynth.core.memory import MemoryRecipe
@@ -108,7 +109,7 @@ def test_the_losses_of_a_validation_take_what_is_planned(benchmark, monkeypatch,
     with LiveBytes() as live, torch.no_grad(), torch.autocast("cpu", torch.bfloat16), real.pipe.sampling():
         live.watch([*real.parameters(), *real.buffers(), rope.pos_freqs, rope.neg_freqs])
         before = live.device.now
-        Validation(tmp_path).losses(real, [row])
+        Validation(tmp_path).losses(real, PlainData([row]))
     rehearsal = Rehearsal(read(benchmark.module_of("qwen_image", "lora", "none"), cached=True))
     planned = rehearsal.evaluate(row, BANDS).peak
     assert 0 <= planned - (live.device.peak - before) <= rope.pos_freqs.nbytes  # the rehearsal makes one of the tables
