@@ -25,7 +25,7 @@ def main(arguments: list[str]) -> int:
         raise ValueError(f"{' '.join(arguments) or 'nothing'} is typed; expected FILE.sh [model=…] [exact=true].")
     ours = translate(files[0], options.get("model", ""), options.get("exact") == "true")
     print(printed(ours))
-    return not all(each.is_complete for statement in ours for each in statement.commands)
+    return not all(each.runs for each in ours if each.commands)
 
 
 if __name__ == "__main__":

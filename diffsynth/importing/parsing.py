@@ -113,7 +113,7 @@ def _statement(text: str, simples: Sequence[Simple], start: int, end: int) -> St
             parts.append(text[at : words[0].start])
             at = min(_after_blanks(text, each.end), end)
         elif foreign := _foreign(words):
-            problem = f"{foreign} is a script of DiffSynth-Studio"
+            problem = f"{foreign} is a Python script that is not of this project"
     parts.append(text[at:end])
     return Statement(tuple(part for part in parts if part), problem)
 

@@ -121,7 +121,7 @@ def test_a_python_script_of_theirs_is_not_carried_over(tmp_path):
     (tmp_path / "theirs.sh").write_text(f"{TRAIN} --task sft\npython examples/validate.py --seed 1", encoding="utf-8")
     training, validation = read_commands(tmp_path / "theirs.sh")
     assert not training.problem and validation.parts == ("python examples/validate.py --seed 1",)
-    assert validation.problem == "examples/validate.py is a script of DiffSynth-Studio"
+    assert validation.problem == "examples/validate.py is a Python script that is not of this project"
 
 
 def test_a_value_that_the_shell_makes_is_known_as_one(tmp_path):
