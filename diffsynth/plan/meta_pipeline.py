@@ -30,6 +30,9 @@ class Architecture:
 
     config: Path | Mapping
 
+    def check_path(self, name: str) -> None:
+        """Accept everything, because there are no files."""
+
     def resolve(self) -> None:
         """Return no files, because there are no weights."""
 
@@ -77,7 +80,7 @@ def meta_pipeline(model: Callable[..., BasePipeline], tokens: int) -> BasePipeli
         FileNotFoundError: The architecture of a model is neither on disk, nor in this package, nor downloadable.
     """
     parts = _parts(model)
-    architectures_of = {name: Architecture(find_config(part)) for name, part in _networks(model).items()}
+    architectures_of = {name: Architecture(find_config(part, name)) for name, part in _networks(model).items()}
     folders = {n: part for n, part in model.func.__self__.components.items() if isinstance(part, Folder)}
     tokenizers = {name: folder.needed_by for name, folder in folders.items() if not folder.is_optional}
     encoders = {name: architectures_of.pop(name) for name in tokenizers.values() if name in architectures_of}
@@ -121,8 +124,9 @@ def _networks(model: Callable[..., BasePipeline]) -> dict[str, ModelConfig]:
     return {name: part for name, part in _parts(model).items() if name in networks}
 
 
-def find_config(part: ModelConfig) -> Path | Mapping:
-    """Return a model's config.json or its content, from beside its weights, from this package, or from the hub."""
+def find_config(part: ModelConfig, name: str) -> Path | Mapping:
+    """Return the config.json of component `name` or its content: from beside its weights, this package, or the hub."""
+    part.check_path(name)
     if part.config is not None:
         return Path(part.config)
     if part.path is not None:

@@ -60,7 +60,7 @@ def _is_file(text: str) -> bool:
 
 
 def warn_of_ignored(request: Mapping, completed: Mapping) -> None:
-    """Log warnings of what a request asks for and does not get: a size, or the image that it starts from.
+    """Log warnings of what a request asks for and does not get: a size, or a start from an image.
 
     Args:
         completed: The same request, as `BasePipeline.complete` returns it.
@@ -73,6 +73,10 @@ def warn_of_ignored(request: Mapping, completed: Mapping) -> None:
     starts = completed["input_image"] is not None and completed["inpaint_mask"] is None
     if starts and completed["denoising_strength"] == 1:
         logger.warning("input_image has no effect with denoising_strength=1; set it below 1, such as 0.6.")
+    if completed["input_image"] is None and (strength := completed["denoising_strength"]) != 1:
+        logger.warning(
+            "denoising_strength=%s is for an image to start from; set input_image=…, or leave it out.", strength
+        )
 
 
 def load_images(mode: str = "RGB", **paths: str | None) -> dict[str, Image.Image]:

@@ -170,8 +170,10 @@ class PipelineNetworks(nn.Module):
         subclasses = {kind: cls for network in self.networks().values() for kind, cls in network.subclasses.items()}
         named = model_configs.items() if isinstance(model_configs, Mapping) else [(None, own) for own in model_configs]
         for wanted, model_config in named:
+            if wanted is not None:
+                model_config.check_path(wanted)
             files = model_config.resolve()
-            module = build_module(files, model_config.config, subclasses)
+            module = build_module(files, model_config.config, subclasses, wanted)
             if files is not None:  # a pipeline that stays on the meta device has none
                 check_weights(module, files)
             name = self._attribute(module, files, wanted)

@@ -227,7 +227,7 @@ class Validation:
 
         Every row is measured once in each of `BANDS` equal parts of the timesteps' distribution, with fixed noise.
         """
-        indices = range(min(self.loss_samples, len(dataset)))
+        indices = range(min(self.loss_samples, dataset.size))
         table = torch.tensor(share(indices, lambda mine: [self._row_losses(module, dataset[i], i) for i in mine]))
         rows, bands = table.mean(1), table.mean(0)
         error = (rows.std() / len(rows) ** 0.5).item() if len(rows) > 1 else 0.0
@@ -278,7 +278,7 @@ class Validation:
 
 def first_rows(dataset: TrainingData, count: int) -> list[dict]:
     """Return the first `count` rows, or all if there are fewer."""
-    return [dataset[index] for index in range(min(count, len(dataset)))]
+    return [dataset[index] for index in range(min(count, dataset.size))]
 
 
 def requests_of(rows: Sequence[Mapping], module: "PipelineTrainingModule") -> list[dict]:
