@@ -72,6 +72,7 @@ def generate(
     )
     from diffsynth.diffusion.pipeline.loaded_models import LoadedModels
     from diffsynth.diffusion.pipeline.request import check_numbers
+    from diffsynth.diffusion.prompts.limits import warn_of_long_prompts
 
     pipe = model(device=choose_device(device))
     of_videos = {"num_frames": num_frames, "frame_rate": frame_rate}
@@ -95,17 +96,21 @@ def generate(
         check_free(Path(output), len(requests), pipe.media.suffix)
     given = {name: value for name, value in options.items() if value is not None}
     check_numbers(pipe.request, given, "options.")
-    shared = load_images(pipe.media.mode, input_image=input_image, inpaint_mask=inpaint_mask)
+    starts = {"input_image": input_image, "inpaint_mask": inpaint_mask}
+    images = load_images(pipe.media.mode, **starts)
+    requests = [{**images, **request} for request in requests]
     pipe.check_adapters(paths := [lora_path] if isinstance(lora_path, str) else lora_path or [])
     for path in paths:
         pipe.use_sampling_settings_of(path)
-    completed = [pipe.complete({**shared, **request}) for request in requests]  # raises before any weight is read
-    warn_of_ignored(pipe, {**shared, **requests[0]}, completed[0])
+    completed = [pipe.complete(request) for request in requests]  # raises before any weight is read
+    warn_of_ignored(pipe, requests[0], completed[0])
+    warn_of_long_prompts(pipe, completed)
     models = LoadedModels(pipe, memory, paths, lora_scale)
     templates = template.load_all(pipe)
     templates.check(template_inputs, negative_template_inputs)
     sides = [[open_files(inputs) for inputs in side] for side in (template_inputs, negative_template_inputs)]
     source = {"lora_path": [str(path) for path in paths], "lora_scale": lora_scale}
+    source |= {name: starts[name] for name in images}
     source |= {name: files[name] for name, value in options.items() if value is not files[name]}
     if templates.codes:
         source |= {"templates": [str(code.file) for code in templates.codes], "template_inputs": template_inputs}
@@ -115,7 +120,7 @@ def generate(
     requests = [{**request, **own} for request, own in zip(requests, sampling, strict=True)]
     models.load_encoders(also=templates.called_models(pipe))
     size = {name: sampling[0][name] for name in ("height", "width")}
-    shared |= templates.arguments(pipe, *sides, size=size)
+    shared = templates.arguments(pipe, *sides, size=size)
     inputs = encode(pipe, [{**shared, **request} for request in requests])
     del templates  # nothing calls their networks any more
     models.load_network()

@@ -14,9 +14,10 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from ..core.data import collate, generator
+from ..core.data.operators.masks import of_other_sizes
 from ..core.loader import ModelConfig
 from .controlnet.family import CONTROLNET_SLOTS, ControlFamily, check_controlnets, controlnets_of, places_of
-from .controlnet.inputs import ControlInputs, check_columns, scale_at
+from .controlnet.inputs import ControlInputs, check_columns, check_steps, scale_at
 from .flow_match import FlowMatchScheduler
 from .pipeline import declaration, sampling_settings
 from .pipeline.media import ImageMedia, Media
@@ -24,7 +25,8 @@ from .pipeline.networks import PipelineNetworks
 from .pipeline.request import Request, check_numbers, defaults_of, image_arguments, typed
 from .pipeline.samplers import SAMPLERS
 from .pipeline.units import PipelineUnit, PipelineUnitRunner, run_units
-from .pipeline.vae import Latents
+from .pipeline.unread import check_read
+from .pipeline.vae import Latents, NormalisedVAE
 from .prompts.embedder import check_text_widths
 from .template.cache import as_inputs, template_outputs_of
 
@@ -130,6 +132,9 @@ class BasePipeline(PipelineNetworks):
         completed = {**self.call_defaults, **self.settings_for(given), **given}
         check_numbers(self.request, completed)
         _check_request(completed)
+        check_read(self, given)
+        if self.control_inputs:
+            check_steps(completed)
         return {**completed, **self.latents.size_of(completed)}
 
     def settings_for(self, request: Mapping) -> dict[str, Any]:
@@ -330,6 +335,8 @@ class BasePipeline(PipelineNetworks):
 
     def check_networks(self) -> None:
         check_text_widths(self)
+        if isinstance(vae := getattr(self, "vae", None), NormalisedVAE):
+            vae.check(self.latents)
         check_controlnets(self)
 
     def build_folder(self, name: str, config: ModelConfig | None) -> None:
@@ -355,10 +362,17 @@ class BasePipeline(PipelineNetworks):
 
     def cuts_off(self, prompt: str) -> bool:
         """Whether the pipeline truncates a prompt because it is too long; needs no weights."""
-        tokenizer = getattr(self, self.prompt_tokenizer, None)
-        if tokenizer is None or self.most_tokens is None:
-            return False
-        return len(tokenizer(self.prompt_text(prompt)).input_ids) > self.most_tokens
+        return any(len(self.prompt_tokens(name, prompt)) > most for name, most in [*self.prompt_limits().items()][:1])
+
+    def prompt_limits(self) -> dict[str, int]:
+        """Number of tokens of a prompt that is read, by tokenizer; the first one decides what is too long."""
+        if getattr(self, self.prompt_tokenizer, None) is None or self.most_tokens is None:
+            return {}
+        return {self.prompt_tokenizer: self.most_tokens}
+
+    def prompt_tokens(self, tokenizer: str, prompt: str) -> Sequence[int]:
+        """The tokens of the whole `prompt_text`, by the tokenizer of this name."""
+        return getattr(self, tokenizer)(self.prompt_text(prompt), verbose=False).input_ids
 
     def prompt_text(self, prompt: str) -> str:
         """What is tokenized of a prompt: the prompt in the family's template, if there is one."""
@@ -413,3 +427,6 @@ def _check_request(request: Mapping) -> None:
         )
     if mask is not None and request["input_image"] is None:
         raise ValueError("inpaint_mask keeps a part of input_image, which is not given; give input_image too.")
+    image = request.get("input_image")
+    if isinstance(mask, Image.Image) and isinstance(image, Image.Image) and mask.size != image.size:
+        raise ValueError(of_other_sizes("inpaint_mask", mask.size, "input_image", image.size) + ".")

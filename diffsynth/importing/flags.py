@@ -66,6 +66,7 @@ FLAGS: dict[str, Reader] = {
     "weight_decay": sets("optimizer.weight_decay"),
     "customized_optimizer": trained.optimizer,
     "num_epochs": trained.epochs,
+    "seed": sets("seed"),
     "gradient_accumulation_steps": trained.accumulation,
     # Memory
     "use_gradient_checkpointing": trained.checkpointing,

@@ -182,13 +182,24 @@ def find_model(files: Iterable[Files], models: Iterable[Model]) -> Model:
         for name in [f"{model_id}{ending}" for ending in LAYOUTS]:
             having = [model for model in models if model.components["dit"]["model_id"] == name]
             if having:
-                fitting = [each for each in having if wanted <= each.components.keys()] or having[:1]
-                model = min(fitting, key=lambda each: len(each.components))  # without a ControlNet that nobody wants
+                model = _fitting(having, wanted, models)
                 return Model(model.name, model.node, has_their_files=name == model_id)
     found = [] if transformers else [model for model in models if _has(model, files)]
     if len(found) == 1:
         return found[0]
     raise LookupError(_what_is_lacking(transformers or files, found, models))
+
+
+def _fitting(having: list[Model], wanted: set[str], models: Iterable[Model]) -> Model:
+    """The smallest of the models with a transformer that has the wanted networks, else one with the same pipeline.
+
+    The second case is a transformer for which no file has a ControlNet; the command names its repository.
+    """
+    alike = [each for each in models if each.node["_target_"] == having[0].node["_target_"]]
+    fitting = next(
+        filter(None, ([m for m in some if wanted <= m.components.keys()] for some in (having, alike))), having
+    )
+    return min(fitting, key=lambda each: len(each.components)) if fitting is not having else having[0]
 
 
 def _has(model: Model, files: Iterable[Files]) -> bool:

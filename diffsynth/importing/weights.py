@@ -25,6 +25,12 @@ def hub_files(value: str, theirs: Theirs) -> Iterator[Line]:
         yield Differs(f"The weights are those of {where}: the same values under diffusers' names.")
         yield from _absent(theirs)
         return
+    transformer = next((each.model_id for each in theirs.files if each.component == "dit"), "")
+    if transformer not in ("", theirs.model.components["dit"]["model_id"]):
+        yield Differs(
+            f"{transformer} is read by model={theirs.model.name}, whose steps and guidance validation and generate.py "
+            "take."
+        )
     read = theirs.components if theirs.stage == "train" else {each.component for each in theirs.files}
     for files in [each for each in theirs.files if each.component in read]:
         yield from _of_component(theirs, files.component, files)

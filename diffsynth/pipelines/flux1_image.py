@@ -32,7 +32,7 @@ from ..diffusion.pipeline.vae import Latents
 from ..diffusion.prompts.embedder import PromptEmbedder
 from ..diffusion.template.cache import append_text
 from ..diffusion.template.lora import InputLoRA, added
-from .autoencoders.kl import NormalisedAutoencoderKL
+from .autoencoders.kl import FLUX1_STATISTICS, NormalisedAutoencoderKL
 from .controlnets.flux1 import (
     CONTROL_FAMILY,
     Flux1ControlNet,
@@ -237,7 +237,7 @@ class Flux1ImagePipeline(BasePipeline):
         "tokenizer": Folder("AutoTokenizer", needed_by="text_encoder"),
         "tokenizer_2": Folder("AutoTokenizer", needed_by="text_encoder_2"),
     }
-    latents = Latents(channels=16, factor=8, patch=2)
+    latents = Latents(channels=16, factor=8, patch=2, statistics=FLUX1_STATISTICS)
     control_family = CONTROL_FAMILY
     model_fn = staticmethod(model_fn_flux1)
     sigma_grid = staticmethod(flux1_sigmas)
@@ -255,6 +255,21 @@ class Flux1ImagePipeline(BasePipeline):
         Flux1Unit_PromptEmbedder,
         Flux1Unit_PooledPromptEmbedder,
     )
+
+    def prompt_limits(self) -> dict[str, int]:
+        clip = self.text_encoder and self.tokenizer
+        own = {"tokenizer": self.text_encoder.config.max_position_embeddings} if clip else {}
+        return super().prompt_limits() | own
+
+    def complete(self, request: Mapping) -> dict:
+        whole = super().complete(request)
+        own, given = self.call_defaults["embedded_guidance"], whole["embedded_guidance"]
+        if self.dit is not None and not self.dit.config.guidance_embeds and given != own:
+            raise ValueError(
+                f"embedded_guidance is {given}, but dit has no guidance embedding, as schnell has none, and would "
+                "ignore it; leave it out."
+            )
+        return whole
 
     def check_networks(self) -> None:
         super().check_networks()

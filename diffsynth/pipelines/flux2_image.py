@@ -293,8 +293,8 @@ class Flux2ImagePipeline(BasePipeline):
         messages = [{"role": role, "content": [{"type": "text", "text": text}]} for role, text in texts.items()]
         return self.tokenizer.apply_chat_template(messages, tokenize=False)
 
-    def cuts_off(self, prompt: str) -> bool:
-        if self.tokenizer is None or self.text_encoder is None:
-            return False
-        tokens = self.tokenizer(self.prompt_text(prompt), add_special_tokens=False).input_ids
-        return len(tokens) > self.most_tokens
+    def prompt_limits(self) -> dict[str, int]:
+        return {} if self.text_encoder is None else super().prompt_limits()  # it decides the template
+
+    def prompt_tokens(self, tokenizer: str, prompt: str) -> Sequence[int]:
+        return self.tokenizer(self.prompt_text(prompt), add_special_tokens=False, verbose=False).input_ids

@@ -25,7 +25,7 @@ from ..diffusion.adapters.names import LayerNames
 from ..diffusion.base_pipeline import BasePipeline
 from ..diffusion.flow_match import linear_levels, time_shift
 from ..diffusion.pipeline.components import Folder, Network
-from ..diffusion.pipeline.image_units import IMAGE_UNITS, EditImageEmbedder, edit_images
+from ..diffusion.pipeline.image_units import IMAGE_UNITS, EditImageEmbedder, edit_images, image_list
 from ..diffusion.pipeline.request import ImageRequest
 from ..diffusion.pipeline.units import in_groups
 from ..diffusion.pipeline.vae import Latents
@@ -39,6 +39,7 @@ __all__ = ["Flux3ImagePipeline", "ModelConfig"]
 
 SHIFT = 6.93
 MAX_PROMPT_TOKENS = 8192  # including the chat template's
+MAX_REFERENCES = 10  # images to edit
 PADDING = 80  # prompts are padded to a multiple of so many tokens, and the network attends to the padding
 ROPE_SCALE = 0.5  # distance between neighbouring image tokens
 DEPTHS = 8  # hidden states of the text encoder are read after 1/9, 2/9, …, 8/9 of its layers: 4, 8, …, 32 of 36
@@ -223,6 +224,14 @@ class Flux3ImagePipeline(BasePipeline):
                 f"sampler is {whole['sampler']!r}, but the distilled FLUX.3 reads where an Euler step ends; "
                 "set sampler=euler."
             )
+        if self.dit is not None and self.dit.config.flow_map and whole["cfg_scale"] != 1:
+            raise ValueError(
+                f"cfg_scale is {whole['cfg_scale']}, but dit is the distilled FLUX.3, which is sampled without "
+                "guidance; set cfg_scale=1 as model=flux3_klein does, or take the transformer of the base."
+            )
+        references = len(image_list(whole["edit_image"], "edit_image"))
+        if references > MAX_REFERENCES:
+            raise ValueError(f"edit_image holds {references} images; FLUX.3 reads {MAX_REFERENCES} at most.")
         return whole
 
     def predict(self, timestep: Tensor, **inputs) -> Tensor:

@@ -163,6 +163,7 @@ def model_fn_qwen_image(
     }
     samples = None
     if control_latents:
+        check_alone(edit_image=edit_latents, context_image=context_latents)
         images = list(map(pack_latents, control_latents))
         samples = block_samples(controlnets, dit, inputs, images, control_prompt, controlnet_scale)
     attention = {"kv_cache": kv_cache} if kv_cache else {}
@@ -180,6 +181,15 @@ def model_fn_qwen_image(
             return_dict=False,
         )[0]
     return unpack_latents(velocity[:, :tokens], height, width)
+
+
+def check_alone(**images: Any) -> None:
+    """Refuse further images beside that of a ControlNet, which reads tokens of the sampled image alone."""
+    if others := [name for name, value in images.items() if value]:
+        raise ValueError(
+            f"{others[0]} is given beside controlnet_image, but a ControlNet of Qwen-Image reads the sampled image "
+            "alone; leave one of the two out."
+        )
 
 
 def regional_inputs(
@@ -219,6 +229,7 @@ QwenImageUnit_LossMask = image_units.LossMask
 class QwenImageUnit_EditImageEmbedder(image_units.EditImageEmbedder):
     resize = staticmethod(image_units.stretch_to_area)
     needs = "processor"
+    model_with_it = "a model for editing, such as model=qwen_image_edit"
 
 
 class QwenImageUnit_ContextImageEmbedder(image_units.PipelineUnit):
@@ -343,6 +354,12 @@ class QwenImagePipeline(BasePipeline):
     @property
     def one_sided_arguments(self) -> tuple[str, ...]:
         return (*super().one_sided_arguments, "eligen_entity_prompts")
+
+    def complete(self, request: Mapping) -> dict:
+        whole = super().complete(request)
+        if whole.get("controlnet_image") is not None:
+            check_alone(**{name: whole[name] for name in ("edit_image", "context_image")})
+        return whole
 
     def tokenize(self, prompt: str) -> Mapping[str, Tensor]:
         """Token ids and mask (1, L) of a prompt in its template."""

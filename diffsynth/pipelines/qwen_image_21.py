@@ -222,6 +222,7 @@ def model_fn_qwen_image_21(
 class QwenImage21Unit_EditImageEmbedder(image_units.EditImageEmbedder):
     resize = staticmethod(image_units.stretch_to_area)
     needs = "processor"
+    model_with_it = "the processor of model=qwen_image_21"
 
 
 class QwenImage21Unit_PromptEmbedder(PromptEmbedder):

@@ -27,7 +27,7 @@ from ..diffusion.pipeline.components import Folder, Network
 from ..diffusion.pipeline.image_units import IMAGE_UNITS
 from ..diffusion.pipeline.units import PipelineUnit
 from ..diffusion.pipeline.vae import Latents
-from .autoencoders.kl import NormalisedAutoencoderKL
+from .autoencoders.kl import SD3_STATISTICS, NormalisedAutoencoderKL
 from .controlnets.sd3 import (
     CONTROL_FAMILY,
     SD3ControlNet,
@@ -169,7 +169,7 @@ class SD3Pipeline(BasePipeline):
         "tokenizer_2": Folder("CLIPTokenizer", needed_by="text_encoder_2"),
         "tokenizer_3": Folder("T5TokenizerFast", needed_by="text_encoder_3"),
     }
-    latents = Latents(channels=16, factor=8, patch=2)
+    latents = Latents(channels=16, factor=8, patch=2, statistics=SD3_STATISTICS)
     control_family = CONTROL_FAMILY
     model_fn = staticmethod(model_fn_sd3)
     sigma_grid = staticmethod(sd3_sigmas)
@@ -210,9 +210,9 @@ class SD3Pipeline(BasePipeline):
 
     def require(self, users: Mapping[str, str]) -> None:
         """Refuse a pipeline without a model that is needed; of the text encoders one is enough."""
-        present = [name for name in ENCODERS if getattr(self, name) is not None]
-        unit = SD3Unit_PromptEmbedder.__name__
-        super().require({name: user for name, user in users.items() if not (present and user == unit)})
+        absent = {name for name in ENCODERS if getattr(self, name) is None}
+        spared = absent if len(absent) < len(ENCODERS) else set()
+        super().require({name: user for name, user in users.items() if name not in spared})
 
     def complete(self, request: Mapping) -> dict:
         whole = super().complete(request)
@@ -264,9 +264,7 @@ class SD3Pipeline(BasePipeline):
         options = {"padding": "max_length", "truncation": True, "return_tensors": "pt"}
         return tokenizer(prompts, max_length=length, **options).input_ids.to(self.device)
 
-    def cuts_off(self, prompt: str) -> bool:
-        """Whether T5 truncates a prompt, or without T5 the CLIPs; needs no weights."""
-        if self.tokenizer_3 is not None:
-            return super().cuts_off(prompt)
-        present = [tokenizer for tokenizer in (self.tokenizer, self.tokenizer_2) if tokenizer is not None]
-        return any(len(tokenizer(prompt).input_ids) > CLIP_TOKENS for tokenizer in present)
+    def prompt_limits(self) -> dict[str, int]:
+        """T5's tokens, or without T5 the CLIPs' first: what a CLIP does not read, T5 does."""
+        clips = [name for name in ("tokenizer", "tokenizer_2") if getattr(self, name) is not None]
+        return super().prompt_limits() | dict.fromkeys(clips, CLIP_TOKENS)

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from diffusers import ZImageTransformer2DModel
+from diffusers.models.transformers.transformer_z_image import SEQ_MULTI_OF
 from PIL import Image
 from torch import Tensor
 
@@ -28,7 +29,7 @@ from ..diffusion.pipeline.units import PipelineUnit
 from ..diffusion.pipeline.vae import Latents
 from ..diffusion.prompts.embedder import PromptEmbedder
 from ..diffusion.prompts.hidden_states import hidden_states
-from .autoencoders.kl import NormalisedAutoencoderKL
+from .autoencoders.kl import FLUX1_STATISTICS, NormalisedAutoencoderKL
 from .controlnets.z_image import (
     CONTROL_FAMILY,
     ZImageControlNet,
@@ -125,10 +126,6 @@ class ZImageUnit_PromptEmbedder(PromptEmbedder):
 
     def tokenize(self, pipe, prompt, max_sequence_length, edit_image=None):
         images = edit_images(edit_image, True, EDIT_IMAGE_PIXELS)
-        if images and pipe.siglip_processor is None:
-            raise ValueError(
-                "edit_image is given, but this Z-Image reads no images; take model=z_image_omni, or leave it out."
-            )
         options = {"max_length": max_sequence_length, "truncation": True, "return_tensors": "pt"}
         return [{"input_ids": pipe.tokenizer([text], **options).input_ids} for text in pieces(prompt, len(images))]
 
@@ -152,6 +149,7 @@ def pieces(prompt: str, images: int = 0) -> list[str]:
 
 class ZImageUnit_EditImageEmbedder(EditImageEmbedder):
     needs = "siglip_processor"
+    model_with_it = "model=z_image_omni"
 
 
 class ZImageUnit_EditImageFeatures(PipelineUnit):
@@ -195,7 +193,7 @@ class ZImagePipeline(BasePipeline):
         "tokenizer": Folder("AutoTokenizer", needed_by="text_encoder"),
         "siglip_processor": Folder("Siglip2ImageProcessorPil"),
     }
-    latents = Latents(channels=16, factor=8, patch=2)
+    latents = Latents(channels=16, factor=8, patch=2, statistics=FLUX1_STATISTICS)
     control_family = CONTROL_FAMILY
     model_fn = staticmethod(model_fn_z_image)
     sigma_grid = staticmethod(z_image_sigmas)
@@ -208,6 +206,44 @@ class ZImagePipeline(BasePipeline):
         ZImageUnit_ControlEmbedder,
         ZImageUnit_PromptEmbedder,
     )
+
+    def check_networks(self) -> None:
+        super().check_networks()
+        if self.dit is None:
+            return
+        width, made = self.dit.config.siglip_feat_dim, self.siglip and self.siglip.config.hidden_size
+        if width is not None and made is None:
+            raise ValueError("dit is Omni's transformer, which reads features of siglip; take model=z_image_omni.")
+        if width != made:
+            reads = "reads no features of images" if width is None else f"reads features of width {width}"
+            raise ValueError(
+                f"dit {reads}, but siglip makes those of width {made}: they are of different models; take the "
+                "transformer of model=z_image_omni, or set model.siglip=null and model.siglip_processor=null."
+            )
+
+    def complete(self, request: Mapping) -> dict:
+        whole = super().complete(request)
+        if self.dit is not None:
+            self._check_positions(whole)
+        return whole
+
+    def _check_positions(self, request: Mapping) -> None:
+        """Refuse a request that is beyond the network's tables of positions: of text, of rows, of columns."""
+        text, *sides = self.dit.config.axes_lens
+        ends = [length * self.latents.multiple for length in sides]
+        if request["height"] > ends[0] or request["width"] > ends[1]:
+            raise ValueError(
+                f"height x width is {request['height']} x {request['width']}, but the positions of dit end at "
+                f"{ends[0]} x {ends[1]} pixels; set smaller ones."
+            )
+        most = (text - 2) // SEQ_MULTI_OF * SEQ_MULTI_OF  # the first position is free, and the image has the last
+        for prompt in (request.get("prompt"), request["negative_prompt"]) if self.tokenizer is not None else ():
+            count = min(len(self.prompt_tokens("tokenizer", prompt or "")), request["max_sequence_length"])
+            if count > most:
+                raise ValueError(
+                    f"The prompt has {count} tokens, but the positions of dit end at {most}; shorten it, or set "
+                    f"model.max_sequence_length={most} or less."
+                )
 
     def image_features(self, image: Image.Image) -> Tensor:
         """SigLIP's features (1, h, w, D) of an image, one per patch."""

@@ -27,6 +27,9 @@ class Architecture:
 
     config: Path | Mapping
 
+    def check_path(self, name: str) -> None:
+        """Accept everything, because there are no files."""
+
     def resolve(self) -> None:
         """Return no files, because there are no weights."""
 
@@ -127,6 +130,7 @@ def find_config(part: ModelConfig, network: Network, name: str, parts: Collectio
         name: Name of the network in the pipeline.
         parts: Where the networks of the model are.
     """
+    part.check_path(name)
     name = network.lora.prefix if network.lora else name
     if part.config is not None:
         return architectures().get(part.config, {}).get(name) or Path(part.config)

@@ -187,8 +187,9 @@ class Planner:
 
     def sampling(self) -> list[StageMemory]:
         """Return the stage of sampling the validation's prompts."""
-        validation, pipe = self.run.validation, self.rehearsal.module.pipe
-        if not (validation.prompts or validation.shown_rows(pipe)):
+        validation, module = self.run.validation, self.rehearsal.module
+        pipe = module.pipe
+        if not (validation.prompts or validation.shown_rows(module)):
             return []
         request = {"prompt": (*validation.prompts, "a picture")[0], **with_images(pipe, validation.options)}
         size = pipe.media.requested_size(pipe.complete(request))

@@ -130,6 +130,7 @@ MANY_FLAGS = Case(
         framewise_decoding=True,
         noise_scale="0.5",
         embedded_guidance="1",
+        seed="42",
         made_up="3",
     ),
     [
@@ -139,7 +140,7 @@ MANY_FLAGS = Case(
         "model.tokenizer.path=w/tokenizer 'dataset.path=my pictures' dataset.metadata=elsewhere/table.jsonl "
         "dataset.data_file_keys=[image,loss_mask] dataset.height=512 dataset.width=768 task.extra_inputs=[loss_mask] "
         "task.timesteps.max_boundary=0.358 task.timesteps.min_boundary=0.1 lora.rank=16 lora.checkpoint=a.safetensors "
-        "lora.preset=b.safetensors optimizer.weight_decay=0.1 max_steps=null "
+        "lora.preset=b.safetensors optimizer.weight_decay=0.1 max_steps=null seed=42 "
         "memory.offload_activations=true memory.storage=nf4 memory.stored=[text_encoder] export.save_steps=25 "
         "logger.trackers.wandb.project=emoji"
     ],

@@ -99,6 +99,24 @@ class ModelConfig:
         """Whether `resolve` will ask a hub for files."""
         return self.is_absent and not self.skips_download
 
+    def check_path(self, name: str) -> None:
+        """Check that the path, if there is one, leads to something.
+
+        Args:
+            name: Name of the component, for the error: its key is `model.<name>`.
+
+        Raises:
+            FileNotFoundError: It does not; the message says what to type.
+        """
+        absent = [path for path in _as_list(self.path) if not Path(path).exists()]
+        if absent:
+            command = f"python controlnet.py model=… output={absent[0]}, with the model's name without _controlnet"
+            start = f"make one: {command}; or " if name.startswith("controlnet") else ""
+            raise FileNotFoundError(
+                f"model.{name}.path={absent[0]}: there is no such file or folder; {start}set it to a .safetensors "
+                "file or a folder that exists."
+            )
+
     def resolve(self) -> list[Path]:
         """Local paths of the files; absent files are downloaded first.
 

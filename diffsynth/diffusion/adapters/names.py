@@ -17,6 +17,7 @@ from .update import Parts, rank, scaled, split, with_halves_swapped
 Scale = Callable[[str, int | None], float]  # of a layer's name and its update's rank
 
 WRAPPER = "base_model.model."  # peft's, around any model
+# kohya numbers encoders by kind: te3 is the T5, also where it is the second of two.
 STARTS = {
     "transformer": (
         "transformer.", "pipe.transformer.", "pipe.dit.", "dit.", "diffusion_model.", "model.diffusion_model.", "unet.",
@@ -24,7 +25,7 @@ STARTS = {
     ),
     "transformer_2": ("transformer_2.", "pipe.transformer_2.", "pipe.dit2.", "dit2."),
     "text_encoder": ("text_encoder.", "pipe.text_encoder.", "lora_te_", "lora_te1_"),
-    "text_encoder_2": ("text_encoder_2.", "pipe.text_encoder_2.", "lora_te2_"),
+    "text_encoder_2": ("text_encoder_2.", "pipe.text_encoder_2.", "lora_te2_", "lora_te3_"),
     "text_encoder_3": ("text_encoder_3.", "pipe.text_encoder_3.", "lora_te3_"),
 }  # fmt: skip
 ENDINGS = {
@@ -144,7 +145,8 @@ def owner(key: str, prefixes: Iterable[str] = ()) -> str | None:
         prefixes: Those of the model's networks, if it has other ones than `STARTS`.
     """
     bare = key.removeprefix(WRAPPER)
-    return next((prefix for prefix in (*prefixes, *STARTS) if bare.startswith(_starts(prefix))), None)
+    last_first = (*sorted(prefixes, reverse=True), *sorted(STARTS, reverse=True))  # te3 is the third, if there is one
+    return next((prefix for prefix in last_first if bare.startswith(_starts(prefix))), None)
 
 
 def layers_in(keys: Iterable[str]) -> set[str]:

@@ -345,6 +345,13 @@ def test_config_of_no_network(name, dit_files):
         build_module(dit_files)
 
 
+def test_a_controlnet_that_is_not_there_is_to_be_made(tmp_path):
+    with pytest.raises(
+        FileNotFoundError, match=r"^model.controlnet.path=.*/gone: .*; make one: python controlnet.py .*/gone"
+    ):
+        ModelConfig(path=str(tmp_path / "gone")).check_path("controlnet")
+
+
 def test_config_without_a_class(dit_files):
     (dit_files[0].parent / "config.json").write_text("{}")
     with pytest.raises(ValueError, match="_class_name"):

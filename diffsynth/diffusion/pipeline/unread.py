@@ -1,0 +1,29 @@
+"""Refuses images that nothing would read, because the component that reads them is absent."""
+
+from collections.abc import Collection
+from typing import TYPE_CHECKING
+
+from .request import image_arguments
+
+if TYPE_CHECKING:
+    from ..base_pipeline import BasePipeline
+
+
+def check_read(pipe: "BasePipeline", names: Collection[str], where: str = "") -> None:
+    """Refuse images that only a unit reads whose component (`PipelineUnit.needs`) the pipeline was built without.
+
+    Args:
+        names: The arguments that are given.
+        where: What stands before an argument in errors.
+
+    Raises:
+        ValueError: The message names the argument and the component.
+    """
+    present = {type(unit) for unit in pipe.units}
+    given = image_arguments(pipe.request) & set(names)
+    for unit in [unit for unit in pipe.unit_classes if unit not in present] if given else ():
+        if unread := sorted(given.intersection(unit().fetch_input_params())):
+            raise ValueError(
+                f"{where}{unread[0]} is given, but model.{unit.needs} is null, and without it nothing reads the "
+                f"image; take {unit.model_with_it}, or leave {unread[0]} out."
+            )
