@@ -14,8 +14,8 @@ from torch import nn
 from transformers import BatchEncoding
 
 from ..core.loader import ModelConfig, read_object
+from ..diffusion.architectures import architectures, names, released_config
 from ..diffusion.base_pipeline import BasePipeline
-from ..diffusion.pipeline.architectures import architectures, names, released_config
 from ..diffusion.pipeline.components import Folder, Network
 
 IMAGE_INPUTS = ("pixel_values", "image_grid_thw", "mm_token_type_ids")  # of transformers' vision-language models

@@ -69,7 +69,7 @@ def test_every_printed_command_composes(name, exact, tmp_path):
     ours = translate(written(CASES[name], tmp_path), exact=exact)
     assert len(commands_in(printed(ours))) == sum(each.is_complete for each in translated(CASES[name], tmp_path))
     found = commands_in(printed([OurStatement([each]) for each in without_what_is_refused(ours)]))
-    assert len(found) == (len(CASES[name].ours) if name != "two_experts" else 0)
+    assert len(found) == len(CASES[name].ours)
     for entry, overrides in found:
         check(tiny.compose(entry, *overrides), tiny.schema(entry))
 

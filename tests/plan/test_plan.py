@@ -19,8 +19,8 @@ from diffsynth.core.data.dataset import PlainData
 from diffsynth.core.live_bytes import LiveBytes, in_host_memory
 from diffsynth.core.loader import ModelConfig, build_module
 from diffsynth.core.memory import MemoryRecipe
+from diffsynth.diffusion.architectures import architectures
 from diffsynth.diffusion.pipeline import networks as models
-from diffsynth.diffusion.pipeline.architectures import architectures
 from diffsynth.diffusion.training_module import PipelineTrainingModule
 from diffsynth.plan import plan as plan_module
 from diffsynth.plan.budget import Budget

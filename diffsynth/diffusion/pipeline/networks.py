@@ -24,9 +24,9 @@ from ...core.loader import (
 from ...core.ranges import BatchSize, LearningRate, Pixels, PositiveInt, Side
 from ..adapters import files as lora_files
 from ..adapters.names import LayerNames
+from ..architectures import config_of
 from ..flow_match import ALL_LEVELS
 from . import sampling_settings
-from .architectures import config_of
 from .components import Folder, Network
 from .units import PipelineUnit
 
