@@ -256,9 +256,7 @@ def test_a_lora_of_another_model_is_named(refusal, tmp_path):
 
 def test_a_network_that_is_not_there_or_has_no_config_is_answered_with_its_key(refusal, tmp_path):
     gone, weights = tmp_path / "gone", tmp_path / "step-1.safetensors"
-    assert refusal(f"model.dit.path={gone}").startswith(
-        f"model.dit.path={gone}: there is no such file or folder; set it"
-    )
+    assert refusal(f"model.dit.path={gone}").startswith(f"model.dit.path: {gone} does not exist; set it")
     save_file({"a": torch.zeros(1)}, weights)
     message = refusal(f"model.dit.path={weights}")
     assert (

@@ -113,8 +113,8 @@ class ModelConfig:
             command = f"python controlnet.py model=… output={absent[0]}, with the model's name without _controlnet"
             start = f"make one: {command}; or " if name.startswith("controlnet") else ""
             raise FileNotFoundError(
-                f"model.{name}.path={absent[0]}: there is no such file or folder; {start}set it to a .safetensors "
-                "file or a folder that exists."
+                f"model.{name}.path: {Path(absent[0]).absolute()} does not exist; {start}set it to a .safetensors file "
+                "or a folder."
             )
 
     def resolve(self) -> list[Path]:

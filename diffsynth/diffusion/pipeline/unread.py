@@ -21,7 +21,8 @@ def check_read(pipe: "BasePipeline", names: Collection[str], where: str = "") ->
     """
     present = {type(unit) for unit in pipe.units}
     given = image_arguments(pipe.request) & set(names)
-    for unit in [unit for unit in pipe.unit_classes if unit not in present] if given else ():
+    absent = [unit for unit in pipe.unit_classes if unit.needs is not None and unit not in present]
+    for unit in absent if given else ():
         if unread := sorted(given.intersection(unit().fetch_input_params())):
             raise ValueError(
                 f"{where}{unread[0]} is given, but model.{unit.needs} is null, and without it nothing reads the "

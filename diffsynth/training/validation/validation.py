@@ -125,7 +125,7 @@ class Validation:
 
     def _can_show(self, dataset: TrainingData, module: "PipelineTrainingModule") -> bool:
         """Whether rows are sampled of a data set: by default none of a cache, which has no images to go by."""
-        return self.row_samples is not None or dataset.needs_encoders or not images_read(module)
+        return self.row_samples is not None or not images_read(module) or dataset.needs_encoders
 
     def _warn_of_bare_prompts(self, module: "PipelineTrainingModule") -> None:
         """Log a warning if prompts are sampled without images that the training reads."""

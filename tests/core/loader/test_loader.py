@@ -347,7 +347,8 @@ def test_config_of_no_network(name, dit_files):
 
 def test_a_controlnet_that_is_not_there_is_to_be_made(tmp_path):
     with pytest.raises(
-        FileNotFoundError, match=r"^model.controlnet.path=.*/gone: .*; make one: python controlnet.py .*/gone"
+        FileNotFoundError,
+        match=r"^model.controlnet.path: .*/gone does not exist; make one: python controlnet.py .*/gone",
     ):
         ModelConfig(path=str(tmp_path / "gone")).check_path("controlnet")
 
