@@ -10,6 +10,7 @@ import pyarrow as pa
 from PIL import Image
 
 from ...hub import answers, downloads_are_off, is_complete, locked, marked, modelscope_endpoint
+from ...ranges import PositiveInt
 from .find_rows import find_rows
 from .table import Rows, Table
 
@@ -52,7 +53,7 @@ def read_example(
     return rows
 
 
-def blank_rows(columns: Sequence[str], num_frames: int = 1) -> Table:
+def blank_rows(columns: Sequence[str], num_frames: PositiveInt = 1) -> Table:
     """Return a table of one row: a white image in each column, or in those of videos an animation, and a prompt."""
     cells = {name: pa.array([_blank(name, num_frames)], pa.large_binary()) for name in columns}
     table = pa.table(cells | {"prompt": pa.array(["a picture"], pa.large_string())})
