@@ -30,7 +30,7 @@ class Architecture:
 
     config: Path | Mapping
 
-    def check_path(self, name: str) -> None:
+    def check_path(self, name: str, made_by: str = "") -> None:
         """Accept everything, because there are no files."""
 
     def resolve(self) -> None:
@@ -79,8 +79,10 @@ def meta_pipeline(model: Callable[..., BasePipeline], tokens: int) -> BasePipeli
     Raises:
         FileNotFoundError: The architecture of a model is neither on disk, nor in this package, nor downloadable.
     """
-    parts = _parts(model)
-    architectures_of = {name: Architecture(find_config(part, name)) for name, part in _networks(model).items()}
+    parts, networks = _parts(model), _networks(model)
+    for name, part in networks.items():
+        part.check_path(name, model.func.__self__.networks()[name].made_by)
+    architectures_of = {name: Architecture(find_config(part, name)) for name, part in networks.items()}
     folders = {n: part for n, part in model.func.__self__.components.items() if isinstance(part, Folder)}
     tokenizers = {name: folder.needed_by for name, folder in folders.items() if not folder.is_optional}
     encoders = {name: architectures_of.pop(name) for name in tokenizers.values() if name in architectures_of}
@@ -126,7 +128,6 @@ def _networks(model: Callable[..., BasePipeline]) -> dict[str, ModelConfig]:
 
 def find_config(part: ModelConfig, name: str) -> Path | Mapping:
     """Return the config.json of component `name` or its content: from beside its weights, this package, or the hub."""
-    part.check_path(name)
     if part.config is not None:
         return Path(part.config)
     if part.path is not None:

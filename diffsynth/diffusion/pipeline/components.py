@@ -25,6 +25,7 @@ class Network:
         after: Function that is called with the network when it is built, before its weights are read.
         lora: Names of the network in adapter files, or only diffusers' name of it; None is its attribute.
         optional: Whether there are models of the family without it.
+        made_by: Command that makes the network at `{path}`, for the error of an absent one.
     """
 
     def __init__(
@@ -33,8 +34,9 @@ class Network:
         after: Callable[[nn.Module], Any] | None = None,
         lora: LayerNames | str | None = None,
         optional: bool = False,
+        made_by: str = "",
     ):
-        self.kinds, self.after, self.is_optional = kinds, after, optional
+        self.kinds, self.after, self.is_optional, self.made_by = kinds, after, optional, made_by
         self.lora = LayerNames(prefix=lora) if isinstance(lora, str) else lora
 
     @property

@@ -171,7 +171,8 @@ class PipelineNetworks(nn.Module):
         named = model_configs.items() if isinstance(model_configs, Mapping) else [(None, own) for own in model_configs]
         for wanted, model_config in named:
             if wanted is not None:
-                model_config.check_path(wanted)
+                network = self.networks().get(wanted)
+                model_config.check_path(wanted, network.made_by if network else "")
             files = model_config.resolve()
             module = build_module(files, model_config.config, subclasses, wanted)
             if files is not None:  # a pipeline that stays on the meta device has none
