@@ -362,7 +362,9 @@ class BasePipeline(PipelineNetworks):
 
     def cuts_off(self, prompt: str) -> bool:
         """Whether the pipeline truncates a prompt because it is too long; needs no weights."""
-        return any(len(self.prompt_tokens(name, prompt)) > most for name, most in [*self.prompt_limits().items()][:1])
+        limits = self.prompt_limits()
+        tokenizer = next(iter(limits), None)
+        return tokenizer is not None and len(self.prompt_tokens(tokenizer, prompt)) > limits[tokenizer]
 
     def prompt_limits(self) -> dict[str, int]:
         """Number of tokens of a prompt that is read, by tokenizer; the first one decides what is too long."""

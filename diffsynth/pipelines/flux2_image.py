@@ -22,7 +22,7 @@ from ..core.loader import ModelConfig
 from ..core.ranges import NonNegativeFloat, Tokens
 from ..diffusion.adapters.names import LayerNames
 from ..diffusion.base_pipeline import BasePipeline
-from ..diffusion.flow_match import chosen_shift, exponential_shift, linear_levels
+from ..diffusion.flow_match import linear_levels, shift_by_tokens
 from ..diffusion.pipeline.attention import JointAttention, split_heads
 from ..diffusion.pipeline.components import Folder, Network
 from ..diffusion.pipeline.image_units import IMAGE_UNITS, EditImageEmbedder
@@ -81,8 +81,7 @@ def flux2_sigmas(
         dynamic_shift_len: Number of image tokens, H/16 · W/16; None takes the training grid's μ = 0.8.
     """
     linear = linear_levels(num_inference_steps, denoising_strength, last=1 / num_inference_steps)
-    mu = chosen_shift(dynamic_shift_len, None, partial(_empirical_shift, steps=num_inference_steps))
-    return exponential_shift(linear, mu)
+    return shift_by_tokens(linear, dynamic_shift_len, None, partial(_empirical_shift, steps=num_inference_steps))
 
 
 def _empirical_shift(tokens: int, steps: int) -> float:

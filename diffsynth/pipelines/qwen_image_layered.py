@@ -18,7 +18,7 @@ from ..core.gradient import checkpoint_blocks
 from ..core.loader import ModelConfig
 from ..core.ranges import NonNegativeFloat, PositiveInt, SamplingSteps, Side
 from ..diffusion.base_pipeline import BasePipeline
-from ..diffusion.flow_match import chosen_shift, exponential_shift, linear_levels, stretch_to_terminal
+from ..diffusion.flow_match import linear_levels, shift_by_tokens, stretch_to_terminal
 from ..diffusion.pipeline import image_units
 from ..diffusion.pipeline.components import Folder, Network
 from ..diffusion.pipeline.kv_cache import KVCache
@@ -57,8 +57,10 @@ def qwen_image_layered_sigmas(
         exponential_shift_mu: μ itself, which overrides the other two.
     """
     linear = linear_levels(num_inference_steps, denoising_strength)
-    mu = chosen_shift(dynamic_shift_len, exponential_shift_mu, lambda tokens: (tokens / SHIFT_TOKENS) ** 0.5)
-    return stretch_to_terminal(exponential_shift(linear, mu), TERMINAL_SIGMA)
+    shifted = shift_by_tokens(
+        linear, dynamic_shift_len, exponential_shift_mu, lambda tokens: (tokens / SHIFT_TOKENS) ** 0.5
+    )
+    return stretch_to_terminal(shifted, TERMINAL_SIGMA)
 
 
 def model_fn_qwen_image_layered(

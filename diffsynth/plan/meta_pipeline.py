@@ -27,7 +27,7 @@ class Architecture:
 
     config: Path | Mapping
 
-    def check_path(self, name: str) -> None:
+    def check_path(self, name: str, made_by: str = "") -> None:
         """Accept everything, because there are no files."""
 
     def resolve(self) -> None:
@@ -78,6 +78,8 @@ def meta_pipeline(model: Callable[..., BasePipeline], tokens: int) -> BasePipeli
     """
     parts = _parts(model)
     networks, given = model.func.__self__.networks(), _networks(model)
+    for name, part in given.items():
+        part.check_path(name, networks[name].made_by)
     found = {name: find_config(part, networks[name], name, given.values()) for name, part in given.items()}
     architectures_of = {name: Architecture(config) for name, config in found.items()}
     folders = {n: part for n, part in model.func.__self__.components.items() if isinstance(part, Folder)}
@@ -130,7 +132,6 @@ def find_config(part: ModelConfig, network: Network, name: str, parts: Collectio
         name: Name of the network in the pipeline.
         parts: Where the networks of the model are.
     """
-    part.check_path(name)
     name = network.lora.prefix if network.lora else name
     if part.config is not None:
         return architectures().get(part.config, {}).get(name) or Path(part.config)

@@ -51,7 +51,8 @@ class ControlFamily:
 
 def places_of(family: ControlFamily | None) -> dict[str, Network]:
     """The components of a model family for its ControlNets."""
-    return {name: Network(family.kind, optional=True) for name in CONTROLNET_SLOTS} if family else {}
+    made_by = "python controlnet.py model=… output={path}, with the model's name without _controlnet"
+    return {name: Network(family.kind, optional=True, made_by=made_by) for name in CONTROLNET_SLOTS} if family else {}
 
 
 def controlnets_of(pipe: "BasePipeline") -> dict[str, nn.Module]:

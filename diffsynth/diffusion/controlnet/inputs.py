@@ -207,8 +207,7 @@ def scale_at(request: Mapping[str, Any], timestep: Tensor, timesteps: Tensor) ->
 def check_steps(request: Mapping[str, Any]) -> None:
     """Refuse a ControlNet that would act in no part of the steps."""
     starts, ends = (np.atleast_1d(request[f"controlnet_{end}"]).tolist() for end in ("start", "end"))
-    count = max(len(starts), len(ends))
-    pairs = zip(starts * (count if len(starts) == 1 else 1), ends * (count if len(ends) == 1 else 1), strict=False)
+    pairs = np.broadcast(starts, ends) if 1 in (len(starts), len(ends)) else zip(starts, ends, strict=False)
     if wrong := next(((start, end) for start, end in pairs if start >= end), None):
         raise ValueError(
             f"controlnet_start is {wrong[0]} and controlnet_end {wrong[1]}, so that the ControlNet never acts; set "

@@ -26,6 +26,7 @@ class Network:
         lora: Names of the network in adapter files, or only diffusers' name of it; None is its attribute.
         optional: Whether there are models of the family without it.
         layouts: Layouts of released weights besides the library's.
+        made_by: Command that makes the network at `{path}`, for the error of an absent one.
     """
 
     def __init__(
@@ -35,8 +36,10 @@ class Network:
         lora: LayerNames | str | None = None,
         optional: bool = False,
         layouts: Sequence[Layout] = (),
+        made_by: str = "",
     ):
-        self.kinds, self.after, self.is_optional, self.layouts = kinds, after, optional, layouts
+        self.kinds, self.after, self.is_optional = kinds, after, optional
+        self.layouts, self.made_by = layouts, made_by
         self.lora = LayerNames(prefix=lora) if isinstance(lora, str) else lora
 
     @property

@@ -182,7 +182,8 @@ class PipelineNetworks(nn.Module):
         named = list(model_configs.items() if is_named else ((None, own) for own in model_configs))
         for wanted, model_config in named:
             if wanted is not None:
-                model_config.check_path(wanted)
+                network = self.networks().get(wanted)
+                model_config.check_path(wanted, network.made_by if network else "")
             files = model_config.resolve()
             config = self._config(wanted, model_config, files, [own for _, own in named])
             module = build_module(files, config, subclasses, wanted)

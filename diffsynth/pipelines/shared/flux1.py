@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ...core.context_parallel import TokenSplit
 from ...core.host_memory import sent
-from ...diffusion.flow_match import chosen_shift, exponential_shift, linear_levels, shift_of_tokens, time_shift
+from ...diffusion.flow_match import linear_levels, shift_by_tokens, shift_of_tokens, time_shift
 from ...diffusion.pipeline.attention import JointAttention, split_heads
 from ...diffusion.pipeline.kv_cache import KVCache
 from .flux import rotation
@@ -71,8 +71,8 @@ def flux1_sigmas(
     linear = linear_levels(num_inference_steps, denoising_strength, last)
     if is_training:
         return time_shift(linear, TRAINING_SHIFT)
-    mu = chosen_shift(dynamic_shift_len, exponential_shift_mu, partial(shift_of_tokens, low=LOW_SHIFT, high=HIGH_SHIFT))
-    return exponential_shift(linear, mu)
+    shift = partial(shift_of_tokens, low=LOW_SHIFT, high=HIGH_SHIFT)
+    return shift_by_tokens(linear, dynamic_shift_len, exponential_shift_mu, shift)
 
 
 class Flux1AttnProcessor(JointAttention, FluxAttnProcessor):

@@ -131,14 +131,10 @@ class Validation:
         """Log a warning if prompts are sampled without images that the training reads."""
         absent = sorted(name for name in images_read(module) if self.options.get(name) is None)
         if self.prompts and absent:
-            rows = (
-                ""
-                if self.datasets and self.shown_rows(module)
-                else (
-                    ", and to sample rows with their own, set validation.row_samples=4 and validation.datasets, as "
-                    "validation=emoji_control does"
-                )
-            )
+            rows = ", and to sample rows with their own, set validation.row_samples=4 and validation.datasets, as "
+            rows += "validation=emoji_control does"
+            if self.datasets and self.shown_rows(module):
+                rows = ""
             logger.warning(
                 "validation.prompts are sampled without %s, which the training reads. To give all of them one, set "
                 "+validation.options.%s=file.png%s.",
