@@ -26,7 +26,7 @@ def read_example(
     folder: str | None,
     columns: Sequence[str] = ("image",),
     fetch: bool = True,
-    num_frames: int | Sequence[int] = 1,
+    num_frames: PositiveInt | Sequence[PositiveInt] = 1,
 ) -> Rows:
     """Return the rows of DiffSynth-Studio's example images for a model; download the images if they are absent.
 
