@@ -25,7 +25,7 @@ from .pipeline.networks import PipelineNetworks
 from .pipeline.request import ImageRequest, check_numbers, defaults_of, image_arguments, typed
 from .pipeline.samplers import SAMPLERS
 from .pipeline.units import PipelineUnit, PipelineUnitRunner, run_units
-from .pipeline.unread import check_read
+from .pipeline.unused_images import check_used
 from .pipeline.vae import Latents, NormalisedVAE
 from .prompts.embedder import check_text_widths
 from .template.cache import as_inputs, template_outputs_of
@@ -132,7 +132,7 @@ class BasePipeline(PipelineNetworks):
         completed = {**self.call_defaults, **self.settings_for(given), **given}
         check_numbers(self.request, completed)
         _check_request(completed)
-        check_read(self, given)
+        check_used(self, given)
         if self.control_inputs:
             check_steps(completed)
         height, width = self.latents.fitted(completed["height"], completed["width"])
