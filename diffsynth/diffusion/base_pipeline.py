@@ -410,15 +410,15 @@ def step_noise(seeds: int | None | Sequence[int | None], index: int, like: Tenso
 
 def _check_request(request: Mapping) -> None:
     """Refuse a complete request whose arguments exclude each other, or whose sampler does not exist."""
+    mask, image = request["inpaint_mask"], request["input_image"]
     if request["sampler"] not in SAMPLERS:
         raise ValueError(f"sampler is {request['sampler']!r}; expected one of {', '.join(SAMPLERS)}.")
-    if request["sampler"] == "renoise" and request["inpaint_mask"] is not None:
+    if request["sampler"] == "renoise" and mask is not None:
         raise ValueError(
             "inpaint_mask needs deterministic sampling, but sampler=renoise adds fresh noise at each step; set "
             "sampler=euler, or leave the mask out."
         )
-    if request["inpaint_mask"] is not None and request["input_image"] is None:
+    if mask is not None and image is None:
         raise ValueError("inpaint_mask keeps a part of input_image, which is not given; give input_image too.")
-    mask, image = request["inpaint_mask"], request["input_image"]
     if isinstance(mask, Image.Image) and isinstance(image, Image.Image) and mask.size != image.size:
         raise ValueError(of_other_sizes("inpaint_mask", mask.size, "input_image", image.size) + ".")
