@@ -157,7 +157,7 @@ class EditImageEmbedder(PipelineUnit):
     """Encodes the edit images to `edit_latents`, a list of latents (1, C, h, w) of their own sizes."""
 
     resize = staticmethod(crop_to_area)  # the way in which the family's training data was resized
-    image_inputs = (
+    edit_inputs = (
         "edit_image",
         "edit_image_auto_resize",
         "edit_image_pixels",
@@ -183,7 +183,7 @@ class EditImageEmbedder(PipelineUnit):
 
     def process_batch(self, pipe, batch):
         """Encode the edit images of all samples; those of equal size go through the autoencoder together."""
-        by_sample = [self.images(pipe, **{name: inputs[name] for name in self.image_inputs}) for inputs in batch]
+        by_sample = [self.images(pipe, **{name: inputs[name] for name in self.edit_inputs}) for inputs in batch]
         images = [image for own in by_sample for image in own]
         latents = iter(encode_images(pipe, images, *tiling(batch[0])))
         return [{"edit_latents": [next(latents) for _ in own]} if own else {} for own in by_sample]

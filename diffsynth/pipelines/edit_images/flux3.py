@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 class Flux3Unit_EditImageEmbedder(EditImageEmbedder):
-    image_inputs = ("edit_image", "edit_image_auto_resize")  # the released pipeline decides the area
+    edit_inputs = ("edit_image", "edit_image_auto_resize")  # the released pipeline decides the area
 
     def process(self, pipe, edit_image, edit_image_auto_resize, tiled, tile_size, tile_stride):
         return super().process(pipe, edit_image, edit_image_auto_resize, 0, tiled, tile_size, tile_stride)
