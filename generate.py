@@ -61,12 +61,10 @@ def generate(
         check_free,
         load_images,
         read_prompts,
-        warn_of_ignored,
         with_images,
     )
     from diffsynth.diffusion.pipeline.loaded_models import LoadedModels
     from diffsynth.diffusion.pipeline.request import check_numbers
-    from diffsynth.diffusion.prompts.limits import warn_of_long_prompts
 
     pipe = model(device=choose_device(device))
     files, options = options or {}, with_images(pipe, options)
@@ -87,15 +85,10 @@ def generate(
     pipe.check_adapters(paths := [lora_path] if isinstance(lora_path, str) else lora_path or [])
     for path in paths:
         pipe.use_sampling_settings_of(path)
-    completed = [pipe.complete(request) for request in requests]  # raises before any weight is read
-    warn_of_ignored(requests[0], completed[0])
-    warn_of_long_prompts(pipe, completed)
+    requests = _completed(pipe, requests)
     source = {"lora_path": [str(path) for path in paths], "lora_scale": lora_scale}
     source |= {name: starts[name] for name in images}
     source |= {name: files[name] for name, value in options.items() if value is not files[name]}
-    settings = (*pipe.sampling_arguments, "height", "width")
-    sampling = [{name: whole[name] for name in settings} for whole in completed]
-    requests = [{**request, **own} for request, own in zip(requests, sampling, strict=True)]
     models = LoadedModels(pipe, memory, paths, lora_scale)
     templates = template, template_inputs, negative_template_inputs
     return _sample(pipe, models, *templates, requests, batch_size, Path(output), source)
@@ -105,6 +98,19 @@ def _seeds(seed: int | Sequence[int]) -> Sequence[int]:
     if seed == []:
         raise ValueError("seed is an empty list; expected a seed, or a list of seeds.")
     return [seed] if isinstance(seed, int) else seed
+
+
+def _completed(pipe: Any, requests: Sequence[Mapping]) -> list[dict[str, Any]]:
+    """The requests with their sampling settings and sizes; refuses wrong ones before any weight is read."""
+    from diffsynth.diffusion.pipeline.generation import warn_of_ignored
+    from diffsynth.diffusion.prompts.limits import warn_of_long_prompts
+
+    completed = [pipe.complete(request) for request in requests]
+    warn_of_ignored(requests[0], completed[0])
+    warn_of_long_prompts(pipe, completed)
+    settings = (*pipe.sampling_arguments, "height", "width")
+    sampling = [{name: whole[name] for name in settings} for whole in completed]
+    return [{**request, **own} for request, own in zip(requests, sampling, strict=True)]
 
 
 def _sample(
