@@ -157,11 +157,8 @@ class EditImageEmbedder(PipelineUnit):
     """Encodes the edit images to `edit_latents`, a list of latents (1, C, h, w) of their own sizes."""
 
     resize = staticmethod(crop_to_area)  # the way in which the family's training data was resized
-    edit_inputs = (
-        "edit_image",
-        "edit_image_auto_resize",
-        "edit_image_pixels",
-    )  # the unit's inputs that `images` reads
+    # The unit's inputs that `images` reads.
+    edit_inputs = ("edit_image", "edit_image_auto_resize", "edit_image_pixels")
 
     def __init__(self):
         super().__init__(output_params=("edit_latents",), onload_model_names=("vae",))
