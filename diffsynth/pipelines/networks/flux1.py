@@ -10,7 +10,8 @@ from diffusers import FluxTransformer2DModel
 from torch import Tensor
 
 from ...diffusion.adapters.names import LayerNames
-from ..shared.flux1 import BLOCK_NAMES, DOUBLE, SINGLE, image_positions
+from ..shared.flux import DOUBLE, SINGLE
+from ..shared.flux1 import BLOCK_NAMES, image_positions
 from ..shared.tokens import pack_latents
 
 LORA_NAMES = LayerNames(

@@ -9,24 +9,19 @@ from ...core.context_parallel import TokenSplit
 from ...diffusion.adapters.names import LayerNames
 from ...diffusion.pipeline.attention import JointAttention, split_heads
 from ...diffusion.pipeline.kv_cache import KVCache
-from ..shared.flux import rotation
+from ..shared.flux import COMMON_NAMES, DOUBLE, SINGLE, rotation
 
 # Black Forest Labs' names of the layers; in the last one they have the shift before the scale.
 LORA_NAMES = LayerNames(
     prefix="transformer",
-    original={
-        "double_blocks.*.img_attn.qkv": tuple(f"transformer_blocks.*.attn.to_{part}" for part in "qkv"),
-        "double_blocks.*.txt_attn.qkv": tuple(f"transformer_blocks.*.attn.add_{part}_proj" for part in "qkv"),
-        "double_blocks.*.img_attn.proj": "transformer_blocks.*.attn.to_out.0",
-        "double_blocks.*.txt_attn.proj": "transformer_blocks.*.attn.to_add_out",
-        "double_blocks.*.img_mlp.0": "transformer_blocks.*.ff.linear_in",
-        "double_blocks.*.img_mlp.2": "transformer_blocks.*.ff.linear_out",
-        "double_blocks.*.txt_mlp.0": "transformer_blocks.*.ff_context.linear_in",
-        "double_blocks.*.txt_mlp.2": "transformer_blocks.*.ff_context.linear_out",
-        "single_blocks.*.linear1": "single_transformer_blocks.*.attn.to_qkv_mlp_proj",
-        "single_blocks.*.linear2": "single_transformer_blocks.*.attn.to_out",
-        "img_in": "x_embedder",
-        "txt_in": "context_embedder",
+    original=COMMON_NAMES
+    | {
+        "double_blocks.*.img_mlp.0": f"{DOUBLE}.ff.linear_in",
+        "double_blocks.*.img_mlp.2": f"{DOUBLE}.ff.linear_out",
+        "double_blocks.*.txt_mlp.0": f"{DOUBLE}.ff_context.linear_in",
+        "double_blocks.*.txt_mlp.2": f"{DOUBLE}.ff_context.linear_out",
+        "single_blocks.*.linear1": f"{SINGLE}.attn.to_qkv_mlp_proj",
+        "single_blocks.*.linear2": f"{SINGLE}.attn.to_out",
         "time_in.in_layer": "time_guidance_embed.timestep_embedder.linear_1",
         "time_in.out_layer": "time_guidance_embed.timestep_embedder.linear_2",
         "guidance_in.in_layer": "time_guidance_embed.guidance_embedder.linear_1",
@@ -34,7 +29,6 @@ LORA_NAMES = LayerNames(
         "double_stream_modulation_img.lin": "double_stream_modulation_img.linear",
         "double_stream_modulation_txt.lin": "double_stream_modulation_txt.linear",
         "single_stream_modulation.lin": "single_stream_modulation.linear",
-        "final_layer.linear": "proj_out",
         "final_layer.adaLN_modulation.1": "norm_out.linear",
     },
     swapped=("final_layer.adaLN_modulation.1",),

@@ -1,4 +1,4 @@
-"""What the families of FLUX share: rotations, positions of tokens, and the states of a language model that are read.
+"""What the families of FLUX share: names of layers, rotations, positions of tokens, states of a language model.
 
 Shapes: B batch, L text tokens, S tokens, D width, h w latent size.
 """
@@ -11,6 +11,20 @@ from diffusers.models.embeddings import apply_rotary_emb
 from torch import Tensor, nn
 
 from ...diffusion.prompts.hidden_states import hidden_states
+
+DOUBLE, SINGLE = "transformer_blocks.*", "single_transformer_blocks.*"
+QKV = tuple(f"{DOUBLE}.attn.to_{part}" for part in "qkv")
+TEXT_QKV = tuple(f"{DOUBLE}.attn.add_{part}_proj" for part in "qkv")
+# Black Forest Labs' names of the layers that FLUX.1, Chroma and FLUX.2 have.
+COMMON_NAMES = {
+    "double_blocks.*.img_attn.qkv": QKV,
+    "double_blocks.*.txt_attn.qkv": TEXT_QKV,
+    "double_blocks.*.img_attn.proj": f"{DOUBLE}.attn.to_out.0",
+    "double_blocks.*.txt_attn.proj": f"{DOUBLE}.attn.to_add_out",
+    "img_in": "x_embedder",
+    "txt_in": "context_embedder",
+    "final_layer.linear": "proj_out",
+}
 
 
 def rotation(frequencies: tuple[Tensor, Tensor]) -> Callable[[Tensor], Tensor]:
