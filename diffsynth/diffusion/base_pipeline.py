@@ -25,7 +25,7 @@ from .pipeline.networks import PipelineNetworks
 from .pipeline.request import Request, check_numbers, defaults_of, image_arguments, typed
 from .pipeline.samplers import SAMPLERS
 from .pipeline.units import PipelineUnit, PipelineUnitRunner, run_units
-from .pipeline.unread import check_read
+from .pipeline.unused_images import check_used
 from .pipeline.vae import Latents, NormalisedVAE
 from .prompts.embedder import check_text_widths
 from .template.cache import as_inputs, template_outputs_of
@@ -132,7 +132,7 @@ class BasePipeline(PipelineNetworks):
         completed = {**self.call_defaults, **self.settings_for(given), **given}
         check_numbers(self.request, completed)
         _check_request(completed)
-        check_read(self, given)
+        check_used(self, given)
         if self.control_inputs:
             check_steps(completed)
         return {**completed, **self.latents.size_of(completed)}
@@ -419,16 +419,15 @@ def step_noise(seeds: int | None | Sequence[int | None], index: int, like: Tenso
 
 def _check_request(request: Mapping) -> None:
     """Refuse a complete request whose arguments exclude each other, or whose sampler does not exist."""
+    mask, image = request.get("inpaint_mask"), request.get("input_image")
     if request["sampler"] not in SAMPLERS:
         raise ValueError(f"sampler is {request['sampler']!r}; expected one of {', '.join(SAMPLERS)}.")
-    mask = request.get("inpaint_mask")
     if request["sampler"] == "renoise" and mask is not None:
         raise ValueError(
             "inpaint_mask needs deterministic sampling, but sampler=renoise adds fresh noise at each step; set "
             "sampler=euler, or leave the mask out."
         )
-    if mask is not None and request["input_image"] is None:
+    if mask is not None and image is None:
         raise ValueError("inpaint_mask keeps a part of input_image, which is not given; give input_image too.")
-    image = request.get("input_image")
     if isinstance(mask, Image.Image) and isinstance(image, Image.Image) and mask.size != image.size:
         raise ValueError(of_other_sizes("inpaint_mask", mask.size, "input_image", image.size) + ".")

@@ -29,15 +29,11 @@ from ..diffusion.pipeline.vae import Latents
 from ..diffusion.template.cache import append_text
 from ..diffusion.template.lora import InputLoRA, added
 from .autoencoders.qwen_image import QwenImageVAE
-from .qwen_image import (
-    LORA_NAMES,
-    QwenImagePipeline,
-    QwenImageUnit_PromptEmbedder,
-    check_templates,
-    use_joint_attention,
-)
+from .networks.qwen_image import LORA_NAMES, call_inputs, use_joint_attention
+from .prompts.qwen_image import QwenImageUnit_PromptEmbedder, check_templates
+from .qwen_image import QwenImagePipeline
 from .shared.qwen import TERMINAL_SIGMA, TEXT_LORA_NAMES
-from .shared.tokens import pack_latents, unpack_latents
+from .shared.tokens import unpack_latents
 
 __all__ = ["ModelConfig", "QwenImageLayeredPipeline"]
 
@@ -88,22 +84,16 @@ def model_fn_qwen_image_layered(
     """
     checkpoint_blocks(dit, use_gradient_checkpointing, use_gradient_checkpointing_offload)
     batch, count, _, height, width = latents.shape
-    prompt_emb, prompt_emb_mask = append_text(prompt_emb, prompt_emb_mask, extra_text_embedding)
-    tokens = pack_latents(latents.flatten(0, 1)).unflatten(0, (batch, count)).flatten(1, 2)
-    image = (1, height // 2, width // 2)
+    text = append_text(prompt_emb, prompt_emb_mask, extra_text_embedding)
     with added(dit, lora):
         velocity = dit(
-            hidden_states=torch.cat([tokens, pack_latents(condition_latents)], dim=1).to(dit.dtype),
-            timestep=timestep / 1000,
-            encoder_hidden_states=prompt_emb.to(dit.dtype),
-            encoder_hidden_states_mask=prompt_emb_mask,
-            img_shapes=[[image] * (count + 1)] * batch,
+            **call_inputs(dit, [*latents.unbind(1), condition_latents], timestep, *text),
             additional_t_cond=torch.zeros(batch, dtype=torch.long, device=latents.device),  # 0: images have alpha
             attention_kwargs={"kv_cache": kv_cache} if kv_cache else None,
             return_dict=False,
         )[0]
-    of_layers = velocity[:, : tokens.shape[1]].unflatten(1, (count, -1)).flatten(0, 1)
-    return unpack_latents(of_layers, height, width).unflatten(0, (batch, count))
+    of_images = velocity.unflatten(1, (count + 1, -1))[:, :count].flatten(0, 1)
+    return unpack_latents(of_images, height, width).unflatten(0, (batch, count))
 
 
 # Units ----------------------------------------------------------------------------------------------------------------

@@ -13,7 +13,6 @@ import numpy as np
 import torch
 from diffusers import ZImageTransformer2DModel
 from diffusers.models.transformers.transformer_z_image import SEQ_MULTI_OF
-from PIL import Image
 from torch import Tensor
 
 from ..core.gradient import checkpoint_blocks
@@ -23,12 +22,11 @@ from ..diffusion.adapters.names import LayerNames
 from ..diffusion.base_pipeline import BasePipeline
 from ..diffusion.flow_match import linear_levels, time_shift
 from ..diffusion.pipeline.components import Folder, Network
-from ..diffusion.pipeline.image_units import IMAGE_UNITS, EditImageEmbedder, edit_images
+from ..diffusion.pipeline.image_units import IMAGE_UNITS, edit_images
 from ..diffusion.pipeline.request import EDIT_IMAGE_PIXELS, EditRequest
-from ..diffusion.pipeline.units import PipelineUnit
 from ..diffusion.pipeline.vae import Latents
 from ..diffusion.prompts.embedder import PromptEmbedder
-from ..diffusion.prompts.hidden_states import hidden_states
+from ..diffusion.prompts.hidden_states import penultimate_state
 from .autoencoders.kl import FLUX1_STATISTICS, NormalisedAutoencoderKL
 from .controlnets.z_image import (
     CONTROL_FAMILY,
@@ -37,6 +35,7 @@ from .controlnets.z_image import (
     ZImageUnit_ControlEmbedder,
     block_samples,
 )
+from .edit_images.z_image import ZImageUnit_EditImageEmbedder, ZImageUnit_EditImageFeatures
 
 __all__ = ["ModelConfig", "ZImagePipeline"]
 
@@ -92,22 +91,35 @@ def model_fn_z_image(
         checkpoint_blocks(network, use_gradient_checkpointing, use_gradient_checkpointing_offload)
     clean_time = 1 - timestep / 1000
     images = by_sample([image.to(dit.dtype).unsqueeze(2) for image in (*edit_latents, latents)])
-    texts = [
-        list(text.tensor_split(np.cumsum(lengths).tolist())[:-1])  # the rest is padding
-        for text, lengths in zip(prompt_emb.to(dit.dtype), prompt_emb_lengths, strict=True)
-    ]
+    texts = text_pieces(prompt_emb.to(dit.dtype), prompt_emb_lengths)
     if dit.config.siglip_feat_dim is None:
         inputs = {"x": [image for (image,) in images], "cap_feats": [text for (text,) in texts], "t": clean_time}
-        if control_latents:
-            samples = block_samples(controlnets, dit, inputs, control_latents, controlnet_scale)
-            inputs["controlnet_block_samples"] = samples
     else:
-        features = [[*own, None] for own in by_sample([feature.to(dit.dtype) for feature in edit_features])]
-        marks = [CLEAN] * len(edit_latents) + [NOISY]
-        inputs = {"x": images, "cap_feats": texts, "t": clean_time, "image_noise_mask": [marks] * len(images)}
-        inputs["siglip_feats"] = features or [None] * len(images)
+        features = by_sample([feature.to(dit.dtype) for feature in edit_features])
+        inputs = {"x": images, "cap_feats": texts, "t": clean_time, **omni_inputs(images, features)}
+    if control_latents:
+        samples = block_samples(controlnets, dit, inputs, control_latents, controlnet_scale)
+        inputs["controlnet_block_samples"] = samples
     velocities = dit(**inputs, return_dict=False)[0]
     return -torch.stack(velocities).squeeze(2)
+
+
+def text_pieces(embeddings: Tensor, lengths: Sequence[Sequence[int]]) -> list[list[Tensor]]:
+    """Text embeddings (B, L, D) of each sample without padding, cut into pieces of so many tokens."""
+    cuts = [np.cumsum(own).tolist() for own in lengths]
+    return [list(text.tensor_split(places)[:-1]) for text, places in zip(embeddings, cuts, strict=True)]
+
+
+def omni_inputs(images: Sequence[Sequence[Tensor]], features: Sequence[Sequence[Tensor]]) -> dict[str, list]:
+    """Arguments of Omni's call: which image of each sample is noisy, its last one, and features of the others.
+
+    Args:
+        images: Each sample's latents (16, 1, h, w).
+        features: Each sample's features (h', w', D') of its images to edit; none if it has no such images.
+    """
+    marks = [CLEAN] * (len(images[0]) - 1) + [NOISY]
+    features = [[*own, None] for own in features]
+    return {"image_noise_mask": [marks] * len(images), "siglip_feats": features or [None] * len(images)}
 
 
 def by_sample(batches: Sequence[Tensor]) -> list[list[Tensor]]:
@@ -130,9 +142,7 @@ class ZImageUnit_PromptEmbedder(PromptEmbedder):
         return [{"input_ids": pipe.tokenizer([text], **options).input_ids} for text in pieces(prompt, len(images))]
 
     def embed(self, pipe: "ZImagePipeline", tokens: Mapping[str, Tensor]) -> Tensor:
-        decoder = pipe.text_encoder.get_decoder()
-        (states,) = hidden_states(decoder, [decoder.config.num_hidden_layers - 1], **tokens)
-        return states
+        return penultimate_state(pipe.text_encoder.get_decoder(), **tokens)
 
 
 def pieces(prompt: str, images: int = 0) -> list[str]:
@@ -145,24 +155,6 @@ def pieces(prompt: str, images: int = 0) -> list[str]:
         f"<|vision_end|>{prompt}<|im_end|>\n<|im_start|>assistant\n<|vision_start|>",
         "<|vision_end|><|im_end|>",
     ]
-
-
-class ZImageUnit_EditImageEmbedder(EditImageEmbedder):
-    needs = "siglip_processor"
-    model_with_it = "model=z_image_omni"
-
-
-class ZImageUnit_EditImageFeatures(PipelineUnit):
-    """Computes the features (1, h, w, D) of each image to edit."""
-
-    needs = "siglip_processor"
-
-    def __init__(self):
-        super().__init__(output_params=("edit_features",), onload_model_names=("siglip",))
-
-    def process(self, pipe, edit_image, edit_image_auto_resize, edit_image_pixels):
-        images = edit_images(edit_image, edit_image_auto_resize, edit_image_pixels)
-        return {"edit_features": [pipe.image_features(image) for image in images]} if images else {}
 
 
 # Pipeline -------------------------------------------------------------------------------------------------------------
@@ -244,14 +236,6 @@ class ZImagePipeline(BasePipeline):
                     f"The prompt has {count} tokens, but the positions of dit end at {most}; shorten it, or set "
                     f"model.max_sequence_length={most} or less."
                 )
-
-    def image_features(self, image: Image.Image) -> Tensor:
-        """SigLIP's features (1, h, w, D) of an image, one per patch."""
-        arrays = self.siglip_processor(images=[image], return_tensors="np")
-        height, width = arrays["spatial_shapes"][0].tolist()
-        tensors = {name: torch.from_numpy(array).to(self.device) for name, array in arrays.items()}
-        features = self.siglip(**tensors).last_hidden_state[:, : height * width]
-        return features.unflatten(1, (height, width))
 
     def prompt_text(self, prompt: str) -> str:
         (text,) = pieces(prompt)

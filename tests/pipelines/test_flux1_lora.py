@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from torch.testing import assert_close
 
 from diffsynth.diffusion.adapters import files
-from diffsynth.pipelines.flux1_image import LORA_NAMES
+from diffsynth.pipelines.networks.flux1 import LORA_NAMES
 
 DEV, CHROMA = (next(f for f in FAMILIES if f.name == name) for name in ("flux1_dev", "chroma"))
 WIDTH = 3072

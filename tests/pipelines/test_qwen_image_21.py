@@ -14,7 +14,8 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from diffsynth.core.data import UnifiedDataset
-from diffsynth.pipelines.qwen_image_21 import MAX_POSITIONS, QwenImage21Pipeline, QwenImage21Transformer
+from diffsynth.pipelines.networks.qwen_image_21 import QwenImage21Transformer
+from diffsynth.pipelines.qwen_image_21 import MAX_POSITIONS, QwenImage21Pipeline
 from diffsynth.training.checks import check_sides, scan
 
 PLAIN, EDIT = (next(f for f in FAMILIES if f.name == name) for name in ("qwen_image_21", "qwen_image_21_edit"))

@@ -29,7 +29,8 @@ from diffsynth.diffusion.randomness import SampleRNG
 from diffsynth.diffusion.template.code import read_code
 from diffsynth.diffusion.template.model import load_template
 from diffsynth.diffusion.training_module import PipelineTrainingModule, prepare_training
-from diffsynth.pipelines.qwen_image import EDIT_PROMPT_TEMPLATE, ModelConfig, QwenImagePipeline, pack_latents
+from diffsynth.pipelines.prompts.qwen_image import EDIT_PROMPT_TEMPLATE
+from diffsynth.pipelines.qwen_image import ModelConfig, QwenImagePipeline, pack_latents
 from diffsynth.plan.meta_pipeline import meta_pipeline
 from diffsynth.training.accelerator import make_accelerator
 from diffsynth.training.checks import scan

@@ -13,6 +13,8 @@ from torch import Tensor
 from ..pipeline.units import PipelineUnit, in_groups
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
     from ..base_pipeline import BasePipeline
 
 Tokens = Mapping[str, Tensor | list[slice]]
@@ -105,3 +107,9 @@ class PromptEmbedder(PipelineUnit):
 
     def _parameters(self) -> dict[str, inspect.Parameter]:
         return dict(inspect.signature(self.tokenize).parameters)
+
+
+def padded_ids(tokenizer: "PreTrainedTokenizerBase", prompts: Sequence[str], length: int) -> Tensor:
+    """Token ids (B, length) of prompts, each truncated or padded."""
+    options = {"padding": "max_length", "truncation": True, "return_tensors": "pt"}
+    return tokenizer(prompts, max_length=length, **options).input_ids

@@ -10,7 +10,7 @@ from torch.testing import assert_close
 
 from diffsynth.core.data import Row, Sample
 from diffsynth.diffusion.loss import FlowMatchSFT
-from diffsynth.pipelines import qwen_image
+from diffsynth.pipelines.networks import qwen_image as network
 from diffsynth.pipelines.shared.entities import _tokens, regional_mask, with_entities
 
 SIZE = {"height": 64, "width": 32, "seed": 0, "num_inference_steps": 2, "cfg_scale": 1}
@@ -89,8 +89,8 @@ def test_without_regions_and_with_positions_in_a_row_it_is_a_longer_prompt(pipe)
     regional = inputs(pipe)
     found = pipe.model_fn(**regional)
     with (
-        mock.patch.object(qwen_image, "with_entities", row),
-        mock.patch.object(qwen_image, "regional_mask", everything),
+        mock.patch.object(network, "with_entities", row),
+        mock.patch.object(network, "regional_mask", everything),
     ):
         assert_close(pipe.model_fn(**regional), pipe.model_fn(**plain), atol=1e-5, rtol=1e-4)
     assert (found - pipe.model_fn(**plain)).abs().max() > 1e-3

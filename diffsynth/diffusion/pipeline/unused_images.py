@@ -9,7 +9,7 @@ if TYPE_CHECKING:
     from ..base_pipeline import BasePipeline
 
 
-def check_read(pipe: "BasePipeline", names: Collection[str], where: str = "") -> None:
+def check_used(pipe: "BasePipeline", names: Collection[str], where: str = "") -> None:
     """Refuse images that only a unit reads whose component (`PipelineUnit.needs`) the pipeline was built without.
 
     Args:
@@ -23,8 +23,8 @@ def check_read(pipe: "BasePipeline", names: Collection[str], where: str = "") ->
     given = image_arguments(pipe.request) & set(names)
     absent = [unit for unit in pipe.unit_classes if unit.needs is not None and unit not in present]
     for unit in absent if given else ():
-        if unread := sorted(given.intersection(unit().fetch_input_params())):
+        if unused := sorted(given.intersection(unit().fetch_input_params())):
             raise ValueError(
-                f"{where}{unread[0]} is given, but model.{unit.needs} is null, and without it nothing reads the "
-                f"image; take {unit.model_with_it}, or leave {unread[0]} out."
+                f"{where}{unused[0]} is given, but model.{unit.needs} is null, and without it nothing reads the "
+                f"image; take {unit.model_with_it}, or leave {unused[0]} out."
             )
