@@ -22,6 +22,9 @@ def common(tensors: Mapping[str, Tensor], config: PeftConfig, names: LayerNames)
     """The names that most programs read; no scale is left for metadata, which only diffusers reads."""
     if names.common == "comfyui" and kind(config) == "LORA":
         return comfyui(tensors, config, names)
+    if names.common == "original" and kind(config) == "LORA":
+        layers = by_layer(scaled_layers(tensors, scale(config))).items()
+        return {f"{names.in_comfyui(layer)}.{part}": tensor for layer, own in layers for part, tensor in own.items()}
     return diffusers(scaled_layers(tensors, scale(config)), config, names)
 
 
