@@ -55,9 +55,7 @@ LORA_NAMES = LayerNames(
     | {f"final_layer.adaln_modulation.{layer}": f"norm_out.linear_{layer}" for layer in (1, 2)}
     | {"x_embedder.proj.1": "patch_embed.proj", "final_layer.linear": "proj_out"},
 )
-CONDITIONER_NAMES = LayerNames(
-    prefix="text_conditioner", comfyui="diffusion_model.llm_adapter.", common="original"
-)
+CONDITIONER_NAMES = LayerNames(prefix="text_conditioner", comfyui="diffusion_model.llm_adapter.", common="original")
 
 
 def anima_sigmas(num_inference_steps: int, denoising_strength: float = 1.0) -> Tensor:
@@ -106,9 +104,6 @@ class AnimaUnit_PromptEmbedder(PromptEmbedder):
 
     output = "text_states"
 
-    def __init__(self):
-        super().__init__(counted=True)  # so that batches can stack states of different lengths, though only units read them
-
     def tokenize(self, pipe, prompt, max_sequence_length):
         tokens = pipe.tokenizer([prompt], max_length=max_sequence_length, truncation=True, return_tensors="pt")
         absent = int(tokens.input_ids.shape[1] == 0)
@@ -127,7 +122,7 @@ class AnimaUnit_TextConditioner(PipelineUnit):
             separate_cfg=True,
             input_params_posi={"prompt": "prompt", "text_states": "text_states"},
             input_params_nega={"prompt": "negative_prompt", "text_states": "text_states"},
-            output_params=("prompt_emb",),
+            output_params=("prompt_emb", "text_states"),
             onload_model_names=("text_conditioner",),
         )
 
@@ -135,7 +130,8 @@ class AnimaUnit_TextConditioner(PipelineUnit):
         pipe.load_models_to_device(self.onload_model_names)
         options = {"max_length": max_sequence_length, "truncation": True, "return_tensors": "pt"}
         ids = sent(pipe.t5_tokenizer([prompt], **options).input_ids, pipe.device)
-        return {"prompt_emb": pipe.text_conditioner(text_states.to(pipe.text_conditioner.dtype), ids)}
+        embeddings = pipe.text_conditioner(text_states.to(pipe.text_conditioner.dtype), ids)
+        return {"prompt_emb": embeddings, "text_states": None}  # batches could not stack states of different lengths
 
 
 # Pipeline -------------------------------------------------------------------------------------------------------------

@@ -60,8 +60,8 @@ class LayerNames:
     Args:
         prefix: diffusers' name of the network, such as `transformer`.
         comfyui: ComfyUI's prefix of layers that `original` does not list; None takes `prefix` and a dot.
-        common: The format whose names the format `common` takes: the one that most programs read. `original` is
-            ComfyUI's names with diffusers' endings and no alpha, for a model whose diffusers reads both.
+        common: The format whose names the format `common` takes: the one that most programs read. `original` has
+            ComfyUI's names without an alpha, where all programs read these and `diffsynth` needs them too.
         original: Names of layers in the model's original code, with `*` for a block's number, and the layers here that
             each stands for. Several layers share the outputs of a fused one, in this order.
         swapped: The names in `original` of layers whose outputs here have their halves in the other order.
