@@ -21,6 +21,8 @@ def hub_files(value: str, theirs: Theirs) -> Iterator[Line]:
         where = theirs.model.components["dit"]["model_id"]
         what = "of another release" if transformer in RELEASES else "the same values"
         yield Differs(f"The weights are those of {where}: {what} under diffusers' names.")
+        if "text_conditioner" in theirs.model.components:
+            yield Differs("Their dit holds the text_conditioner, which is trained with it; here type it beside dit.")
         return
     if transformer not in ("", theirs.model.components["dit"]["model_id"]):
         yield Differs(
@@ -81,6 +83,9 @@ def folder_of(component: str) -> Reader:
     def read(value: str, theirs: Theirs) -> Iterator[Line]:
         if theirs.model and component not in theirs.model.components:
             yield LeftOut(f"{theirs.model.name} needs no {component}")
+            return
+        if theirs.model and not theirs.model.has_their_files and ":" in value:
+            yield LeftOut(f"{theirs.model.name} has its own {component}, in the repository of its weights")
             return
         model_id, _, pattern = value.rpartition(":")
         if model_id:

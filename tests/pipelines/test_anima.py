@@ -7,17 +7,20 @@ import released
 import torch
 from diffusers import CosmosTransformer3DModel, FlowMatchEulerDiscreteScheduler
 from diffusers.loaders.lora_conversion_utils import _convert_non_diffusers_anima_lora_to_diffusers
-from families import FAMILIES
+from families import FAMILIES, pairs
 from miniatures import anima, krea2
 from miniatures.requests import GUIDED, REQUEST, gradients, sampled, samples, shaken
 from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
 
+from diffsynth.cache.make import launch_data_process_task
+from diffsynth.core.data import CachedDataset, Sample, UnifiedDataset
 from diffsynth.core.loader import save_safetensors
 from diffsynth.diffusion.adapters import files
 from diffsynth.diffusion.adapters.lora import LoRA
 from diffsynth.diffusion.pipeline.units import split_units
 from diffsynth.pipelines.anima import AnimaPipeline, AnimaUnit_TextConditioner, anima_sigmas, model_fn_anima
+from diffsynth.training.accelerator import make_accelerator
 
 FAMILY = next(family for family in FAMILIES if family.name == "anima")
 CONDITIONED = LoRA(rank=2, models=("dit", "text_conditioner"), target_modules=r".*(to_q|q_proj)")
@@ -83,6 +86,22 @@ def test_a_batch_trains_the_text_conditioner_as_its_samples_do():
     assert_close(losses, alone, atol=1e-5, rtol=1e-5)
     assert_close(gradient, mean, atol=1e-5, rtol=1e-3)
     assert any("text_conditioner" in name and own.any() for name, own in gradient.items())
+
+
+def test_a_cache_has_what_a_trained_text_conditioner_reads(tmp_path):
+    rows = UnifiedDataset.from_folder(str(pairs()), "metadata.jsonl", height=32, width=32)
+    rows.scan()
+    launch_data_process_task(
+        make_accelerator("cpu", "float32"), rows, FAMILY.module(FAMILY.task("text_conditioner")), tmp_path
+    )
+    cached = CachedDataset(str(tmp_path))
+    assert cached[0].made["posi"]["text_states"].shape[2] == anima.WIDTH
+    losses = []
+    for data in (rows, cached):
+        module = FAMILY.module(FAMILY.task("text_conditioner")).load(cached=not data.needs_encoders)
+        losses.append(module([Sample(data[n], 0, n) for n in range(4)]))
+    assert module.pipe.text_encoder is None
+    assert_close(losses[0], losses[1], atol=1e-6, rtol=1e-6)
 
 
 # Files of other programs ----------------------------------------------------------------------------------------------
