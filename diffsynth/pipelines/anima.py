@@ -15,6 +15,7 @@ from typing import Annotated
 import torch
 import torch.nn.functional as F
 from diffusers import CosmosTransformer3DModel
+from diffusers.configuration_utils import FrozenDict
 from torch import Tensor
 
 from ..core.gradient import checkpoint_blocks
@@ -63,16 +64,19 @@ def anima_sigmas(num_inference_steps: int, denoising_strength: float = 1.0) -> T
     return time_shift(linear_levels(num_inference_steps, denoising_strength), SHIFT)
 
 
-def take_a_mask_as_it_is(dit: CosmosTransformer3DModel) -> None:
-    """Let the transformer take the mask of padding as `condition_mask`, in the size of the latents.
+class AnimaTransformer(CosmosTransformer3DModel):
+    """The released transformer; it takes the mask of padding as `condition_mask` (B, 1, 1, h, w).
 
-    diffusers resizes a `padding_mask` with torchvision, which nothing else here needs. Both become the last channel.
+    diffusers resizes a `padding_mask` with torchvision, which nothing else here needs. Either becomes the last channel.
     """
-    dit.register_to_config(concat_padding_mask=False)
+
+    @property
+    def config(self) -> FrozenDict:
+        return FrozenDict({**super().config, "concat_padding_mask": False})  # only as it is read: it is saved unchanged
 
 
 def model_fn_anima(
-    dit: CosmosTransformer3DModel,
+    dit: AnimaTransformer,
     latents: Tensor,
     timestep: Tensor,
     prompt_emb: Tensor,
@@ -167,7 +171,7 @@ class AnimaPipeline(BasePipeline):
 
     request = AnimaRequest
     components = {
-        "dit": Network("CosmosTransformer3DModel", after=take_a_mask_as_it_is, lora=LORA_NAMES),
+        "dit": Network(AnimaTransformer, lora=LORA_NAMES),
         "text_encoder": Network("Qwen3Model", "Qwen3ForCausalLM", lora="text_encoder"),
         "text_conditioner": Network("AnimaTextConditioner", lora=CONDITIONER_NAMES),
         "vae": Network(QwenImageVAE, after=QwenImageVAE.use_single_frame_convolutions),
