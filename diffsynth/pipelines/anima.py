@@ -19,7 +19,6 @@ from diffusers.configuration_utils import FrozenDict
 from torch import Tensor
 
 from ..core.gradient import checkpoint_blocks
-from ..core.host_memory import sent
 from ..core.loader import ModelConfig
 from ..core.ranges import NonNegativeFloat, SamplingSteps, within
 from ..diffusion.adapters.names import LayerNames
@@ -28,7 +27,6 @@ from ..diffusion.flow_match import linear_levels, time_shift
 from ..diffusion.pipeline.components import Folder, Network
 from ..diffusion.pipeline.image_units import IMAGE_UNITS
 from ..diffusion.pipeline.request import ImageRequest
-from ..diffusion.pipeline.units import PipelineUnit
 from ..diffusion.pipeline.vae import Latents
 from ..diffusion.prompts.embedder import PromptEmbedder
 from .autoencoders.qwen_image import QwenImageVAE
@@ -104,38 +102,24 @@ def model_fn_anima(
 
 
 class AnimaUnit_PromptEmbedder(PromptEmbedder):
-    """Computes the last states (1, L, D) of Qwen3 for a prompt without a template; an empty prompt has one of zeros."""
+    """Computes text embeddings (1, 512, D) of a prompt without a template, from Qwen3's states and T5's tokens."""
 
-    output = "text_states"
+    def __init__(self):
+        super().__init__()
+        self.onload_model_names = ("text_encoder", "text_conditioner")
 
     def tokenize(self, pipe, prompt, max_sequence_length):
-        tokens = pipe.tokenizer([prompt], max_length=max_sequence_length, truncation=True, return_tensors="pt")
-        absent = int(tokens.input_ids.shape[1] == 0)
-        return {name: F.pad(tokens[name].long(), (0, absent)) for name in ("input_ids", "attention_mask")}
+        options = {"max_length": max_sequence_length, "truncation": True, "return_tensors": "pt"}
+        own = pipe.tokenizer([prompt], **options)
+        absent = int(own.input_ids.shape[1] == 0)  # of an empty prompt, to which diffusers gives one token of padding
+        tokens = {name: F.pad(own[name].long(), (0, absent)) for name in ("input_ids", "attention_mask")}
+        queries = pipe.t5_tokenizer([prompt], padding="max_length", **options)
+        return tokens | {"query_ids": queries.input_ids, "query_mask": queries.attention_mask}
 
     def embed(self, pipe: "AnimaPipeline", tokens: Mapping[str, Tensor]) -> Tensor:
         states = pipe.text_encoder.get_decoder()(tokens["input_ids"], use_cache=False).last_hidden_state
-        return states * tokens["attention_mask"].unsqueeze(-1)
-
-
-class AnimaUnit_TextConditioner(PipelineUnit):
-    """Computes text embeddings (1, 512, D) of a prompt from its tokens in T5's vocabulary and Qwen3's states."""
-
-    def __init__(self):
-        super().__init__(
-            separate_cfg=True,
-            input_params_posi={"prompt": "prompt", "text_states": "text_states"},
-            input_params_nega={"prompt": "negative_prompt", "text_states": "text_states"},
-            output_params=("prompt_emb", "text_states"),
-            onload_model_names=("text_conditioner",),
-        )
-
-    def process(self, pipe: "AnimaPipeline", prompt: str, text_states: Tensor, max_sequence_length: int) -> dict:
-        pipe.load_models_to_device(self.onload_model_names)
-        options = {"max_length": max_sequence_length, "truncation": True, "return_tensors": "pt"}
-        ids = sent(pipe.t5_tokenizer([prompt], **options).input_ids, pipe.device)
-        embeddings = pipe.text_conditioner(text_states.to(pipe.text_conditioner.dtype), ids)
-        return {"prompt_emb": embeddings, "text_states": None}  # batches could not stack states of different lengths
+        states = (states * tokens["attention_mask"].unsqueeze(-1)).to(pipe.text_conditioner.dtype)
+        return pipe.text_conditioner(states, tokens["query_ids"], target_attention_mask=tokens["query_mask"])
 
 
 # Pipeline -------------------------------------------------------------------------------------------------------------
@@ -186,7 +170,6 @@ class AnimaPipeline(BasePipeline):
     unit_classes = (
         *IMAGE_UNITS,
         AnimaUnit_PromptEmbedder,
-        AnimaUnit_TextConditioner,
     )
 
     def check_networks(self) -> None:

@@ -1,6 +1,7 @@
 """Anima: its noise levels, its prompts, the text conditioner in training, its files in other programs, bad input."""
 
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import released
@@ -18,11 +19,9 @@ from diffsynth.core.data import CachedDataset, Sample, UnifiedDataset
 from diffsynth.core.loader import save_safetensors
 from diffsynth.diffusion.adapters import files
 from diffsynth.diffusion.adapters.lora import LoRA
-from diffsynth.diffusion.pipeline.units import split_units
 from diffsynth.pipelines.anima import (
     AnimaPipeline,
     AnimaTransformer,
-    AnimaUnit_TextConditioner,
     anima_sigmas,
     model_fn_anima,
 )
@@ -77,15 +76,6 @@ def test_a_loss_is_the_one_by_hand():
     released.assert_loss_by_hand(FAMILY, velocity)
 
 
-def test_a_trained_text_conditioner_runs_in_each_step_and_a_frozen_one_is_cached():
-    pipe = FAMILY.build()
-    frozen, live = split_units(pipe.units, {"dit"})
-    assert not live
-    frozen, live = split_units(pipe.units, {"dit", "text_conditioner"})
-    assert [type(unit) for unit in live] == [AnimaUnit_TextConditioner]
-    assert "text_states" in {name for unit in frozen for name in unit.output_params}
-
-
 def test_a_batch_trains_the_text_conditioner_as_its_samples_do():
     module, batch = shaken(FAMILY.module(lora=CONDITIONED).load(), 0.01), samples(FAMILY)
     losses, gradient = gradients(module, [batch])
@@ -96,20 +86,21 @@ def test_a_batch_trains_the_text_conditioner_as_its_samples_do():
 
 
 @pytest.mark.slow
-def test_a_cache_has_what_a_trained_text_conditioner_reads(tmp_path):
+def test_a_cache_has_the_text_of_a_frozen_text_conditioner_only(tmp_path):
     rows = UnifiedDataset.from_folder(str(pairs()), "metadata.jsonl", height=32, width=32)
     rows.scan()
-    launch_data_process_task(
-        make_accelerator("cpu", "float32"), rows, FAMILY.module(FAMILY.task("text_conditioner")), tmp_path
-    )
-    cached = CachedDataset(str(tmp_path))
-    assert cached[0].made["posi"]["text_states"].shape[2] == anima.WIDTH
-    losses = []
-    for data in (rows, cached):
-        module = FAMILY.module(FAMILY.task("text_conditioner")).load(cached=not data.needs_encoders)
-        losses.append(module([Sample(data[n], 0, n) for n in range(4)]))
-    assert module.pipe.text_encoder is None
-    assert_close(losses[0], losses[1], atol=1e-6, rtol=1e-6)
+    for trained, held in (("dit", {"prompt_emb"}), ("text_conditioner", set())):
+        make, folder = partial(FAMILY.module, FAMILY.task(trained)), tmp_path / trained
+        launch_data_process_task(make_accelerator("cpu", "float32"), rows, make(), folder)
+        cached = CachedDataset(str(folder))
+        assert cached[0].made["posi"].keys() == held
+        modules = [make().load(cached=data is cached) for data in (rows, cached)]
+        assert (modules[1].pipe.text_encoder is None) == (trained == "dit")
+        losses = [
+            module([Sample(data[n], 0, n) for n in range(4)])
+            for module, data in zip(modules, (rows, cached), strict=True)
+        ]
+        assert_close(losses[0], losses[1], atol=1e-6, rtol=1e-6)
 
 
 # Files of other programs ----------------------------------------------------------------------------------------------
