@@ -14,7 +14,7 @@ import tiny_auraflow
 import tiny_flux2
 import tiny_qwen_edit
 from auraflow import AuraFlowPipeline
-from miniatures import ernie_image, flux1, flux3, krea2, qwen_image, qwen_image_21, sd3, z_image
+from miniatures import anima, ernie_image, flux1, flux3, krea2, qwen_image, qwen_image_21, sd3, z_image
 from torch import Tensor
 
 from diffsynth.core.loader import ModelConfig
@@ -24,6 +24,7 @@ from diffsynth.diffusion.base_pipeline import BasePipeline
 from diffsynth.diffusion.loss import FlowMatchSFT
 from diffsynth.diffusion.pipeline.networks import TrainingDefaults
 from diffsynth.diffusion.training_module import PipelineTrainingModule
+from diffsynth.pipelines.anima import AnimaPipeline
 from diffsynth.pipelines.chroma import ChromaPipeline
 from diffsynth.pipelines.ernie_image import ErnieImagePipeline
 from diffsynth.pipelines.flux1_image import Flux1ImagePipeline
@@ -274,6 +275,15 @@ FAMILIES = [
         FLUX1_SETTINGS,
         parts=flux1.CHROMA_PARTS,
         reference=flux1.sampled_by_chroma,
+    ),
+    Family(
+        "anima",
+        AnimaPipeline,
+        anima.folder,
+        ("to_q", "to_out.0", "ff.net.2"),
+        SIZES,
+        parts=anima.PARTS,
+        reference=anima.sampled_by_diffusers,
     ),
 ]
 

@@ -19,7 +19,7 @@ from diffsynth.plan.rehearsal import Rehearsal
 
 SIDE = 256
 MODELS = [
-    *("chroma", "ernie_image", "flux1_dev", "flux2_klein_base_4b", "flux3_klein_base", "krea2", "qwen_image"),
+    *("anima", "chroma", "ernie_image", "flux1_dev", "flux2_klein_base_4b", "flux3_klein_base", "krea2", "qwen_image"),
     *("qwen_image_21", "sd3_5_medium", "z_image"),
 ]
 

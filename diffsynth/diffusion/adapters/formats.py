@@ -22,6 +22,8 @@ def common(tensors: Mapping[str, Tensor], config: PeftConfig, names: LayerNames)
     """The names that most programs read; no scale is left for metadata, which only diffusers reads."""
     if names.common == "comfyui" and kind(config) == "LORA":
         return comfyui(tensors, config, names)
+    if names.common == "original" and kind(config) == "LORA":
+        return _original(scaled_layers(tensors, scale(config)), names)
     return diffusers(scaled_layers(tensors, scale(config)), config, names)
 
 
@@ -33,8 +35,17 @@ def diffusers(tensors: Mapping[str, Tensor], config: PeftConfig, names: LayerNam
 def diffsynth(tensors: Mapping[str, Tensor], config: PeftConfig, names: LayerNames) -> Tensors:
     """`….lora_A.default.weight`; DiffSynth-Studio's format stores no scale, so that B is multiplied by it."""
     start = "" if names.prefix == "transformer" else f"pipe.{names.prefix}."
-    scaled = scaled_layers(tensors, scale(config)).items()
-    return {f"{start}{key.removesuffix('.weight')}.default.weight": tensor for key, tensor in scaled}
+    scaled = scaled_layers(tensors, scale(config))
+    if names.common == "original":
+        start = ""
+        scaled = {key.removeprefix("diffusion_model."): tensor for key, tensor in _original(scaled, names).items()}
+    return {f"{start}{key.removesuffix('.weight')}.default.weight": tensor for key, tensor in scaled.items()}
+
+
+def _original(tensors: Mapping[str, Tensor], names: LayerNames) -> Tensors:
+    """ComfyUI's names of the layers, with peft's names of the parts."""
+    layers = by_layer(tensors).items()
+    return {f"{names.in_comfyui(layer)}.{part}": tensor for layer, parts in layers for part, tensor in parts.items()}
 
 
 def comfyui(tensors: Mapping[str, Tensor], config: PeftConfig, names: LayerNames) -> Tensors:

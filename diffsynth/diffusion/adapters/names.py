@@ -26,6 +26,10 @@ STARTS = {
     "text_encoder": ("text_encoder.", "pipe.text_encoder.", "lora_te_", "lora_te1_"),
     "text_encoder_2": ("text_encoder_2.", "pipe.text_encoder_2.", "lora_te2_", "lora_te3_"),
     "text_encoder_3": ("text_encoder_3.", "pipe.text_encoder_3.", "lora_te3_"),
+    "text_conditioner": (  # Anima's, which other programs have inside the transformer
+        "text_conditioner.", "pipe.text_conditioner.", "diffusion_model.llm_adapter.", "pipe.dit.llm_adapter.",
+        "llm_adapter.", "lora_unet_llm_adapter_",
+    ),
 }  # fmt: skip
 ENDINGS = {
     ".lora_A.weight": "lora_A.weight",
@@ -56,7 +60,8 @@ class LayerNames:
     Args:
         prefix: diffusers' name of the network, such as `transformer`.
         comfyui: ComfyUI's prefix of layers that `original` does not list; None takes `prefix` and a dot.
-        common: The format whose names the format `common` takes: the one that most programs read.
+        common: The format whose names the format `common` takes: the one that most programs read. `original` has
+            ComfyUI's names without an alpha, where all programs read these and `diffsynth` needs them too.
         original: Names of layers in the model's original code, with `*` for a block's number, and the layers here that
             each stands for. Several layers share the outputs of a fused one, in this order.
         swapped: The names in `original` of layers whose outputs here have their halves in the other order.
@@ -65,7 +70,7 @@ class LayerNames:
 
     prefix: str
     comfyui: str | None = None
-    common: Literal["comfyui", "diffusers"] = "diffusers"
+    common: Literal["comfyui", "diffusers", "original"] = "diffusers"
     original: Mapping[str, str | tuple[str, ...]] = field(default_factory=dict)
     swapped: tuple[str, ...] = ()
     others: tuple[str, ...] = ()
@@ -121,7 +126,8 @@ def owner(key: str, prefixes: Iterable[str] = ()) -> str | None:
     """
     bare = key.removeprefix(WRAPPER)
     last_first = (*sorted(prefixes, reverse=True), *sorted(STARTS, reverse=True))  # te3 is the third, if there is one
-    return next((prefix for prefix in last_first if bare.startswith(_starts(prefix))), None)
+    found = [(start, prefix) for prefix in last_first for start in _starts(prefix) if bare.startswith(start)]
+    return max(found, key=lambda pair: len(pair[0]), default=(None, None))[1]  # a network inside another starts longer
 
 
 def layers_in(keys: Iterable[str]) -> set[str]:
