@@ -3,6 +3,7 @@
 import inspect
 import traceback
 from contextlib import nullcontext
+from dataclasses import replace
 from functools import partial
 from math import ceil
 
@@ -35,7 +36,7 @@ from diffsynth.core.data import CachedDataset, Sample, SampleAddress
 from diffsynth.core.loader import save_safetensors
 from diffsynth.core.memory.storage import stored_layers
 from diffsynth.diffusion.base_pipeline import BasePipeline
-from diffsynth.diffusion.pipeline.components import Network
+from diffsynth.diffusion.pipeline.components import Network, save
 from diffsynth.diffusion.pipeline.remembered import UnitMemory
 from diffsynth.diffusion.pipeline.request import ImageRequest, defaults_of
 from diffsynth.diffusion.pipeline.samplers import SAMPLERS
@@ -345,6 +346,15 @@ def test_an_adapter_is_saved_and_loads_with_what_it_changes(family: Family, tmp_
     with module.pipe.sampling():
         assert_close(after, sampled(module.pipe, REQUEST), atol=1e-5, rtol=1e-4)
     assert (after - before).abs().max() > 1e-3
+
+
+@of_families
+def test_a_network_that_is_saved_is_read_again(family: Family, tmp_path):
+    pipe = family.load()
+    save(pipe.network, tmp_path)
+    again = replace(family, parts=family.parts | {"dit": str(tmp_path)}).load()
+    assert type(again.network) is type(pipe.network)
+    assert torch.equal(sampled(again, REQUEST), sampled(pipe, REQUEST))
 
 
 # Runs -----------------------------------------------------------------------------------------------------------------

@@ -124,7 +124,8 @@ def test_a_folder_holds_at_most_20_files():
 
 KNOW_FAMILIES = ("pipelines", "importing")  # the second reads commands of DiffSynth-Studio, which name them
 CONF = ROOT / "conf"
-NAME_MODELS = ("model", "experiment")  # the folders of conf/ whose files name models; the embedded ones are emoji_…
+# What names models in conf/: two folders, and the choice of each model's default data. The embedded ones are emoji_….
+NAME_MODELS = ("model", "experiment", "data.yaml")
 PIPELINES = PACKAGE / "pipelines"
 PARTS = ("networks", "prompts", "edit_images", "controlnets")  # folders with a file for each family that needs one
 SHARED = ("shared", "autoencoders")  # folders of what several families use

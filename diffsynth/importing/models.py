@@ -24,6 +24,8 @@ LACKING = {
 }
 # Endings of the repositories that hold a model in diffusers' layout, where DiffSynth-Studio reads the original one.
 LAYOUTS = ("", "-Diffusers", "-diffusers")
+# Repositories of which only a later release has that layout, by the name of that release.
+RELEASES = {"circlestone-labs/Anima": "circlestone-labs/Anima-Base-v1.0-Diffusers"}
 # Folders of diffusers' layout that are named as the components are.
 FOLDERS = r"(text_encoder(_\d)?|vae|image_encoder|siglip|controlnet)/"
 # What the names of a component's files contain elsewhere, in the order in which they are looked for.
@@ -179,7 +181,7 @@ def find_model(files: Iterable[Files], models: Iterable[Model]) -> Model:
     files, models = list(files), list(models)
     transformers, wanted = [each for each in files if each.component == "dit"], {each.component for each in files}
     for model_id in [each.model_id for each in transformers]:
-        for name in [f"{model_id}{ending}" for ending in LAYOUTS]:
+        for name in [*(f"{model_id}{ending}" for ending in LAYOUTS), RELEASES.get(model_id)]:
             having = [model for model in models if model.components["dit"]["model_id"] == name]
             if having:
                 model = _fitting(having, wanted, models)

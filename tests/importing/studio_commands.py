@@ -387,6 +387,25 @@ WAN = Case(
     ],
     {"remove_prefix_in_ckpt", "model_paths"},
 )
+ANIMA = Case(
+    launch(
+        "anima",
+        **DATA,
+        model_id_with_origin_paths=",".join(
+            f"circlestone-labs/Anima:split_files/{file}.safetensors"
+            for file in ("diffusion_models/anima-preview", "text_encoders/qwen_3_06b_base", "vae/qwen_image_vae")
+        ),
+        tokenizer_path="Qwen/Qwen3-0.6B:./",
+        tokenizer_t5xxl_path="stabilityai/stable-diffusion-3.5-large:tokenizer_3/",
+        lora_base_model="dit",
+        lora_target_modules="q_proj,k_proj,v_proj,output_proj,layer1,layer2",
+    ),
+    [
+        "accelerate launch train.py model=anima dataset=image_folder lr_scheduler=constant dataset.path=data/set "
+        "dataset.metadata=metadata.csv max_steps=null batch_size=1 export.formats=[diffsynth] export.save_steps=null"
+    ],
+    {"tokenizer_path", "tokenizer_t5xxl_path"},
+)
 CASES = {
     "lora": LORA,
     "many_flags": MANY_FLAGS,
@@ -398,4 +417,5 @@ CASES = {
     "controlnet": CONTROLNET,
     "two_experts": TWO_EXPERTS,
     "wan": WAN,
+    "anima": ANIMA,
 }

@@ -130,7 +130,7 @@ def test_a_strength_without_an_image_is_said(generate, caplog):
     generate(f"prompt={APPLE}")
     assert "denoising_strength" not in caplog.text
     generate(f"prompt={APPLE}", "denoising_strength=0.5")
-    assert "denoising_strength=0.5 is for an image to start from; set input_image=…" in caplog.text
+    assert "denoising_strength=0.5 is for something to start from; set input_image=…" in caplog.text
 
 
 @pytest.mark.parametrize("mask_key", ["inpaint_mask", "+options.inpaint_mask"])

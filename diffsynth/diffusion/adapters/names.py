@@ -27,6 +27,10 @@ STARTS = {
     "text_encoder": ("text_encoder.", "pipe.text_encoder.", "lora_te_", "lora_te1_"),
     "text_encoder_2": ("text_encoder_2.", "pipe.text_encoder_2.", "lora_te2_", "lora_te3_"),
     "text_encoder_3": ("text_encoder_3.", "pipe.text_encoder_3.", "lora_te3_"),
+    "text_conditioner": (  # Anima's, which other programs have inside the transformer
+        "text_conditioner.", "pipe.text_conditioner.", "diffusion_model.llm_adapter.", "pipe.dit.llm_adapter.",
+        "llm_adapter.", "lora_unet_llm_adapter_",
+    ),
 }  # fmt: skip
 ENDINGS = {
     ".lora_A.weight": "lora_A.weight",
@@ -97,7 +101,7 @@ class LayerNames:
 
     def in_studio(self, layer: str) -> str:
         """DiffSynth-Studio's name of a layer."""
-        return (self.in_original(layer) if self.studio == "original" else None) or layer
+        return self.in_comfyui(layer).removeprefix("diffusion_model.") if self.studio == "original" else layer
 
     def in_original(self, layer: str) -> str | None:
         """The original code's name of a layer; None if `original` does not list it, or only together with others."""
@@ -146,7 +150,8 @@ def owner(key: str, prefixes: Iterable[str] = ()) -> str | None:
     """
     bare = key.removeprefix(WRAPPER)
     last_first = (*sorted(prefixes, reverse=True), *sorted(STARTS, reverse=True))  # te3 is the third, if there is one
-    return next((prefix for prefix in last_first if bare.startswith(_starts(prefix))), None)
+    found = [(start, prefix) for prefix in last_first for start in _starts(prefix) if bare.startswith(start)]
+    return max(found, key=lambda pair: len(pair[0]), default=(None, None))[1]  # a network inside another starts longer
 
 
 def layers_in(keys: Iterable[str]) -> set[str]:

@@ -1,5 +1,6 @@
 """The components that a family declares: networks, and folders of tokenizers and image processors."""
 
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -7,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
+from ...core.files import write_text
+from ...core.json_text import to_json
 from ...core.loader import Layout, read_pretrained
 from ..adapters.names import LayerNames
 
@@ -91,3 +94,12 @@ def library_name(kind: str | type[nn.Module]) -> str:
     if isinstance(kind, str):
         return kind
     return next(base.__name__ for base in kind.__mro__ if base.__module__.split(".")[0] in LIBRARIES)
+
+
+def save(network: nn.Module, folder: Path) -> None:
+    """Save a network as its library does; its config.json names the library's class, also for a subclass of ours."""
+    network.save_pretrained(folder)
+    config = json.loads((folder / "config.json").read_text())
+    if "_class_name" in config:
+        named = config | {"_class_name": library_name(type(network))}
+        write_text(folder / "config.json", to_json(named, indent=2))

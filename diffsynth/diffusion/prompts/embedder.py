@@ -83,7 +83,7 @@ class PromptEmbedder(PipelineUnit):
 
     def process_batch(self, pipe, batch: Sequence[Mapping]) -> list[dict]:
         """Embed prompts of equal length together; padding would change their embeddings."""
-        pipe.load_models_to_device([self.encoder])
+        pipe.load_models_to_device(self.onload_model_names)
 
         def embed(group: Sequence[Tokens]) -> Sequence[Tensor]:
             names = [name for name in group[0] if name != "kept"]

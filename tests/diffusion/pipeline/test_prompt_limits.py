@@ -33,6 +33,7 @@ def test_each_long_prompt_is_named_once_with_counts_and_with_what_is_cut_off(cap
 LONG = {
     "sd3_5_medium": ["tokenizer_3", "tokenizer", "tokenizer_2"],
     "flux1_dev": ["tokenizer_2", "tokenizer"],
+    "anima": ["tokenizer", "t5_tokenizer"],
     **{name: ["tokenizer"] for name in ("emoji_flux2", "z_image", "krea2", "flux3_klein_base", "emoji")},
 }
 
