@@ -36,6 +36,8 @@ from diffsynth.core.data import CachedDataset, Sample, SampleAddress
 from diffsynth.core.loader import save_safetensors
 from diffsynth.core.memory.storage import stored_layers
 from diffsynth.diffusion.base_pipeline import BasePipeline
+from diffsynth.diffusion.distillation.discriminator import Discriminator, logits
+from diffsynth.diffusion.distillation.roles import TEACHER, Roles
 from diffsynth.diffusion.pipeline.components import Network, save
 from diffsynth.diffusion.pipeline.remembered import UnitMemory
 from diffsynth.diffusion.pipeline.request import ImageRequest, defaults_of
@@ -249,6 +251,23 @@ def test_checkpointing_changes_nothing(family: Family, trained, lora):
     ]
     for found in checkpointed:
         assert_close(found, plain, atol=1e-6, rtol=1e-5)
+
+
+@of_families
+def test_a_discriminator_scores_each_sample_by_its_own_tokens(family: Family):
+    pipe = family.load()
+    roles = Roles(pipe, None, heads=Discriminator(hidden=8).heads(pipe.dit, 0))
+
+    @torch.no_grad()
+    def scores(*requests) -> torch.Tensor:
+        shared, posi, _ = pipe.prepare([request | further(family, 0) for request in requests])
+        levels = torch.full((len(requests),), 0.9)
+        return logits(roles, TEACHER, shared["latents"], levels, {**shared, **posi})
+
+    requests = [REQUEST, REQUEST | {"seed": 2}]
+    both = scores(*requests)
+    assert_close(both, torch.cat([scores(request) for request in requests]), atol=1e-5, rtol=1e-4)
+    assert (both[0] - both[1]).abs().max() > 1e-4
 
 
 class BlockingCopies(TorchDispatchMode):
