@@ -49,12 +49,15 @@ BLOCK_LAYERS |= {"mlp.layer1": "ff.net.0.proj", "mlp.layer2": "ff.net.2"}
 LORA_NAMES = LayerNames(
     prefix="transformer",
     common="original",
+    studio="original",
     original={f"blocks.*.{theirs}": f"transformer_blocks.*.{own}" for theirs, own in BLOCK_LAYERS.items()}
     | {f"t_embedder.1.linear_{layer}": f"time_embed.t_embedder.linear_{layer}" for layer in (1, 2)}
     | {f"final_layer.adaln_modulation.{layer}": f"norm_out.linear_{layer}" for layer in (1, 2)}
     | {"x_embedder.proj.1": "patch_embed.proj", "final_layer.linear": "proj_out"},
 )
-CONDITIONER_NAMES = LayerNames(prefix="text_conditioner", comfyui="diffusion_model.llm_adapter.", common="original")
+CONDITIONER_NAMES = LayerNames(
+    prefix="text_conditioner", comfyui="diffusion_model.llm_adapter.", common="original", studio="original"
+)
 
 
 def anima_sigmas(num_inference_steps: int, denoising_strength: float = 1.0) -> Tensor:

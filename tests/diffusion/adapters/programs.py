@@ -41,7 +41,9 @@ def in_diffusers(file: Path, network: nn.Module, family: str) -> Updates:
 def _pipeline_of(kind: type, network: nn.Module) -> object:
     """A pipeline with no more than a transformer."""
     if not issubclass(kind, diffusers.ModularPipeline):
-        return kind(**dict.fromkeys(inspect.signature(kind).parameters) | {"transformer": network})
+        parameters = inspect.signature(kind).parameters.items()
+        parts = [name for name, parameter in parameters if parameter.default is inspect.Parameter.empty]
+        return kind(**dict.fromkeys(parts) | {"transformer": network})
     pipe = diffusers.AnimaAutoBlocks().init_pipeline()
     pipe.update_components(transformer=network)
     return pipe

@@ -40,6 +40,8 @@ LONG = {
 
 @pytest.mark.parametrize("name", tiny.mostly_slow(LONG, "flux1_dev", "emoji_flux2"))
 def test_every_text_encoder_that_cuts_a_prompt_off_is_named(name, caplog):
-    found = warnings(name, caplog, "a red apple, " * 9000 if name == "flux3_klein_base" else "a red apple, " * 1200)
+    prompt = "a red apple, " * 9000 if name == "flux3_klein_base" else "a red apple, " * 1200
+    options = {"max_sequence_length": 128} if name == "z_image" else {}  # the miniature has positions for little more
+    found = warnings(name, caplog, prompt, **options)
     assert [message.split(" for ")[1].split(",")[0] for message in found] == LONG[name]
     assert name != "flux1_dev" or f"reads {flux1.MAX_TOKENS}: " in found[0]
