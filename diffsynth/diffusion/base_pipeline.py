@@ -315,8 +315,11 @@ class BasePipeline(PipelineNetworks):
     def decode(self, latents: Tensor, request: Mapping) -> Any:
         """Decode latents (1, …) to the family's media, for example to an image."""
         self.load_models_to_device(["vae"])
-        pixels = self.vae.decode(latents, request["tiled"], request["tile_size"], request["tile_stride"])
-        return self.media.postprocess(pixels)
+        return self.media.postprocess(self.pixels_of(latents, request))
+
+    def pixels_of(self, latents: Tensor, request: Mapping) -> Tensor:
+        """The pixels in [-1, 1] of latents (1, …), from the autoencoder."""
+        return self.vae.decode(latents, request["tiled"], request["tile_size"], request["tile_stride"])
 
     def generate_noise(
         self,

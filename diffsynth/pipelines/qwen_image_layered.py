@@ -228,6 +228,6 @@ class QwenImageLayeredPipeline(QwenImagePipeline):
                 "take the one released with the transformer."
             )
 
-    def decode(self, latents: Tensor, request: Mapping) -> list[Image.Image]:
-        """Decode latents (1, N, 16, h, w) to the n layers; the composite, which comes first, is left out."""
-        return super().decode(latents[0, 1:], request)
+    def pixels_of(self, latents: Tensor, request: Mapping) -> Tensor:
+        """Pixels (n, 4, H, W) in [-1, 1] of latents (1, n + 1, 16, h, w), of which the composite is left out."""
+        return super().pixels_of(latents[0, 1:], request)

@@ -210,7 +210,7 @@ class Rehearsal:
             timestep = pipe.scheduler.timesteps[:1].to(pipe.device)
             inputs = {**shared, **pipe.inputs_at(TRAINING_STEPS, shared)}  # those of the first step, at σ = 1
             velocity = pipe.guided_velocity(timestep, shared["cfg_scale"], inputs, posi, nega)
-            pipe.vae.decode(velocity.to(pipe.torch_dtype), whole["tiled"], whole["tile_size"], whole["tile_stride"])
+            pipe.pixels_of(velocity.to(pipe.torch_dtype), whole)
             del shared, inputs, posi, nega, velocity
         return self._since(before)
 

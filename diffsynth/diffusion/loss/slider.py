@@ -16,6 +16,7 @@ from ..adapters.lora import Adapter
 from ..base_pipeline import BasePipeline
 from ..distillation.roles import STUDENT, TEACHER, Roles, check_base_is_kept
 from ..flow_match import interpolate, per_sample
+from ..pipeline.media import LayersMedia
 from ..pipeline.units import PipelineUnit
 from ..prompts.several import SeveralPrompts, check_prompt_units, prompt_units
 from ..randomness import GlobalRNG, SampleRNG
@@ -83,6 +84,12 @@ class ConceptSlider(Objective):
     def check(self, pipe: BasePipeline, lora: Adapter | None, cached: bool) -> None:
         check_prompt_units(pipe, "task=slider")
         check_base_is_kept("task=slider", pipe, lora, self.trainable_models, "or choose another task")
+        if isinstance(pipe.media, LayersMedia) and not self.reads_images:
+            raise ValueError(
+                f"task=slider with num_inference_steps={self.num_inference_steps} samples one image, but "
+                f"{type(pipe).__name__} samples layers; "
+                "set task.num_inference_steps=null, which learns on those of the data set."
+            )
 
     def build_roles(self, pipe: BasePipeline, lora: Adapter | None, seed: int) -> Roles:
         return Roles(pipe, lora, seed=seed)

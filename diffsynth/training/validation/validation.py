@@ -123,6 +123,11 @@ class Validation:
             return self.row_samples
         return OWN_INPUT_ROWS if module.pipe.template is not None or images_read(module) else 0
 
+    def row_requests(self, module: "PipelineTrainingModule", count: int) -> dict[str, list[dict]]:
+        """The requests that sample the first `count` rows of each data set that can be shown, by its name."""
+        shown = {name: dataset for name, dataset in self.datasets.items() if self._can_show(dataset, module)}
+        return {name: requests_of(first_rows(dataset, count), module) for name, dataset in shown.items()}
+
     def _can_show(self, dataset: TrainingData, module: "PipelineTrainingModule") -> bool:
         """Whether rows are sampled of a data set: by default none of a cache, which has no images to go by."""
         return self.row_samples is not None or not images_read(module) or dataset.needs_encoders
@@ -210,9 +215,7 @@ class Validation:
                 measured = self.measure(module, dataset)
                 values |= {f"{name}_{key}": value for key, value in measured.items()}
             requests = {"": [{"prompt": prompt} for prompt in self.prompts]}
-            shown = {name: own for name, own in self.datasets.items() if self._can_show(own, module)}
-            rows = {f"{name}_": first_rows(own, self.shown_rows(module)) for name, own in shown.items()}
-            requests |= {name: requests_of(own, module) for name, own in rows.items()}
+            requests |= {f"{name}_": own for name, own in self.row_requests(module, self.shown_rows(module)).items()}
             for name, own in requests.items():
                 shown = self._generate(pipe, own)
                 if own and accelerator.is_main_process:
