@@ -1,9 +1,12 @@
 """Start a ControlNet from a model's transformer, for `train.py`: `python controlnet.py model=z_image output=…`."""
 
+import shlex
 from pathlib import Path
 from typing import Any
 
 import hydra
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.hydra_config import HydraConfig
 
 from diffsynth.config import build, check, explained, locked, run_main
 from diffsynth.core.ranges import PositiveInt, Seed
@@ -46,6 +49,23 @@ def controlnet(
     return Path(output)
 
 
+def training_command(folder: Path, inpaint: bool) -> str:
+    """The command that trains the ControlNet in a folder, on edges of the images of the default data set.
+
+    A ControlNet that inpaints reads columns of its own, so that the command for it has no condition.
+    """
+    chosen = HydraConfig.get()
+    model, overrides = chosen.runtime.choices["model"], chosen.overrides.task
+    names = GlobalHydra.instance().config_loader().get_group_options("model")
+    is_option = f"{model}_controlnet" in names
+    words = [f"model={model}_controlnet"] if is_option else [f"model={model}", "+model@model.controlnet=_network"]
+    words += [override for override in overrides if override.lstrip("+~").startswith("model.")]
+    words += [f"model.controlnet.path={folder}", "task.trainable_models=[controlnet]", "lora=none"]
+    words += [] if is_option else ["task.extra_inputs=[controlnet_image]"]
+    words += [] if inpaint else ["condition=canny"]
+    return shlex.join(["python", "train.py", *words])
+
+
 @hydra.main(version_base="1.3", config_path="conf", config_name="controlnet")
 def main(cfg) -> None:
     with explained():
@@ -53,7 +73,7 @@ def main(cfg) -> None:
         given = build(cfg)
         with locked(given["output"]):
             folder = controlnet(**given)
-        print(f"train.py model.controlnet.path={folder} task.trainable_models=[controlnet] lora=none")
+        print(training_command(folder, given.get("inpaint", False)))
 
 
 if __name__ == "__main__":

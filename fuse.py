@@ -39,6 +39,7 @@ def fuse(
 
     from diffsynth.core.files import check_replaceable, mark_as_made, replacing_folder, was_made
     from diffsynth.diffusion.pipeline import repository, sampling_settings
+    from diffsynth.diffusion.pipeline.components import save
 
     models = [config.parent for config in Path(output).glob("*/config.json")]
     if not any(map(was_made, models)):  # until 2026-11-30 those were marked, and the folder was not
@@ -72,7 +73,7 @@ def fuse(
         if settings and name in pipe.in_iteration_models:
             sampling_settings.keep(network, settings)
         with replacing_folder(folder) as partial:
-            network.save_pretrained(partial)
+            save(network, partial)
             mark_as_made(partial)
     if index:
         repository.complete(Path(output), index, others, rest)

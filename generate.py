@@ -62,12 +62,8 @@ def generate(
     from diffsynth.core.devices import choose_device
     from diffsynth.diffusion.pipeline.generation import (
         check_free,
-        encode,
         load_images,
-        open_files,
         read_prompts,
-        sample_to_files,
-        warn_of_ignored,
         with_images,
     )
     from diffsynth.diffusion.pipeline.loaded_models import LoadedModels
@@ -77,49 +73,87 @@ def generate(
     of_videos = {"num_frames": num_frames, "frame_rate": frame_rate}
     options = {**(options or {}), **{name: value for name, value in of_videos.items() if value is not None}}
     files, options = options, with_images(pipe, options)
-    if seed == []:
-        raise ValueError("seed is an empty list; expected a seed, or a list of seeds.")
+    seeds = _seeds(seed)
+    common = {"sampler": sampler, "denoising_strength": denoising_strength, **options}
     requests = [
-        {
-            "prompt": text,
-            "negative_prompt": negative_prompt,
-            "seed": number,
-            "sampler": sampler,
-            "denoising_strength": denoising_strength,
-            **options,
-        }
+        {"prompt": text, "negative_prompt": negative_prompt, "seed": number, **common}
         for text in read_prompts(prompt)
-        for number in ([seed] if isinstance(seed, int) else seed)
+        for number in seeds
     ]
     if not overwrite:
         check_free(Path(output), len(requests), pipe.media.suffix)
     given = {name: value for name, value in options.items() if value is not None}
     check_numbers(pipe.request, given, "options.")
-    shared = load_images(pipe.media.mode, input_image=input_image, inpaint_mask=inpaint_mask)
+    starts = {"input_image": input_image, "inpaint_mask": inpaint_mask}
+    images = load_images(pipe.media.mode, **starts)
+    requests = [{**images, **request} for request in requests]
     pipe.check_adapters(paths := [lora_path] if isinstance(lora_path, str) else lora_path or [])
     for path in paths:
         pipe.use_sampling_settings_of(path)
-    completed = [pipe.complete({**shared, **request}) for request in requests]  # raises before any weight is read
-    warn_of_ignored(pipe, {**shared, **requests[0]}, completed[0])
+    requests = _completed(pipe, requests)
+    source = {"lora_path": [str(path) for path in paths], "lora_scale": lora_scale}
+    source |= {name: starts[name] for name in images}
+    source |= {name: files[name] for name, value in options.items() if value is not files[name]}
     models = LoadedModels(pipe, memory, paths, lora_scale)
+    templates = template, template_inputs, negative_template_inputs
+    return _sample(pipe, models, *templates, requests, batch_size, Path(output), source)
+
+
+def _seeds(seed: int | Sequence[int]) -> Sequence[int]:
+    if seed == []:
+        raise ValueError("seed is an empty list; expected a seed, or a list of seeds.")
+    return [seed] if isinstance(seed, int) else seed
+
+
+def _completed(pipe: Any, requests: Sequence[Mapping]) -> list[dict[str, Any]]:
+    """The requests with their sampling settings and sizes; refuses wrong ones before any weight is read."""
+    from diffsynth.diffusion.pipeline.generation import warn_of_ignored
+    from diffsynth.diffusion.prompts.limits import warn_of_long_prompts
+
+    completed = [pipe.complete(request) for request in requests]
+    warn_of_ignored(pipe, requests[0], completed[0])
+    warn_of_long_prompts(pipe, completed)
+    settings = (*pipe.sampling_arguments, "height", "width", "num_frames", "frame_rate")
+    sampling = [{name: whole[name] for name in settings if name in whole} for whole in completed]
+    return [{**request, **own} for request, own in zip(requests, sampling, strict=True)]
+
+
+def _sample(
+    pipe: Any,
+    models: Any,
+    template: Any,
+    template_inputs: Sequence[Mapping[str, object]],
+    negative_template_inputs: Sequence[Mapping[str, object]],
+    requests: Sequence[Mapping],
+    batch_size: int,
+    folder: Path,
+    source: Mapping,
+) -> list[Path]:
+    """Load the networks one after another, and sample checked requests with templates to a folder.
+
+    Args:
+        models: The pipeline's networks (`diffusion.pipeline.loaded_models.LoadedModels`).
+        source: Where the weights come from, as metadata of the files.
+    """
+    from diffsynth.diffusion.pipeline.generation import encode, open_files, sample_to_files
+
     templates = template.load_all(pipe)
     templates.check(template_inputs, negative_template_inputs)
     sides = [[open_files(inputs) for inputs in side] for side in (template_inputs, negative_template_inputs)]
-    source = {"lora_path": [str(path) for path in paths], "lora_scale": lora_scale}
-    source |= {name: files[name] for name, value in options.items() if value is not files[name]}
     if templates.codes:
-        source |= {"templates": [str(code.file) for code in templates.codes], "template_inputs": template_inputs}
-        source |= {"negative_template_inputs": negative_template_inputs}
-    settings = (*pipe.sampling_arguments, "height", "width", *of_videos)
-    sampling = [{name: whole[name] for name in settings if name in whole} for whole in completed]
-    requests = [{**request, **own} for request, own in zip(requests, sampling, strict=True)]
+        source = {
+            **source,
+            "templates": [str(code.file) for code in templates.codes],
+            "template_inputs": template_inputs,
+            "negative_template_inputs": negative_template_inputs,
+        }
     models.load_encoders(also=templates.called_models(pipe))
-    size = {name: sampling[0][name] for name in ("height", "width")}
-    shared |= templates.arguments(pipe, *sides, size=size)
+    size = {name: requests[0][name] for name in ("height", "width")}
+    shared = templates.arguments(pipe, *sides, size=size)
     inputs = encode(pipe, [{**shared, **request} for request in requests])
     del templates  # nothing calls their networks any more
     models.load_network()
-    return sample_to_files(pipe, requests, inputs, batch_size, Path(output), source)
+    return sample_to_files(pipe, requests, inputs, batch_size, folder, source)
 
 
 @hydra.main(version_base="1.3", config_path="conf", config_name="generate")

@@ -24,13 +24,14 @@ def make_cache(run: CacheRun) -> str:
     from diffsynth.cache.verify import collect_garbage, stats, verify
     from diffsynth.diffusion.training_module import PipelineTrainingModule
     from diffsynth.training.accelerator import make_accelerator
-    from diffsynth.training.checks import scan
+    from diffsynth.training.checks import check_images, scan
 
     if run.command in ("stats", "gc"):
         return {"stats": stats, "gc": collect_garbage}[run.command](run.path)
     accelerator = make_accelerator(run.device, run.model.keywords["torch_dtype"])
     run = run.with_template()
     scan(run.dataset, run.media, run.task, run.template)
+    check_images(run.dataset, run.task, run.model.func.__self__)
     module = PipelineTrainingModule(run.model(device=accelerator.device), run.task, run.lora, run.seed, run.template)
     if run.command == "verify":
         if differences := verify(run.dataset, module, run.path):

@@ -19,11 +19,12 @@ def plan(run: PlanRun) -> str:
     from diffsynth.plan.budget import Budget
     from diffsynth.plan.plan import Planner
     from diffsynth.plan.show import chart, table
-    from diffsynth.training.checks import scan
+    from diffsynth.training.checks import check_images, scan
 
     on_cuda = run.device in ("auto", "cuda")  # `auto` plans for CUDA even on a machine without it
     run = run.with_template()
     scan(run.dataset, run.media, run.task, run.template)
+    check_images(run.dataset, run.task, run.model.func.__self__)
     run = PlacedRun.of(run, processes=run.cp_size, on_cuda=on_cuda)
     planner, budgets, why = Planner(run), (None, None), ""
     if run.memory.budget is None:
@@ -36,7 +37,7 @@ def plan(run: PlanRun) -> str:
     write_text(Path(run.path) / "plan.json", to_json(made.as_dict(), indent=1))
     write_text(Path(run.path) / "plan.svg", chart(made, budgets[0]))
     written = f"The tables are also in {run.path}/plan.json, and the chart in {run.path}/plan.svg."
-    return f"{why}{table(made, run.estimated(made.worst.peak) if on_cuda else None)}\n{written}"
+    return f"{why}{table(made, run.estimated if on_cuda else None)}\n{written}"
 
 
 @hydra.main(version_base="1.3", config_path="conf", config_name="plan")

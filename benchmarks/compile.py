@@ -19,7 +19,8 @@ from diffsynth.core.memory.compile import compile_blocks
 from diffsynth.core.process.console import keep_console
 from diffsynth.diffusion.adapters.lora import LoRA
 from diffsynth.diffusion.training_module import prepare_training
-from diffsynth.pipelines.qwen_image import QwenImagePipeline, use_joint_attention
+from diffsynth.pipelines.networks.qwen_image import use_joint_attention
+from diffsynth.pipelines.qwen_image import QwenImagePipeline
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 

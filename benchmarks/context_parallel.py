@@ -20,7 +20,7 @@ from torch.multiprocessing import spawn
 from diffsynth.core.context_parallel import Devices, split_tokens
 from diffsynth.core.live_bytes import LiveBytes
 from diffsynth.core.process.console import keep_console
-from diffsynth.pipelines.qwen_image import use_joint_attention
+from diffsynth.pipelines.networks.qwen_image import use_joint_attention
 
 OPTIONS = {"none": {}, "blocks": {"checkpointing": "blocks"}}
 

@@ -10,6 +10,8 @@ from diffsynth.diffusion.pipeline import kv_cache
 from diffsynth.pipelines import flux1_image, flux2_image, qwen_image
 from diffsynth.pipelines.flux1_image import Flux1ImagePipeline
 from diffsynth.pipelines.flux2_image import Flux2ImagePipeline
+from diffsynth.pipelines.networks import flux2 as flux2_network
+from diffsynth.pipelines.networks import qwen_image as qwen_image_network
 from diffsynth.pipelines.qwen_image import QwenImagePipeline
 from diffsynth.pipelines.shared import flux1 as flux1_network
 
@@ -24,7 +26,7 @@ class Base:
     """Qwen-Image's transformer with random weights, and its prediction for a batch of three samples."""
 
     module, pipeline, latents = qwen_image, QwenImagePipeline, (3, 16, 4, 8)
-    stock = {"block": qwen_image.QwenDoubleStreamAttnProcessor2_0}
+    stock = {"block": qwen_image_network.QwenDoubleStreamAttnProcessor2_0}
     padded = [[9], [2], [5]]  # lengths of the prompts
     unread = ("attn.add_q_proj", "attn.to_add_out", "txt_mlp.net.0.proj", "txt_mlp.net.2")  # in the last block
 
@@ -59,7 +61,7 @@ class Flux2Base(Base):
     """The same for FLUX.2, whose prompts all have one length; each sample edits an image."""
 
     module, pipeline, latents = flux2_image, Flux2ImagePipeline, (3, 128, 2, 4)
-    stock = {"double": flux2_image.Flux2AttnProcessor, "single": flux2_image.Flux2ParallelSelfAttnProcessor}
+    stock = {"double": flux2_network.Flux2AttnProcessor, "single": flux2_network.Flux2ParallelSelfAttnProcessor}
     padded, unread = [[9], [9], [9]], ()
 
     def predict(self, prompt_emb_mask, **inputs) -> Tensor:

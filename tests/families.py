@@ -15,6 +15,7 @@ import tiny_flux2
 import tiny_qwen_edit
 from auraflow import AuraFlowPipeline
 from miniatures import (
+    anima,
     ernie_image,
     flux1,
     flux3,
@@ -38,6 +39,7 @@ from diffsynth.diffusion.base_pipeline import BasePipeline
 from diffsynth.diffusion.loss import FlowMatchSFT
 from diffsynth.diffusion.pipeline.networks import TrainingDefaults
 from diffsynth.diffusion.training_module import PipelineTrainingModule
+from diffsynth.pipelines.anima import AnimaPipeline
 from diffsynth.pipelines.chroma import ChromaPipeline
 from diffsynth.pipelines.ernie_image import ErnieImagePipeline
 from diffsynth.pipelines.flux1_image import Flux1ImagePipeline
@@ -377,6 +379,15 @@ FAMILIES = [
         videos=("vace_video", "vace_video_mask"),
         references="vace_reference_image",
         reference=wan_vace.sampled_by_diffusers,
+    ),
+    Family(
+        "anima",
+        AnimaPipeline,
+        anima.folder,
+        ("to_q", "to_out.0", "ff.net.2"),
+        SIZES,
+        parts=anima.PARTS,
+        reference=anima.sampled_by_diffusers,
     ),
 ]
 

@@ -3,6 +3,7 @@
 import inspect
 import traceback
 from contextlib import nullcontext
+from dataclasses import replace
 from functools import partial
 from math import ceil
 
@@ -35,7 +36,9 @@ from diffsynth.core.data import CachedDataset, Sample, SampleAddress
 from diffsynth.core.loader import save_safetensors
 from diffsynth.core.memory.storage import stored_layers
 from diffsynth.diffusion.base_pipeline import BasePipeline
-from diffsynth.diffusion.pipeline.components import Network
+from diffsynth.diffusion.distillation.discriminator import Discriminator, logits
+from diffsynth.diffusion.distillation.roles import TEACHER, Roles
+from diffsynth.diffusion.pipeline.components import Network, save
 from diffsynth.diffusion.pipeline.remembered import UnitMemory
 from diffsynth.diffusion.pipeline.request import ImageRequest, defaults_of
 from diffsynth.diffusion.pipeline.samplers import SAMPLERS
@@ -157,8 +160,9 @@ def test_black_of_an_inpainting_mask_keeps_the_image(family: Family):
     pipe = family.load()
     if family.num_frames:
         pytest.skip("videos have no inpaint_mask")
-    mask = Image.new("L", (32, 48), 0)
-    mask.paste(255, (0, 0, 32, 16))  # the upper third, an edge between latent pixels of 16 as well as of 8 pixels
+    width, height = made(family).size
+    mask = Image.new("L", (width, height), 0)
+    mask.paste(255, (0, 0, width, height // 3))  # of 48 pixels: an edge between latent pixels of 16 as well as of 8
     request = REQUEST | {"input_image": made(family), "inpaint_mask": mask, "num_inference_steps": 2}
     kept = encoded(pipe, made(family))
     for sampler in ("euler", "heun", "dpmpp_2m"):
@@ -249,6 +253,23 @@ def test_checkpointing_changes_nothing(family: Family, trained, lora):
         assert_close(found, plain, atol=1e-6, rtol=1e-5)
 
 
+@of_families
+def test_a_discriminator_scores_each_sample_by_its_own_tokens(family: Family):
+    pipe = family.load()
+    roles = Roles(pipe, None, heads=Discriminator(hidden=8).heads(pipe.dit, 0))
+
+    @torch.no_grad()
+    def scores(*requests) -> torch.Tensor:
+        shared, posi, _ = pipe.prepare([request | further(family, 0) for request in requests])
+        levels = torch.full((len(requests),), 0.9)
+        return logits(roles, TEACHER, shared["latents"], levels, {**shared, **posi})
+
+    requests = [REQUEST, REQUEST | {"seed": 2}]
+    both = scores(*requests)
+    assert_close(both, torch.cat([scores(request) for request in requests]), atol=1e-5, rtol=1e-4)
+    assert (both[0] - both[1]).abs().max() > 1e-4
+
+
 class BlockingCopies(TorchDispatchMode):
     """Notes where tensors go from the CPU to the device other than by `host_memory.sent`, which does not wait."""
 
@@ -300,12 +321,12 @@ SPLIT = (Flux1ImagePipeline, Flux2ImagePipeline, QwenImagePipeline)  # tests/cor
 
 @pytest.mark.parametrize("family", FAMILIES, ids=str)
 def test_tokens_are_split_over_devices_or_the_network_is_refused_by_its_name(family: Family):
-    network = family.build().network
-    name = type(network).__name__
-    if isinstance(family.build(), SPLIT):
-        return check_splittable(network, 1)
+    pipe = family.build()
+    if isinstance(pipe, SPLIT):
+        return check_splittable(pipe.network, 1)
+    name = type(pipe.network).__name__
     with pytest.raises(ValueError, match=f"{name} has no _cp_plan|{name}: .* does not exchange split tokens"):
-        check_splittable(network, 1)
+        check_splittable(pipe.network, 1)
 
 
 @of_families
@@ -344,6 +365,15 @@ def test_an_adapter_is_saved_and_loads_with_what_it_changes(family: Family, tmp_
     with module.pipe.sampling():
         assert_close(after, sampled(module.pipe, REQUEST), atol=1e-5, rtol=1e-4)
     assert (after - before).abs().max() > 1e-3
+
+
+@of_families
+def test_a_network_that_is_saved_is_read_again(family: Family, tmp_path):
+    pipe = family.load()
+    save(pipe.network, tmp_path)
+    again = replace(family, parts=family.parts | {"dit": str(tmp_path)}).load()
+    assert type(again.network) is type(pipe.network)
+    assert torch.equal(sampled(again, REQUEST), sampled(pipe, REQUEST))
 
 
 # Runs -----------------------------------------------------------------------------------------------------------------

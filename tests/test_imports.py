@@ -123,6 +123,17 @@ def test_a_folder_holds_at_most_20_files():
 
 
 KNOW_FAMILIES = ("pipelines", "importing")  # the second reads commands of DiffSynth-Studio, which name them
+CONF = ROOT / "conf"
+# What names models in conf/: two folders, and the choice of each model's default data. The embedded ones are emoji_….
+NAME_MODELS = ("model", "experiment", "data.yaml")
+PIPELINES = PACKAGE / "pipelines"
+PARTS = ("networks", "prompts", "edit_images", "controlnets")  # folders with a file for each family that needs one
+SHARED = ("shared", "autoencoders")  # folders of what several families use
+
+
+def family_files() -> list[Path]:
+    return sorted(file for file in PIPELINES.rglob("*.py") if file.name != "__init__.py")
+
 
 # Tests of the entry scripts and of the benchmarks, and those that need a GPU.
 ELSEWHERE = ("scripts", "benchmarks", "cuda", "fuzz")
@@ -137,9 +148,36 @@ def test_tests_stand_in_the_folders_of_what_they_test():
 def test_only_the_file_of_a_family_names_it(name):
     """What is particular to a family stands in pipelines/ and in its YAML; comments may say where a figure is from."""
     files = [file for file in PACKAGE.rglob("*.py") if file.relative_to(PACKAGE).parts[0] not in KNOW_FAMILIES]
-    code = {file.name: re.sub(r"#.*", "", file.read_text("utf-8")) for file in files}
+    choices = [file for file in CONF.rglob("*.yaml") if file.relative_to(CONF).parts[0] not in NAME_MODELS]
+    code = {file.name: re.sub(r"#.*|\bemoji_\w+", "", file.read_text("utf-8")) for file in (*files, *choices)}
     assert [file for file, text in code.items() if re.search(rf"(?i)\b{name}(?!tic|t)|_{name}|{name}_", text)] == []
-    assert len(files) > 200
+    assert len(files) > 200 and len(choices) > 50
+
+
+def test_a_family_is_a_declaration_of_at_most_250_lines():
+    """And so is each part of one that stands in a file of its own."""
+    lengths = {str(file.relative_to(PIPELINES)): len(file.read_text("utf-8").splitlines()) for file in family_files()}
+    assert {name: length for name, length in lengths.items() if length > 250} == {}
+    assert {"qwen_image.py", "networks/qwen_image.py"} <= lengths.keys()
+
+
+@pytest.mark.parametrize(
+    "file",
+    [file for file in family_files() if file.parent.name in PARTS],
+    ids=lambda file: f"{file.parent.name}-{file.stem}",
+)
+def test_a_part_of_a_family_is_used_by_this_family_alone(file):
+    """A part is named as its family, or as the beginning that several variants of one have in common (`flux1`)."""
+    module = ".".join(file.relative_to(ROOT).with_suffix("").parts)
+    users = {Path(user) for user in importers(PACKAGE, f"{module}.")}
+    assert {user for user in users if not user.stem.startswith(file.stem)} == set()
+    assert PIPELINES.relative_to(ROOT) in {user.parent for user in users}
+
+
+def test_what_families_share_uses_no_family():
+    every = {module for module in modules() if module.startswith("diffsynth.pipelines.")}
+    own = {module for module in every if module.split(".")[2] in SHARED}
+    assert {module: needed_modules(modules()[module]) & (every - own) for module in own} == dict.fromkeys(own, set())
 
 
 def test_only_the_configuration_knows_hydra():

@@ -11,7 +11,8 @@ from tiny import COMPONENTS, kept_folder
 from tiny_flux2 import randomise
 from transformers import Qwen2VLImageProcessorPil
 
-from diffsynth.pipelines.qwen_image import EDIT_PROMPT_TEMPLATE, PROMPT_TEMPLATE, ModelConfig, QwenImagePipeline
+from diffsynth.pipelines.prompts.qwen_image import EDIT_PROMPT_TEMPLATE, PROMPT_TEMPLATE
+from diffsynth.pipelines.qwen_image import ModelConfig, QwenImagePipeline
 from models.emoji import build
 
 PARTS = {**COMPONENTS, "processor": "processor"}

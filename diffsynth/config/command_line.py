@@ -42,6 +42,7 @@ def run_main(main: Callable[[], None], entry: Callable, resumes: bool = False) -
             end the process with status `REQUEUE_STATUS` at any time; the training loop handles them otherwise.
     """
     keep_console()
+    drop_needless_warnings()
     end_with_parent()
     if resumes:
         leave_on_signals()

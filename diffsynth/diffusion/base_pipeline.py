@@ -14,9 +14,10 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from ..core.data import collate, generator
+from ..core.data.operators.masks import of_other_sizes
 from ..core.loader import ModelConfig
 from .controlnet.family import CONTROLNET_SLOTS, ControlFamily, check_controlnets, controlnets_of, places_of
-from .controlnet.inputs import ControlInputs, check_columns, scale_at
+from .controlnet.inputs import ControlInputs, check_columns, check_steps, scale_at
 from .flow_match import FlowMatchScheduler
 from .pipeline import declaration, sampling_settings
 from .pipeline.media import ImageMedia, Media
@@ -24,7 +25,8 @@ from .pipeline.networks import PipelineNetworks
 from .pipeline.request import Request, check_numbers, defaults_of, image_arguments, typed
 from .pipeline.samplers import SAMPLERS
 from .pipeline.units import PipelineUnit, PipelineUnitRunner, run_units
-from .pipeline.vae import Latents
+from .pipeline.unused_images import check_used
+from .pipeline.vae import Latents, NormalisedVAE
 from .prompts.embedder import check_text_widths
 from .template.cache import as_inputs, template_outputs_of
 
@@ -130,6 +132,9 @@ class BasePipeline(PipelineNetworks):
         completed = {**self.call_defaults, **self.settings_for(given), **given}
         check_numbers(self.request, completed)
         _check_request(completed)
+        check_used(self, given)
+        if self.control_inputs:
+            check_steps(completed)
         return {**completed, **self.latents.size_of(completed)}
 
     def settings_for(self, request: Mapping) -> dict[str, Any]:
@@ -212,7 +217,8 @@ class BasePipeline(PipelineNetworks):
 
         def velocity(latents: Tensor, timestep: Tensor) -> Tensor:
             timesteps = timestep.to(self.device).expand(len(latents))
-            inputs = {**shared, **scale_at(shared, timestep, self.scheduler.timesteps), "latents": latents}
+            scale = scale_at(shared, timestep, self.scheduler.timesteps)
+            inputs = {**shared, **scale, **self.inputs_at(timestep.item(), shared), "latents": latents}
             guided = self.guided_velocity(timesteps, shared["cfg_scale"], inputs, posi, nega)
             if shared.get("inpaint_mask") is None:
                 return guided
@@ -242,6 +248,10 @@ class BasePipeline(PipelineNetworks):
             return models
         places = [models.pop(name, None) for name in CONTROLNET_SLOTS]
         return models | {"controlnets": [network for network in places if network is not None]}
+
+    def inputs_at(self, timestep: float, shared: Mapping) -> dict[str, Any]:
+        """Further inputs of a sampling step at a timestep in [0, 1000], known without asking the device for a value."""
+        return {}
 
     def guided_velocity(
         self, timestep: Tensor, cfg_scale: float, shared: Mapping, posi: Mapping, nega: Mapping
@@ -305,8 +315,11 @@ class BasePipeline(PipelineNetworks):
     def decode(self, latents: Tensor, request: Mapping) -> Any:
         """Decode latents (1, …) to the family's media, for example to an image."""
         self.load_models_to_device(["vae"])
-        pixels = self.vae.decode(latents, request["tiled"], request["tile_size"], request["tile_stride"])
-        return self.media.postprocess(pixels)
+        return self.media.postprocess(self.pixels_of(latents, request))
+
+    def pixels_of(self, latents: Tensor, request: Mapping) -> Tensor:
+        """The pixels in [-1, 1] of latents (1, …), from the autoencoder."""
+        return self.vae.decode(latents, request["tiled"], request["tile_size"], request["tile_stride"])
 
     def generate_noise(
         self,
@@ -330,6 +343,8 @@ class BasePipeline(PipelineNetworks):
 
     def check_networks(self) -> None:
         check_text_widths(self)
+        if isinstance(vae := getattr(self, "vae", None), NormalisedVAE):
+            vae.check(self.latents)
         check_controlnets(self)
 
     def build_folder(self, name: str, config: ModelConfig | None) -> None:
@@ -355,10 +370,19 @@ class BasePipeline(PipelineNetworks):
 
     def cuts_off(self, prompt: str) -> bool:
         """Whether the pipeline truncates a prompt because it is too long; needs no weights."""
-        tokenizer = getattr(self, self.prompt_tokenizer, None)
-        if tokenizer is None or self.most_tokens is None:
-            return False
-        return len(tokenizer(self.prompt_text(prompt)).input_ids) > self.most_tokens
+        limits = self.prompt_limits()
+        tokenizer = next(iter(limits), None)
+        return tokenizer is not None and len(self.prompt_tokens(tokenizer, prompt)) > limits[tokenizer]
+
+    def prompt_limits(self) -> dict[str, int]:
+        """Number of tokens of a prompt that is read, by tokenizer; the first one decides what is too long."""
+        if getattr(self, self.prompt_tokenizer, None) is None or self.most_tokens is None:
+            return {}
+        return {self.prompt_tokenizer: self.most_tokens}
+
+    def prompt_tokens(self, tokenizer: str, prompt: str) -> Sequence[int]:
+        """The tokens of the whole `prompt_text`, by the tokenizer of this name."""
+        return getattr(self, tokenizer)(self.prompt_text(prompt), verbose=False).input_ids
 
     def prompt_text(self, prompt: str) -> str:
         """What is tokenized of a prompt: the prompt in the family's template, if there is one."""
@@ -403,13 +427,15 @@ def step_noise(seeds: int | None | Sequence[int | None], index: int, like: Tenso
 
 def _check_request(request: Mapping) -> None:
     """Refuse a complete request whose arguments exclude each other, or whose sampler does not exist."""
+    mask, image = request.get("inpaint_mask"), request.get("input_image")
     if request["sampler"] not in SAMPLERS:
         raise ValueError(f"sampler is {request['sampler']!r}; expected one of {', '.join(SAMPLERS)}.")
-    mask = request.get("inpaint_mask")
     if request["sampler"] == "renoise" and mask is not None:
         raise ValueError(
             "inpaint_mask needs deterministic sampling, but sampler=renoise adds fresh noise at each step; set "
             "sampler=euler, or leave the mask out."
         )
-    if mask is not None and request["input_image"] is None:
+    if mask is not None and image is None:
         raise ValueError("inpaint_mask keeps a part of input_image, which is not given; give input_image too.")
+    if isinstance(mask, Image.Image) and isinstance(image, Image.Image) and mask.size != image.size:
+        raise ValueError(of_other_sizes("inpaint_mask", mask.size, "input_image", image.size) + ".")

@@ -70,14 +70,19 @@ class TwoExperts(BasePipeline, abstract=True):
         name = self.expert_at(timestep, inputs)
         return {HIGH: self.replacements.get(name) or getattr(self, name)}
 
-    def expert_at(self, timestep: Tensor, inputs: Mapping) -> str:
-        """The expert that predicts at equal timesteps (B,) in [0, 1000]; `inputs` may have another `boundary`.
+    def inputs_at(self, timestep: float, shared: Mapping) -> dict[str, Any]:
+        boundary = shared.get("boundary", self.boundary)
+        return {"expert": HIGH if timestep >= boundary * TRAINING_STEPS else LOW}
 
-        A training does not read the timesteps back from the device: they are those of the expert that it trains.
+    def expert_at(self, timestep: Tensor, inputs: Mapping) -> str:
+        """The expert that predicts at equal timesteps (B,) in [0, 1000].
+
+        Neither a training nor a sampling reads the timesteps back from the device: those of a training are of the
+        expert that it trains, and a sampling's `inputs` name the `expert`.
         """
         if self.scheduler.training:
             return HIGH if self.scheduler.trained[0] > 0 else LOW
-        return HIGH if timestep[0] >= inputs.get("boundary", self.boundary) * TRAINING_STEPS else LOW
+        return inputs.get("expert") or self.inputs_at(timestep[0].item(), inputs)["expert"]
 
     def guided_velocity(
         self, timestep: Tensor, cfg_scale: float, shared: Mapping, posi: Mapping, nega: Mapping

@@ -37,13 +37,6 @@ def shift_of_tokens(tokens: int, low: tuple[int, float], high: tuple[int, float]
     return low[1] + (tokens - low[0]) * (high[1] - low[1]) / (high[0] - low[0])
 
 
-def chosen_shift(tokens: int | None, mu: float | None, shift: Callable[[int], float]) -> float:
-    """μ if it is given, else `shift(tokens)` of the number of image tokens; without both, that of the training grid."""
-    if mu is not None:
-        return mu
-    return TRAINING_MU if tokens is None else shift(tokens)
-
-
 def time_shift(sigmas: Tensor, shift: float) -> Tensor:
     """Move noise levels towards pure noise, σ' = k σ / (1 + (k - 1) σ); Esser et al. 2024, Eq. 23 with m/n = k².
 
@@ -57,6 +50,19 @@ def time_shift(sigmas: Tensor, shift: float) -> Tensor:
 def exponential_shift(sigmas: Tensor, mu: float) -> Tensor:
     """Move noise levels, of any shape, towards pure noise: `time_shift` with k = e^μ, σ' = e^μ / (e^μ + 1/σ - 1)."""
     return time_shift(sigmas, math.exp(mu))
+
+
+def shift_by_tokens(sigmas: Tensor, tokens: int | None, mu: float | None, shift: Callable[[int], float]) -> Tensor:
+    """`exponential_shift` of noise levels of any shape by μ, which larger images need larger.
+
+    Args:
+        tokens: Number of image tokens; None takes the training grid's μ = 0.8.
+        mu: μ itself, which overrides `tokens`.
+        shift: μ of a number of image tokens.
+    """
+    if mu is None:
+        mu = TRAINING_MU if tokens is None else shift(tokens)
+    return exponential_shift(sigmas, mu)
 
 
 def stretch_to_terminal(sigmas: Tensor, terminal: float) -> Tensor:

@@ -26,6 +26,7 @@ from .loss import Objective
 from .memory_layout import check_memory, lay_out, stored_models
 from .pipeline.remembered import UnitMemory, to_device
 from .pipeline.units import optional_inputs, run_units, run_units_together, split_units
+from .pipeline.unused_images import check_used
 from .randomness import SampleRNG
 from .template.model import Template
 from .template.units import attach, rehearse
@@ -366,6 +367,7 @@ class PipelineTrainingModule(DiffusionTrainingModule):
             raise ValueError(
                 f"task.extra_inputs: {type(self.pipe).__name__} has no input {min(unknown)!r}; it has {sorted(known)}."
             )
+        check_used(self.pipe, self.extra_inputs, "task.extra_inputs: ")
         both = {name.split(".")[0] for name in self.trainable_models} & set(self.lora.models if self.lora else ())
         if both:
             raise ValueError(

@@ -8,7 +8,6 @@ import sys
 
 from ..core.process.console import keep_console
 from ..core.process.library_warnings import drop_needless_warnings
-from .ours import OurCommand
 from .printing import printed
 from .translate import translate
 
@@ -26,7 +25,7 @@ def main(arguments: list[str]) -> int:
         raise ValueError(f"{' '.join(arguments) or 'nothing'} is typed; expected FILE.sh [model=…] [exact=true].")
     ours = translate(files[0], options.get("model", ""), options.get("exact") == "true")
     print(printed(ours))
-    return not all(each.is_complete for each in ours if isinstance(each, OurCommand))
+    return not all(each.runs for each in ours if each.commands)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,9 @@ from .theirs import DEFAULTS, Theirs, listed, names_in, path
 
 IN_CACHE = "the cache holds the images' latents"
 # Inputs that have another name here, which is also that of their column in the table.
-NAMES = {"kontext_images": "edit_image"}
+NAMES = {"kontext_images": "edit_image", "flux_fill_mask": "inpaint_mask"}
+# Inputs that follow here from others.
+FOLLOWING = {"flux_fill_image": "the image outside of inpaint_mask is what is not filled"}
 
 
 def base_path(value: str, theirs: Theirs) -> Iterator[Line]:
@@ -60,18 +62,23 @@ def workers(value: str, theirs: Theirs) -> Iterator[Line]:
 
 def file_keys(value: str, theirs: Theirs) -> Iterator[Line]:
     if value != DEFAULTS["data_file_keys"]:  # the columns of either kind that a table may have
-        yield Set("dataset.data_file_keys", listed([NAMES.get(name, name) for name in names_in(value)]), IN_CACHE)
+        yield Set("dataset.data_file_keys", listed(_names_here(value)), IN_CACHE)
+
+
+def _names_here(value: str) -> list[str]:
+    return [NAMES.get(name, name) for name in names_in(value) if name not in FOLLOWING]
 
 
 def extra_inputs(value: str, theirs: Theirs) -> Iterator[Line]:
     from .inputs import unknown_inputs  # it imports torch
 
-    names = [NAMES.get(name, name) for name in names_in(value) if name != "template_inputs"]
+    names = [name for name in _names_here(value) if name != "template_inputs"]
     if theirs.method != "sft":  # a distillation's settings of sampling
         yield LeftOut("the distillation's own column is seed; task.student has the settings of sampling")
         return
     unknown = unknown_inputs(theirs.model, names) if theirs.model else {}
     yield Set("task.extra_inputs", listed([name for name in names if name not in unknown]))
-    for name in NAMES.keys() & names_in(value):
+    yield from (LeftOut(FOLLOWING[name]) for name in names_in(value) if name in FOLLOWING)
+    for name in [name for name in names_in(value) if name in NAMES]:
         yield Differs(f"The column {name} is called {NAMES[name]} here: rename it in the table.")
     yield from unknown.values()

@@ -35,6 +35,7 @@ FLAGS: dict[str, Reader] = {
     "model_id_with_origin_paths": weights.hub_files,
     "model_paths": weights.local_files,
     "tokenizer_path": weights.folder_of("tokenizer"),
+    "tokenizer_t5xxl_path": weights.folder_of("t5_tokenizer"),
     "processor_path": weights.folder_of("processor"),
     "audio_processor_path": weights.folder_of("audio_processor"),
     "resume_from_checkpoint": weights.resume,
@@ -66,6 +67,7 @@ FLAGS: dict[str, Reader] = {
     "weight_decay": sets("optimizer.weight_decay"),
     "customized_optimizer": trained.optimizer,
     "num_epochs": trained.epochs,
+    "seed": sets("seed"),
     "gradient_accumulation_steps": trained.accumulation,
     # Memory
     "use_gradient_checkpointing": trained.checkpointing,

@@ -12,6 +12,8 @@ def unknown_inputs(model: Model, names: Iterable[str]) -> dict[str, Refused]:
     """The names that are no input of a model's pipeline, with what to say of each."""
     pipeline = model.pipeline
     known = {*defaults_of(pipeline.request), *optional_inputs(unit() for unit in pipeline.unit_classes)}
+    if "controlnet" not in model.components:
+        known = {name for name in known if not name.startswith("controlnet")}
     return {name: Refused(_lacks(model, name)) for name in names if name not in known}
 
 

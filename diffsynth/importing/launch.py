@@ -13,6 +13,14 @@ from .theirs import whole_number
 
 # Words of accelerate that say how networks compute, which model.torch_dtype decides here.
 PRECISION = ("--mixed_precision", "--dynamo_backend")
+# Names that torchrun's options have in accelerate.
+OF_TORCHRUN = {
+    "--nproc_per_node": "--num_processes",
+    "--nnodes": "--num_machines",
+    "--node_rank": "--machine_rank",
+    "--master_addr": "--main_process_ip",
+    "--master_port": "--main_process_port",
+}
 
 
 class Launch(NamedTuple):
@@ -36,12 +44,18 @@ def launch_of(command: Command, script: Path, project: Path) -> Launch:
         command: Their command.
         script: The file that their command came from; launcher files are looked for in the folders above it.
         project: The folder of our scripts and of `conf`.
+
+    Raises:
+        ValueError: A number of processes is none.
     """
     options = dict(_options(command.launcher))
+    lines: list[tuple[str, Line]] = []
+    if command.launcher[:1] == ("torchrun",):
+        options, lines = _from_torchrun(options)
     file = options.pop("--config_file", "")
     dropped = [name for name in PRECISION if options.pop(name, "")]
-    lines: list[tuple[str, Line]] = [(name, LeftOut("networks compute in model.torch_dtype")) for name in dropped]
-    words = [*command.before, "accelerate", "launch"]
+    lines += [(name, LeftOut("networks compute in model.torch_dtype")) for name in dropped]
+    words = ["accelerate", "launch"]
     if file:
         ours, how = _file_for(file, _text(file, script), options, project)
         words += ["--config_file", f"conf/accelerate/{ours}"]
@@ -51,6 +65,16 @@ def launch_of(command: Command, script: Path, project: Path) -> Launch:
         del options["--num_processes"]
     option_words = [word for name, value in options.items() for word in (name, value) if word]
     return Launch([*words, *option_words], processes, lines)
+
+
+def _from_torchrun(options: dict[str, str]) -> tuple[dict[str, str], list[tuple[str, Line]]]:
+    """Options of torchrun by their names in accelerate, which counts the processes of all machines together."""
+    named = {name.replace("-", "_").replace("__", "--", 1): value for name, value in options.items()}
+    found = {OF_TORCHRUN[name]: value for name, value in named.items() if name in OF_TORCHRUN}
+    machines = whole_number(found.get("--num_machines", "1"), "nnodes")
+    processes = whole_number(found.get("--num_processes", "1"), "nproc_per_node") * machines
+    others = [(name, LeftOut("accelerate launch finds it itself")) for name in named if name not in OF_TORCHRUN]
+    return {**found, "--num_processes": str(processes)}, others
 
 
 def _file_for(name: str, text: str, options: dict[str, str], project: Path) -> tuple[str, str]:

@@ -24,6 +24,8 @@ LACKING = {
 }
 # Endings of the repositories that hold a model in diffusers' layout, where DiffSynth-Studio reads the original one.
 LAYOUTS = ("", "-Diffusers", "-diffusers")
+# Repositories of which only a later release has that layout, by the name of that release.
+RELEASES = {"circlestone-labs/Anima": "circlestone-labs/Anima-Base-v1.0-Diffusers"}
 # Folders of diffusers' layout that are named as the components are.
 FOLDERS = r"(text_encoder(_\d)?|vae|image_encoder|siglip|controlnet)/"
 # What the names of a component's files contain elsewhere, in the order in which they are looked for.
@@ -179,16 +181,27 @@ def find_model(files: Iterable[Files], models: Iterable[Model]) -> Model:
     files, models = list(files), list(models)
     transformers, wanted = [each for each in files if each.component == "dit"], {each.component for each in files}
     for model_id in [each.model_id for each in transformers]:
-        for name in [f"{model_id}{ending}" for ending in LAYOUTS]:
+        for name in [*(f"{model_id}{ending}" for ending in LAYOUTS), RELEASES.get(model_id)]:
             having = [model for model in models if model.components["dit"]["model_id"] == name]
             if having:
-                fitting = [each for each in having if wanted <= each.components.keys()] or having[:1]
-                model = min(fitting, key=lambda each: len(each.components))  # without a ControlNet that nobody wants
+                model = _fitting(having, wanted, models)
                 return Model(model.name, model.node, has_their_files=name == model_id)
     found = [] if transformers else [model for model in models if _has(model, files)]
     if len(found) == 1:
         return found[0]
     raise LookupError(_what_is_lacking(transformers or files, found, models))
+
+
+def _fitting(having: list[Model], wanted: set[str], models: Iterable[Model]) -> Model:
+    """The smallest of the models with a transformer that has the wanted networks, else one with the same pipeline.
+
+    The second case is a transformer for which no file has a ControlNet; the command names its repository.
+    """
+    alike = [each for each in models if each.node["_target_"] == having[0].node["_target_"]]
+    fitting = next(
+        filter(None, ([m for m in some if wanted <= m.components.keys()] for some in (having, alike))), having
+    )
+    return min(fitting, key=lambda each: len(each.components)) if fitting is not having else having[0]
 
 
 def _has(model: Model, files: Iterable[Files]) -> bool:

@@ -13,7 +13,7 @@ from .flags import FLAGS, reader
 from .launch import Launch
 from .lines import Differs, Impossible, LeftOut, Line, Refused, Set
 from .tasks import habits
-from .theirs import ALWAYS, Theirs
+from .theirs import ALWAYS, Reader, Theirs
 
 SCHEMAS = {"train": Run, "make_cache": CacheRun, "distill": DistillRun}
 OF_TRAINING = {each.name for each in fields(Run)} - {each.name for each in fields(CacheRun)}
@@ -46,6 +46,28 @@ class OurCommand:
         return not (self.problem or self.refused or self.unknown)
 
 
+@dataclass
+class OurStatement:
+    """A statement of their file, with our commands in the place of theirs.
+
+    Args:
+        parts: Our commands, and the text around them.
+        problem: Why it is not carried over as a whole; empty if it is.
+    """
+
+    parts: list[OurCommand | str]
+    problem: str = ""
+
+    @property
+    def commands(self) -> list[OurCommand]:
+        return [part for part in self.parts if isinstance(part, OurCommand)]
+
+    @property
+    def runs(self) -> bool:
+        """Whether it does all that theirs does; one that does not is a comment."""
+        return not self.problem and all(each.is_complete for each in self.commands)
+
+
 def our_command(theirs: Theirs, launch: Launch, problem: str = "") -> OurCommand:
     """Our command for one of theirs.
 
@@ -56,6 +78,11 @@ def our_command(theirs: Theirs, launch: Launch, problem: str = "") -> OurCommand
     """
     script = _script(theirs)
     ours = OurCommand([*launch.words, f"{script}.py"], [], problem=problem)
+    if theirs.folder:
+        ours.differs.append(
+            f"{theirs.folder} is left out: start the command in the folder of train.py. Its paths, such as that of the "
+            "data, start there, too."
+        )
     words: dict[str, tuple[str, Set]] = {}
     others = habits(theirs) if script != "make_cache" else ()
     for flag, line in [*_read(theirs, ours), *launch.lines, *(("", line) for line in others)]:
@@ -87,10 +114,17 @@ def _read(theirs: Theirs, ours: OurCommand) -> Iterator[tuple[str, Line]]:
         value, read = theirs[flag], reader(flag)
         if read is None:
             ours.unknown.append(f"--{flag} {value}")
-        elif "$" in value:
-            ours.refused[f"{value} has a variable of the shell; write its value into the file"].append(flag)
+        elif flag in theirs.variables:
+            ours.refused[f"the shell puts another text into {value}; write that text into the file"].append(flag)
         else:
-            yield from ((flag, line) for line in read(value, theirs))
+            yield from _lines(flag, value, read, theirs)
+
+
+def _lines(flag: str, value: str, read: Reader, theirs: Theirs) -> Iterator[tuple[str, Line]]:
+    try:
+        yield from ((flag, line) for line in [*read(value, theirs)])
+    except ValueError as error:
+        yield flag, Impossible(str(error))
 
 
 def _place(flag: str, known: Sequence[str]) -> int:
@@ -104,7 +138,7 @@ def _say(ours: OurCommand, flag: str, line: Line, theirs: Theirs) -> None:
     if isinstance(line, Differs):
         ours.differs.append(line.how)
     elif isinstance(line, Impossible):
-        ours.problem = ours.problem or f"--{flag}: {line.why}"
+        ours.problem = ours.problem or (line.why if line.why.startswith("--") else f"--{flag}: {line.why}")
     elif theirs.says(flag) or is_of_launcher:
         said = ours.refused if isinstance(line, Refused) else ours.left_out
         said[line.why].append(flag)

@@ -53,7 +53,7 @@ def habits(theirs: Theirs) -> Iterator[Line]:
         yield from _exact(theirs)
     else:
         yield from [Differs(RATE), Differs(CLIPPING), *([Differs(TIMESTEPS)] if theirs.method == "sft" else [])]
-    yield from [Differs(PRECISION), Differs(SEED), Differs(COUNTS)]
+    yield from [Differs(PRECISION), *([] if "seed" in theirs.flags else [Differs(SEED)]), Differs(COUNTS)]
 
 
 def _exact(theirs: Theirs) -> Iterator[Line]:

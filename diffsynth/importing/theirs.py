@@ -43,6 +43,8 @@ class Theirs:
         exact: Whether to imitate DiffSynth-Studio as closely as possible.
         cache: The folder that the file's own `sft:data_process` writes; empty if there is none.
         models: All models that are known here.
+        variables: Flags in whose values the shell puts another text.
+        folder: The `cd …` in front of it, which is left out; empty if there is none.
     """
 
     flags: Mapping[str, str]
@@ -52,6 +54,8 @@ class Theirs:
     exact: bool = False
     cache: str = ""
     models: tuple[Model, ...] = ()
+    variables: frozenset[str] = frozenset()
+    folder: str = ""
 
     def __getitem__(self, flag: str) -> str:
         """The value of a flag, or its default; empty if it has neither."""

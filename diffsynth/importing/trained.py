@@ -69,7 +69,7 @@ def _typed(targets: list[str]) -> str:
 
 def _numbers_of_blocks(theirs: Theirs, component: str) -> list[int]:
     """How many blocks each list of a released network has; empty for a network that is not known."""
-    from ..diffusion.pipeline.architectures import architectures  # it imports torch
+    from ..diffusion.architectures import architectures  # it imports torch
 
     part = theirs.model.components.get(component, {})
     folder = str(PurePosixPath(part.get("origin_file_pattern", "")).parent)

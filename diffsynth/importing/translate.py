@@ -3,19 +3,21 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from .launch import launch_of
+from .launch import Launch, launch_of
 from .models import Files, Model, files_of, find_model, known_models, local_files_of
-from .ours import OurCommand, our_command
+from .ours import OurCommand, OurStatement, our_command
 from .parsing import Command, read_commands
 from .theirs import Theirs, path
 
 PROJECT = Path(__file__).parents[2]  # the folder of our scripts and of conf/
+NO_WEIGHTS = (
+    "the command names no weights; if it is one of DiffSynth-Studio's, type the model behind the file, such as "
+    "model=qwen_image"
+)
 
 
-def translate(
-    file: str | Path, model: str = "", exact: bool = False, project: Path = PROJECT
-) -> list[OurCommand | str]:
-    """Our commands for the trainings of a file, with the file's other commands as texts.
+def translate(file: str | Path, model: str = "", exact: bool = False, project: Path = PROJECT) -> list[OurStatement]:
+    """Our statements for those of a file: each training is ours, the text around them is theirs.
 
     Args:
         file: A shell script of DiffSynth-Studio, or the training_args.json of a run.
@@ -27,20 +29,34 @@ def translate(
         ValueError: The file has no such command, or there is no such model.
     """
     found = read_commands(file)
-    commands = [each for each in found if isinstance(each, Command)]
+    commands = [command for each in found for command in each.commands]
     caches = [each.flags["output_path"] for each in commands if _makes_cache(each) and "output_path" in each.flags]
     cache = path(caches[0]) if len(caches) == 1 else ""
     models = list(known_models(project / "conf"))
-    ours: list[OurCommand | str] = []
-    for each in found:
-        if isinstance(each, str):
-            ours.append(each)
-            continue
-        launch = launch_of(each, Path(file), project)
-        chosen, problem = _model(each, commands, models, model)
-        theirs = Theirs(each.flags, project, chosen, launch.processes, exact, cache, tuple(models))
-        ours.append(our_command(theirs, launch, problem))
-    return ours
+
+    def ours(each: Command) -> OurCommand:
+        launch, problem = _launch(each, Path(file), project)
+        chosen, no_model = _model(each, commands, models, model)
+        theirs = Theirs(
+            each.flags, project, chosen, launch.processes, exact, cache, tuple(models), each.variables, each.folder
+        )
+        return our_command(theirs, launch, problem or no_model)
+
+    return [
+        OurStatement([ours(part) if isinstance(part, Command) else part for part in each.parts], each.problem)
+        for each in found
+    ]
+
+
+def _launch(command: Command, file: Path, project: Path) -> tuple[Launch, str]:
+    """How our command starts, and why it cannot; one mistaken command leaves the others of the file."""
+    bare = Launch(["accelerate", "launch"], 1, [])
+    if command.problem:
+        return bare, command.problem
+    try:
+        return launch_of(command, file, project), ""
+    except ValueError as error:
+        return bare, str(error)
 
 
 def _makes_cache(command: Command) -> bool:
@@ -53,6 +69,8 @@ def _model(
     """The model of a command, and why there is none; a first stage may leave the transformer to the second."""
     if name:
         return _named(name, models), ""
+    if not command.flags.keys() & {"model_id_with_origin_paths", "model_paths"}:
+        return None, NO_WEIGHTS
     files, others = ([file for each in some for file in _files(each, models)] for some in ([command], commands))
     has_transformer = any(file.component == "dit" for file in files)
     try:

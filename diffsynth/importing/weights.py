@@ -7,7 +7,7 @@ from pathlib import Path
 from ..core.json_text import parse_object
 from ..core.loader.model_config import PICKLE_SUFFIXES
 from .lines import Differs, LeftOut, Line, Refused, Set
-from .models import Files, component_of_path, paths_of
+from .models import RELEASES, Files, component_of_path, paths_of
 from .theirs import Reader, Theirs, component_named, listed, names_in, path
 
 # Values of memory.storage, by what the names of their methods contain.
@@ -20,11 +20,20 @@ def hub_files(value: str, theirs: Theirs) -> Iterator[Line]:
         return
     if theirs.expert:
         yield Set("expert", theirs.expert)
+    transformer = next((each.model_id for each in theirs.files if each.component == "dit"), "")
     if not theirs.model.has_their_files:
         where = theirs.model.components["dit"]["model_id"]
-        yield Differs(f"The weights are those of {where}: the same values under diffusers' names.")
+        what = "of another release" if transformer in RELEASES else "the same values"
+        yield Differs(f"The weights are those of {where}: {what} under diffusers' names.")
+        if "text_conditioner" in theirs.model.components:
+            yield Differs("Their dit holds the text_conditioner, which is trained with it; here type it beside dit.")
         yield from _absent(theirs)
         return
+    if transformer not in ("", theirs.model.components["dit"]["model_id"]):
+        yield Differs(
+            f"{transformer} is read by model={theirs.model.name}, whose steps and guidance validation and generate.py "
+            "take."
+        )
     read = theirs.components if theirs.stage == "train" else {each.component for each in theirs.files}
     for files in [each for each in theirs.files if each.component in read]:
         yield from _of_component(theirs, files.component, files)
@@ -84,6 +93,9 @@ def folder_of(component: str) -> Reader:
     def read(value: str, theirs: Theirs) -> Iterator[Line]:
         if theirs.model and component not in theirs.model.components:
             yield LeftOut(f"{theirs.model.name} needs no {component}")
+            return
+        if theirs.model and not theirs.model.has_their_files and ":" in value:
+            yield LeftOut(f"{theirs.model.name} has its own {component}, in the repository of its weights")
             return
         model_id, _, pattern = value.rpartition(":")
         if model_id:

@@ -25,7 +25,7 @@ from ..diffusion.pipeline.image_units import IMAGE_UNITS
 from ..diffusion.pipeline.request import ImageRequest
 from ..diffusion.pipeline.vae import Latents
 from ..diffusion.prompts.embedder import PromptEmbedder
-from .autoencoders.kl import NormalisedAutoencoderKL
+from .autoencoders.kl import FLUX1_STATISTICS, NormalisedAutoencoderKL
 from .shared.flux1 import (
     BLOCK_NAMES,
     Flux1AttnProcessor,
@@ -164,7 +164,7 @@ class ChromaPipeline(BasePipeline):
         "vae": Network(NormalisedAutoencoderKL),
         "tokenizer": Folder("AutoTokenizer", needed_by="text_encoder"),
     }
-    latents = Latents(channels=16, factor=8, patch=2)
+    latents = Latents(channels=16, factor=8, patch=2, statistics=FLUX1_STATISTICS)
     model_fn = staticmethod(model_fn_chroma)
     sigma_grid = staticmethod(flux1_sigmas)
     model_settings = ("max_sequence_length",)

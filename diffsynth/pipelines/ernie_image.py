@@ -25,7 +25,7 @@ from ..diffusion.pipeline.image_units import IMAGE_UNITS
 from ..diffusion.pipeline.request import ImageRequest
 from ..diffusion.pipeline.vae import Latents
 from ..diffusion.prompts.embedder import PromptEmbedder
-from ..diffusion.prompts.hidden_states import hidden_states
+from ..diffusion.prompts.hidden_states import penultimate_state
 from .autoencoders.flux2 import Flux2VAE
 
 __all__ = ["ErnieImagePipeline", "ModelConfig"]
@@ -94,9 +94,7 @@ class ErnieImageUnit_PromptEmbedder(PromptEmbedder):
         return {"input_ids": ids}
 
     def embed(self, pipe: "ErnieImagePipeline", tokens: Mapping[str, Tensor]) -> Tensor:
-        decoder = pipe.text_encoder.get_decoder()
-        (states,) = hidden_states(decoder, [decoder.config.num_hidden_layers - 1], **tokens)
-        return states
+        return penultimate_state(pipe.text_encoder.get_decoder(), **tokens)
 
 
 # Pipeline -------------------------------------------------------------------------------------------------------------

@@ -9,7 +9,7 @@ released pipelines (diffusers' FluxPipeline, FluxKontextPipeline) unless a comme
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
 import torch
 from diffusers import FluxTransformer2DModel
@@ -21,7 +21,6 @@ from ..core.gradient import checkpoint_blocks
 from ..core.host_memory import sent
 from ..core.loader import ModelConfig
 from ..core.ranges import NonNegativeFloat, SamplingSteps, Tokens
-from ..diffusion.adapters.names import LayerNames
 from ..diffusion.base_pipeline import BasePipeline
 from ..diffusion.controlnet.inputs import ControlEmbedder
 from ..diffusion.pipeline.components import Folder, Network
@@ -29,10 +28,9 @@ from ..diffusion.pipeline.image_units import IMAGE_UNITS, EditImageEmbedder
 from ..diffusion.pipeline.kv_cache import KVCache
 from ..diffusion.pipeline.request import EDIT_IMAGE_PIXELS, EditRequest, TemplateRequest
 from ..diffusion.pipeline.vae import Latents
-from ..diffusion.prompts.embedder import PromptEmbedder
 from ..diffusion.template.cache import append_text
 from ..diffusion.template.lora import InputLoRA, added
-from .autoencoders.kl import NormalisedAutoencoderKL
+from .autoencoders.kl import FLUX1_STATISTICS, NormalisedAutoencoderKL
 from .controlnets.flux1 import (
     CONTROL_FAMILY,
     Flux1ControlNet,
@@ -40,50 +38,19 @@ from .controlnets.flux1 import (
     Flux1Unit_ControlMode,
     block_samples,
 )
-from .shared.flux1 import (
-    BLOCK_NAMES,
-    DOUBLE,
-    SINGLE,
-    flux1_sigmas,
-    image_positions,
-    use_joint_attention,
+from .networks.flux1 import (
+    CLIP_LORA_NAMES,
+    LORA_NAMES,
+    image_inputs,
+    prompt_inputs,
 )
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
-from .shared.tokens import pack_latents, unpack_latents
+from .prompts.flux1 import Flux1Unit_PooledPromptEmbedder, Flux1Unit_PromptEmbedder
+from .shared.flux1 import flux1_sigmas, use_joint_attention
+from .shared.tokens import unpack_latents
 
 __all__ = ["Flux1ImagePipeline", "ModelConfig"]
 
 MAX_PROMPT_TOKENS = 512
-LORA_NAMES = LayerNames(
-    prefix="transformer",
-    original=BLOCK_NAMES
-    | {
-        "double_blocks.*.img_mod.lin": f"{DOUBLE}.norm1.linear",
-        "double_blocks.*.txt_mod.lin": f"{DOUBLE}.norm1_context.linear",
-        "single_blocks.*.modulation.lin": f"{SINGLE}.norm.linear",
-        "final_layer.adaLN_modulation.1": "norm_out.linear",
-        "blocks.*.norm1_a.linear": f"{DOUBLE}.norm1.linear",
-        "blocks.*.norm1_b.linear": f"{DOUBLE}.norm1_context.linear",
-        "single_blocks.*.norm.linear": f"{SINGLE}.norm.linear",
-    }
-    | {
-        f"{name}_in.{layer}_layer": f"time_text_embed.{ours}_embedder.linear_{number}"
-        for name, ours in {"time": "timestep", "guidance": "guidance", "vector": "text"}.items()
-        for number, layer in enumerate(("in", "out"), 1)
-    },
-    swapped=("final_layer.adaLN_modulation.1",),  # it has the shift before the scale
-)
-CLIP_LAYERS = (*(f"self_attn.{part}_proj" for part in ("q", "k", "v", "out")), "mlp.fc1", "mlp.fc2")
-CLIP_LORA_NAMES = LayerNames(
-    prefix="text_encoder",
-    original={f"text_model.encoder.layers.*.{layer}": f"encoder.layers.*.{layer}" for layer in CLIP_LAYERS},
-)
-
-
-# The network ----------------------------------------------------------------------------------------------------------
 
 
 def model_fn_flux1(
@@ -127,70 +94,22 @@ def model_fn_flux1(
     guidance = sent(torch.as_tensor(embedded_guidance), latents.device).expand(len(latents))
     text, _ = append_text(prompt_emb, None, extra_text_embedding)
     inputs = {"timestep": timestep / 1000, "guidance": guidance, **prompt_inputs(dit, text, pooled_prompt_emb)}
-    edits, samples = [pack_latents(image) for image in edit_latents], {}
+    images, samples = image_inputs(dit, [noisy, *edit_latents]), {}
     if control_latents:
-        own = {"hidden_states": pack_latents(latents).to(dit.dtype), "img_ids": image_positions([latents])}
-        own |= prompt_inputs(dit, *control_prompt) if control_prompt else {}
+        own = {**inputs, **image_inputs(dit, [latents])}
+        edit_tokens = images["hidden_states"].shape[1] - own["hidden_states"].shape[1]
         samples = block_samples(
-            controlnets,
-            dit,
-            inputs | own,
-            list(map(pack_latents, control_latents)),
-            control_modes,
-            controlnet_scale,
-            edit_tokens=sum(image.shape[1] for image in edits),
+            controlnets, dit, own, control_latents, control_modes, control_prompt, controlnet_scale, edit_tokens
         )
     if not dit.config.guidance_embeds:
         inputs["guidance"] = None
+    attention = {"kv_cache": kv_cache} if kv_cache else None
     with added(dit, lora):
-        velocity = dit(
-            hidden_states=torch.cat([pack_latents(noisy), *edits], dim=1).to(dit.dtype),
-            img_ids=image_positions([latents, *edit_latents]),
-            txt_ids=torch.zeros(text.shape[1], 3, device=latents.device),
-            joint_attention_kwargs={"kv_cache": kv_cache} if kv_cache else None,
-            return_dict=False,
-            **inputs,
-            **samples,
-        )[0]
+        velocity = dit(**inputs, **images, **samples, joint_attention_kwargs=attention, return_dict=False)[0]
     return unpack_latents(velocity, *latents.shape[2:])
 
 
-def prompt_inputs(dit: FluxTransformer2DModel, text: Tensor, pooled: Tensor) -> dict[str, Tensor]:
-    """Text embeddings (B, L, D) and pooled ones (B, D') as arguments of a network's call."""
-    return {"encoder_hidden_states": text.to(dit.dtype), "pooled_projections": pooled.to(dit.dtype)}
-
-
 # Units ----------------------------------------------------------------------------------------------------------------
-
-
-class Flux1Unit_PromptEmbedder(PromptEmbedder):
-    """Computes T5's embeddings (1, L, D) of prompts, padded to one length."""
-
-    encoder = "text_encoder_2"
-
-    def tokenize(self, pipe, prompt, max_sequence_length) -> Mapping[str, Tensor]:
-        return padded_ids(pipe.tokenizer_2, prompt, max_sequence_length)
-
-    def embed(self, pipe: "Flux1ImagePipeline", tokens: Mapping[str, Tensor]) -> Tensor:
-        return pipe.text_encoder_2(**tokens).last_hidden_state
-
-
-class Flux1Unit_PooledPromptEmbedder(PromptEmbedder):
-    """Computes CLIP's embeddings (1, D') of whole prompts, of which it reads the first 77 tokens."""
-
-    output = "pooled_prompt_emb"
-
-    def tokenize(self, pipe, prompt) -> Mapping[str, Tensor]:
-        return padded_ids(pipe.tokenizer, prompt, pipe.text_encoder.config.max_position_embeddings)
-
-    def embed(self, pipe: "Flux1ImagePipeline", tokens: Mapping[str, Tensor]) -> Tensor:
-        return pipe.text_encoder(**tokens).pooler_output
-
-
-def padded_ids(tokenizer: "PreTrainedTokenizerBase", prompt: str, length: int) -> dict[str, Tensor]:
-    """Token ids (1, length) of a prompt, truncated or padded."""
-    options = {"padding": "max_length", "truncation": True, "return_tensors": "pt"}
-    return {"input_ids": tokenizer([prompt], max_length=length, **options).input_ids}
 
 
 class Flux1Unit_EditImageEmbedder(EditImageEmbedder):
@@ -237,7 +156,7 @@ class Flux1ImagePipeline(BasePipeline):
         "tokenizer": Folder("AutoTokenizer", needed_by="text_encoder"),
         "tokenizer_2": Folder("AutoTokenizer", needed_by="text_encoder_2"),
     }
-    latents = Latents(channels=16, factor=8, patch=2)
+    latents = Latents(channels=16, factor=8, patch=2, statistics=FLUX1_STATISTICS)
     control_family = CONTROL_FAMILY
     model_fn = staticmethod(model_fn_flux1)
     sigma_grid = staticmethod(flux1_sigmas)
@@ -255,6 +174,21 @@ class Flux1ImagePipeline(BasePipeline):
         Flux1Unit_PromptEmbedder,
         Flux1Unit_PooledPromptEmbedder,
     )
+
+    def prompt_limits(self) -> dict[str, int]:
+        clip = self.text_encoder and self.tokenizer
+        own = {"tokenizer": self.text_encoder.config.max_position_embeddings} if clip else {}
+        return super().prompt_limits() | own
+
+    def complete(self, request: Mapping) -> dict:
+        whole = super().complete(request)
+        own, given = self.call_defaults["embedded_guidance"], whole["embedded_guidance"]
+        if self.dit is not None and not self.dit.config.guidance_embeds and given != own:
+            raise ValueError(
+                f"embedded_guidance is {given}, but dit has no guidance embedding, as schnell has none, and would "
+                "ignore it; leave it out."
+            )
+        return whole
 
     def check_networks(self) -> None:
         super().check_networks()

@@ -11,65 +11,34 @@ from functools import partial
 
 import torch
 from diffusers import Flux2Transformer2DModel
-from diffusers.models.transformers.transformer_flux2 import Flux2AttnProcessor, Flux2ParallelSelfAttnProcessor
 from diffusers.pipelines.flux2.system_messages import SYSTEM_MESSAGE
-from torch import Tensor, nn
+from torch import Tensor
 
-from ..core.context_parallel import TokenSplit
 from ..core.gradient import checkpoint_blocks
 from ..core.host_memory import sent
 from ..core.loader import ModelConfig
 from ..core.ranges import NonNegativeFloat, Tokens
-from ..diffusion.adapters.names import LayerNames
 from ..diffusion.base_pipeline import BasePipeline
-from ..diffusion.flow_match import chosen_shift, exponential_shift, linear_levels
-from ..diffusion.pipeline.attention import JointAttention, split_heads
+from ..diffusion.flow_match import linear_levels, shift_by_tokens
 from ..diffusion.pipeline.components import Folder, Network
 from ..diffusion.pipeline.image_units import IMAGE_UNITS, EditImageEmbedder
 from ..diffusion.pipeline.kv_cache import KVCache
 from ..diffusion.pipeline.request import EditRequest, TemplateRequest
 from ..diffusion.pipeline.vae import Latents
 from ..diffusion.prompts.embedder import PromptEmbedder
-from ..diffusion.prompts.hidden_states import hidden_states
 from ..diffusion.template.cache import append_text
 from ..diffusion.template.lora import InputLoRA, added
 from .autoencoders.flux2 import Flux2VAE
-from .shared.flux import grid_positions, rotation
+from .networks.flux2 import LORA_NAMES, use_joint_attention
+from .shared.flux import embedding_widths, grid_positions, text_embeddings
 from .shared.tokens import flatten_latents, unflatten_latents
 
 __all__ = ["Flux2ImagePipeline", "ModelConfig"]
 
 MAX_PROMPT_TOKENS = 512  # including the chat template's
 EDIT_IMAGE_TIME = 10  # distance between edit images on the first axis of positions
+TEXT_DEPTHS = 3  # hidden states of the text encoder are read after 1/4, 2/4 and 3/4 of its layers
 MANY_TOKENS = 4300  # above, μ does not depend on the number of steps
-# Black Forest Labs' names of the layers; in the last one they have the shift before the scale.
-LORA_NAMES = LayerNames(
-    prefix="transformer",
-    original={
-        "double_blocks.*.img_attn.qkv": tuple(f"transformer_blocks.*.attn.to_{part}" for part in "qkv"),
-        "double_blocks.*.txt_attn.qkv": tuple(f"transformer_blocks.*.attn.add_{part}_proj" for part in "qkv"),
-        "double_blocks.*.img_attn.proj": "transformer_blocks.*.attn.to_out.0",
-        "double_blocks.*.txt_attn.proj": "transformer_blocks.*.attn.to_add_out",
-        "double_blocks.*.img_mlp.0": "transformer_blocks.*.ff.linear_in",
-        "double_blocks.*.img_mlp.2": "transformer_blocks.*.ff.linear_out",
-        "double_blocks.*.txt_mlp.0": "transformer_blocks.*.ff_context.linear_in",
-        "double_blocks.*.txt_mlp.2": "transformer_blocks.*.ff_context.linear_out",
-        "single_blocks.*.linear1": "single_transformer_blocks.*.attn.to_qkv_mlp_proj",
-        "single_blocks.*.linear2": "single_transformer_blocks.*.attn.to_out",
-        "img_in": "x_embedder",
-        "txt_in": "context_embedder",
-        "time_in.in_layer": "time_guidance_embed.timestep_embedder.linear_1",
-        "time_in.out_layer": "time_guidance_embed.timestep_embedder.linear_2",
-        "guidance_in.in_layer": "time_guidance_embed.guidance_embedder.linear_1",
-        "guidance_in.out_layer": "time_guidance_embed.guidance_embedder.linear_2",
-        "double_stream_modulation_img.lin": "double_stream_modulation_img.linear",
-        "double_stream_modulation_txt.lin": "double_stream_modulation_txt.linear",
-        "single_stream_modulation.lin": "single_stream_modulation.linear",
-        "final_layer.linear": "proj_out",
-        "final_layer.adaLN_modulation.1": "norm_out.linear",
-    },
-    swapped=("final_layer.adaLN_modulation.1",),
-)
 
 
 def flux2_sigmas(
@@ -81,8 +50,7 @@ def flux2_sigmas(
         dynamic_shift_len: Number of image tokens, H/16 · W/16; None takes the training grid's μ = 0.8.
     """
     linear = linear_levels(num_inference_steps, denoising_strength, last=1 / num_inference_steps)
-    mu = chosen_shift(dynamic_shift_len, None, partial(_empirical_shift, steps=num_inference_steps))
-    return exponential_shift(linear, mu)
+    return shift_by_tokens(linear, dynamic_shift_len, None, partial(_empirical_shift, steps=num_inference_steps))
 
 
 def _empirical_shift(tokens: int, steps: int) -> float:
@@ -92,72 +60,6 @@ def _empirical_shift(tokens: int, steps: int) -> float:
         return at_200
     at_10 = 8.73809524e-05 * tokens + 1.89833333
     return at_200 + (steps - 200) * (at_200 - at_10) / (200 - 10)
-
-
-# Networks -------------------------------------------------------------------------------------------------------------
-
-
-def text_embeddings(decoder: nn.Module, ids: Tensor, mask: Tensor) -> Tensor:
-    """Hidden states of a language model after its `text_depths`, concatenated (B, L, 3 D); later layers are not run.
-
-    Args:
-        ids, mask: Token ids (B, L), and False where they are padding (B, L).
-    """
-    return torch.cat(hidden_states(decoder, text_depths(decoder), input_ids=ids, attention_mask=mask), dim=2)
-
-
-def text_depths(decoder: nn.Module) -> list[int]:
-    """Numbers of layers after which hidden states are read: 1/4, 2/4 and 3/4 of all layers."""
-    return [decoder.config.num_hidden_layers * quarters // 4 for quarters in (1, 2, 3)]
-
-
-class Flux2DoubleAttnProcessor(JointAttention, Flux2AttnProcessor):
-    """diffusers' processor, and `JointAttention` if the block has a `kv_cache` or its tokens are split."""
-
-    def __call__(
-        self,
-        attn: nn.Module,
-        hidden_states: Tensor,
-        encoder_hidden_states: Tensor,
-        attention_mask: Tensor | None = None,
-        image_rotary_emb: tuple[Tensor, Tensor] | None = None,
-        kv_cache: KVCache | None = None,
-        split: TokenSplit | None = None,
-    ) -> tuple[Tensor, Tensor]:
-        extra = self.extra(kv_cache)
-        if extra is None and split is None:
-            return super().__call__(attn, hidden_states, encoder_hidden_states, attention_mask, image_rotary_emb)
-        rotate = rotation(image_rotary_emb)
-        return self.attend_both(attn, hidden_states, encoder_hidden_states, rotate, attention_mask, extra, split)
-
-
-class Flux2SingleAttnProcessor(JointAttention, Flux2ParallelSelfAttnProcessor):
-    """diffusers' processor, and `JointAttention` if the block has a `kv_cache` or its tokens are split."""
-
-    def __call__(
-        self,
-        attn: nn.Module,
-        hidden_states: Tensor,
-        attention_mask: Tensor | None = None,
-        image_rotary_emb: tuple[Tensor, Tensor] | None = None,
-        kv_cache: KVCache | None = None,
-        split: TokenSplit | None = None,
-    ) -> Tensor:
-        extra = self.extra(kv_cache)
-        if extra is None and split is None:
-            return super().__call__(attn, hidden_states, attention_mask, image_rotary_emb)
-        projected, mlp = attn.to_qkv_mlp_proj(hidden_states).tensor_split([3 * attn.inner_dim], dim=-1)
-        query, key, value = split_heads(projected.chunk(3, dim=-1), attn.heads, attn.norm_q, attn.norm_k)
-        rotate = rotation(image_rotary_emb)
-        tokens = self.attend((rotate(query), rotate(key), value), attention_mask, extra, split)
-        return attn.to_out(torch.cat([tokens, attn.mlp_act_fn(mlp)], dim=-1))
-
-
-def use_joint_attention(dit: Flux2Transformer2DModel) -> None:
-    for number, block in enumerate(dit.transformer_blocks):
-        block.attn.set_processor(Flux2DoubleAttnProcessor(f"double_{number}"))
-    for number, block in enumerate(dit.single_transformer_blocks):
-        block.attn.set_processor(Flux2SingleAttnProcessor(f"single_{number}"))
 
 
 def model_fn_flux2(
@@ -213,13 +115,8 @@ class Flux2Unit_PromptEmbedder(PromptEmbedder):
 
     def embed(self, pipe: "Flux2ImagePipeline", tokens: Mapping[str, Tensor]) -> Tensor:
         decoder = pipe.text_encoder.get_decoder()  # without the language head, which would cost time and memory
-        return text_embeddings(decoder, tokens["input_ids"], tokens["attention_mask"])
-
-
-def widths(dit: Flux2Transformer2DModel, text_encoder: nn.Module) -> tuple[int, int]:
-    """Widths of the text embeddings that the network takes, and of those that the text encoder makes."""
-    depths = text_depths(decoder := text_encoder.get_decoder())
-    return dit.config.joint_attention_dim, len(depths) * decoder.config.hidden_size
+        inputs = {name: tokens[name] for name in ("input_ids", "attention_mask")}
+        return text_embeddings(decoder, TEXT_DEPTHS, **inputs)
 
 
 # Pipeline -------------------------------------------------------------------------------------------------------------
@@ -261,7 +158,7 @@ class Flux2ImagePipeline(BasePipeline):
     model_fn = staticmethod(model_fn_flux2)
     sigma_grid = staticmethod(flux2_sigmas)
     model_settings = ("max_sequence_length", "edit_image_pixels")
-    text_widths = {"text_encoder": widths}
+    text_widths = {"text_encoder": partial(embedding_widths, count=TEXT_DEPTHS)}
     unit_classes = (
         *IMAGE_UNITS,
         EditImageEmbedder,
@@ -293,8 +190,8 @@ class Flux2ImagePipeline(BasePipeline):
         messages = [{"role": role, "content": [{"type": "text", "text": text}]} for role, text in texts.items()]
         return self.tokenizer.apply_chat_template(messages, tokenize=False)
 
-    def cuts_off(self, prompt: str) -> bool:
-        if self.tokenizer is None or self.text_encoder is None:
-            return False
-        tokens = self.tokenizer(self.prompt_text(prompt), add_special_tokens=False).input_ids
-        return len(tokens) > self.most_tokens
+    def prompt_limits(self) -> dict[str, int]:
+        return {} if self.text_encoder is None else super().prompt_limits()  # it decides the template
+
+    def prompt_tokens(self, tokenizer: str, prompt: str) -> Sequence[int]:
+        return self.tokenizer(self.prompt_text(prompt), add_special_tokens=False, verbose=False).input_ids

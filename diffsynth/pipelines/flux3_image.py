@@ -9,12 +9,12 @@ come from the released pipelines (diffusers' modular blocks of FLUX.3) unless a 
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from diffusers import Flux3Transformer2DModel
-from diffusers.modular_pipelines.flux3.image_processor import Flux3ImageProcessor
 from PIL import Image
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..core.gradient import checkpoint_blocks
 from ..core.host_memory import sent
@@ -25,23 +25,24 @@ from ..diffusion.adapters.names import LayerNames
 from ..diffusion.base_pipeline import BasePipeline
 from ..diffusion.flow_match import linear_levels, time_shift
 from ..diffusion.pipeline.components import Folder, Network
-from ..diffusion.pipeline.image_units import IMAGE_UNITS, EditImageEmbedder, edit_images
+from ..diffusion.pipeline.image_units import IMAGE_UNITS, image_list
 from ..diffusion.pipeline.request import ImageRequest
 from ..diffusion.pipeline.units import in_groups
 from ..diffusion.pipeline.vae import Latents
 from ..diffusion.prompts.embedder import PromptEmbedder
-from ..diffusion.prompts.hidden_states import hidden_states
 from .autoencoders.flux2 import Flux2VAE
-from .shared.flux import grid_positions
+from .edit_images.flux3 import Flux3Unit_EditImageEmbedder
+from .shared.flux import embedding_widths, grid_positions, text_embeddings
 from .shared.tokens import flatten_latents, unflatten_latents
 
 __all__ = ["Flux3ImagePipeline", "ModelConfig"]
 
 SHIFT = 6.93
 MAX_PROMPT_TOKENS = 8192  # including the chat template's
+MAX_REFERENCES = 10  # images to edit
 PADDING = 80  # prompts are padded to a multiple of so many tokens, and the network attends to the padding
 ROPE_SCALE = 0.5  # distance between neighbouring image tokens
-DEPTHS = 8  # hidden states of the text encoder are read after 1/9, 2/9, …, 8/9 of its layers: 4, 8, …, 32 of 36
+TEXT_DEPTHS = 8  # hidden states of the text encoder are read after 1/9, 2/9, …, 8/9 of its layers: 4, 8, …, 32 of 36
 # Black Forest Labs' names of the blocks and of their layers.
 BLOCKS = {"txt_mode_blocks.*": "txt_mode_blocks.*", "single_blocks.*": "single_transformer_blocks.*"}
 BLOCKS |= {f"content_mode_blocks.{kind}.*": f"mode_blocks.{kind}.*" for kind in ("image", "image_cond")}
@@ -136,42 +137,10 @@ class Flux3Unit_PromptEmbedder(PromptEmbedder):
 
     def embed(self, pipe: "Flux3ImagePipeline", tokens: Mapping[str, Tensor]) -> Tensor:
         decoder, mask = pipe.text_encoder.get_decoder(), tokens["attention_mask"]
-        depths = [decoder.config.num_hidden_layers * number // (DEPTHS + 1) for number in range(1, DEPTHS + 1)]
         # The training gave padding position 1; versions of transformers differ in what they give it.
         own = torch.arange(mask.shape[1], device=mask.device).masked_fill(mask == 0, 1)
         inputs = {"input_ids": tokens["input_ids"], "attention_mask": mask, "position_ids": own}
-        return torch.cat(hidden_states(decoder, depths, **inputs), dim=2)
-
-
-class Flux3Unit_EditImageEmbedder(EditImageEmbedder):
-    def process(self, pipe, edit_image, edit_image_auto_resize, tiled, tile_size, tile_stride):
-        return super().process(pipe, edit_image, edit_image_auto_resize, 0, tiled, tile_size, tile_stride)
-
-    def images(
-        self,
-        pipe: "Flux3ImagePipeline",
-        edit_image: Image.Image | Sequence[Image.Image] | None,
-        edit_image_auto_resize: bool,
-        edit_image_pixels: int = 0,
-    ) -> list[Image.Image]:
-        alone = isinstance(edit_image, Image.Image) or (edit_image is not None and len(edit_image) == 1)
-        return edit_images(edit_image, edit_image_auto_resize, 0, lambda image, _: as_reference(image, alone))
-
-
-def as_reference(image: Image.Image, alone: bool) -> Image.Image:
-    """An image that is padded if it is alone, and else cropped, to multiples of 16, as in the training."""
-    processor = Flux3ImageProcessor()  # its `preprocess` reads values, which a plan's tensors do not have
-    if not alone:
-        image = processor._resize_if_exceeds_area(image)
-        return processor.resize(image, *processor.get_default_height_width(image), resize_mode="crop")
-    image = processor._resize_if_canvas_exceeds_area(image)
-    canvas = processor._get_canvas_height_width(image.height, image.width)
-    return processor.resize(image, *canvas, resize_mode="fill")
-
-
-def widths(dit: Flux3Transformer2DModel, text_encoder: nn.Module) -> tuple[int, int]:
-    """Widths of the text embeddings that the network takes, and of those that the text encoder makes."""
-    return dit.config.joint_attention_dim, DEPTHS * text_encoder.get_decoder().config.hidden_size
+        return text_embeddings(decoder, TEXT_DEPTHS, **inputs)
 
 
 # Pipeline -------------------------------------------------------------------------------------------------------------
@@ -209,7 +178,7 @@ class Flux3ImagePipeline(BasePipeline):
     model_fn = staticmethod(model_fn_flux3)
     sigma_grid = staticmethod(flux3_sigmas)
     model_settings = ("max_sequence_length",)
-    text_widths = {"text_encoder": widths}
+    text_widths = {"text_encoder": partial(embedding_widths, count=TEXT_DEPTHS)}
     unit_classes = (
         *IMAGE_UNITS,
         Flux3Unit_EditImageEmbedder,
@@ -223,6 +192,14 @@ class Flux3ImagePipeline(BasePipeline):
                 f"sampler is {whole['sampler']!r}, but the distilled FLUX.3 reads where an Euler step ends; "
                 "set sampler=euler."
             )
+        if self.dit is not None and self.dit.config.flow_map and whole["cfg_scale"] != 1:
+            raise ValueError(
+                f"cfg_scale is {whole['cfg_scale']}, but dit is the distilled FLUX.3, which is sampled without "
+                "guidance; set cfg_scale=1 as model=flux3_klein does, or take the transformer of the base."
+            )
+        references = len(image_list(whole["edit_image"], "edit_image"))
+        if references > MAX_REFERENCES:
+            raise ValueError(f"edit_image holds {references} images; FLUX.3 reads {MAX_REFERENCES} at most.")
         return whole
 
     def predict(self, timestep: Tensor, **inputs) -> Tensor:

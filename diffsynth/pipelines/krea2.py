@@ -20,7 +20,7 @@ from ..core.loader import ModelConfig
 from ..core.ranges import NonNegativeFloat, SamplingSteps, Tokens
 from ..diffusion.adapters.names import LayerNames
 from ..diffusion.base_pipeline import BasePipeline
-from ..diffusion.flow_match import chosen_shift, exponential_shift, linear_levels, shift_of_tokens
+from ..diffusion.flow_match import linear_levels, shift_by_tokens, shift_of_tokens
 from ..diffusion.pipeline.components import Folder, Network
 from ..diffusion.pipeline.image_units import IMAGE_UNITS
 from ..diffusion.pipeline.request import ImageRequest
@@ -84,8 +84,8 @@ def krea2_sigmas(
         exponential_shift_mu: μ itself, which overrides the other two; Turbo was distilled with 1.15.
     """
     linear = linear_levels(num_inference_steps, denoising_strength)
-    mu = chosen_shift(dynamic_shift_len, exponential_shift_mu, partial(shift_of_tokens, low=LOW_SHIFT, high=HIGH_SHIFT))
-    return exponential_shift(linear, mu)
+    shift = partial(shift_of_tokens, low=LOW_SHIFT, high=HIGH_SHIFT)
+    return shift_by_tokens(linear, dynamic_shift_len, exponential_shift_mu, shift)
 
 
 def model_fn_krea2(

@@ -18,7 +18,7 @@ from ..core.gradient import checkpoint_blocks
 from ..core.loader import ModelConfig
 from ..core.ranges import NonNegativeFloat, PositiveInt, SamplingSteps, Side
 from ..diffusion.base_pipeline import BasePipeline
-from ..diffusion.flow_match import chosen_shift, exponential_shift, linear_levels, stretch_to_terminal
+from ..diffusion.flow_match import linear_levels, shift_by_tokens, stretch_to_terminal
 from ..diffusion.pipeline import image_units
 from ..diffusion.pipeline.components import Folder, Network
 from ..diffusion.pipeline.kv_cache import KVCache
@@ -29,15 +29,11 @@ from ..diffusion.pipeline.vae import Latents
 from ..diffusion.template.cache import append_text
 from ..diffusion.template.lora import InputLoRA, added
 from .autoencoders.qwen_image import QwenImageVAE
-from .qwen_image import (
-    LORA_NAMES,
-    QwenImagePipeline,
-    QwenImageUnit_PromptEmbedder,
-    check_templates,
-    use_joint_attention,
-)
+from .networks.qwen_image import LORA_NAMES, call_inputs, use_joint_attention
+from .prompts.qwen_image import QwenImageUnit_PromptEmbedder, check_templates
+from .qwen_image import QwenImagePipeline
 from .shared.qwen import TERMINAL_SIGMA, TEXT_LORA_NAMES
-from .shared.tokens import pack_latents, unpack_latents
+from .shared.tokens import unpack_latents
 
 __all__ = ["ModelConfig", "QwenImageLayeredPipeline"]
 
@@ -57,8 +53,10 @@ def qwen_image_layered_sigmas(
         exponential_shift_mu: μ itself, which overrides the other two.
     """
     linear = linear_levels(num_inference_steps, denoising_strength)
-    mu = chosen_shift(dynamic_shift_len, exponential_shift_mu, lambda tokens: (tokens / SHIFT_TOKENS) ** 0.5)
-    return stretch_to_terminal(exponential_shift(linear, mu), TERMINAL_SIGMA)
+    shifted = shift_by_tokens(
+        linear, dynamic_shift_len, exponential_shift_mu, lambda tokens: (tokens / SHIFT_TOKENS) ** 0.5
+    )
+    return stretch_to_terminal(shifted, TERMINAL_SIGMA)
 
 
 def model_fn_qwen_image_layered(
@@ -86,22 +84,16 @@ def model_fn_qwen_image_layered(
     """
     checkpoint_blocks(dit, use_gradient_checkpointing, use_gradient_checkpointing_offload)
     batch, count, _, height, width = latents.shape
-    prompt_emb, prompt_emb_mask = append_text(prompt_emb, prompt_emb_mask, extra_text_embedding)
-    tokens = pack_latents(latents.flatten(0, 1)).unflatten(0, (batch, count)).flatten(1, 2)
-    image = (1, height // 2, width // 2)
+    text = append_text(prompt_emb, prompt_emb_mask, extra_text_embedding)
     with added(dit, lora):
         velocity = dit(
-            hidden_states=torch.cat([tokens, pack_latents(condition_latents)], dim=1).to(dit.dtype),
-            timestep=timestep / 1000,
-            encoder_hidden_states=prompt_emb.to(dit.dtype),
-            encoder_hidden_states_mask=prompt_emb_mask,
-            img_shapes=[[image] * (count + 1)] * batch,
+            **call_inputs(dit, [*latents.unbind(1), condition_latents], timestep, *text),
             additional_t_cond=torch.zeros(batch, dtype=torch.long, device=latents.device),  # 0: images have alpha
             attention_kwargs={"kv_cache": kv_cache} if kv_cache else None,
             return_dict=False,
         )[0]
-    of_layers = velocity[:, : tokens.shape[1]].unflatten(1, (count, -1)).flatten(0, 1)
-    return unpack_latents(of_layers, height, width).unflatten(0, (batch, count))
+    of_images = velocity.unflatten(1, (count + 1, -1))[:, :count].flatten(0, 1)
+    return unpack_latents(of_images, height, width).unflatten(0, (batch, count))
 
 
 # Units ----------------------------------------------------------------------------------------------------------------
@@ -236,6 +228,6 @@ class QwenImageLayeredPipeline(QwenImagePipeline):
                 "take the one released with the transformer."
             )
 
-    def decode(self, latents: Tensor, request: Mapping) -> list[Image.Image]:
-        """Decode latents (1, N, 16, h, w) to the n layers; the composite, which comes first, is left out."""
-        return super().decode(latents[0, 1:], request)
+    def pixels_of(self, latents: Tensor, request: Mapping) -> Tensor:
+        """Pixels (n, 4, H, W) in [-1, 1] of latents (1, n + 1, 16, h, w), of which the composite is left out."""
+        return super().pixels_of(latents[0, 1:], request)

@@ -11,8 +11,6 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-import torch
-import torch.nn.functional as F
 from diffusers import SD3Transformer2DModel
 from torch import Tensor
 
@@ -25,49 +23,21 @@ from ..diffusion.controlnet.inputs import InpaintControlEmbedder, InpaintControl
 from ..diffusion.flow_match import TRAINING_STEPS, linear_levels, time_shift
 from ..diffusion.pipeline.components import Folder, Network
 from ..diffusion.pipeline.image_units import IMAGE_UNITS
-from ..diffusion.pipeline.units import PipelineUnit
 from ..diffusion.pipeline.vae import Latents
-from .autoencoders.kl import NormalisedAutoencoderKL
+from .autoencoders.kl import SD3_STATISTICS, NormalisedAutoencoderKL
 from .controlnets.sd3 import (
     CONTROL_FAMILY,
     SD3ControlNet,
     block_samples,
 )
+from .networks.sd3 import LORA_NAMES
+from .prompts.sd3 import CLIP_TOKENS, ENCODERS, SD3Unit_PromptEmbedder
 
 __all__ = ["ModelConfig", "SD3Pipeline"]
 
 SHIFT = 3.0
 LAST_LINEAR = SHIFT / (TRAINING_STEPS + SHIFT - 1)  # the least noise level of the shifted training grid
-CLIP_TOKENS = 77  # positions that both CLIPs have; prompts are padded to it
 MAX_PROMPT_TOKENS = 256  # of T5
-ENCODERS = {"text_encoder": "tokenizer", "text_encoder_2": "tokenizer_2", "text_encoder_3": "tokenizer_3"}
-BLOCK = "transformer_blocks.*"
-# Stability AI's names of the layers; in the swapped ones they have the shift before the scale.
-LORA_NAMES = LayerNames(
-    prefix="transformer",
-    original={
-        "joint_blocks.*.x_block.attn.qkv": tuple(f"{BLOCK}.attn.to_{part}" for part in "qkv"),
-        "joint_blocks.*.context_block.attn.qkv": tuple(f"{BLOCK}.attn.add_{part}_proj" for part in "qkv"),
-        "joint_blocks.*.x_block.attn2.qkv": tuple(f"{BLOCK}.attn2.to_{part}" for part in "qkv"),
-        "joint_blocks.*.x_block.attn2.proj": f"{BLOCK}.attn2.to_out.0",
-        "joint_blocks.*.x_block.attn.proj": f"{BLOCK}.attn.to_out.0",
-        "joint_blocks.*.context_block.attn.proj": f"{BLOCK}.attn.to_add_out",
-        "joint_blocks.*.x_block.mlp.fc1": f"{BLOCK}.ff.net.0.proj",
-        "joint_blocks.*.x_block.mlp.fc2": f"{BLOCK}.ff.net.2",
-        "joint_blocks.*.context_block.mlp.fc1": f"{BLOCK}.ff_context.net.0.proj",
-        "joint_blocks.*.context_block.mlp.fc2": f"{BLOCK}.ff_context.net.2",
-        "joint_blocks.*.x_block.adaLN_modulation.1": f"{BLOCK}.norm1.linear",
-        "joint_blocks.*.context_block.adaLN_modulation.1": f"{BLOCK}.norm1_context.linear",
-        "x_embedder.proj": "pos_embed.proj",
-        "t_embedder.mlp.0": "time_text_embed.timestep_embedder.linear_1",
-        "t_embedder.mlp.2": "time_text_embed.timestep_embedder.linear_2",
-        "y_embedder.mlp.0": "time_text_embed.text_embedder.linear_1",
-        "y_embedder.mlp.2": "time_text_embed.text_embedder.linear_2",
-        "final_layer.linear": "proj_out",
-        "final_layer.adaLN_modulation.1": "norm_out.linear",
-    },
-    swapped=("final_layer.adaLN_modulation.1",),
-)
 
 
 def sd3_sigmas(num_inference_steps: int, denoising_strength: float = 1.0) -> Tensor:
@@ -111,34 +81,6 @@ def model_fn_sd3(
     return dit(**inputs, block_controlnet_hidden_states=samples, return_dict=False)[0]
 
 
-# Units ----------------------------------------------------------------------------------------------------------------
-
-
-class SD3Unit_PromptEmbedder(PipelineUnit):
-    """Computes text embeddings (1, 77 + L, D) of a prompt by two CLIPs and a T5, and CLIP's pooled ones (1, P)."""
-
-    def __init__(self):
-        super().__init__(
-            separate_cfg=True,
-            input_params_posi={"prompt": "prompt"},
-            input_params_nega={"prompt": "negative_prompt"},
-            output_params=("prompt_emb", "pooled_prompt_emb"),
-            onload_model_names=ENCODERS,
-        )
-
-    def process(self, pipe, prompt, max_sequence_length):
-        return self.process_batch(pipe, [{"prompt": prompt, "max_sequence_length": max_sequence_length}])[0]
-
-    def process_batch(self, pipe: "SD3Pipeline", batch: Sequence[Mapping]) -> list[dict]:
-        """Embed all prompts together: they are padded to one length, with or without others."""
-        pipe.load_models_to_device(ENCODERS)
-        prompts = [inputs["prompt"] for inputs in batch]
-        clip, pooled = pipe.clip_embeddings(prompts)
-        embeddings = torch.cat([clip, pipe.t5_embeddings(prompts, batch[0]["max_sequence_length"])], dim=1)
-        pairs = zip(embeddings.split(1), pooled.split(1), strict=True)
-        return [{"prompt_emb": own, "pooled_prompt_emb": whole} for own, whole in pairs]
-
-
 # Pipeline -------------------------------------------------------------------------------------------------------------
 
 
@@ -169,7 +111,7 @@ class SD3Pipeline(BasePipeline):
         "tokenizer_2": Folder("CLIPTokenizer", needed_by="text_encoder_2"),
         "tokenizer_3": Folder("T5TokenizerFast", needed_by="text_encoder_3"),
     }
-    latents = Latents(channels=16, factor=8, patch=2)
+    latents = Latents(channels=16, factor=8, patch=2, statistics=SD3_STATISTICS)
     control_family = CONTROL_FAMILY
     model_fn = staticmethod(model_fn_sd3)
     sigma_grid = staticmethod(sd3_sigmas)
@@ -210,9 +152,9 @@ class SD3Pipeline(BasePipeline):
 
     def require(self, users: Mapping[str, str]) -> None:
         """Refuse a pipeline without a model that is needed; of the text encoders one is enough."""
-        present = [name for name in ENCODERS if getattr(self, name) is not None]
-        unit = SD3Unit_PromptEmbedder.__name__
-        super().require({name: user for name, user in users.items() if not (present and user == unit)})
+        absent = {name for name in ENCODERS if getattr(self, name) is None}
+        spared = absent if len(absent) < len(ENCODERS) else set()
+        super().require({name: user for name, user in users.items() if name not in spared})
 
     def complete(self, request: Mapping) -> dict:
         whole = super().complete(request)
@@ -234,39 +176,7 @@ class SD3Pipeline(BasePipeline):
         last = f"joint_blocks.{self.dit.config.num_layers - 1}.context_block.adaLN_modulation.1"
         return replace(names, swapped=(*names.swapped, last))
 
-    def clip_embeddings(self, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
-        """CLIP's states (B, 77, D) before the last layer, and pooled embeddings (B, P), of B prompts.
-
-        CLIP-L's are the first channels and bigG's the next; those of an absent one, and the rest, are 0.
-        """
-        options = {"dtype": self.torch_dtype, "device": self.device}
-        states = torch.zeros(len(prompts), CLIP_TOKENS, self.text_width, **options)
-        pooled = torch.zeros(len(prompts), self.pooled_width, **options)
-        for name in ("text_encoder", "text_encoder_2"):
-            if (encoder := getattr(self, name)) is None:
-                continue
-            found = encoder(input_ids=self.token_ids(name, prompts, CLIP_TOKENS), output_hidden_states=True)
-            width = found.text_embeds.shape[-1]
-            before = 0 if name == "text_encoder" else self.pooled_width - width
-            states = states + F.pad(found.hidden_states[-2], (before, self.text_width - before - width))
-            pooled = pooled + F.pad(found.text_embeds, (before, self.pooled_width - before - width))
-        return states, pooled
-
-    def t5_embeddings(self, prompts: Sequence[str], length: int) -> Tensor:
-        """T5's last states (B, length, D) of B prompts; padding is attended to, and without T5 they are 0."""
-        if self.text_encoder_3 is None:
-            return torch.zeros(len(prompts), length, self.text_width, dtype=self.torch_dtype, device=self.device)
-        return self.text_encoder_3(self.token_ids("text_encoder_3", prompts, length)).last_hidden_state
-
-    def token_ids(self, encoder: str, prompts: Sequence[str], length: int) -> Tensor:
-        """Token ids (B, length) of B prompts, truncated or padded, for a text encoder."""
-        tokenizer = getattr(self, ENCODERS[encoder])
-        options = {"padding": "max_length", "truncation": True, "return_tensors": "pt"}
-        return tokenizer(prompts, max_length=length, **options).input_ids.to(self.device)
-
-    def cuts_off(self, prompt: str) -> bool:
-        """Whether T5 truncates a prompt, or without T5 the CLIPs; needs no weights."""
-        if self.tokenizer_3 is not None:
-            return super().cuts_off(prompt)
-        present = [tokenizer for tokenizer in (self.tokenizer, self.tokenizer_2) if tokenizer is not None]
-        return any(len(tokenizer(prompt).input_ids) > CLIP_TOKENS for tokenizer in present)
+    def prompt_limits(self) -> dict[str, int]:
+        """T5's tokens, or without T5 the CLIPs' first: what a CLIP does not read, T5 does."""
+        clips = [name for name in ("tokenizer", "tokenizer_2") if getattr(self, name) is not None]
+        return super().prompt_limits() | dict.fromkeys(clips, CLIP_TOKENS)

@@ -210,12 +210,8 @@ class Wan22TI2VPipeline(WanPipeline):
 
 
 def check_channels(pipe: WanPipeline) -> None:
-    """Refuse a transformer or an autoencoder whose channels are those of another model of Wan's."""
+    """Refuse a transformer whose channels are those of another model of Wan's."""
     own = pipe.latents.channels
-    if pipe.vae is not None and pipe.vae.config.z_dim != own:
-        raise ValueError(
-            f"vae has {pipe.vae.config.z_dim} channels, expected {own}; take the vae of the repository of dit."
-        )
     for name in pipe.in_iteration_models:
         network = getattr(pipe, name)
         found = network and (network.config.in_channels, network.config.out_channels)

@@ -130,15 +130,16 @@ def between_grey(pipe: "WanImageToVideoPipeline", frames: list[Image.Image], num
 
 
 class WanUnit_ImageFeatures(PipelineUnit):
-    """Computes `image_emb` (1, n, L, D), CLIP's states before its last layer, of `input_image` and of `end_image`."""
+    """Computes `image_emb` (1, n, L, D), CLIP's states before its last layer, of `input_image` and of `end_image`.
 
-    needs = "image_processor"
+    Wan 2.2 and Fun-InP have no CLIP; their first frame is in the condition alone.
+    """
 
     def __init__(self):
         super().__init__(output_params=("image_emb",), onload_model_names=("image_encoder",))
 
     def process(self, pipe, input_image, end_image):
-        if input_image is None:
+        if input_image is None or pipe.image_processor is None:
             return {}
         pipe.load_models_to_device(["image_encoder"])
         given = {"input_image": input_image, "end_image": end_image}

@@ -213,6 +213,7 @@ class WanVACEPipeline(WanPipeline):
         WanUnit_PromptEmbedder,
     )
 
-    def decode(self, latents: Tensor, request: Mapping[str, Any]) -> list[Image.Image]:
+    def pixels_of(self, latents: Tensor, request: Mapping[str, Any]) -> Tensor:
+        """Pixels (1, 3, F, H, W) in [-1, 1] of latents (1, 16, n + T, h, w), which begin with n references."""
         count = len(image_list(request["vace_reference_image"], "vace_reference_image"))
-        return super().decode(latents[:, :, count:], request)
+        return super().pixels_of(latents[:, :, count:], request)

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from diffusers import ZImageTransformer2DModel
-from PIL import Image
+from diffusers.models.transformers.transformer_z_image import SEQ_MULTI_OF
 from torch import Tensor
 
 from ..core.gradient import checkpoint_blocks
@@ -22,13 +22,12 @@ from ..diffusion.adapters.names import LayerNames
 from ..diffusion.base_pipeline import BasePipeline
 from ..diffusion.flow_match import linear_levels, time_shift
 from ..diffusion.pipeline.components import Folder, Network
-from ..diffusion.pipeline.image_units import IMAGE_UNITS, EditImageEmbedder, edit_images
+from ..diffusion.pipeline.image_units import IMAGE_UNITS, edit_images
 from ..diffusion.pipeline.request import EDIT_IMAGE_PIXELS, EditRequest
-from ..diffusion.pipeline.units import PipelineUnit
 from ..diffusion.pipeline.vae import Latents
 from ..diffusion.prompts.embedder import PromptEmbedder
-from ..diffusion.prompts.hidden_states import hidden_states
-from .autoencoders.kl import NormalisedAutoencoderKL
+from ..diffusion.prompts.hidden_states import penultimate_state
+from .autoencoders.kl import FLUX1_STATISTICS, NormalisedAutoencoderKL
 from .controlnets.z_image import (
     CONTROL_FAMILY,
     ZImageControlNet,
@@ -36,6 +35,7 @@ from .controlnets.z_image import (
     ZImageUnit_ControlEmbedder,
     block_samples,
 )
+from .edit_images.z_image import ZImageUnit_EditImageEmbedder, ZImageUnit_EditImageFeatures
 
 __all__ = ["ModelConfig", "ZImagePipeline"]
 
@@ -91,22 +91,35 @@ def model_fn_z_image(
         checkpoint_blocks(network, use_gradient_checkpointing, use_gradient_checkpointing_offload)
     clean_time = 1 - timestep / 1000
     images = by_sample([image.to(dit.dtype).unsqueeze(2) for image in (*edit_latents, latents)])
-    texts = [
-        list(text.tensor_split(np.cumsum(lengths).tolist())[:-1])  # the rest is padding
-        for text, lengths in zip(prompt_emb.to(dit.dtype), prompt_emb_lengths, strict=True)
-    ]
+    texts = text_pieces(prompt_emb.to(dit.dtype), prompt_emb_lengths)
     if dit.config.siglip_feat_dim is None:
         inputs = {"x": [image for (image,) in images], "cap_feats": [text for (text,) in texts], "t": clean_time}
-        if control_latents:
-            samples = block_samples(controlnets, dit, inputs, control_latents, controlnet_scale)
-            inputs["controlnet_block_samples"] = samples
     else:
-        features = [[*own, None] for own in by_sample([feature.to(dit.dtype) for feature in edit_features])]
-        marks = [CLEAN] * len(edit_latents) + [NOISY]
-        inputs = {"x": images, "cap_feats": texts, "t": clean_time, "image_noise_mask": [marks] * len(images)}
-        inputs["siglip_feats"] = features or [None] * len(images)
+        features = by_sample([feature.to(dit.dtype) for feature in edit_features])
+        inputs = {"x": images, "cap_feats": texts, "t": clean_time, **omni_inputs(images, features)}
+    if control_latents:
+        samples = block_samples(controlnets, dit, inputs, control_latents, controlnet_scale)
+        inputs["controlnet_block_samples"] = samples
     velocities = dit(**inputs, return_dict=False)[0]
     return -torch.stack(velocities).squeeze(2)
+
+
+def text_pieces(embeddings: Tensor, lengths: Sequence[Sequence[int]]) -> list[list[Tensor]]:
+    """Text embeddings (B, L, D) of each sample without padding, cut into pieces of so many tokens."""
+    cuts = [np.cumsum(own).tolist() for own in lengths]
+    return [list(text.tensor_split(places)[:-1]) for text, places in zip(embeddings, cuts, strict=True)]
+
+
+def omni_inputs(images: Sequence[Sequence[Tensor]], features: Sequence[Sequence[Tensor]]) -> dict[str, list]:
+    """Arguments of Omni's call: which image of each sample is noisy, its last one, and features of the others.
+
+    Args:
+        images: Each sample's latents (16, 1, h, w).
+        features: Each sample's features (h', w', D') of its images to edit; none if it has no such images.
+    """
+    marks = [CLEAN] * (len(images[0]) - 1) + [NOISY]
+    features = [[*own, None] for own in features]
+    return {"image_noise_mask": [marks] * len(images), "siglip_feats": features or [None] * len(images)}
 
 
 def by_sample(batches: Sequence[Tensor]) -> list[list[Tensor]]:
@@ -125,17 +138,11 @@ class ZImageUnit_PromptEmbedder(PromptEmbedder):
 
     def tokenize(self, pipe, prompt, max_sequence_length, edit_image=None):
         images = edit_images(edit_image, True, EDIT_IMAGE_PIXELS)
-        if images and pipe.siglip_processor is None:
-            raise ValueError(
-                "edit_image is given, but this Z-Image reads no images; take model=z_image_omni, or leave it out."
-            )
         options = {"max_length": max_sequence_length, "truncation": True, "return_tensors": "pt"}
         return [{"input_ids": pipe.tokenizer([text], **options).input_ids} for text in pieces(prompt, len(images))]
 
     def embed(self, pipe: "ZImagePipeline", tokens: Mapping[str, Tensor]) -> Tensor:
-        decoder = pipe.text_encoder.get_decoder()
-        (states,) = hidden_states(decoder, [decoder.config.num_hidden_layers - 1], **tokens)
-        return states
+        return penultimate_state(pipe.text_encoder.get_decoder(), **tokens)
 
 
 def pieces(prompt: str, images: int = 0) -> list[str]:
@@ -148,23 +155,6 @@ def pieces(prompt: str, images: int = 0) -> list[str]:
         f"<|vision_end|>{prompt}<|im_end|>\n<|im_start|>assistant\n<|vision_start|>",
         "<|vision_end|><|im_end|>",
     ]
-
-
-class ZImageUnit_EditImageEmbedder(EditImageEmbedder):
-    needs = "siglip_processor"
-
-
-class ZImageUnit_EditImageFeatures(PipelineUnit):
-    """Computes the features (1, h, w, D) of each image to edit."""
-
-    needs = "siglip_processor"
-
-    def __init__(self):
-        super().__init__(output_params=("edit_features",), onload_model_names=("siglip",))
-
-    def process(self, pipe, edit_image, edit_image_auto_resize, edit_image_pixels):
-        images = edit_images(edit_image, edit_image_auto_resize, edit_image_pixels)
-        return {"edit_features": [pipe.image_features(image) for image in images]} if images else {}
 
 
 # Pipeline -------------------------------------------------------------------------------------------------------------
@@ -195,7 +185,7 @@ class ZImagePipeline(BasePipeline):
         "tokenizer": Folder("AutoTokenizer", needed_by="text_encoder"),
         "siglip_processor": Folder("Siglip2ImageProcessorPil"),
     }
-    latents = Latents(channels=16, factor=8, patch=2)
+    latents = Latents(channels=16, factor=8, patch=2, statistics=FLUX1_STATISTICS)
     control_family = CONTROL_FAMILY
     model_fn = staticmethod(model_fn_z_image)
     sigma_grid = staticmethod(z_image_sigmas)
@@ -209,13 +199,43 @@ class ZImagePipeline(BasePipeline):
         ZImageUnit_PromptEmbedder,
     )
 
-    def image_features(self, image: Image.Image) -> Tensor:
-        """SigLIP's features (1, h, w, D) of an image, one per patch."""
-        arrays = self.siglip_processor(images=[image], return_tensors="np")
-        height, width = arrays["spatial_shapes"][0].tolist()
-        tensors = {name: torch.from_numpy(array).to(self.device) for name, array in arrays.items()}
-        features = self.siglip(**tensors).last_hidden_state[:, : height * width]
-        return features.unflatten(1, (height, width))
+    def check_networks(self) -> None:
+        super().check_networks()
+        if self.dit is None:
+            return
+        width, made = self.dit.config.siglip_feat_dim, self.siglip and self.siglip.config.hidden_size
+        if width is not None and made is None:
+            raise ValueError("dit is Omni's transformer, which reads features of siglip; take model=z_image_omni.")
+        if width != made:
+            reads = "reads no features of images" if width is None else f"reads features of width {width}"
+            raise ValueError(
+                f"dit {reads}, but siglip makes those of width {made}: they are of different models; take the "
+                "transformer of model=z_image_omni, or set model.siglip=null and model.siglip_processor=null."
+            )
+
+    def complete(self, request: Mapping) -> dict:
+        whole = super().complete(request)
+        if self.dit is not None:
+            self._check_positions(whole)
+        return whole
+
+    def _check_positions(self, request: Mapping) -> None:
+        """Refuse a request that is beyond the network's tables of positions: of text, of rows, of columns."""
+        text, *sides = self.dit.config.axes_lens
+        ends = [length * self.latents.multiple for length in sides]
+        if request["height"] > ends[0] or request["width"] > ends[1]:
+            raise ValueError(
+                f"height x width is {request['height']} x {request['width']}, but the positions of dit end at "
+                f"{ends[0]} x {ends[1]} pixels; set smaller ones."
+            )
+        most = (text - 2) // SEQ_MULTI_OF * SEQ_MULTI_OF  # the first position is free, and the image has the last
+        for prompt in (request.get("prompt"), request["negative_prompt"]) if self.tokenizer is not None else ():
+            count = min(len(self.prompt_tokens("tokenizer", prompt or "")), request["max_sequence_length"])
+            if count > most:
+                raise ValueError(
+                    f"The prompt has {count} tokens, but the positions of dit end at {most}; shorten it, or set "
+                    f"model.max_sequence_length={most} or less."
+                )
 
     def prompt_text(self, prompt: str) -> str:
         (text,) = pieces(prompt)

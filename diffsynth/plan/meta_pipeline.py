@@ -14,8 +14,8 @@ from torch import nn
 from transformers import BatchEncoding
 
 from ..core.loader import ModelConfig, read_object
+from ..diffusion.architectures import architectures, names, released_config
 from ..diffusion.base_pipeline import BasePipeline
-from ..diffusion.pipeline.architectures import architectures, names, released_config
 from ..diffusion.pipeline.components import Folder, Network
 
 IMAGE_INPUTS = ("pixel_values", "image_grid_thw", "mm_token_type_ids")  # of transformers' vision-language models
@@ -26,6 +26,9 @@ class Architecture:
     """A model's config.json, as a path or as its content; takes the place of a `ModelConfig` but has no weights."""
 
     config: Path | Mapping
+
+    def check_path(self, name: str, made_by: str = "") -> None:
+        """Accept everything, because there are no files."""
 
     def resolve(self) -> None:
         """Return no files, because there are no weights."""
@@ -75,6 +78,8 @@ def meta_pipeline(model: Callable[..., BasePipeline], tokens: int) -> BasePipeli
     """
     parts = _parts(model)
     networks, given = model.func.__self__.networks(), _networks(model)
+    for name, part in given.items():
+        part.check_path(name, networks[name].made_by)
     found = {name: find_config(part, networks[name], name, given.values()) for name, part in given.items()}
     architectures_of = {name: Architecture(config) for name, config in found.items()}
     folders = {n: part for n, part in model.func.__self__.components.items() if isinstance(part, Folder)}

@@ -186,11 +186,16 @@ class Planner:
         return [self._between_steps("evaluate", size, lambda: self.rehearsal.evaluate(row, BANDS))]
 
     def sampling(self) -> list[StageMemory]:
-        """Return the stage of sampling the validation's prompts."""
-        validation, pipe = self.run.validation, self.rehearsal.module.pipe
-        if not (validation.prompts or validation.shown_rows(pipe)):
+        """Return the stage of sampling what the validation shows: a row with its own inputs, or else a prompt."""
+        validation, module = self.run.validation, self.rehearsal.module
+        pipe = module.pipe
+        is_sampled = validation.shown_rows(module) or validation.metrics
+        rows = validation.row_requests(module, 1 if is_sampled else 0)
+        prompts = [{"prompt": prompt} for prompt in validation.prompts]
+        requests = [*(request for own in rows.values() for request in own), *prompts]
+        if not requests:
             return []
-        request = {"prompt": (*validation.prompts, "a picture")[0], **with_images(pipe, validation.options)}
+        request = {**with_images(pipe, validation.options), **requests[0]}
         size = pipe.media.requested_size(pipe.complete(request))
         return [self._between_steps("sample", size, lambda: self.rehearsal.sample(request))]
 

@@ -1,6 +1,6 @@
 """Shows a plan as a Markdown table and as an SVG chart."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from html import escape
 
 from .plan import Plan, StageMemory
@@ -12,12 +12,12 @@ COLOURS = {"weights": "#4c78a8", "optimizer": "#f58518", "gradients": "#e45756",
 BAR, GAP, LEFT, WIDTH = 22, 10, 170, 900  # height of a bar, gap below it, left margin and width of the chart, in pixels
 
 
-def table(plan: Plan, needed: int | None = None) -> str:
+def table(plan: Plan, needed: Callable[[int], int] | None = None) -> str:
     """Return the stages and the shares of a plan, in GiB, as two Markdown tables.
 
     Args:
         plan: The plan.
-        needed: Estimated bytes that a GPU must have free for the training; None for other devices.
+        needed: Estimates the bytes that a GPU must have free for a peak in bytes; None for other devices.
     """
     lines = [
         "Memory of one device in each stage, the largest peak of which must fit (`cache` is make_cache.py):",
@@ -36,7 +36,11 @@ def table(plan: Plan, needed: int | None = None) -> str:
     lines += [_line((str(s.devices), s.engine, _gib(s.device), _gib(s.host))) for s in shares]
     lines += ["", f"To be downloaded: {_gib(plan.download) or 0} GiB."]
     if needed is not None:
-        lines.append(f"A GPU needs about {_gib(needed)} GiB with what its allocator and context take: an estimate.")
+        peaks = {"training": plan.worst.peak}
+        caches = [stage.peak for stage in plan.stages if stage.name == "cache"]
+        peaks |= {"make_cache.py": max(caches)} if caches else {}
+        each = "; ".join(f"{name} {_gib(needed(peak))} GiB" for name, peak in peaks.items())
+        lines.append(f"A GPU needs about, with what its allocator and context take (an estimate): {each}.")
     return "\n".join(lines)
 
 

@@ -17,6 +17,7 @@ from ..core.files import write_text
 from ..core.json_text import read_json, read_lines, to_json
 from ..core.masking import masked
 from ..core.process.console import keep_console
+from ..core.process.library_warnings import drop_needless_warnings
 from ..core.regular import require_regular
 
 logger = logging.getLogger(__name__)
@@ -45,6 +46,7 @@ PANELS = {
 def explained() -> Iterator[None]:
     """Inside, a folder that is no run's, or a damaged file in it, exits with an error of one line."""
     keep_console()
+    drop_needless_warnings()
     try:
         yield
     except (ValueError, OSError) as error:

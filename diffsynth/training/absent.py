@@ -11,8 +11,7 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
     from torch import Tensor
 
-    from ..diffusion.base_pipeline import BasePipeline
-    from ..diffusion.training_module import DiffusionTrainingModule
+    from ..diffusion.training_module import DiffusionTrainingModule, PipelineTrainingModule
     from .ema import EMA
     from .state import TrainingState
 
@@ -100,7 +99,7 @@ class NoValidation:
     def models(self, module: "DiffusionTrainingModule") -> set[str]:
         return set()
 
-    def shown_rows(self, pipe: "BasePipeline") -> int:
+    def shown_rows(self, module: "PipelineTrainingModule") -> int:
         return 0
 
     def due(self, step: int, done: bool) -> bool:

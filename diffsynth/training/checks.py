@@ -6,12 +6,14 @@ from typing import TYPE_CHECKING, Any
 
 from accelerate.utils import gather_object
 
-from ..core.data import BatchLayout, TrainingData
+from ..core.data import BatchLayout, TrainingData, UnifiedDataset
 from ..core.files import check_writable
+from ..diffusion.pipeline.request import image_arguments
 from ..diffusion.template.rows import prepare_data, required_columns
 from .engines import Engine
 
 if TYPE_CHECKING:
+    from ..diffusion.base_pipeline import BasePipeline
     from ..diffusion.loss import Objective
     from ..diffusion.pipeline.media import Media
     from ..diffusion.template.model import Template
@@ -36,6 +38,8 @@ def check_run(run: "Run", engine: Engine) -> None:
     check_sides(run.dataset, run.latents.multiple)
     for dataset in run.validation.datasets.values():
         scan(dataset, run.media, run.task, run.template)
+    for dataset in (run.dataset, *run.validation.datasets.values()):
+        check_images(dataset, run.task, run.model.func.__self__)
     if run.samples is None:  # the first few may have one size
         check_one_size(run.dataset, layout.micro_batch_size)
     run.validation.check(run.ema)
@@ -71,6 +75,25 @@ def scan(dataset: TrainingData, media: "Media", task: "Objective", template: "Te
     """Prepare a data set for the task, then check its rows; see `TrainingData.scan`."""
     prepare_data(dataset, media, task, template)
     dataset.scan(required=required_columns(media, task, template))
+
+
+def check_images(dataset: TrainingData, task: "Objective", pipeline: "type[BasePipeline]") -> None:
+    """Check that the columns that the task reads as images are read as files, or made by conditions.
+
+    Raises:
+        ValueError: One is not, so that its cells are the names of files; names what to set.
+    """
+    images = {*image_arguments(pipeline.request), "loss_mask"}
+    columns = [column for name, column in task.row_inputs.items() if name in images]
+    for name, own in dataset.datasets.items():
+        if not isinstance(own, UnifiedDataset):
+            continue
+        for column in [column for column in columns if column not in {*own.operators, *own.conditions}]:
+            key = f"dataset.datasets.{name}" if name else "dataset"
+            raise ValueError(
+                f"{own.metadata_path}: the column {column} is read as an image, but its cells are not read as files; "
+                f"set {key}.data_file_keys=[{','.join([*own.data_file_keys, column])}]."
+            )
 
 
 def check_regularisation(dataset: TrainingData, task: "Objective") -> None:

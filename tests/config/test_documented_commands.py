@@ -115,7 +115,7 @@ def test_commands_are_found_in_documents():
         [("train", [f"lora.rank={r}", f"optimizer.lr={lr}"]) for r in (4, 8) for lr in ("0.0001", "0.0002")],
         [("train", ["model=qwen_image", "dataset.path=my pictures"])],
         [("train", ["device=cpu"])],
-        [("train", ["model=chroma", "optimizer.lr=1e-4"])],  # the first of the models
+        [("train", ["model=anima", "optimizer.lr=1e-4"])],  # the first of the models
         [("generate", ["lora_path=outputs/sft-x"])],
         [("train", ["lora.rank=2"])],
     ]

@@ -40,7 +40,14 @@ MEANINGFUL = {
         ),
         *("num_warmup_steps", "num_decay_steps", "eps", "exponential_shift_mu", "embedded_guidance"),
         *("low", "high", "blur", "strokes", "boxes", "objects", "whole", "inside", "outside"),
-        *("controlnet_scale", "controlnet_start", "controlnet_end", "controlnet_mode"),
+        *(
+            "vace_scale",
+            "given_probability",
+            "controlnet_scale",
+            "controlnet_start",
+            "controlnet_end",
+            "controlnet_mode",
+        ),
     },
 }
 WRONG = [-1, 0, 1e30, 10**30, math.nan, math.inf, "high", True]

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from miniatures import flux1
 
 from diffsynth.core.context_parallel import TokenSplit, check_splittable
-from diffsynth.pipelines.qwen_image import QwenImageAttnProcessor
+from diffsynth.pipelines.networks.qwen_image import QwenImageAttnProcessor
 from diffsynth.plan.first_device import FirstOf
 
 CASES = ["alone", "padded", "checkpointed", "kv_cache", "further text"]

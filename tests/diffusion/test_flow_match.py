@@ -201,7 +201,7 @@ def test_a_spread_of_noise_levels_that_is_not_above_0_is_refused(std):
 
 
 def test_logit_normal_timesteps_have_the_quantiles_they_are_named_after():
-    sigmas = LogitNormalTimesteps(mean=0.3, std=0.7)(None, torch.tensor([0.0, 0.1587, 0.5, 0.8413]))
+    sigmas = LogitNormalTimesteps(mean=0.3, std=0.7)(scheduler_of("qwen"), torch.tensor([0.0, 0.1587, 0.5, 0.8413]))
     assert 0 < sigmas[0] < 0.05
     assert_close(sigmas[1:].logit(), [0.3 - 0.7, 0.3, 0.3 + 0.7], atol=1e-3)
 

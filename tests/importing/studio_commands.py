@@ -130,6 +130,7 @@ MANY_FLAGS = Case(
         framewise_decoding=True,
         noise_scale="0.5",
         embedded_guidance="1",
+        seed="42",
         made_up="3",
     ),
     [
@@ -139,7 +140,7 @@ MANY_FLAGS = Case(
         "model.tokenizer.path=w/tokenizer 'dataset.path=my pictures' dataset.metadata=elsewhere/table.jsonl "
         "dataset.data_file_keys=[image,loss_mask] dataset.height=512 dataset.width=768 task.extra_inputs=[loss_mask] "
         "task.timesteps.max_boundary=0.358 task.timesteps.min_boundary=0.1 lora.rank=16 lora.checkpoint=a.safetensors "
-        "lora.preset=b.safetensors optimizer.weight_decay=0.1 max_steps=null "
+        "lora.preset=b.safetensors optimizer.weight_decay=0.1 max_steps=null seed=42 "
         "memory.offload_activations=true memory.storage=nf4 memory.stored=[text_encoder] export.save_steps=25 "
         "logger.trackers.wandb.project=emoji"
     ],
@@ -386,6 +387,25 @@ WAN = Case(
     ],
     {"remove_prefix_in_ckpt", "model_paths"},
 )
+ANIMA = Case(
+    launch(
+        "anima",
+        **DATA,
+        model_id_with_origin_paths=",".join(
+            f"circlestone-labs/Anima:split_files/{file}.safetensors"
+            for file in ("diffusion_models/anima-preview", "text_encoders/qwen_3_06b_base", "vae/qwen_image_vae")
+        ),
+        tokenizer_path="Qwen/Qwen3-0.6B:./",
+        tokenizer_t5xxl_path="stabilityai/stable-diffusion-3.5-large:tokenizer_3/",
+        lora_base_model="dit",
+        lora_target_modules="q_proj,k_proj,v_proj,output_proj,layer1,layer2",
+    ),
+    [
+        "accelerate launch train.py model=anima dataset=image_folder lr_scheduler=constant dataset.path=data/set "
+        "dataset.metadata=metadata.csv max_steps=null batch_size=1 export.formats=[diffsynth] export.save_steps=null"
+    ],
+    {"tokenizer_path", "tokenizer_t5xxl_path"},
+)
 CASES = {
     "lora": LORA,
     "many_flags": MANY_FLAGS,
@@ -397,4 +417,5 @@ CASES = {
     "controlnet": CONTROLNET,
     "two_experts": TWO_EXPERTS,
     "wan": WAN,
+    "anima": ANIMA,
 }

@@ -15,8 +15,8 @@ from diffsynth.config import check
 from diffsynth.diffusion.adapters.lora import find_layers
 from diffsynth.importing.__main__ import main
 from diffsynth.importing.flags import FLAGS
-from diffsynth.importing.ours import OurCommand
-from diffsynth.importing.parsing import Command, read_commands
+from diffsynth.importing.ours import OurCommand, OurStatement
+from diffsynth.importing.parsing import read_commands
 from diffsynth.importing.printing import printed
 from diffsynth.importing.translate import translate
 
@@ -27,7 +27,7 @@ def written(case: Case, folder: Path) -> Path:
 
 
 def translated(case: Case, folder: Path, **options) -> list[OurCommand]:
-    return [each for each in translate(written(case, folder), **options) if isinstance(each, OurCommand)]
+    return [each for statement in translate(written(case, folder), **options) for each in statement.commands]
 
 
 def said(ours: OurCommand) -> set[str]:
@@ -45,8 +45,8 @@ def test_each_command_becomes_one_of_ours(name, tmp_path):
 
 
 def test_the_cases_have_every_flag_of_the_table(tmp_path):
-    commands = [each for case in CASES.values() for each in read_commands(written(case, tmp_path))]
-    given = {flag.removeprefix("dmd2_") for each in commands if isinstance(each, Command) for flag in each.flags}
+    found = [each for case in CASES.values() for each in read_commands(written(case, tmp_path))]
+    given = {flag.removeprefix("dmd2_") for each in found for command in each.commands for flag in command.flags}
     assert FLAGS.keys() <= given
 
 
@@ -58,10 +58,17 @@ def commands_in(script: str) -> list[tuple[str, list[str]]]:
     return [(line[start].removesuffix(".py"), line[start + 1 :]) for line, start in zip(words, starts, strict=True)]
 
 
+def without_what_is_refused(ours: list[OurStatement]) -> list[OurCommand]:
+    """The commands that remain for someone who decides to do without it."""
+    return [replace(command, refused={}, unknown=[]) for each in ours for command in each.commands]
+
+
 @pytest.mark.parametrize("exact", [False, True])
 @pytest.mark.parametrize("name", tiny.mostly_slow(CASES, "lora", "two_experts"))
 def test_every_printed_command_composes(name, exact, tmp_path):
-    found = commands_in(printed(translate(written(CASES[name], tmp_path), exact=exact)))
+    ours = translate(written(CASES[name], tmp_path), exact=exact)
+    assert len(commands_in(printed(ours))) == sum(each.is_complete for each in translated(CASES[name], tmp_path))
+    found = commands_in(printed([OurStatement([each]) for each in without_what_is_refused(ours)]))
     assert len(found) == len(CASES[name].ours)
     for entry, overrides in found:
         check(tiny.compose(entry, *overrides), tiny.schema(entry))
@@ -133,7 +140,7 @@ def test_a_model_that_cannot_be_inferred_is_asked_for(tmp_path):
     assert "flux2_klein_4b, flux2_klein_base_4b have these files; type one of them, model=…" in ours.problem
     unnamed = Case(launch("qwen_image", dataset_base_path="d", lora_base_model="dit"), [])
     (ours,) = translated(unnamed, tmp_path)
-    assert "type the model behind it, such as model=qwen_image" in ours.problem
+    assert "type the model behind the file, such as model=qwen_image" in ours.problem
     (ours,) = translated(unnamed, tmp_path, model="qwen_image")
     assert not ours.problem and ours.overrides[0] == "model=qwen_image"
     with pytest.raises(ValueError, match="model=wan: there is no such model; expected one of .*flux2_dev"):
@@ -144,7 +151,7 @@ def test_a_command_that_would_train_nothing_of_theirs_is_not_printed(tmp_path):
     flags = {"model_id_with_origin_paths": QWEN, "trainable_models": "blockwise_controlnet"}
     (ours,) = translated(Case(launch("qwen_image", dataset_base_path="d", **flags), []), tmp_path)
     assert ours.problem.startswith("--trainable_models: qwen_image has no component blockwise_controlnet to train yet")
-    assert commands_in(printed([ours])) == []
+    assert commands_in(printed([OurStatement([ours])])) == []
 
 
 def test_what_we_refuse_is_named_with_what_to_do(tmp_path, capsys):
@@ -160,11 +167,82 @@ def test_what_we_refuse_is_named_with_what_to_do(tmp_path, capsys):
     assert "theirs a third of it" in text and "type batch_size=N" in text
 
 
+WEIGHTS = f"--model_id_with_origin_paths '{QWEN}' --lora_base_model dit"
+TRAINING = f"accelerate launch train.py --dataset_base_path d {WEIGHTS}"
+
+
+@pytest.mark.parametrize(
+    "text, said",
+    [
+        (TRAINING.replace("path d", "path $DATA"), "--dataset_base_path: the shell puts another text into $DATA"),
+        (f"{TRAINING} --output_path `date`", "--output_path: the shell puts another text into `date`"),
+        (f"for lr in 1 2; do\n  {TRAINING} --learning_rate $lr\ndone", "--learning_rate: the shell puts another"),
+        (f"{TRAINING} --made_up 3 2>&1 | tee log", "--made_up 3"),
+        (
+            f"{TRAINING} && python examples/validate.py",
+            "Not possible yet: examples/validate.py is a Python script that",
+        ),
+        (
+            "python train.py --foo",
+            "Not possible yet: the command names no weights; if it is one of DiffSynth-Studio's, type",
+        ),
+        (f"{TRAINING} --gradient_accumulation_steps two", "--gradient_accumulation_steps is 'two'; expected a whole"),
+        (TRAINING.replace("train.py", "train.py stray"), "Not possible yet: 'stray' after"),
+    ],
+)
+def test_a_command_that_would_do_something_else_than_theirs_is_a_comment(text, said, tmp_path, capsys):
+    assert main([str(written(Case(f"{text}\n{TRAINING}", []), tmp_path))]) == 1
+    *before, last = capsys.readouterr().out.partition("# What differs")[0].strip().partition("\naccelerate launch")
+    assert all(line.startswith("#") or not line for line in before[0].splitlines()) and said in before[0]
+    assert "model=qwen_image" in last
+
+
+def test_what_differs_is_said_of_its_command(tmp_path):
+    text = f"cd a && {TRAINING}\n{TRAINING} --seed 42\n{TRAINING} --save_steps 2"
+    lines = printed(translate(written(Case(text, []), tmp_path))).splitlines()
+    assert any(
+        line.startswith("#   Command 1 of 3: cd a is left out: start the command in the folder") for line in lines
+    )
+    assert any(line.startswith("#   Commands 1, 3 of 3: Samples, noise and timesteps follow") for line in lines)
+    assert "#   Weights are trained in fp32, theirs in bf16." in lines and "    seed=42 \\" in lines
+
+
+CONTROL = ",".join(
+    [
+        *(f"Tongyi-MAI/Z-Image-Turbo:{name}/x.safetensors" for name in ("transformer", "text_encoder")),
+        "a/ControlNet:b.st",
+    ]
+)
+
+
+@pytest.mark.parametrize("trained", [{"trainable_models": "controlnet"}, {"lora_base_model": "dit"}])
+def test_a_controlnet_of_a_transformer_without_an_option_takes_the_option_of_its_pipeline(trained, tmp_path):
+    flags = {"model_id_with_origin_paths": CONTROL, "extra_inputs": "controlnet_image", **trained}
+    (ours,) = translated(Case(launch("z_image", dataset_base_path="d", **flags), []), tmp_path)
+    assert ours.is_complete and ours.overrides[0] == "model=z_image_controlnet"
+    assert {"model.dit.model_id=Tongyi-MAI/Z-Image-Turbo", "model.controlnet.model_id=a/ControlNet"} < {*ours.overrides}
+    flags["model_id_with_origin_paths"] = CONTROL.rpartition(",")[0]
+    (alone,) = translated(
+        Case(launch("z_image", dataset_base_path="d", **{**flags, "lora_base_model": "dit"}), []), tmp_path
+    )
+    assert any("has no input controlnet_image" in why for why in alone.refused)
+
+
+def test_the_mask_of_flux_fill_has_our_name(tmp_path):
+    files = "black-forest-labs/FLUX.1-Fill-dev:flux1-fill-dev.safetensors"
+    keys = {"data_file_keys": "image,flux_fill_image,flux_fill_mask", "extra_inputs": "flux_fill_image,flux_fill_mask"}
+    flags = {"model_id_with_origin_paths": files, "lora_base_model": "dit", **keys}
+    (ours,) = translated(Case(launch("flux", dataset_base_path="d", **flags), []), tmp_path)
+    assert ours.is_complete and any("rename it in the table" in how for how in ours.differs)
+    cfg = tiny.compose("train", *ours.overrides)
+    assert cfg.task.extra_inputs == ["inpaint_mask"] and cfg.dataset.data_file_keys == ["image", "inpaint_mask"]
+
+
 @pytest.mark.parametrize("value", ["0", "2.5", "thirty"])
 def test_a_value_that_our_check_refuses_makes_no_command(value, tmp_path):
     (ours,) = translated(replace(LORA, text=LORA.text.replace('"32"', value).replace("'32'", value)), tmp_path)
     assert ours.problem.startswith("lora.rank is ") and not ours.is_complete
-    assert commands_in(printed([ours])) == []
+    assert commands_in(printed([OurStatement([ours])])) == []
 
 
 @pytest.mark.parametrize(

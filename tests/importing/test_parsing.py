@@ -3,6 +3,8 @@
 from dataclasses import replace
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from studio_commands import KLEIN, KLEIN_TARGETS, QWEN
 
 from diffsynth.importing.data import base_path, extra_inputs, file_keys
@@ -10,6 +12,7 @@ from diffsynth.importing.launch import launch_of
 from diffsynth.importing.lines import Differs, Set
 from diffsynth.importing.models import LACKING, Files, find_model, known_models
 from diffsynth.importing.parsing import Command, read_commands
+from diffsynth.importing.shell import statements
 from diffsynth.importing.theirs import Theirs
 from diffsynth.importing.trained import lora_targets, streaming
 from diffsynth.importing.translate import PROJECT
@@ -22,9 +25,16 @@ KLEIN_4B, QWEN_IMAGE = (
 TRAIN = "accelerate launch train.py"
 
 
-def read(text: str, folder, name: str = "theirs.sh") -> list[Command | str]:
+def read(text: str, folder, name: str = "theirs.sh") -> list[Command]:
     (folder / name).write_bytes(text.encode())
-    return read_commands(folder / name)
+    return [command for statement in read_commands(folder / name) for command in statement.commands]
+
+
+def written_back(text: str, folder) -> list[str]:
+    """The statements of a script with T in the place of each training."""
+    (folder / "theirs.sh").write_text(text, encoding="utf-8")
+    parts = [statement.parts for statement in read_commands(folder / "theirs.sh")]
+    return ["".join(part if isinstance(part, str) else "T" for part in each) for each in parts]
 
 
 @pytest.mark.parametrize(
@@ -57,13 +67,80 @@ def test_a_list_of_files_may_have_several_lines(tmp_path):
     assert command.flags["model_paths"].split() == ["[", '"a/b.safetensors",', '["c",', '"d"]', "]"]
 
 
-def test_other_commands_stay_and_their_python_scripts_do_not(tmp_path):
-    text = (
-        f"modelscope download 'a b'\nCUDA_VISIBLE_DEVICES=0,1 {TRAIN} --task sft\npython examples/validate.py --seed 1"
-    )
-    download, command, validation = read(text, tmp_path)
-    assert download == "modelscope download 'a b'" and command.before == ("CUDA_VISIBLE_DEVICES=0,1",)
-    assert validation == "# Not carried over: python examples/validate.py --seed 1"
+@pytest.mark.parametrize(
+    "statement",
+    [
+        'OUT="my models"',
+        'mkdir -p "$OUT" ~/data',
+        "echo s > log.txt 2>&1",
+        "ls | wc -l || true",
+        "modelscope download 'a b' && rm -f c",
+        "ARGS=(a 'b c'  # it's\n d)",
+        "cat <<'X' > notes\nit's; train.py --task sft\nX",
+        'echo "$(date "+%s; it\'s")" `hostname` ${A:-"b c"} $((1 + 2))',
+        "if [ -d a ]; then\n  rm -r a  # it's old\nfi",
+        "f() {\n  echo a; echo b\n}",
+        "case $A in\n  a) echo b ;;\n  *) echo c\nesac",
+        "sleep 9 &",
+        "echo a\xa0b\f",
+    ],
+)
+def test_other_commands_stay_as_they_are(statement, tmp_path):
+    assert written_back(f"# it's\n{statement}\n{TRAIN} --task sft", tmp_path) == [statement, "T"]
+
+
+@pytest.mark.parametrize(
+    "text, statements",
+    [
+        (f"{TRAIN} --task sft &> log", ["T &> log"]),
+        (f"{TRAIN} --task sft &>>log", ["T &>>log"]),
+        (f"{TRAIN} --task sft 2>&1 | tee log", ["T 2>&1 | tee log"]),
+        (f"{TRAIN} --task sft > log --lora_rank 8", ["T > log"]),
+        (f"{TRAIN} --task sft & {TRAIN} --task sft&", ["T &", "T&"]),
+        (f"{TRAIN} --task sft; wait", ["T", "wait"]),
+        (f"A=1 nohup env B=2 {TRAIN} --task sft &", ["A=1 nohup env B=2 T &"]),
+        (f"mkdir a && cd a && {TRAIN} --task sft && echo done", ["mkdir a && T && echo done"]),
+        (f"(cd a; {TRAIN} --task sft) > log", ["(T) > log"]),
+        (f"for a in 1 2; do\n  {TRAIN} --lora_rank $a\ndone\necho", ["for a in 1 2; do\n  T\ndone", "echo"]),
+        ("torchrun --standalone train.py --task sft", ["T"]),
+    ],
+)
+def test_a_training_is_taken_out_of_its_statement(text, statements, tmp_path):
+    assert written_back(text, tmp_path) == statements
+
+
+def test_a_folder_that_a_script_goes_to_is_said(tmp_path):
+    (command,) = read(f"cd their/repository && {TRAIN} --task sft", tmp_path)
+    assert command.folder == "cd their/repository"
+    (tmp_path / "theirs.sh").write_text(f"cd their/repository || exit 1\n{TRAIN} --task sft", encoding="utf-8")
+    alone, _ = read_commands(tmp_path / "theirs.sh")
+    assert alone.parts == ("cd their/repository || exit 1",) and "the folder of train.py" in alone.problem
+
+
+def test_a_python_script_of_theirs_is_not_carried_over(tmp_path):
+    (tmp_path / "theirs.sh").write_text(f"{TRAIN} --task sft\npython examples/validate.py --seed 1", encoding="utf-8")
+    training, validation = read_commands(tmp_path / "theirs.sh")
+    assert not training.problem and validation.parts == ("python examples/validate.py --seed 1",)
+    assert validation.problem == "examples/validate.py is a Python script that is not of this project"
+
+
+def test_a_value_that_the_shell_makes_is_known_as_one(tmp_path):
+    flags = '--a $A --b "x/${B}" --c `date` --d $(date) --e ~/data --f \'a.*$\' --g "a.*$" --h \\$A --i=$I'
+    (command,) = read(f"{TRAIN} {flags}", tmp_path)
+    assert command.variables == {"a", "b", "c", "d", "e", "i"}
+    assert (command.flags["f"], command.flags["g"], command.flags["h"]) == ("a.*$", "a.*$", "$A")
+
+
+@given(st.text(alphabet="ab \n\t;&|<>()'\"\\$`#{}=~\xa0"))
+@settings(max_examples=200, deadline=None)
+def test_any_script_is_cut_into_its_own_text_or_refused(text):
+    try:
+        found = list(statements(text))
+    except ValueError as error:
+        assert "close the quote" in str(error)
+        return
+    places = [place for each in found for place in (each.start, each.end)]
+    assert places == sorted(places) and all(0 <= place <= len(text) for place in places)
 
 
 def test_false_and_null_are_absent_from_a_runs_arguments_and_zero_is_not(tmp_path):
@@ -76,9 +153,7 @@ def test_false_and_null_are_absent_from_a_runs_arguments_and_zero_is_not(tmp_pat
     "text, error",
     [
         ("echo nothing", "has no command of DiffSynth-Studio; expected a script with `accelerate launch"),
-        (f"{TRAIN} --task 'sft", "No closing quotation; close the quote"),
-        (f"{TRAIN} stray --task sft", "'stray' after train.py belongs to no flag; expected --flag value"),
-        ("torchrun train.py --task sft", "'torchrun' starts train.py; expected accelerate launch train.py"),
+        (f"{TRAIN} --task 'sft", "line 1: No closing quotation for .*; close the quote"),
         ('{"task": ', "theirs.sh is no JSON"),
     ],
 )
@@ -87,9 +162,28 @@ def test_a_file_that_is_none_of_theirs_is_refused(text, error, tmp_path):
         read(text, tmp_path)
 
 
+@pytest.mark.parametrize(
+    "text, problem",
+    [
+        (f"{TRAIN} stray --task sft", "'stray' after train.py belongs to no flag; expected --flag value"),
+        (f'{TRAIN} --task sft "${{ARGS[@]}}"', ""),
+        ("deepspeed --num_gpus 2 train.py --task sft", "'deepspeed' starts train.py; expected accelerate launch"),
+        ("accelerate launch --num_processes $N train.py --task sft", "accelerate launch --num_processes $N: the shell"),
+    ],
+)
+def test_a_command_that_cannot_be_read_leaves_the_others(text, problem, tmp_path):
+    mistaken, command = read(f"{text}\n{TRAIN} --lora_rank 8", tmp_path)
+    assert mistaken.problem.startswith(problem) and bool(mistaken.problem) == bool(problem)
+    assert command == Command({"lora_rank": "8"}, "train.py")
+
+
 LAUNCHES = {
     ("", ""): (["accelerate", "launch"], 1),
     ("--num_processes 4 --mixed_precision bf16", ""): (["accelerate", "launch", "--num_processes", "4"], 4),
+    ("torchrun --nproc_per_node=2 --nnodes 2 --standalone", ""): (
+        ["accelerate", "launch", "--num_processes", "4", "--num_machines", "2"],
+        4,
+    ),
     ("--config_file full/accelerate_config_14B.yaml", ""): ("zero2_offload", [], 8),
     ("--config_file full/accelerate_config.yaml", ""): ("zero2", [], 8),
     ("--config_file a.yaml", "distributed_type: MULTI_GPU\nnum_processes: 2\n"): ("ddp", ["--num_processes", "2"], 2),

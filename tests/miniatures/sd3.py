@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection, CLIPTokenizer, T5Config, T5EncoderModel
 from transformers import T5TokenizerFast as T5Tokenizer
 
-from diffsynth.pipelines.sd3 import ENCODERS
+from diffsynth.pipelines.prompts.sd3 import ENCODERS
 from models.emoji_z_image.build import vae
 
 PARTS = {"dit": "transformer", "vae": "vae"} | {name: name for pair in ENCODERS.items() for name in pair}

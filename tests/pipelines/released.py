@@ -16,10 +16,10 @@ from diffsynth.core.data import SampleAddress
 from diffsynth.core.loader import build_module, save_safetensors
 from diffsynth.diffusion.adapters import files
 from diffsynth.diffusion.adapters.lora import LoRA
+from diffsynth.diffusion.architectures import architectures
 from diffsynth.diffusion.base_pipeline import BasePipeline
 from diffsynth.diffusion.flow_match import FlowMatchScheduler
 from diffsynth.diffusion.loss import FlowMatchSFT
-from diffsynth.diffusion.pipeline.architectures import architectures
 from diffsynth.diffusion.randomness import SampleRNG
 
 LEVELS = [0, 1, 250, 500, 750, 998, 999]

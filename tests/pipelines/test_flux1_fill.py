@@ -13,7 +13,7 @@ from torch.testing import assert_close
 
 from diffsynth.core.data import Row
 from diffsynth.diffusion.loss import FlowMatchSFT
-from diffsynth.pipelines.flux1_fill import Flux1FillPipeline
+from diffsynth.pipelines.flux1_fill import Flux1FillPipeline, white_pixels
 
 meta_has_autocast = contract.meta_has_autocast  # a fixture of a statement below
 FILL = Family(
@@ -87,3 +87,8 @@ def test_statements_of_the_contract_that_give_no_image_hold(statement, request):
     test = getattr(contract, f"test_{statement}")
     fixtures = [name for name in inspect.signature(test).parameters if name != "family"]
     test(FILL, *map(request.getfixturevalue, fixtures))
+
+
+def test_a_grey_is_white_from_128_on():
+    greys = [white_pixels(Image.new("L", (8, 8), grey), 8, 8) for grey in (127, 128)]
+    assert not greys[0].any() and greys[1].all()

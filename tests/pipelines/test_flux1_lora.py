@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from torch.testing import assert_close
 
 from diffsynth.diffusion.adapters import files
-from diffsynth.pipelines.flux1_image import LORA_NAMES
+from diffsynth.pipelines.networks.flux1 import LORA_NAMES
 
 DEV, CHROMA = (next(f for f in FAMILIES if f.name == name) for name in ("flux1_dev", "chroma"))
 WIDTH = 3072
@@ -64,3 +64,26 @@ def test_a_lora_of_clip_has_the_names_of_its_released_layers(tmp_path):
     found = files.read(file, pipe.layer_names("text_encoder"), pipe.text_encoder)
     assert pipe.adapted_by(file) == ["text_encoder"]
     assert_close(found["encoder.layers.1.self_attn.q_proj.lora_B.weight"], up)
+
+
+def test_kohyas_third_text_encoder_is_the_t5_which_is_the_second_here(tmp_path, caplog):
+    layer = "encoder.block.0.layer.0.SelfAttention.q"
+    pipe, name = DEV.build(), f"lora_te3_{layer.replace('.', '_')}"
+    file = released.assert_kohyas_file_is_read(pipe, name, layer, network="text_encoder_2", folder=tmp_path)
+    assert pipe.adapted_by(file) == ["text_encoder_2"] and not caplog.records
+
+
+def test_tensors_of_networks_that_the_model_does_not_have_are_named_once(tmp_path, caplog):
+    layer = "transformer_blocks.0.attn.to_q"
+    width = DEV.build().dit.get_submodule(layer).weight.shape[0]
+    keys = {
+        f"transformer.{layer}.lora_A.weight": torch.zeros(2, width),
+        f"transformer.{layer}.lora_B.weight": torch.zeros(width, 2),
+    }
+    keys |= {f"text_encoder_3.q.lora_{part}.weight": torch.zeros(2, 2) for part in "AB"}
+    save_file(keys, tmp_path / "lora.safetensors")
+    pipe = DEV.load()
+    pipe.check_adapters([tmp_path / "lora.safetensors"])
+    pipe.load_adapter(tmp_path / "lora.safetensors")
+    (record,) = caplog.records
+    assert "2 tensors, such as 'text_encoder_3.q.lora_A.weight', are of a network that" in record.getMessage()

@@ -29,7 +29,8 @@ from diffsynth.diffusion.pipeline.units import run_units
 from diffsynth.diffusion.randomness import SampleRNG
 from diffsynth.diffusion.training_module import PipelineTrainingModule, prepare_training
 from diffsynth.pipelines import flux2_image
-from diffsynth.pipelines.flux2_image import Flux2ImagePipeline, Flux2VAE, ModelConfig, text_depths, text_embeddings
+from diffsynth.pipelines.flux2_image import TEXT_DEPTHS, Flux2ImagePipeline, Flux2VAE, ModelConfig
+from diffsynth.pipelines.shared.flux import text_depths, text_embeddings
 from models.emoji.build import captions
 
 EMBEDDED = Path(__file__).parents[2] / "models" / "emoji_flux2"
@@ -189,7 +190,7 @@ def test_no_layer_above_three_quarters_is_run(repository):
     whole = decoder(ids, mask, output_hidden_states=True).hidden_states
     for module in (decoder.layers[3], *([pipe.text_encoder.lm_head])):
         module.register_forward_pre_hook(lambda *_: pytest.fail("is run"))
-    found = text_embeddings(decoder, ids, mask)
+    found = text_embeddings(decoder, TEXT_DEPTHS, input_ids=ids, attention_mask=mask)
     assert torch.equal(found, torch.cat(whole[1:4], dim=2))
     assert decoder.config.num_hidden_layers == 4 and len(decoder.layers) == 4
 
@@ -418,7 +419,7 @@ def test_a_released_model_takes_a_lora_step_of_two_edited_megapixels(name, tmp_p
     pipe.dit, pipe.text_encoder = built(network, tmp_path), built(encoder, tmp_path)
     assert sum(p.numel() for p in pipe.dit.parameters()) / 1e9 == pytest.approx(billions, abs=0.1)
     decoder = pipe.text_encoder.get_decoder()
-    assert text_depths(decoder) == depths and len(
+    assert text_depths(decoder, TEXT_DEPTHS) == depths and len(
         find_layers(pipe.text_encoder, targets["text_encoder"], "")
     ) == 4 * len(decoder.layers)
     with torch.device("meta"):

@@ -17,6 +17,7 @@ from transformers.convert_slow_tokenizer import bytes_to_unicode
 from diffsynth.core.data import collate
 from diffsynth.diffusion.base_pipeline import PipelineUnit
 from diffsynth.diffusion.loss import FlowMatchSFT
+from diffsynth.diffusion.pipeline.attention import rotated, rotation_table
 from diffsynth.diffusion.pipeline.units import run_units
 from diffsynth.pipelines.qwen_image import (
     PROMPT_TEMPLATE_TOKENS,
@@ -24,8 +25,6 @@ from diffsynth.pipelines.qwen_image import (
     QwenImagePipeline,
     QwenImageVAE,
     pack_latents,
-    rotated,
-    rotation_table,
     unpack_latents,
 )
 

@@ -9,11 +9,13 @@ from diffusers import QwenImage21Transformer2DModel
 from families import FAMILIES, pairs
 from miniatures import qwen_image_21
 from miniatures.requests import GUIDED, REQUEST, image, sampled
+from PIL import Image
 from torch import Tensor
 from torch.testing import assert_close
 
 from diffsynth.core.data import UnifiedDataset
-from diffsynth.pipelines.qwen_image_21 import QwenImage21Pipeline, QwenImage21Transformer
+from diffsynth.pipelines.networks.qwen_image_21 import QwenImage21Transformer
+from diffsynth.pipelines.qwen_image_21 import MAX_POSITIONS, QwenImage21Pipeline
 from diffsynth.training.checks import check_sides, scan
 
 PLAIN, EDIT = (next(f for f in FAMILIES if f.name == name) for name in ("qwen_image_21", "qwen_image_21_edit"))
@@ -148,3 +150,12 @@ def test_sides_that_are_no_multiples_of_32_are_refused_before_the_training():
     rows = UnifiedDataset.from_folder(str(pairs()), "metadata.jsonl", height=48, width=64)
     with pytest.raises(ValueError, match="images have 64 x 48 pixels, expected multiples of 32"):
         check_sides(rows, PLAIN.pipeline.latents.multiple)
+
+
+def test_an_image_to_edit_takes_as_many_positions_as_its_longer_side():
+    pipe = EDIT.build()
+    for size in ((64, 96), (96, 64)):
+        tokens = pipe.tokenize("red " * 9000, [Image.new("RGBA", size)])
+        first, rest = tokens["kept"]
+        text = tokens["input_ids"].shape[1] - first.start - (rest.start - first.stop)
+        assert text == MAX_POSITIONS - 96 // 16

@@ -29,7 +29,8 @@ from diffsynth.diffusion.randomness import SampleRNG
 from diffsynth.diffusion.template.code import read_code
 from diffsynth.diffusion.template.model import load_template
 from diffsynth.diffusion.training_module import PipelineTrainingModule, prepare_training
-from diffsynth.pipelines.qwen_image import EDIT_PROMPT_TEMPLATE, ModelConfig, QwenImagePipeline, pack_latents
+from diffsynth.pipelines.prompts.qwen_image import EDIT_PROMPT_TEMPLATE
+from diffsynth.pipelines.qwen_image import ModelConfig, QwenImagePipeline, pack_latents
 from diffsynth.plan.meta_pipeline import meta_pipeline
 from diffsynth.training.accelerator import make_accelerator
 from diffsynth.training.checks import scan
@@ -351,9 +352,7 @@ def test_all_blocks_take_a_lora_step_of_two_edited_megapixels(zero_cond_t):
 def test_editing_without_a_processor_names_the_remedy():
     pipe = loaded(processor=None)
     assert latents_of(pipe).shape == (1, 16, 6, 8)
-    with pytest.raises(
-        ValueError, match="edit_image needs a processor.* model.processor is null.* model=qwen_image_edit"
-    ):
+    with pytest.raises(ValueError, match="edit_image is given, but model.processor is null.* model=qwen_image_edit"):
         pipe(**REQUEST, edit_image=ONE)
 
 

@@ -154,3 +154,11 @@ def test_requests_that_it_cannot_sample_are_refused(change, message, pipe):
 def test_parts_of_qwen_image_are_refused_before_weights_are_read(part, message, no_weights_are_read):
     with pytest.raises(ValueError, match=message):
         built(**{part: str(tiny.model() / tiny.COMPONENTS[part])}).load_models()
+
+
+def test_layers_to_start_from_are_noised_to_the_first_level(pipe):
+    layers = [picture(number, (64, 96)) for number in range(3)]
+    shared, _, _ = pipe.prepare([REQUEST | {"input_image": layers, "denoising_strength": 0.5}])
+    sigma = pipe.scheduler.sigmas[0]
+    assert 0 < sigma < 0.9
+    assert_close(shared["latents"], (1 - sigma) * shared["input_latents"] + sigma * shared["noise"])

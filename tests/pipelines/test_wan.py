@@ -257,8 +257,8 @@ def test_a_first_frame_that_is_no_image_is_refused(given, message):
             "reads 48 channels and predicts 48, expected 16 and 16; take model=wan22_ti2v_5b",
         ),
         (TI2V, T2V, "transformer", "reads 16 channels and predicts 16, expected 48 and 48; take model=wan21_t2v_1_3b"),
-        (T2V, TI2V, "vae", "vae has 48 channels, expected 16"),
-        (TI2V, T2V, "vae", "vae has 16 channels, expected 48"),
+        (T2V, TI2V, "vae", "vae makes latents of 48 channels, but dit reads 16"),
+        (TI2V, T2V, "vae", "vae makes latents of 16 channels, but dit reads 48"),
     ],
 )
 def test_networks_of_neighbouring_models_are_refused_before_weights_are_read(family, other, part, message):

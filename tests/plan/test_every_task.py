@@ -1,16 +1,28 @@
 """Every task of every released architecture is planned at its own size: its code holds for the whole model."""
 
+import json
+import re
 from itertools import product
+from pathlib import Path
 
 import pytest
 import tiny
+import yaml
 
+from diffsynth.diffusion.controlnet.start import number_of_blocks
+from diffsynth.diffusion.pipeline.components import library_name
 from diffsynth.plan.few_blocks import block_lists
+from diffsynth.plan.meta_pipeline import meta_pipeline
 from diffsynth.plan.plan import Plan, Planner
 from diffsynth.plan.run import PlacedRun
 from diffsynth.training.checks import scan
 
-MODELS = ["qwen_image", "qwen_image_edit_2511", "qwen_image_21_edit", "flux2_klein_4b", "flux2_dev"]
+FILES = sorted((tiny.ROOT / "conf" / "model").glob("[!_]*.yaml"))
+MODELS = {file.stem: file.read_text("utf-8") for file in FILES if not file.stem.startswith("emoji")}
+# The first model of each pipeline, by the line that names the pipeline; the others of a pipeline differ in sizes.
+OF_EACH_PIPELINE = {line: name for name, text in reversed(MODELS.items()) for line in re.findall("_target_: .*", text)}
+BASES = {name: yaml.safe_load(text)["defaults"][0] for name, text in MODELS.items() if name.endswith("_controlnet")}
+CONTROLNET = ["lora=none", "task.trainable_models=[controlnet]"]
 GIVEN = ["teacher=none"]  # the data set's images take the place of the teacher's
 TASKS = {
     "sft": [],
@@ -37,11 +49,36 @@ def planned(tmp_path, *overrides: str) -> Plan:
     return planner(tmp_path, *overrides).plan(largest_only=True)
 
 
+def new_controlnet(model: str, folder: Path) -> str:
+    """The folder with the configuration of the ControlNet that controlnet.py makes from a model."""
+    pipe = meta_pipeline(tiny.build(tiny.compose("plan", f"model={model}"))["model"], tokens=8)
+    family, transformer = pipe.control_family, pipe.network.config
+    config = family.config(transformer, number_of_blocks(None, family, transformer), False)
+    (folder / "config.json").write_text(json.dumps({**config, "_class_name": library_name(family.kind)}))
+    return str(folder)
+
+
+def layers(folder: Path) -> list[str]:
+    """Overrides for a data set of one image of two layers, of which there is no example."""
+    tiny.write_dataset(folder, count=3)
+    row = {"image": ["0.png", "1.png", "2.png"], "layer_input_image": "0.png", "prompt": "a"}
+    (folder / "layers.jsonl").write_text(json.dumps(row) + "\n")
+    given = ["dataset=image_folder", f"dataset.path={folder}", "dataset.metadata=layers.jsonl"]
+    return [*given, "validation=trained"]
+
+
+ALL = product(OF_EACH_PIPELINE.values(), TASKS), product(MODELS, ["sft"]), product(BASES, ["controlnet"])
+
+
 @pytest.mark.slow  # test_slowdown.py rehearses a released model by default
-@pytest.mark.parametrize("model, task", list(product(MODELS, TASKS)))
+@pytest.mark.parametrize("model, task", sorted({pair for pairs in ALL for pair in pairs}))
 def test_a_released_model_is_planned(model, task, tmp_path):
-    name = "sft" if task == "full" else task
-    plan = planned(tmp_path, f"model={model}", f"task={name}", *TASKS[task])
+    name = task if task not in ("full", "controlnet") else "sft"
+    base = BASES.get(model)
+    control = [f"model.controlnet.path={new_controlnet(base, tmp_path)}", "condition=canny"] if base else []
+    data = layers(tmp_path / "layers") if model == "qwen_image_layered" else []
+    data += ["task.num_inference_steps=null"] if data and task == "slider" else []  # of the data set's layers
+    plan = planned(tmp_path, f"model={model}", f"task={name}", *TASKS.get(task, CONTROLNET), *control, *data)
     assert plan.worst.peak > plan.footprint.weights > 2e9
     assert plan.footprint.trained > 0 and plan.footprint.activations > 0
 

@@ -15,11 +15,12 @@ from conftest import import_file
 from PIL import Image
 from torch.utils._pytree import tree_leaves
 
+from diffsynth.core.data.dataset import PlainData
 from diffsynth.core.live_bytes import LiveBytes, in_host_memory
 from diffsynth.core.loader import ModelConfig, build_module
 from diffsynth.core.memory import MemoryRecipe
+from diffsynth.diffusion.architectures import architectures
 from diffsynth.diffusion.pipeline import networks as models
-from diffsynth.diffusion.pipeline.architectures import architectures
 from diffsynth.diffusion.training_module import PipelineTrainingModule
 from diffsynth.plan import plan as plan_module
 from diffsynth.plan.budget import Budget
@@ -28,10 +29,11 @@ from diffsynth.plan.footprint import MemoryFootprint, static_footprint
 from diffsynth.plan.meta_module import copied, read
 from diffsynth.plan.optimizer_cost import OptimizerCost, optimizer_cost
 from diffsynth.plan.options import Option
-from diffsynth.plan.plan import Planner
+from diffsynth.plan.plan import Plan, Planner, StageMemory
 from diffsynth.plan.rehearsal import Rehearsal
 from diffsynth.plan.run import PlacedRun
 from diffsynth.plan.shares import shares
+from diffsynth.plan.show import table
 from diffsynth.training.absent import NoEMA
 from diffsynth.training.loop import Trainer
 from diffsynth.training.run import Run
@@ -107,7 +109,7 @@ def test_the_losses_of_a_validation_take_what_is_planned(benchmark, monkeypatch,
     with LiveBytes() as live, torch.no_grad(), torch.autocast("cpu", torch.bfloat16), real.pipe.sampling():
         live.watch([*real.parameters(), *real.buffers(), rope.pos_freqs, rope.neg_freqs])
         before = live.device.now
-        Validation(tmp_path).losses(real, [row])
+        Validation(tmp_path).losses(real, PlainData([row]))
     rehearsal = Rehearsal(read(benchmark.module_of("qwen_image", "lora", "none"), cached=True))
     planned = rehearsal.evaluate(row, BANDS).peak
     assert 0 <= planned - (live.device.peak - before) <= rope.pos_freqs.nbytes  # the rehearsal makes one of the tables
@@ -229,6 +231,13 @@ def test_encoders_are_not_sharded():
     assert shared["zero2"] == 1100 + 50 + 2
 
 
+def test_what_a_gpu_needs_is_said_of_training_and_of_the_cache():
+    stages = [StageMemory("train", peak=2 << 30), StageMemory("save", peak=1 << 30), StageMemory("cache", peak=4 << 30)]
+    whole = Plan(stages, HELD, [], 0)
+    assert table(whole, lambda peak: 2 * peak).endswith("(an estimate): training 4.00 GiB; make_cache.py 8.00 GiB.")
+    assert table(replace(whole, stages=stages[:2]), lambda peak: peak).endswith("(an estimate): training 2.00 GiB.")
+
+
 # Commands -------------------------------------------------------------------------------------------------------------
 
 
@@ -236,8 +245,7 @@ def plan(tmp_path, *overrides: str) -> dict:
     """What `python plan.py` writes."""
     given = [*tiny.train_overrides(tmp_path), f"path={tmp_path / 'plan'}", "batch_size=1", "cache_batch_size=1"]
     cfg = tiny.compose("plan", *tiny.merged(given, overrides))
-    table = tiny.call("plan", cfg)
-    assert "| train |" in table
+    assert "| train |" in tiny.call("plan", cfg)
     assert (tmp_path / "plan" / "plan.svg").read_text().startswith("<svg")
     return json.loads((tmp_path / "plan" / "plan.json").read_text())
 

@@ -20,6 +20,7 @@ from diffsynth.plan.rehearsal import Rehearsal
 SIDE = 256
 VIDEOS = {"dataset.num_frames": 9, "model.num_frames": 9}
 MODELS = {
+    "anima": {},
     "chroma": {},
     "ernie_image": {},
     "flux1_dev": {},

@@ -126,6 +126,24 @@ def test_an_image_that_has_no_effect_is_said(generate, tmp_path, caplog):
     assert "input_image has no effect with denoising_strength=1" in caplog.text
 
 
+def test_a_strength_without_an_image_is_said(generate, caplog):
+    generate(f"prompt={APPLE}")
+    assert "denoising_strength" not in caplog.text
+    generate(f"prompt={APPLE}", "denoising_strength=0.5")
+    assert "denoising_strength=0.5 is for something to start from; set input_image=…" in caplog.text
+
+
+@pytest.mark.parametrize("mask_key", ["inpaint_mask", "+options.inpaint_mask"])
+def test_an_image_and_its_mask_are_named_in_the_picture_wherever_they_are_typed(mask_key, generate, tmp_path):
+    files = {name: str(tmp_path / f"{name}.png") for name in ("input_image", "inpaint_mask")}
+    for file, colour in zip(files.values(), ("red", "white"), strict=True):
+        Image.new("RGB", (48, 32), colour).save(file)
+    generate(f"prompt={APPLE}", f"input_image={files['input_image']}", f"{mask_key}={files['inpaint_mask']}")
+    (path,) = tmp_path.glob("*/0000.png")
+    kept = parameters(path)
+    assert {name: kept[name] for name in files} == files
+
+
 # What changes it ------------------------------------------------------------------------------------------------------
 
 
@@ -234,6 +252,16 @@ def test_a_lora_of_another_model_is_named(refusal, tmp_path):
     save_file({"transformer.single_blocks.0.to_q.lora_A.weight": torch.zeros(4, 128)}, path)
     message = refusal(f"lora_path={path}")
     assert str(path) in message and "single_blocks.0.to_q" in message
+
+
+def test_a_network_that_is_not_there_or_has_no_config_is_answered_with_its_key(refusal, tmp_path):
+    gone, weights = tmp_path / "gone", tmp_path / "step-1.safetensors"
+    assert refusal(f"model.dit.path={gone}").startswith(f"model.dit.path: {gone} does not exist; set it")
+    save_file({"a": torch.zeros(1)}, weights)
+    message = refusal(f"model.dit.path={weights}")
+    assert (
+        message.startswith(f"{tmp_path}/config.json not found") and "type model.dit.config=… with its path" in message
+    )
 
 
 @pytest.mark.parametrize("name", ["lora_path", "input_image", "prompt"])

@@ -69,6 +69,10 @@ class MixedDataset(TrainingData):
         """Number of samples."""
         return sum(dataset.size for dataset in self.datasets.values())
 
+    def __len__(self) -> int:
+        """Number of samples that an epoch shows, rounded."""
+        return round(sum(part.rate for parts in self.rows_in_buckets().values() for part in parts))
+
     @property
     def default_workers(self) -> int:
         return max(dataset.default_workers for dataset in self.datasets.values())
@@ -176,7 +180,7 @@ class MixedDataset(TrainingData):
                     yield dataset, own_number
                 return
             own_number -= dataset.size
-        raise IndexError(f"index {number} of {len(self)} samples")
+        raise IndexError(f"index {number} of {self.size} samples")
 
     def _check(self) -> None:
         if not self.datasets:

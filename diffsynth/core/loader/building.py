@@ -21,6 +21,7 @@ def build_module(
     files: list[Path] | None,
     config: str | Path | Mapping | None = None,
     classes: Mapping[str, type[nn.Module]] | None = None,
+    name: str | None = None,
 ) -> nn.Module:
     """Build a module without weights, of the diffusers or transformers class that config.json names.
 
@@ -30,13 +31,13 @@ def build_module(
         files: The weights; config.json is expected beside the first file.
         config: Another config.json, its folder, or its content.
         classes: Classes to build instead of the library's, by the class name in config.json.
+        name: Name of the component, for errors: its key is `model.<name>`.
     """
     from accelerate import init_empty_weights
 
-    config_file = "config" if isinstance(config, Mapping) else find_config(Path(config or files[0].parent))
+    config_file = "config" if isinstance(config, Mapping) else find_config(Path(config or files[0].parent), name)
     config = config if isinstance(config, Mapping) else _read_config(config_file)
-    name = str(config.get("_class_name"))
-    network = (classes or {}).get(name) or _network_class(config, config_file)
+    network = (classes or {}).get(str(config.get("_class_name"))) or _network_class(config, config_file)
     most = MOST_PARTS + PER_TENSOR * sum(len(read_shapes(file)) for file in files or ())
     try:
         with _at_most(most), init_empty_weights(include_buffers=False):
@@ -92,12 +93,18 @@ def _too_large(value: object, name: str = "") -> Iterator[tuple[str, int]]:
         yield name, value
 
 
-def find_config(path: Path) -> Path:
+def find_config(path: Path, name: str | None = None) -> Path:
+    """The config.json of a folder, or the file itself.
+
+    Raises:
+        FileNotFoundError: There is none; with the name of a component, the message says which key to set.
+    """
     file = path / "config.json" if path.is_dir() else path
     if not file.is_file():
+        what_to_do = f"type model.{name}.config=… with" if name else "pass config= with"
         raise FileNotFoundError(
-            f"{file.absolute()} not found; it names the class of the weights. "
-            "Put the released config.json beside the weights, or pass config= with its path."
+            f"{file.absolute()} not found; it names the class of the weights. Put the released config.json beside the "
+            f"weights, or {what_to_do} its path. Weights that a run exports have none: take the base's."
         )
     return file
 

@@ -99,6 +99,24 @@ class ModelConfig:
         """Whether `resolve` will ask a hub for files."""
         return self.is_absent and not self.skips_download
 
+    def check_path(self, name: str, made_by: str = "") -> None:
+        """Check that the path, if there is one, leads to something.
+
+        Args:
+            name: Name of the component, for the error: its key is `model.<name>`.
+            made_by: Command that makes the component at `{path}`, for the error of an absent one.
+
+        Raises:
+            FileNotFoundError: It does not; the message says what to type.
+        """
+        absent = [path for path in _as_list(self.path) if not Path(path).exists()]
+        if absent:
+            start = f"make one: {made_by.format(path=absent[0])}; or " if made_by else ""
+            raise FileNotFoundError(
+                f"model.{name}.path: {Path(absent[0]).absolute()} does not exist; {start}set it to a .safetensors file "
+                "or a folder."
+            )
+
     def resolve(self) -> list[Path]:
         """Local paths of the files; absent files are downloaded first.
 

@@ -6,9 +6,13 @@ import warnings
 NEEDLESS = {  # a part of the text by the library's logger
     "bitsandbytes.backends.cpu.ops": "Failed to load CPU gemm_4bit_forward",  # an optional kernel
     "DeepSpeed": "Setting accelerator to CPU.",  # the run's `device` says so already
+    "transformers.utils.import_utils": "requires torchvision (not installed)",  # Pillow's does the same
     "diffusers.models.modeling_utils": "that should be kept in float32: [].",  # none
 }
-PEFT = "Already found a `peft_config` attribute in the model"  # several adapters in a network are what is wanted
+TEXTS = (  # the beginnings of warnings, as regular expressions
+    "Already found a `peft_config` attribute in the model",  # several adapters in a network are what is wanted
+    r"`\w+PosEmbed` is deprecated",  # diffusers' own networks use such classes
+)
 
 
 class _Lacks(logging.Filter):
@@ -29,4 +33,5 @@ def drop_needless_warnings() -> None:
     """Drop these warnings from now on; the libraries need not be imported yet."""
     for name, needless in _filters.items():
         logging.getLogger(name).addFilter(needless)
-    warnings.filterwarnings("ignore", PEFT)
+    for text in TEXTS:
+        warnings.filterwarnings("ignore", text)

@@ -122,6 +122,24 @@ def prefixes(path: str | Path, known: Collection[str] = ()) -> set[str | None]:
     return {owner(key, known) for key in read_shapes(find_file(path))}
 
 
+def warn_of_unread(path: str | Path, known: Collection[str]) -> None:
+    """Log a warning, once a file, of tensors in an adapter file that belong to no network of the model.
+
+    Args:
+        known: The prefixes of the model's networks.
+    """
+    file = find_file(path)
+    unread = [key for key in read_shapes(file) if owner(key, known) not in (None, *known)]
+    if unread:
+        _warn_of_unread(file, len(unread), min(unread), owner(min(unread), known))
+
+
+@cache
+def _warn_of_unread(file: Path, count: int, key: str, network: str) -> None:
+    message = "%s: %d tensors, such as %r, are of a network that this model does not have (%s), and are left out."
+    logger.warning(message, file, count, key, network)
+
+
 def check_layers(module: nn.Module, tensors: Mapping[str, Tensor], path: str | Path, keys: Collection[str]) -> None:
     """Refuse an adapter file whose layers the model does not have, or whose shapes do not fit the model's.
 

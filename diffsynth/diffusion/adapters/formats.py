@@ -39,7 +39,7 @@ def diffusers(tensors: Mapping[str, Tensor], config: PeftConfig, names: LayerNam
 
 def diffsynth(tensors: Mapping[str, Tensor], config: PeftConfig, names: LayerNames) -> Tensors:
     """`….lora_A.default.weight`; DiffSynth-Studio's format stores no scale, so that B is multiplied by it."""
-    start = "" if names.written == "transformer" else f"pipe.{names.written}."
+    start = "" if names.written == "transformer" or names.studio == "original" else f"pipe.{names.written}."
     scaled = _with(names.in_studio, scaled_layers(tensors, scale(config))).items()
     return {f"{start}{key.removesuffix('.weight')}.default.weight": tensor for key, tensor in scaled}
 

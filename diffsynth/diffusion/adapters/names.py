@@ -17,6 +17,7 @@ from .update import Parts, rank, scaled, split, with_halves_swapped
 Scale = Callable[[str, int | None], float]  # of a layer's name and its update's rank
 
 WRAPPER = "base_model.model."  # peft's, around any model
+# kohya numbers encoders by kind: te3 is the T5, also where it is the second of two.
 STARTS = {
     "transformer": (
         "transformer.", "pipe.transformer.", "pipe.dit.", "dit.", "diffusion_model.", "model.diffusion_model.", "unet.",
@@ -24,8 +25,12 @@ STARTS = {
     ),
     "transformer_2": ("transformer_2.", "pipe.transformer_2.", "pipe.dit2.", "dit2."),
     "text_encoder": ("text_encoder.", "pipe.text_encoder.", "lora_te_", "lora_te1_"),
-    "text_encoder_2": ("text_encoder_2.", "pipe.text_encoder_2.", "lora_te2_"),
+    "text_encoder_2": ("text_encoder_2.", "pipe.text_encoder_2.", "lora_te2_", "lora_te3_"),
     "text_encoder_3": ("text_encoder_3.", "pipe.text_encoder_3.", "lora_te3_"),
+    "text_conditioner": (  # Anima's, which other programs have inside the transformer
+        "text_conditioner.", "pipe.text_conditioner.", "diffusion_model.llm_adapter.", "pipe.dit.llm_adapter.",
+        "llm_adapter.", "lora_unet_llm_adapter_",
+    ),
 }  # fmt: skip
 ENDINGS = {
     ".lora_A.weight": "lora_A.weight",
@@ -96,7 +101,7 @@ class LayerNames:
 
     def in_studio(self, layer: str) -> str:
         """DiffSynth-Studio's name of a layer."""
-        return (self.in_original(layer) if self.studio == "original" else None) or layer
+        return self.in_comfyui(layer).removeprefix("diffusion_model.") if self.studio == "original" else layer
 
     def in_original(self, layer: str) -> str | None:
         """The original code's name of a layer; None if `original` does not list it, or only together with others."""
@@ -144,7 +149,9 @@ def owner(key: str, prefixes: Iterable[str] = ()) -> str | None:
         prefixes: Those of the model's networks, if it has other ones than `STARTS`.
     """
     bare = key.removeprefix(WRAPPER)
-    return next((prefix for prefix in (*prefixes, *STARTS) if bare.startswith(_starts(prefix))), None)
+    last_first = (*sorted(prefixes, reverse=True), *sorted(STARTS, reverse=True))  # te3 is the third, if there is one
+    found = [(start, prefix) for prefix in last_first for start in _starts(prefix) if bare.startswith(start)]
+    return max(found, key=lambda pair: len(pair[0]), default=(None, None))[1]  # a network inside another starts longer
 
 
 def layers_in(keys: Iterable[str]) -> set[str]:

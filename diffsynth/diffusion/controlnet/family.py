@@ -30,7 +30,8 @@ class ControlFamily:
         check: `check(name, controlnet, transformer)` raises ValueError if they do not fit.
         prompt: Inputs of the positive prompt that the ControlNets read in both predictions of guidance: `model_fn` gets
             them as `control_prompt`, a tuple. Without any they read the prompt of each prediction.
-        blocks: Number of the transformer's blocks that a new ControlNet copies by default.
+        blocks: Number of the transformer's blocks that a new ControlNet copies by default, if there are so many.
+        layers: Key of the transformer's configuration with the number of blocks that can be copied.
         config: `config(transformer's configuration, number of blocks, whether it reads a mask)` returns that of a new
             ControlNet.
         source: `source(name of a parameter, the ControlNet's configuration)` returns the name of the transformer's
@@ -43,13 +44,15 @@ class ControlFamily:
     check: Callable[[str, Any, Any], None]
     prompt: Sequence[str] = ()
     blocks: int
+    layers: str = "num_layers"
     config: Callable[[Mapping[str, Any], int, bool], dict[str, Any]]
     source: Callable[[str, Mapping[str, Any]], str] = same_name
 
 
 def places_of(family: ControlFamily | None) -> dict[str, Network]:
     """The components of a model family for its ControlNets."""
-    return {name: Network(family.kind, optional=True) for name in CONTROLNET_SLOTS} if family else {}
+    made_by = "python controlnet.py model=… output={path}, with the model's name without _controlnet"
+    return {name: Network(family.kind, optional=True, made_by=made_by) for name in CONTROLNET_SLOTS} if family else {}
 
 
 def controlnets_of(pipe: "BasePipeline") -> dict[str, nn.Module]:

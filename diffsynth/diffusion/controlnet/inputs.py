@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
@@ -94,6 +95,7 @@ class ControlEmbedder(PipelineUnit):
     """
 
     needs = "controlnet"
+    model_with_it = "the option of the model whose name ends in _controlnet (docs/controlnets.md)"
 
     def __init__(self):
         super().__init__(output_params=("control_latents",), onload_model_names=("vae",))
@@ -200,6 +202,17 @@ def scale_at(request: Mapping[str, Any], timestep: Tensor, timesteps: Tensor) ->
             for scale, start, end in zip(*each, strict=True)
         ]
     }
+
+
+def check_steps(request: Mapping[str, Any]) -> None:
+    """Refuse a ControlNet that would act in no part of the steps."""
+    starts, ends = (np.atleast_1d(request[f"controlnet_{end}"]).tolist() for end in ("start", "end"))
+    pairs = np.broadcast(starts, ends) if 1 in (len(starts), len(ends)) else zip(starts, ends, strict=False)
+    if wrong := next(((start, end) for start, end in pairs if start >= end), None):
+        raise ValueError(
+            f"controlnet_start is {wrong[0]} and controlnet_end {wrong[1]}, so that the ControlNet never acts; set "
+            "controlnet_start below controlnet_end, or leave controlnet_image out."
+        )
 
 
 def _of_each(value: Any, images: int, name: str) -> Sequence[float]:

@@ -1,8 +1,7 @@
 """Initialises a ControlNet from a transformer; reads only the copied tensors."""
 
-import re
-from collections.abc import Iterable
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
 import diffusers
 import torch
@@ -10,12 +9,10 @@ from torch import nn
 
 from ...core.loader.safetensors_files import read_shapes, read_tensors
 from ..pipeline.components import library_name
+from .family import ControlFamily
 
 if TYPE_CHECKING:
     from ..base_pipeline import BasePipeline
-
-
-BLOCK = re.compile(r"\w+\.\d+")  # a block of a list, such as layers.3
 
 
 def start_controlnet(pipe: "BasePipeline", blocks: int | None, inpaint: bool, seed: int) -> nn.Module:
@@ -28,27 +25,32 @@ def start_controlnet(pipe: "BasePipeline", blocks: int | None, inpaint: bool, se
     if family is None:
         raise ValueError(f"{type(pipe).__name__} has no ControlNet; take a model whose family has one.")
     kind = getattr(diffusers, library_name(family.kind))  # not a subclass of ours, whose name no other program knows
-    config = family.config(pipe.network.config, family.blocks if blocks is None else blocks, inpaint)
+    transformer = pipe.network.config
+    config = family.config(transformer, number_of_blocks(blocks, family, transformer), inpaint)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         network = kind.from_config(config)
     files = pipe.weight_files(pipe.in_iteration_models[0])
     shapes = {key: shape for file in files for key, shape in read_shapes(file).items()}
     sources = {name: family.source(name, network.config) for name in network.state_dict()}
-    _check_blocks(sources.values(), shapes)
     copied = {name: key for name, key in sources.items() if network.state_dict()[name].shape == shapes.get(key)}
     tensors = read_tensors(files, copied.values())
     network.load_state_dict({name: tensors[key] for name, key in copied.items()}, strict=False)
     return nn.Module.to(network, pipe.torch_dtype)  # diffusers' own method warns of what has no effect here
 
 
-def _check_blocks(sources: Iterable[str], held: Iterable[str]) -> None:
-    """Refuse to copy blocks of a list that the transformer's file does not have."""
-    found, wanted = ({match[0] for match in map(BLOCK.match, keys) if match} for keys in (held, sources))
-    lists = {block.partition(".")[0] for block in found}
-    if beyond := sorted(block for block in wanted - found if block.partition(".")[0] in lists):
-        name = beyond[0].partition(".")[0]
-        count = sum(block.startswith(f"{name}.") for block in found)
+def number_of_blocks(blocks: int | None, family: ControlFamily, transformer: Mapping[str, Any]) -> int:
+    """Number of blocks to copy: `blocks`, or the family's number if the transformer has so many.
+
+    Raises:
+        ValueError: The transformer has fewer.
+    """
+    count = transformer[family.layers]
+    if blocks is None:
+        return min(family.blocks, count)
+    if blocks > count:
         raise ValueError(
-            f"blocks: the transformer has {count} {name} to copy, and {beyond[0]} is beyond them; set fewer."
+            f"blocks={blocks}, but the transformer has {count} blocks to copy; set blocks={count} or less, or leave it "
+            f"out for {min(family.blocks, count)}."
         )
+    return blocks

@@ -7,6 +7,7 @@ the latter: it needs no further network and no pixels, and the features depend o
 """
 
 import difflib
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn import functional as F
 
+from ...core.gradient import repeated_lists
 from ...core.ranges import LearningRate, Width
 from ..flow_match import TRAINING_STEPS
 
@@ -85,22 +87,30 @@ def _head(width: int, hidden: Width) -> nn.Module:
 
 
 def _width(network: nn.Module) -> int:
-    if not hasattr(network, "inner_dim"):
-        raise ValueError(
-            f"{type(network).__name__} has no inner_dim, the width of the tokens that a discriminator reads."
-        )
-    return network.inner_dim
+    """Width of the tokens: diffusers' networks state it by one of several names, or as heads and their width."""
+    if hasattr(network, "inner_dim"):
+        return network.inner_dim
+    config = getattr(network, "config", {})
+    for names in (("dim",), ("hidden_size",), ("num_attention_heads", "attention_head_dim")):
+        if all(config.get(name) for name in names):
+            return math.prod(config[name] for name in names)
+    raise ValueError(f"{type(network).__name__} does not state inner_dim, the width of the tokens for a discriminator.")
 
 
 def _blocks_at_quarters(network: nn.Module) -> list[str]:
-    """Names of the blocks at 1/4, 2/4 and 3/4 of a network's depth."""
-    kinds = getattr(network, "_repeated_blocks", None) or ()
-    blocks = [name for name, module in network.named_modules() if type(module).__name__ in kinds]
-    if not blocks:
+    """Names of the blocks at 1/4, 2/4 and 3/4 of a network's depth.
+
+    One or two lists of blocks run one after another. Of more, some refine an input or belong to one that may be absent;
+    the longest is then the depth.
+    """
+    lists = repeated_lists(network)
+    if not lists:
         raise ValueError(
             f"{type(network).__name__} does not say which blocks it repeats; name those that the discriminator reads "
             "in task.discriminator.layers."
         )
+    depth = lists if len(lists) <= 2 else [max(reversed(lists), key=lambda name: len(lists[name]))]
+    blocks = [f"{name}.{number}" for name in depth for number in range(len(lists[name]))]
     return list(dict.fromkeys(blocks[len(blocks) * quarters // 4] for quarters in (1, 2, 3)))
 
 
@@ -141,19 +151,20 @@ def logits(roles: "Roles", role: str, latents: Tensor, sigma: Tensor, inputs: Ma
         features(network, heads.layers) as outputs,
     ):
         roles.pipe.predict(sigma * TRAINING_STEPS, **{**inputs, "latents": latents})
-    tokens = [_tokens(outputs, name, heads.width) for name in heads.layers]
+    tokens = [_tokens(outputs, name, heads.width, len(latents)) for name in heads.layers]
     weights = {name: weight if trained else weight.detach() for name, weight in heads.named_parameters()}
     return functional_call(heads, weights, (tokens,))
 
 
-def _tokens(outputs: Mapping[str, Tensor], name: str, width: int) -> Tensor:
+def _tokens(outputs: Mapping[str, Tensor], name: str, width: int, batch_size: int) -> Tensor:
+    """The output of a layer as tokens (B, L, D)."""
     shape = tuple(outputs[name].shape) if name in outputs else ()
     if len(shape) != 3 or shape[-1] != width:
         raise ValueError(
             f"task.discriminator.layers: the output of {name!r} is {shape or 'nothing'}, expected tokens "
             f"(B, L, {width}); name whole blocks of the network, such as transformer_blocks.0."
         )
-    return outputs[name]
+    return outputs[name] if shape[0] == batch_size else outputs[name].transpose(0, 1)  # ERNIE-Image's blocks: (L, B, D)
 
 
 # Losses (B,) from logits (B, K), each the mean over the K heads -------------------------------------------------------

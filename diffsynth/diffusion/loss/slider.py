@@ -16,9 +16,9 @@ from ..adapters.lora import Adapter
 from ..base_pipeline import BasePipeline
 from ..distillation.roles import STUDENT, TEACHER, Roles, check_base_is_kept
 from ..flow_match import interpolate, per_sample
+from ..pipeline.media import LayersMedia
 from ..pipeline.units import PipelineUnit
-from ..prompts.embedder import PromptEmbedder
-from ..prompts.several import SeveralPrompts
+from ..prompts.several import SeveralPrompts, check_prompt_units, prompt_units
 from ..randomness import GlobalRNG, SampleRNG
 from ..timesteps import LogitNormalTimesteps, UniformTimesteps
 from .base import Objective, sampled_with
@@ -75,13 +75,21 @@ class ConceptSlider(Objective):
     def all_units(self, pipe: BasePipeline) -> list[PipelineUnit]:
         """The pipeline's units; those that embed the row's prompt embed all three prompts."""
         prompts = {"": self.target, POSITIVE: self.positive, NEGATIVE: self.negative}
-        return [SeveralPrompts(unit, prompts) if isinstance(unit, PromptEmbedder) else unit for unit in pipe.units]
+        embedders = prompt_units(pipe.units)
+        return [SeveralPrompts(unit, prompts) if unit in embedders else unit for unit in pipe.units]
 
     def sampling_inputs(self, pipe: BasePipeline) -> dict[str, Any]:
         return sampled_with(pipe)
 
     def check(self, pipe: BasePipeline, lora: Adapter | None, cached: bool) -> None:
+        check_prompt_units(pipe, "task=slider")
         check_base_is_kept("task=slider", pipe, lora, self.trainable_models, "or choose another task")
+        if isinstance(pipe.media, LayersMedia) and not self.reads_images:
+            raise ValueError(
+                f"task=slider with num_inference_steps={self.num_inference_steps} samples one image, but "
+                f"{type(pipe).__name__} samples layers; "
+                "set task.num_inference_steps=null, which learns on those of the data set."
+            )
 
     def build_roles(self, pipe: BasePipeline, lora: Adapter | None, seed: int) -> Roles:
         return Roles(pipe, lora, seed=seed)
@@ -137,7 +145,7 @@ def of_prompt(prefix: str, inputs: Mapping[str, Any]) -> dict[str, Any]:
 
 def _embeddings(pipe: BasePipeline) -> set[str]:
     """Names of the inputs that a prompt is embedded to."""
-    return {name for unit in pipe.units if isinstance(unit, PromptEmbedder) for name in unit.output_params}
+    return {name for unit in prompt_units(pipe.units) for name in unit.output_params}
 
 
 def _batch_size(inputs: Mapping[str, Any]) -> int:

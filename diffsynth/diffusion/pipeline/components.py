@@ -1,5 +1,6 @@
 """The components that a family declares: networks, and folders of tokenizers and image processors."""
 
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -7,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
+from ...core.files import write_text
+from ...core.json_text import to_json
 from ...core.loader import Layout, read_pretrained
 from ..adapters.names import LayerNames
 
@@ -26,6 +29,7 @@ class Network:
         lora: Names of the network in adapter files, or only diffusers' name of it; None is its attribute.
         optional: Whether there are models of the family without it.
         layouts: Layouts of released weights besides the library's.
+        made_by: Command that makes the network at `{path}`, for the error of an absent one.
     """
 
     def __init__(
@@ -35,8 +39,10 @@ class Network:
         lora: LayerNames | str | None = None,
         optional: bool = False,
         layouts: Sequence[Layout] = (),
+        made_by: str = "",
     ):
-        self.kinds, self.after, self.is_optional, self.layouts = kinds, after, optional, layouts
+        self.kinds, self.after, self.is_optional = kinds, after, optional
+        self.layouts, self.made_by = layouts, made_by
         self.lora = LayerNames(prefix=lora) if isinstance(lora, str) else lora
 
     @property
@@ -88,3 +94,12 @@ def library_name(kind: str | type[nn.Module]) -> str:
     if isinstance(kind, str):
         return kind
     return next(base.__name__ for base in kind.__mro__ if base.__module__.split(".")[0] in LIBRARIES)
+
+
+def save(network: nn.Module, folder: Path) -> None:
+    """Save a network as its library does; its config.json names the library's class, also for a subclass of ours."""
+    network.save_pretrained(folder)
+    config = json.loads((folder / "config.json").read_text())
+    if "_class_name" in config:
+        named = config | {"_class_name": library_name(type(network))}
+        write_text(folder / "config.json", to_json(named, indent=2))

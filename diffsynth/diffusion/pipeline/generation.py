@@ -61,7 +61,7 @@ def _is_file(text: str) -> bool:
 
 
 def warn_of_ignored(pipe: "BasePipeline", request: Mapping, completed: Mapping) -> None:
-    """Log warnings of what a request asks for and does not get: a size, or the image or video that it starts from.
+    """Log warnings of what a request asks for and does not get: a size, or a start from an image or a video.
 
     Args:
         completed: The same request, as `BasePipeline.complete` returns it.
@@ -77,6 +77,9 @@ def warn_of_ignored(pipe: "BasePipeline", request: Mapping, completed: Mapping) 
     if starts and completed["denoising_strength"] == 1:
         message = "%s has no effect with denoising_strength=1; set it below 1, such as 0.6."
         logger.warning(message, pipe.media.argument)
+    if completed.get(pipe.media.argument) is None and (strength := completed["denoising_strength"]) != 1:
+        message = "denoising_strength=%s is for something to start from; set %s=…, or leave it out."
+        logger.warning(message, strength, pipe.media.argument)
 
 
 def load_images(mode: str = "RGB", **paths: str | None) -> dict[str, Image.Image]:

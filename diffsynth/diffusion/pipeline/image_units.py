@@ -157,6 +157,8 @@ class EditImageEmbedder(PipelineUnit):
     """Encodes the edit images to `edit_latents`, a list of latents (1, C, h, w) of their own sizes."""
 
     resize = staticmethod(crop_to_area)  # the way in which the family's training data was resized
+    # The unit's inputs that `images` reads.
+    edit_inputs = ("edit_image", "edit_image_auto_resize", "edit_image_pixels")
 
     def __init__(self):
         super().__init__(output_params=("edit_latents",), onload_model_names=("vae",))
@@ -178,8 +180,7 @@ class EditImageEmbedder(PipelineUnit):
 
     def process_batch(self, pipe, batch):
         """Encode the edit images of all samples; those of equal size go through the autoencoder together."""
-        names = [name for name in batch[0] if name.startswith("edit_image")]
-        by_sample = [self.images(pipe, **{name: inputs[name] for name in names}) for inputs in batch]
+        by_sample = [self.images(pipe, **{name: inputs[name] for name in self.edit_inputs}) for inputs in batch]
         images = [image for own in by_sample for image in own]
         latents = iter(encode_images(pipe, images, *tiling(batch[0])))
         return [{"edit_latents": [next(latents) for _ in own]} if own else {} for own in by_sample]

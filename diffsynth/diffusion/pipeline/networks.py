@@ -24,9 +24,9 @@ from ...core.loader import (
 from ...core.ranges import BatchSize, LearningRate, Pixels, PositiveInt, Side
 from ..adapters import files as lora_files
 from ..adapters.names import LayerNames
+from ..architectures import config_of
 from ..flow_match import ALL_LEVELS
 from . import sampling_settings
-from .architectures import config_of
 from .components import Folder, Network
 from .units import PipelineUnit
 
@@ -181,9 +181,12 @@ class PipelineNetworks(nn.Module):
         is_named = isinstance(model_configs, Mapping)
         named = list(model_configs.items() if is_named else ((None, own) for own in model_configs))
         for wanted, model_config in named:
+            if wanted is not None:
+                network = self.networks().get(wanted)
+                model_config.check_path(wanted, network.made_by if network else "")
             files = model_config.resolve()
             config = self._config(wanted, model_config, files, [own for _, own in named])
-            module = build_module(files, config, subclasses)
+            module = build_module(files, config, subclasses, wanted)
             name = self._attribute(module, files, wanted)
             use_layouts(module, self.networks()[name].layouts)
             if files is not None:  # a pipeline that stays on the meta device has none
@@ -435,6 +438,7 @@ class PipelineNetworks(nn.Module):
         """
         path, fuse = self.adapter_file(_one_file(path)), fuse if hotload is None else not hotload
         name = model if isinstance(model, str) else next(n for n, m in self.named_children() if m is model)
+        lora_files.warn_of_unread(path, self.lora_prefixes.values())
         lora_files.load(self.named_model(name), path, self.layer_names(name), scale=alpha, fuse=fuse)
         settings = sampling_settings.of_file(lora_files.find_file(path))
         self.use_sampling_settings(settings, None if fuse else path)
@@ -470,6 +474,7 @@ class PipelineNetworks(nn.Module):
         """
         if (file := self.adapter_file(path)) != path:
             return [str(path).partition(":")[0]]
+        lora_files.warn_of_unread(path, self.lora_prefixes.values())
         named, main = lora_files.prefixes(file, self.lora_prefixes.values()), self.in_iteration_models[0]
         adapted = [name for name, prefix in self.lora_prefixes.items() if prefix in named]
         bare = [main] if None in named and main not in adapted else []

@@ -21,6 +21,7 @@ class Latents:
         patch: Latent pixels per token, along each side.
         group: Image sides, in tokens, are multiples of this.
         time_factor: Frames per latent frame, after the first, which has a latent frame of its own; None for images.
+        statistics: Scaling and shift factor of the released autoencoder; None if it has others.
     """
 
     channels: int
@@ -28,6 +29,7 @@ class Latents:
     patch: int = 1
     group: int = 1
     time_factor: int | None = None
+    statistics: tuple[float, float] | None = None
 
     @property
     def multiple(self) -> int:
@@ -66,6 +68,23 @@ class NormalisedVAE:
     It stands before the autoencoder among the base classes. Its methods fit `AutoencoderKL`; for other autoencoders,
     override `statistics`, `tile`, `distribution`, `reconstruct`, `packed` and `unpacked`.
     """
+
+    def check(self, latents: Latents) -> None:
+        """Refuse to be the autoencoder of a network that reads other latents.
+
+        Raises:
+            ValueError: The channels differ; the message has both numbers.
+        """
+        if self.network_channels != latents.channels:
+            raise ValueError(
+                f"vae makes latents of {self.network_channels} channels, but dit reads {latents.channels}: they are of "
+                "different models; take the autoencoder that was released with the transformer."
+            )
+
+    @property
+    def network_channels(self) -> int:
+        """Channels C of the latents that the network reads."""
+        return self.config.get("latent_channels", self.config.get("z_dim"))
 
     def encode(self, image: Tensor, tiled: bool = False, tile_size: int = 128, tile_stride: int = 64) -> Tensor:
         """Encode RGB (B, 3, H, W) in [-1, 1] to normalised latents (B, C, h, w), the means of their distributions.

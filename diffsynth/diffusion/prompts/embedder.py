@@ -13,6 +13,8 @@ from torch import Tensor
 from ..pipeline.units import PipelineUnit, in_groups
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
     from ..base_pipeline import BasePipeline
 
 Tokens = Mapping[str, Tensor | list[slice]]
@@ -81,7 +83,7 @@ class PromptEmbedder(PipelineUnit):
 
     def process_batch(self, pipe, batch: Sequence[Mapping]) -> list[dict]:
         """Embed prompts of equal length together; padding would change their embeddings."""
-        pipe.load_models_to_device([self.encoder])
+        pipe.load_models_to_device(self.onload_model_names)
 
         def embed(group: Sequence[Tokens]) -> Sequence[Tensor]:
             names = [name for name in group[0] if name != "kept"]
@@ -105,3 +107,9 @@ class PromptEmbedder(PipelineUnit):
 
     def _parameters(self) -> dict[str, inspect.Parameter]:
         return dict(inspect.signature(self.tokenize).parameters)
+
+
+def padded_ids(tokenizer: "PreTrainedTokenizerBase", prompts: Sequence[str], length: int) -> Tensor:
+    """Token ids (B, length) of prompts, each truncated or padded."""
+    options = {"padding": "max_length", "truncation": True, "return_tensors": "pt"}
+    return tokenizer(prompts, max_length=length, **options).input_ids

@@ -33,3 +33,9 @@ def hidden_states(
         for hook in hooks:
             hook.remove()
     return states
+
+
+def penultimate_state(decoder: nn.Module, **inputs: Tensor) -> Tensor:
+    """The state (B, L, D) of a language model before its last layer, which is not run; see `hidden_states`."""
+    (state,) = hidden_states(decoder, [decoder.config.num_hidden_layers - 1], **inputs)
+    return state

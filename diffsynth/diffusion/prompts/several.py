@@ -1,37 +1,68 @@
 """`SeveralPrompts`: the unit that embeds several prompts of one row, for objectives that compare predictions."""
 
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from ...core.code_version import code_version
 from ..pipeline.units import PipelineUnit
-from .embedder import PromptEmbedder
 
 if TYPE_CHECKING:
     from ..base_pipeline import BasePipeline
 
+PROMPT = "prompt"  # of the conditional prediction
 
-class SeveralPrompts(PipelineUnit):
-    """Computes what a `PromptEmbedder` computes, for several prompts that are made of a row's prompt.
+
+def prompt_units(units: Iterable[PipelineUnit]) -> list[PipelineUnit]:
+    """The units that read the prompt of the conditional prediction, whatever their class."""
+    return [unit for unit in units if PROMPT in unit.input_params_posi.values()]
+
+
+def check_prompt_units(pipe: "BasePipeline", task: str) -> None:
+    """Refuse a pipeline whose prompts an objective cannot exchange.
 
     Args:
-        embedder: The family's unit.
+        task: The objective as it is typed, for errors.
+
+    Raises:
+        ValueError: No unit declares that it reads the prompt, or another unit reads what such a unit returns.
+    """
+    found = prompt_units(pipe.units)
+    if not found:
+        raise ValueError(
+            f"{task} compares predictions for several prompts, but no unit of {type(pipe).__name__} names {PROMPT!r} "
+            "in input_params_posi; add it to the unit that embeds prompts (docs/pipelines.md), or choose another task."
+        )
+    embeddings = {name for unit in found for name in unit.output_params}
+    others = [unit for unit in pipe.units if unit not in found and unit.column is None]
+    for unit in others:
+        if read := sorted(embeddings.intersection(unit.fetch_input_params())):
+            raise ValueError(
+                f"{task} embeds several prompts, but {type(unit).__name__} reads {read[0]}, which would be that of one "
+                "of them; choose another task."
+            )
+
+
+class SeveralPrompts(PipelineUnit):
+    """Computes what a unit that embeds a prompt computes, for several prompts that are made of a row's prompt.
+
+    Args:
+        embedder: The family's unit, one of `prompt_units`.
         prompts: The prompts by the prefix of their outputs' names, such as `positive_` for `positive_prompt_emb`. In
             each, the row's prompt replaces `{prompt}`.
     """
 
-    def __init__(self, embedder: PromptEmbedder, prompts: Mapping[str, str]):
-        self.embedder, self.prompts = embedder, dict(prompts)
+    def __init__(self, embedder: PipelineUnit, prompts: Mapping[str, str]):
+        self.embedder, self.prompts, self.column = embedder, dict(prompts), embedder.column
         super().__init__(
-            input_params_posi={"prompt": "prompt"},
+            input_params_posi=embedder.input_params_posi,
             output_params=[prefix + name for prefix in prompts for name in embedder.output_params],
             onload_model_names=embedder.onload_model_names,
         )
 
     def depends_on(self, pipe: "BasePipeline") -> dict[str, str]:
         kind = type(self.embedder)
-        code, attributes = code_version([kind.process_batch], [kind, type(pipe)])
+        code, attributes = code_version([kind.process, kind.process_batch], [kind, type(pipe)])
         folders = {name: str(pipe.fingerprint(name)) for name in sorted(attributes & pipe.folders.keys())}
         return {"embedder": code, **folders}
 
@@ -40,10 +71,11 @@ class SeveralPrompts(PipelineUnit):
 
     def process_batch(self, pipe, batch: Sequence[Mapping]) -> list[dict]:
         outputs: list[dict] = [{} for _ in batch]
+        (name,) = (name for name, key in self.input_params_posi.items() if key == PROMPT)
         for prefix, text in self.prompts.items():
-            asked = [{**inputs, "prompt": text.replace("{prompt}", inputs["prompt"])} for inputs in batch]
+            asked = [{**inputs, name: text.replace("{prompt}", inputs[name])} for inputs in batch]
             for own, made in zip(outputs, self.embedder.process_batch(pipe, asked), strict=True):
-                own |= {prefix + name: value for name, value in made.items()}
+                own |= {prefix + output: value for output, value in made.items()}
         return outputs
 
     def _parameters(self) -> dict[str, inspect.Parameter]:

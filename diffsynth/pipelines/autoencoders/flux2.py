@@ -17,6 +17,10 @@ class Flux2VAE(NormalisedVAE, AutoencoderKLFlux2):
     def batch_norm_eps(self) -> float:
         return self.config.batch_norm_eps
 
+    @property
+    def network_channels(self) -> int:
+        return 4 * super().network_channels
+
     def packed(self, latents: Tensor) -> Tensor:
         return F.pixel_unshuffle(latents, 2)
 

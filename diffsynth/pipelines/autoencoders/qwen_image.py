@@ -1,4 +1,4 @@
-"""The autoencoder that Qwen-Image and Krea 2 share, in normalised latents.
+"""The autoencoder that Qwen-Image, Krea 2 and Anima share, in normalised latents.
 
 Shapes: B batch, h w latent size, H W size in pixels.
 """

@@ -20,6 +20,8 @@ from ...diffusion.controlnet.inputs import ControlInputs, ControlRequest, check_
 from ...diffusion.controlnet.several import outputs_of, sum_block_outputs
 from ...diffusion.pipeline.image_units import image_list
 from ...diffusion.pipeline.units import PipelineUnit
+from ..networks.flux1 import prompt_inputs
+from ..shared.tokens import pack_latents
 
 COPIED_BLOCKS = 5  # with two streams, as in the released InstantX/FLUX.1-dev-Controlnet-Union
 BASE_SIZES = "attention_head_dim", "num_attention_heads", "joint_attention_dim", "pooled_projection_dim"
@@ -48,21 +50,23 @@ def block_samples(
     controlnets: Sequence[Flux1ControlNet],
     dit: FluxTransformer2DModel,
     inputs: Mapping[str, Any],
-    control_tokens: Sequence[Tensor],
+    control_latents: Sequence[Tensor],
     control_modes: Sequence[Tensor],
+    prompt: tuple[Tensor, Tensor] | None,
     scale: float | Sequence[float],
     edit_tokens: int,
 ) -> dict[str, Sequence[Tensor] | None]:
     """What ControlNets add to the transformer's image tokens (B, L, D), as arguments of the transformer's call.
 
     Args:
-        inputs: Arguments of the transformer's call, without images to edit and without the positions of the text.
-        control_tokens: Tokens (B, L, 64) of each image.
+        inputs: Arguments of the transformer's call, without images to edit.
+        control_latents: Latents (B, 16, h, w) of each image.
         control_modes: Modes (B,) of each image, which a ControlNet for one kind of images does not read.
+        prompt: Text embeddings (B, L, D) and pooled ones (B, D') instead of those of the transformer's call.
         edit_tokens: Number of tokens of edit images, to which nothing is added.
     """
-    text = inputs["encoder_hidden_states"]
-    inputs = {**inputs, "txt_ids": torch.zeros(text.shape[1], 3, device=text.device)}
+    if prompt is not None:
+        inputs = {**inputs, **prompt_inputs(dit, *prompt)}
 
     def outputs(controlnet: Flux1ControlNet, image: tuple[Tensor, Tensor], own_scale: float) -> list[list[Tensor]]:
         tokens, mode = image
@@ -74,7 +78,8 @@ def block_samples(
         streams = controlnet(**{**inputs, **own}, conditioning_scale=own_scale, return_dict=False)
         return [[F.pad(sample, (0, 0, 0, edit_tokens)) for sample in samples or ()] for samples in streams]
 
-    found = outputs_of(outputs, controlnets, list(zip(control_tokens, control_modes, strict=True)), scale)
+    tokens = map(pack_latents, control_latents)
+    found = outputs_of(outputs, controlnets, list(zip(tokens, control_modes, strict=True)), scale)
     doubles, singles = ([own[place] for own in found] for place in (0, 1))
     return {
         "controlnet_block_samples": sum_block_outputs(doubles, len(dit.transformer_blocks)),

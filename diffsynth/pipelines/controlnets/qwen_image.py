@@ -12,6 +12,7 @@ from torch import Tensor
 from ...diffusion.controlnet.family import ControlFamily
 from ...diffusion.controlnet.inputs import ControlInputs, check_sizes
 from ...diffusion.controlnet.several import outputs_of, sum_block_outputs
+from ..shared.tokens import pack_latents
 
 COPIED_BLOCKS = 5  # as in the released InstantX/Qwen-Image-ControlNet-Union
 SIZES = "patch_size", "in_channels", "out_channels", "attention_head_dim", "num_attention_heads", "joint_attention_dim"
@@ -28,7 +29,7 @@ def block_samples(
     controlnets: Sequence[QwenImageControlNet],
     dit: QwenImageTransformer2DModel,
     inputs: Mapping[str, Any],
-    control_tokens: Sequence[Tensor],
+    control_latents: Sequence[Tensor],
     prompt: tuple[Tensor, Tensor | None] | None,
     scale: float | Sequence[float],
 ) -> Sequence[Tensor] | None:
@@ -36,7 +37,7 @@ def block_samples(
 
     Args:
         inputs: Arguments of the transformer's call, without images to edit.
-        control_tokens: Tokens (B, L, 64 or 68) of each image.
+        control_latents: Latents (B, 16 or 17, h, w) of each image.
         prompt: Text embeddings (B, L, D) and their mask (B, L) instead of those of the transformer's call.
     """
     if prompt is not None:
@@ -47,7 +48,17 @@ def block_samples(
         image = {"controlnet_cond": tokens.to(controlnet.dtype), "conditioning_scale": own_scale}
         return controlnet(**inputs, **image, return_dict=False)
 
-    return sum_block_outputs(outputs_of(outputs, controlnets, control_tokens, scale), len(dit.transformer_blocks))
+    tokens = list(map(pack_latents, control_latents))
+    return sum_block_outputs(outputs_of(outputs, controlnets, tokens, scale), len(dit.transformer_blocks))
+
+
+def check_alone(**images: Any) -> None:
+    """Refuse further images beside that of a ControlNet, which reads tokens of the sampled image alone."""
+    if others := [name for name, value in images.items() if value]:
+        raise ValueError(
+            f"{others[0]} is given beside controlnet_image, but a ControlNet of Qwen-Image reads the sampled image "
+            "alone; leave one of the two out."
+        )
 
 
 def control_inputs(controlnet: QwenImageControlNet) -> ControlInputs:

@@ -168,6 +168,7 @@ CONTROL_FAMILY = ControlFamily(
     inputs=control_inputs,
     check=check_controlnet,
     blocks=COPIED_LAYERS,
+    layers="n_layers",
     config=config_beside,
     source=copied_from,
 )

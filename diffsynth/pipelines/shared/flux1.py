@@ -12,32 +12,22 @@ from torch import Tensor, nn
 
 from ...core.context_parallel import TokenSplit
 from ...core.host_memory import sent
-from ...diffusion.flow_match import chosen_shift, exponential_shift, linear_levels, shift_of_tokens, time_shift
+from ...diffusion.flow_match import linear_levels, shift_by_tokens, shift_of_tokens, time_shift
 from ...diffusion.pipeline.attention import JointAttention, split_heads
 from ...diffusion.pipeline.kv_cache import KVCache
-from .flux import rotation
+from .flux import COMMON_NAMES, DOUBLE, QKV, SINGLE, TEXT_QKV, rotation
 
 TRAINING_SHIFT, TRAINING_SIGMA_MIN = 3.0, 0.003 / 1.002  # DiffSynth-Studio's training grid, at every resolution
 LOW_SHIFT, HIGH_SHIFT = (256, 0.5), (4096, 1.15)  # image tokens, and μ
-DOUBLE, SINGLE = "transformer_blocks.*", "single_transformer_blocks.*"
-QKV = tuple(f"{DOUBLE}.attn.to_{part}" for part in "qkv")
-TEXT_QKV = tuple(f"{DOUBLE}.attn.add_{part}_proj" for part in "qkv")
 QKV_MLP = (*(f"{SINGLE}.attn.to_{part}" for part in "qkv"), f"{SINGLE}.proj_mlp")
 # Black Forest Labs' names of the blocks' layers, and DiffSynth-Studio's, which calls the image's a and the text's b.
-BLOCK_NAMES = {
-    "double_blocks.*.img_attn.qkv": QKV,
-    "double_blocks.*.txt_attn.qkv": TEXT_QKV,
-    "double_blocks.*.img_attn.proj": f"{DOUBLE}.attn.to_out.0",
-    "double_blocks.*.txt_attn.proj": f"{DOUBLE}.attn.to_add_out",
+BLOCK_NAMES = COMMON_NAMES | {
     "double_blocks.*.img_mlp.0": f"{DOUBLE}.ff.net.0.proj",
     "double_blocks.*.img_mlp.2": f"{DOUBLE}.ff.net.2",
     "double_blocks.*.txt_mlp.0": f"{DOUBLE}.ff_context.net.0.proj",
     "double_blocks.*.txt_mlp.2": f"{DOUBLE}.ff_context.net.2",
     "single_blocks.*.linear1": QKV_MLP,
     "single_blocks.*.linear2": f"{SINGLE}.proj_out",
-    "img_in": "x_embedder",
-    "txt_in": "context_embedder",
-    "final_layer.linear": "proj_out",
     "blocks.*.attn.a_to_qkv": QKV,
     "blocks.*.attn.b_to_qkv": TEXT_QKV,
     "blocks.*.attn.a_to_out": f"{DOUBLE}.attn.to_out.0",
@@ -71,8 +61,8 @@ def flux1_sigmas(
     linear = linear_levels(num_inference_steps, denoising_strength, last)
     if is_training:
         return time_shift(linear, TRAINING_SHIFT)
-    mu = chosen_shift(dynamic_shift_len, exponential_shift_mu, partial(shift_of_tokens, low=LOW_SHIFT, high=HIGH_SHIFT))
-    return exponential_shift(linear, mu)
+    shift = partial(shift_of_tokens, low=LOW_SHIFT, high=HIGH_SHIFT)
+    return shift_by_tokens(linear, dynamic_shift_len, exponential_shift_mu, shift)
 
 
 class Flux1AttnProcessor(JointAttention, FluxAttnProcessor):

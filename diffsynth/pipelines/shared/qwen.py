@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ...core.data.operators.picture_files import in_mode
 from ...diffusion.adapters.names import LayerNames
-from ...diffusion.flow_match import chosen_shift, exponential_shift, linear_levels, shift_of_tokens, stretch_to_terminal
+from ...diffusion.flow_match import linear_levels, shift_by_tokens, shift_of_tokens, stretch_to_terminal
 
 TEMPLATE_START = (
     "<|im_start|>system\nDescribe the image by detailing the color, shape, size, texture, quantity, text, spatial "
@@ -41,8 +41,9 @@ def qwen_image_sigmas(
         exponential_shift_mu: μ itself, which overrides the other two.
     """
     linear = linear_levels(num_inference_steps, denoising_strength)
-    mu = chosen_shift(dynamic_shift_len, exponential_shift_mu, partial(shift_of_tokens, low=LOW_SHIFT, high=HIGH_SHIFT))
-    return stretch_to_terminal(exponential_shift(linear, mu), TERMINAL_SIGMA)
+    shift = partial(shift_of_tokens, low=LOW_SHIFT, high=HIGH_SHIFT)
+    shifted = shift_by_tokens(linear, dynamic_shift_len, exponential_shift_mu, shift)
+    return stretch_to_terminal(shifted, TERMINAL_SIGMA)
 
 
 def image_patches(processor: Any, images: Sequence[Image.Image], remedy: str) -> Mapping[str, np.ndarray]:

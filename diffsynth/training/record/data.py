@@ -21,7 +21,7 @@ def record_data(accelerator: "Accelerator", dataset: TrainingData, fingerprint: 
     """
     dataset.undecodable |= torch.stack(gather_object([dataset.undecodable])).any(0)
     if accelerator.is_main_process:
-        about = {"path": masked_values(dataset.metadata_path), "rows": len(dataset), "fingerprint": fingerprint}
+        about = {"path": masked_values(dataset.metadata_path), "rows": dataset.size, "fingerprint": fingerprint}
         with going_on_without(f"{run_dir}/data.json"):
             write_text(f"{run_dir}/data.json", to_json(about, indent=1))
         with going_on_without(f"{run_dir}/skipped.jsonl"):

@@ -19,6 +19,7 @@ from ...core.files import going_on_without, write_text
 from ...core.json_text import to_json
 from ...core.pictures import GRID_COLUMNS, beside, row, save_png, stack
 from ...core.ranges import NonNegativeInt, check_fields
+from ...diffusion.prompts.limits import length_key
 
 if TYPE_CHECKING:
     from ...diffusion.base_pipeline import BasePipeline
@@ -101,6 +102,8 @@ class DataReport:
             "checked": len(checks),
             "enlarged": [check.number for check in checks if check.is_enlarged],
             "caption_cut_off": [check.number for check in checks if check.is_cut_off],
+            "caption_tokens_read": next(iter(pipe.prompt_limits().values()), None),
+            "caption_tokens_key": length_key(pipe),
             "also_in_validation": pairs,
             "validation_of_the_same_rows": same_rows,
         }
@@ -253,7 +256,9 @@ def _summary(content: Mapping) -> str:
     of_sizes = "each of its own size" if "own" in content["sizes"] else f"of {sizes} size{'s' * (sizes != 1)}"
     parts = [f"{content['samples']} samples {of_sizes}", f"{skipped} rows skipped"]
     parts += [f"trained on the first {content['trained_on']}"] * (content["trained_on"] is not None)
-    for name, text in (("enlarged", "enlarged"), ("caption_cut_off", "with a caption that is cut off")):
+    key = f" ({content['caption_tokens_key']})" if content["caption_tokens_key"] else ""
+    cut_off = f"with a caption that is cut off after {content['caption_tokens_read']} tokens{key}"
+    for name, text in (("enlarged", "enlarged"), ("caption_cut_off", cut_off)):
         parts += [f"{len(content[name])} {text}"] * bool(content[name])
     for name, pairs in content["also_in_validation"].items():
         parts += [f"{len(pairs)} nearly equal to one of validation.datasets.{name}"] * bool(pairs)

@@ -23,6 +23,8 @@ from ...core.sharing import share
 from ...diffusion.adapters.preset import without_preset
 from ...diffusion.pipeline.generation import warn_of_ignored, with_images
 from ...diffusion.pipeline.remembered import UnitMemory
+from ...diffusion.pipeline.request import image_arguments
+from ...diffusion.prompts.limits import warn_of_long_prompts
 from ...diffusion.randomness import StratifiedRNG
 from .few_steps import FewSteps
 from .metrics import Metric
@@ -41,7 +43,7 @@ logger = logging.getLogger(__name__)
 BANDS = 4  # a guess: each held-out row is measured once in each of this many equal parts of the timesteps' distribution
 
 MILLISECONDS = 2500  # length of an animation, whatever the clips' length; a guess
-TEMPLATE_ROWS = 4  # a guess: rows of each data set that are sampled if a template is trained and no number is set
+OWN_INPUT_ROWS = 4  # a guess: rows of each data set that are sampled if they have such inputs and no number is set
 
 
 class Shown(NamedTuple):
@@ -67,7 +69,7 @@ class Validation:
         metrics: Metrics of images that are sampled for the rows' prompts, by name.
         metric_samples: Number of the first rows of each data set that are sampled for the metrics.
         row_samples: Number of the first rows of each data set that are sampled into a grid, with their own inputs.
-            None samples 4 if a template is trained, which reads inputs of the rows, and otherwise none.
+            None samples 4 if the training reads such inputs, those of a template or images, and otherwise none.
         weights: Weights to evaluate: `raw`, their average `ema`, or both; names of the average's metrics start with
             `ema_`.
         few_steps: Compares the student of a distillation with its teacher; None compares nothing.
@@ -102,21 +104,49 @@ class Validation:
         """
         try:
             options = with_images(module.pipe, self.options)
-            warn_of_ignored(module.pipe, options, module.pipe.complete(options))
+            completed = module.pipe.complete(options)
+            warn_of_ignored(module.pipe, options, completed)
+            warn_of_long_prompts(module.pipe, [{**completed, "prompt": prompt} for prompt in self.prompts])
         except ValueError as error:
             raise ValueError(f"validation.options: {error}") from error
+        self._warn_of_bare_prompts(module)
         compared = self.few_steps.models(module) if self.few_steps else set()
-        samples_rows = self.metrics or self.shown_rows(module.pipe)
+        samples_rows = self.metrics or self.shown_rows(module)
         if self.prompts or (samples_rows and self.datasets):
             return compared | module.pipe.models_of(module.pipe.units, model_fn=True)
         encodes = any(dataset.needs_encoders for dataset in self.datasets.values())
         return compared | (module.pipe.models_of(module.units, model_fn=False) if encodes else set())
 
-    def shown_rows(self, pipe: "BasePipeline") -> int:
+    def shown_rows(self, module: "PipelineTrainingModule") -> int:
         """How many rows of each data set are sampled to be seen."""
         if self.row_samples is not None:
             return self.row_samples
-        return 0 if pipe.template is None else TEMPLATE_ROWS
+        return OWN_INPUT_ROWS if module.pipe.template is not None or images_read(module) else 0
+
+    def row_requests(self, module: "PipelineTrainingModule", count: int) -> dict[str, list[dict]]:
+        """The requests that sample the first `count` rows of each data set that can be shown, by its name."""
+        shown = {name: dataset for name, dataset in self.datasets.items() if self._can_show(dataset, module)}
+        return {name: requests_of(first_rows(dataset, count), module) for name, dataset in shown.items()}
+
+    def _can_show(self, dataset: TrainingData, module: "PipelineTrainingModule") -> bool:
+        """Whether rows are sampled of a data set: by default none of a cache, which has no images to go by."""
+        return self.row_samples is not None or not images_read(module) or dataset.needs_encoders
+
+    def _warn_of_bare_prompts(self, module: "PipelineTrainingModule") -> None:
+        """Log a warning if prompts are sampled without images that the training reads."""
+        absent = sorted(name for name in images_read(module) if self.options.get(name) is None)
+        if self.prompts and absent:
+            rows = ", and to sample rows with their own, set validation.row_samples=4 and validation.datasets, as "
+            rows += "validation=emoji_control does"
+            if self.datasets and self.shown_rows(module):
+                rows = ""
+            logger.warning(
+                "validation.prompts are sampled without %s, which the training reads. To give all of them one, set "
+                "+validation.options.%s=file.png%s.",
+                absent[0],
+                absent[0],
+                rows,
+            )
 
     def due(self, step: int, done: bool) -> bool:
         """Whether the run is evaluated after `step` optimizer steps; `done` after its last one."""
@@ -185,8 +215,7 @@ class Validation:
                 measured = self.measure(module, dataset)
                 values |= {f"{name}_{key}": value for key, value in measured.items()}
             requests = {"": [{"prompt": prompt} for prompt in self.prompts]}
-            rows = {f"{name}_": first_rows(own, self.shown_rows(pipe)) for name, own in self.datasets.items()}
-            requests |= {name: requests_of(own, module) for name, own in rows.items()}
+            requests |= {f"{name}_": own for name, own in self.row_requests(module, self.shown_rows(module)).items()}
             for name, own in requests.items():
                 shown = self._generate(pipe, own)
                 if own and accelerator.is_main_process:
@@ -207,7 +236,7 @@ class Validation:
 
         Every row is measured once in each of `BANDS` equal parts of the timesteps' distribution, with fixed noise.
         """
-        indices = range(min(self.loss_samples, len(dataset)))
+        indices = range(min(self.loss_samples, dataset.size))
         table = torch.tensor(share(indices, lambda mine: [self._row_losses(module, dataset[i], i) for i in mine]))
         rows, bands = table.mean(1), table.mean(0)
         error = (rows.std() / len(rows) ** 0.5).item() if len(rows) > 1 else 0.0
@@ -268,7 +297,7 @@ class Validation:
 
 def first_rows(dataset: TrainingData, count: int) -> list[dict]:
     """Return the first `count` rows, or all if there are fewer."""
-    return [dataset[index] for index in range(min(count, len(dataset)))]
+    return [dataset[index] for index in range(min(count, dataset.size))]
 
 
 def requests_of(rows: Sequence[Mapping], module: "PipelineTrainingModule") -> list[dict]:
@@ -276,6 +305,15 @@ def requests_of(rows: Sequence[Mapping], module: "PipelineTrainingModule") -> li
     read = [name for name in module.extra_inputs if name in module.pipe.arguments]
     names = ["prompt", *(name for name in read if name != "inpaint_mask")]  # inpainting would need an input image
     return [{name: module.pipe.media.read(each, name) for name in names} for each in rows]
+
+
+def images_read(module: "PipelineTrainingModule") -> set[str]:
+    """The images that the training gives the pipeline beside the one to learn, such as `controlnet_image`.
+
+    Masks do not count: without them all of an image is sampled.
+    """
+    images = {name for name in module.extra_inputs if not name.endswith("mask")}
+    return images & image_arguments(module.pipe.request)
 
 
 def _caption(request: Mapping) -> str:

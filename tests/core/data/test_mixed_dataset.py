@@ -21,6 +21,7 @@ from diffsynth.core.data import (
     SampleAddress,
     UnifiedDataset,
 )
+from diffsynth.training.validation.validation import first_rows
 
 SEEDS = st.integers(0, 2**63)
 FIXED, BUCKETS, FREE = {"height": 32, "width": 32}, {"buckets": True, "max_pixels": 2048}, {}
@@ -49,6 +50,14 @@ def one(folder: Path, size=FIXED, augmentation=None, **options) -> UnifiedDatase
     return UnifiedDataset.from_folder(
         str(folder), augmentation=Augmentation(**(augmentation or {})), **(size | options)
     )
+
+
+def test_an_epoch_shows_each_sample_as_often_as_weights_and_repeats_say(folders):
+    made = {"photos": one(folders / "photos", repeat=10), "icons": one(folders / "icons")}
+    assert (len(MixedDataset(made)), MixedDataset(made).size) == (106, 16)
+    seldom = MixedDataset(made, {"photos": 0.1, "icons": 0.25})
+    assert len(seldom) == 12  # 10 and 1.5, rounded to even
+    assert len(first_rows(seldom, 100)) == len(first_rows(MixedDataset(made), 100)) == 16
 
 
 def mixed(folders: Path, weights=None, photos=FIXED, icons=FIXED, **options) -> MixedDataset:

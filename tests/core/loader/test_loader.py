@@ -27,6 +27,7 @@ from diffsynth.core.loader import (
     save_safetensors,
     to_released_keys,
 )
+from diffsynth.pipelines.qwen_image import QwenImagePipeline
 
 MODEL_ID = "owner/tiny"
 
@@ -343,6 +344,15 @@ def test_config_of_no_network(name, dit_files):
     config.write_text(json.dumps(json.loads(config.read_text()) | {"_class_name": name}))
     with pytest.raises(ValueError, match=f"{name}.*Nearest"):
         build_module(dit_files)
+
+
+def test_a_controlnet_that_is_not_there_is_to_be_made(tmp_path):
+    made_by = QwenImagePipeline.networks()["controlnet"].made_by
+    with pytest.raises(
+        FileNotFoundError,
+        match=r"^model.controlnet.path: .*/gone does not exist; make one: python controlnet.py .*/gone",
+    ):
+        ModelConfig(path=str(tmp_path / "gone")).check_path("controlnet", made_by)
 
 
 def test_config_without_a_class(dit_files):

@@ -6,6 +6,7 @@ import warnings
 import pytest
 import torch
 from diffusers import AutoencoderKL
+from diffusers.models.embeddings import FluxPosEmbed
 from peft import LoraConfig, inject_adapter_in_model
 
 from diffsynth.config import explained
@@ -35,6 +36,7 @@ def texts_of(name: str, monkeypatch) -> list[str]:
     ("name", "needless"),
     [
         ("bitsandbytes.backends.cpu.ops", "Failed to load CPU gemm_4bit_forward from kernels-community: %s. Please"),
+        ("transformers.utils.import_utils", "`CLIPImageProcessor` requires torchvision (not installed); %s"),
         ("DeepSpeed", "Setting accelerator to CPU. If you have GPU or other accelerator, %s"),
     ],
 )
@@ -58,11 +60,12 @@ def test_a_cast_is_warned_of_only_if_a_module_should_keep_its_precision(monkeypa
     assert [text.partition("float32: ")[2].partition(".")[0] for text in texts] == ["['decoder']"]
 
 
-def test_a_second_adapter_is_no_news_and_pefts_other_warnings_stay():
+def test_a_second_adapter_and_a_class_that_diffusers_itself_uses_are_no_news_and_other_warnings_stay():
     network, config = torch.nn.Sequential(torch.nn.Linear(2, 2)), LoraConfig(target_modules=["0"])
     with explained(), warnings.catch_warnings(record=True) as caught:
         for name in ("a", "b"):
             network.peft_config = getattr(network, "peft_config", {})
             inject_adapter_in_model(config, network, name)
+        FluxPosEmbed(theta=10000, axes_dim=[2])
         warnings.warn("another of peft", UserWarning, stacklevel=1)
     assert [str(each.message) for each in caught] == ["another of peft"]

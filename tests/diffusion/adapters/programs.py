@@ -23,6 +23,7 @@ PIPELINES = {
     "ernie_image": diffusers.ErnieImagePipeline,
     "sd3_5_medium": diffusers.StableDiffusion3Pipeline,
     "wan21_t2v_1_3b": diffusers.WanPipeline,
+    "anima": diffusers.AnimaModularPipeline,
 }
 Updates = dict[str, Tensor]
 
@@ -30,12 +31,22 @@ Updates = dict[str, Tensor]
 def in_diffusers(file: Path, network: nn.Module, family: str) -> Updates:
     """diffusers itself: `load_lora_weights` into a network of the same configuration. It raises for some files."""
     fresh, pipeline = type(network).from_config(network.config), PIPELINES[family]
-    parts = dict.fromkeys(inspect.signature(pipeline).parameters)
     try:
-        pipeline(**parts | {"transformer": fresh}).load_lora_weights(str(file))
+        _pipeline_of(pipeline, fresh).load_lora_weights(str(file))
     except (ValueError, KeyError):
         return {}
     return updates_of(fresh)
+
+
+def _pipeline_of(kind: type, network: nn.Module) -> object:
+    """A pipeline with no more than a transformer."""
+    if not issubclass(kind, diffusers.ModularPipeline):
+        parameters = inspect.signature(kind).parameters.items()
+        parts = [name for name, parameter in parameters if parameter.default is inspect.Parameter.empty]
+        return kind(**dict.fromkeys(parts) | {"transformer": network})
+    pipe = diffusers.AnimaAutoBlocks().init_pipeline()
+    pipe.update_components(transformer=network)
+    return pipe
 
 
 def updates_of(network: nn.Module) -> Updates:
@@ -54,18 +65,19 @@ def in_diffsynth(file: Path, network: nn.Module, family: str) -> Updates:
 
     It looks for `lora_B` or `lora_up`, skips a name of the adapter after it, and multiplies by alpha / rank. Layers of
     other names, and other kinds of adapters, are left out without a message. Its Krea 2 has Krea's names of layers, its
-    Wan Wan's.
+    Wan Wan's, and its Anima NVIDIA's.
     """
     tensors, found = {} if family == "krea2" else load_file(file), {}
-    layers = {name: name for name, layer in network.named_modules() if isinstance(layer, nn.Linear)}
-    if family == "wan21_t2v_1_3b":
-        layers = {_of_wan(name).removeprefix("diffusion_model."): name for name in layers}
+    linear = [name for name, layer in network.named_modules() if isinstance(layer, nn.Linear)]
+    name_of = {"wan21_t2v_1_3b": _of_wan, "anima": _of_nvidia}.get(family, lambda name: f"diffusion_model.{name}")
+    own = {name_of(name): name for name in linear}
     for key, up in tensors.items():
         named = re.fullmatch(r"(?:diffusion_model\.)?(.*)\.(lora_B|lora_up)(\.\w+)?\.weight", key)
-        if named and named[1] in layers:
+        layer = own.get(f"diffusion_model.{named[1]}") if named else None
+        if layer is not None:
             down = tensors[key.replace("lora_B", "lora_A").replace("lora_up", "lora_down")]
             alpha = tensors.get(re.sub(r"(lora_B|lora_up)(\.default)?\.weight$", "alpha", key))
-            found[layers[named[1]]] = up @ down * (1 if alpha is None else alpha / len(down))
+            found[layer] = up @ down * (1 if alpha is None else alpha / len(down))
     return found
 
 
@@ -110,7 +122,8 @@ def comfyui_names(network: nn.Module, family: str) -> dict[str, str]:
     (comfy/utils.py flux_to_diffusers), which stand alone or after `transformer.`. Its Krea 2 has Krea's names after
     `diffusion_model.`, and ours anywhere (krea2_to_diffusers). Its ERNIE-Image has ours, which do not stand alone.
     Its Stable Diffusion 3 has Stability AI's names after `diffusion_model.`, and ours (comfy/utils.py
-    mmdit_to_diffusers) after `transformer.` only. Its Wan has Wan's names, which do not stand alone.
+    mmdit_to_diffusers) after `transformer.` only. Its Wan has Wan's names, which do not stand alone, and its Anima
+    NVIDIA's names after `diffusion_model.` alone.
     """
     layers = [name for name, layer in network.named_modules() if isinstance(layer, nn.Linear)]
     if family in STARTS:
@@ -129,6 +142,7 @@ STARTS = {
     "ernie_image": ("transformer.", "diffusion_model."),
     "sd3_5_medium": ("transformer.",),
     "wan21_t2v_1_3b": (),
+    "anima": (),
 }
 
 
@@ -153,6 +167,27 @@ def _of_krea(layer: str) -> str:
     return f"diffusion_model.{layer}"
 
 
+def _of_nvidia(layer: str) -> str:
+    """NVIDIA's name of a layer of Anima."""
+    for ours, name in (
+        ("transformer_blocks.", "blocks."),
+        ("attn1.", "self_attn."),
+        ("attn2.", "cross_attn."),
+        ("to_out.0", "output_proj"),
+        ("norm1.linear_", "adaln_modulation_self_attn."),
+        ("norm2.linear_", "adaln_modulation_cross_attn."),
+        ("norm3.linear_", "adaln_modulation_mlp."),
+        ("ff.net.0.proj", "mlp.layer1"),
+        ("ff.net.2", "mlp.layer2"),
+        ("norm_out.linear_", "final_layer.adaln_modulation."),
+        ("proj_out", "final_layer.linear"),
+        ("time_embed.t_embedder", "t_embedder.1"),
+        ("patch_embed.proj", "x_embedder.proj.1"),
+    ):
+        layer = layer.replace(ours, name)
+    return "diffusion_model." + re.sub(r"to_([qkv])$", r"\1_proj", layer)
+
+
 def _native_sd3(layer: str) -> str:
     """Stability AI's name of a layer that it does not fuse with others."""
     block = re.fullmatch(r"transformer_blocks\.(\d+)\.(.*)", layer)
@@ -174,7 +209,7 @@ def _of_wan(layer: str) -> str:
     return f"diffusion_model.{next(iter(wan_original.transformer({f'{layer}.': torch.empty(0)})))}".rstrip(".")
 
 
-NATIVE = {"krea2": _of_krea, "sd3_5_medium": _native_sd3, "wan21_t2v_1_3b": _of_wan}
+NATIVE = {"krea2": _of_krea, "sd3_5_medium": _native_sd3, "wan21_t2v_1_3b": _of_wan, "anima": _of_nvidia}
 
 
 def _native(layer: str) -> str:

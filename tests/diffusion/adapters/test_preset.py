@@ -10,6 +10,7 @@ from resumed import assert_same_run, uninterrupted
 from safetensors.torch import load_file
 from test_lora import KINDS, LAYER, TARGETS, adapter_file, assert_close, sample, train
 
+from diffsynth.core.data.dataset import PlainData
 from diffsynth.diffusion.adapters.lora import LoRA
 from diffsynth.diffusion.adapters.preset import PRESET, without_preset
 from diffsynth.diffusion.distillation.roles import STUDENT, TEACHER
@@ -72,7 +73,7 @@ def test_a_validation_samples_without_it_and_measures_the_loss_with_it(
     monkeypatch.setattr(Validation, "losses", lambda self, module, data: seen.append(active(module)) or {})
     monkeypatch.setattr(Validation, "_generate", lambda self, pipe, requests: seen.append(active(module)) or [])
     accelerator = SimpleNamespace(is_main_process=False, wait_for_everyone=lambda: None)
-    Validation(tmp_path, datasets={"all": rows}, prompts=["a"])._evaluate(accelerator, module, 0, "")
+    Validation(tmp_path, datasets={"all": PlainData(rows)}, prompts=["a"])._evaluate(accelerator, module, 0, "")
     expected = [["default"]] * 3 if in_sampling else [[PRESET, "default"], ["default"], ["default"]]
     assert seen == expected and active(module) == expected[0]
 

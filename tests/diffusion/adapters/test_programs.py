@@ -18,7 +18,9 @@ from diffsynth.diffusion.logger import ModelLogger
 
 QWEN, FLUX2 = FAMILIES[:2]
 KREA2, ERNIE = (next(family for family in FAMILIES if family.name == name) for name in ("krea2", "ernie_image"))
-SD3, WAN = (next(family for family in FAMILIES if family.name == name) for name in ("sd3_5_medium", "wan21_t2v_1_3b"))
+SD3, WAN, ANIMA = (
+    next(family for family in FAMILIES if family.name == name) for name in ("sd3_5_medium", "wan21_t2v_1_3b", "anima")
+)
 EVERY = {"diffusers", "ComfyUI", "DiffSynth-Studio"}
 # The table in docs/runs.md, and lines of the pages in docs/families.
 LOADS = [
@@ -46,6 +48,10 @@ LOADS = [
     (WAN, "diffusers", {"diffusers"}),
     (WAN, "diffsynth", {"DiffSynth-Studio"}),
     (WAN, "comfyui", {"ComfyUI", "DiffSynth-Studio"}),  # diffusers refuses an alpha of layers outside of the blocks
+    (ANIMA, "common", EVERY),
+    (ANIMA, "diffusers", {"diffusers"}),
+    (ANIMA, "diffsynth", {"DiffSynth-Studio"}),
+    (ANIMA, "comfyui", {"ComfyUI", "DiffSynth-Studio"}),
 ]
 LAST = {"krea2": "final_layer.linear", "ernie_image": "final_linear"}
 DOUBLE, SINGLE = "transformer_blocks.1.attn", "single_transformer_blocks.1.attn"
@@ -77,7 +83,9 @@ def exported(module, format, path):
 # What is exported -----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("family", tiny.mostly_slow([QWEN, FLUX2, KREA2, ERNIE, SD3, WAN], QWEN, FLUX2, WAN), ids=str)
+@pytest.mark.parametrize(
+    "family", tiny.mostly_slow([QWEN, FLUX2, KREA2, ERNIE, SD3, WAN, ANIMA], QWEN, FLUX2, WAN), ids=str
+)
 def test_programs_load_the_formats_that_the_table_says(family, tmp_path):
     module, updates = shaken(family, [*family.layers, LAST.get(family.name, "proj_out")])
     for of_family, format, expected in LOADS:
@@ -195,6 +203,9 @@ def test_names_of_every_program_are_read(family, tmp_path):
                 (KREA2, "diffusion_model.txtfusion.refiner_blocks.1.mlp.up", "text_fusion.refiner_blocks.1.ff.up"),
                 (KREA2, "diffusion_model.txtmlp.3", "txt_in.linear_2"),
                 (KREA2, "diffusion_model.last.linear", "final_layer.linear"),
+                (ANIMA, "diffusion_model.blocks.1.self_attn.output_proj", "transformer_blocks.1.attn1.to_out.0"),
+                (ANIMA, "diffusion_model.blocks.0.mlp.layer2", "transformer_blocks.0.ff.net.2"),
+                (ANIMA, "diffusion_model.final_layer.adaln_modulation.2", "norm_out.linear_2"),
                 (ERNIE, "diffusion_model.layers.1.self_attention.to_out.0", "layers.1.self_attention.to_out.0"),
             )
         ),

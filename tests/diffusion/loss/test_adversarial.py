@@ -319,5 +319,5 @@ def test_a_layer_that_cannot_be_read_is_named(training_module, rows, pipe):
         trained_on("transformer_blocks")
     with pytest.raises(ValueError, match="Linear does not say which blocks it repeats; name those"):
         Discriminator().heads(nn.Linear(1, 1), 0)
-    with pytest.raises(ValueError, match="Linear has no inner_dim"):
+    with pytest.raises(ValueError, match="Linear does not state inner_dim"):
         Discriminator(layers=[""]).heads(nn.Linear(1, 1), 0)

@@ -15,6 +15,7 @@ from diffsynth.core.data import Augmentation, Sample, SampleAddress, UnifiedData
 from diffsynth.core.data.dataset import Row
 from diffsynth.diffusion.loss import AutoencoderLoss, FlowMatchSFT, MaskWeights
 from diffsynth.diffusion.loss.flow_match_sft import mean_where
+from diffsynth.diffusion.pipeline import networks as models
 
 MASKED = FlowMatchSFT(extra_inputs=["loss_mask"])
 LATENTS = (6, 4)  # of the pictures in `samples`, 48 x 32 pixels
@@ -233,3 +234,19 @@ def test_a_masked_run_trains_alike_from_a_cache(folder, tmp_path, masked):
 def test_a_row_without_a_mask_is_named(tmp_path):
     with pytest.raises(ValueError, match="row 1: has no loss_mask, but image, prompt"):
         runs.train(tmp_path, *OVERRIDES)
+
+
+@pytest.mark.parametrize("entry", ["train", "make_cache", "plan"])
+@pytest.mark.parametrize("named", ["task.mask.column=loss_mask", "task.extra_inputs=[loss_mask]"])
+def test_a_mask_that_is_not_read_as_a_file_is_refused_before_weights(folder, tmp_path, named, entry, monkeypatch):
+    monkeypatch.setattr(models, "load_weights", lambda *_, **__: pytest.fail("weights are read"))
+    own = [
+        each for each in runs.train_overrides(tmp_path) if each.startswith(("dataset", "model.")) or entry == "train"
+    ]
+    path = [] if entry == "train" else [f"path={tmp_path}/made", "device=cpu"]
+    cfg = runs.compose(entry, *runs.merged(own, [f"dataset.path={folder}", named, *path]))
+    with pytest.raises(
+        ValueError, match=r"column loss_mask is read as an image, .*dataset.data_file_keys=\[image,loss_mask\]"
+    ):
+        claim(cfg) if entry == "train" else None
+        runs.call(entry, cfg)

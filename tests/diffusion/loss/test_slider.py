@@ -1,8 +1,13 @@
 """Concept sliders: the loss by hand, the prompts of a row, and what the scale of the adapter does."""
 
+from dataclasses import replace
+from itertools import combinations
+
 import pytest
 import tiny
 import torch
+from families import FAMILIES as TABLE
+from miniatures.requests import samples as samples_of
 from resumed import assert_same_run, losses, uninterrupted
 from safetensors.torch import save_file
 from test_distillation import ADAPTED, DEFAULTS, FAMILIES, ROW
@@ -13,6 +18,8 @@ from diffsynth.core.loader import ModelConfig
 from diffsynth.diffusion.adapters.lora import LoRA
 from diffsynth.diffusion.flow_match import interpolate
 from diffsynth.diffusion.loss import ConceptSlider
+from diffsynth.diffusion.loss.slider import NEGATIVE, POSITIVE
+from diffsynth.diffusion.pipeline.units import PipelineUnit
 from diffsynth.diffusion.randomness import SampleRNG
 from diffsynth.diffusion.training_module import PipelineTrainingModule
 
@@ -135,6 +142,30 @@ def test_qwen_image_and_flux2_slide_at_the_guidance_that_they_are_sampled_with(f
     assert shared.get("embedded_guidance") == pipe.complete({}).get("embedded_guidance")
 
 
+@pytest.mark.parametrize("family", tiny.mostly_slow({str(family): family for family in TABLE}, "sd3_5_medium"))
+def test_the_three_predictions_of_any_family_read_three_prompts(family):
+    """Whatever the class of the unit that embeds prompts: Stable Diffusion 3.5's is a plain one."""
+    family = next(own for own in TABLE if str(own) == family)
+    module = family.module(replace(FROM_PROMPTS, extra_inputs=family.extra_inputs), LoRA(rank=2)).load()
+    with torch.no_grad():
+        shared, posi, _ = module._run_frozen_units(samples_of(family)[0])
+    inputs, seen = shared | posi, 0
+    for name in {name.removeprefix(POSITIVE) for name in inputs if name.startswith(POSITIVE)}:
+        sides = [inputs[prefix + name] for prefix in ("", POSITIVE, NEGATIVE)]
+        if isinstance(sides[0], torch.Tensor) and sides[0].is_floating_point():
+            seen += 1
+            assert not any(torch.equal(*pair) for pair in combinations(sides, 2))
+    assert seen
+
+
+@pytest.mark.slow
+def test_a_slider_of_stable_diffusion_needs_only_one_of_the_text_encoders():
+    family = next(own for own in TABLE if str(own) == "sd3_5_medium")
+    parts = {name: part for name, part in family.parts.items() if name not in ("text_encoder_3", "tokenizer_3")}
+    module = replace(family, parts=parts).module(FROM_PROMPTS, LoRA(rank=2)).load()
+    assert module(samples_of(family)[:1]).item() > 0
+
+
 # What is refused ------------------------------------------------------------------------------------------------------
 
 
@@ -143,6 +174,20 @@ def test_a_slider_is_an_adapter_between_two_prompts(training_module):
         training_module(FROM_PROMPTS)
     with pytest.raises(ValueError, match="task.positive and task.negative are both 'a cat'; expected two prompts"):
         ConceptSlider(positive="a cat", negative="a cat")
+
+
+def test_a_family_whose_embeddings_cannot_be_exchanged_is_refused_by_name(training_module, load_pipe, tiny):
+    class Hidden(PipelineUnit):
+        def process(self, pipe, prompt_emb):
+            return {}
+
+    pipe = load_pipe(tiny)
+    pipe.units.append(Hidden())
+    with pytest.raises(ValueError, match="task=slider embeds several prompts, but Hidden reads prompt_emb"):
+        FROM_PROMPTS.check(pipe, LORA, cached=False)
+    pipe.units = [unit for unit in pipe.units if not unit.input_params_posi]
+    with pytest.raises(ValueError, match="no unit of QwenImagePipeline names 'prompt' in input_params_posi"):
+        FROM_PROMPTS.check(pipe, LORA, cached=False)
 
 
 # Runs -----------------------------------------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ from diffsynth.diffusion.loss import FlowMatchSFT
 from diffsynth.diffusion.pipeline.image_units import InputImageEmbedder
 from diffsynth.diffusion.pipeline.remembered import to_device
 from diffsynth.diffusion.pipeline.units import PipelineUnit, split_units
-from diffsynth.pipelines.qwen_image import QwenImageUnit_PromptEmbedder
+from diffsynth.pipelines.prompts.qwen_image import QwenImageUnit_PromptEmbedder
 
 ADAPTER = LoRA(rank=2, target_modules=["to_q"])
 TEXT_TOO = FlowMatchSFT(trainable_models=["dit", "text_encoder"])

@@ -16,7 +16,7 @@ from diffsynth.core.loader import ModelConfig
 from diffsynth.diffusion.template import TemplatePipeline, residuals
 from diffsynth.diffusion.template.code import read_code
 from diffsynth.diffusion.template.model import load_template
-from diffsynth.pipelines.qwen_image import use_joint_attention
+from diffsynth.pipelines.networks.qwen_image import use_joint_attention
 
 CODE = (tiny.ROOT / "models" / "templates" / "blockwise_controlnet" / "model.py").read_text(encoding="utf-8")
 RELEASED = 'TEMPLATE_MODEL_CONFIG = {"blocks": 60, "width": 3072, "inpaint": False}'

@@ -25,7 +25,8 @@ from diffsynth.diffusion.template.code import read_code
 from diffsynth.diffusion.template.model import Template, load_template
 from diffsynth.diffusion.template.units import FEATURES
 from diffsynth.diffusion.training_module import PipelineTrainingModule
-from diffsynth.pipelines.flux2_image import Flux2ImagePipeline, use_joint_attention
+from diffsynth.pipelines.flux2_image import Flux2ImagePipeline
+from diffsynth.pipelines.networks.flux2 import use_joint_attention
 from diffsynth.training.accelerator import make_accelerator
 from diffsynth.training.checks import scan
 

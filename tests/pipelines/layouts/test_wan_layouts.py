@@ -14,7 +14,7 @@ from torch import nn
 
 from diffsynth.config import build
 from diffsynth.core.loader import ModelConfig
-from diffsynth.diffusion.pipeline import architectures
+from diffsynth.diffusion import architectures
 from diffsynth.diffusion.training_module import PipelineTrainingModule
 from diffsynth.pipelines.layouts.wan import TRANSFORMER_LAYOUT, of_transformer
 from diffsynth.pipelines.wan import WanPipeline

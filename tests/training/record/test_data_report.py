@@ -45,10 +45,13 @@ def data_report(run_dir) -> dict:
     return json.loads((run_dir / "data_report.json").read_text())
 
 
-def test_a_run_counts_its_samples_and_names_what_is_enlarged_or_cut_off(folder, tmp_path):
+def test_a_run_counts_its_samples_and_names_what_is_enlarged_or_cut_off(folder, tmp_path, caplog):
+    caplog.set_level("INFO")
     content = data_report(tiny.train(tmp_path / "runs", *ONE_STEP, f"dataset.path={folder}", "dataset.repeat=3"))
     assert (content["samples"], content["an_epoch"], content["sizes"]) == (4, 12, {"32x32": 4})
     assert (content["enlarged"], content["caption_cut_off"], content["skipped"]) == ([1], [3], [])
+    assert (content["caption_tokens_read"], content["caption_tokens_key"]) == (1024 + 34, None)
+    assert "1 with a caption that is cut off after 1058 tokens" in caplog.text
 
 
 def test_rows_that_are_skipped_are_listed_with_the_reason(folder, tmp_path):

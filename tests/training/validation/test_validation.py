@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import pytest
 import tiny
 import torch
+from families import FAMILIES, pairs
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -112,3 +113,33 @@ def test_what_is_shown_and_measured_are_the_thumbnails_of_the_familys_media(tmp_
     )  # all thumbnails are equal, and the first counts as nearest
     pictures = [run_dir / "data_report.png", *(run_dir / "samples").glob("*step-000000.png")]
     assert [Image.open(picture).convert("RGB").getpixel((0, 0)) for picture in pictures] == [(255, 0, 0)] * 3
+
+
+CONTROLLED = next(family for family in FAMILIES if family.name == "z_image_controlnet")
+
+
+def test_prompts_that_are_sampled_without_the_images_of_the_training_are_warned_of(tmp_path, caplog):
+    module = CONTROLLED.module()
+    Validation(path=tmp_path, prompts=["a cat"]).models(module)
+    (record,) = caplog.records
+    assert "validation.prompts are sampled without controlnet_image" in record.getMessage()
+    assert "validation=emoji_control" in record.getMessage()
+    caplog.clear()
+    options = {"controlnet_image": Image.new("RGB", (32, 32))}
+    Validation(path=tmp_path, prompts=["a cat"], options=options).models(module)
+    Validation(path=tmp_path).models(module)
+    assert not caplog.records
+    assert Validation(path=tmp_path).shown_rows(module) == 4
+    assert Validation(path=tmp_path, row_samples=0).shown_rows(module) == 0
+    assert Validation(path=tmp_path).shown_rows(FAMILIES[0].module()) == 0
+
+
+def test_rows_of_a_training_that_is_controlled_are_sampled_with_their_images(tmp_path):
+    where = [f"path={pairs()}", "metadata=metadata.jsonl", "height=32", "width=32"]
+    data = ["dataset=image_folder", *(f"dataset.{setting}" for setting in where)]
+    node = "{_target_: diffsynth.core.data.UnifiedDataset.from_folder, data_file_keys: [image, controlnet_image]}"
+    held_out = [f"+validation.datasets.held_out={node}", *(f"+validation.datasets.held_out.{own}" for own in where)]
+    size = ["validation.options={num_inference_steps: 1, height: 32, width: 32}", "validation.loss_samples=1"]
+    few = ["max_steps=1", "validation=base", "lora=none", "task.trainable_models=[controlnet]"]
+    run_dir = tiny.train(tmp_path, *CONTROLLED.overrides, *data, *held_out, *size, *few)
+    assert list((run_dir / "samples").glob("held_out_*step-000000.png"))

@@ -2,7 +2,7 @@
 
 import io
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path, PurePosixPath
 
@@ -10,6 +10,7 @@ import pyarrow as pa
 from PIL import Image
 
 from ...hub import answers, downloads_are_off, is_complete, locked, marked, modelscope_endpoint
+from ...ranges import PositiveInt
 from .find_rows import find_rows
 from .table import Rows, Table
 
@@ -25,7 +26,8 @@ def read_example(
     folder: str | None,
     columns: Sequence[str] = ("image",),
     fetch: bool = True,
-    num_frames: int | Sequence[int] = 1,
+    num_frames: PositiveInt | Sequence[PositiveInt] = 1,
+    conditions: Mapping[str, object] | None = None,
 ) -> Rows:
     """Return the rows of DiffSynth-Studio's example images for a model; download the images if they are absent.
 
@@ -36,6 +38,7 @@ def read_example(
         columns: Columns that name files of images, or of videos if "video" is in their names.
         fetch: False downloads nothing and returns one row of blank images or videos if they are absent, to plan a run.
         num_frames: Frames of blank videos, or several numbers, of which the largest is taken.
+        conditions: Columns that the data set makes of the images; the row of blank images has none of these.
 
     Raises:
         ValueError: There are no images for this model, or they are absent and cannot be downloaded.
@@ -45,6 +48,7 @@ def read_example(
     if not is_complete(Path(path)):
         if not fetch:
             _log_once(f"{path} is absent: this plan has one blank sample instead of {repository}, {folder}.")
+            columns = [name for name in columns if name not in (conditions or {})]
             return blank_rows(columns, num_frames if isinstance(num_frames, int) else max(num_frames))
         _fetch(Path(path), repository, folder)
     _, rows = find_rows(path, None, "utf-8")
@@ -52,7 +56,7 @@ def read_example(
     return rows
 
 
-def blank_rows(columns: Sequence[str], num_frames: int = 1) -> Table:
+def blank_rows(columns: Sequence[str], num_frames: PositiveInt = 1) -> Table:
     """Return a table of one row: a white image in each column, or in those of videos an animation, and a prompt."""
     cells = {name: pa.array([_blank(name, num_frames)], pa.large_binary()) for name in columns}
     table = pa.table(cells | {"prompt": pa.array(["a picture"], pa.large_string())})

@@ -10,8 +10,8 @@ from torch.testing import assert_close
 
 from diffsynth.core.data import Row, Sample
 from diffsynth.diffusion.loss import FlowMatchSFT
-from diffsynth.pipelines import qwen_image
-from diffsynth.pipelines.shared.entities import regional_mask, with_entities
+from diffsynth.pipelines.networks import qwen_image as network
+from diffsynth.pipelines.shared.entities import _tokens, regional_mask, with_entities
 
 SIZE = {"height": 64, "width": 32, "seed": 0, "num_inference_steps": 2, "cfg_scale": 1}
 COLUMNS = ["eligen_entity_prompts", "eligen_entity_masks"]
@@ -89,8 +89,8 @@ def test_without_regions_and_with_positions_in_a_row_it_is_a_longer_prompt(pipe)
     regional = inputs(pipe)
     found = pipe.model_fn(**regional)
     with (
-        mock.patch.object(qwen_image, "with_entities", row),
-        mock.patch.object(qwen_image, "regional_mask", everything),
+        mock.patch.object(network, "with_entities", row),
+        mock.patch.object(network, "regional_mask", everything),
     ):
         assert_close(pipe.model_fn(**regional), pipe.model_fn(**plain), atol=1e-5, rtol=1e-4)
     assert (found - pipe.model_fn(**plain)).abs().max() > 1e-3
@@ -140,3 +140,10 @@ def test_entities_without_masks_are_refused(change, message, pipe):
 def test_images_beside_the_sampled_one_are_refused(pipe):
     with pytest.raises(ValueError, match="are for the sampled image alone; leave edit_image and context_image out"):
         pipe.model_fn(**inputs(pipe), context_latents=[torch.zeros(1, 16, 8, 4)])
+
+
+@pytest.mark.parametrize("grey, seen", [(127, False), (128, True), (255, True)])
+def test_a_token_is_covered_if_any_of_its_latent_pixels_is_nearer_to_white(grey, seen, pipe):
+    mask = Image.new("RGB", (4, 8))  # one pixel of a mask for each latent pixel
+    mask.putpixel((1, 5), (grey,) * 3)
+    assert _tokens(pipe, mask, 64, 32).tolist() == [[number == 4 and seen for number in range(8)]]

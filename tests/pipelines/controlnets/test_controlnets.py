@@ -1,6 +1,8 @@
 """ControlNets of their families: what diffusers samples with them, how they begin, when they act, what is refused."""
 
 import json
+import shlex
+import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -148,6 +150,12 @@ TWO = {
 }
 
 
+def test_a_controlnet_of_flux1_without_guidance_embedding_samples_as_in_diffusers():
+    network = flux1.controlnet(guidance_embeds=False)
+    request = GUIDED | CONTROL | {"cfg_scale": 1.0}
+    check_sampled("flux1", [request], lambda *given: flux1.sampled_with_control(*given, network), network)
+
+
 @pytest.mark.parametrize("guidance", tiny.mostly_slow([1.0, 3.0], 3.0))
 @pytest.mark.parametrize("name", tiny.mostly_slow(TWO, "flux1"))
 def test_two_controlnets_sample_as_in_diffusers(name, guidance):
@@ -254,11 +262,45 @@ def test_a_controlnet_begins_as_copies_of_layers_and_changes_nothing(inpaint, tm
     assert_close(sampled(pipe, REQUEST | control), sampled(pipe, REQUEST), atol=1e-6, rtol=0)
 
 
-def test_more_blocks_than_the_transformer_has_are_refused(tmp_path):
-    message = "the transformer has 4 transformer_blocks to copy, and transformer_blocks.4 is beyond"
+LAYERS = {"z_image": 6, "qwen_image": 4, "flux1": 2, "sd3": 3}
+
+
+@pytest.mark.parametrize("name", tiny.mostly_slow(LAYERS, "z_image", "qwen_image"))
+def test_blocks_are_at_most_those_of_the_transformer(name, tmp_path):
+    count = LAYERS[name]
+    folder = start_controlnet(lambda device: controlled(name), output=str(tmp_path / "new"))
+    config = json.loads((folder / "config.json").read_text())
+    layers = config["control_layers_places"] if name == "z_image" else range(config["num_layers"])
+    assert list(layers) == list(range(count))
+    pipe = controlled(name, folder)
+    pipe.load_models()
+    assert sampled(pipe, REQUEST | CONTROL | {"num_inference_steps": 1}).isfinite().all()
+    message = f"blocks={count + 1}, but the transformer has {count} blocks to copy; set blocks={count} or less"
     with pytest.raises(ValueError, match=message):
-        start_controlnet(lambda device: controlled("qwen_image"), blocks=6, output=str(tmp_path / "new"))
-    assert list(tmp_path.iterdir()) == []
+        start_controlnet(lambda device: controlled(name), blocks=count + 1, output=str(tmp_path / "more"))
+    assert not (tmp_path / "more").exists()
+
+
+@pytest.mark.slow
+def test_the_seed_is_that_of_the_layers_that_are_neither_copied_nor_zero(tmp_path):
+    """Such as the layer of Z-Image that reads an image with a mask, which the transformer does not have."""
+    start = partial(start_controlnet, lambda device: pipeline(), blocks=1, inpaint=True)
+    folders = [start(seed=seed, output=str(tmp_path / str(n))) for n, seed in enumerate((0, 0, 1))]
+    one, same, other = (load_file(next(folder.glob("*.safetensors"))) for folder in folders)
+    assert all(torch.equal(one[name], same[name]) for name in one)
+    assert any(not torch.equal(one[name], other[name]) for name in one)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("model", ["emoji_z_image", "emoji"])
+def test_the_command_that_is_printed_trains(model, tmp_path):
+    """With an option of a model with a ControlNet, and without."""
+    folder = tmp_path / "my controlnet"
+    shown = tiny.process(sys.executable, "controlnet.py", f"model={model}", f"output={folder}")
+    python, script, *words = shlex.split(shown.splitlines()[-1])
+    assert (python, script) == ("python", "train.py")
+    few = ["max_steps=1", "batch_size=1", "device=cpu", "validation=none", "lr_scheduler.num_warmup_steps=0"]
+    assert "Finished" in tiny.process(sys.executable, script, *words, *few, f"output_root={tmp_path}/runs")
 
 
 TRAINED = {"z_image_controlnet": z_image, "flux1_controlnet": flux1, "sd3_5_controlnet": sd3}
@@ -331,6 +373,24 @@ def test_a_training_without_images_that_control_is_refused_before_weights_are_re
     assert next(module.pipe.controlnet.parameters()).is_meta
 
 
+UNREAD = {
+    "z_image controlnet_image": "model.controlnet is null, and without it nothing reads the image; take .*_controlnet",
+    "z_image edit_image": "model.siglip_processor is null, .*; take model=z_image_omni, or leave edit_image out",
+    "emoji edit_image": "model.processor is null, .*; take a model for editing, such as model=qwen_image_edit",
+    "emoji controlnet_inpaint_mask": "model.controlnet is null",
+}
+
+
+@pytest.mark.parametrize("case", UNREAD)
+def test_an_image_that_nothing_reads_is_refused_in_sampling_and_in_training(case, no_weights_are_read):
+    name, column = case.split()
+    family = next(family for family in FAMILIES if family.name == name)
+    with pytest.raises(ValueError, match=f"^{column} is given, but {UNREAD[case]}"):
+        family.build().complete(REQUEST | {column: image(3)})
+    with pytest.raises(ValueError, match=f"^task.extra_inputs: {column} is given, but {UNREAD[case]}"):
+        family.module(FlowMatchSFT(extra_inputs=[column]))
+
+
 def test_a_controlnet_of_another_base_is_refused_before_weights_are_read(no_weights_are_read):
     with pytest.raises(ValueError, match="Z-Image-Omni takes no ControlNet"):
         pipeline(base=z_image.omni()).load_models()
@@ -347,7 +407,7 @@ def test_a_controlnet_of_another_base_is_refused_before_weights_are_read(no_weig
 )
 def test_a_family_takes_only_those_images_to_inpaint_that_its_controlnets_read(name, known):
     pipe = BASES[name][0]()
-    pipe.complete(REQUEST | CONTROL | {name: own for name, own in INPAINT.items() if name in known})
+    assert known <= pipe.arguments
     for argument in INPAINT.keys() - known:
         with pytest.raises(ValueError, match=f"has no argument '{argument}'; did you mean"):
             pipe.complete(REQUEST | CONTROL | {argument: INPAINT[argument]})

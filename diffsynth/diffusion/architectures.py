@@ -6,10 +6,10 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from ...core.loader import ModelConfig, read_shapes
-from .components import Network
+from ..core.loader import ModelConfig, read_shapes
+from .pipeline.components import Network
 
-FOLDER = Path(__file__).parents[2] / "plan" / "architectures"
+FOLDER = Path(__file__).parents[1] / "plan" / "architectures"
 # Endings of the names of repositories in diffusers' layout, whose names are else those of the authors' repositories.
 ENDINGS = ("", "-Diffusers", "-diffusers")
 

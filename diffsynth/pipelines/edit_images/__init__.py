@@ -1,0 +1,1 @@
+"""How a family reads the images to edit."""

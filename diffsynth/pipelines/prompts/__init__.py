@@ -1,0 +1,1 @@
+"""How a family tokenizes prompts and embeds them."""
