@@ -3,8 +3,9 @@
     python -m models.emoji_wan.build init outputs/emoji_wan_init
     python train.py experiment=emoji_wan/autoencoder
     python -m models.emoji_wan.build autoencoder outputs/emoji_wan_init outputs/emoji_wan_autoencoder-*/weights/step-2400.*
+    python make_cache.py …  # models/emoji_wan/README.md has the whole command
     python train.py experiment=emoji_wan/pretrain
-    python -m models.emoji_wan.build release outputs/emoji_wan_init models/emoji_wan outputs/emoji_wan_pretrain-*/weights/step-1600.*
+    python -m models.emoji_wan.build release outputs/emoji_wan_init models/emoji_wan outputs/emoji_wan_pretrain-*/weights/step-2700.*
 
 The folders have the layout of Wan 2.1's repository, so that every program that reads that reads this, too.
 """  # noqa: E501
