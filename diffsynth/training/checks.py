@@ -88,7 +88,8 @@ def check_images(dataset: TrainingData, task: "Objective", pipeline: "type[BaseP
     for name, own in dataset.datasets.items():
         if not isinstance(own, UnifiedDataset):
             continue
-        for column in [column for column in columns if column not in {*own.operators, *own.conditions}]:
+        made = pipeline.media.derived.keys() - own.rows[0].keys()  # of the row's media
+        for column in [column for column in columns if column not in {*own.operators, *own.conditions, *made}]:
             key = f"dataset.datasets.{name}" if name else "dataset"
             raise ValueError(
                 f"{own.metadata_path}: the column {column} is read as an image, but its cells are not read as files; "

@@ -4,6 +4,8 @@ import logging
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 if TYPE_CHECKING:
     from ..base_pipeline import BasePipeline
 
@@ -24,6 +26,8 @@ def warn_of_long_prompts(pipe: "BasePipeline", requests: Iterable[Mapping[str, A
     Args:
         requests: Complete requests; their negative prompts count where guidance reads them.
     """
+    if torch.device(pipe.device).type == "meta":  # of a plan, whose tokenizers are blank
+        return
     seen = set()
     for request in requests:
         guided = request["cfg_scale"] != 1
