@@ -30,6 +30,7 @@ from ..diffusion.pipeline.video_media import VideoMedia
 from ..diffusion.pipeline.video_units import (
     FirstFrameEmbedder,
     InputVideoEmbedder,
+    VideoLossMask,
     VideoNoiseInitializer,
     VideoShapeChecker,
 )
@@ -176,6 +177,7 @@ class WanPipeline(BasePipeline):
         VideoShapeChecker,
         VideoNoiseInitializer,
         InputVideoEmbedder,
+        VideoLossMask,
         FirstFrameEmbedder,
         WanUnit_PromptEmbedder,
     )
