@@ -3,17 +3,19 @@
 from pathlib import Path
 
 import torch
+from diffusers.models.transformers.transformer_wan import WanAttnProcessor
 from torch import Tensor, nn
 
 from diffsynth.core.loader.model_config import ModelConfig
 from diffsynth.diffusion.pipeline import kv_cache
-from diffsynth.pipelines import flux1_image, flux2_image, qwen_image
+from diffsynth.pipelines import flux1_image, flux2_image, qwen_image, wan
 from diffsynth.pipelines.flux1_image import Flux1ImagePipeline
 from diffsynth.pipelines.flux2_image import Flux2ImagePipeline
 from diffsynth.pipelines.networks import flux2 as flux2_network
 from diffsynth.pipelines.networks import qwen_image as qwen_image_network
 from diffsynth.pipelines.qwen_image import QwenImagePipeline
 from diffsynth.pipelines.shared import flux1 as flux1_network
+from diffsynth.pipelines.wan import Wan22TI2VPipeline, WanPipeline
 
 LENGTH = 5  # of further keys
 
@@ -83,6 +85,35 @@ class Flux1Base(Flux2Base):
         edit = some(1, *self.latents[1:], seed=5).expand_as(inputs["latents"])
         pooled = some(1, self.dit.config.pooled_projection_dim, seed=6).expand(len(edit), -1)
         return flux1_image.model_fn_flux1(self.dit, edit_latents=[edit], pooled_prompt_emb=pooled, **inputs)
+
+
+class WanBase(Base):
+    """The same for Wan, which reads a video and prompts of one length."""
+
+    module, pipeline, latents = wan, WanPipeline, (3, 16, 3, 6, 10)
+    stock, padded, unread = {"block": WanAttnProcessor}, [[9], [9], [9]], ()
+
+    def __init__(self, dit):
+        self.dit = dit
+        self.batch = {
+            "latents": some(*self.latents),
+            "timestep": torch.tensor([100.0, 400.0, 800.0]),
+            "prompt_emb": some(3, 9, dit.config.text_dim, seed=1),
+        }
+
+    def __call__(self, rows=slice(None), **inputs) -> Tensor:
+        return wan.model_fn_wan(self.dit, **{name: tensor[rows] for name, tensor in self.batch.items()}, **inputs)
+
+
+class GivenFrameBase(WanBase):
+    """The same for Wan2.2-TI2V-5B, whose tokens have timesteps of their own: 0 in the first frame of one sample."""
+
+    pipeline, latents = Wan22TI2VPipeline, (3, 48, 3, 6, 10)
+
+    def __init__(self, dit):
+        super().__init__(dit)
+        self.batch["given_latents"] = some(3, 48, 1, 6, 10, seed=4)
+        self.batch["is_given"] = torch.tensor([True, False, False])
 
 
 def load(kind: type[Base], folder: Path) -> Base:

@@ -9,7 +9,7 @@ Shapes: B batch, L tokens, D width. "Own" tokens and heads are those of this dev
 """
 
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from math import prod
@@ -134,7 +134,8 @@ def check_splittable(network: nn.Module, devices: int) -> None:
             f"{name} has {heads} heads, which cp_size={devices} does not divide; set cp_size to one of {fits}."
         )
     for processor in (layer.processor for layer in network.modules() if hasattr(layer, "processor")):
-        if "split" not in inspect.signature(processor.__call__).parameters:
+        by_tables = getattr(processor, "split_comes_with_tables", False)
+        if not by_tables and "split" not in inspect.signature(processor.__call__).parameters:
             raise ValueError(
                 f"{name}: {type(processor).__name__} does not exchange split tokens, as it takes no argument `split`; "
                 "remove cp_size."
@@ -145,10 +146,12 @@ def split_tokens(network: nn.Module, devices: Devices) -> None:
     """Make a network compute on this device's part of the tokens; its inputs and outputs stay whole sequences.
 
     The network's `_cp_plan`, which diffusers defines, says where tokens are split and gathered. Attention processors
-    receive the `TokenSplit` of the forward pass as their argument `split`.
+    receive the `TokenSplit` of the forward pass as their argument `split`, or as an attribute of the rotary tables
+    (`OwnTables`) if the network passes them no arguments.
     """
-    hooks = _Hooks(devices)
-    network.register_forward_pre_hook(_named(hooks.begin), with_kwargs=True)  # before the hooks that split tokens
+    hooks = _Hooks(devices, _named_inputs(network))
+    begin = partial(hooks.begin, network)
+    network.register_forward_pre_hook(_named(begin), with_kwargs=True)  # before the hooks that split tokens
     network.register_forward_hook(lambda *_: hooks.end())
     for path, plan in network._cp_plan.items():
         for module in _modules_at(network, path):
@@ -160,17 +163,36 @@ def split_tokens(network: nn.Module, devices: Devices) -> None:
                 module.register_forward_hook(lambda _, __, outputs, plan=plan: hooks.own_outputs(plan, outputs))
 
 
-class _Hooks:
-    """The hooks of one network. `split` belongs to the forward pass that is running; it is None outside of one."""
+def _named_inputs(network: nn.Module) -> set[str]:
+    """The inputs of modules that the network's plan splits."""
+    plans = [plan for plan in network._cp_plan.values() if isinstance(plan, Mapping)]
+    return {name for plan in plans for name in plan if isinstance(name, str)}
 
-    def __init__(self, devices: Devices):
-        self.devices = devices
+
+class OwnTables(tuple):
+    """The rotary tables of a device's own tokens, and how the tokens are split."""
+
+    split: TokenSplit
+
+
+class _Hooks:
+    """The hooks of one network. `split` belongs to the forward pass that is running; it is None outside of one.
+
+    Args:
+        named: The inputs of modules that are split; without the text among them each device has all of it.
+    """
+
+    def __init__(self, devices: Devices, named: Collection[str]):
+        self.devices, self.named = devices, named
         self.split: TokenSplit | None = None
 
-    def begin(self, inputs: dict[str, Any]) -> dict[str, Any]:
+    def begin(self, network: nn.Module, inputs: dict[str, Any]) -> dict[str, Any]:
         """Set `split` and add it to the keyword arguments of attention."""
-        text, image = inputs["encoder_hidden_states"].shape[TOKENS], inputs["hidden_states"].shape[TOKENS]
+        text = inputs["encoder_hidden_states"].shape[TOKENS] if "encoder_hidden_states" in self.named else 0
+        image = _image_tokens(network, inputs["hidden_states"])
         self.split = TokenSplit(self.devices, self.devices.shares(text), self.devices.shares(image))
+        if not text:
+            return inputs
         (kwargs,) = (name for name in inputs if name.endswith("attention_kwargs"))  # diffusers has two names for it
         return {**inputs, kwargs: {**(inputs[kwargs] or {}), "split": self.split}}
 
@@ -186,16 +208,32 @@ class _Hooks:
 
         The mask of the text stays whole, because attention attends to all text tokens.
         """
-        split = {name for name in plan if inputs[name] is not None and not name.endswith("_mask")}
+        split = {name for name in plan if _has_tokens(inputs[name]) and not name.endswith("_mask")}
         return {name: self._part(plan[name], value) if name in split else value for name, value in inputs.items()}
 
     def own_outputs(self, plan: Mapping[int, Any], outputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
-        return tuple(self._part(plan[number], tensor) for number, tensor in enumerate(outputs))
+        own = (self._part(plan[number], tensor) for number, tensor in enumerate(outputs))
+        if sum(self.split.text):
+            return tuple(own)
+        tables = OwnTables(own)
+        tables.split = self.split
+        return tables
 
     def _part(self, plan: Any, tensor: Tensor) -> Tensor:
         dim = plan.split_dim - plan.expected_dims  # counted from the end: RoPE tables may have no batch dimension
         shares = self.devices.shares(tensor.shape[dim])
         return tensor.split(shares, dim=dim)[self.devices.rank]
+
+
+def _image_tokens(network: nn.Module, hidden_states: Tensor) -> int:
+    """Number of image tokens of a network's input: of tokens (B, L, D), or of latents (B, C, T, h, w) in patches."""
+    if hidden_states.dim() == 3:
+        return hidden_states.shape[TOKENS]
+    return prod(hidden_states.shape[2:]) // prod(network.config.patch_size)
+
+
+def _has_tokens(value: Tensor | None) -> bool:
+    return value is not None and value.dim() > 1  # a timestep (B,) is one of all tokens of a sample
 
 
 def _named(change: Callable[[dict[str, Any]], dict[str, Any]]) -> Callable:

@@ -30,12 +30,14 @@ from ..diffusion.pipeline.video_media import VideoMedia
 from ..diffusion.pipeline.video_units import (
     FirstFrameEmbedder,
     InputVideoEmbedder,
+    VideoLossMask,
     VideoNoiseInitializer,
     VideoShapeChecker,
 )
 from ..diffusion.prompts.embedder import PromptEmbedder
 from .autoencoders.wan import WanVAE
 from .layouts.wan import LORA_NAMES, TRANSFORMER_LAYOUT, UMT5_LAYOUT, VAE_LAYOUT
+from .networks.wan import use_splittable_attention
 
 __all__ = ["ModelConfig", "Wan22TI2VPipeline", "WanPipeline"]
 
@@ -159,7 +161,9 @@ class WanPipeline(BasePipeline):
 
     request = WanRequest
     components = {
-        "dit": Network("WanTransformer3DModel", lora=LORA_NAMES, layouts=[TRANSFORMER_LAYOUT]),
+        "dit": Network(
+            "WanTransformer3DModel", after=use_splittable_attention, lora=LORA_NAMES, layouts=[TRANSFORMER_LAYOUT]
+        ),
         "text_encoder": Network("UMT5EncoderModel", lora="text_encoder", layouts=[UMT5_LAYOUT]),
         "vae": Network(WanVAE, layouts=[VAE_LAYOUT]),
         "tokenizer": Folder("AutoTokenizer", needed_by="text_encoder"),
@@ -173,6 +177,7 @@ class WanPipeline(BasePipeline):
         VideoShapeChecker,
         VideoNoiseInitializer,
         InputVideoEmbedder,
+        VideoLossMask,
         FirstFrameEmbedder,
         WanUnit_PromptEmbedder,
     )

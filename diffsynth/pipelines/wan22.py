@@ -10,14 +10,27 @@ from ..core.ranges import NonNegativeFloat, PositiveFraction, SamplingSteps
 from ..diffusion.experts import ExpertsRequest, TwoExperts
 from ..diffusion.pipeline.components import Network
 from .layouts.wan import LORA_NAMES, LOW_NOISE_LORA_NAMES, TRANSFORMER_LAYOUT
+from .networks.wan import use_splittable_attention
 from .wan import WanPipeline, WanRequest
 from .wan_image_to_video import WanImageToVideoPipeline, WanImageToVideoRequest, WanUnit_ImageFeatures
 
 __all__ = ["ModelConfig", "Wan22ImageToVideoPipeline", "Wan22Pipeline"]
 
 EXPERTS = {
-    "dit": Network("WanTransformer3DModel", lora=LORA_NAMES, optional=True, layouts=[TRANSFORMER_LAYOUT]),
-    "dit2": Network("WanTransformer3DModel", lora=LOW_NOISE_LORA_NAMES, optional=True, layouts=[TRANSFORMER_LAYOUT]),
+    "dit": Network(
+        "WanTransformer3DModel",
+        after=use_splittable_attention,
+        lora=LORA_NAMES,
+        optional=True,
+        layouts=[TRANSFORMER_LAYOUT],
+    ),
+    "dit2": Network(
+        "WanTransformer3DModel",
+        after=use_splittable_attention,
+        lora=LOW_NOISE_LORA_NAMES,
+        optional=True,
+        layouts=[TRANSFORMER_LAYOUT],
+    ),
 }
 
 

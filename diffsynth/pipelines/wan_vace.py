@@ -27,6 +27,7 @@ from ..diffusion.pipeline.request import Frames
 from ..diffusion.pipeline.units import PipelineUnit
 from ..diffusion.pipeline.video_units import (
     InputVideoEmbedder,
+    VideoLossMask,
     VideoNoiseInitializer,
     VideoShapeChecker,
     behind,
@@ -209,6 +210,7 @@ class WanVACEPipeline(WanPipeline):
         WanUnit_References,
         VideoNoiseInitializer,
         InputVideoEmbedder,
+        VideoLossMask,
         WanUnit_VaceContext,
         WanUnit_PromptEmbedder,
     )

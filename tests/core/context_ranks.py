@@ -5,24 +5,28 @@ import json
 from pathlib import Path
 
 import torch
-from bases import Base, Flux1Base, Flux2Base, load, some
+from bases import Base, Flux1Base, Flux2Base, GivenFrameBase, WanBase, load, some
 from torch import Tensor
 
 from diffsynth.core.context_parallel import Devices, split_tokens
 from diffsynth.core.live_bytes import LiveBytes
 from diffsynth.plan.first_device import FirstOf
 
-BASES = {"qwen": Base, "flux2": Flux2Base, "flux1": Flux1Base}
+BASES = {"qwen": Base, "flux2": Flux2Base, "flux1": Flux1Base, "wan": WanBase, "given frames": GivenFrameBase}
 LATENTS = {"qwen": (3, 16, 6, 10), "flux2": (3, 128, 3, 5), "flux1": (3, 16, 6, 10)}
 
 
 def cases(base: Base) -> dict[str, tuple[slice, dict]]:
-    """The rows of the batch and further inputs; the picture's 15 tokens and the text's 9 do not come out even."""
+    """The rows of the batch and further inputs; 15 tokens of a picture, 45 of a video and 9 of the text are odd."""
     one, all_ = slice(1), slice(None)
-    return {
+    found = {
         "alone": (one, {}),
         "padded": (all_, {}),
         "checkpointed": (all_, {"use_gradient_checkpointing": True}),
+    }
+    if isinstance(base, WanBase):
+        return found
+    return found | {
         "kv_cache": (all_, {"kv_cache": base.cache()}),
         "further text": (all_, {"extra_text_embedding": some(1, 4, base.batch["prompt_emb"].shape[2], seed=7)}),
     }
@@ -68,7 +72,7 @@ def compare(folders: dict[str, Path], result_file: Path) -> None:
     apart, taken = {}, {}
     for family, folder in folders.items():
         kind = BASES[family]
-        kind.latents = LATENTS[family]
+        kind.latents = LATENTS.get(family, kind.latents)
         whole = load(kind, folder)
         whole.dit.requires_grad_(True)
         split = kind(copy.deepcopy(whole.dit))

@@ -1,6 +1,7 @@
 """Networks whose tokens lie on several devices predict, and learn, what they do whole."""
 
 import json
+from itertools import product
 
 import context_ranks
 import pytest
@@ -11,7 +12,7 @@ import warm
 from bases import Base, load
 from hypothesis import given
 from hypothesis import strategies as st
-from miniatures import flux1
+from miniatures import flux1, wan, wan_image
 
 from diffsynth.core.context_parallel import TokenSplit, check_splittable
 from diffsynth.pipelines.networks.qwen_image import QwenImageAttnProcessor
@@ -24,18 +25,21 @@ CASES = ["alone", "padded", "checkpointed", "kv_cache", "further text"]
 def found(tmp_path_factory):
     """What two processes find, by family."""
     path = tmp_path_factory.mktemp("apart") / "result.json"
-    folders = {"qwen": tiny.model(), "flux2": tiny_flux2.klein(), "flux1": flux1.dev()}
+    folders = {"qwen": tiny.model(), "flux2": tiny_flux2.klein(), "flux1": flux1.dev(), "wan": wan.text_to_video()}
+    folders["given frames"] = wan_image.text_and_image_to_video()
     assert warm.ranks(2, context_ranks.compare, folders, path) == [0, 0]
     return json.loads(path.read_text())
 
 
-@pytest.mark.parametrize("family", ["qwen", "flux2", "flux1"])
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(
+    "family, case",
+    [*product(["qwen", "flux2", "flux1"], CASES), *product(["wan", "given frames"], CASES[:3])],
+)
 def test_predictions_and_gradients_are_those_of_a_whole_network(found, family, case):
     assert found["apart"][f"{family}, {case}"] < 1e-5
 
 
-@pytest.mark.parametrize("family", ["qwen", "flux2", "flux1"])
+@pytest.mark.parametrize("family", ["qwen", "flux2", "flux1", "wan", "given frames"])
 def test_what_a_device_holds_is_planned_without_the_others(found, family):
     real, planned = found["taken"][family]
     assert planned == pytest.approx(real, rel=0.02)

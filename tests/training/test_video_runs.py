@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import tiny
+from families import FAMILIES
 from miniatures import wan
 from miniatures.videos import picture, write_rows, write_video
 from PIL import Image
@@ -48,6 +49,14 @@ def test_a_run_on_videos_and_images_equals_one_on_their_cache(tmp_path):
         tmp_path / "two", *own, "dataset=cache", f"dataset.path={cached}", "dataset.height=null", "dataset.width=null"
     )
     assert losses(plain) == pytest.approx(losses(two_stage), rel=1e-5)
+
+
+def test_a_run_takes_first_frames_from_its_videos_and_shows_a_row_with_its_own(tmp_path):
+    (family,) = (family for family in FAMILIES if family.name == "wan22_ti2v_5b")
+    data = [line for line in overrides() if line.startswith("dataset")]
+    shown = ["validation=trained", 'validation.prompts=["a red apple"]', "validation.options.num_inference_steps=2"]
+    run = tiny.train(tmp_path / "run", *family.overrides, *data, "task.extra_inputs=[input_image]", *shown)
+    assert len(losses(run)) > 0 and (run / "samples" / "trained_progress.png").exists()
 
 
 def rows_of(folder: Path, num_frames) -> VideoDataset:

@@ -82,11 +82,8 @@ class FlowMatchSFT(Objective):
         weights = None if loss_mask is None else self.mask(loss_mask)
         error = (velocity.float() - target).pow(2)
         if given_latents is not None:
-            count, is_given = given_latents.shape[2], inputs.get("is_given")
-            if is_given is None:
-                error = error[:, :, count:]
-            else:
-                weights = learned_frames(error, count, is_given)
+            learned = learned_frames(error, given_latents.shape[2], inputs.get("is_given"))
+            weights = learned if weights is None else learned * weights
         return mean_where(error, weights) * weight
 
     def target(self, pipe: BasePipeline, velocity: Tensor, timestep: Tensor, **inputs) -> Tensor:
@@ -113,10 +110,16 @@ class FlowMatchSFT(Objective):
         return rounded, scheduler.sigma(rounded)
 
 
-def learned_frames(videos: Tensor, count: int, is_given: Tensor) -> Tensor:
-    """Weights (B, 1, T, 1, 1) of the frames of videos (B, C, T, h, w): 0 for the first `count` where they are given."""
+def learned_frames(videos: Tensor, count: int, is_given: Tensor | None) -> Tensor:
+    """Weights (B, 1, T, 1, 1) of the frames of videos (B, C, T, h, w): 0 for the first `count` where they are given.
+
+    `is_given` (B,) is bool; None gives all samples theirs.
+    """
     weights = videos.new_ones(len(videos), 1, videos.shape[2], 1, 1)
-    weights[is_given, :, :count] = 0
+    if is_given is None:
+        weights[:, :, :count] = 0
+    else:
+        weights[is_given, :, :count] = 0
     return weights
 
 

@@ -29,6 +29,6 @@ class MaskWeights:
             raise ValueError("task.mask.inside=0 and task.mask.outside=0 train nothing; set one of them above 0.")
 
     def __call__(self, mask: Tensor) -> Tensor:
-        """Weights (B, 1, h, w) of a mask (B, 1, h, w), in fp32."""
+        """Weights (B, 1, …) of a mask (B, 1, …) of latents (B, C, …), in fp32."""
         mask = mask.float()
         return self.inside * mask + self.outside * (1 - mask)

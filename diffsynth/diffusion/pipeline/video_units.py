@@ -10,7 +10,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from .image_units import image_list, tiling
+from ...core.data.operators.masks import of_other_sizes
+from .image_units import image_list, latent_weights, tiling
 from .units import PipelineUnit, in_groups
 
 if TYPE_CHECKING:
@@ -90,6 +91,39 @@ class FirstFrameEmbedder(PipelineUnit):
         images = [(inputs["input_image"], "input_image", inputs["height"], inputs["width"]) for inputs in batch]
         latents = encode_videos(pipe, [[as_frame(pipe, *image)] for image in images], *tiling(batch[0]))
         return [{"given_latents": own} for own in latents]
+
+
+class VideoLossMask(PipelineUnit):
+    """Turns a mask of training data, whose white is trained, into weights (1, 1, k + T, h, w) of the loss.
+
+    The mask is a clip as long as the video, or one image for all frames. A latent frame has the mean weight of its
+    frames: the first of one, each other of four. The k reference images count in full.
+    """
+
+    def __init__(self):
+        super().__init__(output_params=("loss_mask",))
+
+    def process(self, pipe, height, width, num_frames, loss_mask=None, reference_latents=None):
+        if loss_mask is None:
+            return {}
+        frames = list(loss_mask) if isinstance(loss_mask, list | tuple) else [loss_mask] * num_frames
+        if len(frames) != num_frames:
+            raise ValueError(
+                f"loss_mask has {len(frames)} frames, but its video {num_frames}; give a clip as long, or one image."
+            )
+        for frame in frames:
+            if frame.size != (width, height):
+                raise ValueError(of_other_sizes("loss_mask", frame.size, "its video", (width, height)) + ".")
+        masks = torch.stack([latent_weights(pipe, frame, height, width)[0] for frame in frames], dim=1)
+        first, later = masks[:, :1], masks[:, 1:].unflatten(1, (-1, pipe.latents.time_factor)).mean(2)
+        weights = torch.cat([first, later], dim=1).unsqueeze(0)
+        if not weights.any():
+            raise ValueError(
+                "loss_mask is black all over, and has no white area to train inside of; make that area white, or leave "
+                "the row out. (The video's crop may also have cut the white area off.)"
+            )
+        whole = None if reference_latents is None else torch.ones_like(reference_latents[:, :1]).to(weights)
+        return {"loss_mask": behind(whole, weights)}
 
 
 def as_frame(pipe: "BasePipeline", value: Any, name: str, height: int, width: int) -> Image.Image:
