@@ -218,7 +218,7 @@ class BasePipeline(PipelineNetworks):
         def velocity(latents: Tensor, timestep: Tensor) -> Tensor:
             timesteps = timestep.to(self.device).expand(len(latents))
             scale = scale_at(shared, timestep, self.scheduler.timesteps)
-            inputs = {**shared, **scale, **self.inputs_at(timestep.item(), shared), "latents": latents}
+            inputs = {**shared, **scale, **self.inputs_at(timestep, shared), "latents": latents}
             guided = self.guided_velocity(timesteps, shared["cfg_scale"], inputs, posi, nega)
             if shared.get("inpaint_mask") is None:
                 return guided
@@ -249,8 +249,8 @@ class BasePipeline(PipelineNetworks):
         places = [models.pop(name, None) for name in CONTROLNET_SLOTS]
         return models | {"controlnets": [network for network in places if network is not None]}
 
-    def inputs_at(self, timestep: float, shared: Mapping) -> dict[str, Any]:
-        """Further inputs of a sampling step at a timestep in [0, 1000], known without asking the device for a value."""
+    def inputs_at(self, timestep: Tensor | float, shared: Mapping) -> dict[str, Any]:
+        """Further inputs of a sampling step at a timestep () in [0, 1000], which is not on the device."""
         return {}
 
     def guided_velocity(

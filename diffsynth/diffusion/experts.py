@@ -70,7 +70,7 @@ class TwoExperts(BasePipeline, abstract=True):
         name = self.expert_at(timestep, inputs)
         return {HIGH: self.replacements.get(name) or getattr(self, name)}
 
-    def inputs_at(self, timestep: float, shared: Mapping) -> dict[str, Any]:
+    def inputs_at(self, timestep: Tensor | float, shared: Mapping) -> dict[str, Any]:
         boundary = shared.get("boundary", self.boundary)
         return {"expert": HIGH if timestep >= boundary * TRAINING_STEPS else LOW}
 
@@ -82,7 +82,7 @@ class TwoExperts(BasePipeline, abstract=True):
         """
         if self.scheduler.training:
             return HIGH if self.scheduler.trained[0] > 0 else LOW
-        return inputs.get("expert") or self.inputs_at(timestep[0].item(), inputs)["expert"]
+        return inputs.get("expert") or self.inputs_at(timestep[0], inputs)["expert"]
 
     def guided_velocity(
         self, timestep: Tensor, cfg_scale: float, shared: Mapping, posi: Mapping, nega: Mapping

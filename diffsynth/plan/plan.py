@@ -189,10 +189,7 @@ class Planner:
         """Return the stage of sampling what the validation shows: a row with its own inputs, or else a prompt."""
         validation, module = self.run.validation, self.rehearsal.module
         pipe = module.pipe
-        is_sampled = validation.shown_rows(module) or validation.metrics
-        rows = validation.row_requests(module, 1 if is_sampled else 0)
-        prompts = [{"prompt": prompt} for prompt in validation.prompts]
-        requests = [*(request for own in rows.values() for request in own), *prompts]
+        requests = validation.one_of_each(module)
         if not requests:
             return []
         request = {**with_images(pipe, validation.options), **requests[0]}

@@ -102,6 +102,9 @@ class NoValidation:
     def shown_rows(self, module: "PipelineTrainingModule") -> int:
         return 0
 
+    def one_of_each(self, module: "PipelineTrainingModule") -> list[dict]:
+        return []
+
     def due(self, step: int, done: bool) -> bool:
         return False
 

@@ -76,7 +76,7 @@ def test_latents_are_those_that_diffusers_samples(found, request_, guidance):
     assert_close(ours, theirs, atol=1e-4, rtol=0)
     for name in request_.keys() & {"input_image", "end_image"}:
         changed = [request | {name: VIDEO[2]} for request in requests]
-        assert (sampled(pipe, *changed) - ours).abs().max() > 1e-3
+        assert (sampled(pipe, *changed) - ours).abs().max() > 3e-4
 
 
 @pytest.mark.parametrize("found, request_", [(CLIP, REQUEST), (FLF2V, BOTH)], ids=["first", "first and last"])

@@ -1,14 +1,18 @@
 """Training on videos: from a folder and from its cache, which changes nothing, with images beside the clips."""
 
+import os
+import signal
 from functools import cache
 from pathlib import Path
 
 import pytest
 import tiny
+import warm
 from families import FAMILIES
 from miniatures import wan
 from miniatures.videos import picture, write_rows, write_video
 from PIL import Image
+from resumed import STEPS, assert_same_run
 
 from diffsynth.core.data import VideoDataset
 from diffsynth.pipelines.wan import WanPipeline
@@ -49,6 +53,27 @@ def test_a_run_on_videos_and_images_equals_one_on_their_cache(tmp_path):
         tmp_path / "two", *own, "dataset=cache", f"dataset.path={cached}", "dataset.height=null", "dataset.width=null"
     )
     assert losses(plain) == pytest.approx(losses(two_stage), rel=1e-5)
+
+
+def train_and_kill_the_second(overrides: list[str]) -> None:
+    """Train in one of two ranks, the second of which is killed in the third step."""
+    with tiny.in_step(3, lambda: os.environ["RANK"] == "1" and os.kill(os.getpid(), signal.SIGKILL)):
+        tiny.run(overrides)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="no SIGKILL on this system")
+def test_two_processes_that_are_killed_on_a_cache_of_videos_end_as_those_that_were_not(tmp_path):
+    tiny.make_cache(tmp_path / "cache", *overrides())
+    own = [line for line in overrides() if not line.startswith("dataset")]
+    data = ["dataset=cache", f"dataset.path={tmp_path}/cache", "dataset.height=null", "dataset.width=null"]
+    whole, killed = (
+        tiny.merged(tiny.train_overrides(tmp_path / name), [*own, *data, *STEPS]) for name in ("whole", "killed")
+    )
+    assert warm.ranks(2, tiny.run, whole) == [0, 0]
+    assert 0 not in warm.ranks(2, train_and_kill_the_second, killed)
+    assert warm.ranks(2, tiny.run, killed) == [0, 0]
+    assert_same_run(*(next((tmp_path / name).iterdir()) for name in ("killed", "whole")))
 
 
 def test_a_run_takes_first_frames_from_its_videos_and_shows_a_row_with_its_own(tmp_path):

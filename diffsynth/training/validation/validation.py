@@ -128,6 +128,12 @@ class Validation:
         shown = {name: dataset for name, dataset in self.datasets.items() if self._can_show(dataset, module)}
         return {name: requests_of(first_rows(dataset, count), module) for name, dataset in shown.items()}
 
+    def one_of_each(self, module: "PipelineTrainingModule") -> list[dict]:
+        """A request of each kind that is sampled: a row of each data set with its own inputs, and a prompt."""
+        is_sampled = self.shown_rows(module) or self.metrics
+        rows = self.row_requests(module, 1) if is_sampled else {}
+        return [*(request for own in rows.values() for request in own), *({"prompt": p} for p in self.prompts[:1])]
+
     def _can_show(self, dataset: TrainingData, module: "PipelineTrainingModule") -> bool:
         """Whether rows are sampled of a data set: by default none of a cache, which has no images to go by."""
         return self.row_samples is not None or not images_read(module) or dataset.needs_encoders
