@@ -32,7 +32,8 @@ class SplitWanAttnProcessor(WanAttnProcessor):
             return super().__call__(attn, hidden_states, encoder_hidden_states, attention_mask, rotary_emb)
         query, key = attn.norm_q(attn.to_q(hidden_states)), attn.norm_k(attn.to_k(hidden_states))
         query, key, value = (each.unflatten(2, (attn.heads, -1)) for each in (query, key, attn.to_v(hidden_states)))
-        heads = [split.to_heads(each) for each in (turned(query, *rotary_emb), turned(key, *rotary_emb), value)]
+        tokens = torch.cat([turned(query, *rotary_emb), turned(key, *rotary_emb), value], dim=-1)
+        heads = split.to_heads(tokens).chunk(3, dim=-1)  # one exchange for the three
         found = split.to_tokens(dispatch_attention_fn(*heads, backend=self._attention_backend))
         return attn.to_out[1](attn.to_out[0](found.flatten(2, 3).type_as(query)))
 
