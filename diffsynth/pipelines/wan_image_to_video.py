@@ -135,11 +135,13 @@ class WanUnit_ImageFeatures(PipelineUnit):
     Wan 2.2 and Fun-InP have no CLIP; their first frame is in the condition alone.
     """
 
+    needs, reads_alone = "image_processor", False
+
     def __init__(self):
         super().__init__(output_params=("image_emb",), onload_model_names=("image_encoder",))
 
     def process(self, pipe, input_image, end_image):
-        if input_image is None or pipe.image_processor is None:
+        if input_image is None:
             return {}
         pipe.load_models_to_device(["image_encoder"])
         given = {"input_image": input_image, "end_image": end_image}

@@ -176,7 +176,8 @@ def test_frames_are_the_videos_unless_the_row_has_others():
 
 @pytest.mark.slow
 def test_a_run_on_the_frames_of_clips_equals_one_on_their_cache(tmp_path):
-    data = ["dataset=video_folder", f"dataset.path={clips()}", *SIZE_OF_CLIPS]
+    (clips() / "films.csv").write_text("video,prompt\n" + "".join(f"{number}.webp,red\n" for number in range(8)))
+    data = ["dataset=video_folder", f"dataset.path={clips()}", *SIZE_OF_CLIPS, "dataset.metadata=films.csv"]
     evaluated = ["validation=trained", "validation.options.num_inference_steps=1"]
     plain = tiny.train(tmp_path / "plain", *FLF2V.overrides, *data, *evaluated)
     assert len(list((plain / "samples").glob("*step-*.png"))) == 2

@@ -49,6 +49,7 @@ class PipelineUnit:
         self.input_params = self._input_params(input_params)
 
     needs: str | None = None  # optional component of the pipeline; without it the unit is left out
+    reads_alone = True  # whether no other unit reads its image, which would then be for nothing without that component
     model_with_it: str = "a model that has it"  # for errors, if it is absent: which option of `model` to take
     column: str | None = None  # column of the data set; an objective that does not read it leaves the unit out
     calls_released_weights = False  # whether it calls its models as they were before the training

@@ -21,7 +21,8 @@ def check_used(pipe: "BasePipeline", names: Collection[str], where: str = "") ->
     """
     present = {type(unit) for unit in pipe.units}
     given = image_arguments(pipe.request) & set(names)
-    absent = [unit for unit in pipe.unit_classes if unit.needs is not None and unit not in present]
+    readers = [unit for unit in pipe.unit_classes if unit.needs is not None and unit.reads_alone]
+    absent = [unit for unit in readers if unit not in present]
     for unit in absent if given else ():
         if unused := sorted(given.intersection(unit().fetch_input_params())):
             raise ValueError(
