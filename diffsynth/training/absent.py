@@ -109,6 +109,22 @@ class NoValidation:
         return False
 
 
+class NoRounds:
+    """Samples nothing to train on: the data set has it all."""
+
+    def models(self, module: "DiffusionTrainingModule") -> set[str]:
+        return set()
+
+    def has_ended(self, state: "TrainingState") -> bool:
+        return False
+
+    def begin(self, *_: object) -> bool:
+        return True
+
+    def finish(self, *_: object) -> None:
+        pass
+
+
 class NoDataReport:
     """Writes nothing about the data."""
 

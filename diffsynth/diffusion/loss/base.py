@@ -48,6 +48,7 @@ class Objective:
     )
     teacher: "ClassVar[Teacher | None]" = None  # how a teacher samples the images to learn from; None: none does
     reads_regularisation: ClassVar[bool] = False  # whether rows for regularisation have a loss of their own
+    learns_from_samples: ClassVar[bool] = False  # whether it learns from rewards of the model's samples
     optional_columns: ClassVar[Sequence[str]] = ()  # columns that are extra inputs of the rows that have them
 
     def __call__(self, pipe: "BasePipeline", rng: SampleRNG | GlobalRNG | None = None, **inputs) -> Tensor:
