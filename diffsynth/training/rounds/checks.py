@@ -17,8 +17,8 @@ def check_rewards(run: "RewardRun") -> None:
     """
     if not run.task.learns_from_samples:
         raise ValueError(
-            f"The task is {type(run.task).__name__}, which learns from a data set: run it by python train.py, or choose "
-            "task=reward/nft, task=reward/awm or task=reward/rwr."
+            f"The task is {type(run.task).__name__}, which learns from a data set: run it by python train.py, or "
+            "choose task=reward/nft, task=reward/awm or task=reward/rwr."
         )
     if not run.reward:
         raise ValueError("There is no reward: choose one or several, such as reward=jpeg_size.")

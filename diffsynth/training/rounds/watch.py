@@ -82,10 +82,10 @@ class Watch:
 
         A run that is to end gets `collapsed`, the reason, in `state.round`.
         """
-        first = state.round.setdefault("first", {})
-        for name, value in values.items():
-            first.setdefault(name, value)
-        reasons = [] if self.guard is None else self._crossed(first, values)
+        known = state.round.get("first", {})
+        state.round["first"] = {**values, **known}
+        later = {name: value for name, value in values.items() if name in known}
+        reasons = [] if self.guard is None else self._crossed(known, later)
         if not reasons:
             return
         if self.guard.action == "stop":
