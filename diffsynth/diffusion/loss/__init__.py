@@ -12,6 +12,7 @@ from .hyper_sd import HyperSD
 from .lcm import LatentConsistency
 from .mask_weights import MaskWeights
 from .prior import Prior, PriorPreservation
+from .reward import DPO
 from .slider import ConceptSlider
 from .trajectory import TrajectoryImitation
 
@@ -22,6 +23,7 @@ __all__ = [
     "AutoencoderLoss",
     "ConceptSlider",
     "DMD2",
+    "DPO",
     "DirectDistill",
     "DirectDistillLoss",
     "Distillation",

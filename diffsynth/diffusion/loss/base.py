@@ -49,6 +49,7 @@ class Objective:
     teacher: "ClassVar[Teacher | None]" = None  # how a teacher samples the images to learn from; None: none does
     reads_regularisation: ClassVar[bool] = False  # whether rows for regularisation have a loss of their own
     optional_columns: ClassVar[Sequence[str]] = ()  # columns that are extra inputs of the rows that have them
+    image_columns: ClassVar[Sequence[str]] = ()  # columns of further images that every row must have
 
     def __call__(self, pipe: "BasePipeline", rng: SampleRNG | GlobalRNG | None = None, **inputs) -> Tensor:
         """Loss per sample (B,).
