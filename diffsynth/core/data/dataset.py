@@ -89,6 +89,9 @@ class TrainingData(Dataset):
         Columns that an operator of the caller's own reads stay as they are.
         """
 
+    def read_images_of(self, column: str) -> None:
+        """Read a further column as images, which are cropped and resized like those of the first."""
+
     def read_column(self, name: str, reader: Callable[[str], Callable]) -> None:
         """Read the column `name` by the operator `reader(base_path)`, unless it has an operator already."""
 

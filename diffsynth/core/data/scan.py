@@ -14,6 +14,7 @@ from ..masking import masked_values
 from .operators.base import check, unread
 from .operators.masks import of_other_sizes
 from .order.buckets import Size
+from .pairs import fault_of_pair
 from .sources.table import is_empty
 
 if TYPE_CHECKING:
@@ -65,7 +66,7 @@ def _check_some(dataset: "UnifiedDataset", numbers: Sequence[int], required: Seq
 
 def _check_row(dataset: "UnifiedDataset", number: int, required: Sequence[str]) -> SkippedRow | tuple[int, Size] | None:
     """The fault of a row, or its number and size (see `check_rows`), or None."""
-    row, size, stored = dataset.rows[number], None, {}
+    row, size, stored, fitted = dataset.rows[number], None, {}, {}
     if fault := _fault_of_cells(dataset, row, required):
         return SkippedRow(number + 1, None, fault)
     for key in [key for key in dataset.operators if key in row]:
@@ -77,11 +78,11 @@ def _check_row(dataset: "UnifiedDataset", number: int, required: Sequence[str]) 
                 for target in dataset.buckets.assign(*size).values():
                     dataset.fit.check(size, target)
             elif dataset.fit and key in dataset.data_file_keys and not dataset.buckets:
-                targets = _target_sizes(dataset.fit, known)
-                size = targets[0] if key == dataset.data_file_keys[0] else size
+                fitted[key] = _target_sizes(dataset.fit, known)
+                size = fitted[key][0] if key == dataset.data_file_keys[0] else size
         except Exception as error:  # Pillow's decoders raise exceptions of many types
             return SkippedRow(number + 1, str(row[key]), f"{key} {row[key]!r:.300}: {error!s:.999}")
-    if fault := dataset.fault_of_sizes(stored):
+    if fault := dataset.fault_of_sizes(stored) or fault_of_pair(row, dataset.data_file_keys, fitted, dataset.base_path):
         return SkippedRow(number + 1, None, fault)
     return size and (number, size)
 

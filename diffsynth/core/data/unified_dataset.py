@@ -192,6 +192,11 @@ class UnifiedDataset(TrainingData):
         if self.loader_in:
             self.operators |= dict.fromkeys(self.data_file_keys, self.loader_in(mode))
 
+    def read_images_of(self, column: str) -> None:
+        if column not in self.data_file_keys:
+            self.operators.setdefault(column, self.operators[self.data_file_keys[0]])
+            self.data_file_keys.append(column)
+
     def read_column(self, name: str, reader: Callable[[str], Callable]) -> None:
         self.operators.setdefault(name, reader(self.base_path))
 

@@ -12,7 +12,7 @@ from .hyper_sd import HyperSD
 from .lcm import LatentConsistency
 from .mask_weights import MaskWeights
 from .prior import Prior, PriorPreservation
-from .reward import AWM, NFT, RWR, PolicySampling, RewardObjective
+from .reward import AWM, DPO, NFT, RWR, PolicySampling, RewardObjective
 from .slider import ConceptSlider
 from .trajectory import TrajectoryImitation
 
@@ -28,6 +28,7 @@ __all__ = [
     "AutoencoderLoss",
     "ConceptSlider",
     "DMD2",
+    "DPO",
     "DirectDistill",
     "DirectDistillLoss",
     "Distillation",

@@ -50,6 +50,7 @@ class Objective:
     reads_regularisation: ClassVar[bool] = False  # whether rows for regularisation have a loss of their own
     learns_from_samples: ClassVar[bool] = False  # whether it learns from rewards of the model's samples
     optional_columns: ClassVar[Sequence[str]] = ()  # columns that are extra inputs of the rows that have them
+    image_columns: ClassVar[Sequence[str]] = ()  # columns of further images that every row must have
 
     def __call__(self, pipe: "BasePipeline", rng: SampleRNG | GlobalRNG | None = None, **inputs) -> Tensor:
         """Loss per sample (B,).

@@ -9,6 +9,8 @@ import inspect
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from ...core.code_version import code_version
+
 if TYPE_CHECKING:
     from ..base_pipeline import BasePipeline
 
@@ -86,6 +88,31 @@ class PipelineUnit:
                 f"they differ in {wrong}. Leave input_params out to have it derived."
             )
         return derived
+
+
+class WrappedEmbedder(PipelineUnit):
+    """Base class of units that call a family's embedder with other inputs; a cache depends on the embedder's code too.
+
+    Args:
+        embedder: The family's unit.
+        declared: Arguments of `PipelineUnit`.
+    """
+
+    def __init__(self, embedder: PipelineUnit, **declared: Any):
+        self.embedder, self.column = embedder, embedder.column
+        super().__init__(onload_model_names=embedder.onload_model_names, **declared)
+
+    def depends_on(self, pipe: "BasePipeline") -> dict[str, str]:
+        kind = type(self.embedder)
+        code, attributes = code_version([kind.process, kind.process_batch], [kind, type(pipe)])
+        folders = {name: str(pipe.fingerprint(name)) for name in sorted(attributes & pipe.folders.keys())}
+        return {"embedder": code, **folders}
+
+    def process(self, pipe, **inputs):
+        return self.process_batch(pipe, [inputs])[0]
+
+    def _parameters(self) -> dict[str, inspect.Parameter]:
+        return self.embedder.parameters
 
 
 class PipelineUnitRunner:

@@ -1,11 +1,9 @@
 """`SeveralPrompts`: the unit that embeds several prompts of one row, for objectives that compare predictions."""
 
-import inspect
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from ...core.code_version import code_version
-from ..pipeline.units import PipelineUnit
+from ..pipeline.units import PipelineUnit, WrappedEmbedder
 
 if TYPE_CHECKING:
     from ..base_pipeline import BasePipeline
@@ -43,7 +41,7 @@ def check_prompt_units(pipe: "BasePipeline", task: str) -> None:
             )
 
 
-class SeveralPrompts(PipelineUnit):
+class SeveralPrompts(WrappedEmbedder):
     """Computes what a unit that embeds a prompt computes, for several prompts that are made of a row's prompt.
 
     Args:
@@ -53,21 +51,12 @@ class SeveralPrompts(PipelineUnit):
     """
 
     def __init__(self, embedder: PipelineUnit, prompts: Mapping[str, str]):
-        self.embedder, self.prompts, self.column = embedder, dict(prompts), embedder.column
+        self.prompts = dict(prompts)
         super().__init__(
+            embedder,
             input_params_posi=embedder.input_params_posi,
             output_params=[prefix + name for prefix in prompts for name in embedder.output_params],
-            onload_model_names=embedder.onload_model_names,
         )
-
-    def depends_on(self, pipe: "BasePipeline") -> dict[str, str]:
-        kind = type(self.embedder)
-        code, attributes = code_version([kind.process, kind.process_batch], [kind, type(pipe)])
-        folders = {name: str(pipe.fingerprint(name)) for name in sorted(attributes & pipe.folders.keys())}
-        return {"embedder": code, **folders}
-
-    def process(self, pipe, **inputs):
-        return self.process_batch(pipe, [inputs])[0]
 
     def process_batch(self, pipe, batch: Sequence[Mapping]) -> list[dict]:
         outputs: list[dict] = [{} for _ in batch]
@@ -77,6 +66,3 @@ class SeveralPrompts(PipelineUnit):
             for own, made in zip(outputs, self.embedder.process_batch(pipe, asked), strict=True):
                 own |= {prefix + output: value for output, value in made.items()}
         return outputs
-
-    def _parameters(self) -> dict[str, inspect.Parameter]:
-        return self.embedder.parameters

@@ -90,9 +90,14 @@ def prepare_data(dataset: TrainingData, media: Media, task: Objective, template:
     """Configure a data set for a training: with alpha or without, resized or not, and how to read template inputs.
 
     Raises:
-        ValueError: Augmentation would change images that the objective needs as they are, there are no images, or the
-            objective knows no rows for regularisation.
+        ValueError: Augmentation would change images that the objective needs as they are, there are no images, the
+            objective knows no rows for regularisation, or it compares images and the model makes videos.
     """
+    if task.image_columns and media.column != "image":
+        raise ValueError(
+            f"{type(task).__name__} compares {' and '.join(['image', *task.image_columns])}, but the model makes "
+            f"{media.column}s; choose a model of images, or another task."
+        )
     if dataset.has_regularisation and not task.reads_regularisation:
         raise ValueError(
             f"{dataset.metadata_path} has rows for regularisation, which {type(task).__name__} would train like all "
@@ -104,6 +109,8 @@ def prepare_data(dataset: TrainingData, media: Media, task: Objective, template:
                 f"{own.metadata_path} holds prompts without images, but {type(task).__name__} learns from images; "
                 "choose dataset=image_folder, or task=distill or task=distill/…, whose teacher samples the images."
             )
+        for column in task.image_columns:
+            own.read_images_of(column)
         own.read_images_in(media.mode)
         if task.keeps_images:
             own.keep_images_as_they_are()

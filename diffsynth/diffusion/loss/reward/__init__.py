@@ -1,8 +1,9 @@
-"""Objectives of reward training, one per file."""
+"""Objectives that learn what is preferred: from pairs of images, or from rewards of samples, one per file."""
 
 from .awm import AWM
 from .base import PolicySampling, RewardObjective
+from .dpo import DPO
 from .nft import NFT
 from .rwr import RWR
 
-__all__ = ["AWM", "NFT", "RWR", "PolicySampling", "RewardObjective"]
+__all__ = ["AWM", "DPO", "NFT", "RWR", "PolicySampling", "RewardObjective"]
