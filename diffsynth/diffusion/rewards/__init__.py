@@ -6,6 +6,7 @@ from .brightness import Brightness
 from .clip_score import ClipScore
 from .colour import Colour
 from .hps_v2 import HpsV2
+from .http import HttpReward
 from .jpeg_size import JpegSize
 from .pick_score import PickScore
 from .symmetry import Symmetry
@@ -17,6 +18,7 @@ __all__ = [
     "ClipScore",
     "Colour",
     "HpsV2",
+    "HttpReward",
     "JpegSize",
     "PickScore",
     "Pictures",
