@@ -8,6 +8,8 @@ from .colour import Colour
 from .hps_v2 import HpsV2
 from .http import HttpReward
 from .jpeg_size import JpegSize
+from .judge import Judge
+from .ocr import Ocr
 from .pick_score import PickScore
 from .symmetry import Symmetry
 from .text_match import TextMatch
@@ -20,6 +22,8 @@ __all__ = [
     "HpsV2",
     "HttpReward",
     "JpegSize",
+    "Judge",
+    "Ocr",
     "PickScore",
     "Pictures",
     "Reward",
