@@ -50,7 +50,11 @@ MEANINGFUL = {
         ),
     },
 }
-MEANINGFUL_OF_REWARDS = {-1: {"weight"}, 0: {"target"}}  # a weight of another node is above 0
+# Of rewards; a weight of another node is above 0.
+MEANINGFUL_OF_REWARDS = {
+    -1: {"weight", "lowest", "highest"},
+    0: {"target", "lowest", "highest", "retries"},
+}
 WRONG = [-1, 0, 1e30, 10**30, math.nan, math.inf, "high", True]
 
 

@@ -6,7 +6,10 @@ from .brightness import Brightness
 from .clip_score import ClipScore
 from .colour import Colour
 from .hps_v2 import HpsV2
+from .http import HttpReward
 from .jpeg_size import JpegSize
+from .judge import Judge
+from .ocr import Ocr
 from .pick_score import PickScore
 from .symmetry import Symmetry
 from .text_match import TextMatch
@@ -17,7 +20,10 @@ __all__ = [
     "ClipScore",
     "Colour",
     "HpsV2",
+    "HttpReward",
     "JpegSize",
+    "Judge",
+    "Ocr",
     "PickScore",
     "Pictures",
     "Reward",
