@@ -41,7 +41,7 @@ def train(run: Run) -> list:
     keys = CacheKeys(module)
     run.dataset.check_made_for(keys.about, keys.of)
     module.rehearse(run.dataset)
-    evaluated = trainer.validation.models(module) | trainer.rounds.models(module)
+    evaluated = trainer.validation.models(module)
     if accelerator.is_main_process:
         run.data_report.write(pipe, run.dataset, trainer.order, trainer.validation.datasets, run.seed, run.samples)
 

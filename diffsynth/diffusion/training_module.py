@@ -217,6 +217,7 @@ class PipelineTrainingModule(DiffusionTrainingModule):
             self.pipe.check_columns(self.task.extra_inputs)
         units = self.live_units if cached else self.units
         users = {**dict.fromkeys(also, "validation"), **dict.fromkeys(self.trained_roots, "training")}
+        users |= dict.fromkeys(self.task.called_models(self.pipe), type(self.task).__name__)
         if self.task.calls_model_fn:
             users |= dict.fromkeys(self.pipe.networks_in_training(self.trained_roots), type(self.task).__name__)
         users |= {name: type(unit).__name__ for unit in units for name in unit.onload_model_names}

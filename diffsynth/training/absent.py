@@ -112,8 +112,9 @@ class NoValidation:
 class NoRounds:
     """Samples nothing to train on: the data set has it all."""
 
-    def models(self, module: "DiffusionTrainingModule") -> set[str]:
-        return set()
+    batch_size = None
+    versions: Mapping[str, str] = {}
+    all_rewards: Sequence = ()
 
     def has_ended(self, state: "TrainingState") -> bool:
         return False

@@ -1,16 +1,20 @@
 """Runs of reward.py: rounds on disk, cut off and resumed, and what is refused before weights are read."""
 
 import re
+import signal
 from unittest import mock
 
+import kills
 import pytest
 import rewarded
 import tiny
+import torch
+import warm
 from resumed import final_weights, metrics
 from safetensors.torch import load_file
 from torch.testing import assert_close
 
-from diffsynth.diffusion.rewards import JpegSize
+from diffsynth.diffusion.rewards import JpegSize, Symmetry
 from diffsynth.training.rounds.store import RoundStore
 
 TASKS = ["nft", "awm", "rwr"]
@@ -110,7 +114,18 @@ def test_the_guard_lowers_the_learning_rate(tmp_path):
     assert rates == pytest.approx([1e-3, 1e-3, 5e-4, 5e-4, 2.5e-4, 2.5e-4])
 
 
+def test_a_run_ends_where_an_evaluation_reward_has_fallen(tmp_path):
+    fallen = mock.patch.object(
+        Symmetry, "score", side_effect=lambda pictures, *_: torch.full([len(pictures)], next(values))
+    )
+    values = iter([0.5, 0.29, 0.29, 0.29])
+    with fallen:
+        run_dir = rewarded.reward(tmp_path, "guard.evaluation={symmetry: 0.2}")
+    assert [line["step"] for line in metrics(run_dir)][-1] == 4
+
+
 REFUSED = {
+    "a bound of a reward that is not evaluated": (["guard.evaluation={colour: 1}"], "guard.evaluation names colour"),
     "a task of another script": (["task=sft"], "FlowMatchSFT, which learns from a data set"),
     "no reward": (["reward=none"], "There is no reward: choose one"),
     "one sample a prompt": (["rounds.samples=1"], r"rounds.samples is 1.*at least 2"),
@@ -131,3 +146,49 @@ def test_is_refused_before_weights_are_read(name, tmp_path):
     ):
         rewarded.reward(tmp_path, *overrides)
     assert re.search(message, str(error.value), re.DOTALL), error.value
+
+
+# Processes ------------------------------------------------------------------------------------------------------------
+
+
+def outcome(folder) -> dict:
+    """Every exported tensor, sample and score, byte for byte, and every number of the curves that is not a time."""
+    (run_dir,) = folder.iterdir()
+    rounds = {f"{number} {name}": content for number in (1, 2) for name, content in samples_of(run_dir, number).items()}
+    tensors = {name: value for name, value in rounds.items() if isinstance(value, dict)}
+    tensors["weights"] = final_weights(run_dir)
+    plain = {name: value for name, value in rounds.items() if not isinstance(value, dict)}
+    exact = {f"{file} {key}": t.numpy().tobytes() for file, own in tensors.items() for key, t in own.items()}
+    return {**exact, **plain, "metrics": metrics(run_dir)}
+
+
+def start(output_root, *others: str) -> None:
+    rewarded.reward(output_root, *others)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="no SIGKILL on this system")
+def test_a_run_killed_at_any_moment_has_the_samples_scores_and_weights_of_one_that_was_not(tmp_path):
+    def work(number: int | str) -> tuple:
+        return start, tmp_path / f"run-{number}", "checkpoint.every=1"
+
+    seconds = kills.duration(*work("unbroken"))
+    for number in kills.survived(work, seconds, syncs=200):
+        assert outcome(tmp_path / f"run-{number}") == outcome(tmp_path / "run-unbroken")
+
+
+@pytest.mark.slow
+def test_two_processes_sample_score_and_train_as_one_does(tmp_path):
+    overrides = ["rounds.batch_size=2"]  # two groups of samples, one for each process
+    one = rewarded.reward(tmp_path / "one", *overrides)
+    assert warm.ranks(2, start, tmp_path / "two", *overrides) == [0, 0]
+    (two,) = (tmp_path / "two").iterdir()
+    assert_close(final_weights(two), final_weights(one), rtol=1e-4, atol=1e-5)
+    for ours, theirs in zip(metrics(two), metrics(one), strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-4, abs=1e-5)
+    for number in (1, 2):
+        ours, theirs = samples_of(two, number), samples_of(one, number)
+        latents = [name for name in ours if name.endswith(".safetensors")]
+        assert ours.keys() == theirs.keys() and latents
+        for name in latents:
+            assert_close(ours[name], theirs[name], rtol=1e-4, atol=1e-5)

@@ -133,6 +133,10 @@ class Objective:
     def check_row(self, row: Mapping) -> None:
         """Refuse a row of the data set that this objective cannot train on."""
 
+    def called_models(self, pipe: "BasePipeline") -> set[str]:
+        """Names of the models that this objective calls besides those that its units and `model_fn` call."""
+        return set()
+
     # Roles that are trained besides the model; see `distillation.RoleDistillation`
 
     @property

@@ -51,6 +51,11 @@ class Reward:
         """What the scores depend on besides the pictures, such as settings and weights; one run keeps one version."""
         return type(self).__name__
 
+    @property
+    def network_bytes(self) -> int:
+        """Bytes that a network of the reward takes on the device while it scores, once `find` has found its files."""
+        return 0
+
     def check_rows(self, row: Mapping[str, Any]) -> None:
         """Refuse a row of the prompts' table that lacks a column which `score` reads.
 

@@ -3,6 +3,7 @@
 Shapes: B pictures, H W their size, S the side of the network's input, all in pixels.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 
 from ...core.input_files import all_in, describe, digest_of_all
 from ...core.loader import ModelConfig
+from ...core.loader.safetensors_files import read_shapes
 from ...core.ranges import BatchSize, NonZero
 from .base import Pictures, Reward, Rows, pixels_of
 
@@ -74,6 +76,11 @@ class NetworkReward(LoadedNetwork, Reward):
     @cached_property
     def version(self) -> str:
         return f"{type(self).__name__} {digest_of_folder(self.folder)}"
+
+    @property
+    def network_bytes(self) -> int:
+        shapes = [shape for file in self.files if file.suffix == ".safetensors" for shape in read_shapes(file).values()]
+        return sum(map(math.prod, shapes)) * torch.float32.itemsize
 
     def prepare(self, pixels: Tensor) -> Tensor:
         raise NotImplementedError

@@ -20,6 +20,12 @@ def check_rewards(run: "RewardRun") -> None:
             f"The task is {type(run.task).__name__}, which learns from a data set: run it by python train.py, or "
             "choose task=reward/nft, task=reward/awm or task=reward/rwr."
         )
+    unknown = sorted({*(run.guard.evaluation if run.guard else ())} - run.evaluation_reward.keys())
+    if unknown:
+        raise ValueError(
+            f"guard.evaluation names {unknown[0]}, which is no evaluation reward; expected one of "
+            f'{sorted(run.evaluation_reward)}: set "reward@evaluation_reward=[{unknown[0]}]", or leave it out.'
+        )
     if not run.reward:
         raise ValueError("There is no reward: choose one or several, such as reward=jpeg_size.")
     for group, rewards in {"reward": run.reward, "evaluation_reward": run.evaluation_reward}.items():

@@ -69,9 +69,20 @@ class Rounds:
         self.store, self.watch = RoundStore(settings.path), Watch(guard)
         self.prompts = samples.prompts
 
-    def models(self, module: "PipelineTrainingModule") -> set[str]:
-        """Names of the pipeline's models that sampling runs."""
-        return {*module.pipe.in_iteration_models[:1], *module.pipe.decoding_models}
+    @property
+    def batch_size(self) -> int:
+        """Samples that are sampled at once."""
+        return min(self.settings.batch_size, self.samples.size)
+
+    @property
+    def all_rewards(self) -> list[Reward]:
+        """The rewards, and those that only evaluate."""
+        return [*self.rewards.values(), *self.evaluation_rewards.values()]
+
+    @property
+    def versions(self) -> dict[str, str]:
+        """What the scores of each reward depend on, by name, which a resumed run must have unchanged."""
+        return {f"reward {name}": reward.version for name, reward in self.rewards.items()}
 
     def has_ended(self, state: "TrainingState") -> bool:
         """Whether the samples have collapsed, so that the run ends before its last step."""
@@ -127,7 +138,7 @@ class Rounds:
             "prompts": self.prompts.fingerprint(),
             "prompt": self._prompt(number, group),
             "seeds": [self._seed(number, group, member) for member in range(self.settings.samples)],
-            "rewards": {name: reward.version for name, reward in self.rewards.items()},
+            "rewards": self.versions,
         }
         return identity(about)
 

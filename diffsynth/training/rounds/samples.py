@@ -45,13 +45,9 @@ class RoundSamples(TrainingData):
     def __getitem__(self, index: int) -> Row:
         group, member = divmod(index, self.members)
         if self.number is None:
-            row, width, height, *frames = self.prompts[0], *self.image_size
-            latents, advantage = torch.zeros(self.latents.shape(height, width, *frames)), torch.zeros(1)
-        else:
-            row, latents = self._rows[group], self._groups[group].latents[member : member + 1]
-            advantage = self._advantages[group, member : member + 1]
-        shared = {**row.made["shared"], "input_latents": latents, "advantage": advantage}
-        return Row(row, {**row.made, "shared": shared})
+            return blank(self.prompts[0], self.latents, self.image_size)
+        latents = self._groups[group].latents[member : member + 1]
+        return as_sample(self._rows[group], latents, self._advantages[group, member : member + 1])
 
     @property
     def image_size(self) -> Size:
@@ -75,3 +71,15 @@ class RoundSamples(TrainingData):
         self, expected: Callable[[], Mapping[str, Any]], keys_of: Callable[..., Set[tuple[str, str]]] | None = None
     ) -> None:
         self.prompts.check_made_for(expected, keys_of)
+
+
+def as_sample(prompt: Row, latents: Tensor, advantage: Tensor) -> Row:
+    """The row of a sample with clean latents (1, …) and an advantage (1,), of a prompt's cached row."""
+    shared = {**prompt.made["shared"], "input_latents": latents, "advantage": advantage}
+    return Row(prompt, {**prompt.made, "shared": shared})
+
+
+def blank(prompt: Row, latents: Latents, size: Size) -> Row:
+    """The row of a sample without content, of (width, height) in pixels and, for clips, frames."""
+    width, height, *frames = size
+    return as_sample(prompt, torch.zeros(latents.shape(height, width, *frames)), torch.zeros(1))

@@ -43,13 +43,17 @@ def sample_latents(
 def _sample(
     module: "PipelineTrainingModule", requests: Sequence[Request], settings: Mapping[str, Any], role: str
 ) -> Tensor:
-    pipe = module.pipe
-    sides = zip(*(_inputs_of(module, each) for each in requests), strict=True)
-    shared, posi, nega = (to_device(collate(list(side)), pipe.device) for side in sides)
+    pipe, (shared, posi, nega) = module.pipe, inputs_of(module, requests)
     request = {**shared, **settings}
     acting = nullcontext() if module.roles is None else module.roles.active(role)
     with pipe.sampling(), pipe.sampling_steps(request), acting:
         return pipe.denoise(request, posi, nega).float().cpu()
+
+
+def inputs_of(module: "PipelineTrainingModule", requests: Sequence[Request]) -> tuple[dict, dict, dict]:
+    """The pipeline's inputs (shared, positive, negative) of a batch of requests, on its device."""
+    sides = zip(*(_inputs_of(module, each) for each in requests), strict=True)
+    return tuple(to_device(collate(list(side)), module.pipe.device) for side in sides)
 
 
 def _inputs_of(module: "PipelineTrainingModule", request: Request) -> tuple[dict, dict, dict]:

@@ -1,6 +1,7 @@
 """Settings of the rounds of a reward training: `rounds` and `guard` in conf/reward.yaml."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
 from ...core.ranges import BatchSize, PositiveFloat, PositiveInt, at_least, check_fields
@@ -69,14 +70,14 @@ class Guard:
     Args:
         diversity: The mean distance between a prompt's samples must stay above this share of that of the first round;
             0 does not look.
-        evaluation: The mean of each evaluation reward on held-out prompts must not fall by more than this many of its
-            first standard deviations; null does not look.
+        evaluation: How far the means of evaluation rewards on held-out prompts may fall below their first values, by
+            name, in the reward's own unit.
         action: `stop` ends the run as if it were complete; `lower_rate` multiplies the learning rate by `factor`.
         factor: See `action`.
     """
 
     diversity: Annotated[float, at_least(0)] = 0.3
-    evaluation: PositiveFloat | None = 0.5
+    evaluation: Mapping[str, PositiveFloat] = field(default_factory=dict)
     action: Literal["stop", "lower_rate"] = "stop"
     factor: Fraction = 0.5
 

@@ -5,7 +5,7 @@ Shapes: P prompts, G samples of each.
 
 import logging
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from PIL import Image
@@ -95,25 +95,15 @@ class Watch:
             state.scale_rates(self.guard.factor)
             logger.warning("guard: the learning rate is multiplied by %g: %s", self.guard.factor, "; ".join(reasons))
 
-    def _crossed(self, first: Mapping[str, Any], values: Mapping[str, float]) -> list[str]:
+    def _crossed(self, first: Mapping[str, float], values: Mapping[str, float]) -> list[str]:
         """The bounds that metrics have crossed, in sentences."""
-        reasons = []
-        if (found := values.get("diversity")) is not None and found < (
-            least := self.guard.diversity * first["diversity"]
-        ):
-            reasons.append(
-                f"the distance between samples of a prompt fell from {first['diversity']:.3g} to {found:.3g}, "
-                f"below {least:.3g} (guard.diversity={self.guard.diversity:g})"
-            )
-        for name in [
-            name for name in values if name.startswith("evaluation_") and not name.endswith(("_std", "_error"))
-        ]:
-            if self.guard.evaluation is None:
-                continue
-            least = first[name] - self.guard.evaluation * first[f"{name}_std"]
-            if values[name] < least:
-                reasons.append(
-                    f"{name} fell from {first[name]:.3g} to {values[name]:.3g}, below {least:.3g} "
-                    f"(guard.evaluation={self.guard.evaluation:g} standard deviations)"
-                )
-        return reasons
+        bounds = {"diversity": (self.guard.diversity * first["diversity"], f"guard.diversity={self.guard.diversity:g}")}
+        for reward, fall in self.guard.evaluation.items():
+            name = f"evaluation_{reward}"
+            if name in first:
+                bounds[name] = first[name] - fall, f"guard.evaluation.{reward}={fall:g}"
+        return [
+            f"{name} fell from {first[name]:.3g} to {values[name]:.3g}, below {least:.3g} ({setting})"
+            for name, (least, setting) in bounds.items()
+            if name in values and values[name] < least
+        ]

@@ -150,6 +150,9 @@ class RewardObjective(Objective):
     def sampling_inputs(self, pipe: BasePipeline) -> dict[str, Any]:
         return sampled_with(pipe)
 
+    def called_models(self, pipe: BasePipeline) -> set[str]:
+        return set(pipe.decoding_models)
+
     def check(self, pipe: BasePipeline, lora: Adapter | None, cached: bool) -> None:
         """Refuse a training of other models than the network, and guidance for a model from which it was distilled."""
         network = pipe.in_iteration_models[0]
