@@ -6,10 +6,10 @@ from unittest import mock
 
 import kills
 import pytest
-import rewarded
 import tiny
 import torch
 import warm
+from miniatures import rewarded
 from resumed import final_weights, metrics
 from safetensors.torch import load_file
 from torch.testing import assert_close

@@ -20,7 +20,7 @@ def check_rewards(run: "RewardRun") -> None:
             f"The task is {type(run.task).__name__}, which learns from a data set: run it by python train.py, or "
             "choose task=reward/nft, task=reward/awm or task=reward/rwr."
         )
-    unknown = sorted({*(run.guard.evaluation if run.guard else ())} - run.evaluation_reward.keys())
+    unknown = sorted({*(run.guard and run.guard.evaluation or ())} - run.evaluation_reward.keys())
     if unknown:
         raise ValueError(
             f"guard.evaluation names {unknown[0]}, which is no evaluation reward; expected one of "

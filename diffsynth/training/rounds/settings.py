@@ -1,7 +1,7 @@
 """Settings of the rounds of a reward training: `rounds` and `guard` in conf/reward.yaml."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Annotated, Literal
 
 from ...core.ranges import BatchSize, PositiveFloat, PositiveInt, at_least, check_fields
@@ -71,13 +71,13 @@ class Guard:
         diversity: The mean distance between a prompt's samples must stay above this share of that of the first round;
             0 does not look.
         evaluation: How far the means of evaluation rewards on held-out prompts may fall below their first values, by
-            name, in the reward's own unit.
+            name, in the reward's own unit; None looks at none.
         action: `stop` ends the run as if it were complete; `lower_rate` multiplies the learning rate by `factor`.
         factor: See `action`.
     """
 
     diversity: Annotated[float, at_least(0)] = 0.3
-    evaluation: Mapping[str, PositiveFloat] = field(default_factory=dict)
+    evaluation: Mapping[str, PositiveFloat] | None = None
     action: Literal["stop", "lower_rate"] = "stop"
     factor: Fraction = 0.5
 

@@ -98,7 +98,7 @@ class Watch:
     def _crossed(self, first: Mapping[str, float], values: Mapping[str, float]) -> list[str]:
         """The bounds that metrics have crossed, in sentences."""
         bounds = {"diversity": (self.guard.diversity * first["diversity"], f"guard.diversity={self.guard.diversity:g}")}
-        for reward, fall in self.guard.evaluation.items():
+        for reward, fall in (self.guard.evaluation or {}).items():
             name = f"evaluation_{reward}"
             if name in first:
                 bounds[name] = first[name] - fall, f"guard.evaluation.{reward}={fall:g}"
