@@ -48,8 +48,8 @@ def torch_imported_by(*command: str) -> bool:
     return re.search(r"\| +torch$", result.stderr, re.MULTILINE) is not None
 
 
-# What each package may import besides itself; `config` and `report` stand beside the others, `importing` is an entry
-# script.
+# What each package may import besides itself; `config` and `report` stand beside the others, `rewards` runs in other
+# environments, `importing` is an entry script.
 BELOW = {
     "core": set(),
     "diffusion": {"core"},
@@ -58,6 +58,7 @@ BELOW = {
     "training": {"core", "diffusion", "cache"},
     "plan": {"core", "diffusion", "cache", "training"},
     "report": {"core"},
+    "rewards": set(),
     "config": {"core", "report"},
     "importing": {"core", "diffusion", "cache", "training", "plan", "config"},
 }
@@ -188,6 +189,7 @@ def test_only_the_configuration_knows_hydra():
 def test_the_package_and_the_help_need_no_torch():
     assert not torch_imported_by("-c", "import diffsynth")
     assert not torch_imported_by("train.py", "--help")
+    assert not torch_imported_by("-m", "diffsynth.rewards.serve", "--help")
     assert torch_imported_by("-c", "import torch")
 
 

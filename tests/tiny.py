@@ -149,9 +149,9 @@ def schema(entry: str) -> Callable:
     """The class or function whose signature the configuration of an entry script is checked against."""
     from diffsynth.cache.run import CacheRun
     from diffsynth.plan.run import PlanRun
-    from diffsynth.training.run import DistillRun, Run
+    from diffsynth.training.run import DistillRun, RewardRun, Run
 
-    runs = {"train": Run, "distill": DistillRun, "plan": PlanRun, "make_cache": CacheRun}
+    runs = {"train": Run, "distill": DistillRun, "reward": RewardRun, "plan": PlanRun, "make_cache": CacheRun}
     return runs.get(entry) or getattr(import_module(entry), entry)
 
 
@@ -171,12 +171,12 @@ def train(output_root: Path, *overrides: str) -> Path:
     return run(merged(train_overrides(output_root), overrides))
 
 
-def run(overrides: list[str]) -> Path:
-    """Run `python train.py <overrides>` in this process, and return the run's folder."""
-    cfg = compose("train", *overrides)
+def run(overrides: list[str], entry: str = "train") -> Path:
+    """Run `python train.py <overrides>`, or another entry script, in this process, and return the run's folder."""
+    cfg = compose(entry, *overrides)
     try:
         run_dir = claim(cfg)
-        finish(cfg, call("train", cfg))
+        finish(cfg, call(entry, cfg))
     finally:
         release_all()
     return run_dir

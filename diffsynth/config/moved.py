@@ -14,6 +14,7 @@ MOVED = {
     "diffsynth.diffusion.few_steps": "diffsynth.training.validation.few_steps",
     "diffsynth.diffusion.logger.LocalLogger": "diffsynth.training.record.numbers.LocalLogger",
     "diffsynth.diffusion.lora": "diffsynth.diffusion.adapters.lora",
+    "diffsynth.diffusion.metrics.ClipScore": "diffsynth.diffusion.rewards.ClipScore",
     "diffsynth.diffusion.metrics": "diffsynth.training.validation.metrics",
     "diffsynth.diffusion.models": "diffsynth.diffusion.pipeline.networks",
     "diffsynth.diffusion.receipt.DataReceipt": "diffsynth.training.record.data_report.DataReport",
@@ -21,6 +22,7 @@ MOVED = {
     "diffsynth.diffusion.teacher": "diffsynth.diffusion.distillation.settings",
     "diffsynth.diffusion.trackers": "diffsynth.training.record.trackers",
     "diffsynth.diffusion.validation": "diffsynth.training.validation.validation",
+    "diffsynth.training.validation.metrics.ClipScore": "diffsynth.diffusion.rewards.ClipScore",
 }
 RENAMED = {"receipt": "data_report"}  # keys at the top level
 

@@ -34,6 +34,8 @@ class Range:
     def __str__(self) -> str:
         if self.high == math.inf:
             return f" of at least {self.low}" if self.brackets[0] == "[" else f" above {self.low}"
+        if self.low == -math.inf:
+            return f" of at most {self.high}" if self.brackets[1] == "]" else f" below {self.high}"
         return f" in {self.brackets[0]}{self.low}, {self.high}{self.brackets[1]}"
 
 
@@ -58,6 +60,7 @@ PositiveFloat = Annotated[float, more_than(0)]
 NonNegativeFloat = Annotated[float, at_least(0)]
 Probability = Annotated[float, within(0, 1)]
 FractionBelowOne = Annotated[float, within(0, 1, "[)")]  # such as a decay, or a rate of dropping that leaves something
+NonZero = Annotated[float, more_than(0)] | Annotated[float, Range(high=0, brackets="[)")]
 PositiveFraction = Annotated[float, within(0, 1, "(]")]  # such as a noise level, or an exponent
 Seed = Annotated[int, within(0, LARGEST)]
 # Pixels of a side; a JPEG has at most 65,535 (ITU-T T.81, B.2.2).

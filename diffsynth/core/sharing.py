@@ -28,16 +28,30 @@ def runs_together() -> bool:
     return _together.get() > 1
 
 
+def own_share(items: Sequence) -> list:
+    """The items that this process's group of processes works on; see `together`."""
+    state, size = PartialState(), _together.get()
+    return [*items[state.process_index // size :: state.num_processes // size]]
+
+
+def turns(items: Sequence) -> int:
+    """Number of items that the group of processes with the most of them works on; see `own_share`."""
+    return -(-len(items) // (PartialState().num_processes // _together.get()))
+
+
+def leads() -> bool:
+    """Whether this process is the first of its group, which writes what the group has made; see `together`."""
+    return PartialState().process_index % _together.get() == 0
+
+
 def share(items: Sequence, make: Callable[[list], Sequence]) -> list:
     """The results of `make(items)`, one per item and in order; every group of processes makes a part of them.
 
     `together` sets the number of processes in a group, which is 1 by default.
     """
-    state, size = PartialState(), _together.get()
-    if size == state.num_processes:
+    if _together.get() == PartialState().num_processes:
         return list(make(list(items))) if items else []
-    numbers = range(state.process_index // size, len(items), state.num_processes // size)
-    mine = [items[number] for number in numbers]
+    numbers, mine = own_share(range(len(items))), own_share(items)
     results = make(mine) if mine else []  # there may be more processes than items
     gathered = dict(gather_object(list(zip(numbers, results, strict=True))))
     return [gathered[number] for number in range(len(items))]

@@ -21,6 +21,7 @@ from .adapters.formats import ADAPTER_FILE
 from .adapters.lora import Adapter, LoRA
 from .adapters.preset import without_preset
 from .base_pipeline import BasePipeline, batch_of
+from .distillation.roles import Lagging
 from .flow_match import TRAINING_STEPS
 from .loss import Objective
 from .memory_layout import check_memory, lay_out, stored_models
@@ -88,6 +89,10 @@ class DiffusionTrainingModule(nn.Module):
     def trained_parts(self) -> dict[str, dict[str, nn.Parameter]]:
         """Trainable parameters by part and name; each part has an optimizer of its own, and the model is the first."""
         return {MODEL: {name: p for name, p in self.named_parameters() if p.requires_grad}}
+
+    def lagging_parts(self) -> dict[str, Lagging]:
+        """Parameters that no optimizer updates, by name, each with the trained one that it follows."""
+        return {}
 
     def trained_at(self, step: int) -> Sequence[str]:
         """Names of the parts that optimizer step `step` (from 0) updates."""
@@ -212,6 +217,7 @@ class PipelineTrainingModule(DiffusionTrainingModule):
             self.pipe.check_columns(self.task.extra_inputs)
         units = self.live_units if cached else self.units
         users = {**dict.fromkeys(also, "validation"), **dict.fromkeys(self.trained_roots, "training")}
+        users |= dict.fromkeys(self.task.called_models(self.pipe), type(self.task).__name__)
         if self.task.calls_model_fn:
             users |= dict.fromkeys(self.pipe.networks_in_training(self.trained_roots), type(self.task).__name__)
         users |= {name: type(unit).__name__ for unit in units for name in unit.onload_model_names}
@@ -276,6 +282,9 @@ class PipelineTrainingModule(DiffusionTrainingModule):
         others = {name: {n: p for n, p in parts[MODEL].items() if n.startswith(f"pipe.{name}.")} for name in others}
         taken = {n for own in others.values() for n in own}
         return {MODEL: {n: p for n, p in parts[MODEL].items() if n not in taken}, **others}
+
+    def lagging_parts(self) -> dict[str, Lagging]:
+        return self.roles.lagging if self.roles else {}
 
     def trained_at(self, step: int) -> Sequence[str]:
         if not self.taking_turns:

@@ -80,6 +80,10 @@ class FewBlocks:
         """See `Rehearsal.sample`."""
         return self._extrapolated(lambda rehearsal: rehearsal.sample(request))
 
+    def roll_out(self, prompt: Row, count: int) -> WorkingMemory:
+        """See `Rehearsal.roll_out`."""
+        return self._extrapolated(lambda rehearsal: rehearsal.roll_out(prompt, count))
+
     def work(self, rows: Sequence[Row]) -> Work:
         """See `Rehearsal.work`."""
         return self._extrapolated(lambda rehearsal: rehearsal.work(rows))

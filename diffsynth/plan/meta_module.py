@@ -15,6 +15,7 @@ from ..core.memory import MemoryRecipe
 from ..diffusion.flow_match import TRAINING_STEPS
 from ..diffusion.pipeline.remembered import UnitMemory
 from ..diffusion.training_module import PipelineTrainingModule
+from ..training.rounds.samples import blank
 from .meta_pipeline import download_bytes, meta_pipeline
 from .rehearsal import Rehearsal, WorkingMemory
 from .run import PlacedRun
@@ -55,7 +56,9 @@ class MetaModules:
 
     def row(self, run: PlacedRun, size: Size | None) -> Row:
         """Return a row of this size as the run's training reads it, from a cache that does not exist yet if need be."""
-        return self.encoded(size)[1] if run.is_to_be_cached else run.row(size)
+        row = self.encoded(size)[1] if run.is_to_be_cached else run.row(size)
+        is_prompt = run.task.learns_from_samples and "input_latents" not in row.made.get("shared", {})
+        return blank(row, run.latents, run.media.size(row[run.media.column])) if is_prompt else row
 
     def encoded(self, size: Size | None) -> tuple[WorkingMemory, Row]:
         """Return the memory of the frozen units when a cache is made, and the cached row of this size."""

@@ -25,7 +25,7 @@ from .shares import Share, shares
 # klein, which are of two kinds, 15 s instead of 9 s. Peaks and activations were equal.
 MANY_BLOCKS = 40
 
-STAGES = ("train", "evaluate", "sample", "save", "cache")
+STAGES = ("train", "roll out", "evaluate", "sample", "save", "cache")
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,8 @@ class StageMemory:
     """Bytes of one stage on one device, in host memory and on disk.
 
     Args:
-        name: One of `STAGES`; `cache` is make_cache.py, the others are stages of the training.
+        name: One of `STAGES`; `cache` is make_cache.py, `roll out` is what a reward training samples and scores, the
+            others are stages of every training.
         size: (width, height) of the images in pixels; None if it does not matter, or each image has its own.
         weights, gradients, optimizer: Weights, gradients, and optimizer state with the EMA.
         activations: What the forward pass saves for the backward pass.
@@ -119,7 +120,7 @@ class Planner:
         sizes = self.run.sizes[:1] if largest_only else self.run.sizes
         footprint = {size: self.footprint(size) for size in sizes}
         stages = [self.training(size, own) for size, own in footprint.items()]
-        stages += [*self.evaluating(), *self.sampling(), self.saving()]
+        stages += [*self.rolling_out(), *self.evaluating(), *self.sampling(), self.saving()]
         if not largest_only and self.run.dataset.needs_encoders:
             stages += [self.caching(size) for size in sizes]
         stages.sort(key=lambda stage: (STAGES.index(stage.name), -stage.peak))
@@ -176,6 +177,18 @@ class Planner:
             footprint.peak,
             host,
         )
+
+    def rolling_out(self) -> list[StageMemory]:
+        """Return the stage of a reward training that samples and scores, with the larger of network and scorer."""
+        if not self.run.task.learns_from_samples:
+            return []
+        size = self.run.sizes[0]
+        row, rounds = self.meta_modules.row(self.run, size), self.run.rounds
+        stage = self._between_steps("roll out", size, lambda: self.rehearsal.roll_out(row, self.run.rollout_batch_size))
+        scoring = self.static_footprint.between_steps + max(
+            (own.network_bytes for own in rounds.all_rewards), default=0
+        )
+        return [replace(stage, peak=max(stage.peak, scoring))]
 
     def evaluating(self) -> list[StageMemory]:
         """Return the stage of measuring held-out losses, as if held-out images had the largest size of the training."""

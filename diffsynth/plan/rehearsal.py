@@ -27,6 +27,7 @@ from ..diffusion.randomness import SampleRNG
 from ..diffusion.token_split import check_split, split_predicting
 from ..diffusion.trained import TrainProgress
 from ..diffusion.training_module import PipelineTrainingModule
+from ..training.rounds.sampling import Request, inputs_of
 from .cuda_autocast import cuda_autocast
 from .first_device import FirstOf
 
@@ -211,6 +212,21 @@ class Rehearsal:
             inputs = {**shared, **pipe.inputs_at(TRAINING_STEPS, shared)}  # those of the first step, at σ = 1
             velocity = pipe.guided_velocity(timestep, shared["cfg_scale"], inputs, posi, nega)
             pipe.pixels_of(velocity.to(pipe.torch_dtype), whole)
+            del shared, inputs, posi, nega, velocity
+        return self._since(before)
+
+    @torch.no_grad()
+    def roll_out(self, prompt: Row, count: int) -> WorkingMemory:
+        """Rehearse what a reward training samples at once: one denoising step of `count` samples, and decoding one."""
+        module, settings = self.module, self.module.task.sampling.settings
+        requests = [Request(prompt, 0)] * count
+        with self._measured() as before, self.autocast(), module.pipe.sampling() as pipe:
+            shared, posi, nega = inputs_of(module, requests)
+            with pipe.sampling_steps({**shared, **settings}) as scheduler:
+                timestep = scheduler.timesteps[:1].to(pipe.device)
+            inputs = {**shared, **pipe.inputs_at(TRAINING_STEPS, shared)}  # those of the first step, at σ = 1
+            velocity = pipe.guided_velocity(timestep, settings["cfg_scale"], inputs, posi, nega)
+            pipe.pixels_of(velocity[:1].to(pipe.torch_dtype), pipe.call_defaults)
             del shared, inputs, posi, nega, velocity
         return self._since(before)
 

@@ -29,6 +29,7 @@ class PlanRun(Run):
         tokens: Tokens of each prompt, unless the family pads prompts to a length of its own.
         cached: Plan as if the data set were cached already.
         cache_batch_size: Samples per forward pass of an encoder when a cache is made.
+        rollout_batch_size: Samples that a reward training samples at once.
         fetch_data: Whether `dataset=example` is downloaded; otherwise a blank image replaces it if it is absent.
         path: Folder of plan.json and plan.svg.
     """
@@ -38,6 +39,7 @@ class PlanRun(Run):
     tokens: Tokens = 256
     cached: bool = False
     cache_batch_size: BatchSize = 8
+    rollout_batch_size: BatchSize = 32
     fetch_data: bool = False
     path: str = "outputs/plan"
 
@@ -59,7 +61,8 @@ class PlacedRun(PlanRun):
     def of(cls, run: Run, **placement) -> "PlacedRun":
         """Place a run: `placement` has `processes`, `engine`, `cp_size`, `on_cuda`."""
         names = {field.name for field in fields(cls)} & {field.name for field in fields(run)}
-        return cls(**{**{name: getattr(run, name) for name in names}, **placement})
+        sampled = {} if run.rounds.batch_size is None else {"rollout_batch_size": run.rounds.batch_size}
+        return cls(**{**{name: getattr(run, name) for name in names}, **sampled, **placement})
 
     def variant(self, memory: "MemoryRecipe", micro_batch_size: int | None = None) -> "PlacedRun":
         """Return the same run with other memory options."""

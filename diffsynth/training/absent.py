@@ -109,6 +109,23 @@ class NoValidation:
         return False
 
 
+class NoRounds:
+    """Samples nothing to train on: the data set has it all."""
+
+    batch_size = None
+    versions: Mapping[str, str] = {}
+    all_rewards: Sequence = ()
+
+    def has_ended(self, state: "TrainingState") -> bool:
+        return False
+
+    def begin(self, *_: object) -> bool:
+        return True
+
+    def finish(self, *_: object) -> None:
+        pass
+
+
 class NoDataReport:
     """Writes nothing about the data."""
 

@@ -154,6 +154,6 @@ def check_average(ema: "EMA | NoEMA", module: "PipelineTrainingModule") -> None:
 
 
 def identity_of(run: "Run") -> dict[str, Any]:
-    """Return fingerprints by name, of the data and of the template's code, that a resumed run must have unchanged."""
+    """Return fingerprints by name, of data, template's code and rewards, that a resumed run must have unchanged."""
     template = {"template": run.template.code.digest} if run.template else {}
-    return {"data set": run.dataset.fingerprint(), **template}
+    return {"data set": run.dataset.fingerprint(), **template, **run.rounds.versions}

@@ -89,7 +89,7 @@ class Trainer(LoopSettings):
         """
         reset_peak_memory(self.accelerator.device)  # loading may have taken more
         state = self._build_state()
-        resumed = self._begin(state)
+        resumed = recorded = self._begin(state)
         sampler = BatchSampler(self.order, self.layout, self.engine.replica, state.step, self.steps - state.step)
         bar = ProgressBar(self.steps, state.step, self.accelerator.is_main_process)
 
@@ -103,13 +103,21 @@ class Trainer(LoopSettings):
                 # which comes last, may be missing.
                 state.set_mode("eval")
                 with state.meter.paused():
-                    if not resumed:
+                    if not recorded:
                         values = self._record(state, bar, done)
                         state.measured = {name: values[name] for name in values if name == self.export.keep_best}
                     self._save(state, done, ends, resumed)
                 if ends:
                     break
-                resumed = False
+                resumed = recorded = False
+
+                # Sample what is trained on, if the run has rounds. A run that is stopped meanwhile, or whose samples
+                # have collapsed, ends above.
+                with state.meter.paused():
+                    ready = self.rounds.begin(self.accelerator, state, stop, self.logger)
+                if not ready:
+                    recorded = not self.rounds.has_ended(state)
+                    continue
 
                 # Accumulate the gradient of one batch.
                 state.set_mode("train")
@@ -125,6 +133,8 @@ class Trainer(LoopSettings):
                 bar.advance(state.step)
                 profile.step()
 
+        if done:
+            self.rounds.finish(self.accelerator, state, self.logger)
         bar.close()
         if self.accelerator.is_main_process:
             self.logger.finish()
@@ -149,7 +159,7 @@ class Trainer(LoopSettings):
 
     def _ends(self, state: TrainingState, stop: StopRequest) -> tuple[bool, bool]:
         """Return whether all steps are taken, and whether the loop ends, for that reason or by a signal."""
-        done = state.step == self.steps
+        done = state.step == self.steps or self.rounds.has_ended(state)
         return done, stop.agreed(self.accelerator) or done
 
     @contextmanager

@@ -1,7 +1,7 @@
 """The training metrics between two lines of the log: mean loss, gradient norm and samples per second."""
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -17,7 +17,10 @@ if TYPE_CHECKING:
 
 @dataclass
 class Count:
-    """Sums over the steps that trained one part: `loss` () over their samples, `grad_norm` over the steps."""
+    """Sums over the steps that trained one part: `loss` () over their samples, `grad_norm` over the steps.
+
+    A number that an objective notes (`diffusion.noted`) is counted alike, without `grad_norm` and `steps`.
+    """
 
     loss: Tensor
     samples: int = 0
@@ -37,6 +40,7 @@ class Meter:
     def __init__(self, accelerator: "Accelerator", cp_size: int = 1):
         self.accelerator, self.device, self.cp_size = accelerator, accelerator.device, cp_size
         self.losses: list[Tensor] = []  # of the current step, one tensor (b,) per micro-batch
+        self.notes: list[tuple[str, Tensor]] = []  # names and values (b,) of the current step
         self._clear()
 
     def _clear(self) -> None:
@@ -50,6 +54,10 @@ class Meter:
         """Add the losses (b,) of one micro-batch; they stay on the device, so that nothing waits for it."""
         self.losses.append(losses.detach().float().reshape(-1).to(self.device))
 
+    def add_notes(self, notes: Iterable[tuple[str, Tensor]]) -> None:
+        """Add what an objective has noted of one micro-batch: names, and values (b,)."""
+        self.notes += [(name, values.float().reshape(-1).to(self.device)) for name, values in notes]
+
     def end_step(self, grad_norm: float | None, part: str = MODEL) -> None:
         """Count one optimizer step of `part`; a skipped one (`grad_norm` is None) only takes time."""
         if grad_norm is not None:
@@ -60,7 +68,11 @@ class Meter:
                 count.loss += losses.sum()
                 count.samples += losses.numel()
                 self.timed_samples += losses.numel()
-        self.losses = []
+            for name, values in self.notes:
+                noted = self._count(name)
+                noted.loss += values.sum()
+                noted.samples += values.numel()
+        self.losses, self.notes = [], []
 
     @contextmanager
     def paused(self) -> Iterator[None]:
@@ -80,7 +92,9 @@ class Meter:
         means = {}
         for (part, count), (loss, samples) in zip(counted.items(), sums, strict=True):
             prefix = "" if part == MODEL else f"{part}_"
-            means |= {f"{prefix}loss": loss / samples, f"{prefix}grad_norm": count.grad_norm / count.steps}
+            means[f"{prefix}loss" if count.steps else part] = loss / samples
+            if count.steps:
+                means[f"{prefix}grad_norm"] = count.grad_norm / count.steps
         return {**means, "samples_per_second": timed / self.cp_size / seconds} if means else {}
 
     def state(self) -> dict[str, dict]:

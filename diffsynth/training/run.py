@@ -1,11 +1,12 @@
 """The configuration of a training run: one dataclass whose fields are the top level of conf/training.yaml."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 from ..cache.run import ModelRun
 from ..core.ranges import BatchSize, PositiveFloat, PositiveInt, Seed, check_fields
-from .absent import NoCheckpoints, NoDataReport, NoEMA, NoLogger, NoProfile, NoValidation
+from .absent import NoCheckpoints, NoDataReport, NoEMA, NoLogger, NoProfile, NoRounds, NoValidation
 
 
 @dataclass(kw_only=True)
@@ -22,6 +23,7 @@ class LoopSettings:
         logger: Writes the metrics (`training.record.numbers.LocalLogger`).
         validation: What to evaluate, and when (`training.validation.Validation`).
         profile: Writes a trace of a few steps (`training.profile.Profile`).
+        rounds: Samples what is trained on (`training.rounds.Rounds`); None trains on the data set as it is.
         max_steps: Number of optimizer steps; None counts `num_epochs` instead.
         num_epochs: Number of epochs; each shows every sample `repeat` times.
         samples: Number of samples to train on, from the beginning of the data set; None trains on all.
@@ -40,6 +42,7 @@ class LoopSettings:
     logger: Any = None
     validation: Any = None
     profile: Any = None
+    rounds: Any = None
     max_steps: PositiveInt | None = None
     num_epochs: PositiveFloat = 1
     samples: PositiveInt | None = None
@@ -54,6 +57,7 @@ class LoopSettings:
         self.logger = self.logger or NoLogger()
         self.validation = self.validation or NoValidation()
         self.profile = self.profile or NoProfile()
+        self.rounds = self.rounds or NoRounds()
         check_fields(self)
 
 
@@ -108,3 +112,30 @@ class DistillRun(Run):
     @property
     def data(self) -> dict[str, Any]:
         return super().data | ({"prompts": self.prompts} if self.prompts else {})
+
+
+@dataclass(kw_only=True)
+class RewardRun(Run):
+    """A reward training; its fields are the top level of conf/reward.yaml.
+
+    Args:
+        reward: The rewards that are trained for, by name (`diffusion.rewards.Reward`).
+        evaluation_reward: Rewards that are measured on held-out prompts only, by name, so that hacking shows.
+        prompts, held_out: Data sets of prompts: to train on, and to evaluate on; None evaluates on none.
+        prompts_path: Folder of two caches of the encoded prompts, `train` and `held_out`.
+        rounds: How much is sampled (`training.rounds.RoundSettings`); `reward.py` makes `Rounds` of it.
+        guard: When a run whose samples collapse is ended (`training.rounds.Guard`); None never ends one.
+        dataset: None; the samples of each round are the data set.
+    """
+
+    prompts: Any
+    prompts_path: str
+    reward: Mapping[str, Any] = field(default_factory=dict)
+    evaluation_reward: Mapping[str, Any] = field(default_factory=dict)
+    held_out: Any = None
+    guard: Any = None
+    dataset: Any = None
+
+    @property
+    def data(self) -> dict[str, Any]:
+        return super().data | {"prompts": self.prompts}

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ..diffusion.adapters.files import casts_left_to_autocast
+from ..diffusion.noted import noting
 from ..diffusion.trained import MODEL, TrainProgress
 from .absent import NoEMA
 from .ema import EMA
@@ -135,6 +136,7 @@ class TrainingState:
         self.tells_progress = "progress" in inspect.signature(model.forward).parameters
         self.engine = engine or choose_engine(accelerator)
         self.engine.shard(model)
+        self.lagging = model.lagging_parts()  # of roles, which only DDP trains: nothing here is sharded
         steps_of = self._steps_of_parts(steps)
         self.parts = {
             name: TrainedPart(
@@ -151,6 +153,9 @@ class TrainingState:
         self.step = self.skipped_steps = self.skipped_in_a_row = 0
         self.learning_rate = self._next_rate
         self.measured: Mapping[str, float] = {}  # metrics of the current step that decide whether it is exported
+        self.round: dict[
+            str, Any
+        ] = {}  # what the round of samples that is trained on was made of; see `training.rounds`
         self.skipped_losses: Sequence[Tensor] = ()  # (b,) of each micro-batch, if the last step was skipped
         ema.start(self.engine.local(self.main.all))
 
@@ -192,7 +197,10 @@ class TrainingState:
     def losses(self, batch: Any) -> Tensor:
         """Return the losses (b,) of a micro-batch of b samples."""
         progress = {"progress": TrainProgress(self.step, self.steps)} if self.tells_progress else {}
-        return self.model(batch, **progress)
+        with noting() as notes:
+            losses = self.model(batch, **progress)
+        self.meter.add_notes(notes)
+        return losses
 
     def backward(self, losses: Tensor) -> None:
         """Backpropagate the mean of a micro-batch's losses (b,), and count them in the metrics."""
@@ -258,18 +266,24 @@ class TrainingState:
         """Return the whole state as nested dicts of tensors and plain data; all processes call it."""
         parts = {name: part.trees(self.engine) for name, part in self.parts.items()}
         trees = {_prefixed(name, key): tree for name, part in parts.items() for key, tree in part.items()}
-        return trees | {
-            "ema": self._whole_average(),
-            "counters": {
-                "step": self.step,
-                "steps": self.steps,
-                "skipped_steps": self.skipped_steps,
-                "skipped_in_a_row": self.skipped_in_a_row,
-                "ema_betas": list(self.ema.betas),
-                "measured": dict(self.measured),
-                "meter": self.meter.state(),
-            },
-        }
+        lagging = {name: pair.old.detach() for name, pair in self.lagging.items()}
+        return (
+            trees
+            | ({"lagging": lagging} if lagging else {})
+            | {
+                "ema": self._whole_average(),
+                "counters": {
+                    "step": self.step,
+                    "steps": self.steps,
+                    "skipped_steps": self.skipped_steps,
+                    "skipped_in_a_row": self.skipped_in_a_row,
+                    "ema_betas": list(self.ema.betas),
+                    "measured": dict(self.measured),
+                    "meter": self.meter.state(),
+                    "round": dict(self.round),
+                },
+            }
+        )
 
     def _whole_average(self) -> list[Tensor]:
         pairs = zip(self.main.all, self.ema.average, strict=False)  # without an EMA, `average` is empty
@@ -286,6 +300,10 @@ class TrainingState:
         for name, part in self.parts.items():
             part.check(lambda key, name=name: tree(_prefixed(name, key)))
         check_average(self, tree("ema"))
+        if self.lagging:
+            check_weights(tree("lagging"))
+            shapes = {name: tuple(pair.old.shape) for name, pair in self.lagging.items()}
+            _check_same({name: tuple(each.shape) for name, each in tree("lagging").items()}, shapes)
 
     @torch.no_grad()
     def has_finite_weights(self) -> bool:
@@ -305,12 +323,29 @@ class TrainingState:
             part.restore(self.engine, lambda key, name=name: tree(_prefixed(name, key)))
         for parameter, average, kept in zip(self.main.all, self.ema.average, tree("ema") or (), strict=False):
             average.copy_(self.engine.part_of(parameter, kept))
+        for name, pair in self.lagging.items():
+            pair.old.copy_(tree("lagging")[name])
         counters = tree("counters")
         self.step, self.skipped_steps = counters["step"], counters["skipped_steps"]
         self.skipped_in_a_row = counters["skipped_in_a_row"]
         self.ema.betas = counters.get("ema_betas", [])  # absent in checkpoints from before ema.every
         self.measured = counters.get("measured", {})  # absent in older checkpoints
         self.meter.restore(counters["meter"])
+        self.round = dict(counters.get("round", {}))  # absent in checkpoints of other trainings
+
+    def scale_rates(self, factor: float) -> None:
+        """Multiply the learning rates of all further steps by `factor`."""
+        for part in self.parts.values():
+            for group in part.optimizer.param_groups:
+                group["lr"] *= factor
+            if part.schedule is not None:
+                part.schedule.base_lrs = [rate * factor for rate in part.schedule.base_lrs]
+
+    @torch.no_grad()
+    def follow(self, decay: float) -> None:
+        """Move the role `old` towards the trained weights: θ_old ← d θ_old + (1 - d) θ with d = `decay`."""
+        for old, followed in self.lagging.values():
+            old.lerp_(followed.to(old.dtype), 1 - decay)
 
 
 def _prefixed(part: str, key: str) -> str:

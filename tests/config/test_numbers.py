@@ -50,6 +50,11 @@ MEANINGFUL = {
         ),
     },
 }
+# Of rewards; a weight of another node is above 0.
+MEANINGFUL_OF_REWARDS = {
+    -1: {"weight", "lowest", "highest"},
+    0: {"target", "lowest", "highest", "retries"},
+}
 WRONG = [-1, 0, 1e30, 10**30, math.nan, math.inf, "high", True]
 
 
@@ -79,10 +84,10 @@ def answer(entry: Callable, cfg: dict) -> str:
     return "" if str(refused.value).startswith("unknown:") else str(refused.value)
 
 
-def assert_in_range(name: str, types: set, say: Callable[[object], str]) -> None:
+def assert_in_range(name: str, types: set, say: Callable[[object], str], meaningful: Mapping = MEANINGFUL) -> None:
     for value in WRONG:
         message = say(wrapped(value, types))
-        is_meant = value is not True and name in MEANINGFUL.get(value, ())
+        is_meant = value is not True and name in meaningful.get(value, ())
         is_factor = float in types and value in (1e30, 10**30)  # has no upper end, or one below
         is_amount = str in types and value == "high"  # such as 24GiB, which the constructor reads
         if is_meant:
@@ -98,9 +103,14 @@ def test_every_number_of_a_constructor_has_a_range(target):
     is_ours = target.startswith("diffsynth.")
     numbers = {name: types for name, types in numbers_of(get_object(target)).items() if is_ours or name in WRITTEN}
     key = "node" if is_ours else "optimizer"
+    meaningful = MEANINGFUL_OF_REWARDS if ".rewards." in target else MEANINGFUL
     for name, types in numbers.items():
         node = {"_target_": target, "_partial_": True}
-        assert_in_range(name, types, lambda value, n=name, node=node: answer(entry, {key: node | {n: value}}))
+
+        def say(value: object, name: str = name, node: dict = node) -> str:
+            return answer(entry, {key: node | {name: value}})
+
+        assert_in_range(name, types, say, meaningful)
 
 
 class Own:

@@ -131,3 +131,17 @@ def test_a_distillation_is_planned_before_the_teacher_has_sampled(model, task, t
     prompts = ["dataset=prompts", f"dataset.path={tmp_path}/prompts.txt", "cached=true", "cache_batch_size=1"]
     plan = planned(tmp_path, f"model={model}", f"task={task}", *prompts, "task.student.num_inference_steps=2")
     assert plan.footprint.encoders == 0 < plan.footprint.activations
+
+
+@pytest.mark.parametrize(
+    "model", ["emoji", *(pytest.param(name, marks=pytest.mark.slow) for name in OF_EACH_PIPELINE.values())]
+)
+@pytest.mark.parametrize("task", tiny.mostly_slow(["reward/nft", "reward/awm", "reward/rwr"], "reward/nft"))
+def test_a_reward_training_is_planned_with_what_it_samples_at_once(model, task, tmp_path):
+    (tmp_path / "prompts.txt").write_text("a red apple\n")
+    prompts = ["dataset=prompts", f"dataset.path={tmp_path}/prompts.txt", "cached=true", "cache_batch_size=1"]
+    own = ["lora=lora", "task.extra_inputs=[]", *prompts]
+    plans = [planned(tmp_path, f"model={model}", f"task={task}", *own, f"rollout_batch_size={size}") for size in (1, 4)]
+    peaks = [next(stage.peak for stage in plan.stages if stage.name == "roll out") for plan in plans]
+    assert plans[0].footprint.weights < peaks[0] < peaks[1]
+    assert plans[0].footprint.activations > 0

@@ -2,7 +2,8 @@
 
 If the student is an adapter, the frozen base without it is the teacher, and the fake score is a second adapter of the
 same base. If the student is trained in full, no frozen base remains: the teacher is then a frozen copy, and the fake
-score an adapter of that copy.
+score an adapter of that copy. In reward training, the student is the policy, the teacher is the base that it must not
+leave, and `old` are weights of the policy that lag behind: a further adapter, or a frozen copy.
 """
 
 import copy
@@ -26,6 +27,7 @@ from ..flow_match import TRAINING_STEPS
 from ..trained import MODEL
 
 STUDENT, TEACHER, FAKE_SCORE, DISCRIMINATOR = "student", "teacher", "fake_score", "discriminator"
+OLD = "old"  # also the name of its adapter
 RANK_BESIDE_FULL = 64  # rank of the fake score's adapter if the student is trained in full; a guess
 
 
@@ -47,13 +49,14 @@ class FakeScore:
 class AdaptedNetwork:
     """One network with several adapters, of which one is active at a time, and an unmerged preset always.
 
-    `parameters` are all its trainable parameters.
+    `parameters` are all its trainable parameters, and `frozen` those of adapters that are not trained.
     """
 
     def __init__(self, network: nn.Module, adapter: str | None):
         self.network = network
         self.layers = [layer for layer in network.modules() if isinstance(layer, BaseTunerLayer)]
-        self.preset = [parameter for name, parameter in network.named_parameters() if PRESET in name.split(".")]
+        self.has_preset = any(PRESET in name.split(".") for name, _ in network.named_parameters())
+        self.frozen = [p for name, p in network.named_parameters() if {PRESET, OLD} & {*name.split(".")}]
         self.parameters = [parameter for parameter in network.parameters() if parameter.requires_grad]
         self.state: tuple[str | None, bool] | None = None  # the active adapter, and whether gradients reach it
         self.activate(adapter, trained=True)
@@ -62,14 +65,14 @@ class AdaptedNetwork:
         """Activate one adapter, or none; gradients reach the trainable parameters only if `trained`."""
         if (adapter, trained) == self.state:
             return
-        active = [name for name in (PRESET if self.preset else None, adapter) if name is not None]
+        active = [name for name in (PRESET if self.has_preset else None, adapter) if name is not None]
         for layer in self.layers:
             layer.enable_adapters(bool(active))
             if active:
                 layer.set_adapter(active)
         for parameter in self.parameters:  # `set_adapter` and `enable_adapters` change these flags
             parameter.requires_grad_(trained)
-        for parameter in self.preset:
+        for parameter in self.frozen:
             parameter.requires_grad_(False)
         self.state = adapter, trained
 
@@ -91,6 +94,13 @@ class Role(NamedTuple):
     adapter: str | None
 
 
+class Lagging(NamedTuple):
+    """A parameter of the role `old`, and the student's parameter that it follows."""
+
+    old: nn.Parameter
+    followed: nn.Parameter
+
+
 class Roles:
     """The roles of one training, on loaded weights; outside of `active` the pipeline samples as the student.
 
@@ -99,6 +109,10 @@ class Roles:
         fake_score: Settings of the fake score; None for methods without one.
         heads: Heads of the discriminator; None for methods without one.
         seed: Of the adapters' initial values.
+        keeps_old: Whether there is a role `old`, which starts as the student and changes by `follow` alone.
+
+    Attributes:
+        lagging: For each parameter of `old`, by name, the student's parameter that it follows.
     """
 
     def __init__(
@@ -108,6 +122,7 @@ class Roles:
         fake_score: FakeScore | None = None,
         heads: nn.Module | None = None,
         seed: int = 0,
+        keeps_old: bool = False,
     ):
         self.pipe, self.heads = pipe, heads
         self.networks = nn.ModuleDict()  # networks that the pipeline does not have
@@ -126,6 +141,7 @@ class Roles:
         if heads is not None:
             self.networks[DISCRIMINATOR] = heads
             self.parameters[DISCRIMINATOR] = list(heads.parameters())
+        old, self.lagging = self._add_old(lora, seed) if keeps_old else (None, {})
         adapted = AdaptedNetwork(base, "default" if lora else FAKE_SCORE if shares_base else None)
         self.roles = {TEACHER: Role(adapted, None)}
         self.roles[STUDENT] = Role(adapted, "default") if lora else Role(AdaptedNetwork(network, None), None)
@@ -133,6 +149,27 @@ class Roles:
             self.roles[FAKE_SCORE] = Role(adapted, FAKE_SCORE)
         elif fake_score is not None:
             self.roles[FAKE_SCORE] = Role(AdaptedNetwork(self.networks[FAKE_SCORE], None), None)
+        if keeps_old:
+            self.roles[OLD] = Role(adapted, OLD) if old is None else Role(AdaptedNetwork(old, None), None)
+
+    def _add_old(self, lora: Adapter | None, seed: int) -> tuple[nn.Module | None, dict[str, Lagging]]:
+        """Add the role `old`: return its network, None if it is an adapter, and its parameters with the student's."""
+        network = self.pipe.network
+        if lora is None:
+            self.networks[OLD] = _frozen_copy(network, torch.float32)
+            students = dict(network.named_parameters())
+            pairs = {n: Lagging(own, students[n]) for n, own in self.networks[OLD].named_parameters()}
+            return self.networks[OLD], {n: pair for n, pair in pairs.items() if pair.followed.requires_grad}
+        adapter = replace(lora, checkpoint=None, preset=None)
+        targets = [name for name, layer in network.named_modules() if isinstance(layer, BaseTunerLayer)]
+        adapter.add(network, targets, seed, OLD)
+        named = dict(network.named_parameters())
+        own = {name: name.replace(f".{OLD}.", ".default.") for name in named if OLD in name.split(".")}
+        pairs = {name: Lagging(named[name], named[other]) for name, other in own.items()}
+        for old, student in pairs.values():
+            old.requires_grad_(False)
+            old.data.copy_(student.data)
+        return None, pairs
 
     @contextmanager
     def active(self, role: str, trained: bool = False) -> Iterator[nn.Module]:

@@ -12,11 +12,16 @@ from .hyper_sd import HyperSD
 from .lcm import LatentConsistency
 from .mask_weights import MaskWeights
 from .prior import Prior, PriorPreservation
-from .reward import DPO
+from .reward import AWM, DPO, NFT, RWR, PolicySampling, RewardObjective
 from .slider import ConceptSlider
 from .trajectory import TrajectoryImitation
 
 __all__ = [
+    "AWM",
+    "NFT",
+    "RWR",
+    "PolicySampling",
+    "RewardObjective",
     "AdversarialDistillation",
     "HyperSD",
     "LatentConsistency",

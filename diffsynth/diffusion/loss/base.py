@@ -48,6 +48,7 @@ class Objective:
     )
     teacher: "ClassVar[Teacher | None]" = None  # how a teacher samples the images to learn from; None: none does
     reads_regularisation: ClassVar[bool] = False  # whether rows for regularisation have a loss of their own
+    learns_from_samples: ClassVar[bool] = False  # whether it learns from rewards of the model's samples
     optional_columns: ClassVar[Sequence[str]] = ()  # columns that are extra inputs of the rows that have them
     image_columns: ClassVar[Sequence[str]] = ()  # columns of further images that every row must have
 
@@ -131,6 +132,10 @@ class Objective:
 
     def check_row(self, row: Mapping) -> None:
         """Refuse a row of the data set that this objective cannot train on."""
+
+    def called_models(self, pipe: "BasePipeline") -> set[str]:
+        """Names of the models that this objective calls besides those that its units and `model_fn` call."""
+        return set()
 
     # Roles that are trained besides the model; see `distillation.RoleDistillation`
 

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ...core.ranges import check_arguments
+from ...core.ranges import NonZero, check_arguments
 
 Pictures = Sequence[Image.Image]
 Rows = Sequence[Mapping[str, Any]]
@@ -34,7 +34,7 @@ class Reward:
     differentiable: ClassVar[bool] = False
     groupwise: ClassVar[bool] = False
 
-    def __init__(self, weight: float = 1.0):
+    def __init__(self, weight: NonZero = 1.0):
         check_arguments(Reward.__init__, "reward.", weight=weight)
         self.weight = weight
 
@@ -51,6 +51,11 @@ class Reward:
         """What the scores depend on besides the pictures, such as settings and weights; one run keeps one version."""
         return type(self).__name__
 
+    @property
+    def network_bytes(self) -> int:
+        """Bytes that a network of the reward takes on the device while it scores, once `find` has found its files."""
+        return 0
+
     def check_rows(self, row: Mapping[str, Any]) -> None:
         """Refuse a row of the prompts' table that lacks a column which `score` reads.
 
@@ -66,9 +71,11 @@ class Reward:
             rows: The other columns (N) of the prompts' table.
             device: Device of the reward's network, which is on it only while it scores.
         """
-        pixels = torch.stack([pixels_of(picture) for picture in pictures]).to(device)
+        scores = []
         with torch.no_grad():
-            return self.score_pixels(pixels, prompts, rows).float().cpu()
+            for picture, prompt, row in zip(pictures, prompts, rows, strict=True):  # pictures may differ in size
+                scores.append(self.score_pixels(pixels_of(picture)[None].to(device), [prompt], [row]))
+        return torch.cat(scores).float().cpu()
 
     def score_pixels(self, pixels: Tensor, prompts: Sequence[str], rows: Rows) -> Tensor:
         """Scores (B,), through which gradients flow, of pictures (B, 3, H, W) in [0, 1], on their device."""

@@ -23,6 +23,7 @@ from ...core.sharing import share
 from ...diffusion.loss import Distillation
 from ...diffusion.pipeline.remembered import to_device
 from ...diffusion.pipeline.units import in_groups
+from ...diffusion.rewards import Reward
 from .metrics import Metric
 
 if TYPE_CHECKING:
@@ -50,7 +51,7 @@ class FewSteps:
     samples: PositiveInt = 128
     pictures: NonNegativeInt = 8
     batch_size: BatchSize = 16
-    metrics: Mapping[str, Metric] = field(default_factory=dict)
+    metrics: Mapping[str, Metric | Reward] = field(default_factory=dict)
 
     def __post_init__(self):
         self.base: list[Tensor] | None = None  # the base's latents (1, C, h, w) of the rows that are shown

@@ -1,20 +1,20 @@
 """Metrics of what a model samples for held-out prompts; their networks are transformers' and torchmetrics'.
 
-They compare images. Of other media they get the thumbnails (`diffusion.pipeline.media.Media.thumbnail`).
+They compare images. Of other media they get the thumbnails (`diffusion.pipeline.media.Media.thumbnail`). The rewards in
+`diffusion.rewards` are metrics, too.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import cached_property
 from importlib.util import find_spec
-from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from ...core.loader import ModelConfig, read_pretrained
-from ...core.ranges import BatchSize
+from ...core.loader import read_pretrained
+from ...diffusion.rewards.network import LoadedNetwork
 
 Images = Sequence[Image.Image]
 
@@ -49,60 +49,7 @@ class Retrieval(Metric):
         return (nearest == torch.arange(len(images))).float().mean().item()
 
 
-class _NetworkMetric(Metric):
-    """A metric whose network is loaded at its first use and is on the device only while it measures."""
-
-    def __init__(self, model: ModelConfig, batch_size: BatchSize = 16):
-        self.model, self.batch_size = model, batch_size
-
-    def find(self) -> None:
-        self._files = self.model.resolve()
-
-    @property
-    def folder(self) -> Path:
-        """Folder of the network's files."""
-        return self._files[0] if self._files[0].is_dir() else self._files[0].parent
-
-    def _batched(self, embed: Callable[..., Tensor], device: torch.device, *columns: Sequence) -> Tensor:
-        """Run `embed(*batch)` over all rows in batches, and concatenate its results (B, …) to (N, …)."""
-        self.network.to(device)
-        starts = range(0, len(columns[0]), self.batch_size)
-        batches = [[column[start : start + self.batch_size] for column in columns] for start in starts]
-        results = [embed(*batch).float().cpu() for batch in batches]
-        self.network.to("cpu")
-        return torch.cat(results)
-
-
-class ClipScore(_NetworkMetric):
-    """CLIP score: the mean over rows of 100 max(cos(image, prompt), 0), the cosine of CLIP's embeddings.
-
-    Hessel et al. 2021 (https://arxiv.org/abs/2104.08718). Prompts are cut at CLIP's 77 tokens.
-    """
-
-    @cached_property
-    def network(self) -> nn.Module:
-        from transformers import CLIPModel
-
-        return read_pretrained(CLIPModel, self.folder, use_safetensors=True).eval()
-
-    @cached_property
-    def processor(self):
-        from transformers import CLIPProcessor
-
-        return read_pretrained(CLIPProcessor, self.folder)
-
-    def measure(self, images: Images, prompts: Sequence[str], targets: Images, device: torch.device) -> float:
-        def cosine(some: Images, texts: Sequence[str]) -> Tensor:
-            inputs = self.processor(
-                text=list(texts), images=list(some), padding=True, truncation=True, return_tensors="pt"
-            )
-            out = self.network(**inputs.to(device))
-            return (out.image_embeds * out.text_embeds).sum(1)
-
-        return 100 * self._batched(cosine, device, images, prompts).clamp(min=0).mean().item()
-
-
-class FrechetDistance(_NetworkMetric):
+class FrechetDistance(LoadedNetwork, Metric):
     """FID: |μ - μ'|² + tr(Σ + Σ' - 2 (Σ Σ')^½), the Fréchet distance of sampled images' and targets' features.
 
     Heusel et al. 2017 (https://arxiv.org/abs/1706.08500), but with DINOv2's features: they agree with people's
@@ -133,7 +80,7 @@ class FrechetDistance(_NetworkMetric):
         def features(some: Images) -> Tensor:
             return self.network(**self.processor(images=list(some), return_tensors="pt").to(device)).pooler_output
 
-        features_of = {True: self._batched(features, device, targets), False: self._batched(features, device, images)}
+        features_of = {True: self.batched(features, device, targets), False: self.batched(features, device, images)}
         computed = nn.Identity()  # torchmetrics gets features instead of images
         computed.num_features = features_of[True].shape[1]
         distance = FrechetInceptionDistance(feature=computed)

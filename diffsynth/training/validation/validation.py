@@ -26,6 +26,7 @@ from ...diffusion.pipeline.remembered import UnitMemory
 from ...diffusion.pipeline.request import image_arguments
 from ...diffusion.prompts.limits import warn_of_long_prompts
 from ...diffusion.randomness import StratifiedRNG
+from ...diffusion.rewards import Reward
 from .few_steps import FewSteps
 from .metrics import Metric
 
@@ -66,7 +67,7 @@ class Validation:
             files.
         datasets: Held-out data sets by name; the loss on them is measured.
         loss_samples: Number of the first rows of each data set whose loss is measured.
-        metrics: Metrics of images that are sampled for the rows' prompts, by name.
+        metrics: Metrics and rewards of images that are sampled for the rows' prompts, by name.
         metric_samples: Number of the first rows of each data set that are sampled for the metrics.
         row_samples: Number of the first rows of each data set that are sampled into a grid, with their own inputs.
             None samples 4 if the training reads such inputs, those of a template or images, and otherwise none.
@@ -82,7 +83,7 @@ class Validation:
     options: Mapping[str, object] = field(default_factory=dict)
     datasets: Mapping[str, TrainingData] = field(default_factory=dict)
     loss_samples: PositiveInt = 64
-    metrics: Mapping[str, Metric] = field(default_factory=dict)
+    metrics: Mapping[str, Metric | Reward] = field(default_factory=dict)
     metric_samples: PositiveInt = 64
     row_samples: NonNegativeInt | None = None
     weights: Sequence[str] = ("raw",)
@@ -329,12 +330,12 @@ def _caption(request: Mapping) -> str:
     return ", ".join([*named, request["prompt"]])
 
 
-def _measurable(where: str, metrics: Mapping[str, Metric]) -> dict[str, Metric]:
+def _measurable(where: str, metrics: Mapping[str, Metric | Reward]) -> dict[str, Metric | Reward]:
     """Return the metrics that have their packages and weights; log a warning for each of the others."""
     return {name: metric for name, metric in metrics.items() if _can_measure(f"{where}.{name}", metric)}
 
 
-def _can_measure(name: str, metric: Metric) -> bool:
+def _can_measure(name: str, metric: Metric | Reward) -> bool:
     try:
         metric.find()
     except (ImportError, OSError) as error:

@@ -17,7 +17,8 @@ from safetensors.torch import load_file, save
 
 from diffsynth.core.loader import ModelConfig, build_module, check_weights, load_state_dict
 from diffsynth.diffusion.pipeline.components import Folder
-from diffsynth.training.validation.metrics import ClipScore, FrechetDistance
+from diffsynth.diffusion.rewards import ClipScore
+from diffsynth.training.validation.metrics import FrechetDistance
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 
@@ -185,7 +186,7 @@ def test_no_code_of_a_models_folder_runs_even_if_the_user_would_agree(read, trap
 def metric(folder: Path, kind: type = FrechetDistance) -> ClipScore | FrechetDistance:
     """A metric whose network's files are found."""
     found = kind(ModelConfig(str(folder)))
-    found._files = [folder]
+    found.files = [folder]
     return found
 
 

@@ -16,10 +16,11 @@ from diffsynth.core.loader import ModelConfig
 from diffsynth.diffusion.distillation.settings import Student, Teacher
 from diffsynth.diffusion.loss import DirectDistill
 from diffsynth.diffusion.pipeline.media import ImageMedia
+from diffsynth.diffusion.rewards import ClipScore
 from diffsynth.diffusion.training_module import PipelineTrainingModule
 from diffsynth.pipelines.qwen_image import QwenImagePipeline
 from diffsynth.training.validation.few_steps import FewSteps
-from diffsynth.training.validation.metrics import ClipScore, Retrieval
+from diffsynth.training.validation.metrics import Retrieval
 from diffsynth.training.validation.validation import Validation
 
 PROMPTS = ["a", "a red emoji", "a blue emoji of a bicycle"]

@@ -1,5 +1,9 @@
-"""Objectives that learn what is preferred: from pairs of images, or from a reward, one per file."""
+"""Objectives that learn what is preferred: from pairs of images, or from rewards of samples, one per file."""
 
+from .awm import AWM
+from .base import PolicySampling, RewardObjective
 from .dpo import DPO
+from .nft import NFT
+from .rwr import RWR
 
-__all__ = ["DPO"]
+__all__ = ["AWM", "DPO", "NFT", "RWR", "PolicySampling", "RewardObjective"]

@@ -21,6 +21,7 @@ from ...adapters.lora import Adapter
 from ...base_pipeline import BasePipeline
 from ...distillation.roles import STUDENT, TEACHER, Roles, check_base_is_kept
 from ...flow_match import interpolate
+from ...noted import note
 from ...pipeline.units import PipelineUnit, WrappedEmbedder
 from ...randomness import GlobalRNG, SampleRNG
 from ...timesteps import LogitNormalTimesteps, UniformTimesteps
@@ -162,6 +163,8 @@ class DPO(Objective):
             sigma = sent(self.timesteps(pipe.scheduler, (level + uniform) / self.levels), pair[0].device)
             by_level.append(pair_errors(roles, pair, rng.normal(f"noise {level}", pair[0]), sigma, inputs))
         errors = PairErrors(*torch.stack(by_level).mean(0))
+        for name, values in errors.figures().items():
+            note(name, values)
         return preference_loss(errors.margin, self.beta) + self.anchor_weight * errors.chosen
 
 

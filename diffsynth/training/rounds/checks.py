@@ -1,0 +1,37 @@
+"""Checks of a reward training before any weight is read."""
+
+from typing import TYPE_CHECKING
+
+from ...diffusion.rewards import Reward
+
+if TYPE_CHECKING:
+    from ..run import RewardRun
+
+
+def check_rewards(run: "RewardRun") -> None:
+    """Check the task, and that all rewards have their packages, files and columns.
+
+    Raises:
+        ValueError: The task does not learn from samples of its own, there is no reward, or a row lacks a column.
+        ImportError, OSError: A reward lacks a package or weights; names it.
+    """
+    if not run.task.learns_from_samples:
+        raise ValueError(
+            f"The task is {type(run.task).__name__}, which learns from a data set: run it by python train.py, or "
+            "choose task=reward/nft, task=reward/awm or task=reward/rwr."
+        )
+    unknown = sorted({*(run.guard.evaluation if run.guard else ())} - run.evaluation_reward.keys())
+    if unknown:
+        raise ValueError(
+            f"guard.evaluation names {unknown[0]}, which is no evaluation reward; expected one of "
+            f'{sorted(run.evaluation_reward)}: set "reward@evaluation_reward=[{unknown[0]}]", or leave it out.'
+        )
+    if not run.reward:
+        raise ValueError("There is no reward: choose one or several, such as reward=jpeg_size.")
+    for group, rewards in {"reward": run.reward, "evaluation_reward": run.evaluation_reward}.items():
+        for name, reward in rewards.items():
+            if not isinstance(reward, Reward):
+                raise ValueError(f"{group}.{name} is {reward!r}; expected an option of the group reward.")
+            reward.find()
+            for prompts in filter(None, (run.prompts, run.held_out)):
+                reward.check_rows(prompts.rows[0])

@@ -1,0 +1,314 @@
+"""`Rounds`: before a round's first step, sample with the policy and score; the steps then train on these samples."""
+
+import logging
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from accelerate.utils import broadcast_object_list, gather_object
+from PIL import Image
+from torch import Tensor
+
+from ...core.data import CachedDataset, Row
+from ...core.data.operators.picture_files import read_image
+from ...core.data.operators.unread import identity
+from ...core.data.order.addresses import SampleOrder, sample_seed
+from ...core.files import going_on_without
+from ...core.pictures import GRID_COLUMNS, row, save_png, stack
+from ...core.sharing import leads, own_share, share, turns
+from ...diffusion.distillation.roles import OLD, STUDENT
+from ...diffusion.rewards import Reward
+from ...diffusion.rewards.advantages import Advantages, combined
+from ..stopping import StopRequest
+from .samples import RoundSamples
+from .sampling import Request, sample_latents
+from .scoring import score
+from .settings import Guard, RoundSettings
+from .store import Group, RoundStore
+from .watch import Watch, best_and_worst, metrics_of
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+    from ...diffusion.training_module import PipelineTrainingModule
+    from ..record.numbers import LocalLogger
+    from ..state import TrainingState
+
+logger = logging.getLogger(__name__)
+
+
+class Rounds:
+    """The rounds of one run.
+
+    Args:
+        settings: How much is sampled.
+        samples: The run's data set, which shows the current round.
+        steps: Optimizer steps per round.
+        rewards: The rewards that are trained for, by name.
+        evaluation_rewards: Rewards that are measured on held-out prompts only, by name.
+        held_out: A cache of held-out prompts; None evaluates nothing.
+        guard: See `Watch`.
+        seed: Of the choice of prompts and of the samples' noise.
+    """
+
+    def __init__(
+        self,
+        settings: RoundSettings,
+        samples: RoundSamples,
+        steps: int,
+        rewards: Mapping[str, Reward],
+        evaluation_rewards: Mapping[str, Reward],
+        held_out: CachedDataset | None,
+        guard: Guard | None,
+        seed: int,
+    ):
+        self.settings, self.samples, self.steps, self.seed = settings, samples, steps, seed
+        self.rewards, self.evaluation_rewards, self.held_out = rewards, evaluation_rewards, held_out
+        self.store, self.watch = RoundStore(settings.path), Watch(guard)
+        self.prompts = samples.prompts
+
+    @property
+    def batch_size(self) -> int:
+        """Samples that are sampled at once."""
+        return min(self.settings.batch_size, self.samples.size)
+
+    @property
+    def all_rewards(self) -> list[Reward]:
+        """The rewards, and those that only evaluate."""
+        return [*self.rewards.values(), *self.evaluation_rewards.values()]
+
+    @property
+    def versions(self) -> dict[str, str]:
+        """What the scores of each reward depend on, by name, which a resumed run must have unchanged."""
+        return {f"reward {name}": reward.version for name, reward in self.rewards.items()}
+
+    def has_ended(self, state: "TrainingState") -> bool:
+        """Whether the samples have collapsed, so that the run ends before its last step."""
+        return "collapsed" in state.round
+
+    def begin(self, accelerator: "Accelerator", state: "TrainingState", stop: StopRequest, log: "LocalLogger") -> bool:
+        """Have the samples of the round that the next step belongs to; return whether that step can be trained.
+
+        It cannot if a signal asks to stop before all is sampled, or if the samples have collapsed. All processes call
+        it. What a killed process has sampled is kept.
+        """
+        number, within = divmod(state.step, self.steps)
+        if self.samples.number == number:
+            return True
+        module = accelerator.unwrap_model(state.model)
+        if state.round.get("number") != number:
+            self._set_policy(accelerator, module, state, number)
+        if not self._sample(accelerator, module, state, stop):
+            return False
+        groups = [self.store.read(number, group, self._key(state, group)) for group in range(self.settings.prompts)]
+        total, compared = self._advantages(groups)
+        rows = [self._row(number, group) for group in range(self.settings.prompts)]
+        self.samples.show(number, rows, groups, module.task.advantages(total))
+        if within == 0:
+            self._report(accelerator, module, state, log, groups, total, compared)
+        return not self.has_ended(state)
+
+    def finish(self, accelerator: "Accelerator", state: "TrainingState", log: "LocalLogger") -> None:
+        """Evaluate the final weights on held-out prompts; all processes call it."""
+        values, pictures = self._evaluate(accelerator, accelerator.unwrap_model(state.model), state)
+        if accelerator.is_main_process:
+            log.log(state.step, values, pictures)
+
+    # The policy
+
+    def _set_policy(
+        self, accelerator: "Accelerator", module: "PipelineTrainingModule", state: "TrainingState", number: int
+    ) -> None:
+        """Begin a round: let `old` follow the policy, and note in the state which weights sample."""
+        decay = module.task.decay(state.step)
+        if decay is not None:
+            state.follow(decay)
+        is_old = module.task.samples_as == OLD
+        sampling = [pair.old for pair in state.lagging.values()] if is_old else state.engine.local(state.main.all)
+        policy = identity(gather_object([fingerprint(sampling)]))
+        state.round = {**state.round, "number": number, "policy": policy}
+
+    def _key(self, state: "TrainingState", group: int) -> str:
+        """What the samples of a group depend on, as a hash."""
+        number = state.round["number"]
+        about = {
+            "policy": state.round["policy"],
+            "prompts": self.prompts.fingerprint(),
+            "prompt": self._prompt(number, group),
+            "seeds": [self._seed(number, group, member) for member in range(self.settings.samples)],
+            "rewards": self.versions,
+        }
+        return identity(about)
+
+    # Sampling
+
+    @cached_property
+    def _order(self) -> SampleOrder:
+        return SampleOrder(self.prompts.size, sample_seed(self.seed, "prompts of rounds", 0, 0))
+
+    def _prompt(self, number: int, group: int) -> int:
+        """Index of the prompt of a group of a round."""
+        return self._order.sample(number * self.settings.prompts + group).index
+
+    def _row(self, number: int, group: int) -> Row:
+        return self.prompts[self._prompt(number, group)]
+
+    def _seed(self, number: int, group: int, member: int) -> int:
+        """The seed of a sample's noise, below 2^63, which no other sample of the run has."""
+        return sample_seed(self.seed, "sample", number, group * self.settings.samples + member) >> 1
+
+    def _sample(
+        self, accelerator: "Accelerator", module: "PipelineTrainingModule", state: "TrainingState", stop: StopRequest
+    ) -> bool:
+        """Sample the groups of the current round that are not on disk; return whether all are.
+
+        Groups that form a batch are sampled together, whatever the number of processes, because rounding depends on
+        the batch.
+        """
+        number, count = state.round["number"], self.settings.prompts
+        together = max(1, self.settings.batch_size // self.settings.samples)
+        chunks = [range(start, min(start + together, count)) for start in range(0, count, together)]
+        found = [None]
+        if accelerator.is_main_process:
+            found = [[any(not self.store.holds(number, n, self._key(state, n)) for n in chunk) for chunk in chunks]]
+        (missing,) = broadcast_object_list(found)
+        chunks = [chunk for chunk, is_missing in zip(chunks, missing, strict=True) if is_missing]
+        if chunks and state.step % self.steps and module.task.samples_as != OLD:
+            raise ValueError(
+                f"{self.store.folder(number)} lacks samples of the weights before step {number * self.steps + 1}, and "
+                f"this run resumes at step {state.step}, whose weights are others; restore that folder, or delete the "
+                "checkpoints after that step."
+            )
+        with state.engine.evaluating():
+            mine = own_share(chunks)
+            for turn in range(turns(chunks)):
+                if turn < len(mine):
+                    self._make(module, state, mine[turn])
+                if stop.agreed(accelerator):
+                    return False
+        accelerator.wait_for_everyone()
+        return True
+
+    def _make(self, module: "PipelineTrainingModule", state: "TrainingState", chunk: Sequence[int]) -> None:
+        """Sample, decode and score some groups, and write each."""
+        number, members = state.round["number"], range(self.settings.samples)
+        rows = {group: self._row(number, group) for group in chunk}
+        seeds = {group: [self._seed(number, group, member) for member in members] for group in chunk}
+        requests = [Request(rows[group], seed) for group in chunk for seed in seeds[group]]
+        settings, size = module.task.sampling.settings, self.settings.batch_size
+        latents = sample_latents(module, requests, settings, module.task.samples_as, size)
+        for group, own in zip(chunk, latents.split(len(members)), strict=True):
+            results = decoded(module, own)
+            pictures = [module.pipe.media.thumbnail(result) for result in results]
+            scores = score(self.rewards, pictures, [rows[group]] * len(members), module.pipe.device)
+            if leads():
+                for member, picture in zip(members, pictures, strict=True):
+                    about = {"prompt": rows[group]["prompt"], "seed": seeds[group][member], **settings}
+                    save_png(picture, self.store.picture(number, group, member, ".png"), about)
+                sampled = Group(rows[group]["prompt"], seeds[group], own, scores)
+                self.store.write(number, group, self._key(state, group), sampled)
+
+    def _advantages(self, groups: Sequence[Group]) -> tuple[Tensor, dict[str, Advantages]]:
+        """The advantages (P, G) of all rewards together, NaN of samples without a score, and those of each reward."""
+        scores = {name: torch.stack([group.scores[name] for group in groups]) for name in self.rewards}
+        weights = {name: reward.weight for name, reward in self.rewards.items()}
+        total, each = combined(scores, weights, self.settings.std)
+        unscored = torch.stack([values.isnan() for values in scores.values()]).all(0)
+        return torch.where(unscored, torch.nan, total), each
+
+    # Reports
+
+    def _report(
+        self,
+        accelerator: "Accelerator",
+        module: "PipelineTrainingModule",
+        state: "TrainingState",
+        log: "LocalLogger",
+        groups: Sequence[Group],
+        total: Tensor,
+        compared: Mapping[str, Advantages],
+    ) -> None:
+        """Log a round's metrics and picture, evaluate if that is due, look for a collapse, and delete old rounds."""
+        number, pictures = state.round["number"], {}
+        values = {"round": float(number), **metrics_of(groups, compared)}
+        if number % self.settings.evaluate_every == 0:
+            measured, pictures = self._evaluate(accelerator, module, state)
+            values |= measured
+        self.watch.look(state, values)
+        if accelerator.is_main_process:
+            path = self.store.folder(number).with_suffix(".png")
+            with going_on_without(str(path)):
+                save_png(best_and_worst(self._pictures(number), [group.prompt for group in groups], total), path)
+                pictures = {**pictures, "round": path}
+            log.log(state.step, values, pictures)
+            rewards = ", ".join(f"{name} {values[f'reward_{name}']:.4g}" for name in self.rewards)
+            logger.info("Round %d, from step %d: mean %s", number, state.step, rewards)
+            self.store.prune(number, self.settings.keep_last)
+
+    def _pictures(self, number: int) -> list[list[Image.Image]]:
+        """The pictures of the first groups of a round."""
+        groups, members = range(min(GRID_COLUMNS, self.settings.prompts)), range(self.settings.samples)
+        paths = [[self.store.picture(number, group, member, ".png") for member in members] for group in groups]
+        return [[read_image(str(path)) for path in own] for own in paths]
+
+    def _evaluate(
+        self, accelerator: "Accelerator", module: "PipelineTrainingModule", state: "TrainingState"
+    ) -> tuple[dict[str, float], dict[str, Path]]:
+        """Score what the policy samples for held-out prompts, always from the same noise; return metrics and a picture.
+
+        The names of evaluation rewards begin with `evaluation_`, those of the others with `held_out_`.
+        """
+        if self.held_out is None:
+            return {}, {}
+        rows = [self.held_out[n] for n in range(min(self.settings.held_out_prompts, self.held_out.size))]
+        rewards = {f"held_out_{name}": reward for name, reward in self.rewards.items()}
+        rewards |= {f"evaluation_{name}": reward for name, reward in self.evaluation_rewards.items()}
+        numbered = list(enumerate(rows))
+        with state.engine.evaluating():
+            found = share(numbered, lambda mine: [self._scores_of(module, rewards, *each) for each in mine])
+        values = {}
+        for name in rewards:
+            scores = torch.cat([scores[name] for scores, _ in found])
+            scores = scores[~scores.isnan()]
+            spread = scores.std().item() if len(scores) > 1 else 0.0
+            mean = scores.mean().item() if len(scores) else float("nan")
+            values |= {name: mean, f"{name}_std": spread, f"{name}_error": spread / max(len(scores), 1) ** 0.5}
+        path = Path(self.settings.path) / f"held-out-{state.step:06d}.png"
+        with going_on_without(str(path)):
+            if accelerator.is_main_process:
+                pictures = [picture for _, own in found for picture in own[:1]][: 2 * GRID_COLUMNS]
+                captions = [f"{state.step}: {each['prompt']}" for each in rows][: len(pictures)]
+                starts = range(0, len(pictures), GRID_COLUMNS)
+                lines = [slice(start, start + GRID_COLUMNS) for start in starts]
+                save_png(stack([row(pictures[line], captions[line]) for line in lines]), path)
+        return values, {"held_out": path}
+
+    def _scores_of(
+        self, module: "PipelineTrainingModule", rewards: Mapping[str, Reward], number: int, prompt: Row
+    ) -> tuple[dict[str, Tensor], list[Image.Image]]:
+        """The scores of the policy's samples of one held-out prompt, and their pictures."""
+        seeds = [
+            sample_seed(self.seed, "held out", 0, number * 1000 + n) >> 1 for n in range(self.settings.held_out_samples)
+        ]
+        requests = [Request(prompt, seed) for seed in seeds]
+        settings, size = module.task.sampling.settings, self.settings.batch_size
+        latents = sample_latents(module, requests, settings, STUDENT, size)
+        pictures = [module.pipe.media.thumbnail(result) for result in decoded(module, latents)]
+        return score(rewards, pictures, [prompt] * len(seeds), module.pipe.device), pictures
+
+
+@torch.no_grad()
+def decoded(module: "PipelineTrainingModule", latents: Tensor) -> list[Any]:
+    """What clean latents (N, …) show, such as images."""
+    pipe = module.pipe
+    with pipe.sampling():
+        return [pipe.decode(each.to(pipe.device, pipe.torch_dtype), pipe.call_defaults) for each in latents.split(1)]
+
+
+def fingerprint(parameters: Sequence[Tensor]) -> list[float]:
+    """Two numbers that change with the values of some tensors, in double precision: their sum and that of squares."""
+    doubles = [each.detach().double() for each in parameters]
+    sums = torch.stack([torch.stack([each.sum(), each.square().sum()]) for each in doubles])
+    return sums.flatten().tolist()

@@ -1,0 +1,65 @@
+"""Samples pictures of cached prompts with a pipeline that is being trained, in any of its roles."""
+
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ...core.data import Row, collate
+from ...diffusion.pipeline.remembered import to_device
+from ...diffusion.training_module import with_made
+
+if TYPE_CHECKING:
+    from ...diffusion.training_module import PipelineTrainingModule
+
+
+class Request(NamedTuple):
+    """A cached prompt, and the seed of the noise that it is sampled from."""
+
+    row: Row
+    seed: int
+
+
+def sample_latents(
+    module: "PipelineTrainingModule", requests: Sequence[Request], settings: Mapping[str, Any], role: str, size: int
+) -> Tensor:
+    """Clean latents (N, …), fp32 on the CPU, of N requests of one size, sampled in batches.
+
+    The tensors are not those of `torch.inference_mode`: networks keep some of what they compute, such as tables of
+    positions, for the next training step, whose backward pass could not use them.
+
+    Args:
+        settings: Values of the pipeline's `sampling_arguments`.
+        role: The role that samples, if the training has roles.
+        size: Samples per batch.
+    """
+    pieces = [requests[start : start + size] for start in range(0, len(requests), size)]
+    return torch.cat([_sample(module, piece, settings, role) for piece in pieces])
+
+
+@torch.no_grad()
+def _sample(
+    module: "PipelineTrainingModule", requests: Sequence[Request], settings: Mapping[str, Any], role: str
+) -> Tensor:
+    pipe, (shared, posi, nega) = module.pipe, inputs_of(module, requests)
+    request = {**shared, **settings}
+    acting = nullcontext() if module.roles is None else module.roles.active(role)
+    with pipe.sampling(), pipe.sampling_steps(request), acting:
+        return pipe.denoise(request, posi, nega).float().cpu()
+
+
+def inputs_of(module: "PipelineTrainingModule", requests: Sequence[Request]) -> tuple[dict, dict, dict]:
+    """The pipeline's inputs (shared, positive, negative) of a batch of requests, on its device."""
+    sides = zip(*(_inputs_of(module, each) for each in requests), strict=True)
+    return tuple(to_device(collate(list(side)), module.pipe.device) for side in sides)
+
+
+def _inputs_of(module: "PipelineTrainingModule", request: Request) -> tuple[dict, dict, dict]:
+    """The pipeline's inputs (shared, positive, negative) of a request, with its noise."""
+    pipe = module.pipe
+    shared, posi, nega = with_made(module.get_pipeline_inputs(request.row), request.row.made)
+    shape = pipe.latents.shape(**{name: shared[name] for name in ("height", "width", "num_frames") if name in shared})
+    noise = pipe.generate_noise(shape, request.seed, "cpu", pipe.torch_dtype)
+    return {**shared, "seed": request.seed, "latents": noise}, posi, nega

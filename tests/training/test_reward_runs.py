@@ -1,0 +1,194 @@
+"""Runs of reward.py: rounds on disk, cut off and resumed, and what is refused before weights are read."""
+
+import re
+import signal
+from unittest import mock
+
+import kills
+import pytest
+import rewarded
+import tiny
+import torch
+import warm
+from resumed import final_weights, metrics
+from safetensors.torch import load_file
+from torch.testing import assert_close
+
+from diffsynth.diffusion.rewards import JpegSize, Symmetry
+from diffsynth.training.rounds.store import RoundStore
+
+TASKS = ["nft", "awm", "rwr"]
+
+
+def samples_of(run_dir, number: int) -> dict:
+    """The files of a round, pictures as bytes and latents as tensors."""
+    files = sorted((run_dir / "rounds" / f"round-{number:06d}").iterdir())
+    return {f.name: load_file(f) if f.suffix == ".safetensors" else f.read_bytes() for f in files}
+
+
+def assert_same_run(found, expected) -> None:
+    assert metrics(found) == metrics(expected)
+    assert_close(final_weights(found), final_weights(expected), rtol=0, atol=0)
+    for number in (1, 2):
+        ours, theirs = samples_of(found, number), samples_of(expected, number)
+        assert ours.keys() == theirs.keys()
+        for name, content in ours.items():
+            assert_close(content, theirs[name], rtol=0, atol=0) if isinstance(content, dict) else None
+            assert isinstance(content, dict) or content == theirs[name], name
+
+
+@pytest.mark.parametrize("task", tiny.mostly_slow(TASKS, "nft"))
+def test_a_run_that_is_cut_off_while_it_samples_goes_on_to_the_bit(task, tmp_path):
+    expected = rewarded.reward(tmp_path / "whole", f"task=reward/{task}", "checkpoint.every=1")
+    overrides = [f"task=reward/{task}", "checkpoint.every=1"]
+    write = RoundStore.write
+
+    def cut(self, number, group, *others):
+        write(self, number, group, *others)
+        if (number, group) == (1, 0):
+            raise tiny.PowerCut
+
+    with mock.patch.object(RoundStore, "write", cut), pytest.raises(tiny.PowerCut):
+        rewarded.reward(tmp_path / "cut", *overrides)
+    with tiny.in_step(6, _power_cut), pytest.raises(tiny.PowerCut):  # in the middle of round 2
+        rewarded.reward(tmp_path / "cut", *overrides)
+    assert_same_run(rewarded.reward(tmp_path / "cut", *overrides), expected)
+
+
+def _power_cut():
+    raise tiny.PowerCut
+
+
+def test_what_is_on_disk_is_not_sampled_again_unless_it_is_damaged(tmp_path):
+    with tiny.in_step(1, _power_cut), pytest.raises(tiny.PowerCut):
+        rewarded.reward(tmp_path)
+    (run_dir,) = tmp_path.iterdir()
+    first = run_dir / "rounds" / "round-000000" / "group-00000.safetensors"
+    before = first.read_bytes()
+    scored = mock.patch.object(JpegSize, "score", autospec=True, side_effect=JpegSize.score)
+    with scored as calls, tiny.in_step(1, _power_cut), pytest.raises(tiny.PowerCut):
+        rewarded.reward(tmp_path)
+    assert calls.call_count == 1  # the evaluation's, of a held-out prompt
+    first.write_bytes(before[:-1] + b"x")
+    with scored as calls, tiny.in_step(1, _power_cut), pytest.raises(tiny.PowerCut):
+        rewarded.reward(tmp_path)
+    assert calls.call_count == 3  # both groups of the batch, and the evaluation's
+    assert first.read_bytes() == before
+
+
+def test_only_the_last_rounds_stay_and_each_leaves_its_picture(tmp_path):
+    run_dir = rewarded.reward(tmp_path, "rounds.keep_last=1")
+    names = sorted(path.name for path in (run_dir / "rounds").iterdir())
+    pictures = [f"round-{number:06d}.png" for number in range(3)]
+    assert names == [
+        "held-out-000000.png",
+        "held-out-000004.png",
+        "held-out-000006.png",
+        *pictures[:2],
+        "round-000002",
+        pictures[2],
+    ]
+
+
+def test_each_round_logs_its_rewards_and_evaluations_have_rewards_of_their_own(tmp_path):
+    lines = metrics(rewarded.reward(tmp_path))
+    rounds = [line for line in lines if "round" in line]
+    assert [line["round"] for line in rounds] == [0, 1, 2]
+    assert all({"reward_jpeg_size", "reward_jpeg_size_q50", "diversity"} <= line.keys() for line in rounds)
+    evaluated = [line["step"] for line in lines if "evaluation_symmetry" in line]
+    assert evaluated == [0, 4, 6]
+    assert not [line for line in lines if "reward_symmetry" in line]
+    assert all({"kl", "old_distance"} <= line.keys() for line in lines if "loss" in line)
+
+
+def test_a_run_ends_where_its_samples_have_collapsed_and_exports_its_weights(tmp_path):
+    run_dir = rewarded.reward(tmp_path, "guard.diversity=1.5")  # of the first round
+    assert [line["step"] for line in metrics(run_dir)][-1] == 2
+    assert len(tiny.weights(run_dir)) == 1
+    assert (run_dir / "finished.json").exists()
+
+
+def test_the_guard_lowers_the_learning_rate(tmp_path):
+    lines = metrics(rewarded.reward(tmp_path, "guard.diversity=1.5", "guard.action=lower_rate", "optimizer.lr=1e-3"))
+    rates = [line["lr"] for line in lines if "lr" in line]
+    assert rates == pytest.approx([1e-3, 1e-3, 5e-4, 5e-4, 2.5e-4, 2.5e-4])
+
+
+def test_a_run_ends_where_an_evaluation_reward_has_fallen(tmp_path):
+    fallen = mock.patch.object(
+        Symmetry, "score", side_effect=lambda pictures, *_: torch.full([len(pictures)], next(values))
+    )
+    values = iter([0.5, 0.29, 0.29, 0.29])
+    with fallen:
+        run_dir = rewarded.reward(tmp_path, "guard.evaluation={symmetry: 0.2}")
+    assert [line["step"] for line in metrics(run_dir)][-1] == 4
+
+
+REFUSED = {
+    "a bound of a reward that is not evaluated": (["guard.evaluation={colour: 1}"], "guard.evaluation names colour"),
+    "a task of another script": (["task=sft"], "FlowMatchSFT, which learns from a data set"),
+    "no reward": (["reward=none"], "There is no reward: choose one"),
+    "one sample a prompt": (["rounds.samples=1"], r"rounds.samples is 1.*at least 2"),
+    "a batch that does not divide a round": (
+        ["batch_size=3"],
+        r"A round trains 4 samples .*batch_size=3.*batch_size=2",
+    ),
+    "a text encoder": (["lora.models=[dit,text_encoder]"], "reward training trains dit alone"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_is_refused_before_weights_are_read(name, tmp_path):
+    overrides, message = REFUSED[name]
+    with (
+        mock.patch("diffsynth.core.loader.load_weights", side_effect=AssertionError("weights are read")),
+        pytest.raises(ValueError) as error,
+    ):
+        rewarded.reward(tmp_path, *overrides)
+    assert re.search(message, str(error.value), re.DOTALL), error.value
+
+
+# Processes ------------------------------------------------------------------------------------------------------------
+
+
+def outcome(folder) -> dict:
+    """Every exported tensor, sample and score, byte for byte, and every number of the curves that is not a time."""
+    (run_dir,) = folder.iterdir()
+    rounds = {f"{number} {name}": content for number in (1, 2) for name, content in samples_of(run_dir, number).items()}
+    tensors = {name: value for name, value in rounds.items() if isinstance(value, dict)}
+    tensors["weights"] = final_weights(run_dir)
+    plain = {name: value for name, value in rounds.items() if not isinstance(value, dict)}
+    exact = {f"{file} {key}": t.numpy().tobytes() for file, own in tensors.items() for key, t in own.items()}
+    return {**exact, **plain, "metrics": metrics(run_dir)}
+
+
+def start(output_root, *others: str) -> None:
+    rewarded.reward(output_root, *others)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="no SIGKILL on this system")
+def test_a_run_killed_at_any_moment_has_the_samples_scores_and_weights_of_one_that_was_not(tmp_path):
+    def work(number: int | str) -> tuple:
+        return start, tmp_path / f"run-{number}", "checkpoint.every=1"
+
+    seconds = kills.duration(*work("unbroken"))
+    for number in kills.survived(work, seconds, syncs=200):
+        assert outcome(tmp_path / f"run-{number}") == outcome(tmp_path / "run-unbroken")
+
+
+@pytest.mark.slow
+def test_two_processes_sample_score_and_train_as_one_does(tmp_path):
+    overrides = ["rounds.batch_size=2"]  # two groups of samples, one for each process
+    one = rewarded.reward(tmp_path / "one", *overrides)
+    assert warm.ranks(2, start, tmp_path / "two", *overrides) == [0, 0]
+    (two,) = (tmp_path / "two").iterdir()
+    assert_close(final_weights(two), final_weights(one), rtol=1e-4, atol=1e-5)
+    for ours, theirs in zip(metrics(two), metrics(one), strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-4, abs=1e-5)
+    for number in (1, 2):
+        ours, theirs = samples_of(two, number), samples_of(one, number)
+        latents = [name for name in ours if name.endswith(".safetensors")]
+        assert ours.keys() == theirs.keys() and latents
+        for name in latents:
+            assert_close(ours[name], theirs[name], rtol=1e-4, atol=1e-5)
