@@ -17,7 +17,7 @@ from torch.testing import assert_close
 from diffsynth.diffusion.rewards import JpegSize, Symmetry
 from diffsynth.training.rounds.store import RoundStore
 
-TASKS = ["nft", "awm", "rwr"]
+TASKS = ["nft", "awm", "rwr", "flow_grpo"]
 
 
 def samples_of(run_dir, number: int) -> dict:
@@ -35,6 +35,13 @@ def assert_same_run(found, expected) -> None:
         for name, content in ours.items():
             assert_close(content, theirs[name], rtol=0, atol=0) if isinstance(content, dict) else None
             assert isinstance(content, dict) or content == theirs[name], name
+
+
+def test_steps_have_the_probability_in_training_that_they_had_when_they_were_sampled(tmp_path):
+    lines = metrics(rewarded.reward(tmp_path, "task=reward/flow_grpo", "rounds.levels=2", "optimizer.lr=1e-2"))
+    trained = [line for line in lines if "loss" in line]
+    assert trained[0]["log_prob_difference"] < 1e-6 < trained[3]["log_prob_difference"]
+    assert trained[0]["clipped"] == 0
 
 
 @pytest.mark.parametrize("task", tiny.mostly_slow(TASKS, "nft"))

@@ -23,7 +23,7 @@ from ...diffusion.rewards import Reward
 from ...diffusion.rewards.advantages import Advantages, combined
 from ..stopping import StopRequest
 from .samples import RoundSamples
-from .sampling import Request, sample_latents
+from .sampling import Request, plainly, sample_in_batches
 from .scoring import score
 from .settings import Guard, RoundSettings
 from .store import Group, RoundStore
@@ -197,10 +197,11 @@ class Rounds:
         rows = {group: self._row(number, group) for group in chunk}
         seeds = {group: [self._seed(number, group, member) for member in members] for group in chunk}
         requests = [Request(rows[group], seed) for group in chunk for seed in seeds[group]]
-        settings, size = module.task.sampling.settings, self.settings.batch_size
-        latents = sample_latents(module, requests, settings, module.task.samples_as, size)
-        for group, own in zip(chunk, latents.split(len(members)), strict=True):
-            results = decoded(module, own)
+        task, settings = module.task, module.task.sampling.settings
+        kept = sample_in_batches(module, requests, task.roll_out, task.samples_as, self.settings.batch_size)
+        for place, group in enumerate(chunk):
+            own = {name: tensor[place * len(members) :][: len(members)] for name, tensor in kept.items()}
+            results = decoded(module, own["latents"])
             pictures = [module.pipe.media.thumbnail(result) for result in results]
             scores = score(self.rewards, pictures, [rows[group]] * len(members), module.pipe.device)
             if leads():
@@ -293,9 +294,8 @@ class Rounds:
             sample_seed(self.seed, "held out", 0, number * 1000 + n) >> 1 for n in range(self.settings.held_out_samples)
         ]
         requests = [Request(prompt, seed) for seed in seeds]
-        settings, size = module.task.sampling.settings, self.settings.batch_size
-        latents = sample_latents(module, requests, settings, STUDENT, size)
-        pictures = [module.pipe.media.thumbnail(result) for result in decoded(module, latents)]
+        kept = sample_in_batches(module, requests, plainly, STUDENT, self.settings.batch_size)
+        pictures = [module.pipe.media.thumbnail(result) for result in decoded(module, kept["latents"])]
         return score(rewards, pictures, [prompt] * len(seeds), module.pipe.device), pictures
 
 

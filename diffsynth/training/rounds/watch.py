@@ -30,7 +30,7 @@ def metrics_of(groups: Sequence[Group], compared: Mapping[str, Advantages]) -> d
     Args:
         compared: Each reward's advantages.
     """
-    values = {"diversity": torch.stack([diversity(group.latents) for group in groups]).mean().item()}
+    values = {"diversity": torch.stack([diversity(group.tensors["latents"]) for group in groups]).mean().item()}
     for name, own in compared.items():
         scores = torch.stack([group.scores[name] for group in groups])
         values |= {f"reward_{name}": scores.nanmean().item(), f"reward_{name}_std": _spread(scores)}
@@ -97,13 +97,12 @@ class Watch:
 
     def _crossed(self, first: Mapping[str, float], values: Mapping[str, float]) -> list[str]:
         """The bounds that metrics have crossed, in sentences."""
-        bounds = {"diversity": (self.guard.diversity * first["diversity"], f"guard.diversity={self.guard.diversity:g}")}
+        bounds = {"diversity": (lambda first: self.guard.diversity * first, f"diversity={self.guard.diversity:g}")}
         for reward, fall in (self.guard.evaluation or {}).items():
-            name = f"evaluation_{reward}"
-            if name in first:
-                bounds[name] = first[name] - fall, f"guard.evaluation.{reward}={fall:g}"
-        return [
-            f"{name} fell from {first[name]:.3g} to {values[name]:.3g}, below {least:.3g} ({setting})"
-            for name, (least, setting) in bounds.items()
-            if name in values and values[name] < least
-        ]
+            bounds[f"evaluation_{reward}"] = (lambda first, fall=fall: first - fall), f"evaluation.{reward}={fall:g}"
+        reasons = []
+        for name, (bound, setting) in bounds.items():
+            if name in values and values[name] < (least := bound(first[name])):
+                fell = f"{name} fell from {first[name]:.3g} to {values[name]:.3g}"
+                reasons.append(f"{fell}, below {least:.3g} (guard.{setting})")
+        return reasons

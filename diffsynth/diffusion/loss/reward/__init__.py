@@ -3,7 +3,8 @@
 from .awm import AWM
 from .base import PolicySampling, RewardObjective
 from .dpo import DPO
+from .flow_grpo import FlowGRPO
 from .nft import NFT
 from .rwr import RWR
 
-__all__ = ["AWM", "DPO", "NFT", "RWR", "PolicySampling", "RewardObjective"]
+__all__ = ["AWM", "DPO", "FlowGRPO", "NFT", "RWR", "PolicySampling", "RewardObjective"]
