@@ -13,7 +13,7 @@ def groups(file: str) -> list[str]:
     named = {
         name.removeprefix("/"): option for item in defaults if isinstance(item, dict) for name, option in item.items()
     }
-    files = [item for item in defaults if isinstance(item, str) and item != "_self_"]
+    files = [item.removeprefix("/") for item in defaults if isinstance(item, str) and item != "_self_"]
     files += [f"task/{named['task']}"] if "task" in named else []
     return [name for file in files for name in groups(file)] + [name for name in named if (CONF / name).is_dir()]
 
@@ -21,4 +21,4 @@ def groups(file: str) -> list[str]:
 def options(group: str) -> list[str]:
     folder = CONF / group
     names = [path.relative_to(folder).with_suffix("").as_posix() for path in folder.rglob("*.yaml")]
-    return sorted(name for name in names if not name.startswith("_"))
+    return sorted(name for name in names if not name.split("/")[-1].startswith("_"))

@@ -2,6 +2,7 @@
 
 import re
 import signal
+from types import SimpleNamespace
 from unittest import mock
 
 import kills
@@ -15,6 +16,7 @@ from safetensors.torch import load_file
 from torch.testing import assert_close
 
 from diffsynth.diffusion.rewards import JpegSize, Symmetry
+from diffsynth.training.rounds import Rounds, RoundSettings
 from diffsynth.training.rounds.store import RoundStore
 
 TASKS = ["nft", "awm", "rwr", "flow_grpo"]
@@ -83,6 +85,27 @@ def test_what_is_on_disk_is_not_sampled_again_unless_it_is_damaged(tmp_path):
     assert first.read_bytes() == before
 
 
+@pytest.mark.slow
+def test_a_policy_trained_in_full_goes_on_to_the_bit(tmp_path):
+    overrides = ["lora=none", "checkpoint.every=1", "optimizer.lr=1e-4"]
+    expected = rewarded.reward(tmp_path / "whole", *overrides)
+    with tiny.in_step(4, _power_cut), pytest.raises(tiny.PowerCut):  # `old` is between two rounds' weights
+        rewarded.reward(tmp_path / "cut", *overrides)
+    assert_same_run(rewarded.reward(tmp_path / "cut", *overrides), expected)
+
+
+def test_prompts_whose_samples_differed_are_sampled_again_first():
+    known = {"0": 0.5, "1": 0.0, "2": 2.0}
+    state = SimpleNamespace(round={"spread": known})
+    settings = RoundSettings(path="", prompts=3, curriculum=2)
+    rounds = SimpleNamespace(settings=settings, prompts=SimpleNamespace(size=6), seed=0)
+    assert set(Rounds._choose(rounds, state, 0)) == {3, 4, 5}  # those that were never sampled
+    state.round["spread"] |= {"3": 0.1, "4": 0.0, "5": 1.0}
+    assert Rounds._choose(rounds, state, 1) == [2, 5, 0]
+    plain = SimpleNamespace(**{**vars(rounds), "settings": RoundSettings(path="", prompts=3)})
+    assert sorted(Rounds._choose(plain, state, 0) + Rounds._choose(plain, state, 1)) == list(range(6))
+
+
 def test_only_the_last_rounds_stay_and_each_leaves_its_picture(tmp_path):
     run_dir = rewarded.reward(tmp_path, "rounds.keep_last=1")
     names = sorted(path.name for path in (run_dir / "rounds").iterdir())
@@ -134,6 +157,10 @@ def test_a_run_ends_where_an_evaluation_reward_has_fallen(tmp_path):
 REFUSED = {
     "a bound of a reward that is not evaluated": (["guard.evaluation={colour: 1}"], "guard.evaluation names colour"),
     "a task of another script": (["task=sft"], "FlowMatchSFT, which learns from a data set"),
+    "a held-out prompt that is trained": (
+        ["held_out.path=${prompts.path}"],
+        "holds 3 prompts that .* as well, such as",
+    ),
     "no reward": (["reward=none"], "There is no reward: choose one"),
     "one sample a prompt": (["rounds.samples=1"], r"rounds.samples is 1.*at least 2"),
     "a batch that does not divide a round": (

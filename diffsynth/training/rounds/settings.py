@@ -17,6 +17,8 @@ class RoundSettings:
         path: Folder of the rounds' samples.
         prompts: Prompts per round.
         samples: Samples per prompt, of which the better ones are preferred to the others.
+        curriculum: A round has its prompts from this many times as many candidates: those whose samples' rewards
+            differed most the last time, and new ones before all others. 1 takes all prompts in turn.
         levels: How often a round trains each sample, each time at another noise level.
         batch_size: Samples that are sampled as one batch.
         std: Which standard deviation divides the rewards; see `diffusion.rewards.advantages`.
@@ -29,6 +31,7 @@ class RoundSettings:
     path: str
     prompts: PositiveInt = 16
     samples: Annotated[int, at_least(2)] = 8
+    curriculum: PositiveInt = 1
     levels: PositiveInt = 1
     batch_size: BatchSize = 32
     std: Std = "group"

@@ -49,6 +49,15 @@ def diversity(latents: Tensor) -> Tensor:
     return apart.sum() / (len(flat) * (len(flat) - 1))
 
 
+def spreads(prompts: Sequence[int], groups: Sequence[Group]) -> dict[str, float]:
+    """How much the rewards of a prompt's samples differ, in deviations of the whole round, by the prompt's index."""
+    own = torch.zeros(len(groups))
+    for name in groups[0].scores:
+        scores = torch.stack([group.scores[name] for group in groups]).nan_to_num(0)
+        own += scores.std(1) / scores.std().clamp_min(1e-12)
+    return {str(index): value for index, value in zip(prompts, own.tolist(), strict=True)}
+
+
 def _spread(scores: Tensor) -> float:
     """The mean over prompts of the standard deviation of a prompt's scores (P, G), without those that are NaN."""
     centred = scores - scores.nanmean(1, keepdim=True)
