@@ -26,7 +26,7 @@ class TextMatch(Reward):
 
     Args:
         table: A table (csv, json, jsonl or parquet) with the columns `prompt` and `image`; images are files in its
-            folder. A prompt may have several.
+            folder, all of which are kept in memory. A prompt may have several.
     """
 
     def __init__(self, table: str, weight: NonZero = 1.0):
