@@ -26,7 +26,7 @@ class Ocr(Reward):
 
     Args:
         column: Column of the prompts' table that holds the wanted text; None takes what stands between the first pair
-            of `"` in the prompt.
+            of `"` in the prompt, and so does a validation, which has no other columns.
     """
 
     def __init__(self, column: str | None = None, weight: NonZero = 1.0):

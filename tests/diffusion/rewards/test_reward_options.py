@@ -5,6 +5,7 @@ import tiny
 import yaml
 
 from diffsynth.config import build, check
+from diffsynth.core.loader import ModelConfig
 from diffsynth.diffusion.rewards import Reward
 
 OPTIONS = sorted(path.stem for path in (tiny.ROOT / "conf" / "reward").glob("*.yaml") if path.stem != "none")
@@ -43,6 +44,21 @@ def test_options_add_up_and_one_can_be_measured_alone():
         "evaluation_reward": ["text_match", "colour"],
     }
     assert built["reward"]["jpeg_size"].weight == -1 and built["evaluation_reward"]["colour"].rgb == (0, 0, 255)
+
+
+@pytest.mark.parametrize("name", ["clip_score", "pick_score", "aesthetic", "hps_v2"])
+def test_no_hub_is_asked_for_files_that_are_on_disk(name, tmp_path, monkeypatch):
+    (reward,) = build(composed(f"+reward=[{name}]"))["reward"].values()
+    configs = [value for value in vars(reward).values() if isinstance(value, ModelConfig)]
+    monkeypatch.setattr(ModelConfig, "_download", lambda self, pattern: pytest.fail(f"{pattern} is asked for"))
+    for config in configs:
+        config.local_model_path, patterns = str(tmp_path), config.origin_file_pattern
+        for pattern in patterns if isinstance(patterns, list) else [patterns]:
+            file = config.folder / pattern.replace("*", "config")
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.touch()
+        assert config.resolve()
+    assert len(configs) == {"pick_score": 2, "aesthetic": 2}.get(name, 1)
 
 
 def test_options_without_a_server_are_metrics_with_the_same_settings():
