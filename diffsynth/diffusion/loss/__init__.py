@@ -12,7 +12,7 @@ from .hyper_sd import HyperSD
 from .lcm import LatentConsistency
 from .mask_weights import MaskWeights
 from .prior import Prior, PriorPreservation
-from .reward import AWM, DPO, NFT, RWR, PolicySampling, RewardObjective
+from .reward import AWM, DPO, NFT, RWR, PolicySampling, ReFL, RewardObjective
 from .slider import ConceptSlider
 from .trajectory import TrajectoryImitation
 
@@ -21,6 +21,7 @@ __all__ = [
     "NFT",
     "RWR",
     "PolicySampling",
+    "ReFL",
     "RewardObjective",
     "AdversarialDistillation",
     "HyperSD",

@@ -4,6 +4,7 @@ from .awm import AWM
 from .base import PolicySampling, RewardObjective
 from .dpo import DPO
 from .nft import NFT
+from .refl import ReFL
 from .rwr import RWR
 
-__all__ = ["AWM", "DPO", "NFT", "RWR", "PolicySampling", "RewardObjective"]
+__all__ = ["AWM", "DPO", "NFT", "RWR", "PolicySampling", "ReFL", "RewardObjective"]
