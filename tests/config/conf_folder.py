@@ -13,7 +13,7 @@ def groups(file: str) -> list[str]:
     named = {
         name.removeprefix("/"): option for item in defaults if isinstance(item, dict) for name, option in item.items()
     }
-    files = [item for item in defaults if isinstance(item, str) and item != "_self_"]
+    files = [item.removeprefix("/") for item in defaults if isinstance(item, str) and item != "_self_"]
     files += [f"task/{named['task']}"] if "task" in named else []
     return [name for file in files for name in groups(file)] + [name for name in named if (CONF / name).is_dir()]
 
