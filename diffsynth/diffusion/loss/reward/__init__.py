@@ -5,6 +5,7 @@ from .base import PolicySampling, RewardObjective
 from .dpo import DPO
 from .flow_grpo import FlowGRPO
 from .nft import NFT
+from .refl import ReFL
 from .rwr import RWR
 
-__all__ = ["AWM", "DPO", "FlowGRPO", "NFT", "RWR", "PolicySampling", "RewardObjective"]
+__all__ = ["AWM", "DPO", "FlowGRPO", "NFT", "RWR", "PolicySampling", "ReFL", "RewardObjective"]

@@ -162,18 +162,27 @@ class RewardObjective(Objective):
 
     def check(self, pipe: BasePipeline, lora: Adapter | None, cached: bool) -> None:
         """Refuse a training of other models than the network, and guidance for a model from which it was distilled."""
-        network = pipe.in_iteration_models[0]
-        trained = {*(lora.models if lora else ()), *(name.split(".")[0] for name in self.trainable_models or ())}
-        if trained - {network}:
-            raise ValueError(
-                f"task.trainable_models and lora.models name {sorted(trained)}; reward training trains {network} alone."
-            )
+        check_network_alone(pipe, lora, self.trainable_models)
         if self.guidance != 1 and pipe.call_defaults.get("cfg_scale") == 1:
             raise ValueError(
                 f"task.sampling.cfg_scale is {self.guidance:g}, but this model samples without classifier-free "
                 "guidance (its default is cfg_scale=1); set task.sampling.cfg_scale=1, or choose the base that it was "
                 "distilled from."
             )
+
+
+def check_network_alone(pipe: BasePipeline, lora: Adapter | None, trainable_models: Sequence[str] | None) -> None:
+    """Refuse a training of other models than the network.
+
+    Raises:
+        ValueError: Another one is trained; names it.
+    """
+    network = pipe.in_iteration_models[0]
+    trained = {*(lora.models if lora else ()), *(name.split(".")[0] for name in trainable_models or ())}
+    if trained - {network}:
+        raise ValueError(
+            f"task.trainable_models and lora.models name {sorted(trained)}; reward training trains {network} alone."
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
