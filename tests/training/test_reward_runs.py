@@ -196,15 +196,16 @@ def outcome(folder) -> dict:
     return {**exact, **plain, "metrics": metrics(run_dir)}
 
 
-def start(output_root, *others: str) -> None:
-    rewarded.reward(output_root, *others)
+def work_in(output_root, *others: str) -> tuple:
+    """A function and its arguments, for another process, that run `reward.py`; the prompts are this process's."""
+    return tiny.run, tiny.merged(rewarded.overrides(output_root), others), "reward"
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="no SIGKILL on this system")
 def test_a_run_killed_at_any_moment_has_the_samples_scores_and_weights_of_one_that_was_not(tmp_path):
     def work(number: int | str) -> tuple:
-        return start, tmp_path / f"run-{number}", "checkpoint.every=1"
+        return work_in(tmp_path / f"run-{number}", "checkpoint.every=1")
 
     seconds = kills.duration(*work("unbroken"))
     for number in kills.survived(work, seconds, syncs=200):
@@ -215,7 +216,7 @@ def test_a_run_killed_at_any_moment_has_the_samples_scores_and_weights_of_one_th
 def test_two_processes_sample_score_and_train_as_one_does(tmp_path):
     overrides = ["rounds.batch_size=2"]  # two groups of samples, one for each process
     one = rewarded.reward(tmp_path / "one", *overrides)
-    assert warm.ranks(2, start, tmp_path / "two", *overrides) == [0, 0]
+    assert warm.ranks(2, *work_in(tmp_path / "two", *overrides)) == [0, 0]
     (two,) = (tmp_path / "two").iterdir()
     assert_close(final_weights(two), final_weights(one), rtol=1e-4, atol=1e-5)
     for ours, theirs in zip(metrics(two), metrics(one), strict=True):
