@@ -13,7 +13,11 @@ from safetensors.torch import load_file, save_file
 
 from diffsynth.config import ConfigError
 from diffsynth.config.nodes import locate
+from diffsynth.core.data.prompt_dataset import prompt_dataset
+from diffsynth.diffusion.loss import ConceptSlider
 from diffsynth.diffusion.pipeline import networks as models
+from diffsynth.diffusion.pipeline.video_media import VideoMedia
+from diffsynth.diffusion.template.rows import prepare_data
 
 RED = {"image": "0.png", "prompt": "a red emoji"}
 
@@ -113,6 +117,14 @@ def test_prompts_in_the_place_of_images_are_answered_with_the_tasks_that_use_the
     cfg.dataset.height = cfg.dataset.width = 32
     with pytest.raises(ValueError, match=r"holds prompts without images, but FlowMatchSFT .* task=distill"):
         tiny.call("train", cfg)
+
+
+def test_prompts_for_a_model_of_videos_are_refused(tmp_path):
+    """Also those of a table that has a column of videos, which nothing reads as files."""
+    (tmp_path / "prompts.csv").write_text("video,prompt\na.mp4,a red apple\n")
+    prompts = prompt_dataset(str(tmp_path / "prompts.csv"), height=64, width=64)
+    with pytest.raises(ValueError, match=r"prompts.csv holds prompts for images, but .* python train.py dataset=video"):
+        prepare_data(prompts, VideoMedia(), ConceptSlider(positive="a", negative="b"), None)
 
 
 def test_options_that_validation_cannot_sample_with_are_named_with_their_range(refusal):

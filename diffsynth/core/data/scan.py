@@ -12,7 +12,7 @@ from ..files import write_text
 from ..json_text import to_json
 from ..masking import masked_values
 from .operators.base import check, unread
-from .operators.masks import of_other_sizes
+from .operators.masks import is_mask, of_other_sizes
 from .order.buckets import Size
 from .pairs import fault_of_pair
 from .sources.table import is_empty
@@ -111,7 +111,7 @@ def fault_of_masks(keys: Sequence[str], stored: Mapping[str, Size | None]) -> st
 
     Masks are the columns whose names end in "mask".
     """
-    image, masks = stored.get(keys[0]), [key for key in keys if key.endswith("mask")]
+    image, masks = stored.get(keys[0]), [key for key in keys if is_mask(key)]
     wrong = [key for key in masks if image and stored.get(key) and stored[key][:2] != image[:2]]
     if not wrong:
         return None

@@ -21,7 +21,8 @@ from .dataset import Row, TrainingData
 from .operators.augmentation import Augmentation, AugmentationChoice
 from .operators.base import unread
 from .operators.images import ImageCropAndResize
-from .operators.loaders import default_image_operator, default_video_operator, image_loader
+from .operators.loaders import default_image_operator, default_video_operator, image_loader, mask_loaders
+from .operators.masks import is_mask
 from .operators.unread import Unread, Variants
 from .order.addresses import SampleAddress, sample_seed
 from .order.buckets import AspectBuckets, Size, shown
@@ -167,7 +168,8 @@ class UnifiedDataset(TrainingData):
         fit = ImageCropAndResize(height, width, largest, division_factor, division_factor)
         options = {"on_error": on_error, "encoding": encoding, "scan_rows": scan_rows}
         options |= {"fit": fit, "buckets": sizes, "augmentation": augmentation, "conditions": conditions}
-        dataset = cls(path, metadata, repeat, data_file_keys, cls.image_loader(path, allow_urls), **options)
+        image, masks = cls.image_loader(path, allow_urls), mask_loaders(data_file_keys, path, allow_urls)
+        dataset = cls(path, metadata, repeat, data_file_keys, image, masks, **options)
         dataset.num_workers, dataset.loader_in = num_workers, partial(cls.image_loader, path, allow_urls)
         return dataset
 
@@ -190,7 +192,8 @@ class UnifiedDataset(TrainingData):
 
     def read_images_in(self, mode: str) -> None:
         if self.loader_in:
-            self.operators |= dict.fromkeys(self.data_file_keys, self.loader_in(mode))
+            images = [key for key in self.data_file_keys if not is_mask(key)]
+            self.operators |= dict.fromkeys(images, self.loader_in(mode))
 
     def read_images_of(self, column: str) -> None:
         if column not in self.data_file_keys:

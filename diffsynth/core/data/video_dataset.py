@@ -12,6 +12,8 @@ from ..ranges import NonNegativeInt, Pixels, PositiveFloat, PositiveInt, Repeat,
 from .dataset import Row
 from .operators.augmentation import Augmentation, AugmentationChoice
 from .operators.images import ImageCropAndResize
+from .operators.loaders import mask_loaders
+from .operators.masks import is_mask
 from .order.addresses import SampleAddress, sample_seed
 from .order.buckets import AspectBuckets, Size
 from .unified_dataset import UnifiedDataset, called, errors_named
@@ -122,7 +124,8 @@ class VideoDataset(UnifiedDataset):
         is_one_size = fixed and len(lengths.num_frames) == 1
         buckets = None if is_one_size else ClipBuckets(lengths, sizes, fixed)
         clip, image = LoadClip(path, allow_urls, frame_rate), cls.image_loader(path, allow_urls)
-        loaders = {key: clip for key in data_file_keys if is_video_column(key)}
+        loaders = mask_loaders(data_file_keys, path, allow_urls)
+        loaders |= {key: clip for key in data_file_keys if is_video_column(key)}
         options = {"on_error": on_error, "encoding": encoding, "scan_rows": scan_rows, "augmentation": augmentation}
         options |= {"lengths": lengths, "start": start, "fit": fit, "buckets": buckets}
         dataset = cls(path, metadata, repeat, data_file_keys, image, loaders, **options)
@@ -192,7 +195,7 @@ class VideoDataset(UnifiedDataset):
 
     def _note_white_mask(self, key: str, cell: Any, frames: Sequence[Image.Image]) -> None:
         """Warn of the first mask that is white in all frames: some programs write masks the other way round."""
-        if key.endswith("mask") and not self.has_white_mask and all(map(is_white, frames)):
+        if is_mask(key) and not self.has_white_mask and all(map(is_white, frames)):
             self.has_white_mask = True
             logger.warning(
                 "%s %.99r is white in all frames of a clip, so that all of it is to be generated; if black is meant, "

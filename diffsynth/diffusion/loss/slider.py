@@ -70,7 +70,7 @@ class ConceptSlider(Objective):
     def wanted_inputs(self, pipe: BasePipeline) -> set[str]:
         further = {prefix + name for prefix in (POSITIVE, NEGATIVE) for name in _embeddings(pipe)}
         images = {"input_latents"} if self.reads_images else set()
-        return super().wanted_inputs(pipe) | further | images | {"height", "width"}
+        return super().wanted_inputs(pipe) | further | images | {*pipe.latents.size_names}
 
     def all_units(self, pipe: BasePipeline) -> list[PipelineUnit]:
         """The pipeline's units; those that embed the row's prompt embed all three prompts."""
@@ -98,8 +98,9 @@ class ConceptSlider(Objective):
         """Loss per sample (B,).
 
         Args:
-            inputs: Among them `roles`, `height` and `width` in pixels, clean `input_latents` (B, …) if it learns from
-                images, and the network's inputs for each prompt: `prompt_emb`, `positive_prompt_emb`, ….
+            inputs: Among them `roles`, `height` and `width` in pixels (of videos `num_frames`, too), clean
+                `input_latents` (B, …) if it learns from images, and the network's inputs for each prompt:
+                `prompt_emb`, `positive_prompt_emb`, ….
         """
         return self.loss(pipe, rng=rng or GlobalRNG(_batch_size(inputs)), **inputs)
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from PIL import Image
 
+from ...core.data.operators.masks import is_mask, read_mask
 from ...core.data.operators.picture_files import read_image
 from ...core.data.sources.metadata import open_text
 from ...core.data.videos.open_video import open_video
@@ -93,7 +94,7 @@ def load_images(mode: str = "RGB", **paths: str | None) -> dict[str, Image.Image
 
 def _read_image(name: str, path: str, mode: str = "RGB") -> Image.Image:
     try:
-        return read_image(path, mode)
+        return (read_mask if is_mask(name) else read_image)(path, mode)
     except Exception as error:  # Pillow's decoders raise exceptions of many types
         raise ValueError(f"{name}={path}: {error}") from error
 

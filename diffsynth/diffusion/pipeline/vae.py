@@ -54,6 +54,11 @@ class Latents:
         """`height` and `width` in pixels, rounded up to `multiple`."""
         return tuple(-(-side // self.multiple) * self.multiple for side in (height, width))
 
+    @property
+    def size_names(self) -> tuple[str, ...]:
+        """The inputs that `size_of` reads."""
+        return ("height", "width") if self.time_factor is None else ("height", "width", "num_frames")
+
     def size_of(self, request: Mapping[str, Any]) -> dict[str, int]:
         """`height` and `width` of a request and, of a video, `num_frames`, each rounded up to what the latents need."""
         size = dict(zip(("height", "width"), self.fitted(request["height"], request["width"]), strict=True))

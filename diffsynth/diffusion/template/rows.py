@@ -111,6 +111,11 @@ def prepare_data(dataset: TrainingData, media: Media, task: Objective, template:
             )
         for column in task.image_columns:
             own.read_images_of(column)
+        if not own.has_images and media.column != own.column:
+            raise ValueError(
+                f"{own.metadata_path} holds prompts for images, but this model generates a {media.column}; take files "
+                "of videos: python train.py dataset=video_folder dataset.path=…."
+            )
         own.read_images_in(media.mode)
         if task.keeps_images:
             own.keep_images_as_they_are()

@@ -158,6 +158,12 @@ def test_the_three_predictions_of_any_family_read_three_prompts(family):
     assert seen
 
 
+def test_a_slider_of_videos_samples_clips():
+    family = next(own for own in TABLE if str(own) == "wan21_t2v_1_3b")
+    module = family.module(FROM_PROMPTS, LoRA(rank=2)).load()
+    assert module(samples_of(family)[:1]).item() > 0
+
+
 @pytest.mark.slow
 def test_a_slider_of_stable_diffusion_needs_only_one_of_the_text_encoders():
     family = next(own for own in TABLE if str(own) == "sd3_5_medium")

@@ -1,15 +1,26 @@
 """The operators that data sets load files by unless they are given others."""
 
+from collections.abc import Sequence
+
 from ..sources.storage import EmbeddedFile
 from .base import RouteByExtensionName, RouteByType, SequentialProcess, ToAbsolutePath, ToList
 from .images import ImageCropAndResize, LoadImage
+from .masks import LoadMask, is_mask
 from .video import LoadGIF, LoadVideo
 
 
-def image_loader(base_path: str = "", allow_urls: bool = False, mode: str = "RGB") -> RouteByType:
+def image_loader(
+    base_path: str = "", allow_urls: bool = False, mode: str = "RGB", kind: type[LoadImage] = LoadImage
+) -> RouteByType:
     """Operator that loads an image, or every image of a list, at its own size."""
-    image = ToAbsolutePath(base_path, allow_urls) >> LoadImage(mode)
+    image = ToAbsolutePath(base_path, allow_urls) >> kind(mode)
     return RouteByType([(str, image), (list, SequentialProcess(image)), (EmbeddedFile, image)])
+
+
+def mask_loaders(columns: Sequence[str], base_path: str = "", allow_urls: bool = False) -> dict[str, RouteByType]:
+    """Operators that load the columns that hold masks, which are those whose names end in "mask"."""
+    masks = [column for column in columns if is_mask(column)]
+    return dict.fromkeys(masks, image_loader(base_path, allow_urls, kind=LoadMask))
 
 
 def default_image_operator(

@@ -3,7 +3,37 @@
 import numpy as np
 from PIL import Image
 
-from .picture_files import in_mode
+from ..sources.storage import EmbeddedFile
+from .images import LoadImage
+from .picture_files import in_mode, read_image
+
+
+class LoadMask(LoadImage):
+    """Loads a mask as `LoadImage` does an image, and refuses transparent pixels; see `read_mask`."""
+
+    def __call__(self, data: str | EmbeddedFile) -> Image.Image:
+        return read_mask(data, self.mode)
+
+
+def is_mask(name: str) -> bool:
+    """Whether a column, or an argument, of this name holds masks."""
+    return name.endswith("mask")
+
+
+def read_mask(file: str | EmbeddedFile, mode: str = "RGB") -> Image.Image:
+    """The decoded image of a file that is a mask.
+
+    Raises:
+        ValueError: It has transparent pixels. They would become white, as in a viewer, but programs disagree on
+            whether they are inside or outside of a mask.
+    """
+    mask = read_image(file, "RGBA")
+    if mask.getchannel("A").getextrema()[0] < 255:
+        raise ValueError(
+            "has transparent pixels, but a mask is read by its white and black; save it without transparency, white "
+            "on black"
+        )
+    return mask.convert(mode)
 
 
 def white_area(mask: Image.Image) -> np.ndarray:

@@ -14,7 +14,7 @@ import pytest
 from PIL import Image, PngImagePlugin
 
 import diffsynth
-from diffsynth.core.data import LoadGIF, LoadImage
+from diffsynth.core.data import LoadGIF, LoadImage, UnifiedDataset
 from diffsynth.core.data.operators import colours
 from diffsynth.core.data.sources.picture_formats import picture_suffixes, readable_formats
 from diffsynth.diffusion.pipeline.generation import load_images, open_files, read_prompts
@@ -240,6 +240,25 @@ def test_a_picture_to_start_from_is_what_training_sees(tmp_path, load):
     for name, reason in {"b.png": "more than 8 bits a channel", "c.eps": "is PostScript, which is a program"}.items():
         with pytest.raises(ValueError, match=re.escape(f"image={tmp_path / name}: ") + f".*{reason}"):
             load(image=str(tmp_path / name))
+
+
+@pytest.mark.parametrize("colour", [(255, 255, 255), (0, 0, 0)])
+def test_a_mask_on_a_transparent_layer_is_refused(tmp_path, colour):
+    """On white, as a viewer shows it, a white area would vanish, and a black one would invert the mask."""
+    layer = Image.new("RGBA", (32, 32), (*colour, 0))
+    layer.paste((*colour, 255), (0, 0, 16, 32))
+    layer.save(tmp_path / "mask.png")
+    Image.new("RGB", (32, 32)).save(tmp_path / "a.png")
+    (tmp_path / "metadata.csv").write_text("image,prompt,loss_mask\na.png,a,mask.png\n")
+    dataset = UnifiedDataset.from_folder(str(tmp_path), data_file_keys=["image", "loss_mask"])
+    dataset.read_images_in("RGB")
+    refused = "has transparent pixels, but a mask is read by its white and black; save it without transparency"
+    with pytest.raises(ValueError, match=f"row 1: loss_mask 'mask.png': {refused}"):
+        dataset[0]
+    with pytest.raises(ValueError, match=re.escape(f"inpaint_mask={tmp_path / 'mask.png'}: {refused}")):
+        load_images(inpaint_mask=str(tmp_path / "mask.png"))
+    layer.convert("RGB").convert("RGBA").save(tmp_path / "mask.png")  # with a channel for alpha, but opaque
+    assert dataset[0]["loss_mask"] == load_images(inpaint_mask=str(tmp_path / "mask.png"))["inpaint_mask"]
 
 
 def test_a_byte_order_mark_is_no_part_of_a_prompt(tmp_path):
