@@ -157,7 +157,7 @@ def training_module(tiny):
     from diffsynth.core.loader import ModelConfig
     from diffsynth.core.memory import MemoryRecipe
     from diffsynth.diffusion.loss import FlowMatchSFT
-    from diffsynth.diffusion.pipeline.networks import TrainingDefaults
+    from diffsynth.diffusion.training_defaults import TrainingDefaults
     from diffsynth.diffusion.training_module import PipelineTrainingModule
     from diffsynth.pipelines.qwen_image import QwenImagePipeline
 

@@ -37,7 +37,7 @@ from diffsynth.core.memory import MemoryRecipe
 from diffsynth.diffusion.adapters.lora import LoRA
 from diffsynth.diffusion.base_pipeline import BasePipeline
 from diffsynth.diffusion.loss import FlowMatchSFT
-from diffsynth.diffusion.pipeline.networks import TrainingDefaults
+from diffsynth.diffusion.training_defaults import TrainingDefaults
 from diffsynth.diffusion.training_module import PipelineTrainingModule
 from diffsynth.pipelines.anima import AnimaPipeline
 from diffsynth.pipelines.chroma import ChromaPipeline

@@ -17,6 +17,8 @@ MOVED = {
     "diffsynth.diffusion.metrics.ClipScore": "diffsynth.diffusion.rewards.ClipScore",
     "diffsynth.diffusion.metrics": "diffsynth.training.validation.metrics",
     "diffsynth.diffusion.models": "diffsynth.diffusion.pipeline.networks",
+    "diffsynth.diffusion.models.TrainingDefaults": "diffsynth.diffusion.training_defaults.TrainingDefaults",
+    "diffsynth.diffusion.pipeline.networks.TrainingDefaults": "diffsynth.diffusion.training_defaults.TrainingDefaults",
     "diffsynth.diffusion.receipt.DataReceipt": "diffsynth.training.record.data_report.DataReport",
     "diffsynth.diffusion.roles": "diffsynth.diffusion.distillation.roles",
     "diffsynth.diffusion.teacher": "diffsynth.diffusion.distillation.settings",

@@ -13,17 +13,17 @@ from PIL import Image
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from ..core.data import collate, generator
+from ..core.data import collate
 from ..core.data.operators.masks import of_other_sizes
 from ..core.loader import ModelConfig
+from .adaptable_networks import AdaptableNetworks
 from .controlnet.family import CONTROLNET_SLOTS, ControlFamily, check_controlnets, controlnets_of, places_of
 from .controlnet.inputs import ControlInputs, check_columns, check_steps, scale_at
 from .flow_match import FlowMatchScheduler
 from .pipeline import declaration, sampling_settings
 from .pipeline.media import ImageMedia, Media
-from .pipeline.networks import PipelineNetworks
 from .pipeline.request import Request, check_numbers, defaults_of, image_arguments, typed
-from .pipeline.samplers import SAMPLERS
+from .pipeline.samplers import SAMPLERS, inpaint_velocity, step_noise
 from .pipeline.units import PipelineUnit, PipelineUnitRunner, run_units
 from .pipeline.unused_images import check_used
 from .pipeline.vae import Latents, NormalisedVAE
@@ -33,7 +33,7 @@ from .template.cache import as_inputs, template_outputs_of
 __all__ = ["BasePipeline", "PipelineUnit", "PipelineUnitRunner"]
 
 
-class BasePipeline(PipelineNetworks):
+class BasePipeline(AdaptableNetworks):
     """A model family, declared by the attributes of its class; docs/pipelines.md builds one step by step.
 
     Class attributes:
@@ -404,26 +404,6 @@ def batch_of(samples: Sequence[tuple[dict, dict, dict]]) -> tuple[dict, dict, di
     """Stack the inputs (shared, positive, negative) of several samples into those of a batch; see `collate`."""
     shared, posi, nega = (collate(list(side)) for side in zip(*samples, strict=True))
     return shared, posi, nega
-
-
-def inpaint_velocity(velocity: Tensor, latents: Tensor, sigma: Tensor, shared: Mapping) -> Tensor:
-    """The velocity (B, C, h, w), replaced where `inpaint_mask` is 0 by the one that leads to `input_latents`.
-
-    Args:
-        latents: Noisy latents (B, C, h, w).
-        sigma: Their noise level ().
-        shared: Holds `inpaint_mask` (B, 1, h, w) in [0, 1] and the clean `input_latents` (B, C, h, w).
-    """
-    mask = shared["inpaint_mask"]
-    return (latents - shared["input_latents"]) / sigma * (1 - mask) + velocity * mask
-
-
-def step_noise(seeds: int | None | Sequence[int | None], index: int, like: Tensor) -> Tensor:
-    """Fresh noise (B, …) for step `index`, each sample's from its own seed; None takes torch's global generator."""
-    seeds = seeds if isinstance(seeds, list | tuple) else [seeds] * len(like)
-    generators = [None if seed is None else generator(seed, "renoise", 0, index) for seed in seeds]
-    noise = [torch.randn(like.shape[1:], generator=own) for own in generators]  # on CPU, so that all devices agree
-    return torch.stack(noise).to(like)
 
 
 def _check_request(request: Mapping) -> None:

@@ -30,6 +30,7 @@ from ..diffusion.pipeline.request import ImageRequest
 from ..diffusion.pipeline.vae import Latents
 from ..diffusion.prompts.embedder import PromptEmbedder
 from .autoencoders.qwen_image import QwenImageVAE
+from .shared.positions import check_positions
 
 __all__ = ["AnimaPipeline", "ModelConfig"]
 
@@ -194,12 +195,7 @@ class AnimaPipeline(BasePipeline):
     def complete(self, request: Mapping) -> dict:
         whole = super().complete(request)
         if self.dit is not None:
-            last = max(self.dit.rope.max_size) * self.latents.multiple
-            if max(whole["height"], whole["width"]) > last:
-                raise ValueError(
-                    f"height x width is {whole['height']} x {whole['width']}, but the positions of dit end at {last} "
-                    "pixels; set smaller ones."
-                )
+            check_positions(whole, "dit", max(self.dit.rope.max_size) * self.latents.multiple)
         return whole
 
     def prompt_limits(self) -> dict[str, int]:

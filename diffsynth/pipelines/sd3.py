@@ -7,7 +7,6 @@ one that is absent gives zeros, as in the training. Constants come from the rele
 StableDiffusion3Pipeline) unless a comment says otherwise. Skip-layer guidance is left out.
 """
 
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -32,6 +31,7 @@ from .controlnets.sd3 import (
 )
 from .networks.sd3 import LORA_NAMES
 from .prompts.sd3 import CLIP_TOKENS, ENCODERS, SD3Unit_PromptEmbedder
+from .shared.positions import check_positions
 
 __all__ = ["ModelConfig", "SD3Pipeline"]
 
@@ -158,14 +158,9 @@ class SD3Pipeline(BasePipeline):
 
     def complete(self, request: Mapping) -> dict:
         whole = super().complete(request)
-        networks = {name: getattr(self, name) for name in self.in_iteration_models}
-        for name, network in networks.items():
-            last = math.inf if network is None else self.latents.multiple * network.config.pos_embed_max_size
-            if max(whole["height"], whole["width"]) > last:
-                raise ValueError(
-                    f"height x width is {whole['height']} x {whole['width']}, but the positions of {name} end at "
-                    f"{last} pixels; set smaller ones."
-                )
+        for name in self.in_iteration_models:
+            if (network := getattr(self, name)) is not None:
+                check_positions(whole, name, self.latents.multiple * network.config.pos_embed_max_size)
         return whole
 
     def layer_names(self, name: str) -> LayerNames:

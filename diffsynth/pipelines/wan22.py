@@ -4,6 +4,7 @@ Wan Team 2025, "Wan2.2" (https://github.com/Wan-Video/Wan2.2). All else is Wan 2
 """
 
 from dataclasses import dataclass
+from functools import partial
 
 from ..core.loader import ModelConfig
 from ..core.ranges import NonNegativeFloat, PositiveFraction, SamplingSteps
@@ -16,22 +17,9 @@ from .wan_image_to_video import WanImageToVideoPipeline, WanImageToVideoRequest,
 
 __all__ = ["ModelConfig", "Wan22ImageToVideoPipeline", "Wan22Pipeline"]
 
-EXPERTS = {
-    "dit": Network(
-        "WanTransformer3DModel",
-        after=use_splittable_attention,
-        lora=LORA_NAMES,
-        optional=True,
-        layouts=[TRANSFORMER_LAYOUT],
-    ),
-    "dit2": Network(
-        "WanTransformer3DModel",
-        after=use_splittable_attention,
-        lora=LOW_NOISE_LORA_NAMES,
-        optional=True,
-        layouts=[TRANSFORMER_LAYOUT],
-    ),
-}
+expert = partial(
+    Network, "WanTransformer3DModel", after=use_splittable_attention, optional=True, layouts=[TRANSFORMER_LAYOUT]
+)
 
 
 @dataclass(kw_only=True)
@@ -47,7 +35,11 @@ class Wan22Pipeline(TwoExperts, WanPipeline):
     """Wan 2.2's text-to-video by two transformers of diffusers."""
 
     request = Wan22Request
-    components = {**EXPERTS, **{name: part for name, part in WanPipeline.components.items() if name != "dit"}}
+    components = {
+        "dit": expert(lora=LORA_NAMES),
+        "dit2": expert(lora=LOW_NOISE_LORA_NAMES),
+        **{name: part for name, part in WanPipeline.components.items() if name != "dit"},
+    }
     model_settings = (*WanPipeline.model_settings, "boundary", "cfg_scale_2")
 
 

@@ -142,31 +142,16 @@ def context_pixels(
     """
     if video is None and mask is not None:
         raise ValueError("vace_video_mask is given without vace_video, of which it masks a part; give both.")
-    shape = 1, 3, num_frames, height, width
-    pixels = torch.zeros(shape, dtype=pipe.torch_dtype, device=pipe.device)
+    size = height, width, num_frames
+    pixels = torch.zeros((1, 3, num_frames, height, width), dtype=pipe.torch_dtype, device=pipe.device)
     if video is not None:
-        frames = resized(video, "vace_video", height, width, num_frames)
+        frames = pipe.media.resized(image_list(video, "vace_video"), *size, name="vace_video")
         pixels = pipe.media.preprocess(frames, pipe.device, pipe.torch_dtype)
     if mask is None:
         return pixels, torch.ones_like(pixels[:, :1])
-    grey = [in_mode(frame, "L") for frame in mask]
-    frames = resized(grey, "vace_video_mask", height, width, num_frames)
+    grey = image_list([in_mode(frame, "L") for frame in mask], "vace_video_mask")
+    frames = pipe.media.resized(grey, *size, name="vace_video_mask")
     return pixels, (pipe.media.preprocess(frames, pipe.device, pipe.torch_dtype)[:, :1] + 1) / 2
-
-
-def resized(frames: Sequence[Image.Image], name: str, height: int, width: int, num_frames: int) -> list[Image.Image]:
-    """The first `num_frames` frames, resized; `name` is that of the argument, for errors.
-
-    Raises:
-        ValueError: They are no frames, or fewer.
-    """
-    images = image_list(frames, name)
-    if len(images) < num_frames:
-        raise ValueError(
-            f"{name} has {len(images)} frames, expected at least num_frames={num_frames}; set num_frames={len(images)} "
-            "or fewer, or take a longer video."
-        )
-    return [image.resize((width, height)) for image in images[:num_frames]]
 
 
 def mask_channels(mask: Tensor, factor: int, latent_frames: int) -> Tensor:

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 from tqdm import tqdm
 
 from ...core.loader import ModelConfig
+from ..training_defaults import TrainingDefaults
 from .components import Folder, Network
-from .networks import TrainingDefaults
 from .request import defaults_of, document, parameters_of
 from .units import PipelineUnit
 

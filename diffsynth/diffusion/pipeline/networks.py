@@ -2,7 +2,7 @@
 
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -21,57 +21,13 @@ from ...core.loader import (
     to_released_keys,
     use_layouts,
 )
-from ...core.ranges import BatchSize, LearningRate, Pixels, PositiveInt, Side
-from ..adapters import files as lora_files
 from ..adapters.names import LayerNames
 from ..architectures import config_of
 from ..flow_match import ALL_LEVELS
+from ..training_defaults import TrainingDefaults
 from . import sampling_settings
 from .components import Folder, Network
 from .units import PipelineUnit
-
-
-@dataclass(frozen=True, kw_only=True)
-class TrainingDefaults:
-    """Defaults of trainings of one model, which the configuration may override.
-
-    Args:
-        learning_rate: Learning rate of an adapter or a template; 1e-4 is DiffSynth-Studio's.
-        full_learning_rate: Learning rate of the model itself (`lora=none`); 1e-5 is DiffSynth-Studio's.
-        max_steps: Number of optimizer steps.
-        batch_size: Samples per optimizer step, summed over all devices.
-        micro_batch_size: Samples per forward on one device; None takes the whole batch.
-        validate_every: Optimizer steps between two evaluations; None evaluates before the first and after the last.
-        checkpointing: Policy of gradient checkpointing, see `core.memory.MemoryRecipe`.
-        max_pixels: Default of `dataset.max_pixels`, the most pixels of a training image.
-        division_factor: Default of `dataset.division_factor`, of which both sides of a training image are multiples.
-        models: Models that an adapter is trained for, unless the run names others.
-        full_models: Models, or parts of one, that are trained in full without an adapter; None takes `models`.
-        time_division_factor: The frames of a training video are a multiple of it and one more, as of 4 n + 1 frames.
-        lora_target_modules: Layers that LoRA adapts, by model.
-        data_file_keys: Columns of the data set that name image files.
-        extra_inputs: The columns among them that the pipeline reads as inputs, such as `edit_image`; also `input_image`
-            or `end_image`, where a video's own first or last frame is read.
-        example: Folder of the model's images in the data set `DiffSynth-Studio/diffsynth_example_dataset`; None if
-            it has none.
-    """
-
-    learning_rate: LearningRate = 1e-4
-    full_learning_rate: LearningRate = 1e-5
-    max_steps: PositiveInt = 300
-    batch_size: BatchSize = 8
-    micro_batch_size: BatchSize | None = 1
-    validate_every: PositiveInt | None = 100
-    checkpointing: str = "blocks"
-    max_pixels: Pixels = 1024 * 1024
-    division_factor: Side = 16
-    models: Sequence[str] = ("dit",)
-    full_models: Sequence[str] | None = None
-    time_division_factor: PositiveInt = 4
-    lora_target_modules: Mapping[str, Sequence[str] | str] = field(default_factory=dict)
-    data_file_keys: Sequence[str] = ("image",)
-    extra_inputs: Sequence[str] = ()
-    example: str | None = None
 
 
 class PipelineNetworks(nn.Module):
@@ -112,6 +68,8 @@ class PipelineNetworks(nn.Module):
         """Names of a network and its layers in adapter files."""
         own = _layer_names(name, self.networks().get(name))
         return replace(own, others=tuple(prefix for prefix in self.lora_prefixes.values() if prefix != own.prefix))
+
+    # Building
 
     @classmethod
     def from_pretrained(
@@ -186,23 +144,41 @@ class PipelineNetworks(nn.Module):
                 model_config.check_path(wanted, network.made_by if network else "")
             files = model_config.resolve()
             config = self._config(wanted, model_config, files, [own for _, own in named])
-            module = build_module(files, config, subclasses, wanted)
-            name = self._attribute(module, files, wanted)
-            use_layouts(module, self.networks()[name].layouts)
-            if files is not None:  # a pipeline that stays on the meta device has none
-                check_weights(module, files)
-            if name in self._files:
-                raise ValueError(
-                    f"{files[0]} is a {type(module).__name__}, as {self._files[name][0]} already is; leave out one."
-                )
-            setattr(self, name, module)
-            self._files[name], self._configs[name] = files, config
-            if name in self.in_iteration_models:
-                self.use_sampling_settings(sampling_settings.of_model(module, files or ()))
-            if (after := self.networks()[name].after) is not None:
-                after(module)
+            self._take(build_module(files, config, subclasses, wanted), files, config, wanted)
         self.in_iteration_models = tuple(filter(self._is_expected, type(self).in_iteration_models))
         self.check_networks()
+
+    def _take(
+        self, module: nn.Module, files: list[Path] | None, config: str | Mapping | None, wanted: str | None
+    ) -> None:
+        """Make a built network the attribute that it is for, and compare it with its files' headers."""
+        name = self._attribute(module, files, wanted)
+        network = self.networks()[name]
+        use_layouts(module, network.layouts)
+        if files is not None:  # a pipeline that stays on the meta device has none
+            check_weights(module, files)
+        if name in self._files:
+            raise ValueError(
+                f"{files[0]} is a {type(module).__name__}, as {self._files[name][0]} already is; leave out one."
+            )
+        setattr(self, name, module)
+        self._files[name], self._configs[name] = files, config
+        if name in self.in_iteration_models:
+            self.use_sampling_settings(sampling_settings.of_model(module, files or ()))
+        if network.after is not None:
+            network.after(module)
+
+    def _attribute(self, module: nn.Module, files: Sequence[Path], wanted: str | None = None) -> str:
+        """The attribute of a network: the one that is wanted, or else the first free one for its class."""
+        names = [name for name, network in self.networks().items() if network.holds(module)]
+        if not names:
+            known = sorted(kind for network in self.networks().values() for kind in network.names)
+            raise ValueError(
+                f"{type(self).__name__} has no place for a {type(module).__name__} ({files[0]}); expected one of "
+                f"{known}."
+            )
+        free = [name for name in names if name not in self._files]
+        return wanted if wanted in names else (free or names)[0]
 
     def _config(
         self, wanted: str | None, part: ModelConfig, files: list[Path] | None, parts: Iterable[ModelConfig]
@@ -216,6 +192,17 @@ class PipelineNetworks(nn.Module):
 
     def check_networks(self) -> None:
         """Refuse networks that do not fit each other; a family may refuse more. Called when all networks are built."""
+
+    def use_sampling_settings(self, settings: Mapping[str, Any] | None, adapter: str | Path | None = None) -> None:
+        """Set the sampling settings of requests that leave them open.
+
+        Args:
+            settings: Settings that weights were trained for, such as a distilled student's number of steps; None
+                changes nothing.
+            adapter: The adapter file that has them, which overrides the model's; None for the model itself.
+        """
+        if settings is not None:
+            self.sampling_settings[adapter and str(adapter)] = settings
 
     def build_folder(self, name: str, config: ModelConfig | None) -> None:
         """Read a tokenizer or processor and check that it is the family's; None reads nothing.
@@ -231,6 +218,8 @@ class PipelineNetworks(nn.Module):
         for part in self.components.values():
             if isinstance(part, Folder) and part.check is not None:
                 part.check(self)
+
+    # Weights
 
     def load_models(
         self,
@@ -279,6 +268,9 @@ class PipelineNetworks(nn.Module):
         """The network that predicts: the first one that `model_fn` calls."""
         return getattr(self, self.in_iteration_models[0])
 
+    def load_models_to_device(self, names: Iterable[str]) -> None:
+        """Units call this before they call models; an override may move the models to the device here."""
+
     @contextmanager
     def loaded(self, names: Iterable[str]) -> Iterator[None]:
         """Inside, the weights of these built models are loaded; afterwards they are dropped."""
@@ -291,16 +283,7 @@ class PipelineNetworks(nn.Module):
             for name in names:
                 drop_weights(getattr(self, name))
 
-    def _attribute(self, module: nn.Module, files: Sequence[Path], wanted: str | None = None) -> str:
-        names = [name for name, network in self.networks().items() if network.holds(module)]
-        if not names:
-            known = sorted(kind for network in self.networks().values() for kind in network.names)
-            raise ValueError(
-                f"{type(self).__name__} has no place for a {type(module).__name__} ({files[0]}); expected one of "
-                f"{known}."
-            )
-        free = [name for name in names if name not in self._files]
-        return wanted if wanted in names else (free or names)[0]
+    # What is called, and what is trained
 
     def models_of(self, units: Iterable[PipelineUnit], *, model_fn: bool) -> set[str]:
         """Names of the models that these units call, and with `model_fn` also those that `model_fn` calls."""
@@ -323,6 +306,14 @@ class PipelineNetworks(nn.Module):
         """The model that optimizer step `step` (from 0) trains, where models take turns; a function of the seed."""
         raise NotImplementedError(f"The models of {type(self).__name__} do not take turns.")
 
+    def freeze_except(self, names: Iterable[str]) -> None:
+        """Freeze all parameters but those of the named modules; a dotted name is a part of a model."""
+        self.eval().requires_grad_(False)
+        for name in names:
+            self.named_model(name).train().requires_grad_(True)
+
+    # Models by name
+
     def require(self, users: Mapping[str, str]) -> None:
         """Refuse a pipeline that was built without a model that is needed.
 
@@ -337,12 +328,6 @@ class PipelineNetworks(nn.Module):
                 raise ValueError(
                     f"{user} needs {name}, but model.{name} is null; set model.{name} to where its weights are."
                 )
-
-    def freeze_except(self, names: Iterable[str]) -> None:
-        """Freeze all parameters but those of the named modules; a dotted name is a part of a model."""
-        self.eval().requires_grad_(False)
-        for name in names:
-            self.named_model(name).train().requires_grad_(True)
 
     def named_model(self, name: str, key: str | None = None) -> nn.Module:
         """The module of a dotted name such as `dit` or `dit.transformer_blocks.3`.
@@ -376,6 +361,8 @@ class PipelineNetworks(nn.Module):
         tensors = dict(model.named_parameters()) | dict(model.named_buffers())
         return to_released_keys(model, {key: tensors[key].detach() for key in keys})
 
+    # Files
+
     def sources(self) -> dict[str, dict[str, str]]:
         """Folder and fingerprint of each built model's weights."""
         loaded = [name for name in self._files if name in self.built_models]
@@ -401,96 +388,6 @@ class PipelineNetworks(nn.Module):
                 self._fingerprints[name] = fingerprint(self._files[name], self._configs[name])
         return self._fingerprints.get(name)
 
-    def use_sampling_settings(self, settings: Mapping[str, Any] | None, adapter: str | Path | None = None) -> None:
-        """Set the sampling settings of requests that leave them open.
-
-        Args:
-            settings: Settings that weights were trained for, such as a distilled student's number of steps; None
-                changes nothing.
-            adapter: The adapter file that has them, which overrides the model's; None for the model itself.
-        """
-        if settings is not None:
-            self.sampling_settings[adapter and str(adapter)] = settings
-
-    def load_models_to_device(self, names: Iterable[str]) -> None:
-        """Units call this before they call models; an override may move the models to the device here."""
-
-    def load_lora(
-        self,
-        model: nn.Module | str,
-        path: str | Path | ModelConfig,
-        alpha: float = 1.0,
-        fuse: bool = False,
-        hotload: bool | None = None,
-    ) -> None:
-        """Add a LoRA file to a model (`pipe.load_lora(pipe.dit, "style.safetensors")`), scaled by `alpha`.
-
-        The sampling settings that are stored in the file, such as a distilled student's, become the pipeline's.
-
-        Args:
-            path: The file, or where it is on a hub.
-            fuse: Merge the LoRA into the weights.
-            hotload: DiffSynth-Studio's name for `not fuse`; None leaves it to `fuse`.
-
-        Raises:
-            FileNotFoundError: The file is not on this machine and cannot be downloaded.
-            ValueError: The file has a key that belongs to no layer of the model.
-        """
-        path, fuse = self.adapter_file(_one_file(path)), fuse if hotload is None else not hotload
-        name = model if isinstance(model, str) else next(n for n, m in self.named_children() if m is model)
-        lora_files.warn_of_unread(path, self.lora_prefixes.values())
-        lora_files.load(self.named_model(name), path, self.layer_names(name), scale=alpha, fuse=fuse)
-        settings = sampling_settings.of_file(lora_files.find_file(path))
-        self.use_sampling_settings(settings, None if fuse else path)
-
-    def clear_lora(self) -> None:
-        """Remove all adapters that are not merged into the weights."""
-        for name in self.built_models & self.lora_prefixes.keys():
-            lora_files.remove(getattr(self, name))
-        self.sampling_settings = {path: kept for path, kept in self.sampling_settings.items() if path is None}
-
-    def check_adapters(self, paths: Iterable[str | Path]) -> None:
-        """Refuse adapter files that are broken or were made for other models; needs no weights."""
-        for path in paths:
-            for name in self.adapted_by(path):
-                file = self.adapter_file(path)
-                tensors = lora_files.read(file, self.layer_names(name), self.named_model(name))
-                lora_files.infer_config(tensors, file)
-
-    def use_sampling_settings_of(self, path: str | Path) -> None:
-        """Set the sampling settings to those stored in an adapter file, if it has any; needs no weights."""
-        file = self.adapter_file(path)
-        self.use_sampling_settings(sampling_settings.of_file(lora_files.find_file(file)), file)
-
-    def load_adapter(self, path: str | Path, scale: float = 1.0, fuse: bool = False) -> None:
-        """Add an adapter file to all models that its keys name; see `load_lora`."""
-        for name in self.adapted_by(path):
-            self.load_lora(name, path, scale, fuse)
-
-    def adapted_by(self, path: str | Path) -> list[str]:
-        """Names of the models that an adapter file is for; the predicting network if its keys name none.
-
-        A name before the file's path, such as `dit2:low.safetensors`, says it for a file whose keys do not.
-        """
-        if (file := self.adapter_file(path)) != path:
-            return [str(path).partition(":")[0]]
-        lora_files.warn_of_unread(path, self.lora_prefixes.values())
-        named, main = lora_files.prefixes(file, self.lora_prefixes.values()), self.in_iteration_models[0]
-        adapted = [name for name, prefix in self.lora_prefixes.items() if prefix in named]
-        bare = [main] if None in named and main not in adapted else []
-        return self._stated(path) or [*bare, *adapted] or [main]
-
-    def adapter_file(self, path: str | Path) -> str | Path:
-        """The path of an adapter file without the name of the model before it."""
-        name, _, file = str(path).partition(":")
-        return file if file and name in self.networks() else path
-
-    def _stated(self, path: str | Path) -> list[str]:
-        """The network that shares the names of another one, and that a file of this project states."""
-        sharing = [name for name in self.networks() if self.layer_names(name).shared is not None]
-        stated = lora_files.stated_network(path) if sharing else None
-        return [name for name in sharing if self.lora_prefixes[name] == stated]
-
 
 def _config_file(config: str | Mapping | None, files: Sequence[Path]) -> dict[str, InputFile]:
     """The file of a configuration, unless it is one of this package."""
@@ -502,12 +399,3 @@ def _config_file(config: str | Mapping | None, files: Sequence[Path]) -> dict[st
 
 def _layer_names(name: str, network: Network | None) -> LayerNames:
     return (network and network.lora) or LayerNames(prefix=name)
-
-
-def _one_file(path: str | Path | ModelConfig) -> str | Path:
-    if not isinstance(path, ModelConfig):
-        return path
-    files = path.resolve()
-    if len(files) != 1:
-        raise ValueError(f"{path} names {len(files)} files; expected one adapter file, such as model.safetensors.")
-    return files[0]

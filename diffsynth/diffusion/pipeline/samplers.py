@@ -3,12 +3,13 @@
 They integrate dx/dσ = v(x, σ), where x_σ = (1 - σ) x₀ + σ ε. Latents and velocities are (B, C, h, w).
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import torch
 from diffusers import DPMSolverMultistepScheduler
 from torch import Tensor
 
+from ...core.data import generator
 from ..flow_match import TRAINING_STEPS, FlowMatchScheduler
 
 Velocity = Callable[[Tensor, Tensor], Tensor]  # velocity(latents, timestep) with a timestep () in [0, 1000]
@@ -72,3 +73,23 @@ def dpmpp_2m(velocity: Velocity, latents: Tensor, scheduler: FlowMatchScheduler,
 
 
 SAMPLERS: dict[str, Sampler] = {"euler": euler, "heun": heun, "dpmpp_2m": dpmpp_2m, "renoise": renoise}
+
+
+def inpaint_velocity(velocity: Tensor, latents: Tensor, sigma: Tensor, shared: Mapping) -> Tensor:
+    """The velocity (B, C, h, w), replaced where `inpaint_mask` is 0 by the one that leads to `input_latents`.
+
+    Args:
+        latents: Noisy latents (B, C, h, w).
+        sigma: Their noise level ().
+        shared: Holds `inpaint_mask` (B, 1, h, w) in [0, 1] and the clean `input_latents` (B, C, h, w).
+    """
+    mask = shared["inpaint_mask"]
+    return (latents - shared["input_latents"]) / sigma * (1 - mask) + velocity * mask
+
+
+def step_noise(seeds: int | None | Sequence[int | None], index: int, like: Tensor) -> Tensor:
+    """Fresh noise (B, …) for step `index`, each sample's from its own seed; None takes torch's global generator."""
+    seeds = seeds if isinstance(seeds, list | tuple) else [seeds] * len(like)
+    generators = [None if seed is None else generator(seed, "renoise", 0, index) for seed in seeds]
+    noise = [torch.randn(like.shape[1:], generator=own) for own in generators]  # on CPU, so that all devices agree
+    return torch.stack(noise).to(like)

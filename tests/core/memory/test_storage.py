@@ -24,8 +24,8 @@ from diffsynth.diffusion.adapters import files as lora_files
 from diffsynth.diffusion.adapters.lora import LoHa, LoKr, LoRA
 from diffsynth.diffusion.distillation.roles import FakeScore
 from diffsynth.diffusion.loss import DMD2, FlowMatchSFT
-from diffsynth.diffusion.pipeline.networks import TrainingDefaults
 from diffsynth.diffusion.trained import TrainProgress
+from diffsynth.diffusion.training_defaults import TrainingDefaults
 from diffsynth.diffusion.training_module import PipelineTrainingModule
 from diffsynth.pipelines.qwen_image import QwenImagePipeline
 

@@ -11,8 +11,8 @@ from diffsynth.core.data import Row, Sample
 from diffsynth.core.loader import ModelConfig
 from diffsynth.diffusion.adapters.lora import LoRA
 from diffsynth.diffusion.loss import DirectDistill, TrainProgress
-from diffsynth.diffusion.pipeline.networks import TrainingDefaults
 from diffsynth.diffusion.pipeline.units import run_units
+from diffsynth.diffusion.training_defaults import TrainingDefaults
 from diffsynth.diffusion.training_module import PipelineTrainingModule
 from diffsynth.pipelines.flux2_image import Flux2ImagePipeline
 from diffsynth.pipelines.qwen_image import QwenImagePipeline
