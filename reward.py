@@ -37,7 +37,7 @@ def reward(run: RewardRun) -> list:
             logging.info("Prompts in %s: %s", path, make_cache(CacheRun(path=path, dataset=prompts, **shared)))
             caches[name] = CachedDataset(path)
     sizes = run.rounds.prompts, run.rounds.samples, run.rounds.levels
-    samples = RoundSamples(caches["train"], *sizes, run.latents)
+    samples = RoundSamples(caches["train"], *sizes, run.task, run.latents)
     rewards = run.reward, run.evaluation_reward
     rounds = Rounds(run.rounds, samples, steps, *rewards, caches.get("held_out"), run.guard, run.seed)
     return train(replace(run, dataset=samples, rounds=rounds))

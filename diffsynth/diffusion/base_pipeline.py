@@ -224,7 +224,8 @@ class BasePipeline(PipelineNetworks):
                 return guided
             return inpaint_velocity(guided, latents, self.scheduler.sigma(timestep), shared)
 
-        sampler = SAMPLERS[shared.get("sampler", "euler")]
+        sampler = shared.get("sampler", "euler")
+        sampler = SAMPLERS.get(sampler, sampler)  # a training may have a sampler of its own
         points = sampler(velocity, shared["latents"], self.scheduler, partial(step_noise, shared.get("seed")))
         yield next(points)
         for _, latents in zip(self.progress_bar(self.scheduler.timesteps), points, strict=True):

@@ -58,7 +58,7 @@ class MetaModules:
         """Return a row of this size as the run's training reads it, from a cache that does not exist yet if need be."""
         row = self.encoded(size)[1] if run.is_to_be_cached else run.row(size)
         is_prompt = run.task.learns_from_samples and "input_latents" not in row.made.get("shared", {})
-        return blank(row, run.latents, run.media.size(row[run.media.column])) if is_prompt else row
+        return blank(row, run.task, run.latents, run.media.size(row[run.media.column])) if is_prompt else row
 
     def encoded(self, size: Size | None) -> tuple[WorkingMemory, Row]:
         """Return the memory of the frozen units when a cache is made, and the cached row of this size."""

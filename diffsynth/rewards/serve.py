@@ -14,7 +14,6 @@ whole is answered with {"error": text} and the status 400 or 500.
 import argparse
 import json
 import math
-import sys
 import traceback
 from base64 import b64decode
 from collections.abc import Callable, Sequence
@@ -110,8 +109,10 @@ def main() -> None:
     parser.add_argument("--port", type=int, default=8000, help="port to listen at; 0 takes a free one")
     parser.add_argument("--version", help="what the scores depend on, such as weights; a digest of the module's file")
     given = parser.parse_args()
-    sys.path.insert(0, "")
-    scorer, digest = load(given.scorer)
+    try:
+        scorer, digest = load(given.scorer)
+    except (ImportError, AttributeError, ValueError) as error:
+        parser.error(f"{given.scorer} is no function of a module in this folder: {error}; expected module:function")
     server = Server(scorer, given.version or digest, given.host, given.port)
     print(f"serving version {server.version} at http://{given.host}:{server.server_port}", flush=True)
     server.serve_forever()

@@ -32,6 +32,11 @@ def check_run(run: "Run", engine: Engine) -> None:
         ValueError: One of them is wrong; the message says which one and what to set.
     """
     check_one_folder(run.run_dir)
+    if run.task.learns_from_samples and run.rounds.batch_size is None:
+        raise ValueError(
+            f"{type(run.task).__name__} learns from rewards of the model's own samples; run it by python reward.py "
+            "reward=…, with prompts.path=… and held_out.path=…."
+        )
     layout = BatchLayout(run.batch_size, run.micro_batch_size, engine.replicas)
     scan(run.dataset, run.media, run.task, run.template)
     check_regularisation(run.dataset, run.task)

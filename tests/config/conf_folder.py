@@ -21,4 +21,4 @@ def groups(file: str) -> list[str]:
 def options(group: str) -> list[str]:
     folder = CONF / group
     names = [path.relative_to(folder).with_suffix("").as_posix() for path in folder.rglob("*.yaml")]
-    return sorted(name for name in names if not name.startswith("_"))
+    return sorted(name for name in names if not name.split("/")[-1].startswith("_"))

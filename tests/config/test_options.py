@@ -19,9 +19,11 @@ from diffsynth.diffusion.pipeline.video_media import VideoMedia
 def belongs(entry: str, group: str, option: str) -> bool:
     """Whether an entry is to compose with an option; what train.py has need not be composed with others again."""
     if group == "experiment":
-        return entry != "plan" and option.startswith("emoji_distill/") == (entry == "distill")
+        return entry in ("train", "distill") and option.startswith("emoji_distill/") == (entry == "distill")
     if entry == "plan":
         return group == "task"
+    if entry == "reward":
+        return group == "reward" or (group == "task" and option.startswith("reward/"))
     return (
         entry != "distill"
         or group in ("student", "teacher", "discriminator")

@@ -145,3 +145,13 @@ def test_a_reward_training_is_planned_with_what_it_samples_at_once(model, task, 
     peaks = [next(stage.peak for stage in plan.stages if stage.name == "roll out") for plan in plans]
     assert plans[0].footprint.weights < peaks[0] < peaks[1]
     assert plans[0].footprint.activations > 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("task", ["reward/nft", "reward/awm", "reward/flow_grpo"])
+def test_roles_take_little_memory_beside_the_base_that_they_share(task, tmp_path):
+    (tmp_path / "prompts.txt").write_text("a red apple\n")
+    prompts = ["dataset=prompts", f"dataset.path={tmp_path}/prompts.txt", "cached=true", "cache_batch_size=1"]
+    plain = planned(tmp_path, "model=qwen_image", "task=sft", "cached=true", "lora.rank=32")
+    rewarded = planned(tmp_path, "model=qwen_image", f"task={task}", *prompts, "lora.rank=32")
+    assert rewarded.footprint.peak <= 1.15 * plain.footprint.peak

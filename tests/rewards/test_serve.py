@@ -12,7 +12,7 @@ from urllib.request import Request, urlopen
 import pytest
 from PIL import Image
 
-from diffsynth.rewards.serve import Server, load
+from diffsynth.rewards.serve import Server, load, main
 
 SCORER = """
 def red(images, prompts, rows):
@@ -65,6 +65,14 @@ def test_a_function_is_served_by_one_command_without_torch(tmp_path):
     finally:
         process.kill()
         process.wait()
+
+
+@pytest.mark.parametrize("name", ["absent:red", "json:absent", "json", ":red"])
+def test_a_scorer_that_is_absent_is_named(name, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["serve", name])
+    with pytest.raises(SystemExit):
+        main()
+    assert f"{name} is no function of a module in this folder" in capsys.readouterr().err
 
 
 def test_a_version_is_that_of_the_scorers_file(tmp_path, monkeypatch):

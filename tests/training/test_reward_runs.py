@@ -2,22 +2,24 @@
 
 import re
 import signal
+from types import SimpleNamespace
 from unittest import mock
 
 import kills
 import pytest
-import rewarded
 import tiny
 import torch
 import warm
+from miniatures import rewarded
 from resumed import final_weights, metrics
 from safetensors.torch import load_file
 from torch.testing import assert_close
 
 from diffsynth.diffusion.rewards import JpegSize, Symmetry
+from diffsynth.training.rounds import Rounds, RoundSettings
 from diffsynth.training.rounds.store import RoundStore
 
-TASKS = ["nft", "awm", "rwr"]
+TASKS = ["nft", "awm", "rwr", "flow_grpo"]
 
 
 def samples_of(run_dir, number: int) -> dict:
@@ -35,6 +37,13 @@ def assert_same_run(found, expected) -> None:
         for name, content in ours.items():
             assert_close(content, theirs[name], rtol=0, atol=0) if isinstance(content, dict) else None
             assert isinstance(content, dict) or content == theirs[name], name
+
+
+def test_steps_have_the_probability_in_training_that_they_had_when_they_were_sampled(tmp_path):
+    lines = metrics(rewarded.reward(tmp_path, "task=reward/flow_grpo", "rounds.levels=2", "optimizer.lr=1e-2"))
+    trained = [line for line in lines if "loss" in line]
+    assert trained[0]["log_prob_difference"] < 1e-6 < trained[3]["log_prob_difference"]
+    assert trained[0]["clipped"] == 0
 
 
 @pytest.mark.parametrize("task", tiny.mostly_slow(TASKS, "nft"))
@@ -74,6 +83,27 @@ def test_what_is_on_disk_is_not_sampled_again_unless_it_is_damaged(tmp_path):
         rewarded.reward(tmp_path)
     assert calls.call_count == 3  # both groups of the batch, and the evaluation's
     assert first.read_bytes() == before
+
+
+@pytest.mark.slow
+def test_a_policy_trained_in_full_goes_on_to_the_bit(tmp_path):
+    overrides = ["lora=none", "checkpoint.every=1", "optimizer.lr=1e-4"]
+    expected = rewarded.reward(tmp_path / "whole", *overrides)
+    with tiny.in_step(4, _power_cut), pytest.raises(tiny.PowerCut):  # `old` is between two rounds' weights
+        rewarded.reward(tmp_path / "cut", *overrides)
+    assert_same_run(rewarded.reward(tmp_path / "cut", *overrides), expected)
+
+
+def test_prompts_whose_samples_differed_are_sampled_again_first():
+    known = {"0": 0.5, "1": 0.0, "2": 2.0}
+    state = SimpleNamespace(round={"spread": known})
+    settings = RoundSettings(path="", prompts=3, curriculum=2)
+    rounds = SimpleNamespace(settings=settings, prompts=SimpleNamespace(size=6), seed=0)
+    assert set(Rounds._choose(rounds, state, 0)) == {3, 4, 5}  # those that were never sampled
+    state.round["spread"] |= {"3": 0.1, "4": 0.0, "5": 1.0}
+    assert Rounds._choose(rounds, state, 1) == [2, 5, 0]
+    plain = SimpleNamespace(**{**vars(rounds), "settings": RoundSettings(path="", prompts=3)})
+    assert sorted(Rounds._choose(plain, state, 0) + Rounds._choose(plain, state, 1)) == list(range(6))
 
 
 def test_only_the_last_rounds_stay_and_each_leaves_its_picture(tmp_path):
@@ -127,6 +157,10 @@ def test_a_run_ends_where_an_evaluation_reward_has_fallen(tmp_path):
 REFUSED = {
     "a bound of a reward that is not evaluated": (["guard.evaluation={colour: 1}"], "guard.evaluation names colour"),
     "a task of another script": (["task=sft"], "FlowMatchSFT, which learns from a data set"),
+    "a held-out prompt that is trained": (
+        ["held_out.path=${prompts.path}"],
+        "holds 3 prompts that .* as well, such as",
+    ),
     "no reward": (["reward=none"], "There is no reward: choose one"),
     "one sample a prompt": (["rounds.samples=1"], r"rounds.samples is 1.*at least 2"),
     "a batch that does not divide a round": (
@@ -162,15 +196,16 @@ def outcome(folder) -> dict:
     return {**exact, **plain, "metrics": metrics(run_dir)}
 
 
-def start(output_root, *others: str) -> None:
-    rewarded.reward(output_root, *others)
+def work_in(output_root, *others: str) -> tuple:
+    """A function and its arguments, for another process, that run `reward.py`; the prompts are this process's."""
+    return tiny.run, tiny.merged(rewarded.overrides(output_root), others), "reward"
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="no SIGKILL on this system")
 def test_a_run_killed_at_any_moment_has_the_samples_scores_and_weights_of_one_that_was_not(tmp_path):
     def work(number: int | str) -> tuple:
-        return start, tmp_path / f"run-{number}", "checkpoint.every=1"
+        return work_in(tmp_path / f"run-{number}", "checkpoint.every=1")
 
     seconds = kills.duration(*work("unbroken"))
     for number in kills.survived(work, seconds, syncs=200):
@@ -181,7 +216,7 @@ def test_a_run_killed_at_any_moment_has_the_samples_scores_and_weights_of_one_th
 def test_two_processes_sample_score_and_train_as_one_does(tmp_path):
     overrides = ["rounds.batch_size=2"]  # two groups of samples, one for each process
     one = rewarded.reward(tmp_path / "one", *overrides)
-    assert warm.ranks(2, start, tmp_path / "two", *overrides) == [0, 0]
+    assert warm.ranks(2, *work_in(tmp_path / "two", *overrides)) == [0, 0]
     (two,) = (tmp_path / "two").iterdir()
     assert_close(final_weights(two), final_weights(one), rtol=1e-4, atol=1e-5)
     for ours, theirs in zip(metrics(two), metrics(one), strict=True):

@@ -12,24 +12,16 @@ from .hyper_sd import HyperSD
 from .lcm import LatentConsistency
 from .mask_weights import MaskWeights
 from .prior import Prior, PriorPreservation
-from .reward import AWM, DPO, NFT, RWR, PolicySampling, ReFL, RewardObjective
 from .slider import ConceptSlider
 from .trajectory import TrajectoryImitation
 
 __all__ = [
-    "AWM",
-    "NFT",
-    "RWR",
-    "PolicySampling",
-    "ReFL",
-    "RewardObjective",
     "AdversarialDistillation",
     "HyperSD",
     "LatentConsistency",
     "AutoencoderLoss",
     "ConceptSlider",
     "DMD2",
-    "DPO",
     "DirectDistill",
     "DirectDistillLoss",
     "Distillation",

@@ -3,6 +3,7 @@
 Shapes: N pictures; B pictures as a tensor of pixels, H W their size in pixels.
 """
 
+import logging
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
@@ -12,6 +13,8 @@ from PIL import Image
 from torch import Tensor
 
 from ...core.ranges import NonZero, check_arguments
+
+logger = logging.getLogger(__name__)
 
 Pictures = Sequence[Image.Image]
 Rows = Sequence[Mapping[str, Any]]
@@ -86,6 +89,9 @@ class Reward:
     ) -> float:
         """The mean of the scores of sampled images, without those that are NaN; the interface of a metric."""
         scores = self.score(images, prompts, [{} for _ in images], device)
+        if unscored := int(scores.isnan().sum()):
+            of = type(self).__name__, unscored, len(images)
+            logger.warning("%s cannot score %d of %d images; its mean is that of the others.", *of)
         return scores.nanmean().item()
 
 

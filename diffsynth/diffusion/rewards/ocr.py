@@ -1,5 +1,6 @@
 """`Ocr`: whether a picture shows the text that it was asked for."""
 
+import logging
 import re
 from collections.abc import Mapping, Sequence
 from functools import cached_property
@@ -25,7 +26,7 @@ class Ocr(Reward):
 
     Args:
         column: Column of the prompts' table that holds the wanted text; None takes what stands between the first pair
-            of `"` in the prompt.
+            of `"` in the prompt, and so does a validation, which has no other columns.
     """
 
     def __init__(self, column: str | None = None, weight: NonZero = 1.0):
@@ -52,7 +53,9 @@ class Ocr(Reward):
     def reader(self):
         from rapidocr import RapidOCR
 
-        return RapidOCR(params={"Global.log_level": "error"})
+        reader = RapidOCR()
+        logging.getLogger("RapidOCR").setLevel(logging.ERROR)  # it warns of every picture without text
+        return reader
 
     def score(self, pictures: Pictures, prompts: Sequence[str], rows: Rows, device: torch.device) -> Tensor:
         each = zip(pictures, prompts, rows, strict=True)

@@ -1,6 +1,7 @@
 """`PickScore`: which pictures people prefer for a prompt, by a CLIP that was trained on their choices."""
 
 from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
 
 from torch import Tensor
@@ -8,6 +9,7 @@ from torch import Tensor
 from ...core.loader import ModelConfig
 from ...core.ranges import BatchSize, NonZero
 from .clip import ClipReward
+from .network import digest_of_folder
 
 SCALE = 26  # brings scores near 1, as Flow-GRPO and DiffusionNFT have it
 
@@ -31,6 +33,10 @@ class PickScore(ClipReward):
     def processor_folder(self) -> Path:
         first = self.processor_files.resolve()[0]
         return first if first.is_dir() else first.parent
+
+    @cached_property
+    def version(self) -> str:
+        return f"{super().version} {digest_of_folder(self.processor_folder)}"
 
     def find(self) -> None:
         super().find()

@@ -17,6 +17,7 @@ from ...core.ranges import NonZero
 from .base import Pictures, Reward, pixels_of
 
 COLUMNS = ("prompt", "image")
+ROUNDING = 1e-6  # of products of fp32, which may differ for equal pictures of two prompts
 
 
 class TextMatch(Reward):
@@ -26,7 +27,7 @@ class TextMatch(Reward):
 
     Args:
         table: A table (csv, json, jsonl or parquet) with the columns `prompt` and `image`; images are files in its
-            folder. A prompt may have several.
+            folder, all of which are kept in memory. A prompt may have several.
     """
 
     def __init__(self, table: str, weight: NonZero = 1.0):
@@ -77,11 +78,13 @@ class TextMatch(Reward):
         own = torch.tensor([other == prompt for other in self.prompts])
         if not own.any():
             return float("nan")
-        distances = torch.cdist(pixels_of(picture).reshape(1, -1), self._targets(picture.size))[0]
-        return float(distances[own].min() <= distances.min())
+        targets, half_norms = self._targets(picture.size)
+        distances = half_norms - targets @ pixels_of(picture).flatten()  # |t - x|² / 2 but for |x|² / 2, equal for all
+        return float(distances[own].min() <= distances.min() + ROUNDING * half_norms.max())
 
-    def _targets(self, size: tuple[int, int]) -> Tensor:
-        """The table's pictures (M, 3 · height · width) at a size (width, height)."""
+    def _targets(self, size: tuple[int, int]) -> tuple[Tensor, Tensor]:
+        """The table's pictures t (M, 3 · height · width) at a size (width, height), and |t|² / 2 (M,) of each."""
         load = image_loader(self.folder)
         pictures = (load(row["image"]).resize(size, Image.Resampling.BICUBIC) for row in self.targets)
-        return torch.stack([pixels_of(picture).flatten() for picture in pictures])
+        targets = torch.stack([pixels_of(picture).flatten() for picture in pictures])
+        return targets, targets.square().sum(1) / 2

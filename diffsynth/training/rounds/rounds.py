@@ -1,8 +1,8 @@
 """`Rounds`: before a round's first step, sample with the policy and score; the steps then train on these samples."""
 
 import logging
+import math
 from collections.abc import Mapping, Sequence
-from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,11 +23,11 @@ from ...diffusion.rewards import Reward
 from ...diffusion.rewards.advantages import Advantages, combined
 from ..stopping import StopRequest
 from .samples import RoundSamples
-from .sampling import Request, sample_latents
+from .sampling import Request, plainly, sample_in_batches
 from .scoring import score
 from .settings import Guard, RoundSettings
 from .store import Group, RoundStore
-from .watch import Watch, best_and_worst, metrics_of
+from .watch import Watch, best_and_worst, metrics_of, spreads
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -104,8 +104,9 @@ class Rounds:
             return False
         groups = [self.store.read(number, group, self._key(state, group)) for group in range(self.settings.prompts)]
         total, compared = self._advantages(groups)
-        rows = [self._row(number, group) for group in range(self.settings.prompts)]
-        self.samples.show(number, rows, groups, module.task.advantages(total))
+        prompts = state.round["prompts"]
+        self.samples.show(number, [self.prompts[n] for n in prompts], groups, module.task.advantages(total))
+        state.round["spread"] = {**state.round.get("spread", {}), **spreads(prompts, groups)}
         if within == 0:
             self._report(accelerator, module, state, log, groups, total, compared)
         return not self.has_ended(state)
@@ -128,7 +129,16 @@ class Rounds:
         is_old = module.task.samples_as == OLD
         sampling = [pair.old for pair in state.lagging.values()] if is_old else state.engine.local(state.main.all)
         policy = identity(gather_object([fingerprint(sampling)]))
-        state.round = {**state.round, "number": number, "policy": policy}
+        state.round = {**state.round, "number": number, "policy": policy, "prompts": self._choose(state, number)}
+
+    def _choose(self, state: "TrainingState", number: int) -> list[int]:
+        """Indices of the prompts of a round; see `RoundSettings.curriculum`."""
+        count = self.settings.prompts * self.settings.curriculum
+        order = SampleOrder(self.prompts.size, sample_seed(self.seed, "prompts of rounds", 0, 0))
+        candidates = [order.sample(number * count + place).index for place in range(count)]
+        spread = state.round.get("spread", {})
+        candidates.sort(key=lambda index: -spread.get(str(index), math.inf))  # equal ones stay in order
+        return candidates[: self.settings.prompts]
 
     def _key(self, state: "TrainingState", group: int) -> str:
         """What the samples of a group depend on, as a hash."""
@@ -136,24 +146,13 @@ class Rounds:
         about = {
             "policy": state.round["policy"],
             "prompts": self.prompts.fingerprint(),
-            "prompt": self._prompt(number, group),
+            "prompt": state.round["prompts"][group],
             "seeds": [self._seed(number, group, member) for member in range(self.settings.samples)],
             "rewards": self.versions,
         }
         return identity(about)
 
     # Sampling
-
-    @cached_property
-    def _order(self) -> SampleOrder:
-        return SampleOrder(self.prompts.size, sample_seed(self.seed, "prompts of rounds", 0, 0))
-
-    def _prompt(self, number: int, group: int) -> int:
-        """Index of the prompt of a group of a round."""
-        return self._order.sample(number * self.settings.prompts + group).index
-
-    def _row(self, number: int, group: int) -> Row:
-        return self.prompts[self._prompt(number, group)]
 
     def _seed(self, number: int, group: int, member: int) -> int:
         """The seed of a sample's noise, below 2^63, which no other sample of the run has."""
@@ -194,13 +193,14 @@ class Rounds:
     def _make(self, module: "PipelineTrainingModule", state: "TrainingState", chunk: Sequence[int]) -> None:
         """Sample, decode and score some groups, and write each."""
         number, members = state.round["number"], range(self.settings.samples)
-        rows = {group: self._row(number, group) for group in chunk}
+        rows = {group: self.prompts[state.round["prompts"][group]] for group in chunk}
         seeds = {group: [self._seed(number, group, member) for member in members] for group in chunk}
         requests = [Request(rows[group], seed) for group in chunk for seed in seeds[group]]
-        settings, size = module.task.sampling.settings, self.settings.batch_size
-        latents = sample_latents(module, requests, settings, module.task.samples_as, size)
-        for group, own in zip(chunk, latents.split(len(members)), strict=True):
-            results = decoded(module, own)
+        task, settings = module.task, module.task.sampling.settings
+        kept = sample_in_batches(module, requests, task.roll_out, task.samples_as, self.settings.batch_size)
+        for place, group in enumerate(chunk):
+            own = {name: tensor[place * len(members) :][: len(members)] for name, tensor in kept.items()}
+            results = decoded(module, own["latents"])
             pictures = [module.pipe.media.thumbnail(result) for result in results]
             scores = score(self.rewards, pictures, [rows[group]] * len(members), module.pipe.device)
             if leads():
@@ -293,9 +293,8 @@ class Rounds:
             sample_seed(self.seed, "held out", 0, number * 1000 + n) >> 1 for n in range(self.settings.held_out_samples)
         ]
         requests = [Request(prompt, seed) for seed in seeds]
-        settings, size = module.task.sampling.settings, self.settings.batch_size
-        latents = sample_latents(module, requests, settings, STUDENT, size)
-        pictures = [module.pipe.media.thumbnail(result) for result in decoded(module, latents)]
+        kept = sample_in_batches(module, requests, plainly, STUDENT, self.settings.batch_size)
+        pictures = [module.pipe.media.thumbnail(result) for result in decoded(module, kept["latents"])]
         return score(rewards, pictures, [prompt] * len(seeds), module.pipe.device), pictures
 
 

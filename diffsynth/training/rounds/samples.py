@@ -1,7 +1,7 @@
 """`RoundSamples`, the data set of a reward training: what the policy sampled in the current round."""
 
 from collections.abc import Callable, Mapping, Sequence, Set
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -14,6 +14,9 @@ from ...core.input_files import InputFile
 from ...diffusion.pipeline.vae import Latents
 from .store import Group
 
+if TYPE_CHECKING:
+    from ...diffusion.loss.reward import RewardObjective
+
 
 class RoundSamples(TrainingData):
     """The samples of a round, which `show` sets, as rows with their latents and advantages.
@@ -25,14 +28,23 @@ class RoundSamples(TrainingData):
         groups: Prompts per round.
         members: Samples per prompt.
         levels: How often a round trains each sample, each time at another noise level.
+        task: The objective.
         latents: The latents of the model's family.
     """
 
     has_images = False
     needs_encoders = False
 
-    def __init__(self, prompts: CachedDataset, groups: int, members: int, levels: int, latents: Latents):
-        self.prompts, self.members, self.latents = prompts, members, latents
+    def __init__(
+        self,
+        prompts: CachedDataset,
+        groups: int,
+        members: int,
+        levels: int,
+        task: "RewardObjective",
+        latents: Latents,
+    ):
+        self.prompts, self.members, self.task, self.latents = prompts, members, task, latents
         self.size, self.repeat, self.metadata_path = groups * members, levels, prompts.metadata_path
         self.number: int | None = None  # of the round that is shown
         self._groups: Sequence[Group] = ()
@@ -45,9 +57,9 @@ class RoundSamples(TrainingData):
     def __getitem__(self, index: int) -> Row:
         group, member = divmod(index, self.members)
         if self.number is None:
-            return blank(self.prompts[0], self.latents, self.image_size)
-        latents = self._groups[group].latents[member : member + 1]
-        return as_sample(self._rows[group], latents, self._advantages[group, member : member + 1])
+            return blank(self.prompts[0], self.task, self.latents, self.image_size)
+        kept = {name: tensor[member : member + 1] for name, tensor in self._groups[group].tensors.items()}
+        return as_sample(self._rows[group], kept, self._advantages[group, member : member + 1])
 
     @property
     def image_size(self) -> Size:
@@ -73,13 +85,13 @@ class RoundSamples(TrainingData):
         self.prompts.check_made_for(expected, keys_of)
 
 
-def as_sample(prompt: Row, latents: Tensor, advantage: Tensor) -> Row:
-    """The row of a sample with clean latents (1, …) and an advantage (1,), of a prompt's cached row."""
-    shared = {**prompt.made["shared"], "input_latents": latents, "advantage": advantage}
-    return Row(prompt, {**prompt.made, "shared": shared})
+def as_sample(prompt: Row, kept: Mapping[str, Tensor], advantage: Tensor) -> Row:
+    """The row of a sample of a prompt's cached row: what is kept of it (1, …), and its advantage (1,)."""
+    own = {"input_latents" if name == "latents" else name: tensor for name, tensor in kept.items()}
+    return Row(prompt, {**prompt.made, "shared": {**prompt.made["shared"], **own, "advantage": advantage}})
 
 
-def blank(prompt: Row, latents: Latents, size: Size) -> Row:
+def blank(prompt: Row, task: "RewardObjective", latents: Latents, size: Size) -> Row:
     """The row of a sample without content, of (width, height) in pixels and, for clips, frames."""
     width, height, *frames = size
-    return as_sample(prompt, torch.zeros(latents.shape(height, width, *frames)), torch.zeros(1))
+    return as_sample(prompt, task.blank(latents.shape(height, width, *frames)), torch.zeros(1))

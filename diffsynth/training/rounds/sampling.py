@@ -1,8 +1,8 @@
 """Samples pictures of cached prompts with a pipeline that is being trained, in any of its roles."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,7 +12,11 @@ from ...diffusion.pipeline.remembered import to_device
 from ...diffusion.training_module import with_made
 
 if TYPE_CHECKING:
+    from ...diffusion.base_pipeline import BasePipeline
     from ...diffusion.training_module import PipelineTrainingModule
+
+
+Sample = Callable[["BasePipeline", dict, dict, dict], dict[str, Tensor]]  # of inputs (shared, positive, negative)
 
 
 class Request(NamedTuple):
@@ -22,32 +26,38 @@ class Request(NamedTuple):
     seed: int
 
 
-def sample_latents(
-    module: "PipelineTrainingModule", requests: Sequence[Request], settings: Mapping[str, Any], role: str, size: int
-) -> Tensor:
-    """Clean latents (N, …), fp32 on the CPU, of N requests of one size, sampled in batches.
+def sample_in_batches(
+    module: "PipelineTrainingModule", requests: Sequence[Request], sample: Sample, role: str, size: int
+) -> dict[str, Tensor]:
+    """What `sample` makes of N requests of one size, batch by batch, in fp32 on the CPU: tensors (N, …) by name.
 
     The tensors are not those of `torch.inference_mode`: networks keep some of what they compute, such as tables of
     positions, for the next training step, whose backward pass could not use them.
 
     Args:
-        settings: Values of the pipeline's `sampling_arguments`.
+        sample: Makes tensors (B, …) by name of a batch of inputs, such as `RewardObjective.roll_out`.
         role: The role that samples, if the training has roles.
         size: Samples per batch.
     """
     pieces = [requests[start : start + size] for start in range(0, len(requests), size)]
-    return torch.cat([_sample(module, piece, settings, role) for piece in pieces])
+    batches = [_sample(module, piece, sample, role) for piece in pieces]
+    return {name: torch.cat([batch[name] for batch in batches]).float().cpu() for name in batches[0]}
 
 
 @torch.no_grad()
 def _sample(
-    module: "PipelineTrainingModule", requests: Sequence[Request], settings: Mapping[str, Any], role: str
-) -> Tensor:
+    module: "PipelineTrainingModule", requests: Sequence[Request], sample: Sample, role: str
+) -> dict[str, Tensor]:
     pipe, (shared, posi, nega) = module.pipe, inputs_of(module, requests)
-    request = {**shared, **settings}
+    request = {**shared, **module.task.sampling.settings}
     acting = nullcontext() if module.roles is None else module.roles.active(role)
     with pipe.sampling(), pipe.sampling_steps(request), acting:
-        return pipe.denoise(request, posi, nega).float().cpu()
+        return sample(pipe, request, posi, nega)
+
+
+def plainly(pipe: "BasePipeline", shared: dict, posi: dict, nega: dict) -> dict[str, Tensor]:
+    """The clean `latents` (B, …) that the pipeline samples of a batch of inputs."""
+    return {"latents": pipe.denoise(shared, posi, nega)}
 
 
 def inputs_of(module: "PipelineTrainingModule", requests: Sequence[Request]) -> tuple[dict, dict, dict]:

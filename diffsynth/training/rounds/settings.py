@@ -1,7 +1,7 @@
 """Settings of the rounds of a reward training: `rounds` and `guard` in conf/reward.yaml."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Annotated, Literal
 
 from ...core.ranges import BatchSize, PositiveFloat, PositiveInt, at_least, check_fields
@@ -17,6 +17,8 @@ class RoundSettings:
         path: Folder of the rounds' samples.
         prompts: Prompts per round.
         samples: Samples per prompt, of which the better ones are preferred to the others.
+        curriculum: A round has its prompts from this many times as many candidates: those whose samples' rewards
+            differed most the last time, and new ones before all others. 1 takes all prompts in turn.
         levels: How often a round trains each sample, each time at another noise level.
         batch_size: Samples that are sampled as one batch.
         std: Which standard deviation divides the rewards; see `diffusion.rewards.advantages`.
@@ -29,6 +31,7 @@ class RoundSettings:
     path: str
     prompts: PositiveInt = 16
     samples: Annotated[int, at_least(2)] = 8
+    curriculum: PositiveInt = 1
     levels: PositiveInt = 1
     batch_size: BatchSize = 32
     std: Std = "group"
@@ -71,13 +74,13 @@ class Guard:
         diversity: The mean distance between a prompt's samples must stay above this share of that of the first round;
             0 does not look.
         evaluation: How far the means of evaluation rewards on held-out prompts may fall below their first values, by
-            name, in the reward's own unit.
+            name, in the reward's own unit; None looks at none.
         action: `stop` ends the run as if it were complete; `lower_rate` multiplies the learning rate by `factor`.
         factor: See `action`.
     """
 
     diversity: Annotated[float, at_least(0)] = 0.3
-    evaluation: Mapping[str, PositiveFloat] = field(default_factory=dict)
+    evaluation: Mapping[str, PositiveFloat] | None = None
     action: Literal["stop", "lower_rate"] = "stop"
     factor: Fraction = 0.5
 

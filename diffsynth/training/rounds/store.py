@@ -26,16 +26,17 @@ INDEX = {"key": str, "digest": str, "prompt": str, "seeds": [int], "scores": {st
 
 
 class Group(NamedTuple):
-    """The samples of one prompt: latents (G, …), fp32, and the scores (G,) that each reward gave them.
+    """The samples of one prompt, and the scores (G,) that each reward gave them.
 
     Args:
         prompt: The prompt.
         seeds: The seeds (G) of the samples' noise.
+        tensors: Clean `latents` (G, …), fp32, and what else the objective keeps of the sampling.
     """
 
     prompt: str
     seeds: Sequence[int]
-    latents: Tensor
+    tensors: Mapping[str, Tensor]
     scores: Mapping[str, Tensor]
 
 
@@ -64,7 +65,7 @@ class RoundStore:
             OSError: The disk is full, or the folder cannot be written.
         """
         file = self._file(number, group)
-        save_safetensors({"latents": sampled.latents}, file)
+        save_safetensors(sampled.tensors, file)
         scores = {name: [None if x != x else x for x in values.tolist()] for name, values in sampled.scores.items()}
         content = {"prompt": sampled.prompt, "seeds": list(sampled.seeds), "scores": scores}
         write_text(file.with_suffix(".json"), to_json({"key": key, "digest": digest_of(file), **content}))
@@ -86,7 +87,7 @@ class RoundStore:
                 "file system that all machines share: set output_root=… to one."
             )
         scores = {n: torch.tensor([float("nan") if x is None else x for x in v]) for n, v in index["scores"].items()}
-        return Group(index["prompt"], index["seeds"], load_state_dict(self._file(number, group))["latents"], scores)
+        return Group(index["prompt"], index["seeds"], load_state_dict(self._file(number, group)), scores)
 
     def prune(self, newest: int, keep: int) -> None:
         """Delete all rounds but the last `keep` up to the `newest`."""

@@ -30,7 +30,7 @@ def metrics_of(groups: Sequence[Group], compared: Mapping[str, Advantages]) -> d
     Args:
         compared: Each reward's advantages.
     """
-    values = {"diversity": torch.stack([diversity(group.latents) for group in groups]).mean().item()}
+    values = {"diversity": torch.stack([diversity(group.tensors["latents"]) for group in groups]).mean().item()}
     for name, own in compared.items():
         scores = torch.stack([group.scores[name] for group in groups])
         values |= {f"reward_{name}": scores.nanmean().item(), f"reward_{name}_std": _spread(scores)}
@@ -47,6 +47,15 @@ def diversity(latents: Tensor) -> Tensor:
     flat = latents.flatten(1)
     apart = torch.cdist(flat, flat) / flat.shape[1] ** 0.5
     return apart.sum() / (len(flat) * (len(flat) - 1))
+
+
+def spreads(prompts: Sequence[int], groups: Sequence[Group]) -> dict[str, float]:
+    """How much the rewards of a prompt's samples differ, in deviations of the whole round, by the prompt's index."""
+    own = torch.zeros(len(groups))
+    for name in groups[0].scores:
+        scores = torch.stack([group.scores[name] for group in groups]).nan_to_num(0)
+        own += scores.std(1) / scores.std().clamp_min(1e-12)
+    return {str(index): value for index, value in zip(prompts, own.tolist(), strict=True)}
 
 
 def _spread(scores: Tensor) -> float:
@@ -97,13 +106,12 @@ class Watch:
 
     def _crossed(self, first: Mapping[str, float], values: Mapping[str, float]) -> list[str]:
         """The bounds that metrics have crossed, in sentences."""
-        bounds = {"diversity": (self.guard.diversity * first["diversity"], f"guard.diversity={self.guard.diversity:g}")}
-        for reward, fall in self.guard.evaluation.items():
-            name = f"evaluation_{reward}"
-            if name in first:
-                bounds[name] = first[name] - fall, f"guard.evaluation.{reward}={fall:g}"
-        return [
-            f"{name} fell from {first[name]:.3g} to {values[name]:.3g}, below {least:.3g} ({setting})"
-            for name, (least, setting) in bounds.items()
-            if name in values and values[name] < least
-        ]
+        bounds = {"diversity": (lambda first: self.guard.diversity * first, f"diversity={self.guard.diversity:g}")}
+        for reward, fall in (self.guard.evaluation or {}).items():
+            bounds[f"evaluation_{reward}"] = (lambda first, fall=fall: first - fall), f"evaluation.{reward}={fall:g}"
+        reasons = []
+        for name, (bound, setting) in bounds.items():
+            if name in values and values[name] < (least := bound(first[name])):
+                fell = f"{name} fell from {first[name]:.3g} to {values[name]:.3g}"
+                reasons.append(f"{fell}, below {least:.3g} (guard.{setting})")
+        return reasons

@@ -1,6 +1,7 @@
 """Rewards by networks of the real classes with random weights: their formulas, their inputs, their gradients."""
 
 import json
+import shutil
 import string
 from pathlib import Path
 
@@ -170,6 +171,16 @@ def test_the_version_tells_other_weights_apart(clip, predictor, tmp_path):
     save_file(predictor_of(8).state_dict(), tmp_path / "other.safetensors")
     assert version(predictor) == version(predictor) != version(tmp_path / "other.safetensors")
     assert ClipScore(ModelConfig(path=str(clip))).version.startswith("ClipScore ")
+
+
+def test_the_version_tells_other_processors_apart(clip, tmp_path):
+    def version(folder: Path) -> str:
+        return PickScore(ModelConfig(path=str(clip)), ModelConfig(path=str(folder))).version
+
+    other = shutil.copytree(clip, tmp_path / "other")
+    assert version(other) == version(clip)
+    (other / "tokenizer_config.json").write_text("{}")
+    assert version(other) != version(clip)
 
 
 def test_layers_for_another_clip_are_refused(clip, tmp_path, images):

@@ -1,6 +1,7 @@
 """Rewards without weights: their scores are those of the formulas, and gradients lead to better pictures."""
 
 import csv
+import logging
 from io import BytesIO
 
 import numpy as np
@@ -123,10 +124,12 @@ def test_pictures_of_any_size_are_compared_at_their_own(table, noise):
     assert score(table, noise[2].resize((64, 64)), noise[0], prompts=["b", "a"]) == [1, 1]
 
 
-def test_a_prompt_that_the_table_lacks_cannot_be_scored_and_is_refused_beforehand(table, noise):
+def test_a_prompt_that_the_table_lacks_cannot_be_scored_and_is_refused_beforehand(table, noise, caplog):
     first, second = score(table, noise[0], noise[0], prompts=["x", "a"])
     assert np.isnan(first) and second == 1
-    assert table.measure(noise[:2], ["x", "a"], None, CPU) == 1
+    with caplog.at_level(logging.WARNING):
+        assert table.measure(noise[:2], ["x", "a"], None, CPU) == 1
+    assert "TextMatch cannot score 1 of 2 images; its mean is that of the others." in caplog.text
     table.check_rows({"prompt": "a"})
     with pytest.raises(ValueError, match="table.csv has no picture for the prompt 'x'"):
         table.check_rows({"prompt": "x"})

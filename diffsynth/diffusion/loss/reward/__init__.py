@@ -3,8 +3,9 @@
 from .awm import AWM
 from .base import PolicySampling, RewardObjective
 from .dpo import DPO
+from .flow_grpo import FlowGRPO
 from .nft import NFT
 from .refl import ReFL
 from .rwr import RWR
 
-__all__ = ["AWM", "DPO", "NFT", "RWR", "PolicySampling", "ReFL", "RewardObjective"]
+__all__ = ["AWM", "DPO", "FlowGRPO", "NFT", "RWR", "PolicySampling", "ReFL", "RewardObjective"]

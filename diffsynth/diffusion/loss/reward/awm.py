@@ -15,11 +15,11 @@ from ...distillation.context import LossContext
 from ...distillation.roles import OLD, STUDENT, TEACHER, Roles
 from ...noted import note
 from ...timesteps import UniformWeighting
-from .base import RewardObjective
+from .base import RenoisingObjective
 
 
 @dataclass(frozen=True, kw_only=True)
-class AWM(RewardObjective):
+class AWM(RenoisingObjective):
     """w(σ) · [A ‖v_θ - (ε - x₀)‖² + λ ‖v_θ - v_base‖² + λ' ‖v_θ - v_old‖²], means over the dimensions.
 
     The policy samples. `old` is a moving average of it, from which one round must not lead far: without that term the

@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor
 
 from ....core.ranges import NonNegativeFloat, PositiveFraction, SamplingSteps, check_fields
@@ -51,16 +52,19 @@ class PolicySampling:
 class RewardObjective(Objective):
     """An objective on clean latents that the policy sampled, each with its advantage among samples of its prompt.
 
+    Class attributes:
+        samples_as: The role that samples.
+        kept: What `roll_out` keeps for the loss besides the clean latents; the loss finds it in `context.inputs`.
+
     Args:
         sampling: How the policy samples.
-        timesteps: Distribution of the noise levels at which samples are trained.
     """
 
     sampling: PolicySampling = field(default_factory=PolicySampling)
-    timesteps: UniformTimesteps = field(default_factory=UniformTimesteps)
 
     learns_from_samples: ClassVar[bool] = True
-    samples_as: ClassVar[str] = STUDENT  # the role that samples
+    samples_as: ClassVar[str] = STUDENT
+    kept: ClassVar[Sequence[str]] = ()
 
     def __call__(
         self,
@@ -93,15 +97,18 @@ class RewardObjective(Objective):
         """Loss per sample (B,)."""
         raise NotImplementedError(f"{type(self).__name__} has no loss.")
 
-    def noised(self, context: LossContext) -> tuple[Tensor, Tensor, Tensor]:
-        """Noisy latents x_σ = (1 - σ) x₀ + σ ε (B, …), their noise ε (B, …) and noise levels σ (B,)."""
-        sigma = self.timesteps(context.pipe.scheduler, context.rng.uniform("timestep")).to(context.clean.device)
-        noise = context.rng.normal("noise", context.clean)
-        return interpolate(context.clean, noise, sigma), noise, sigma
+    def roll_out(self, pipe: BasePipeline, shared: dict, posi: dict, nega: dict) -> dict[str, Tensor]:
+        """Sample a batch of inputs (shared, positive, negative) at the pipeline's sampling steps.
 
-    def policy_velocity(self, context: LossContext, latents: Tensor, sigma: Tensor) -> Tensor:
-        """Velocity (B, …), fp32, that the policy predicts for latents (B, …) at noise levels (B,), with gradients."""
-        return context.pipe.predict(sigma * TRAINING_STEPS, latents=latents, **context.inputs).float()
+        Returns:
+            Tensors (B, …) by name that are kept for the loss: clean `latents`, which become its `input_latents`, and
+            others, which the loss gets under their own names.
+        """
+        return {"latents": pipe.denoise(shared, posi, nega)}
+
+    def blank(self, shape: Sequence[int]) -> dict[str, Tensor]:
+        """What `roll_out` returns for one sample whose latents have this shape (1, …), without its content."""
+        return {"latents": torch.zeros(shape)}
 
     def advantages(self, normalised: Tensor) -> Tensor:
         """What `loss` gets as advantages (P, G), from the normalised rewards (P, G) of G samples of each of P prompts.
@@ -145,7 +152,7 @@ class RewardObjective(Objective):
         return [unit for unit in pipe.units if "input_latents" not in unit.output_params]
 
     def wanted_inputs(self, pipe: BasePipeline) -> set[str]:
-        return super().wanted_inputs(pipe) | {"input_latents", "height", "width"}
+        return super().wanted_inputs(pipe) | {"input_latents", "height", "width", *self.kept}
 
     def sampling_inputs(self, pipe: BasePipeline) -> dict[str, Any]:
         return sampled_with(pipe)
@@ -176,3 +183,24 @@ def check_network_alone(pipe: BasePipeline, lora: Adapter | None, trainable_mode
         raise ValueError(
             f"task.trainable_models and lora.models name {sorted(trained)}; reward training trains {network} alone."
         )
+
+
+@dataclass(frozen=True, kw_only=True)
+class RenoisingObjective(RewardObjective):
+    """An objective that adds noise to the samples again, so that any sampler may have made them.
+
+    Args:
+        timesteps: Distribution of the noise levels at which samples are trained.
+    """
+
+    timesteps: UniformTimesteps = field(default_factory=UniformTimesteps)
+
+    def noised(self, context: LossContext) -> tuple[Tensor, Tensor, Tensor]:
+        """Noisy latents x_σ = (1 - σ) x₀ + σ ε (B, …), their noise ε (B, …) and noise levels σ (B,)."""
+        sigma = self.timesteps(context.pipe.scheduler, context.rng.uniform("timestep")).to(context.clean.device)
+        noise = context.rng.normal("noise", context.clean)
+        return interpolate(context.clean, noise, sigma), noise, sigma
+
+    def policy_velocity(self, context: LossContext, latents: Tensor, sigma: Tensor) -> Tensor:
+        """Velocity (B, …), fp32, that the policy predicts for latents (B, …) at noise levels (B,), with gradients."""
+        return context.pipe.predict(sigma * TRAINING_STEPS, latents=latents, **context.inputs).float()

@@ -17,7 +17,7 @@ from ...distillation.context import LossContext
 from ...distillation.roles import OLD, STUDENT, TEACHER, Roles
 from ...flow_match import clean_estimate
 from ...noted import note
-from .base import RewardObjective
+from .base import RenoisingObjective
 
 SMALLEST_WEIGHT = 1e-5  # of the published code
 
@@ -30,7 +30,7 @@ SCHEDULES = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class NFT(RewardObjective):
+class NFT(RenoisingObjective):
     """(A_max / β) · [r D(v⁺) + (1 - r) D(v⁻)] + λ D(v_θ; x̂₀ of the base), with r = ½ + A / (2 A_max).
 
     v⁺ = β v_θ + (1 - β) v_old and v⁻ = (1 + β) v_old - β v_θ are predictions for x_σ = (1 - σ) x₀ + σ ε, and

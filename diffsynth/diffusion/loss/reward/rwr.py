@@ -11,11 +11,11 @@ from torch import Tensor
 
 from ....core.ranges import PositiveFloat, check_fields
 from ...distillation.context import LossContext
-from .base import RewardObjective
+from .base import RenoisingObjective
 
 
 @dataclass(frozen=True, kw_only=True)
-class RWR(RewardObjective):
+class RWR(RenoisingObjective):
     """W ‖v_θ - (ε - x₀)‖², the mean over the dimensions, with W = exp(A / τ) / mean of it over the prompt's samples.
 
     Args:

@@ -18,7 +18,7 @@ from torch.testing import assert_close
 from diffsynth.core.data import CachedDataset, Row, SampleAddress, UnifiedDataset
 from diffsynth.diffusion.adapters.lora import LoRA
 from diffsynth.diffusion.flow_match import interpolate
-from diffsynth.diffusion.loss import DPO
+from diffsynth.diffusion.loss.reward import DPO
 from diffsynth.diffusion.loss.reward.dpo import PairErrors, preference_loss
 from diffsynth.diffusion.pipeline import networks as models
 from diffsynth.diffusion.randomness import SampleRNG, StratifiedRNG

@@ -14,7 +14,7 @@ from torch.testing import assert_close
 
 from diffsynth.diffusion.distillation.roles import OLD, STUDENT, TEACHER
 from diffsynth.diffusion.flow_match import interpolate
-from diffsynth.diffusion.loss import AWM, NFT, RWR
+from diffsynth.diffusion.loss.reward import AWM, NFT, RWR
 from diffsynth.diffusion.loss.reward.nft import SCHEDULES
 
 QUANTILES = torch.special.ndtri((torch.arange(200, dtype=torch.float64) + 0.5) / 200)

@@ -14,7 +14,7 @@ from toys import grid
 
 from diffsynth.core.data import SampleAddress
 from diffsynth.diffusion.adapters.lora import LoRA
-from diffsynth.diffusion.loss import ReFL
+from diffsynth.diffusion.loss.reward import ReFL
 from diffsynth.diffusion.loss.reward.refl import decoded, sample_last_steps
 from diffsynth.diffusion.randomness import SampleRNG
 from diffsynth.diffusion.rewards import Brightness, JpegSize
