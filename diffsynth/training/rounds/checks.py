@@ -1,5 +1,6 @@
 """Checks of a reward training before any weight is read."""
 
+from itertools import chain
 from typing import TYPE_CHECKING
 
 from ...diffusion.rewards import Reward
@@ -36,8 +37,8 @@ def check_rewards(run: "RewardRun") -> None:
             if not isinstance(reward, Reward):
                 raise ValueError(f"{group}.{name} is {reward!r}; expected an option of the group reward.")
             reward.find()
-            for prompts in filter(None, (run.prompts, run.held_out)):
-                reward.check_rows(prompts.rows[0])
+            for row in chain.from_iterable(prompts.rows for prompts in (run.prompts, run.held_out) if prompts):
+                reward.check_rows(row)
 
 
 def check_apart(prompts: "TrainingData", held_out: "TrainingData") -> None:

@@ -198,17 +198,18 @@ class Rounds:
         requests = [Request(rows[group], seed) for group in chunk for seed in seeds[group]]
         task, settings = module.task, module.task.sampling.settings
         kept = sample_in_batches(module, requests, task.roll_out, task.samples_as, self.settings.batch_size)
-        for place, group in enumerate(chunk):
-            own = {name: tensor[place * len(members) :][: len(members)] for name, tensor in kept.items()}
-            results = decoded(module, own["latents"])
-            pictures = [module.pipe.media.thumbnail(result) for result in results]
-            scores = score(self.rewards, pictures, [rows[group]] * len(members), module.pipe.device)
-            if leads():
-                for member, picture in zip(members, pictures, strict=True):
-                    about = {"prompt": rows[group]["prompt"], "seed": seeds[group][member], **settings}
-                    save_png(picture, self.store.picture(number, group, member, ".png"), about)
-                sampled = Group(rows[group]["prompt"], seeds[group], own, scores)
-                self.store.write(number, group, self._key(state, group), sampled)
+        results = decoded(module, kept["latents"])
+        pictures = [module.pipe.media.thumbnail(result) for result in results]
+        of_pictures = [rows[group] for group in chunk for _ in members]
+        scores = score(self.rewards, pictures, of_pictures, len(members), module.pipe.device)
+        for place, group in enumerate(chunk) if leads() else ():
+            own = slice(place * len(members), (place + 1) * len(members))
+            for member, picture in zip(members, pictures[own], strict=True):
+                about = {"prompt": rows[group]["prompt"], "seed": seeds[group][member], **settings}
+                save_png(picture, self.store.picture(number, group, member, ".png"), about)
+            tensors, scored = ({name: each[own] for name, each in all.items()} for all in (kept, scores))
+            sampled = Group(rows[group]["prompt"], seeds[group], tensors, scored)
+            self.store.write(number, group, self._key(state, group), sampled)
 
     def _advantages(self, groups: Sequence[Group]) -> tuple[Tensor, dict[str, Advantages]]:
         """The advantages (P, G) of all rewards together, NaN of samples without a score, and those of each reward."""
@@ -295,7 +296,7 @@ class Rounds:
         requests = [Request(prompt, seed) for seed in seeds]
         kept = sample_in_batches(module, requests, plainly, STUDENT, self.settings.batch_size)
         pictures = [module.pipe.media.thumbnail(result) for result in decoded(module, kept["latents"])]
-        return score(rewards, pictures, [prompt] * len(seeds), module.pipe.device), pictures
+        return score(rewards, pictures, [prompt] * len(seeds), len(seeds), module.pipe.device), pictures
 
 
 @torch.no_grad()

@@ -17,12 +17,14 @@ def score(
     rewards: Mapping[str, Reward],
     pictures: Sequence[Image.Image],
     rows: Sequence[Mapping[str, Any]],
+    members: int,
     device: torch.device,
 ) -> dict[str, Tensor]:
-    """Scores (N,), fp32 on the CPU, of N pictures of one prompt by each reward; NaN for one that cannot be scored.
+    """Scores (N,), fp32 on the CPU, of N pictures by each reward; NaN for one that cannot be scored.
 
     Args:
         rows: The rows (N) of the prompts' table.
+        members: As many pictures that follow one another are of one prompt; a reward that compares gets these alone.
 
     Raises:
         ValueError: A reward returns another number of scores; names it.

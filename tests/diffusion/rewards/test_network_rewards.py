@@ -135,10 +135,18 @@ def test_the_input_is_the_processors_but_for_its_rounding(reward, size):
 
 
 @of_clip
-def test_white_areas_keep_their_gradients(reward):
-    pixels = torch.ones(1, 3, 50, 40, requires_grad=True)
-    reward.prepare(pixels).sum().backward()
-    assert (pixels.grad[:, :, 5:45] > 0).all()
+def test_values_that_the_resizing_overshoots_are_clamped_but_keep_their_gradients(reward):
+    """The gradient of a linear function is the same everywhere: at an edge of black and white as in grey."""
+    edge, grey = torch.zeros(1, 3, 50, 40), torch.full((1, 3, 50, 40), 0.5)
+    edge[..., 20:] = 1
+    gradients = []
+    for pixels in (edge.requires_grad_(), grey.requires_grad_()):
+        prepared = reward.prepare(pixels)
+        prepared.sum().backward()
+        gradients.append(pixels.grad)
+    torch.testing.assert_close(*gradients)
+    white = reward.prepare(torch.ones(1, 3, 50, 40))
+    assert (reward.prepare(edge) <= white + 1e-6).all()
 
 
 @of_clip
