@@ -225,6 +225,8 @@ def test_a_run_is_the_same_from_a_cache_and_needs_no_autoencoder(pairs, tmp_path
     two = tiny.train(tmp_path / "two", *cached)
     assert losses(two)[0] == pytest.approx(math.log(2), abs=1e-5) != losses(two)[1]
     assert_close(losses(two), losses(plain), rtol=1e-5, atol=1e-6)
+    first = tiny.metrics(two)[0]
+    assert (first["accuracy"], first["chosen_error"], first["rejected_error"]) == (1, 0, 0)
     made = CachedDataset(f"{tmp_path}/cache")[0].made["shared"]
     assert not torch.equal(made["input_latents"], made["rejected_latents"])
 
