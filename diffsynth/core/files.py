@@ -218,6 +218,14 @@ def forget_after(path: str | Path, step: int) -> None:
         write_text(path, "".join(to_json(line) + "\n" for line in kept))
 
 
+def forget_at(path: str | Path, step: int, name: str) -> None:
+    """Delete the lines of a step that have the key `name` from a JSON lines file whose lines have a `step`."""
+    path = Path(path)
+    if path.exists():
+        kept = [line for line in read_lines(path) if line.get("step") != step or name not in line]
+        write_text(path, "".join(to_json(line) + "\n" for line in kept))
+
+
 def partial_path(path: Path) -> Path:
     """Return the temporary name for `path` that tells `remove_leftovers` which process writes it."""
     return path.with_name(f".partial-{machine()}-{os.getpid()}-{path.name}")

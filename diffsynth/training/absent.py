@@ -79,6 +79,9 @@ class NoLogger:
     def log(self, step: int, values: Mapping[str, float], pictures: Mapping[str, Any]) -> None:
         pass
 
+    def forget(self, step: int, name: str) -> None:
+        pass
+
     def finish(self) -> None:
         pass
 

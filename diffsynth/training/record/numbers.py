@@ -7,7 +7,7 @@ from pathlib import Path
 import yaml
 
 from ...core.data.operators.picture_files import read_image
-from ...core.files import forget_after, going_on_without
+from ...core.files import forget_after, forget_at, going_on_without
 from ...core.json_lines import JsonLines
 from ...core.masking import masked_values
 from ...core.ranges import PositiveInt, check_fields
@@ -69,6 +69,10 @@ class LocalLogger:
         forget_after(self.file, step if resumed else -1)
         for tracker in self.trackers.values():
             tracker.start(step, self._config())
+
+    def forget(self, step: int, name: str) -> None:
+        """Delete lines of a step that have the metric `name`, because a resumed run writes them again."""
+        forget_at(self.file, step, name)
 
     def _config(self) -> dict:
         config = Path(self.path) / "resolved.yaml"

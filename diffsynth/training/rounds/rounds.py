@@ -97,6 +97,8 @@ class Rounds:
         number, within = divmod(state.step, self.steps)
         if self.samples.number == number:
             return True
+        if self.samples.number is None and accelerator.is_main_process:
+            log.forget(state.step, "round")  # a run that was killed in this round may have logged it
         module = accelerator.unwrap_model(state.model)
         if state.round.get("number") != number:
             self._set_policy(accelerator, module, state, number)
