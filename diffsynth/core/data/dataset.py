@@ -49,6 +49,7 @@ class TrainingData(Dataset):
         repeat: How often an epoch shows each sample.
         num_workers: Number of DataLoader processes that should load the data set; None leaves it to `workers_on`.
         default_workers: That number on a GPU.
+        column: Column that holds what the model generates, such as images.
         has_images: Whether the samples have images to learn from; a data set of prompts has empty ones.
         needs_encoders: Whether the run has to load encoders; a cache has their outputs already.
         own_sizes: Image sizes (width, height) in pixels, if they differ from sample to sample within a batch.
@@ -61,6 +62,7 @@ class TrainingData(Dataset):
     repeat: int = 1
     num_workers: int | None = 0
     default_workers: int = DEFAULT_WORKERS
+    column = "image"
     has_images = True
     needs_encoders = True
     has_regularisation = False
