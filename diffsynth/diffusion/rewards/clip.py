@@ -36,7 +36,7 @@ class ClipReward(NetworkReward):
         return read_pretrained(CLIPProcessor, self.processor_folder)
 
     def prepare(self, pixels: Tensor) -> Tensor:
-        """The input of CLIP: the shortest side resized, the middle cropped, and normalised.
+        """The input (B, 3, S, S) of CLIP: the shortest side resized, the middle cropped, and normalised.
 
         The processor rounds to 8 bits after resizing along each side; before normalisation, that is a difference of at
         most 1.25 / 255.
@@ -79,7 +79,7 @@ def resized(pixels: Tensor, size: Sequence[int]) -> Tensor:
 
 
 def cropped(pixels: Tensor, height: int, width: int) -> Tensor:
-    """The middle of pictures."""
+    """The middle (B, 3, height, width) of pictures (B, 3, H, W)."""
     top, left = (pixels.shape[2] - height) // 2, (pixels.shape[3] - width) // 2
     return pixels[:, :, top : top + height, left : left + width]
 

@@ -46,7 +46,7 @@ class HpsV2(NetworkReward):
         return open_clip.get_tokenizer(ARCHITECTURE)
 
     def prepare(self, pixels: Tensor) -> Tensor:
-        """The input of HPS: the longest side resized, padded with black to a square, and normalised."""
+        """The input (B, 3, S, S) of HPS: the longest side resized, padded with black to a square, and normalised."""
         side = self.network.visual.image_size[0]
         longest = max(pixels.shape[2:])
         pixels = resized(pixels, [round(side * length / longest) for length in pixels.shape[2:]])
