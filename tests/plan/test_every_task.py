@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 import tiny
 import yaml
+from families import FAMILIES
+from miniatures.videos import write_rows, write_video
 
 from diffsynth.diffusion.controlnet.start import number_of_blocks
 from diffsynth.diffusion.pipeline.components import library_name
@@ -130,4 +132,22 @@ def test_a_distillation_is_planned_before_the_teacher_has_sampled(model, task, t
     (tmp_path / "prompts.txt").write_text("a red apple\n")
     prompts = ["dataset=prompts", f"dataset.path={tmp_path}/prompts.txt", "cached=true", "cache_batch_size=1"]
     plan = planned(tmp_path, f"model={model}", f"task={task}", *prompts, "task.student.num_inference_steps=2")
+    assert plan.footprint.encoders == 0 < plan.footprint.activations
+
+
+EXPERTS = {
+    "miniature": next(family.overrides for family in FAMILIES if family.name == "wan22_t2v_a14b"),
+    "released": ["model=wan22_t2v_a14b"],
+}
+
+
+@pytest.mark.parametrize("model", tiny.mostly_slow(list(EXPERTS), "miniature"))
+@pytest.mark.parametrize("task", ["distill", "distill/trajectory"])
+def test_a_distillation_of_two_experts_is_planned_before_the_teacher_has_sampled(model, task, tmp_path):
+    write_video(tmp_path / "0.mp4", count=5)
+    write_rows(tmp_path, {"video": "0.mp4", "seed": 1})
+    data = ["dataset=video_folder", f"dataset.path={tmp_path}", "dataset.metadata=metadata.jsonl"]
+    clip = ["dataset.num_frames=5", "dataset.height=32", "dataset.width=32", "cached=true", "cache_batch_size=1"]
+    steps = ["task.student.num_inference_steps=2", "validation=none"]
+    plan = planned(tmp_path, *EXPERTS[model], f"task={task}", *data, *clip, *steps)
     assert plan.footprint.encoders == 0 < plan.footprint.activations
