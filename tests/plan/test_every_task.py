@@ -18,6 +18,7 @@ from diffsynth.plan.meta_pipeline import meta_pipeline
 from diffsynth.plan.plan import Plan, Planner
 from diffsynth.plan.run import PlacedRun
 from diffsynth.training.checks import scan
+from diffsynth.training.validation.validation import Validation
 
 FILES = sorted((tiny.ROOT / "conf" / "model").glob("[!_]*.yaml"))
 MODELS = {file.stem: file.read_text("utf-8") for file in FILES if not file.stem.startswith("emoji")}
@@ -151,3 +152,10 @@ def test_a_distillation_of_two_experts_is_planned_before_the_teacher_has_sampled
     steps = ["task.student.num_inference_steps=2", "validation=none"]
     plan = planned(tmp_path, *EXPERTS[model], f"task={task}", *data, *clip, *steps)
     assert plan.footprint.encoders == 0 < plan.footprint.activations
+
+
+def test_of_several_kinds_of_requests_the_one_that_takes_most_is_planned(tmp_path, monkeypatch):
+    requests = [{"prompt": "a", "height": side, "width": side} for side in (32, 96)]
+    monkeypatch.setattr(Validation, "one_of_each", lambda self, module: requests)
+    (stage,) = planner(tmp_path, "model=emoji").sampling()
+    assert stage.size == (96, 96)
