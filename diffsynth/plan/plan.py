@@ -188,10 +188,12 @@ class Planner:
     def sampling(self) -> list[StageMemory]:
         """Return the stage of sampling what the validation shows: of its kinds of requests, the one that takes most."""
         validation, module = self.run.validation, self.rehearsal.module
+        requests = validation.one_of_each(module)
+        if not requests:
+            return []
         options = with_images(module.pipe, validation.options)
-        requests = [{**options, **request} for request in validation.one_of_each(module)]
-        stages = [self._sampling_of(request, number) for number, request in enumerate(requests)]
-        return [max(stages, key=lambda stage: stage.peak)] if stages else []
+        stages = [self._sampling_of({**options, **request}, kind) for kind, request in enumerate(requests)]
+        return [max(stages, key=lambda stage: stage.peak)]
 
     def _sampling_of(self, request: Mapping[str, Any], kind: int) -> StageMemory:
         """Return the stage of sampling one request, which is number `kind` of those of the validation."""
