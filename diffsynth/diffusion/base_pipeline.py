@@ -215,14 +215,15 @@ class BasePipeline(AdaptableNetworks):
     def trajectory(self, shared: dict, posi: dict, nega: dict) -> Iterator[Tensor]:
         """Yield the latents (B, C, h, w) of a batch of inputs at each noise level of the scheduler, and at 0."""
 
-        def velocity(latents: Tensor, timestep: Tensor) -> Tensor:
+        def velocity(latents: Tensor, step: int) -> Tensor:
+            level, timestep = self.scheduler.levels[step], self.scheduler.timesteps[step]
             timesteps = timestep.to(self.device).expand(len(latents))
-            scale = scale_at(shared, timestep, self.scheduler.timesteps)
-            inputs = {**shared, **scale, **self.inputs_at(timestep, shared), "latents": latents}
+            scale = scale_at(shared, step, len(self.scheduler.timesteps))
+            inputs = {**shared, **scale, **self.inputs_at(level, shared), "latents": latents}
             guided = self.guided_velocity(timesteps, shared["cfg_scale"], inputs, posi, nega)
             if shared.get("inpaint_mask") is None:
                 return guided
-            return inpaint_velocity(guided, latents, self.scheduler.sigma(timestep), shared)
+            return inpaint_velocity(guided, latents, self.scheduler.sigmas[step], shared)
 
         sampler = shared.get("sampler", "euler")
         sampler = SAMPLERS.get(sampler, sampler)  # a training may have a sampler of its own
@@ -250,8 +251,8 @@ class BasePipeline(AdaptableNetworks):
         places = [models.pop(name, None) for name in CONTROLNET_SLOTS]
         return models | {"controlnets": [network for network in places if network is not None]}
 
-    def inputs_at(self, timestep: Tensor | float, shared: Mapping) -> dict[str, Any]:
-        """Further inputs of a sampling step at a timestep () in [0, 1000], which is not on the device."""
+    def inputs_at(self, level: float, shared: Mapping) -> dict[str, Any]:
+        """Further inputs of a sampling step at a noise level in [0, 1]."""
         return {}
 
     def guided_velocity(

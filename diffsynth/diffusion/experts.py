@@ -8,6 +8,7 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -70,9 +71,9 @@ class TwoExperts(BasePipeline, abstract=True):
         name = self.expert_at(timestep, inputs)
         return {HIGH: self.replacements.get(name) or getattr(self, name)}
 
-    def inputs_at(self, timestep: Tensor | float, shared: Mapping) -> dict[str, Any]:
-        boundary = shared.get("boundary", self.boundary)
-        return {"expert": HIGH if timestep >= boundary * TRAINING_STEPS else LOW}
+    def inputs_at(self, level: float, shared: Mapping) -> dict[str, Any]:
+        boundary = np.float32(shared.get("boundary", self.boundary))  # levels are fp32, too
+        return {"expert": HIGH if level >= boundary else LOW}
 
     def expert_at(self, timestep: Tensor, inputs: Mapping) -> str:
         """The expert that predicts at equal timesteps (B,) in [0, 1000].
@@ -82,7 +83,7 @@ class TwoExperts(BasePipeline, abstract=True):
         """
         if self.scheduler.training:
             return HIGH if self.scheduler.trained[0] > 0 else LOW
-        return inputs.get("expert") or self.inputs_at(timestep[0], inputs)["expert"]
+        return inputs.get("expert") or self.inputs_at(timestep[0].item() / TRAINING_STEPS, inputs)["expert"]
 
     def guided_velocity(
         self, timestep: Tensor, cfg_scale: float, shared: Mapping, posi: Mapping, nega: Mapping

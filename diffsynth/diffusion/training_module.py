@@ -220,6 +220,8 @@ class PipelineTrainingModule(DiffusionTrainingModule):
         users |= dict.fromkeys(self.task.called_models(self.pipe), type(self.task).__name__)
         if self.task.calls_model_fn:
             users |= dict.fromkeys(self.pipe.networks_in_training(self.trained_roots), type(self.task).__name__)
+        if self.task.samples_in_training:
+            users |= dict.fromkeys(self.pipe.models_of((), model_fn=True), type(self.task).__name__)
         users |= {name: type(unit).__name__ for unit in units for name in unit.onload_model_names}
         self.pipe.require(users)
         full = {name: self.trained_dtype for name in self.trainable_models}

@@ -36,7 +36,7 @@ class MetaModules:
         plain = replace(run.memory, storage="none", stored=None, stream_blocks=0, compile="none")
         self.caching = replace(run, cached=False, memory=plain)  # make_cache.py has no memory options
         self.rows: dict[Size | None, tuple[WorkingMemory, Row]] = {}
-        self.validated: dict[tuple[str, str], WorkingMemory] = {}  # by stage and storage
+        self.validated: dict[tuple[str, int, str], WorkingMemory] = {}  # by stage, kind of request and storage
 
     def of(self, run: PlacedRun) -> PipelineTrainingModule:
         """Return the run's module with its adapters, before memory options are applied; copy it before changing it."""

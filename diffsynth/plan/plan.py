@@ -1,6 +1,6 @@
 """The memory plan of a run, stage by stage: training, evaluating, sampling, saving, and making a cache."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -97,7 +97,7 @@ class Planner:
     def __init__(self, run: PlacedRun, meta_modules: MetaModules | None = None, few_blocks: bool = False):
         self.run, self.meta_modules, self.few_blocks = run, meta_modules or MetaModules(run), few_blocks
         self.trained: dict[Size | None, WorkingMemory] = {}
-        self.validated: dict[tuple[str, str], WorkingMemory] = self.meta_modules.validated if few_blocks else {}
+        self.validated: dict[tuple[str, int, str], WorkingMemory] = self.meta_modules.validated if few_blocks else {}
 
     def variant(self, memory: MemoryRecipe, micro_batch_size: int | None = None, few_blocks: bool = False) -> "Planner":
         """Return a planner of the same run with other memory options."""
@@ -199,23 +199,30 @@ class Planner:
         return [self._between_steps("evaluate", size, lambda: self.rehearsal.evaluate(row, BANDS))]
 
     def sampling(self) -> list[StageMemory]:
-        """Return the stage of sampling what the validation shows: a row with its own inputs, or else a prompt."""
+        """Return the stage of sampling what the validation shows: of its kinds of requests, the one that takes most."""
         validation, module = self.run.validation, self.rehearsal.module
-        pipe = module.pipe
         requests = validation.one_of_each(module)
         if not requests:
             return []
-        request = {**with_images(pipe, validation.options), **requests[0]}
-        size = pipe.media.requested_size(pipe.complete(request))
-        return [self._between_steps("sample", size, lambda: self.rehearsal.sample(request))]
+        options = with_images(module.pipe, validation.options)
+        stages = [self._sampling_of({**options, **request}, kind) for kind, request in enumerate(requests)]
+        return [max(stages, key=lambda stage: stage.peak)]
 
-    def _between_steps(self, name: str, size: Size | None, rehearse: Callable[[], WorkingMemory]) -> StageMemory:
+    def _sampling_of(self, request: Mapping[str, Any], kind: int) -> StageMemory:
+        """Return the stage of sampling one request, which is number `kind` of those of the validation."""
+        pipe = self.rehearsal.module.pipe
+        size = pipe.media.requested_size(pipe.complete(request))
+        return self._between_steps("sample", size, lambda: self.rehearsal.sample(request), kind)
+
+    def _between_steps(
+        self, name: str, size: Size | None, rehearse: Callable[[], WorkingMemory], kind: int = 0
+    ) -> StageMemory:
         """Return a stage of the validation, beside what training holds between two steps.
 
         It saves no activations, so that its memory is the same for all checkpointing policies and is rehearsed once per
         storage when planning with few blocks.
         """
-        key = name, self.run.memory.storage
+        key = name, kind, self.run.memory.storage
         if key not in self.validated:
             self.validated[key] = rehearse()
         static = self.static_footprint

@@ -19,7 +19,6 @@ from ..core.data import Row, Sample, SampleAddress
 from ..core.flops import Flops
 from ..core.live_bytes import LiveBytes
 from ..diffusion.adapters.files import leave_casts_to_autocast
-from ..diffusion.flow_match import TRAINING_STEPS
 from ..diffusion.memory_layout import lay_out, predicting_networks
 from ..diffusion.pipeline.remembered import UnitMemory
 from ..diffusion.pipeline.units import run_units_together
@@ -209,7 +208,7 @@ class Rehearsal:
             whole = pipe.complete(request)
             shared, posi, nega = pipe.prepare([whole])
             timestep = pipe.scheduler.timesteps[:1].to(pipe.device)
-            inputs = {**shared, **pipe.inputs_at(TRAINING_STEPS, shared)}  # those of the first step, at σ = 1
+            inputs = {**shared, **pipe.inputs_at(1.0, shared)}  # those of the first step, at σ = 1
             velocity = pipe.guided_velocity(timestep, shared["cfg_scale"], inputs, posi, nega)
             pipe.pixels_of(velocity.to(pipe.torch_dtype), whole)
             del shared, inputs, posi, nega, velocity
@@ -224,7 +223,7 @@ class Rehearsal:
             shared, posi, nega = inputs_of(module, requests)
             with pipe.sampling_steps({**shared, **settings}) as scheduler:
                 timestep = scheduler.timesteps[:1].to(pipe.device)
-            inputs = {**shared, **pipe.inputs_at(TRAINING_STEPS, shared)}  # those of the first step, at σ = 1
+            inputs = {**shared, **pipe.inputs_at(1.0, shared)}  # those of the first step, at σ = 1
             velocity = pipe.guided_velocity(timestep, settings["cfg_scale"], inputs, posi, nega)
             pipe.pixels_of(velocity[:1].to(pipe.torch_dtype), pipe.call_defaults)
             del shared, inputs, posi, nega, velocity

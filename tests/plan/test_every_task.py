@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 import tiny
 import yaml
+from families import FAMILIES
+from miniatures.videos import write_rows, write_video
 
 from diffsynth.diffusion.controlnet.start import number_of_blocks
 from diffsynth.diffusion.pipeline.components import library_name
@@ -16,6 +18,7 @@ from diffsynth.plan.meta_pipeline import meta_pipeline
 from diffsynth.plan.plan import Plan, Planner
 from diffsynth.plan.run import PlacedRun
 from diffsynth.training.checks import scan
+from diffsynth.training.validation.validation import Validation
 
 FILES = sorted((tiny.ROOT / "conf" / "model").glob("[!_]*.yaml"))
 MODELS = {file.stem: file.read_text("utf-8") for file in FILES if not file.stem.startswith("emoji")}
@@ -155,3 +158,28 @@ def test_roles_take_little_memory_beside_the_base_that_they_share(task, tmp_path
     plain = planned(tmp_path, "model=qwen_image", "task=sft", "cached=true", "lora.rank=32")
     rewarded = planned(tmp_path, "model=qwen_image", f"task={task}", *prompts, "lora.rank=32")
     assert rewarded.footprint.peak <= 1.15 * plain.footprint.peak
+
+
+EXPERTS = {
+    "miniature": next(family.overrides for family in FAMILIES if family.name == "wan22_t2v_a14b"),
+    "released": ["model=wan22_t2v_a14b"],
+}
+
+
+@pytest.mark.parametrize("model", tiny.mostly_slow(list(EXPERTS), "miniature"))
+@pytest.mark.parametrize("task", ["distill", "distill/trajectory"])
+def test_a_distillation_of_two_experts_is_planned_before_the_teacher_has_sampled(model, task, tmp_path):
+    write_video(tmp_path / "0.mp4", count=5)
+    write_rows(tmp_path, {"video": "0.mp4", "seed": 1})
+    data = ["dataset=video_folder", f"dataset.path={tmp_path}", "dataset.metadata=metadata.jsonl"]
+    clip = ["dataset.num_frames=5", "dataset.height=32", "dataset.width=32", "cached=true", "cache_batch_size=1"]
+    steps = ["task.student.num_inference_steps=2", "validation=none"]
+    plan = planned(tmp_path, *EXPERTS[model], f"task={task}", *data, *clip, *steps)
+    assert plan.footprint.encoders == 0 < plan.footprint.activations
+
+
+def test_of_several_kinds_of_requests_the_one_that_takes_most_is_planned(tmp_path, monkeypatch):
+    requests = [{"prompt": "a", "height": side, "width": side} for side in (32, 96)]
+    monkeypatch.setattr(Validation, "one_of_each", lambda self, module: requests)
+    (stage,) = planner(tmp_path, "model=emoji").sampling()
+    assert stage.size == (96, 96)

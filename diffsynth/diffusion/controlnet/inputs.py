@@ -183,8 +183,8 @@ def kept_area(mask: Tensor, latents: Tensor) -> Tensor:
     return F.interpolate(1 - mask, latents.shape[-2:]).to(latents)
 
 
-def scale_at(request: Mapping[str, Any], timestep: Tensor, timesteps: Tensor) -> dict[str, list[float]]:
-    """`controlnet_scale` of each image at one of the sampler's timesteps (N,).
+def scale_at(request: Mapping[str, Any], step: int, count: int) -> dict[str, list[float]]:
+    """`controlnet_scale` of each image in one of `count` sampling steps.
 
     It is 0 outside of `controlnet_start` to `controlnet_end`. The part of the steps is counted as by diffusers: step i
     of N is used if start ≤ i / N and (i + 1) / N ≤ end.
@@ -195,7 +195,6 @@ def scale_at(request: Mapping[str, Any], timestep: Tensor, timesteps: Tensor) ->
     each = [
         _of_each(request[name], images, name) for name in ("controlnet_scale", "controlnet_start", "controlnet_end")
     ]
-    step, count = (timesteps - timestep).abs().argmin().item(), len(timesteps)
     return {
         "controlnet_scale": [
             scale if start <= step / count and (step + 1) / count <= end else 0.0

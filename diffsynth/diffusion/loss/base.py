@@ -40,6 +40,7 @@ class Objective:
 
     default_models: ClassVar[Sequence[str]] = ()  # trained in full unless a run names others; (): the model's
     calls_model_fn: ClassVar[bool] = True
+    samples_in_training: ClassVar[bool] = False  # whether the loss calls the networks of all noise levels
     provides: ClassVar[Sequence[str]] = ("latents", "timestep")  # inputs of `model_fn` that the objective computes
     reads_negative: ClassVar[bool] = False  # whether a guided prediction in training reads `negative_prompt`
     negative_prompt: ClassVar[str] = ""

@@ -5,6 +5,7 @@ DiffSynth-Studio 2025, "Direct Distill" (https://github.com/modelscope/DiffSynth
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 from torch import Tensor
 
@@ -29,6 +30,8 @@ class DirectDistill(Distillation):
     """
 
     extra_inputs: Sequence[str] = ("seed",)
+
+    samples_in_training: ClassVar[bool] = True
 
     def __post_init__(self):
         super().__post_init__()
@@ -64,7 +67,8 @@ class DirectDistill(Distillation):
         with pipe.sampling_steps({**size, **student.settings}) as scheduler:
             timesteps = scheduler.timesteps.to(latents.device)
             for index, timestep in enumerate(timesteps):
-                step = _Step(pipe, scheduler, index, timestep.expand(len(latents)), inputs)
+                given = {**inputs, **pipe.inputs_at(scheduler.levels[index], inputs)}
+                step = _Step(pipe, scheduler, index, timestep.expand(len(latents)), given)
                 latents = gradient_checkpoint_forward(step, len(timesteps) > 1, False, latents)
         return (latents.float() - input_latents.float()).pow(2).flatten(1).mean(1)
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from ...core.data import generator
 from ..flow_match import TRAINING_STEPS, FlowMatchScheduler
 
-Velocity = Callable[[Tensor, Tensor], Tensor]  # velocity(latents, timestep) with a timestep () in [0, 1000]
+Velocity = Callable[[Tensor, int], Tensor]  # velocity(latents, step) at the noise level of a step of the scheduler
 Noise = Callable[[int, Tensor], Tensor]  # noise(step, latents): fresh noise for a step, shaped like the latents
 Sampler = Callable[[Velocity, Tensor, FlowMatchScheduler, Noise], Iterator[Tensor]]
 
@@ -20,8 +20,8 @@ Sampler = Callable[[Velocity, Tensor, FlowMatchScheduler, Noise], Iterator[Tenso
 def euler(velocity: Velocity, latents: Tensor, scheduler: FlowMatchScheduler, noise: Noise) -> Iterator[Tensor]:
     """Euler's method on latents (B, C, h, w): x ← x + (σ' - σ) v(x, σ)."""
     yield latents
-    for index, timestep in enumerate(scheduler.timesteps):
-        latents = scheduler.step(velocity(latents, timestep), index, latents)
+    for index in range(len(scheduler.timesteps)):
+        latents = scheduler.step(velocity(latents, index), index, latents)
         yield latents
 
 
@@ -32,8 +32,8 @@ def renoise(velocity: Velocity, latents: Tensor, scheduler: FlowMatchScheduler, 
     Song et al. 2023, "Consistency Models", Algorithm 1 (https://arxiv.org/abs/2303.01469).
     """
     yield latents
-    for index, timestep in enumerate(scheduler.timesteps):
-        latents = scheduler.renoise_step(velocity(latents, timestep), index, latents, noise(index, latents))
+    for index in range(len(scheduler.timesteps)):
+        latents = scheduler.renoise_step(velocity(latents, index), index, latents, noise(index, latents))
         yield latents
 
 
@@ -44,11 +44,11 @@ def heun(velocity: Velocity, latents: Tensor, scheduler: FlowMatchScheduler, noi
     Karras et al. 2022, Algorithm 1 (https://arxiv.org/abs/2206.00364).
     """
     yield latents
-    for index, timestep in enumerate(scheduler.timesteps):
-        first = velocity(latents, timestep)
+    for index in range(len(scheduler.timesteps)):
+        first = velocity(latents, index)
         moved = scheduler.step(first, index, latents)
         if index + 1 < len(scheduler.timesteps):
-            second = velocity(moved, scheduler.timesteps[index + 1])
+            second = velocity(moved, index + 1)
             moved = scheduler.step((first + second) / 2, index, latents)
         latents = moved
         yield latents
@@ -67,8 +67,8 @@ def dpmpp_2m(velocity: Velocity, latents: Tensor, scheduler: FlowMatchScheduler,
     solver.sigmas = torch.tensor(scheduler.levels).clamp(max=1)
     solver.timesteps = scheduler.sigmas * TRAINING_STEPS
     yield latents
-    for timestep in scheduler.timesteps:
-        latents = solver.step(velocity(latents, timestep), timestep, latents, return_dict=False)[0]
+    for index, timestep in enumerate(scheduler.timesteps):
+        latents = solver.step(velocity(latents, index), timestep, latents, return_dict=False)[0]
         yield latents
 
 

@@ -16,14 +16,23 @@ def velocity(latents: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
     return toy.mixture_velocity(latents, (timestep / 1000).expand(len(latents)))
 
 
+def sampled(name: str, scheduler: FlowMatchScheduler) -> torch.Tensor:
+    *_, latents = SAMPLERS[name](
+        lambda latents, step: velocity(latents, scheduler.timesteps[step]),
+        NOISE,
+        scheduler,
+        lambda index, like: torch.randn_like(like),
+    )
+    return latents
+
+
 def end(name: str, steps: int, first: float = 0.99) -> torch.Tensor:
     """Where points (64, 2) end."""
     scheduler = FlowMatchScheduler(
         lambda num_inference_steps, **_: torch.linspace(first, 0, num_inference_steps + 1)[:-1]
     )
     scheduler.set_timesteps(steps)
-    *_, latents = SAMPLERS[name](velocity, NOISE, scheduler, lambda index, like: torch.randn_like(like))
-    return latents
+    return sampled(name, scheduler)
 
 
 def errors(name: str, exact: torch.Tensor) -> list[float]:
@@ -57,5 +66,4 @@ def test_heun_is_that_of_diffusers():
         latents = theirs.step(velocity(latents, timestep), timestep, latents).prev_sample
     scheduler = FlowMatchScheduler(None)
     scheduler.set_timesteps(sigmas=theirs.sigmas[:-1].unique().flip(0).tolist())
-    *_, ours = SAMPLERS["heun"](velocity, NOISE, scheduler, None)
-    assert_close(ours, latents, atol=1e-5, rtol=1e-5)
+    assert_close(sampled("heun", scheduler), latents, atol=1e-5, rtol=1e-5)

@@ -47,12 +47,12 @@ class WindowSampler:
         levels, count = torch.tensor(scheduler.levels), len(latents)
         points, steps = [latents], []
         yield latents
-        for index, timestep in enumerate(scheduler.timesteps):
+        for index in range(len(scheduler.timesteps)):
             within = (self.starts <= index) & (index < self.starts + self.length)
             scale = torch.where(within, scales[index], 0.0)
             numbers = (levels[index].expand(count), levels[index + 1].expand(count), scale)
             numbers = [each.to(latents.device) for each in numbers]
-            steps.append(transition(latents, velocity(latents, timestep).float(), *numbers))
+            steps.append(transition(latents, velocity(latents, index).float(), *numbers))
             latents = steps[-1].sample(noise(index, latents))
             points.append(latents)
             yield latents

@@ -39,8 +39,8 @@ def test_steps_outside_of_the_window_are_those_of_euler():
     assert set(begins) <= {0, 1, 2} and len(set(begins)) > 1
     with torch.no_grad(), pipe.sampling_steps({"height": 1, "width": 1, **task.sampling.settings}):
 
-        def velocity(x, timestep):
-            return pipe.predict(timestep.expand(len(x)), latents=x)
+        def velocity(x, step):
+            return pipe.predict(pipe.scheduler.timesteps[step].expand(len(x)), latents=x)
 
         plain = torch.stack([*euler(velocity, found["noise"], pipe.scheduler, None)], 1)
     for number, begin in enumerate(begins):
