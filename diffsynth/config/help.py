@@ -94,7 +94,7 @@ def _as_list(value: Any) -> list:
 
 
 def _describe_group(group: str, chosen: Sequence[str]) -> str:
-    options = {name: _first_comment(conf() / group / f"{name}.yaml") for name in option_names(group)}
+    options = {name: _first_comment(_folder(group) / f"{name}.yaml") for name in option_names(group)}
     width = max(map(len, options), default=0)
     lines = [f"  {'*' if name in chosen else ' '} {name:{width}}  {options[name]}".rstrip() for name in options]
     return "\n".join([group, *lines, ""])
@@ -102,9 +102,14 @@ def _describe_group(group: str, chosen: Sequence[str]) -> str:
 
 def option_names(group: str) -> list[str]:
     """Return the names of a group's options, those in its folders too."""
-    folder = conf() / group
+    folder = _folder(group)
     files = [path for path in folder.rglob("*.yaml") if not path.name.startswith(SHARED_PREFIX)]
     return sorted(path.relative_to(folder).with_suffix("").as_posix() for path in files)
+
+
+def _folder(group: str) -> Path:
+    """Folder of a group's options; reward@evaluation_reward has those of reward."""
+    return conf() / group.partition("@")[0]
 
 
 def _first_comment(path: Path) -> str:
