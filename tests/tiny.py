@@ -176,7 +176,8 @@ def run(overrides: list[str], entry: str = "train") -> Path:
     cfg = compose(entry, *overrides)
     try:
         run_dir = claim(cfg)
-        finish(cfg, call(entry, cfg))
+        if run_dir is not None:  # it is finished, if it was killed as late as that
+            finish(cfg, call(entry, cfg))
     finally:
         release_all()
     return run_dir

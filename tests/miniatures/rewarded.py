@@ -21,7 +21,7 @@ def overrides(output_root: Path) -> list[str]:
     kept = [
         o for o in tiny.train_overrides(output_root) if not o.startswith(("dataset.", "data_report.", "validation"))
     ]
-    sizes = {"prompts": 2, "samples": 2, "batch_size": 4, "held_out_prompts": 1, "evaluate_every": 2}
+    sizes = {"prompts": 2, "samples": 2, "levels": 1, "batch_size": 4, "held_out_prompts": 1, "evaluate_every": 2}
     return [
         *kept,
         f"prompts.path={prompts()}/train.txt",

@@ -1,5 +1,6 @@
 """Runs of reward.py: rounds on disk, cut off and resumed, and what is refused before weights are read."""
 
+import math
 import re
 import signal
 from types import SimpleNamespace
@@ -152,6 +153,44 @@ def test_a_run_ends_where_an_evaluation_reward_has_fallen(tmp_path):
     with fallen:
         run_dir = rewarded.reward(tmp_path, "guard.evaluation={symmetry: 0.2}")
     assert [line["step"] for line in metrics(run_dir)][-1] == 4
+
+
+def scoring(values):
+    """Inside, `jpeg_size` returns `values(N)` for N pictures."""
+    return mock.patch.object(JpegSize, "score", side_effect=lambda pictures, *_: values(len(pictures)))
+
+
+def test_a_sample_that_cannot_be_scored_is_counted_and_no_worse_for_it(tmp_path):
+    def one_unknown(count: int) -> torch.Tensor:
+        return torch.tensor([torch.nan, *range(count - 1)])
+
+    with scoring(one_unknown):
+        lines = metrics(rewarded.reward(tmp_path, "rounds.samples=4"))
+    rounds = [line for line in lines if "round" in line]
+    assert [line["reward_jpeg_size_unscored"] for line in rounds] == [2, 2]  # one of each prompt
+    assert all(math.isfinite(value) for line in lines for value in line.values() if value is not None)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        (lambda count: torch.full([count], torch.nan), "jpeg_size has scored none of the 4 pictures of a round"),
+        (lambda count: torch.zeros(count + 1), r"reward.jpeg_size returned scores of the shape \(5,\) for 4 pictures"),
+    ],
+)
+def test_a_reward_that_fails_ends_the_run_by_its_name(values, message, tmp_path):
+    with scoring(values), pytest.raises(ValueError, match=message):
+        rewarded.reward(tmp_path, "held_out=null")
+
+
+@pytest.mark.parametrize("task", ["nft", "flow_grpo"])
+def test_a_constant_reward_moves_nothing(task, tmp_path):
+    with scoring(torch.ones):
+        run_dir = rewarded.reward(tmp_path, f"task=reward/{task}", "optimizer.lr=1e-2")
+    rounds = [line for line in metrics(run_dir) if "round" in line]
+    assert all(line["reward_jpeg_size_constant_groups"] == 1 for line in rounds)
+    ups = [tensor for name, tensor in final_weights(run_dir).items() if "lora_B" in name or "lora_up" in name]
+    assert ups and max(up.abs().max().item() for up in ups) < 1e-6
 
 
 REFUSED = {
