@@ -24,6 +24,7 @@ def reward(run: RewardRun) -> list:
     from diffsynth.core.data import CachedDataset
     from diffsynth.training.rounds import Rounds
     from diffsynth.training.rounds.checks import check_rewards
+    from diffsynth.training.rounds.held_out import HeldOut
     from diffsynth.training.rounds.samples import RoundSamples
     from make_cache import make_cache
 
@@ -38,8 +39,8 @@ def reward(run: RewardRun) -> list:
             caches[name] = CachedDataset(path)
     sizes = run.rounds.prompts, run.rounds.samples, run.rounds.levels
     samples = RoundSamples(caches["train"], *sizes, run.task, run.latents)
-    rewards = run.reward, run.evaluation_reward
-    rounds = Rounds(run.rounds, samples, steps, *rewards, caches.get("held_out"), run.guard, run.seed)
+    held_out = HeldOut(caches.get("held_out"), run.reward, run.evaluation_reward, run.rounds, run.seed)
+    rounds = Rounds(run.rounds, samples, steps, run.reward, held_out, run.guard, run.seed)
     return train(replace(run, dataset=samples, rounds=rounds))
 
 

@@ -38,6 +38,7 @@ def check_counters(counters: Any) -> None:
     expect(isinstance(betas, list) and all(map(_is_number, betas)), "a list of numbers as ema_betas")
     measured = counters.get("measured", {})
     expect(isinstance(measured, dict) and all(map(_is_number, measured.values())), "metrics by name as measured")
+    expect(isinstance(counters.get("round", {}), dict), "a round by the names of its parts")
     expect(isinstance(counters["meter"], dict), "a meter")
     for sums in counters["meter"].values():
         numbers = [*sums["loss"], sums["samples"], sums["grad_norm"], sums["steps"]]

@@ -3,27 +3,26 @@
 import logging
 import math
 from collections.abc import Mapping, Sequence
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from accelerate.utils import broadcast_object_list, gather_object
 from PIL import Image
 from torch import Tensor
 
-from ...core.data import CachedDataset, Row
 from ...core.data.operators.picture_files import read_image
 from ...core.data.operators.unread import identity
 from ...core.data.order.addresses import SampleOrder, sample_seed
 from ...core.files import going_on_without
-from ...core.pictures import GRID_COLUMNS, row, save_png, stack
-from ...core.sharing import leads, own_share, share, turns
-from ...diffusion.distillation.roles import OLD, STUDENT
+from ...core.pictures import GRID_COLUMNS, save_png
+from ...core.sharing import leads, own_share, turns
+from ...diffusion.distillation.roles import OLD
 from ...diffusion.rewards import Reward
 from ...diffusion.rewards.advantages import Advantages, combined
 from ..stopping import StopRequest
+from .held_out import HeldOut
 from .samples import RoundSamples
-from .sampling import Request, plainly, sample_in_batches
+from .sampling import Request, decoded, sample_in_batches
 from .scoring import score
 from .settings import Guard, RoundSettings
 from .store import Group, RoundStore
@@ -47,8 +46,7 @@ class Rounds:
         samples: The run's data set, which shows the current round.
         steps: Optimizer steps per round.
         rewards: The rewards that are trained for, by name.
-        evaluation_rewards: Rewards that are measured on held-out prompts only, by name.
-        held_out: A cache of held-out prompts; None evaluates nothing.
+        held_out: Evaluates the policy.
         guard: See `Watch`.
         seed: Of the choice of prompts and of the samples' noise.
     """
@@ -59,13 +57,12 @@ class Rounds:
         samples: RoundSamples,
         steps: int,
         rewards: Mapping[str, Reward],
-        evaluation_rewards: Mapping[str, Reward],
-        held_out: CachedDataset | None,
+        held_out: HeldOut,
         guard: Guard | None,
         seed: int,
     ):
         self.settings, self.samples, self.steps, self.seed = settings, samples, steps, seed
-        self.rewards, self.evaluation_rewards, self.held_out = rewards, evaluation_rewards, held_out
+        self.rewards, self.held_out = rewards, held_out
         self.store, self.watch = RoundStore(settings.path), Watch(guard)
         self.prompts = samples.prompts
 
@@ -77,7 +74,7 @@ class Rounds:
     @property
     def all_rewards(self) -> list[Reward]:
         """The rewards, and those that only evaluate."""
-        return [*self.rewards.values(), *self.evaluation_rewards.values()]
+        return [*self.held_out.rewards.values()]
 
     @property
     def versions(self) -> dict[str, str]:
@@ -110,12 +107,12 @@ class Rounds:
         self.samples.show(number, [self.prompts[n] for n in prompts], groups, module.task.advantages(total))
         state.round["spread"] = {**state.round.get("spread", {}), **spreads(prompts, groups)}
         if within == 0:
-            self._report(accelerator, module, state, log, groups, total, compared)
+            self._report(accelerator, state, log, groups, total, compared)
         return not self.has_ended(state)
 
     def finish(self, accelerator: "Accelerator", state: "TrainingState", log: "LocalLogger") -> None:
         """Evaluate the final weights on held-out prompts; all processes call it."""
-        values, pictures = self._evaluate(accelerator, accelerator.unwrap_model(state.model), state)
+        values, pictures = self.held_out.evaluate(accelerator, state)
         if accelerator.is_main_process:
             log.log(state.step, values, pictures)
 
@@ -226,7 +223,6 @@ class Rounds:
     def _report(
         self,
         accelerator: "Accelerator",
-        module: "PipelineTrainingModule",
         state: "TrainingState",
         log: "LocalLogger",
         groups: Sequence[Group],
@@ -237,7 +233,7 @@ class Rounds:
         number, pictures = state.round["number"], {}
         values = {"round": float(number), **metrics_of(groups, compared)}
         if number % self.settings.evaluate_every == 0:
-            measured, pictures = self._evaluate(accelerator, module, state)
+            measured, pictures = self.held_out.evaluate(accelerator, state)
             values |= measured
         self.watch.look(state, values)
         if accelerator.is_main_process:
@@ -255,58 +251,6 @@ class Rounds:
         groups, members = range(min(GRID_COLUMNS, self.settings.prompts)), range(self.settings.samples)
         paths = [[self.store.picture(number, group, member, ".png") for member in members] for group in groups]
         return [[read_image(str(path)) for path in own] for own in paths]
-
-    def _evaluate(
-        self, accelerator: "Accelerator", module: "PipelineTrainingModule", state: "TrainingState"
-    ) -> tuple[dict[str, float], dict[str, Path]]:
-        """Score what the policy samples for held-out prompts, always from the same noise; return metrics and a picture.
-
-        The names of evaluation rewards begin with `evaluation_`, those of the others with `held_out_`.
-        """
-        if self.held_out is None:
-            return {}, {}
-        rows = [self.held_out[n] for n in range(min(self.settings.held_out_prompts, self.held_out.size))]
-        rewards = {f"held_out_{name}": reward for name, reward in self.rewards.items()}
-        rewards |= {f"evaluation_{name}": reward for name, reward in self.evaluation_rewards.items()}
-        numbered = list(enumerate(rows))
-        with state.engine.evaluating():
-            found = share(numbered, lambda mine: [self._scores_of(module, rewards, *each) for each in mine])
-        values = {}
-        for name in rewards:
-            scores = torch.cat([scores[name] for scores, _ in found])
-            scores = scores[~scores.isnan()]
-            spread = scores.std().item() if len(scores) > 1 else 0.0
-            mean = scores.mean().item() if len(scores) else float("nan")
-            values |= {name: mean, f"{name}_std": spread, f"{name}_error": spread / max(len(scores), 1) ** 0.5}
-        path = Path(self.settings.path) / f"held-out-{state.step:06d}.png"
-        with going_on_without(str(path)):
-            if accelerator.is_main_process:
-                pictures = [picture for _, own in found for picture in own[:1]][: 2 * GRID_COLUMNS]
-                captions = [f"{state.step}: {each['prompt']}" for each in rows][: len(pictures)]
-                starts = range(0, len(pictures), GRID_COLUMNS)
-                lines = [slice(start, start + GRID_COLUMNS) for start in starts]
-                save_png(stack([row(pictures[line], captions[line]) for line in lines]), path)
-        return values, {"held_out": path}
-
-    def _scores_of(
-        self, module: "PipelineTrainingModule", rewards: Mapping[str, Reward], number: int, prompt: Row
-    ) -> tuple[dict[str, Tensor], list[Image.Image]]:
-        """The scores of the policy's samples of one held-out prompt, and their pictures."""
-        seeds = [
-            sample_seed(self.seed, "held out", 0, number * 1000 + n) >> 1 for n in range(self.settings.held_out_samples)
-        ]
-        requests = [Request(prompt, seed) for seed in seeds]
-        kept = sample_in_batches(module, requests, plainly, STUDENT, self.settings.batch_size)
-        pictures = [module.pipe.media.thumbnail(result) for result in decoded(module, kept["latents"])]
-        return score(rewards, pictures, [prompt] * len(seeds), len(seeds), module.pipe.device), pictures
-
-
-@torch.no_grad()
-def decoded(module: "PipelineTrainingModule", latents: Tensor) -> list[Any]:
-    """What clean latents (N, …) show, such as images."""
-    pipe = module.pipe
-    with pipe.sampling():
-        return [pipe.decode(each.to(pipe.device, pipe.torch_dtype), pipe.call_defaults) for each in latents.split(1)]
 
 
 def fingerprint(parameters: Sequence[Tensor]) -> list[float]:

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -73,3 +73,11 @@ def _inputs_of(module: "PipelineTrainingModule", request: Request) -> tuple[dict
     shape = pipe.latents.shape(**{name: shared[name] for name in ("height", "width", "num_frames") if name in shared})
     noise = pipe.generate_noise(shape, request.seed, "cpu", pipe.torch_dtype)
     return {**shared, "seed": request.seed, "latents": noise}, posi, nega
+
+
+@torch.no_grad()
+def decoded(module: "PipelineTrainingModule", latents: Tensor) -> list[Any]:
+    """What clean latents (N, …) show, such as images."""
+    pipe = module.pipe
+    with pipe.sampling():
+        return [pipe.decode(each.to(pipe.device, pipe.torch_dtype), pipe.call_defaults) for each in latents.split(1)]
