@@ -114,7 +114,8 @@ class Rounds:
         """Evaluate the final weights on held-out prompts; all processes call it."""
         values, pictures = self.held_out.evaluate(accelerator, state)
         if accelerator.is_main_process:
-            log.log(state.step, values, pictures)
+            log.forget(state.step, "rounds")  # a run that was killed after this may have logged it
+            log.log(state.step, {"rounds": state.step / self.steps, **values}, pictures)
 
     # The policy
 
