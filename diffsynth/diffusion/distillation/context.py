@@ -34,6 +34,32 @@ class LossContext:
     inputs: Mapping[str, Any]
     negative: Mapping[str, Any] | None
 
+    @classmethod
+    def of(
+        cls,
+        pipe: BasePipeline,
+        rng: SampleRNG | GlobalRNG | None = None,
+        roles: Roles | None = None,
+        negative: Mapping[str, Any] | None = None,
+        progress: TrainProgress | None = None,
+        *,
+        input_latents: Tensor,
+        height: int,
+        width: int,
+        **inputs: Any,
+    ) -> "LossContext":
+        """The context of the inputs that an objective is called with; `input_latents` (B, …) are clean."""
+        return cls(
+            pipe=pipe,
+            rng=rng or GlobalRNG(len(input_latents)),
+            roles=roles,
+            progress=progress,
+            clean=input_latents.float(),
+            size={"height": height, "width": width},
+            inputs=inputs,
+            negative=negative,
+        )
+
     def sigmas(self, settings: Mapping[str, Any]) -> Tensor:
         """Noise levels (K,) at which images of this size are sampled with these sampling settings."""
         with self.pipe.sampling_steps({**self.size, **settings}) as scheduler:

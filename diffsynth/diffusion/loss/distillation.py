@@ -138,31 +138,9 @@ class RoleDistillation(Distillation):
     guidance: NonNegativeFloat = 4.0
     negative_prompt: str = ""
 
-    def __call__(
-        self,
-        pipe: BasePipeline,
-        rng: SampleRNG | GlobalRNG | None = None,
-        roles: Roles | None = None,
-        negative: Mapping[str, Any] | None = None,
-        progress: TrainProgress | None = None,
-        *,
-        input_latents: Tensor,
-        height: int,
-        width: int,
-        **inputs,
-    ) -> Tensor:
-        """Loss per sample (B,) from clean `input_latents` (B, …); see `LossContext` for the other arguments."""
-        context = LossContext(
-            pipe=pipe,
-            rng=rng or GlobalRNG(len(input_latents)),
-            roles=roles,
-            progress=progress,
-            clean=input_latents.float(),
-            size={"height": height, "width": width},
-            inputs=inputs,
-            negative=negative,
-        )
-        return self.loss(context)
+    def __call__(self, pipe: BasePipeline, rng: SampleRNG | GlobalRNG | None = None, **inputs: Any) -> Tensor:
+        """Loss per sample (B,) from clean `input_latents` (B, …); see `LossContext.of` for the other inputs."""
+        return self.loss(LossContext.of(pipe, rng, **inputs))
 
     def loss(self, context: LossContext) -> Tensor:
         """Loss per sample (B,)."""

@@ -11,12 +11,11 @@ from ....core.ranges import NonNegativeFloat, PositiveFraction, SamplingSteps, c
 from ...adapters.lora import Adapter
 from ...base_pipeline import BasePipeline
 from ...distillation.context import LossContext
-from ...distillation.roles import STUDENT, Roles
+from ...distillation.roles import STUDENT
 from ...flow_match import TRAINING_STEPS, interpolate
 from ...pipeline.units import PipelineUnit
 from ...randomness import GlobalRNG, SampleRNG
 from ...timesteps import UniformTimesteps
-from ...trained import TrainProgress
 from ..base import Objective, sampled_with
 
 
@@ -67,31 +66,15 @@ class RewardObjective(Objective):
     kept: ClassVar[Sequence[str]] = ()
 
     def __call__(
-        self,
-        pipe: BasePipeline,
-        rng: SampleRNG | GlobalRNG | None = None,
-        roles: Roles | None = None,
-        negative: Mapping[str, Any] | None = None,
-        progress: TrainProgress | None = None,
-        *,
-        input_latents: Tensor,
-        advantage: Tensor,
-        height: int,
-        width: int,
-        **inputs,
+        self, pipe: BasePipeline, rng: SampleRNG | GlobalRNG | None = None, *, advantage: Tensor, **inputs: Any
     ) -> Tensor:
-        """Loss per sample (B,) from sampled clean `input_latents` (B, …) and their `advantage` (B,)."""
-        context = LossContext(
-            pipe=pipe,
-            rng=rng or GlobalRNG(len(input_latents)),
-            roles=roles,
-            progress=progress,
-            clean=input_latents.float(),
-            size={"height": height, "width": width},
-            inputs=inputs,
-            negative=negative,
-        )
-        return self.loss(context, advantage.to(input_latents.device))
+        """Loss per sample (B,) from their `advantage` (B,) and sampled clean `input_latents` (B, …).
+
+        Args:
+            inputs: See `LossContext.of`.
+        """
+        context = LossContext.of(pipe, rng, **inputs)
+        return self.loss(context, advantage.to(context.clean.device))
 
     def loss(self, context: LossContext, advantage: Tensor) -> Tensor:
         """Loss per sample (B,)."""
