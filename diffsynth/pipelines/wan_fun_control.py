@@ -15,6 +15,7 @@ from diffusers import WanTransformer3DModel
 from torch import Tensor
 
 from ..core.loader import ModelConfig
+from ..diffusion.pipeline.image_units import image_list
 from ..diffusion.pipeline.request import Frames
 from ..diffusion.pipeline.units import PipelineUnit
 from ..diffusion.pipeline.video_units import encode_videos
@@ -68,6 +69,7 @@ class WanUnit_ControlEmbedder(PipelineUnit):
     def process(self, pipe, control_video, height, width, num_frames, tiled, tile_size, tile_stride):
         if control_video is None:
             raise ValueError(f"{type(pipe).__name__} needs control_video, which is not given; give its frames.")
+        control_video = image_list(control_video, "control_video")
         frames = pipe.media.resized(control_video, height, width, num_frames, name="control_video")
         return {"control_latents": encode_videos(pipe, [frames], tiled, tile_size, tile_stride)[0]}
 

@@ -249,6 +249,7 @@ def test_a_training_reads_the_control_video_of_its_row():
         (CLIP, REQUEST | {"max_sequence_length": 24}, "max_sequence_length is 24, expected 512"),
         (I2V, BOTH | {"num_frames": 1}, "num_frames is 1, but input_image and end_image are two frames"),
         (CONTROL, REQUEST, "WanFunControlPipeline needs control_video, which is not given"),
+        (CONTROL, REQUEST | {"control_video": VIDEO[0]}, "control_video has 1 frames, expected at least num_frames=5"),
         (CONTROL, REQUEST | {"control_video": VIDEO[:3]}, "control_video has 3 frames, expected at least num_frames=5"),
         (CONTROL, REQUEST | {"reference_image": VIDEO[0]}, "has no argument 'reference_image'"),
         (CONTROL, REQUEST | {"camera_control_direction": "Left"}, "has no argument 'camera_control_direction'"),
