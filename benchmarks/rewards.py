@@ -13,6 +13,9 @@ import sys
 from pathlib import Path
 from statistics import mean, stdev
 
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from diffsynth.core.process.console import keep_console
+
 ROOT = Path(__file__).resolve().parents[1]
 OUTPUTS = ROOT / "outputs" / "rewards"
 SEEDS = (0, 1, 2)
@@ -48,4 +51,5 @@ def main(arguments: list[str]) -> None:
 
 
 if __name__ == "__main__":
+    keep_console()
     main(sys.argv[1:])

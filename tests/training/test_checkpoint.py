@@ -29,7 +29,7 @@ class Layers(nn.ModuleDict):
     """Layers that the loop can train."""
 
     trained_parts, trained_at = DiffusionTrainingModule.trained_parts, DiffusionTrainingModule.trained_at
-    learning_rate = DiffusionTrainingModule.learning_rate
+    learning_rate, lagging_parts = DiffusionTrainingModule.learning_rate, DiffusionTrainingModule.lagging_parts
 
 
 def training_state(width: int = 3) -> TrainingState:

@@ -89,7 +89,8 @@ def test_every_tool_that_prints_keeps_its_console():
     files = [file for folder in (".", "diffsynth", "benchmarks", "models") for file in scripts_in(folder)]
     assert len(files) > 20
     kept = re.compile(r"\b(keep_console|explained|run_main|launch)\(")
-    assert [file for file in files if not kept.search(file.read_text(encoding="utf-8"))] == []
+    without = [file.name for file in files if not kept.search(file.read_text(encoding="utf-8"))]
+    assert without == ["serve.py"]  # it runs without the rest of the package
 
 
 def scripts_in(folder: str) -> list[Path]:

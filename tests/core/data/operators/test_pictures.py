@@ -27,7 +27,7 @@ def test_no_picture_is_opened_elsewhere():
     opening = [
         file.name for file in files if re.search(r"\bImage\.open\(|PIL\.Image import open", file.read_text("utf-8"))
     ]
-    assert opening == ["picture_files.py"]
+    assert sorted(opening) == ["picture_files.py", "serve.py"]  # the latter runs without the rest of the package
 
 
 # Colours --------------------------------------------------------------------------------------------------------------
