@@ -63,7 +63,8 @@ def losses(task, *uniform: float, roles=None, progress=None) -> torch.Tensor:
     """Of pictures x₀ = 1, one for each of the uniform numbers."""
     clean = torch.ones(len(uniform), 1, 2, 2)
     sides = {"negative": {"prompt_emb": "of nothing"}, "prompt_emb": "of a cat", "input_latents": clean}
-    return task(LinearPipe(), FixedDraw(*uniform), roles or LinearRoles(), progress=progress, **sides, **SIZE)
+    roles = roles or LinearRoles()
+    return task(LinearPipe(), FixedDraw(*uniform), roles=roles, progress=progress, **sides, **SIZE)
 
 
 TWO_SEGMENTS = HyperSD(student=Student(num_inference_steps=2), segments=[4, 2], grid_steps=4, guidance=2)
