@@ -1,5 +1,6 @@
 """Runs of reward.py: rounds on disk, cut off and resumed, and what is refused before weights are read."""
 
+import json
 import math
 import re
 import signal
@@ -158,6 +159,18 @@ def test_a_run_ends_where_an_evaluation_reward_has_fallen(tmp_path):
 def scoring(values):
     """Inside, `jpeg_size` returns `values(N)` for N pictures."""
     return mock.patch.object(JpegSize, "score", side_effect=lambda pictures, *_: values(len(pictures)))
+
+
+def test_a_reward_gets_the_columns_of_the_table_as_plain_data(tmp_path):
+    seen = []
+
+    def score(pictures, prompts, rows, device):
+        seen.extend(json.loads(json.dumps(rows)))  # as they are sent to a server
+        return torch.arange(len(pictures))
+
+    with mock.patch.object(JpegSize, "score", side_effect=score):
+        rewarded.reward(tmp_path, "max_steps=2")
+    assert all("image" not in row and row["prompt"] for row in seen) and seen
 
 
 def test_a_sample_that_cannot_be_scored_is_counted_and_no_worse_for_it(tmp_path):

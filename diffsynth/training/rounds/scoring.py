@@ -8,6 +8,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from ...core.data.operators.unread import is_unread
 from ...diffusion.rewards import Reward
 
 logger = logging.getLogger(__name__)
@@ -29,17 +30,37 @@ def score(
     Raises:
         ValueError: A reward returns another number of scores; names it.
     """
-    prompts, scores = [row["prompt"] for row in rows], {}
+    scores = {}
     for name, reward in rewards.items():
-        values = torch.as_tensor(reward.score(pictures, prompts, rows, device), dtype=torch.float32, device="cpu")
-        if values.shape != (len(pictures),):
-            raise ValueError(
-                f"reward.{name} returned scores of the shape {tuple(values.shape)} for {len(pictures)} pictures; "
-                "expected one score a picture."
-            )
-        scores[name] = torch.where(values.isfinite(), values, torch.nan)
-        if unscored := int(scores[name].isnan().sum()):
-            logger.warning(
-                "reward.%s could not score %d of %d pictures of %r.", name, unscored, len(values), prompts[0]
-            )
+        size = members if reward.groupwise else len(pictures)
+        parts = [slice(start, start + size) for start in range(0, len(pictures), size)]
+        scores[name] = torch.cat([_score(name, reward, pictures[part], rows[part], device) for part in parts])
     return scores
+
+
+def _score(
+    name: str,
+    reward: Reward,
+    pictures: Sequence[Image.Image],
+    rows: Sequence[Mapping[str, Any]],
+    device: torch.device,
+) -> Tensor:
+    prompts = [row["prompt"] for row in rows]
+    columns = [{name: value for name, value in row.items() if not is_unread(value)} for row in rows]  # plain data
+    values = torch.as_tensor(reward.score(pictures, prompts, columns, device), dtype=torch.float32, device="cpu")
+    if values.shape != (len(pictures),):
+        raise ValueError(
+            f"reward.{name} returned scores of the shape {tuple(values.shape)} for {len(pictures)} pictures; expected "
+            "one score a picture."
+        )
+    unscored = ~values.isfinite()
+    if unscored.any():
+        first = prompts[int(unscored.int().argmax())]
+        logger.warning(
+            "reward.%s could not score %d of %d pictures, such as one of %r.",
+            name,
+            int(unscored.sum()),
+            len(values),
+            first,
+        )
+    return torch.where(unscored, torch.nan, values)
